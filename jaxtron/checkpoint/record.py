@@ -1,0 +1,96 @@
+"""The record inside a checkpoint: what it holds, and a checksum of every file.
+
+Orbax and TensorStore do not notice a flipped bit in an array's data, so the record is what tells a damaged checkpoint.
+It is written just before the checkpoint's directory gets its final name.
+"""
+
+import json
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxtron.checkpoint.names import Signature
+
+RECORD_FILE = "jaxtron.json"
+# Orbax writes these two after the record; restoring reads neither
+_UNRECORDED = (RECORD_FILE, "_CHECKPOINT_METADATA", "commit_success.txt")
+_CHUNK_BYTES = 1 << 22
+_NUM_THREADS = 8
+
+# relative path -> (bytes, crc32)
+Checksums = dict[str, tuple[int, int]]
+
+
+class DamageError(Exception):
+    """A checkpoint cannot be used; `str()` is the reason."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint says about itself."""
+
+    step: int
+    extra: dict[str, Any]
+    arrays: Signature
+    files: Checksums = field(default_factory=dict)
+
+
+def write(record: Record, directory: Path) -> None:
+    """Write the record into a checkpoint's directory, through to the disk."""
+    body = json.dumps(asdict(record))
+    with (directory / RECORD_FILE).open("w") as file:
+        file.write(f"{zlib.crc32(body.encode()):08x}\n{body}\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(directory: Path) -> Record:
+    """The record of a checkpoint; a `DamageError` if it is missing or not as written."""
+    try:
+        checksum, body, _ = (directory / RECORD_FILE).read_text().split("\n")
+        if int(checksum, 16) != zlib.crc32(body.encode()):
+            raise DamageError(f"the checksum of {RECORD_FILE} is wrong")
+        content = json.loads(body)
+    except OSError as error:
+        raise DamageError(f"{RECORD_FILE} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise DamageError(f"{RECORD_FILE} is garbage") from error
+    arrays = {name: (dtype, tuple(shape)) for name, (dtype, shape) in content["arrays"].items()}
+    files = {path: (size, crc) for path, (size, crc) in content["files"].items()}
+    return Record(content["step"], content["extra"], arrays, files)
+
+
+def checksums(directory: Path, *, within: str = ".", known: Checksums | None = None) -> Checksums:
+    """Sizes and checksums of the files of `directory/within`, by path in `directory`; those in `known` are not read."""
+    known = known or {}
+    found = (str(path.relative_to(directory)) for path in (directory / within).rglob("*") if path.is_file())
+    missing = [path for path in sorted(found) if path not in known and path not in _UNRECORDED]
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return known | dict(zip(missing, pool.map(lambda path: _checksum(directory / path), missing), strict=True))
+
+
+def verify(directory: Path, files: Checksums, *, share: int = 0, num_shares: int = 1) -> None:
+    """Check every file's size, and the checksum of one share of the files; a `DamageError` names the first bad file."""
+    for path, (size, _) in files.items():
+        try:
+            actual = (directory / path).stat().st_size
+        except OSError as error:
+            raise DamageError(f"{path} cannot be read: {error.strerror}") from error
+        if actual != size:
+            raise DamageError(f"{path} has {actual:,} bytes instead of {size:,}")
+    mine = sorted(files)[share::num_shares]
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        for path, actual in zip(mine, pool.map(lambda path: _checksum(directory / path), mine), strict=True):
+            if actual != files[path]:
+                raise DamageError(f"the checksum of {path} is wrong")
+
+
+def _checksum(path: Path) -> tuple[int, int]:
+    size, crc = 0, 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return size, crc

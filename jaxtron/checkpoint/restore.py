@@ -1,0 +1,113 @@
+"""Restoring: the newest checkpoint that is whole, or an error; never silently something else."""
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from jaxtron.checkpoint import record as records
+from jaxtron.checkpoint.names import first_difference, signature
+from jaxtron.checkpoint.processes import gather_texts
+from jaxtron.checkpoint.record import DamageError, Record
+from jaxtron.checkpoint.storage import read_arrays
+from jaxtron.config import UserError
+
+logger = logging.getLogger(__name__)
+
+_COMMITTED = re.compile(r"step_(\d+)")
+_UNFINISHED = re.compile(r"step_(\d+)\.orbax-checkpoint-tmp.*")
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A checkpoint that was not used, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A restored checkpoint; `skipped` are the newer ones that could not be used."""
+
+    step: int
+    state: PyTree
+    extra: dict[str, Any]
+    skipped: tuple[Skipped, ...]
+
+
+def step_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return directory / f"step_{step:08d}"
+
+
+def committed_steps(directory: Path) -> list[int]:
+    """The steps that have a finished checkpoint on disk, oldest first; damaged ones are among them."""
+    return _matching_steps(directory, _COMMITTED)
+
+
+def _matching_steps(directory: Path, pattern: re.Pattern[str]) -> list[int]:
+    if not directory.is_dir():
+        return []
+    return sorted(int(match[1]) for path in directory.iterdir() if (match := pattern.fullmatch(path.name)))
+
+
+def restore_newest(directory: Path, abstract_state: PyTree) -> Restored | None:
+    """Restore the newest whole checkpoint of a directory, or None where none was ever finished.
+
+    `abstract_state` has a `jax.ShapeDtypeStruct` with a sharding, of any mesh, for each array. All processes call this.
+    A `UserError` if every checkpoint is damaged, or the newest whole one is of another model.
+    """
+    seen = json.dumps([committed_steps(directory), _matching_steps(directory, _UNFINISHED)])
+    committed, unfinished = json.loads(gather_texts(seen)[0])
+    skipped: list[Skipped] = []
+    for step in sorted({*committed, *unfinished}, reverse=True):
+        if step in unfinished:
+            _skip(skipped, step_path(directory, step), "the run ended while it was being written")
+        if step not in committed:
+            continue
+        path = step_path(directory, step)
+        record, damage = _examine(path)
+        if record is None or damage:
+            _skip(skipped, path, damage)
+            continue
+        _check_model(path, record, abstract_state)
+        return Restored(step, read_arrays(path, abstract_state), record.extra, tuple(skipped))
+    if committed:
+        reasons = "; ".join(f"{one.path.name}: {one.reason}" for one in skipped)
+        raise UserError(
+            f"every checkpoint in {directory} is damaged ({reasons}); "
+            "bring back a good copy, or start anew in another --run.directory"
+        )
+    return None
+
+
+def _examine(path: Path) -> tuple[Record | None, str]:
+    """The record of a checkpoint and what is damaged in it, "" for nothing; the same on all processes."""
+    record, damage = None, ""
+    try:
+        record = records.read(path)
+        records.verify(path, record.files, share=jax.process_index(), num_shares=jax.process_count())
+    except DamageError as error:
+        damage = str(error)
+    return record, next((text for text in gather_texts(damage) if text), "")
+
+
+def _skip(skipped: list[Skipped], path: Path, reason: str) -> None:
+    skipped.append(Skipped(path, reason))
+    if jax.process_index() == 0:
+        logger.warning("checkpoint %s is not used: %s; looking for the one before it", path, reason)
+
+
+def _check_model(path: Path, record: Record, abstract_state: PyTree) -> None:
+    difference = first_difference(record.arrays, signature(abstract_state))
+    if difference:
+        raise UserError(
+            f"checkpoint {path} is of another model: {difference}; "
+            "choose another --run.directory, or the configuration that wrote it"
+        )

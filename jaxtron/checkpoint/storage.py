@@ -1,0 +1,80 @@
+"""Arrays on disk, by Orbax: one logical layout by names, whatever mesh wrote it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+from orbax.checkpoint.future import ChainedFuture, Future
+
+from jaxtron.checkpoint import record as records
+from jaxtron.checkpoint.names import from_plain, nest, plain, plain_abstract, unnest
+from jaxtron.checkpoint.record import Record
+
+# Orbax's name for the directory into which one process writes
+_PROCESS_DIRECTORY = "ocdbt.process_{}"
+_PROCESS_CHECKSUMS = "checksums.process_{}.json"
+
+
+class RecordingHandler(ocp.PyTreeCheckpointHandler):
+    """Orbax's handler of a tree of arrays, which also leaves a `Record` before the commit."""
+
+    def __init__(self):
+        # measured: compression saves 8% of float32 weights and costs 2.5 times as long
+        super().__init__(use_compression=False)
+        self._record: Record | None = None
+
+    async def async_save(self, directory: Path, args: "SaveRecorded") -> list[Future]:
+        """Copy the arrays; the futures write them, then the checksums of this process's files."""
+        self._record = args.record
+        futures = await super().async_save(directory, args=args) or []
+        return [ChainedFuture(futures, lambda: _record_own_files(Path(directory)))]
+
+    def finalize(self, directory: Path) -> None:
+        """Merge what the processes wrote, and write the record; the first process calls it, once all have written."""
+        super().finalize(directory)
+        directory = Path(directory)
+        files: records.Checksums = {}
+        for path in sorted(directory.glob(_PROCESS_CHECKSUMS.format("*"))):
+            files |= json.loads(path.read_text())
+            path.unlink()
+        assert self._record is not None
+        files = records.checksums(directory, known=files)
+        records.write(dataclasses.replace(self._record, files=files), directory)
+
+
+@ocp.args.register_with_handler(RecordingHandler, for_save=True)
+@dataclasses.dataclass
+class SaveRecorded(ocp.args.PyTreeSave):
+    """What `RecordingHandler` saves: Orbax's arguments and the record, without its checksums."""
+
+    record: Record | None = None
+
+
+@ocp.args.register_with_handler(RecordingHandler, for_restore=True)
+@dataclasses.dataclass
+class RestoreRecorded(ocp.args.PyTreeRestore):
+    """What `RecordingHandler` restores; Orbax wants it registered."""
+
+
+def _record_own_files(directory: Path) -> None:
+    # each process reads back what it has just written, so the time does not grow with their number
+    process = jax.process_index()
+    files = records.checksums(directory, within=_PROCESS_DIRECTORY.format(process))
+    (directory / _PROCESS_CHECKSUMS.format(process)).write_text(json.dumps(files))
+
+
+def save_arguments(state: PyTree, record: Record) -> SaveRecorded:
+    """Orbax's arguments for saving a state."""
+    return SaveRecorded(nest(jax.tree.map(plain, state)), record=record)
+
+
+def read_arrays(directory: Path, abstract_state: PyTree) -> PyTree:
+    """Read the arrays of a verified checkpoint, sharded as `abstract_state` says."""
+    wanted = nest(jax.tree.map(plain_abstract, abstract_state))
+    arguments = RestoreRecorded(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
+    with ocp.Checkpointer(RecordingHandler()) as reader:
+        nested = reader.restore(directory, args=arguments)
+    return jax.tree.map(from_plain, unnest(nested, abstract_state), abstract_state)

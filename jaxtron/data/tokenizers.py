@@ -1,0 +1,144 @@
+"""From text to token ids and back."""
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Integer
+from tokenizers import Tokenizer as FastTokenizer
+
+from jaxtron.config import UserError
+
+# what the common families call it, most specific first
+END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eos|>", "</s>", "<eos>", "<EOS>", "[EOS]")
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        ...
+
+    @property
+    def end_of_document(self) -> int | None:
+        """The id that follows each document, where there is one."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two tokenizers exactly when they give the same ids."""
+        ...
+
+    def encode(self, text: str) -> Integer[np.ndarray, "T"]:
+        """Ids of the text, without an end of document."""
+        ...
+
+    def decode(self, ids: Integer[np.ndarray, "T"]) -> str:
+        """Text of the ids; ends of documents, and ids that mean nothing, are left out."""
+        ...
+
+
+class ByteTokenizer:
+    """The UTF-8 bytes of the text, and 256 for the end of a document."""
+
+    vocab_size = 257
+    end_of_document = 256
+    fingerprint = "bytes"
+
+    def encode(self, text: str) -> Integer[np.ndarray, "T"]:
+        return np.frombuffer(text.encode("utf-8"), np.uint8)
+
+    def decode(self, ids: Integer[np.ndarray, "T"]) -> str:
+        ids = np.asarray(ids)
+        # a model may well write bytes that are not UTF-8; they show as the replacement character
+        return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+
+class CharacterTokenizer:
+    """One id a character, for the characters of a fixed sorted vocabulary; no end of document."""
+
+    end_of_document = None
+
+    def __init__(self, vocabulary: str):
+        self.vocabulary = "".join(sorted(set(vocabulary)))
+        self.vocab_size = len(self.vocabulary)
+        self.fingerprint = f"characters:{hashlib.sha256(self.vocabulary.encode()).hexdigest()}"
+        self._codes = _code_points(self.vocabulary)
+        self._characters = np.array(list(self.vocabulary), dtype=object)
+
+    def encode(self, text: str) -> Integer[np.ndarray, "T"]:
+        codes = _code_points(text)
+        ids = np.searchsorted(self._codes, codes)
+        known = ids < self.vocab_size
+        known[known] = self._codes[ids[known]] == codes[known]
+        if not known.all():
+            character = chr(codes[np.argmin(known)])
+            raise UserError(
+                f"the character {character!r} (U+{ord(character):04X}) is not among the {self.vocab_size} of the "
+                "training data; leave it out, or train with --data.tokenizer bytes"
+            )
+        return ids
+
+    def decode(self, ids: Integer[np.ndarray, "T"]) -> str:
+        ids = np.asarray(ids)
+        return "".join(self._characters[ids[(ids >= 0) & (ids < self.vocab_size)]])
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json` of Hugging Face's `tokenizers` library."""
+
+    def __init__(self, path: Path, *, end_of_document: str | None = None):
+        content = _read_tokenizer_file(path)
+        try:
+            self._tokenizer = FastTokenizer.from_str(content)
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{path} is not a Hugging Face tokenizer.json: {error}") from error
+        # the file may ask for either; here a document keeps its length
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        if end_of_document is not None and end_of_document not in ids:
+            raise UserError(
+                f"{path} has no token {end_of_document!r}; set --data.end_of_document to one of its {len(ids)} tokens"
+            )
+        names = END_OF_DOCUMENT_NAMES if end_of_document is None else (end_of_document,)
+        self.end_of_document = next((ids[name] for name in names if name in ids), None)
+        self.vocab_size = max(ids.values(), default=-1) + 1
+        self._meaningful = frozenset(ids.values()) - {self.end_of_document}
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        self.fingerprint = f"tokenizer.json:{digest}:{self.end_of_document}"
+
+    def encode(self, text: str) -> Integer[np.ndarray, "T"]:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def decode(self, ids: Integer[np.ndarray, "T"]) -> str:
+        kept = [token for token in np.asarray(ids).tolist() if token in self._meaningful]
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+
+def load_tokenizer(name: str, *, end_of_document: str | None = None) -> Tokenizer | None:
+    """The tokenizer that `--data.tokenizer` names; None for `characters`, whose vocabulary comes from the data."""
+    if name not in ("bytes", "characters"):
+        return HuggingFaceTokenizer(Path(name).expanduser(), end_of_document=end_of_document)
+    if end_of_document is not None:
+        raise UserError(
+            f"--data.end_of_document {end_of_document} has no effect with the {name} tokenizer; "
+            "leave it out, or set --data.tokenizer to a tokenizer.json"
+        )
+    return ByteTokenizer() if name == "bytes" else None
+
+
+def _code_points(text: str) -> Integer[np.ndarray, "T"]:
+    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
+
+
+def _read_tokenizer_file(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"no tokenizer {path}; --data.tokenizer is bytes, characters or the path of a tokenizer.json")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error}") from error

@@ -1,0 +1,157 @@
+"""The GPUs Jaxtron knows by name: what the compiler, the memory check and MFU need of each."""
+
+import re
+from dataclasses import dataclass
+
+from jaxtron.config import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One model of GPU: sizes in bytes, bandwidths in bytes/s (one direction), peak in dense bfloat16 FLOP/s."""
+
+    name: str
+    device_kind: str
+    compute_capability: str
+    num_cores: int
+    fpus_per_core: int
+    clock_ghz: float
+    memory_bytes: int
+    memory_bandwidth: float
+    l2_bytes: int
+    shared_memory_per_core: int
+    shared_memory_per_block: int
+    peak_flops: float
+    nvlink_bandwidth: float
+    network_bandwidth: float
+
+    @property
+    def target_config(self) -> str:
+        """The text of XLA's `GpuTargetConfigProto`, for compiling without the device."""
+        major, minor = self.compute_capability.split(".")
+        # sm_90 and later have instructions that exist for that one architecture only (wgmma, tcgen05)
+        feature = "feature_extension: ACCELERATED_FEATURES" if int(major) >= 9 else ""
+        return f"""
+            gpu_device_info {{
+              threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+              thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+              block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+              shared_memory_per_block: 49152 shared_memory_per_core: {self.shared_memory_per_core}
+              shared_memory_per_block_optin: {self.shared_memory_per_block}
+              registers_per_core_limit: 65536 registers_per_block_limit: 65536
+              core_count: {self.num_cores} fpus_per_core: {self.fpus_per_core} clock_rate_ghz: {self.clock_ghz}
+              memory_bandwidth: {round(self.memory_bandwidth)} device_memory_size: {self.memory_bytes}
+              l2_cache_size: {self.l2_bytes}
+              cuda_compute_capability {{ major: {major} minor: {minor} {feature} }}
+              name: "{self.device_kind}" device_vendor: "NVIDIA Corporation" device_address_bits: 64
+            }}
+            platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
+            device_description_str: "{self.device_kind}"
+        """
+
+
+_HOPPER_SHARED = {"shared_memory_per_core": 233472, "shared_memory_per_block": 232448}
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(
+            name="a100",
+            device_kind="NVIDIA A100-SXM4-80GB",
+            compute_capability="8.0",
+            num_cores=108,
+            fpus_per_core=64,
+            clock_ghz=1.41,
+            memory_bytes=85_100_068_864,
+            memory_bandwidth=2.03904e12,
+            l2_bytes=41_943_040,
+            shared_memory_per_core=167936,
+            shared_memory_per_block=166912,
+            peak_flops=312e12,
+            nvlink_bandwidth=300e9,
+            network_bandwidth=25e9,
+        ),
+        Gpu(
+            name="h100",
+            device_kind="NVIDIA H100 80GB HBM3",
+            compute_capability="9.0",
+            num_cores=132,
+            fpus_per_core=128,
+            clock_ghz=1.98,
+            memory_bytes=84_942_979_072,
+            memory_bandwidth=3.35232e12,
+            l2_bytes=52_428_800,
+            peak_flops=989e12,
+            nvlink_bandwidth=450e9,
+            network_bandwidth=50e9,
+            **_HOPPER_SHARED,
+        ),
+        Gpu(
+            name="h200",
+            device_kind="NVIDIA H200",
+            compute_capability="9.0",
+            num_cores=132,
+            fpus_per_core=128,
+            clock_ghz=1.98,
+            memory_bytes=151_397_597_184,
+            memory_bandwidth=4.8e12,
+            l2_bytes=52_428_800,
+            peak_flops=989e12,
+            nvlink_bandwidth=450e9,
+            network_bandwidth=50e9,
+            **_HOPPER_SHARED,
+        ),
+        Gpu(
+            name="b200",
+            device_kind="NVIDIA B200",
+            compute_capability="10.0",
+            num_cores=148,
+            fpus_per_core=128,
+            clock_ghz=1.965,
+            memory_bytes=191_514_411_008,
+            memory_bandwidth=7.67232e12,
+            l2_bytes=132_644_864,
+            peak_flops=2250e12,
+            nvlink_bandwidth=900e9,
+            network_bandwidth=50e9,
+            **_HOPPER_SHARED,
+        ),
+        Gpu(
+            name="gb200",
+            device_kind="NVIDIA GB200",
+            compute_capability="10.0",
+            num_cores=152,
+            fpus_per_core=128,
+            clock_ghz=2.062,
+            memory_bytes=197_897_748_480,
+            memory_bandwidth=7.928064e12,
+            l2_bytes=135_528_448,
+            peak_flops=2500e12,
+            nvlink_bandwidth=900e9,
+            network_bandwidth=50e9,
+            **_HOPPER_SHARED,
+        ),
+    )
+}
+
+# what drivers call the devices, the more specific name first; NVIDIA's datasheets, without sparsity
+_PEAKS = (
+    (r"\bA100\b", GPUS["a100"].peak_flops),
+    (r"\bH100 PCIe\b", 756e12),
+    (r"\b(H100|H200) NVL\b", 835e12),
+    (r"\b(H100|H200|GH200)\b", GPUS["h100"].peak_flops),
+    (r"\bGB200\b", GPUS["gb200"].peak_flops),
+    (r"\bB200\b", GPUS["b200"].peak_flops),
+)
+
+
+def gpu_named(name: str) -> Gpu:
+    """The GPU called `name`, in any case; `UserError` lists the known ones."""
+    if name.lower() not in GPUS:
+        raise UserError(f"unknown GPU {name!r}: known are {', '.join(GPUS)}")
+    return GPUS[name.lower()]
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device by its `device_kind`; None for a CPU or a GPU not in the table."""
+    return next((peak for pattern, peak in _PEAKS if re.search(pattern, device_kind, re.IGNORECASE)), None)

@@ -1,0 +1,42 @@
+"""What every layer of a decoder receives beside the residual stream, and dropout, which draws from it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxtron.sharding import spec
+from jaxtron.typing import Array, Float, Key
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerInputs:
+    """Shared inputs of the layers: rotary tables and dropout keys, one key a row of the global batch."""
+
+    rotary: tuple[Float[Array, "S D"], Float[Array, "S D"]] | None = None
+    keys: Key[Array, "B"] | None = None
+
+    def fold(self, number: int | Array) -> "LayerInputs":
+        """The same inputs with keys of their own for the layer (or the site in it) `number`."""
+        if self.keys is None:
+            return self
+        return dataclasses.replace(self, keys=jax.vmap(jax.random.fold_in, (0, None))(self.keys, number))
+
+
+def row_keys(seed_key: Key[Array, ""], rows: Array) -> Key[Array, "B"]:
+    """One dropout key for each global row number: masks do not depend on how the batch is split."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(seed_key, rows)
+
+
+def dropout(x: Float[Array, "B ..."], rate: float, inputs: LayerInputs, *logical: str) -> Float[Array, "B ..."]:
+    """Inverted dropout with each row's own key; `logical` names the axes of `x`. Identity without keys or rate."""
+    if rate == 0.0 or inputs.keys is None:
+        return x
+    row_spec = spec(*logical[1:])
+
+    def keep_row(key: Array) -> Array:
+        return jax.random.bits(key, x.shape[1:], jnp.uint16, out_sharding=row_spec)
+
+    keep = jax.vmap(keep_row)(inputs.keys) >= jnp.uint16(round(rate * 65536))
+    return jnp.where(keep, x / (1.0 - round(rate * 65536) / 65536), jnp.zeros((), x.dtype)).astype(x.dtype)

@@ -1,0 +1,112 @@
+"""Cross-entropy on a vocabulary-sharded head, a chunk of the sequence at a time."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxtron.sharding import vary
+from jaxtron.typing import Array, Float, Int
+
+# Most logits alive at once on a device, in elements: 256 MiB of float32.
+CHUNK_ELEMENTS = 2**26
+
+Sums = tuple[Float[Array, ""], Float[Array, ""]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(
+    x: Float[Array, "B S E"],
+    table: Float[Array, "V E"],
+    targets: Int[Array, "B S"],
+    weights: Float[Array, "B S"],
+    vocab: int,
+    z_loss: float,
+) -> Sums:
+    """Weighted sums over the tokens of `nll + z_loss * log(Z)^2` (to differentiate) and of `nll` (to report).
+
+    `x` is split over the sequence, `table` over its rows; rows from `vocab` on are padding and take no probability.
+    Gradients are formed beside the loss, chunk by chunk, so that logits are computed once and never whole. The z-loss
+    is PaLM's (2204.02311 sec. 5). Only the first output has a gradient.
+    """
+    return _run(x, table, targets, weights, vocab=vocab, z_loss=z_loss, with_gradients=False)[:2]
+
+
+def _forward(x, table, targets, weights, vocab, z_loss):
+    total, nll, *gradients = _run(x, table, targets, weights, vocab=vocab, z_loss=z_loss, with_gradients=True)
+    return (total, nll), gradients
+
+
+def _backward(vocab, z_loss, gradients, cotangents):
+    scale = cotangents[0]
+    dx, dtable = (gradient * scale.astype(gradient.dtype) for gradient in gradients)
+    return dx, dtable, None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _run(x, table, targets, weights, *, vocab: int, z_loss: float, with_gradients: bool):
+    whole, rows, sequence = PartitionSpec(), PartitionSpec("tensor"), PartitionSpec(None, "tensor")
+
+    def local(x: Array, table: Array, targets: Array, weights: Array):
+        x = jax.lax.all_gather(x, "tensor", axis=1, tiled=True)
+        chunk = functools.partial(_chunk, vocab=vocab, z_loss=z_loss, with_gradients=with_gradients)
+        total, nll, *gradients = _over_chunks(chunk, x, table, targets, weights)
+        if not with_gradients:
+            return total, nll
+        dx, dtable = gradients
+        return total, nll, jax.lax.psum_scatter(dx, "tensor", scatter_dimension=1, tiled=True), dtable
+
+    out_specs = (whole, whole, sequence, rows) if with_gradients else (whole, whole)
+    in_specs = (sequence, rows, whole, whole)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names={"tensor"})(
+        x, table, targets, weights
+    )
+
+
+def _over_chunks(chunk, x: Array, table: Array, targets: Array, weights: Array):
+    """Sums and gradients over all chunks; gradients are None where `chunk` forms none."""
+    rows, length, _ = x.shape
+    size = _chunk_length(rows, length, table.shape[0])
+    if size == length:
+        total, nll, dx, dtable = chunk(x, table, targets, weights)
+        return total, nll, dx, None if dtable is None else dtable.astype(table.dtype)
+    split = [jnp.moveaxis(a.reshape(rows, length // size, size, *a.shape[2:]), 1, 0) for a in (x, targets, weights)]
+
+    def body(dtable: Array, part):
+        total, nll, dx, more = chunk(part[0], table, *part[1:])
+        return dtable if more is None else dtable + more, (total, nll, dx)
+
+    zeros = vary(jnp.zeros(table.shape, jnp.float32))
+    dtable, (total, nll, dx) = jax.lax.scan(body, zeros, split)
+    if dx is not None:
+        dx = jnp.moveaxis(dx, 0, 1).reshape(x.shape)
+    return total.sum(), nll.sum(), dx, dtable.astype(table.dtype)
+
+
+def _chunk_length(rows: int, length: int, vocab: int) -> int:
+    fits = [size for size in range(1, length + 1) if length % size == 0 and rows * size * vocab <= CHUNK_ELEMENTS]
+    return max(fits, default=1)
+
+
+def _chunk(x: Array, table: Array, targets: Array, weights: Array, *, vocab: int, z_loss: float, with_gradients: bool):
+    offset = jax.lax.axis_index("tensor") * table.shape[0]
+    logits = jnp.einsum("bse,ve->bsv", x, table, preferred_element_type=jnp.float32)
+    entry = offset + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    logits = jnp.where(entry < vocab, logits, -jnp.inf)
+    hit = entry == targets[..., None]
+    peak = jax.lax.pmax(logits.max(-1), "tensor")
+    sums = jnp.stack([jnp.exp(logits - peak[..., None]).sum(-1), jnp.where(hit, logits, 0.0).sum(-1)])
+    normalizer, label = jax.lax.psum(sums, "tensor")
+    log_z = jnp.log(normalizer) + peak
+    nll = jnp.sum(weights * (log_z - label))
+    total = nll + z_loss * jnp.sum(weights * jnp.square(log_z))
+    if not with_gradients:
+        return total, nll, None, None
+    pull = (1.0 + 2.0 * z_loss * log_z)[..., None] * jnp.exp(logits - log_z[..., None])
+    dlogits = (weights[..., None] * (pull - hit)).astype(x.dtype)
+    dx = jnp.einsum("bsv,ve->bse", dlogits, table)
+    dtable = jnp.einsum("bsv,bse->ve", dlogits, x, preferred_element_type=jnp.float32)
+    return total, nll, dx, dtable

@@ -1,0 +1,59 @@
+"""The MLP of a transformer layer."""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtron.layers.inputs import LayerInputs, dropout
+from jaxtron.layers.linear import Linear
+from jaxtron.sharding import constrain
+from jaxtron.typing import Array, Float
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "swiglu", "geglu"]
+GATED = frozenset({"swiglu", "geglu"})
+
+FUNCTIONS: dict[Activation, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
+    "swiglu": jax.nn.silu,
+    "geglu": functools.partial(jax.nn.gelu, approximate=False),
+}
+
+
+class Mlp(nnx.Module):
+    """`down(f(up(x)))`, or `down(f(gate(x)) * up(x))` for the gated kinds (GLU variants, 2002.05202)."""
+
+    def __init__(
+        self,
+        embed: int,
+        mlp: int,
+        *,
+        activation: Activation,
+        bias: bool,
+        std: float,
+        output_std: float,
+        dropout: float,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.activation: Activation = activation
+        self.dropout = dropout
+        outputs = {"gate": 2, "mlp": mlp} if activation in GATED else {"mlp": mlp}
+        self.up = Linear({"embed": embed}, outputs, bias=bias, std=std, rngs=rngs)
+        self.down = Linear({"mlp": mlp}, {"embed": embed}, bias=bias, std=output_std, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
+        x = constrain(x, "batch", "full_seq", "embed")
+        function = FUNCTIONS[self.activation]
+        if self.activation in GATED:
+            gate_up = self.up(x, "batch", "full_seq", "gate", "mlp")
+            hidden = function(gate_up[:, :, 0]) * gate_up[:, :, 1]
+        else:
+            hidden = function(self.up(x, "batch", "full_seq", "mlp"))
+        y = self.down(hidden, "batch", "seq", "embed")
+        return dropout(y, self.dropout, inputs, "batch", "seq", "embed")

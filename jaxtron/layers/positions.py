@@ -1,0 +1,83 @@
+"""Positions that act inside attention: rotary embeddings and ALiBi slopes. (Learned ones: `embedding.py`.)"""
+
+import math
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtron.config import Config
+from jaxtron.typing import Array, Float
+
+PositionKind = Literal["learned", "rotary", "alibi", "none"]
+
+
+class RotaryScaling(Config):
+    """Llama 3's stretching of low rotary frequencies (2407.21783)."""
+
+    factor: float = 8.0
+    """How many times longer the sequences become."""
+    low_frequency_factor: float = 1.0
+    """Wavelengths above `original_length / this` are stretched whole."""
+    high_frequency_factor: float = 4.0
+    """Wavelengths below `original_length / this` stay."""
+    original_length: int = 8192
+    """Sequence length of the training before the stretch, in tokens."""
+
+
+class RotaryConfig(Config):
+    """Rotary position embedding (RoFormer, 2104.09864)."""
+
+    fraction: float = 1.0
+    """Part of each head's dimensions that is rotated."""
+    base: float = 10000.0
+    """Base of the geometric series of wavelengths."""
+    scaling: RotaryScaling | None = None
+    """Llama 3's frequency scaling, or none."""
+
+    def dimensions(self, head_dim: int) -> int:
+        """Rotated dimensions of a head, an even number."""
+        return int(head_dim * self.fraction) // 2 * 2
+
+
+def rotary_frequencies(config: RotaryConfig, head_dim: int) -> np.ndarray:
+    """Radians per position, one for each rotated pair of dimensions."""
+    rotated = config.dimensions(head_dim)
+    frequencies = config.base ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
+    scaling = config.scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_length * frequencies / (2 * math.pi)
+    blend = (turns - scaling.low_frequency_factor) / (scaling.high_frequency_factor - scaling.low_frequency_factor)
+    blend = np.clip(blend, 0.0, 1.0)
+    return frequencies * (blend + (1.0 - blend) / scaling.factor)
+
+
+def rotary_tables(
+    config: RotaryConfig, head_dim: int, length: int
+) -> tuple[Float[Array, "S D"], Float[Array, "S D"]]:
+    """Cosines and sines by position, for each rotated dimension's pair (both halves alike), in float32."""
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * jnp.asarray(
+        rotary_frequencies(config, head_dim), jnp.float32
+    )
+    angles = jnp.concatenate([angles, angles], -1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "B S N D"], tables: tuple[Float[Array, "S P"], Float[Array, "S P"]]
+) -> Float[Array, "B S N D"]:
+    """`x` with its first P dimensions rotated, halves paired as GPT-NeoX and Llama's Hugging Face weights do."""
+    cos, sin = (table[:, None, :] for table in tables)
+    rotated, rest = x[..., : cos.shape[-1]].astype(jnp.float32), x[..., cos.shape[-1] :]
+    first, second = jnp.split(rotated, 2, -1)
+    turned = rotated * cos + jnp.concatenate([-second, first], -1) * sin
+    return jnp.concatenate([turned.astype(x.dtype), rest], -1)
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """Slope of each head's linear penalty (Press et al., 2108.12409; other head counts as in its released code)."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
+    extra = 2.0 ** (-4.0 * np.arange(1, 2 * (num_heads - power) + 1, 2) / power)
+    return np.concatenate([slopes, extra])

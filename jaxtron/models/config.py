@@ -1,0 +1,141 @@
+"""A decoder's configuration: its pattern and what its layers are made of."""
+
+import math
+from functools import cached_property
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from jaxtron.config import Config, UserError
+from jaxtron.layers.mlp import Activation
+from jaxtron.layers.norm import NormKind
+from jaxtron.layers.positions import PositionKind, RotaryConfig
+from jaxtron.models.pattern import Pattern, parse
+
+# What `recompute: selective` drops and computes again (2205.05198): the part quadratic in the sequence.
+SELECTIVE = ("attention_core",)
+RECOMPUTABLE = ("attention_core", "attention", "mlp", "norm")
+RecomputeName = Literal["attention_core", "attention", "mlp", "norm"]
+
+
+class ModelConfig(Config):
+    """A decoder-only language model (GPT, Llama, PaLM, BLOOM, Nemotron, ...)."""
+
+    pattern: str = "*-"
+    """Residual layers in order: `*` attention, `-` MLP, `(*-)` both in parallel on one norm."""
+    num_layers: int = Field(12, ge=1)
+    """How often the pattern repeats; for `*-` the usual count of transformer layers."""
+    hidden_size: int = Field(768, ge=1)
+    """Width of the residual stream."""
+    num_heads: int = Field(12, ge=1)
+    """Query heads of an attention layer."""
+    num_kv_heads: int | None = Field(None, ge=1)
+    """Key/value heads: fewer than num_heads is grouped, 1 multi-query attention (none: num_heads)."""
+    head_dim: int | None = Field(None, ge=1)
+    """Dimensions of a head (none: hidden_size / num_heads)."""
+    mlp_size: int | None = Field(None, ge=1)
+    """Width of the MLP (none: 4 x hidden_size, or 8/3 of it to the next 64 below when gated, as Megatron)."""
+    vocab_size: int = Field(257, ge=1)
+    """Entries of the tokenizer's vocabulary."""
+    vocab_multiple: int = Field(128, ge=1)
+    """The table is padded to a multiple of this (Megatron: 128 x tensor parallel size)."""
+    max_positions: int | None = Field(None, ge=1)
+    """Entries of the learned position table (none: data.sequence_length); only for learned positions."""
+    activation: Activation = "gelu_tanh"
+    """Of the MLP: gelu (erf), gelu_tanh, relu, squared_relu, swiglu or geglu."""
+    norm: NormKind = "layer_norm"
+    """layer_norm, layer_norm_1p (stored scale is gamma - 1) or rms_norm."""
+    norm_epsilon: float = Field(1e-5, gt=0)
+    """Added to the variance."""
+    embedding_norm: bool = False
+    """A norm right after the embedding (BLOOM)."""
+    qk_norm: bool = False
+    """Norms on queries and keys, per head."""
+    bias: bool = True
+    """Biases of linear layers and LayerNorms."""
+    qkv_bias: bool | None = None
+    """Biases of the query, key and value projections (none: as `bias`)."""
+    position: PositionKind = "learned"
+    """learned, rotary, alibi or none."""
+    rotary: RotaryConfig = RotaryConfig()
+    """Only for rotary positions."""
+    tied_head: bool = True
+    """The output head is the embedding table."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Of the embedding and of each branch before it joins the residual stream."""
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    """Of the attention probabilities."""
+    initial_std: float = Field(0.02, gt=0)
+    """Standard deviation of initial weights; projections back to the stream use it / sqrt(2 x num_layers)."""
+    z_loss: float = Field(0.0, ge=0)
+    """Coefficient of log(Z)^2 in the loss (PaLM: 1e-4)."""
+    recompute: Literal["none", "selective", "full"] | tuple[RecomputeName, ...] = "none"
+    """Computed again in the backward: none, selective (attention core), full (layers), or a list of names."""
+    unroll: int | None = Field(None, ge=1)
+    """Periods unrolled in each iteration of the scan over layers (none: all on CPUs up to 16, else 1)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        try:
+            parsed = parse(self.pattern, self.num_layers)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"model.hidden_size {self.hidden_size} does not divide by model.num_heads {self.num_heads}; "
+                "change one or set model.head_dim"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"model.num_heads {self.num_heads} is no multiple of model.num_kv_heads {self.kv_heads}")
+        given = self.model_fields_set
+        if self.position != "rotary" and "rotary" in given and self.rotary != RotaryConfig():
+            raise ValueError(f"model.rotary has no effect with model.position {self.position}")
+        if self.position != "learned" and self.max_positions is not None:
+            raise ValueError(f"model.max_positions has no effect with model.position {self.position}")
+        if self.position in ("rotary", "alibi") and not parsed.count("*"):
+            raise ValueError(f"model.position {self.position} has no effect without attention in {self.pattern!r}")
+        return self
+
+    @cached_property
+    def layout(self) -> Pattern:
+        """The parsed pattern."""
+        return parse(self.pattern, self.num_layers)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        """Dimensions of a head."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the MLP."""
+        if self.mlp_size:
+            return self.mlp_size
+        return int(4 * self.hidden_size * 2 / 3) // 64 * 64 if self.activation in ("swiglu", "geglu") else 4 * self.hidden_size
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding table."""
+        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def output_std(self) -> float:
+        """Initial standard deviation of projections back to the residual stream (GPT-2, Megatron)."""
+        return self.initial_std / math.sqrt(2 * self.num_transformer_layers)
+
+    @property
+    def num_transformer_layers(self) -> int:
+        """Layers as Megatron counts them: pairs of attention and MLP."""
+        return max(self.layout.count("*"), self.layout.count("-"))
+
+    @property
+    def recomputed(self) -> frozenset[str]:
+        """Names of the regions computed again in the backward; `layer` for all of it."""
+        if isinstance(self.recompute, tuple):
+            return frozenset(self.recompute)
+        return frozenset({"none": (), "selective": SELECTIVE, "full": ("layer",)}[self.recompute])

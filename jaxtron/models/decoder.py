@@ -1,0 +1,83 @@
+"""A decoder-only language model: embedding, stack of layers, final norm, head and loss."""
+
+import jax
+from flax import nnx
+
+from jaxtron.layers.embedding import Embedding
+from jaxtron.layers.inputs import LayerInputs, dropout
+from jaxtron.layers.linear import normal
+from jaxtron.layers.loss import Sums, cross_entropy
+from jaxtron.layers.positions import rotary_tables
+from jaxtron.models.config import ModelConfig
+from jaxtron.models.stack import Stack, make_norm
+from jaxtron.sharding import constrain, gather_at_use, parameter, spec
+from jaxtron.typing import Array, Float, Int, Key
+
+
+class Decoder(nnx.Module):
+    """The model of a pattern; `loss` trains it, `logits` lets it speak.
+
+    Build and run it inside `sharding.use(rules)`; `init` gives sharded parameters.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        positions = config.max_positions if config.position == "learned" else None
+        self.embedding = Embedding(
+            config.padded_vocab, config.hidden_size, num_positions=positions, std=config.initial_std, rngs=rngs
+        )
+        self.embedding_norm = make_norm(config, config.hidden_size, rngs) if config.embedding_norm else None
+        self.stack = Stack(config, rngs)
+        self.final_norm = make_norm(config, config.hidden_size, rngs)
+        self.head = None if config.tied_head else Head(config, rngs)
+
+    def hidden(self, tokens: Int[Array, "B S"], keys: Key[Array, "B"] | None = None) -> Float[Array, "B S E"]:
+        """Final hidden states, split over the sequence; `keys` (one a row) turn dropout on."""
+        config = self.config
+        inputs = LayerInputs(rotary=self._rotary(tokens.shape[1]), keys=keys)
+        x = _whole(self.embedding)(tokens)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        # site -1 of no layer: the embedding's own dropout
+        x = dropout(x, config.dropout, inputs.fold(config.layout.repeats), "batch", "seq", "embed")
+        return self.final_norm(self.stack(x, inputs))
+
+    def loss(
+        self,
+        tokens: Int[Array, "B S"],
+        targets: Int[Array, "B S"],
+        weights: Float[Array, "B S"],
+        keys: Key[Array, "B"] | None = None,
+    ) -> Sums:
+        """Weighted sums over the tokens: of the training loss (with z-loss), and of the negative log-likelihood."""
+        x = self.hidden(tokens, keys)
+        config = self.config
+        return cross_entropy(x, self._head_table(), targets, weights, config.vocab_size, config.z_loss)
+
+    def logits(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S V"]:
+        """Logits of every position, split over the vocabulary and without its padding masked; for generation."""
+        x = constrain(self.hidden(tokens), "batch", "full_seq", "embed")
+        contracted = (((2,), (1,)), ((), ()))
+        return jax.lax.dot_general(
+            x, self._head_table(), contracted, out_sharding=spec("batch", "full_seq", "vocab")
+        )
+
+    def _head_table(self) -> Float[Array, "V E"]:
+        return _whole(self.embedding).table[...] if self.head is None else _whole(self.head).table[...]
+
+    def _rotary(self, length: int):
+        config = self.config
+        return rotary_tables(config.rotary, config.head_size, length) if config.position == "rotary" else None
+
+
+class Head(nnx.Module):
+    """An output table of its own, oriented like the embedding's."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        shape = (config.padded_vocab, config.hidden_size)
+        self.table = parameter(rngs, normal(config.initial_std), shape, axes=("vocab", "embed"), role="embedding")
+
+
+def _whole(module: nnx.Module) -> nnx.Module:
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, gather_at_use(state))

@@ -1,0 +1,67 @@
+"""The pattern language: a decoder as a string, one symbol a residual layer."""
+
+from dataclasses import dataclass
+
+from jaxtron.config import UserError
+
+ATTENTION, MLP = "*", "-"
+SYMBOLS = {ATTENTION: "attention", MLP: "MLP"}
+
+# One residual layer: the symbols that read the same normalized input and are added together.
+Branch = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A decoder's layers in order, as a repeated period."""
+
+    period: tuple[Branch, ...]
+    repeats: int
+
+    @property
+    def layers(self) -> tuple[Branch, ...]:
+        """Every residual layer in order."""
+        return self.period * self.repeats
+
+    def count(self, symbol: str) -> int:
+        """How often a symbol occurs in the whole decoder."""
+        return sum(branch.count(symbol) for branch in self.layers)
+
+
+def parse(text: str, repeats: int = 1) -> Pattern:
+    """The layers of `text` repeated, reduced to their smallest period; bad text is a `UserError` naming the place.
+
+    `*` attention, `-` MLP, `(*-)` both in parallel on one norm (GPT-J, PaLM).
+    """
+    layers: list[Branch] = []
+    index = 0
+    while index < len(text):
+        if text[index] == "(":
+            end = text.find(")", index)
+            branch = tuple(text[index + 1 : end])
+            if end < 0 or len(branch) < 2:
+                raise _error(text, index, "a group needs two or more symbols and a closing ')'")
+            index = end
+        else:
+            branch = (text[index],)
+        for symbol in branch:
+            if symbol not in SYMBOLS:
+                raise _error(text, index, f"unknown symbol {symbol!r}")
+        layers.append(branch)
+        index += 1
+    if not layers or repeats < 1:
+        raise UserError(f"a decoder needs at least one layer: pattern {text!r} repeated {repeats} times has none")
+    return _reduce(layers * repeats)
+
+
+def _reduce(layers: list[Branch]) -> Pattern:
+    total = len(layers)
+    for size in range(1, total + 1):
+        if total % size == 0 and layers[:size] * (total // size) == layers:
+            return Pattern(tuple(layers[:size]), total // size)
+    raise AssertionError("a sequence is its own period")
+
+
+def _error(text: str, index: int, why: str) -> UserError:
+    known = ", ".join(f"{symbol} {name}" for symbol, name in SYMBOLS.items())
+    return UserError(f"pattern {text!r}, symbol {index + 1}: {why} (known: {known}, (..) parallel)")

@@ -1,0 +1,131 @@
+"""A pattern's residual layers, stacked by period and scanned."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtron.layers.attention import Attention, attention_core
+from jaxtron.layers.inputs import LayerInputs
+from jaxtron.layers.mlp import Mlp
+from jaxtron.layers.norm import Norm
+from jaxtron.models import recompute
+from jaxtron.models.config import ModelConfig
+from jaxtron.models.pattern import ATTENTION, Branch
+from jaxtron.sharding import current, gather_at_use
+from jaxtron.typing import Array, Float
+
+# Up to this many periods are unrolled on a CPU, where a loop's copies cost more than its shorter compilation saves.
+CPU_UNROLL = 16
+
+
+def make_norm(config: ModelConfig, size: int, rngs: nnx.Rngs) -> Norm:
+    """The model's kind of norm over `size` channels."""
+    return Norm(size, kind=config.norm, bias=config.bias, epsilon=config.norm_epsilon, rngs=rngs)
+
+
+class Layer(nnx.Module):
+    """`x + sum of branches(norm(x))`: one attention or MLP, or several in parallel on one norm."""
+
+    def __init__(self, config: ModelConfig, branch: Branch, rngs: nnx.Rngs) -> None:
+        self.recomputed = config.recomputed
+        self.norm = make_norm(config, config.hidden_size, rngs)
+        self.names = tuple("attention" if symbol == ATTENTION else "mlp" for symbol in branch)
+        for name, make in (("attention", _attention), ("mlp", _mlp)):
+            if name in self.names:
+                setattr(self, name, make(config, rngs))
+
+    def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
+        normed = self._region("norm", self.norm)(x)
+        for site, name in enumerate(self.names):
+            branch = self._region(name, getattr(self, name))
+            x = x + branch(normed, inputs.fold(site))
+        return x
+
+    def _region(self, name: str, module: nnx.Module):
+        if name not in self.recomputed:
+            return module
+        graph, state = nnx.split(module)
+        run = recompute.region(name, self.recomputed, lambda state, *args: nnx.merge(graph, state)(*args))
+        return functools.partial(run, state)
+
+
+def _attention(config: ModelConfig, rngs: nnx.Rngs) -> Attention:
+    core = recompute.region("attention_core", config.recomputed, attention_core(config.attention_dropout))
+    qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+    return Attention(
+        config.hidden_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.kv_heads,
+        head_dim=config.head_size,
+        qkv_bias=qkv_bias,
+        output_bias=config.bias,
+        qk_norm=functools.partial(make_norm, config, rngs=rngs) if config.qk_norm else None,
+        alibi=config.position == "alibi",
+        core=core,
+        std=config.initial_std,
+        output_std=config.output_std,
+        dropout=config.dropout,
+        rngs=rngs,
+    )
+
+
+def _mlp(config: ModelConfig, rngs: nnx.Rngs) -> Mlp:
+    return Mlp(
+        config.hidden_size,
+        config.mlp_width,
+        activation=config.activation,
+        bias=config.bias,
+        std=config.initial_std,
+        output_std=config.output_std,
+        dropout=config.dropout,
+        rngs=rngs,
+    )
+
+
+class Period(nnx.Module):
+    """The layers of one period, in order."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.layers = nnx.List([Layer(config, branch, rngs) for branch in config.layout.period])
+
+    def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
+        for number, layer in enumerate(self.layers):
+            x = layer(x, inputs.fold(number))
+        return x
+
+
+class Stack(nnx.Module):
+    """All layers: one period's module whose parameters carry a leading axis over the repeats."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.config = config
+        repeats = config.layout.repeats
+        graph = nnx.split(nnx.eval_shape(lambda: Period(config, nnx.Rngs(0))))[0]
+        keys = jax.random.split(rngs.params(), repeats)
+        states = jax.vmap(lambda key: nnx.split(Period(config, nnx.Rngs(key)))[1])(keys)
+        self.periods = nnx.merge(graph, states)
+
+    def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
+        graph, states = nnx.split(self.periods)
+
+        def body(x: Array, step: tuple[Array, nnx.State]) -> tuple[Array, None]:
+            number, state = step
+            period = nnx.merge(graph, gather_at_use(state))
+            return period(x, inputs.fold(number)), None
+
+        rules = current()
+        gathers = rules.size(("tensor",)) > 1 or rules.size(rules.gather_at_use) > 1
+        body = recompute.layer(self.config.recomputed, body, gathers=gathers)
+        repeats = self.config.layout.repeats
+        steps = (jnp.arange(repeats), states)
+        return jax.lax.scan(body, x, steps, unroll=self._unroll(repeats))[0]
+
+    def _unroll(self, repeats: int) -> int:
+        if self.config.unroll is not None:
+            return min(self.config.unroll, repeats)
+        on_cpu = current().mesh.devices.flat[0].platform == "cpu"
+        return repeats if on_cpu and repeats <= CPU_UNROLL else 1
+
+

@@ -1,0 +1,85 @@
+"""The optimizer's configuration: the rule, the learning-rate schedule, weight decay and clipping."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from jaxtron.config import Config, UserError
+from jaxtron.typing import Role
+
+Schedule = Literal["constant", "linear", "cosine", "inverse_square_root", "warmup_stable_decay"]
+AnnealStyle = Literal["linear", "cosine", "exponential", "minus_square_root"]
+
+NAME_FIELDS = {
+    "adamw": ("beta1", "beta2", "epsilon"),
+    "sgd": ("momentum", "nesterov"),
+}
+SCHEDULE_FIELDS = {
+    "constant": (),
+    "linear": ("minimum_learning_rate", "decay_steps"),
+    "cosine": ("minimum_learning_rate", "decay_steps"),
+    "inverse_square_root": ("minimum_learning_rate",),
+    "warmup_stable_decay": ("minimum_learning_rate", "decay_steps", "anneal_steps", "anneal_style"),
+}
+
+
+class OptimizerConfig(Config):
+    """How gradients become updates; a field that the chosen rule or schedule ignores must keep its default."""
+
+    name: Literal["adamw", "sgd"] = Field("adamw", description="update rule")
+    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate, reached after warm-up")
+    schedule: Schedule = Field("cosine", description="course of the learning rate after warm-up")
+    warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up before the schedule begins")
+    decay_steps: int | None = Field(
+        None, gt=0, description="update at which the minimum is reached, warm-up included; None: train.steps"
+    )
+    minimum_learning_rate: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
+    anneal_steps: int | None = Field(
+        None, gt=0, description="warmup_stable_decay: length of the final decay; None: a tenth of decay_steps"
+    )
+    anneal_style: AnnealStyle = Field("linear", description="warmup_stable_decay: course of the final decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="adamw: decay of the first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="adamw: decay of the second moment")
+    epsilon: float = Field(1e-8, gt=0, description="adamw: added to the root of the second moment")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd: momentum; 0 turns it off")
+    nesterov: bool = Field(False, description="sgd: Nesterov's momentum")
+    weight_decay: float = Field(0.1, ge=0, description="weight decay of the parameters named by decay_roles")
+    decay_roles: tuple[Role, ...] = Field(
+        ("kernel", "embedding", "position"), description="roles of the parameters that decay"
+    )
+    clip_norm: float = Field(1.0, ge=0, description="largest global norm of the gradients; 0 turns clipping off")
+
+    @model_validator(mode="after")
+    def _refuse_ignored_fields(self) -> Self:
+        for choice, fields in (("name", NAME_FIELDS), ("schedule", SCHEDULE_FIELDS)):
+            used = fields[getattr(self, choice)]
+            for field in dict.fromkeys(field for names in fields.values() for field in names):
+                users = " or ".join(value for value, names in fields.items() if field in names)
+                if field not in used and self._is_changed(field):
+                    raise UserError(
+                        f"{field}={getattr(self, field)!r} has no effect with {choice}={getattr(self, choice)}: "
+                        f"leave it out, or choose {choice}={users}"
+                    )
+        if self.weight_decay == 0 and self._is_changed("decay_roles"):
+            raise UserError(f"decay_roles={self.decay_roles} has no effect with weight_decay=0: leave it out")
+        if self.nesterov and self.momentum == 0:
+            raise UserError("nesterov=True has no effect with momentum=0: set a momentum such as 0.9")
+        return self
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.minimum_learning_rate > self.learning_rate:
+            raise UserError(
+                f"minimum_learning_rate={self.minimum_learning_rate} is above learning_rate={self.learning_rate}: "
+                "lower it"
+            )
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise UserError(
+                f"decay_steps={self.decay_steps} must be above warmup_steps={self.warmup_steps}, "
+                "which it includes: raise it or warm up for less"
+            )
+        return self
+
+    def _is_changed(self, field: str) -> bool:
+        # by value and not by `model_fields_set`, so that a saved configuration, which names every field, loads again
+        return getattr(self, field) != type(self).model_fields[field].default

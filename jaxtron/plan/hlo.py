@@ -1,0 +1,193 @@
+"""Reading the text of compiled HLO: its computations, and every instruction that runs, with the loops around it."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
+_OPCODE = re.compile(r"\s*(?P<opcode>[a-z][\w\-]*)\(")
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<=]*)\]")
+_CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED_MANY = re.compile(r"\b(branch_computations|called_computations)=\{([^}]*)\}")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\s*\{"n":"?(\d+)"?\}')
+_BRANCHES = ("true_computation", "false_computation", "branch_computations")
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array's element type, in HLO's spelling, and shape on one device."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Its size; sub-byte elements are packed."""
+        size = 1
+        for dim in self.shape:
+            size *= dim
+        digits = re.search(r"\d+", self.dtype)
+        bits = int(digits.group()) if digits else 8
+        return (size * bits + 7) // 8
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of HLO: `results` are the leaves of its type, `arguments` and `attributes` its text in and after `()`."""
+
+    name: str
+    opcode: str
+    results: tuple[Array, ...]
+    arguments: str
+    attributes: str
+
+    @property
+    def num_operands(self) -> int:
+        """How many instructions it reads."""
+        return self.arguments.count("%")
+
+    def called(self) -> Iterator[tuple[str, str]]:
+        """The computations it calls, each with the attribute that names it."""
+        yield from _CALLED.findall(self.attributes)
+        for role, names in _CALLED_MANY.findall(self.attributes):
+            yield from ((role, name) for name in re.findall(r"[\w.\-]+", names))
+
+
+@dataclass(frozen=True)
+class Module:
+    """Computations by name, the entry's name, the number of partitions, and source positions by stack frame."""
+
+    computations: dict[str, tuple[Instruction, ...]]
+    entry: str
+    num_partitions: int | None
+    locations: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Site:
+    """An instruction reached from the entry: trip counts of its loops (None unknown), outermost first."""
+
+    instruction: Instruction
+    loops: tuple[int | None, ...]
+    conditional: bool
+    asynchronous: bool
+
+
+def parse(hlo: str) -> Module:
+    """Reads `compiled.as_text()`; `ValueError` where it has no ENTRY computation."""
+    computations: dict[str, list[Instruction]] = {}
+    tables: dict[str, list[str]] = {}
+    entry = section = ""
+    inside = False
+    for line in hlo.splitlines():
+        if line.startswith("}"):
+            inside = False
+        elif inside:
+            if instruction := _instruction(line):
+                computations[section].append(instruction)
+        elif (header := _HEADER.match(line)) and not line.startswith("HloModule"):
+            section, inside = header["name"], True
+            computations[section] = []
+            entry = section if header["entry"] else entry
+        elif line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
+            section = line
+        elif line[:1].isdigit():
+            tables.setdefault(section, []).append(line)
+    if not entry:
+        raise ValueError(f"no ENTRY computation in {len(hlo)} characters of HLO: pass compiled.as_text()")
+    partitions = re.search(r"\bnum_partitions=(\d+)", hlo.split("\n", 1)[0])
+    return Module(
+        {name: tuple(instructions) for name, instructions in computations.items()},
+        entry,
+        int(partitions[1]) if partitions else None,
+        _locations(tables),
+    )
+
+
+def walk(module: Module) -> Iterator[Site]:
+    """Every instruction that runs, once for each place it is called from; ends of asynchronous pairs left out."""
+    yield from _walk(module, module.entry, (), False, False)
+
+
+def _walk(
+    module: Module, name: str, loops: tuple[int | None, ...], conditional: bool, asynchronous: bool
+) -> Iterator[Site]:
+    for instruction in module.computations.get(name, ()):
+        opcode = instruction.opcode
+        # the end of a pair names the computation of its start again
+        if opcode.endswith(("-done", "-update")):
+            continue
+        yield Site(instruction, loops, conditional, asynchronous)
+        for role, called in instruction.called():
+            inner = loops
+            if role == "body":
+                inner = (*loops, trip_count(module, instruction))
+            elif role == "condition":
+                trips = trip_count(module, instruction)
+                inner = (*loops, None if trips is None else trips + 1)
+            branch = conditional or role in _BRANCHES
+            yield from _walk(module, called, inner, branch, asynchronous or opcode.endswith("-start"))
+
+
+def trip_count(module: Module, loop: Instruction) -> int | None:
+    """How often a `while` runs: as the compiler recorded it, else from `counter < constant`; None if neither tells."""
+    if known := _TRIP_COUNT.search(loop.attributes):
+        return int(known[1])
+    condition = dict(loop.called())["condition"]
+    inside = list(_walk(module, condition, (), False, False))
+    constants = {
+        int(site.instruction.arguments)
+        for site in inside
+        if site.instruction.opcode == "constant" and re.fullmatch(r"-?\d+", site.instruction.arguments)
+    }
+    directions = [re.search(r"direction=(\w+)", s.instruction.attributes) for s in inside if "compare" in s.instruction.opcode]
+    if len(constants) != 1 or len(directions) != 1 or not directions[0] or directions[0][1] not in ("LT", "LE"):
+        return None
+    return constants.pop() + (directions[0][1] == "LE")
+
+
+def location(module: Module, instruction: Instruction) -> str:
+    """The `file:line` an instruction came from, or the empty string."""
+    if frame := re.search(r"\bstack_frame_id=(\d+)", instruction.attributes):
+        return module.locations.get(int(frame[1]), "")
+    file = re.search(r'\bsource_file="([^"]*)"', instruction.attributes)
+    line = re.search(r"\bsource_line=(\d+)", instruction.attributes)
+    return f"{file[1]}:{line[1]}" if file and line else ""
+
+
+def _instruction(line: str) -> Instruction | None:
+    if not (match := _INSTRUCTION.match(line)):
+        return None
+    rest = match["rest"]
+    end = _closing(rest, 0) if rest.startswith("(") else rest.find(" ")
+    if not (opcode := _OPCODE.match(rest, end)):
+        return None
+    last = _closing(rest, opcode.end() - 1)
+    results = tuple(
+        Array(dtype, tuple(int(dim.lstrip("<=")) for dim in shape.split(",") if dim))
+        for dtype, shape in _ARRAY.findall(rest[:end])
+        if dtype not in ("token", "opaque")
+    )
+    return Instruction(match["name"], opcode["opcode"], results, rest[opcode.end() : last - 1], rest[last:])
+
+
+def _closing(text: str, start: int) -> int:
+    """Position after the parenthesis that closes the one at `start`."""
+    depth = 0
+    for parenthesis in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if parenthesis.group() == "(" else -1
+        if depth == 0:
+            return parenthesis.end()
+    return len(text)
+
+
+def _locations(tables: dict[str, list[str]]) -> dict[int, str]:
+    """`file:line` of each stack frame's innermost position, from the tables before the computations."""
+    numbers = lambda line: [int(number) for number in re.findall(r"\d+", line)]
+    files = {int(line.split(" ", 1)[0]): line.split(" ", 1)[1].strip('"') for line in tables.get("FileNames", ())}
+    places = {}
+    for line in tables.get("FileLocations", ()):
+        identity, file, _, number, *_ = numbers(line)
+        places[identity] = f"{files.get(file, '?')}:{number}"
+    return {frame: places.get(place, "") for frame, place, *_ in map(numbers, tables.get("StackFrames", ()))}

@@ -1,0 +1,72 @@
+"""Collectives over the manual axes of the train step, beside an Explicit `tensor` axis.
+
+A gather of weights and its transpose are each a small `shard_map` over `tensor`, joined by a custom VJP: that is the
+form which lowers on every supported JAX when a manual axis communicates beside an Explicit one.
+"""
+
+import functools
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jaxtron.sharding.rules import current
+from jaxtron.typing import Array
+
+Gathers = tuple[tuple[int, tuple[str, ...]], ...]
+
+
+def manual_axes() -> frozenset[str]:
+    """Mesh axes that are manual where this is called (empty outside the train step)."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def vary(x: Array) -> Array:
+    """`x` typed as varying over every manual axis, so that no gradient is summed before we say so."""
+    missing = manual_axes() - set(jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+def all_gather(x: Array, gathers: Gathers) -> Array:
+    """`x` whole along each `(dim, axes)`; the backward pass is the reduce-scatter of the cotangent."""
+    gathers = tuple((dim, axes) for dim, axes in gathers if current().size(axes) > 1)
+    return _all_gather(x, gathers) if gathers else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _all_gather(x: Array, gathers: Gathers) -> Array:
+    def body(x: Array) -> Array:
+        for dim, axes in gathers:
+            x = jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+        return x
+
+    return _over_tensor(body, x)
+
+
+def _all_gather_fwd(x: Array, gathers: Gathers) -> tuple[Array, None]:
+    return _all_gather(x, gathers), None
+
+
+def _all_gather_bwd(gathers: Gathers, _: None, cotangent: Array) -> tuple[Array]:
+    return (reduce_scatter(cotangent, gathers),)
+
+
+_all_gather.defvjp(_all_gather_fwd, _all_gather_bwd)
+
+
+def reduce_scatter(x: Array, gathers: Gathers) -> Array:
+    """The sum of `x` over the axes, each device keeping its part along each `(dim, axes)`."""
+    gathers = tuple((dim, axes) for dim, axes in gathers if current().size(axes) > 1)
+    if not gathers:
+        return x
+
+    def body(x: Array) -> Array:
+        for dim, axes in gathers:
+            x = jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+        return x
+
+    return _over_tensor(body, x)
+
+
+def _over_tensor(body, x: Array) -> Array:
+    spec = PartitionSpec(*(axes if axes == "tensor" else None for axes in jax.typeof(x).sharding.spec))
+    return jax.shard_map(body, in_specs=spec, out_specs=spec, axis_names={"tensor"})(x)

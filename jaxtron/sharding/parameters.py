@@ -1,0 +1,130 @@
+"""Parameters: created with logical axes, stored in parts, gathered where they are used."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtron.sharding.collectives import Gathers, all_gather, manual_axes, reduce_scatter, vary
+from jaxtron.sharding.mesh import BATCH_AXES, MANUAL_AXES
+from jaxtron.sharding.rules import current
+from jaxtron.typing import Array, PyTree, Role
+
+Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], Array]
+
+
+def parameter(
+    rngs: nnx.Rngs, initializer: Initializer, shape: tuple[int, ...], *, axes: tuple[str, ...], role: Role
+) -> nnx.Param:
+    """A float32 parameter; `axes` names each dimension, `role` decides decay and precision.
+
+    The spec at rest follows from the names (`Rules.parameter_spec`) and stays with the parameter, as metadata.
+    """
+    value = initializer(rngs.params(), shape, jnp.float32)
+    layout = current().parameter_spec(axes, shape)
+    return nnx.Param(value, out_sharding=axes, role=role, layout=layout, eager_sharding=False)
+
+
+def layouts(state: PyTree) -> PyTree:
+    """Spec at rest of every parameter of an abstract state, as a plain nested dict; stacked axes come first, whole."""
+    return _metadata(state, lambda variable: _stacked(variable.get_metadata("layout"), variable[...].ndim))
+
+
+def roles(state: PyTree) -> PyTree:
+    """Role of every parameter of an abstract state, as a plain nested dict."""
+    return _metadata(state, lambda variable: variable.get_metadata("role"))
+
+
+def logical_axes(state: PyTree) -> PyTree:
+    """Logical axes of every parameter of an abstract state; `layers` for stacked ones."""
+
+    def names(variable: nnx.Variable) -> tuple[str, ...]:
+        axes = variable.get_metadata("out_sharding")
+        return ("layers",) * (variable[...].ndim - len(axes)) + tuple(axes)
+
+    return _metadata(state, names)
+
+
+def shardings(specs: PyTree) -> PyTree:
+    """`NamedSharding`s on the current mesh for a tree of specs."""
+    mesh = current().mesh
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+
+
+def manual_specs(specs: PyTree) -> PyTree:
+    """The manual part of each spec: what `shard_map` is told at the border of the train step."""
+    return jax.tree.map(lambda spec: _only(spec, MANUAL_AXES), specs, is_leaf=_is_spec)
+
+
+def gather_at_use(state: nnx.State) -> nnx.State:
+    """The state of a module with its weights whole over the batch axes; backward reduce-scatters their gradients.
+
+    Called where a module is about to run, so that one layer's weights are whole at a time (ZeRO-3).
+    """
+    axes = current().gather_at_use
+
+    def gather(variable: nnx.Variable) -> nnx.Variable:
+        value = variable[...]
+        spec = _stacked(variable.get_metadata("layout"), value.ndim)
+        return variable.replace(_gather(value, spec, axes))
+
+    return jax.tree.map(gather, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def gather_once(params: PyTree, specs: PyTree) -> PyTree:
+    """Working parameters of a step: local, varying, whole over the axes that only the state is sharded on (ZeRO-1)."""
+    axes = current().gather_once
+    return jax.tree.map(lambda value, spec: all_gather(vary(value), _along(spec, axes)), params, specs)
+
+
+def reduce_gradients(gradients: PyTree, specs: PyTree) -> PyTree:
+    """Gradients summed over the devices, each keeping the part that the state at rest has.
+
+    Axes gathered at use were reduced by their gather's backward; this is the once-a-step part.
+    """
+    rules = current()
+
+    def reduce(gradient: Array, spec: PartitionSpec) -> Array:
+        sharded = {axis for axes in spec if axes for axis in _tuple(axes)}
+        gradient = reduce_scatter(gradient, _along(spec, rules.gather_once))
+        whole = tuple(axis for axis in MANUAL_AXES if axis not in sharded)
+        gradient = jax.lax.psum(gradient, whole)
+        return gradient
+
+    return jax.tree.map(reduce, gradients, specs)
+
+
+def _gather(value: Array, spec: PartitionSpec, axes: tuple[str, ...]) -> Array:
+    if manual_axes():
+        return all_gather(value, _along(spec, axes))
+    # outside the train step the axes are Explicit, and a change of layout is the gather
+    whole = PartitionSpec(*(tuple(a for a in _tuple(entry) if a not in BATCH_AXES) for entry in spec))
+    return jax.sharding.reshard(value, whole)
+
+
+def _along(spec: PartitionSpec, axes: tuple[str, ...]) -> Gathers:
+    found = [(dim, tuple(axis for axis in _tuple(entry) if axis in axes)) for dim, entry in enumerate(spec)]
+    return tuple((dim, axes) for dim, axes in found if axes)
+
+
+def _only(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+    return PartitionSpec(*(tuple(axis for axis in _tuple(entry) if axis in axes) or None for entry in spec))
+
+
+def _stacked(spec: PartitionSpec, ndim: int) -> PartitionSpec:
+    return PartitionSpec(*(None,) * (ndim - len(spec)), *spec)
+
+
+def _tuple(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _is_spec(node: object) -> bool:
+    return isinstance(node, PartitionSpec)
+
+
+def _metadata(state: PyTree, read: Callable[[nnx.Variable], object]) -> PyTree:
+    tree = jax.tree.map(read, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree

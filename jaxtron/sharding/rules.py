@@ -1,0 +1,188 @@
+"""Which mesh axis splits which logical axis: two tables, and nothing else decides it."""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxtron.config import Config, UserError
+from jaxtron.sharding.mesh import BATCH_AXES
+from jaxtron.typing import Array
+
+Zero = Literal["none", "optimizer", "parameters"]
+Table = Mapping[str, tuple[str, ...]]
+
+# Parameters, gradients and optimizer state at rest. `embed` is on every matrix: batch axes shard along it.
+PARAMETERS: Table = {
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "gate": (),
+    "vocab": ("tensor",),
+    "positions": (),
+    "norm": (),
+}
+
+# Activations. `seq` is the sequence of the residual stream (sequence parallelism: split over tensor);
+# `full_seq` is the same sequence where a layer sees all of it.
+ACTIVATIONS: Table = {
+    "batch": BATCH_AXES,
+    "seq": ("tensor",),
+    "full_seq": (),
+    "embed": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "gate": (),
+    "vocab": ("tensor",),
+}
+
+# A key/value head is copied to the devices that share it when there are fewer of them than tensor parts.
+REPLICABLE = frozenset({"kv_heads"})
+
+
+class ShardingConfig(Config):
+    """What the batch axes do beyond splitting the batch."""
+
+    zero: Zero = "optimizer"
+    """What `mesh.data` shards (ZeRO): none; optimizer: states and master weights; parameters: weights at use too."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The two tables on one mesh, with the ZeRO level applied to the parameters' one.
+
+    `gather_once` axes are gathered at the start of a step, `gather_at_use` axes in the layer that uses the weight.
+    """
+
+    mesh: Mesh
+    parameters: Table
+    activations: Table
+    gather_once: tuple[str, ...]
+    gather_at_use: tuple[str, ...]
+
+    def size(self, axes: tuple[str, ...]) -> int:
+        """Number of parts that these mesh axes make."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    def parameter_spec(self, logical: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
+        """Spec at rest of a parameter with these logical axes; indivisible sizes and collisions are `UserError`s.
+
+        A batch axis that does not divide `embed` moves to the first other dimension that it divides.
+        """
+        table = {name: self._lookup(self.parameters, name) for name in logical}
+        spec: list[tuple[str, ...]] = []
+        for name, size in zip(logical, shape, strict=True):
+            axes = tuple(axis for axis in table[name] if axis not in BATCH_AXES)
+            if size % self.size(axes) and self._replicable(name, size, axes):
+                axes = ()
+            spec.append(axes)
+        self._check(logical, shape, spec)
+        for name in logical:
+            for axis in (axis for axis in table[name] if axis in BATCH_AXES):
+                self._place(axis, logical.index(name), logical, shape, spec)
+        return PartitionSpec(*spec)
+
+    def activation_spec(self, *logical: str | None) -> PartitionSpec:
+        """Spec of an activation; axes that are manual where this is called are local already and left out."""
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        spec = [
+            tuple(axis for axis in self._lookup(self.activations, name) if axis not in manual) if name else ()
+            for name in logical
+        ]
+        self._check(tuple(name or "-" for name in logical), None, spec)
+        return PartitionSpec(*spec)
+
+    def splits(self, name: str, size: int) -> bool:
+        """Whether the activation axis `name` of this size is split by its mesh axes (or copied, `REPLICABLE`)."""
+        axes = self._lookup(self.activations, name)
+        if size % self.size(axes) == 0:
+            return True
+        if self._replicable(name, size, axes):
+            return False
+        raise UserError(f"{name} {size} does not divide by {_text(axes)} = {self.size(axes)}")
+
+    def _replicable(self, name: str, size: int, axes: tuple[str, ...]) -> bool:
+        return name in REPLICABLE and self.size(axes) % size == 0
+
+    def _lookup(self, table: Table, name: str) -> tuple[str, ...]:
+        if name not in table:
+            raise UserError(f"no logical axis {name!r}; known: {', '.join(table)}")
+        return table[name]
+
+    def _place(self, axis: str, home: int, logical: tuple[str, ...], shape: tuple[int, ...], spec: list) -> None:
+        others = [dim for dim in range(len(shape)) if dim != home]
+        for dim in [home, *others]:
+            if shape[dim] % self.size((*spec[dim], axis)) == 0:
+                spec[dim] = (*spec[dim], axis)
+                return
+        raise UserError(
+            f"no dimension of {dict(zip(logical, shape, strict=True))} divides by mesh.{axis} = {self.size((axis,))} "
+            f"(on top of {PartitionSpec(*spec)})"
+        )
+
+    def _check(self, logical: tuple[str, ...], shape: tuple[int, ...] | None, spec: list[tuple[str, ...]]) -> None:
+        used = [axis for axes in spec for axis in axes]
+        if len(set(used)) != len(used):
+            raise UserError(f"logical axes {logical} use a mesh axis twice: {PartitionSpec(*spec)}")
+        for name, size, axes in zip(logical, shape or (), spec, strict=False):
+            if size % self.size(axes):
+                raise UserError(
+                    f"{name} {size} does not divide by {_text(axes)} = {self.size(axes)}, as {PartitionSpec(*spec)} asks"
+                )
+
+
+def make_rules(mesh: Mesh, config: ShardingConfig) -> Rules:
+    """The tables for `mesh`, edited for the ZeRO level (Rajbhandari et al., 1910.02054)."""
+    embed = {"none": ("fsdp",), "optimizer": ("fsdp", "data"), "parameters": ("fsdp", "data")}[config.zero]
+    return Rules(
+        mesh=mesh,
+        parameters={**PARAMETERS, "embed": embed},
+        activations=ACTIVATIONS,
+        gather_once=("data",) if config.zero == "optimizer" else (),
+        gather_at_use=("fsdp", "data") if config.zero == "parameters" else ("fsdp",),
+    )
+
+
+_RULES: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules")
+
+
+@contextlib.contextmanager
+def use(rules: Rules) -> Iterator[Rules]:
+    """Within this context, models are built and run on the rules' mesh."""
+    token = _RULES.set(rules)
+    try:
+        with jax.set_mesh(rules.mesh):
+            yield rules
+    finally:
+        _RULES.reset(token)
+
+
+def current() -> Rules:
+    """The rules of the enclosing `use`; a `RuntimeError` outside of one."""
+    try:
+        return _RULES.get()
+    except LookupError:
+        raise RuntimeError("no mesh here: build and run models inside `with jaxtron.sharding.use(rules):`") from None
+
+
+def spec(*logical: str | None) -> PartitionSpec:
+    """Spec of an activation with these logical axes (None: not split) under the current rules."""
+    return current().activation_spec(*logical)
+
+
+def constrain(x: Array, *logical: str | None) -> Array:
+    """`x` laid out as its logical axes say; moves data only where the layout changes."""
+    return jax.sharding.reshard(x, spec(*logical))
+
+
+def _text(axes: tuple[str, ...]) -> str:
+    return " x ".join(f"mesh.{axis}" for axis in axes)

@@ -1,0 +1,63 @@
+"""A setting of the optimizer that would not take effect is refused."""
+
+import pytest
+from pydantic import ValidationError
+
+from jaxtron.optim import OptimizerConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "sgd", "beta1": 0.8}, "beta1=0.8 has no effect with name=sgd: leave it out, or choose name=adamw"),
+        ({"name": "sgd", "beta2": 0.99}, "beta2=0.99 has no effect with name=sgd"),
+        ({"name": "sgd", "epsilon": 1e-6}, "epsilon=1e-06 has no effect with name=sgd"),
+        ({"momentum": 0.5}, "momentum=0.5 has no effect with name=adamw: leave it out, or choose name=sgd"),
+        ({"nesterov": True}, "nesterov=True has no effect with name=adamw"),
+        ({"name": "sgd", "nesterov": True, "momentum": 0}, "nesterov=True has no effect with momentum=0"),
+        ({"schedule": "constant", "decay_steps": 5}, "choose schedule=linear or cosine or warmup_stable_decay"),
+        ({"schedule": "constant", "minimum_learning_rate": 1e-5}, "minimum_learning_rate=1e-05 has no effect"),
+        ({"schedule": "inverse_square_root", "decay_steps": 5}, "decay_steps=5 has no effect"),
+        ({"schedule": "cosine", "anneal_steps": 5}, "anneal_steps=5 has no effect with schedule=cosine"),
+        ({"schedule": "linear", "anneal_style": "cosine"}, "anneal_style='cosine' has no effect"),
+        ({"weight_decay": 0, "decay_roles": ["kernel"]}, "decay_roles=('kernel',) has no effect with weight_decay=0"),
+        ({"minimum_learning_rate": 1.0}, "minimum_learning_rate=1.0 is above learning_rate=0.0003"),
+        ({"decay_steps": 10, "warmup_steps": 10}, "decay_steps=10 must be above warmup_steps=10"),
+    ],
+)
+def test_setting_without_effect_is_refused_in_one_line(settings, message):
+    with pytest.raises(ValidationError) as caught:
+        OptimizerConfig(**settings)
+    (error,) = caught.value.errors()
+    assert message in error["msg"]
+    assert "\n" not in error["msg"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learning_rate": 0},
+        {"learning_rate": -1e-3},
+        {"warmup_steps": -1},
+        {"beta1": 1.0},
+        {"clip_norm": -1},
+        {"weight_decay": -0.1},
+        {"name": "lion"},
+        {"schedule": "wsd"},
+        {"decay_roles": ["kernels"]},
+        {"lr": 1e-3},
+    ],
+)
+def test_values_out_of_range_and_unknown_names_are_refused(settings):
+    with pytest.raises(ValidationError):
+        OptimizerConfig(**settings)
+
+
+def test_saved_configuration_loads_again():
+    config = OptimizerConfig(name="sgd", schedule="constant", momentum=0.5, clip_norm=0)
+    assert OptimizerConfig(**config.model_dump()) == config
+    assert OptimizerConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_every_field_has_a_meaning():
+    assert all(field.description for field in OptimizerConfig.model_fields.values())
