@@ -1,9 +1,13 @@
 """The checkpoints of a run: saved in the background, the newest kept, restored on any mesh."""
 
 import json
+import logging
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,8 @@ from jaxtron.checkpoint.restore import Restored, committed_steps, restore_newest
 from jaxtron.checkpoint.storage import RecordingHandler, save_arguments
 from jaxtron.config import UserError
 
+_DELETING = ".deleting"
+
 
 class Checkpoints:
     """The checkpoints in one directory, which only this run writes; every process of the run has one.
@@ -29,7 +35,10 @@ class Checkpoints:
         self.directory = directory.absolute()
         self.config = config
         _check_writable(self.directory)
-        self._orbax = ocp.AsyncCheckpointer(RecordingHandler())
+        # directories are made at once, so that a full or read-only disk is noticed in `save`
+        options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        self._orbax = ocp.AsyncCheckpointer(RecordingHandler(), async_options=options)
+        logging.getLogger("absl").addFilter(_is_news)
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
         self._good = set(committed_steps(self.directory))
@@ -52,7 +61,8 @@ class Checkpoints:
         Returns when the arrays may be donated, and before the files are written if `asynchronous`. An earlier save that
         failed in the background is a `UserError` here. All processes call this; the first one's `extra` is stored.
         """
-        json.dumps(extra)
+        # a copy: the record is written in the background
+        extra = json.loads(json.dumps(extra))
         self.wait()
         if step in self._good:
             return
@@ -98,3 +108,56 @@ class Checkpoints:
         finally:
             self._background.shutdown()
             self._orbax.close()
+            logging.getLogger("absl").removeFilter(_is_news)
+
+    def _finish(self, step: int) -> None:
+        """In the background: wait for the commit, then delete the oldest."""
+        self._orbax.wait_until_finished()
+        good = sorted({*self._good, step})
+        self._good = set(good[-self.config.keep :])
+        if jax.process_index() == 0:
+            for old in good[: -self.config.keep]:
+                _delete(step_path(self.directory, old))
+
+    def _clear_way(self, step: int) -> None:
+        """Delete what a killed run left half done, and move a damaged checkpoint of this step aside."""
+        for pattern in ("step_*.orbax-checkpoint-tmp*", f"step_*{_DELETING}"):
+            for leftover in self.directory.glob(pattern):
+                shutil.rmtree(leftover)
+        path = step_path(self.directory, step)
+        if path.exists():
+            path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # Orbax logs the traceback of an error in the background, which `wait` raises anyway
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _delete(path: Path) -> None:
+    # renamed first, so that a kill in the middle leaves nothing that looks like a checkpoint
+    doomed = path.rename(path.with_name(path.name + _DELETING))
+    shutil.rmtree(doomed)
+
+
+def _check_writable(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"checkpoints cannot be written to {directory}: {error.strerror}; choose another --run.directory"
+        ) from error
+
+
+@contextmanager
+def _failing_as_user_error(step: int, directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the checkpoint of step {step} could not be written to {directory}: {reason}; "
+            "earlier checkpoints are untouched; make room or choose another --run.directory"
+        ) from error

@@ -3,9 +3,11 @@
 A name joins the path's parts by dots: `parameters.decoder.embed`, `optimizer.1.mu.decoder.embed`.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 from jax.tree_util import KeyPath, keystr
 from jaxtyping import Array, PyTree
@@ -88,7 +90,5 @@ def from_plain(leaf: Array, like: jax.ShapeDtypeStruct) -> Array:
     """The inverse of `plain` for a leaf like `like`."""
     if not is_key(like):
         return leaf
-    keys = jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like))
-    return keys if like.sharding is None else jax.device_put(keys, like.sharding)
-
-
+    impl = jax.random.key_impl(jnp.empty((), like.dtype))
+    return jax.jit(partial(jax.random.wrap_key_data, impl=impl), out_shardings=like.sharding)(leaf)

@@ -11,25 +11,26 @@ class DataConfig(Config):
     """Text, tokenizer, windows and loading."""
 
     path: str | tuple[str, ...] = Field(
-        PYTHON_STDLIB,
+        default=PYTHON_STDLIB,
         description=f"Files or folders of UTF-8 text; {PYTHON_STDLIB} is the source of Python's own standard library.",
     )
     tokenizer: str = Field(
-        "bytes", description="bytes, characters (vocabulary from the data) or a Hugging Face tokenizer.json file."
+        default="bytes",
+        description="bytes, characters (vocabulary from the data) or a Hugging Face tokenizer.json file.",
     )
     end_of_document: str | None = Field(
-        None,
+        default=None,
         description="Token of the tokenizer.json that ends a document; by default its <|endoftext|>, </s> or the like.",
     )
-    sequence_length: int = Field(256, ge=1, description="Tokens in a sequence.")
+    sequence_length: int = Field(default=256, ge=1, description="Tokens in a sequence.")
     validation_fraction: float = Field(
-        0.1, ge=0, lt=1, description="Share of the tokens, at the end of the data, kept for validation."
+        default=0.1, ge=0, lt=1, description="Share of the tokens, at the end of the data, kept for validation."
     )
     cache_directory: str | None = Field(
-        None, description="Where token ids are kept; by default $XDG_CACHE_HOME/jaxtron or ~/.cache/jaxtron."
+        default=None, description="Where token ids are kept; by default $XDG_CACHE_HOME/jaxtron or ~/.cache/jaxtron."
     )
-    workers: int = Field(1, ge=1, description="Threads that read batches ahead of the step.")
-    prefetch: int = Field(4, ge=1, description="Batches read ahead of the step; at least as many as workers.")
+    workers: int = Field(default=1, ge=1, description="Threads that read batches ahead of the step.")
+    prefetch: int = Field(default=4, ge=1, description="Batches read ahead of the step; at least as many as workers.")
 
     @model_validator(mode="after")
     def _every_worker_has_a_batch(self) -> "DataConfig":

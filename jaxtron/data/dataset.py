@@ -49,7 +49,7 @@ class Data:
 def open_data(config: DataConfig, *, seed: int) -> Data:
     """The data that the settings name, tokenized now unless the cache has it; UserError for bad input."""
     paths = (config.path,) if isinstance(config.path, str) else config.path
-    if not paths:
+    if not paths or not all(paths):
         raise UserError("--data.path is empty; give files or folders of text")
     stream = open_tokens(
         find_files(paths),

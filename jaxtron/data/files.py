@@ -31,7 +31,7 @@ def read_document(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; make it readable or leave it out") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}; make it readable or leave it out") from error
     offset, what = content.find(b"\0"), "is binary: a zero byte"
     text = ""
     if offset < 0:
@@ -45,11 +45,12 @@ def read_document(path: Path) -> str:
 
 
 def _files_below(path: Path) -> list[Path]:
-    if path.is_file():
+    # os.path rather than Path: False, not an exception, for what may not be looked at
+    if os.path.isfile(path):
         return [path.resolve()]
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"no such file or folder {path}; set --data.path to UTF-8 text, or to {PYTHON_STDLIB}")
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{path} is neither a file nor a folder; set --data.path to UTF-8 text")
     files = _walk(path.resolve(), skipped=frozenset())
     if not files:

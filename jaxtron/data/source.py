@@ -1,7 +1,7 @@
 """Training samples by number: the seam between a data format and the loader."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32, Integer
@@ -16,6 +16,7 @@ class Sample:
     weights: Float32[np.ndarray, "S"]
 
 
+@runtime_checkable
 class Source(Protocol):
     """A fixed number of samples of one length, read in any order by several threads at once."""
 

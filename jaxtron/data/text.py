@@ -7,6 +7,7 @@ whole, so no process ever sees half an entry, and of two processes that write at
 import hashlib
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -39,7 +40,7 @@ class TokenStream:
 def open_tokens(files: Sequence[Path], *, tokenizer: Tokenizer | None, cache_directory: Path) -> TokenStream:
     """The files' tokens from the cache, made there first if need be; a tokenizer of None means characters."""
     entry = cache_directory / _cache_key(files, tokenizer)
-    if not entry.is_dir():
+    if not os.path.isdir(entry):
         _write_entry(entry, files, tokenizer)
     return _read_entry(entry, tokenizer)
 
@@ -69,7 +70,7 @@ def _write_entry(entry: Path, files: Sequence[Path], tokenizer: Tokenizer | None
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"cannot write the token cache in {entry.parent}: {error.strerror}; "
+            f"cannot write the token cache in {entry.parent}: {error.strerror or error}; "
             "set --data.cache_directory to a writable folder with room"
         ) from error
 

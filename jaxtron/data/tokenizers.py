@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Integer
@@ -14,6 +14,7 @@ from jaxtron.config import UserError
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eos|>", "</s>", "<eos>", "<EOS>", "[EOS]")
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to token ids and back."""
 

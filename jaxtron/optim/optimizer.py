@@ -58,9 +58,13 @@ def clip_by_global_norm(gradients: PyTree, clip_norm: float) -> tuple[PyTree, Fl
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     # float32 parameters pass through untouched; for others optax would keep the moments in their type
     def init(params):
-        return inner.init(optax.tree.cast(params, jnp.float32))
+        return inner.init(_cast(params))
 
     def update(updates, state, params=None):
-        return inner.update(optax.tree.cast(updates, jnp.float32), state, optax.tree.cast(params, jnp.float32))
+        return inner.update(_cast(updates), state, _cast(params))
 
     return optax.GradientTransformation(init, update)
+
+
+def _cast(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)

@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from jaxtron.config import UserError
 from jaxtron.optim.config import AnnealStyle, OptimizerConfig
-from jaxtron.typing import Array, Float, Int
+from jaxtron.typing import Array, Float
 
-LearningRate = Callable[[Int[Array, ""] | int], Float[Array, ""]]
+LearningRate = Callable[[ArrayLike], Float[Array, ""]]
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> LearningRate:

@@ -1,6 +1,5 @@
 """The census of collectives: what a compiled step communicates, over which mesh axes, how much and how often."""
 
-import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ _RING_PASSES = {
 }
 _COLLECTIVES = (*_RING_PASSES, "collective-permute", "collective-broadcast")
 _SENT_PAIRS = "_xla_send_recv_source_target_pairs"
+_PAIRS = re.compile(rf'(?:\bsource_target_pairs=|{_SENT_PAIRS}="?)(\{{(?:\{{\d+,\d+\}},?)*\}})')
 
 UNKNOWN_AXES = ("?",)
 
@@ -32,7 +32,10 @@ class Collective:
     `bytes` is the payload of one execution per device: what an all-gather has gathered, what a reduce-scatter reduces,
     the array of an all-reduce, all-to-all or permutation. `shapes` are the arrays so counted.
     `axes` are the mesh axes whose groups communicate: `()` if no data leaves the device, `("?",)` if groups match none.
+    `group_size` is the number of devices of those axes; 0 marks a permutation without pairs, whose result is zeros.
     `loops` are trip counts of the loops around it, outermost first, None where the compiler does not know.
+    `source` is the traced operation it came from, or its innermost loop's where XLA lost it; `location` is `file:line`;
+    `backward` tells whether either belongs to a backward pass, recomputation included.
     """
 
     kind: str
@@ -44,6 +47,7 @@ class Collective:
     loops: tuple[int | None, ...]
     conditional: bool
     asynchronous: bool
+    backward: bool
     source: str
     location: str
 
@@ -55,11 +59,11 @@ class Collective:
     @property
     def executions(self) -> int:
         """Times it runs a step: the product of `loops`, unknown ones and conditionals counted as 1."""
-        return math.prod(trips or 1 if trips is None else trips for trips in self.loops)
+        return math.prod(1 if trips is None else trips for trips in self.loops)
 
     @property
     def sent_bytes(self) -> float:
-        """What each device sends in one execution if rings carry it out: (n-1)/n of `bytes`, twice for an all-reduce."""
+        """What each device sends in one execution over a ring of n: (n-1)/n of `bytes`, for an all-reduce twice."""
         if self.group_size <= 1:
             return 0.0
         passes = _RING_PASSES.get(self.kind.replace("_", "-"))
@@ -100,7 +104,7 @@ def _collective(module: hlo.Module, site: hlo.Site, groups: "_Groups") -> Collec
     axes, group_size = groups.of(instruction.attributes)
     arrays = _payload(opcode, instruction, group_size)
     started = site.asynchronous or instruction.opcode.endswith("-start") or instruction.opcode == "send"
-    op_name = re.search(r'\bop_name="([^"]*)"', instruction.attributes)
+    sources = (instruction.source, *(loop.source for loop in reversed(site.loops)))
     return Collective(
         kind=opcode.replace("-", "_"),
         axes=axes,
@@ -108,11 +112,13 @@ def _collective(module: hlo.Module, site: hlo.Site, groups: "_Groups") -> Collec
         dtype="+".join(sorted({array.dtype for array in arrays})),
         shapes=tuple(array.shape for array in arrays),
         bytes=sum(array.bytes for array in arrays),
-        loops=site.loops,
+        loops=tuple(loop.trips for loop in site.loops),
         conditional=site.conditional,
         # JAX 0.10 prints pairs also for what waits at once
         asynchronous=started and '"is_sync":true' not in instruction.attributes,
-        source=op_name[1] if op_name else "",
+        # some lose their own name, none that of the loop
+        backward=any("transpose(" in source for source in sources),
+        source=next(filter(None, sources), ""),
         location=hlo.location(module, instruction),
     )
 
@@ -146,19 +152,19 @@ class _Groups:
 
     def of(self, attributes: str) -> tuple[tuple[str, ...], int]:
         """Axis names, in mesh order, and the number of devices that communicate with each other."""
-        pairs = re.search(rf'(?:\bsource_target_pairs=|{_SENT_PAIRS}="?)(\{{(?:\{{\d+,\d+\}},?)*\}})', attributes)
-        groups = re.search(rf"\breplica_groups=({_LISTED}|{_IOTA}|{_MESH})", attributes)
-        text = pairs[1] if pairs else groups[1] if groups else ""
+        pairs = _PAIRS.search(attributes)
+        text = pairs[1] if pairs else hlo.replica_groups_text(attributes)
         if text not in self._known:
             self._known[text] = self._of_pairs(text) if pairs else self._of_groups(text)
         return self._known[text]
 
     def _of_pairs(self, text: str) -> tuple[tuple[str, ...], int]:
         pairs = np.array([int(number) for number in re.findall(r"\d+", text)], int).reshape(-1, 2)
-        return self._named(self._differing(pairs[:, 0], pairs[:, 1]))
+        axes, group_size = self._named(self._differing(pairs[:, 0], pairs[:, 1]))
+        return axes, group_size if len(pairs) else 0
 
     def _of_groups(self, text: str) -> tuple[tuple[str, ...], int]:
-        groups = replica_groups(text, self._positions.size)
+        groups = hlo.replica_groups(text, self._positions.size)
         lengths = {len(group) for group in groups}
         if len(lengths) == 1:
             actual = np.array(groups)
@@ -183,44 +189,48 @@ def _canonical(groups: np.ndarray) -> np.ndarray:
     return ordered[np.argsort(ordered[:, 0])]
 
 
-# the three ways HLO writes groups of devices
-_LISTED = r"\{(?:\{[\d,]*\},?)*\}"
-_IOTA = r"\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
-_MESH = r"mesh\[[^\]]*\](?:, device_ids=\([^)]*(?:\([^)]*\))?[^)]*\))? \{[^}]*\}"
+def summarize(collectives: Sequence[Collective]) -> str:
+    """A table of kinds, axes and loops: instructions, arrays, executions, payload and ring bytes a step and device."""
+    rows = [("kind", "axes", "loops", "ops", "arrays", "runs", "payload", "sent", "async")]
+    for (kind, axes, loops, conditional), found in _grouped(collectives):
+        rows.append(
+            (
+                kind,
+                ",".join(axes) or "-",
+                " x ".join("?" if trips is None else str(trips) for trips in loops) + (" if" if conditional else ""),
+                str(len(found)),
+                str(sum(collective.operands for collective in found)),
+                str(sum(collective.executions for collective in found)),
+                _size(sum(collective.step_bytes for collective in found)),
+                _size(sum(collective.step_sent_bytes for collective in found)),
+                f"{sum(collective.asynchronous for collective in found)}/{len(found)}",
+            )
+        )
+    total = _size(sum(collective.step_sent_bytes for collective in collectives))
+    rows.append(("total", "", "", str(len(collectives)), "", "", "", total, ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    numeric = range(3, len(rows[0]))
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in numeric else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
-def replica_groups(text: str, num_devices: int) -> list[list[int]]:
-    """Groups of device positions from `{{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)` or `mesh['a'=2,'b'=2] {'b'}`.
-
-    Empty groups mean all devices together.
-    """
-    if text.startswith("mesh"):
-        return _mesh_groups(text)
-    if text.startswith("["):
-        shape, source = text.split("<=")
-        return _iota(source).reshape(_numbers(shape)).tolist()
-    return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", text)] or [list(range(num_devices))]
+def _grouped(collectives: Sequence[Collective]) -> list[tuple[tuple, list[Collective]]]:
+    """Collectives that differ only in their arrays, those that send most first."""
+    groups: dict[tuple, list[Collective]] = {}
+    for collective in collectives:
+        key = (collective.kind, collective.axes, collective.loops, collective.conditional)
+        groups.setdefault(key, []).append(collective)
+    return sorted(groups.items(), key=lambda group: -sum(c.step_sent_bytes for c in group[1]))
 
 
-def _mesh_groups(text: str) -> list[list[int]]:
-    mesh, axes = text.removesuffix("}").rsplit("{", 1)
-    names = re.findall(r"'?([^',\[\]]+)'?=(\d+)", mesh.split("]", 1)[0].removeprefix("mesh["))
-    sizes = [int(size) for _, size in names]
-    positions = np.arange(math.prod(sizes))
-    if devices := re.search(r"device_ids=\((.*)\)", mesh):
-        positions = _iota(devices[1]) if "[" in devices[1] else np.array(_numbers(devices[1]))
-    # an axis may be cut: 'a':(2)4 is the part of size 4 after a part of size 2
-    parts = {name: (1, int(size), 1) for name, size in names}
-    chosen = re.findall(r"'?([^',:{}]+)'?(?::\((\d+)\)(\d+))?(?:,|$)", axes)
-    shape, order = [], []
-    for name, size in names:
-        cuts = [(int(before), int(length)) for other, before, length in chosen if other == name and before]
-        whole = any(other == name and not before for other, before, _ in chosen)
-        for length, taken in _cut(int(size), cuts, whole):
-            order.append(taken)
-            shape.append(length)
-    del parts
-    positions = positions.reshape(shape)
-    kept = [axis for axis, taken in enumerate(order) if taken]
-    left = [axis for axis, taken in enumerate(order) if not taken]
-    return positions.transpose(*left, *kept).reshape(-1, math.prod(shape[axis] for axis in kept)).tolist()
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.4g} TiB"

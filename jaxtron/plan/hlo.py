@@ -1,8 +1,11 @@
 """Reading the text of compiled HLO: its computations, and every instruction that runs, with the loops around it."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+import numpy as np
 
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
@@ -24,17 +27,14 @@ class Array:
     @property
     def bytes(self) -> int:
         """Its size; sub-byte elements are packed."""
-        size = 1
-        for dim in self.shape:
-            size *= dim
         digits = re.search(r"\d+", self.dtype)
         bits = int(digits.group()) if digits else 8
-        return (size * bits + 7) // 8
+        return -(-math.prod(self.shape) * bits // 8)
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of HLO: `results` are the leaves of its type, `arguments` and `attributes` its text in and after `()`."""
+    """One line of HLO: `results` are the leaves of its type; `arguments`, `attributes` its text in and after `()`."""
 
     name: str
     opcode: str
@@ -46,6 +46,12 @@ class Instruction:
     def num_operands(self) -> int:
         """How many instructions it reads."""
         return self.arguments.count("%")
+
+    @property
+    def source(self) -> str:
+        """The traced operation it came from, such as `jit(step)/transpose(jvp())/while`; empty where XLA lost it."""
+        match = re.search(r'\bop_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
 
     def called(self) -> Iterator[tuple[str, str]]:
         """The computations it calls, each with the attribute that names it."""
@@ -65,11 +71,19 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """A `while`: how often it runs (None unknown) and the operation it came from."""
+
+    trips: int | None
+    source: str
+
+
+@dataclass(frozen=True)
 class Site:
-    """An instruction reached from the entry: trip counts of its loops (None unknown), outermost first."""
+    """An instruction reached from the entry, with the loops around it, outermost first."""
 
     instruction: Instruction
-    loops: tuple[int | None, ...]
+    loops: tuple[Loop, ...]
     conditional: bool
     asynchronous: bool
 
@@ -110,9 +124,7 @@ def walk(module: Module) -> Iterator[Site]:
     yield from _walk(module, module.entry, (), False, False)
 
 
-def _walk(
-    module: Module, name: str, loops: tuple[int | None, ...], conditional: bool, asynchronous: bool
-) -> Iterator[Site]:
+def _walk(module: Module, name: str, loops: tuple[Loop, ...], conditional: bool, asynchronous: bool) -> Iterator[Site]:
     for instruction in module.computations.get(name, ()):
         opcode = instruction.opcode
         # the end of a pair names the computation of its start again
@@ -121,11 +133,11 @@ def _walk(
         yield Site(instruction, loops, conditional, asynchronous)
         for role, called in instruction.called():
             inner = loops
-            if role == "body":
-                inner = (*loops, trip_count(module, instruction))
-            elif role == "condition":
+            if role in ("body", "condition"):
                 trips = trip_count(module, instruction)
-                inner = (*loops, None if trips is None else trips + 1)
+                # the condition is asked once more than the body runs
+                trips = trips + 1 if role == "condition" and trips is not None else trips
+                inner = (*loops, Loop(trips, instruction.source))
             branch = conditional or role in _BRANCHES
             yield from _walk(module, called, inner, branch, asynchronous or opcode.endswith("-start"))
 
@@ -141,10 +153,15 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
         for site in inside
         if site.instruction.opcode == "constant" and re.fullmatch(r"-?\d+", site.instruction.arguments)
     }
-    directions = [re.search(r"direction=(\w+)", s.instruction.attributes) for s in inside if "compare" in s.instruction.opcode]
-    if len(constants) != 1 or len(directions) != 1 or not directions[0] or directions[0][1] not in ("LT", "LE"):
+    directions = [
+        direction
+        for site in inside
+        if site.instruction.opcode == "compare"
+        for direction in re.findall(r"\bdirection=(\w+)", site.instruction.attributes)
+    ]
+    if len(constants) != 1 or directions not in (["LT"], ["LE"]):
         return None
-    return constants.pop() + (directions[0][1] == "LE")
+    return constants.pop() + (directions == ["LE"])
 
 
 def location(module: Module, instruction: Instruction) -> str:
@@ -184,10 +201,73 @@ def _closing(text: str, start: int) -> int:
 
 def _locations(tables: dict[str, list[str]]) -> dict[int, str]:
     """`file:line` of each stack frame's innermost position, from the tables before the computations."""
-    numbers = lambda line: [int(number) for number in re.findall(r"\d+", line)]
     files = {int(line.split(" ", 1)[0]): line.split(" ", 1)[1].strip('"') for line in tables.get("FileNames", ())}
     places = {}
     for line in tables.get("FileLocations", ()):
-        identity, file, _, number, *_ = numbers(line)
+        identity, file, _, number, *_ = _numbers(line)
         places[identity] = f"{files.get(file, '?')}:{number}"
-    return {frame: places.get(place, "") for frame, place, *_ in map(numbers, tables.get("StackFrames", ()))}
+    return {frame: places.get(place, "") for frame, place, *_ in map(_numbers, tables.get("StackFrames", ()))}
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+# the three ways HLO writes groups of devices
+_LISTED = r"\{(?:\{[\d,]*\},?)*\}"
+_IOTA = r"\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
+_MESH = r"mesh\[[^\]]*\](?:, device_ids=\((?:[^()]|\([^()]*\))*\))? \{[^}]*\}"
+_REPLICA_GROUPS = re.compile(rf"\breplica_groups=({_LISTED}|{_IOTA}|{_MESH})")
+
+
+def replica_groups_text(attributes: str) -> str:
+    """The value of `replica_groups` among an instruction's attributes, or the empty string."""
+    match = _REPLICA_GROUPS.search(attributes)
+    return match[1] if match else ""
+
+
+def replica_groups(text: str, num_devices: int) -> list[list[int]]:
+    """Groups of device positions from `{{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)` or `mesh['a'=2,'b'=2] {'b'}`.
+
+    No groups mean all `num_devices` together.
+    """
+    if text.startswith("mesh"):
+        return _mesh_groups(text)
+    if text.startswith("["):
+        shape, source = text.split("<=")
+        return _iota(source).reshape(_numbers(shape)).tolist()
+    return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", text)] or [list(range(num_devices))]
+
+
+def _iota(text: str) -> np.ndarray:
+    """`[2,4]T(1,0)`: counting in that shape, transposed, flat."""
+    shape, _, order = text.partition("T")
+    positions = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return positions.transpose(_numbers(order) or None).reshape(-1)
+
+
+def _mesh_groups(text: str) -> list[list[int]]:
+    """`mesh['a'=2,'b'=4] {'b'}`, with the devices' order and parts of axes where they are given."""
+    mesh, chosen = text.removesuffix("}").rsplit("{", 1)
+    sizes = {name: int(size) for name, size in re.findall(r"([^=,\[]+)=(\d+)", mesh.split("]", 1)[0])}
+    positions = np.arange(math.prod(sizes.values()))
+    if devices := re.search(r"device_ids=\((.*)\)", mesh):
+        positions = _iota(devices[1]) if "[" in devices[1] else np.array(_numbers(devices[1]))
+    # each mesh axis as factors, some of which the groups run along
+    factors: list[tuple[int, bool]] = []
+    for name, size in sizes.items():
+        done = 1
+        for before, length in sorted(_parts(chosen, name, size)):
+            factors += [(before // done, False), (length, True)]
+            done = before * length
+        factors.append((size // done, False))
+    along = [i for i, (_, taken) in enumerate(factors) if taken]
+    across = [i for i, (_, taken) in enumerate(factors) if not taken]
+    positions = positions.reshape([length for length, _ in factors]).transpose(*across, *along)
+    return positions.reshape(-1, math.prod(factors[i][0] for i in along)).tolist()
+
+
+def _parts(chosen: str, name: str, size: int) -> list[tuple[int, int]]:
+    """What `'a'` or `'a':(2)4` takes of an axis: the size before it and its own."""
+    found = re.findall(rf"{re.escape(name)}(?::\((\d+)\)(\d+))?(?=,|$)", chosen)
+    return [(int(before or 1), int(length or size)) for before, length in found]

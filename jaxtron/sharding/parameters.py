@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtron.sharding.collectives import Gathers, all_gather, manual_axes, reduce_scatter, vary
+from jaxtron.sharding.collectives import Gathers, all_gather, all_reduce, manual_axes, reduce_scatter, vary
 from jaxtron.sharding.mesh import BATCH_AXES, MANUAL_AXES
 from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, PyTree, Role
@@ -24,12 +24,12 @@ def parameter(
     """
     value = initializer(rngs.params(), shape, jnp.float32)
     layout = current().parameter_spec(axes, shape)
-    return nnx.Param(value, out_sharding=axes, role=role, layout=layout, eager_sharding=False)
+    return nnx.Param(value, axes=axes, role=role, layout=layout)
 
 
 def layouts(state: PyTree) -> PyTree:
     """Spec at rest of every parameter of an abstract state, as a plain nested dict; stacked axes come first, whole."""
-    return _metadata(state, lambda variable: _stacked(variable.get_metadata("layout"), variable[...].ndim))
+    return _metadata(state, lambda variable: _stacked(variable.get_metadata("layout"), variable.get_value().ndim))
 
 
 def roles(state: PyTree) -> PyTree:
@@ -41,8 +41,8 @@ def logical_axes(state: PyTree) -> PyTree:
     """Logical axes of every parameter of an abstract state; `layers` for stacked ones."""
 
     def names(variable: nnx.Variable) -> tuple[str, ...]:
-        axes = variable.get_metadata("out_sharding")
-        return ("layers",) * (variable[...].ndim - len(axes)) + tuple(axes)
+        axes = variable.get_metadata("axes")
+        return ("layers",) * (variable.get_value().ndim - len(axes)) + tuple(axes)
 
     return _metadata(state, names)
 
@@ -90,8 +90,7 @@ def reduce_gradients(gradients: PyTree, specs: PyTree) -> PyTree:
         sharded = {axis for axes in spec if axes for axis in _tuple(axes)}
         gradient = reduce_scatter(gradient, _along(spec, rules.gather_once))
         whole = tuple(axis for axis in MANUAL_AXES if axis not in sharded)
-        gradient = jax.lax.psum(gradient, whole)
-        return gradient
+        return all_reduce(gradient, whole)
 
     return jax.tree.map(reduce, gradients, specs)
 

@@ -86,11 +86,8 @@ def test_adamw_follows_the_formula():
     run_both(config, formula)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
 def test_sgd_follows_the_formula(momentum, nesterov):
-    if nesterov and momentum == 0:
-        return
     config = OptimizerConfig(
         name="sgd", learning_rate=0.1, momentum=momentum, nesterov=nesterov, weight_decay=0.3, clip_norm=0
     )

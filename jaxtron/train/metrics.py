@@ -1,0 +1,66 @@
+"""`metrics.jsonl`: one JSON object a logged step."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class MetricsWriter:
+    """Appends logged steps to a file; a line is whole on disk once `write` returns.
+
+    The file is continued at `resume_step`: lines of later steps, which will be taken again, are dropped first.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int = 0):
+        self.path = path
+        drop_steps_after(path, resume_step)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
+        """Append one step; NaN and infinity are written as null, beside `"finite": false`."""
+        line: dict[str, float | int | bool | None] = {"step": step}
+        for name, value in metrics.items():
+            line[name] = value if math.isfinite(value) else None
+        if None in line.values():
+            line["finite"] = False
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Return the logged steps of a file, in order; a line cut short by a kill is left out."""
+    return [record for record, _ in _read_lines(path)]
+
+
+def drop_steps_after(path: Path, step: int) -> None:
+    """Remove the lines of steps after `step`, and a line cut short, in one atomic replacement."""
+    if not path.exists():
+        return
+    kept = "".join(line for record, line in _read_lines(path) if record["step"] <= step)
+    if kept.encode() == path.read_bytes():
+        return
+    replacement = path.with_name(path.name + ".new")
+    with replacement.open("w", encoding="utf-8") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(replacement, path)
+
+
+def _read_lines(path: Path) -> list[tuple[dict, str]]:
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        # without its newline the next line would be appended to it
+        if line.endswith("\n") and isinstance(record, dict) and "step" in record:
+            lines.append((record, line))
+    return lines

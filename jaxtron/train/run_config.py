@@ -1,0 +1,38 @@
+"""The settings of a run's directory and of what it records there."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from jaxtron.config import Config, UserError
+
+TrackerName = Literal["tensorboard", "wandb"]
+
+
+class RunConfig(Config):
+    """Where a run lies, and what it records and prints."""
+
+    directory: str | None = Field(None, description="directory of the run; None: runs/<name of the configuration>")
+    log_every: int = Field(10, ge=1, description="steps between logged steps; the last one is always logged")
+    print_seconds: float = Field(
+        10.0, gt=0, description="least seconds between progress lines where the output is no terminal"
+    )
+    trackers: tuple[TrackerName, ...] = Field((), description="also log to these: tensorboard, wandb")
+    wandb_project: str = Field("jaxtron", description="project at Weights & Biases")
+    profile_steps: tuple[int, int] | None = Field(
+        None, description="first and last step of a jax.profiler trace in <run>/profile; None: no trace"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "wandb" not in self.trackers and self.wandb_project != type(self).model_fields["wandb_project"].default:
+            raise UserError(f"wandb_project={self.wandb_project!r} has no effect without wandb in trackers: add it")
+        if len(set(self.trackers)) < len(self.trackers):
+            raise UserError(f"trackers={','.join(self.trackers)} names one twice: name each once")
+        if self.profile_steps is not None:
+            first, last = self.profile_steps
+            if not 2 <= first <= last:
+                raise UserError(
+                    f"profile_steps={first} {last} is no range of steps: give first and last, from 2 on (step 1 compiles)"
+                )
+        return self

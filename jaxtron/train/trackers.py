@@ -1,0 +1,100 @@
+"""TensorBoard and Weights & Biases: the one file that imports these optional packages."""
+
+import importlib
+import math
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from jaxtron.config import UserError
+from jaxtron.train.run_config import RunConfig, TrackerName
+
+
+class Tracker(Protocol):
+    """Where logged steps go besides `metrics.jsonl`."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of one step."""
+        ...
+
+    def close(self) -> None:
+        """Write out what is still held."""
+        ...
+
+
+def make_trackers(
+    config: RunConfig, directory: Path, settings: Mapping[str, Any], *, resume_step: int = 0
+) -> list[Tracker]:
+    """Return the trackers of `config.trackers`, for process 0; `settings` is the resolved configuration.
+
+    Raises UserError, with the command that installs it, where a package is missing.
+    """
+    # all imports come first: a missing package leaves nothing half begun
+    modules = {name: import_tracker(name) for name in config.trackers}
+    trackers: list[Tracker] = []
+    for name, module in modules.items():
+        match name:
+            case "tensorboard":
+                trackers.append(TensorBoardTracker(module, directory / "tensorboard", resume_step=resume_step))
+            case "wandb":
+                trackers.append(WandbTracker(module, directory, config.wandb_project, settings))
+    return trackers
+
+
+def import_tracker(name: TrackerName) -> ModuleType:
+    """Return the package of a tracker; UserError, with the command that installs it, where it is missing."""
+    package = {"tensorboard": "tensorboardX", "wandb": "wandb"}[name]
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"run.trackers names {name}, but the package {package} cannot be imported ({error}): "
+            f"pip install 'jaxtron[{name}]'"
+        ) from error
+
+
+class TensorBoardTracker:
+    """Scalars in an event file; on resume, those of steps that will be taken again are hidden."""
+
+    def __init__(self, tensorboard: ModuleType, directory: Path, *, resume_step: int):
+        purge_step = resume_step + 1 if resume_step > 0 else None
+        self._writer = tensorboard.SummaryWriter(str(directory), purge_step=purge_step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of one step."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, global_step=step)
+
+    def close(self) -> None:
+        """Write out the event file."""
+        self._writer.close()
+
+
+class WandbTracker:
+    """A run at Weights & Biases; a resumed run continues under the id kept in its directory."""
+
+    def __init__(self, wandb: ModuleType, directory: Path, project: str, settings: Mapping[str, Any]):
+        id_file = directory / "wandb_id.txt"
+        if id_file.exists():
+            run_id = id_file.read_text(encoding="utf-8").strip()
+        else:
+            run_id = secrets.token_hex(4)
+            id_file.write_text(run_id + "\n", encoding="utf-8")
+        self._run = wandb.init(
+            project=project,
+            id=run_id,
+            name=directory.name,
+            dir=str(directory),
+            config=dict(settings),
+            resume="allow",
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of one step; values that are not finite are left out."""
+        self._run.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
+
+    def close(self) -> None:
+        """Wait until everything is sent."""
+        self._run.finish()

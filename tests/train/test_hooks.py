@@ -1,0 +1,115 @@
+"""What happens between steps."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxtron.config import UserError
+from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
+from jaxtron.train.metrics import MetricsWriter, read_metrics
+from jaxtron.train.progress import Progress
+from jaxtron.train.throughput import Throughput
+
+
+def run_loop(hooks, total_steps, throughput=None):
+    throughput = throughput or Throughput()
+    for step in range(1, total_steps + 1):
+        metrics = {"loss": jnp.float32(4 / step), "learning_rate": jnp.float32(0.1), "gradient_norm": jnp.float32(1)}
+        info = StepInfo(step, total_steps, state=None, metrics=metrics)
+        throughput.finish_step(768, metrics)
+        run_hooks(hooks, info, throughput)
+
+
+def test_hooks_run_when_due_and_at_the_end():
+    calls = []
+    hooks = [
+        Hook(lambda info: calls.append(("a", info.step)), every=4),
+        Hook(lambda info: calls.append(("b", info.step)), every=6, at_end=False),
+    ]
+    run_loop(hooks, 10)
+    assert calls == [("a", 4), ("b", 6), ("a", 8), ("a", 10)]
+
+
+def test_time_of_excluded_hooks_is_not_training():
+    now = 0.0
+    throughput = Throughput(lambda: now)
+
+    def take_time(info):
+        nonlocal now
+        now += 1.0
+
+    run_loop([Hook(take_time), Hook(take_time, excluded=True)], 5, throughput)
+    assert throughput.measure().step_seconds == pytest.approx(1.0)
+
+
+def test_metrics_log_writes_logged_steps_and_those_with_validation(tmp_path):
+    stream, tracked = io.StringIO(), []
+    throughput = Throughput()
+
+    class Tracker:
+        def log(self, step, metrics):
+            tracked.append((step, sorted(metrics)))
+
+        def close(self):
+            tracked.append("closed")
+
+    log = MetricsLog(
+        MetricsWriter(tmp_path / "metrics.jsonl"),
+        Progress(11, shown=True, print_seconds=1e-9, stream=stream),
+        throughput,
+        every=4,
+        trackers=[Tracker()],
+        utilization=lambda tokens_per_second: tokens_per_second / 1e12,
+    )
+    validate = Hook(lambda info: info.metrics.update(validation_loss=1.5), every=6, at_end=False, excluded=True)
+    run_loop([validate, Hook(log)], 11, throughput)
+    log.close()
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records] == [4, 6, 8, 11]
+    assert [record.get("validation_loss") for record in records] == [None, 1.5, None, None]
+    keys = ["gradient_norm", "learning_rate", "loss", "mfu", "step_seconds", "tokens_per_second"]
+    assert all(sorted(record.keys() - {"step", "validation_loss"}) == keys for record in records)
+    assert all(record["tokens_per_second"] > 0 for record in records)
+    assert tracked[0] == (4, keys) and len(tracked) == 5 and tracked[-1] == "closed"
+    assert len(stream.getvalue().splitlines()) == 4
+    assert log.last["loss"] == pytest.approx(4 / 11)
+
+
+def test_first_logged_step_has_a_speed_too(tmp_path):
+    throughput = Throughput()
+    log = MetricsLog(MetricsWriter(tmp_path / "metrics.jsonl"), Progress(1, shown=False), throughput, every=10)
+    run_loop([Hook(log)], 1, throughput)
+    log.close()
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert record["tokens_per_second"] > 0 and "mfu" not in record
+
+
+def test_profiler_traces_the_steps_asked_for(tmp_path, monkeypatch):
+    calls, step = [], 0
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda directory: calls.append(("start before", step + 1)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop after", step)))
+    profiler = Profiler(tmp_path / "profile", (3, 5), total_steps=10)
+    for step in range(1, 11):
+        profiler(StepInfo(step, 10, state=None))
+    profiler.close()
+    assert calls == [("start before", 3), ("stop after", 5)]
+
+
+def test_profiler_writes_a_trace(tmp_path):
+    profiler = Profiler(tmp_path / "profile", (2, 2), total_steps=2)
+    run_loop([Hook(profiler)], 2)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_trace_of_a_run_that_stops_inside_the_range_is_ended(tmp_path):
+    profiler = Profiler(tmp_path / "profile", (2, 9), total_steps=10)
+    run_loop([Hook(profiler)], 3)
+    profiler.close()
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_profiled_steps_past_the_end_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"run.profile_steps=3 12 ends after train.steps=10"):
+        Profiler(tmp_path, (3, 12), total_steps=10)
