@@ -66,10 +66,10 @@ class Checkpoints:
         self.wait()
         if step in self._good:
             return
-        if jax.process_index() == 0:
-            self._clear_way(step)
         arguments = save_arguments(state, Record(step, extra, signature(state)))
         with _failing_as_user_error(step, self.directory):
+            if jax.process_index() == 0:
+                self._clear_way(step)
             self._orbax.save(step_path(self.directory, step), args=arguments)
         self._saving = (step, self._background.submit(self._finish, step))
         if not self.config.asynchronous:

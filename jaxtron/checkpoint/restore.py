@@ -68,7 +68,7 @@ def restore_newest(directory: Path, abstract_state: PyTree) -> Restored | None:
     skipped: list[Skipped] = []
     for step in sorted({*committed, *unfinished}, reverse=True):
         if step in unfinished:
-            _skip(skipped, step_path(directory, step), "the run ended while it was being written")
+            _skip(skipped, step_path(directory, step), "unfinished, the run ended while writing it")
         if step not in committed:
             continue
         path = step_path(directory, step)
@@ -101,7 +101,7 @@ def _examine(path: Path) -> tuple[Record | None, str]:
 def _skip(skipped: list[Skipped], path: Path, reason: str) -> None:
     skipped.append(Skipped(path, reason))
     if jax.process_index() == 0:
-        logger.warning("checkpoint %s is not used: %s; looking for the one before it", path, reason)
+        logger.warning("checkpoint %s is not used: %s", path, reason)
 
 
 def _check_model(path: Path, record: Record, abstract_state: PyTree) -> None:

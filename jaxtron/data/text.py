@@ -2,6 +2,7 @@
 
 A cache entry is a folder named by the hash of what it was made from. It is written under another name and renamed when
 whole, so no process ever sees half an entry, and of two processes that write at once the first one wins.
+A writer that is killed leaves a `*.partial` folder, which nothing reads.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +60,9 @@ def _write_entry(entry: Path, files: Sequence[Path], tokenizer: Tokenizer | None
         tokenizer = CharacterTokenizer("".join(sorted(set().union(*(read_document(file) for file in files)))))
     logger.info("tokenizing %d files into %s", len(files), entry)
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".partial", dir=entry.parent))
+        partial = entry.with_name(f"{entry.name}.{uuid.uuid4().hex}.partial")
+        partial.mkdir(parents=True)
         try:
-            partial.chmod(0o755)  # mkdtemp allows the owner alone, but a cache may be shared
             description = _write_tokens(partial / TOKENS_FILE, files, tokenizer)
             (partial / DESCRIPTION_FILE).write_text(json.dumps(description), encoding="utf-8")
             _publish(partial, entry)

@@ -116,7 +116,7 @@ def _collective(module: hlo.Module, site: hlo.Site, groups: "_Groups") -> Collec
         conditional=site.conditional,
         # JAX 0.10 prints pairs also for what waits at once
         asynchronous=started and '"is_sync":true' not in instruction.attributes,
-        # some lose their own name, none that of the loop
+        # where XLA lost a collective's own name its loop still tells
         backward=any("transpose(" in source for source in sources),
         source=next(filter(None, sources), ""),
         location=hlo.location(module, instruction),

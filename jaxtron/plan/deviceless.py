@@ -35,6 +35,7 @@ class Memory:
 def memory(compiled: jax.stages.Compiled) -> Memory:
     """What the compiler planned; it never fails for want of memory, so compare `peak` with the GPU's."""
     stats = compiled.memory_analysis()
+    assert stats is not None, "the CPU and CUDA compilers tell what memory they planned"
     return Memory(
         arguments=stats.argument_size_in_bytes,
         outputs=stats.output_size_in_bytes,

@@ -1,5 +1,6 @@
 """Where everything lies: the mesh, the two tables of logical axes, and what moves between layouts."""
 
+from jaxtron.sharding.blueprint import Blueprint, blueprint
 from jaxtron.sharding.collectives import manual_axes, vary
 from jaxtron.sharding.mesh import AXES, BATCH_AXES, MANUAL_AXES, MeshConfig, build_mesh
 from jaxtron.sharding.parameters import gather_at_use, parameter
@@ -8,10 +9,12 @@ from jaxtron.sharding.rules import Rules, ShardingConfig, constrain, current, ma
 __all__ = [
     "AXES",
     "BATCH_AXES",
+    "Blueprint",
     "MANUAL_AXES",
     "MeshConfig",
     "Rules",
     "ShardingConfig",
+    "blueprint",
     "build_mesh",
     "constrain",
     "current",

@@ -12,7 +12,7 @@ CURVES = (("loss", "training", "#1f77b4", None), ("validation_loss", "validation
 
 
 def plot_losses(metrics_path: Path, image_path: Path, title: str) -> None:
-    """Draw the losses in `metrics_path` into `image_path`, replacing it whole; steps that are not finite are left out."""
+    """Draw the losses in `metrics_path` into `image_path`, replacing it whole; values not finite are left out."""
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

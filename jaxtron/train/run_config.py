@@ -32,7 +32,5 @@ class RunConfig(Config):
         if self.profile_steps is not None:
             first, last = self.profile_steps
             if not 2 <= first <= last:
-                raise UserError(
-                    f"profile_steps={first} {last} is no range of steps: give first and last, from 2 on (step 1 compiles)"
-                )
+                raise UserError(f"profile_steps={first} {last} is no range of steps: give first and last, from 2 on")
         return self

@@ -63,8 +63,8 @@ class TensorBoardTracker:
         self._writer = tensorboard.SummaryWriter(str(directory), purge_step=purge_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step."""
-        for name, value in metrics.items():
+        """Record the metrics of one step that are finite."""
+        for name, value in _finite(metrics).items():
             self._writer.add_scalar(name, value, global_step=step)
 
     def close(self) -> None:
@@ -92,9 +92,13 @@ class WandbTracker:
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step; values that are not finite are left out."""
-        self._run.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
+        """Record the metrics of one step that are finite."""
+        self._run.log(_finite(metrics), step=step)
 
     def close(self) -> None:
         """Wait until everything is sent."""
         self._run.finish()
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -46,7 +46,7 @@ def test_tensorboard_gets_scalars(monkeypatch, tmp_path, resume_step, purge_step
 
     install(monkeypatch, "tensorboardX", SummaryWriter=open_writer)
     (tracker,) = make_trackers(RunConfig(trackers=("tensorboard",)), tmp_path, {}, resume_step=resume_step)
-    tracker.log(50, {"loss": 2.5, "learning_rate": 0.1})
+    tracker.log(50, {"loss": 2.5, "learning_rate": 0.1, "gradient_norm": float("inf")})
     tracker.close()
     assert calls == [
         (str(tmp_path / "tensorboard"), purge_step),

@@ -1,0 +1,68 @@
+"""A model before it has values: its structure, and what every parameter is and where it lies."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtron.sharding import parameters
+from jaxtron.typing import Array, Key, PyTree
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Structure of a module and its parameters as nested dicts: shapes, specs at rest, roles, logical axes.
+
+    Made by `blueprint` inside `sharding.use(rules)`, and used there.
+    """
+
+    build: Callable[[nnx.Rngs], nnx.Module]
+    graph: nnx.GraphDef
+    shapes: PyTree
+    specs: PyTree
+    roles: PyTree
+    axes: PyTree
+
+    @property
+    def abstract(self) -> PyTree:
+        """Shapes, types and shardings of the parameters, for compilation and restoring."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            self.shapes,
+            parameters.shardings(self.specs),
+        )
+
+    def initialize(self, key: Key[Array, ""]) -> PyTree:
+        """Initial parameters, each device making its own part; their values do not depend on the mesh."""
+
+        def values() -> PyTree:
+            return nnx.to_pure_dict(nnx.split(self.build(nnx.Rngs(key)))[1])
+
+        return jax.jit(jax.sharding.auto_axes(values, out_sharding=self.specs))()
+
+    def module(self, params: PyTree) -> nnx.Module:
+        """The module with these parameter values."""
+        return nnx.merge(self.graph, params)
+
+    def working(self, params: PyTree, dtype: jnp.dtype) -> PyTree:
+        """Parameters of a step, inside its manual region: matrices in `dtype`, norms and biases in float32."""
+
+        def cast(leaf: Array, role: str) -> Array:
+            return leaf.astype(dtype) if role in ("kernel", "embedding", "position") else leaf
+
+        return parameters.gather_once(jax.tree.map(cast, params, self.roles), self.specs)
+
+
+def blueprint(build: Callable[[nnx.Rngs], nnx.Module]) -> Blueprint:
+    """The blueprint of what `build` makes, without making it."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    return Blueprint(
+        build=build,
+        graph=graph,
+        shapes=nnx.to_pure_dict(state),
+        specs=parameters.layouts(state),
+        roles=parameters.roles(state),
+        axes=parameters.logical_axes(state),
+    )

@@ -1,0 +1,110 @@
+"""The whole configuration of a run: every part's own settings, and what must agree between them."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from jaxtron.checkpoint.config import CheckpointConfig
+from jaxtron.config import Config, UserError
+from jaxtron.data.config import DataConfig
+from jaxtron.models.config import ModelConfig
+from jaxtron.optim import BatchRampConfig, LossScaleConfig, OptimizerConfig, check_batch_ramp
+from jaxtron.sharding import BATCH_AXES, MeshConfig, ShardingConfig
+from jaxtron.train.run_config import RunConfig
+from jaxtron.train.runtime import RuntimeConfig
+
+
+class TrainConfig(Config):
+    """Steps, batches and precision of the training."""
+
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps of the run."""
+    global_batch: int = Field(32, ge=1)
+    """Sequences of one step, over all devices."""
+    microbatches: int = Field(1, ge=1)
+    """Parts of each device's share of the batch, run one after the other; gradients are summed."""
+    batch_ramp: BatchRampConfig | None = None
+    """Growth of the global batch over the first samples (none: whole from the start)."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of products and activations; master weights, gradients' sums and the optimizer are float32."""
+    loss_scale: LossScaleConfig = LossScaleConfig()
+    """Dynamic loss scale, only with fp16."""
+    validate_every: int = Field(100, ge=0)
+    """Steps between validations; the last step is always validated (0: only then)."""
+    validation_batches: int | None = Field(16, ge=1)
+    """Batches of a validation, spread over the data (none: all of it)."""
+    sample_tokens: int = Field(200, ge=0)
+    """Tokens generated after training, for a look at what was learned."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.precision != "fp16" and self.loss_scale != LossScaleConfig():
+            raise UserError(f"train.loss_scale has no effect with train.precision {self.precision}: leave it out")
+        return self
+
+
+class Configuration(Config):
+    """A run: `python -m jaxtron.train CONFIG.yaml [--setting value ...]`."""
+
+    seed: int = Field(1234, ge=0)
+    """Of initial weights, the order of the data and dropout."""
+    devices: int | None = Field(None, ge=1)
+    """Simulate this many CPU devices, to try a layout on any machine (none: the machine's own devices)."""
+    model: ModelConfig = ModelConfig()
+    """The decoder."""
+    data: DataConfig = DataConfig()
+    """Text, tokenizer and sequences."""
+    train: TrainConfig = TrainConfig()
+    """Steps, batches, precision."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Update rule and learning rate."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
+    sharding: ShardingConfig = ShardingConfig()
+    """What the batch axes shard besides the batch."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the state is saved, and resuming."""
+    run: RunConfig = RunConfig()
+    """The run's directory and its records."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """Processes, compiler flags and caches."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        length, positions = self.data.sequence_length, self.model.max_positions
+        if positions is not None and positions < length:
+            raise UserError(f"data.sequence_length {length} is longer than model.max_positions {positions}")
+        if self.optimizer.decay_steps is None and self.optimizer.warmup_steps >= self.train.steps:
+            if self.optimizer.schedule not in ("constant", "inverse_square_root"):
+                raise UserError(
+                    f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves nothing of train.steps "
+                    f"{self.train.steps} to decay in; lower it or set optimizer.decay_steps"
+                )
+        return self
+
+    def resolved(self) -> "Configuration":
+        """The same with defaults that follow from other settings filled in."""
+        if self.model.position != "learned" or self.model.max_positions is not None:
+            return self
+        model = self.model.model_copy(update={"max_positions": self.data.sequence_length})
+        return self.model_copy(update={"model": model})
+
+    def check_mesh(self, sizes: dict[str, int]) -> None:
+        """`UserError` where batch, sequence, heads or vocabulary do not divide over a mesh of these sizes."""
+        train, model, tensor = self.train, self.model, sizes["tensor"]
+        shards = sizes["data"] * sizes["fsdp"]
+        if train.global_batch % (shards * train.microbatches):
+            axes = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in BATCH_AXES)
+            raise UserError(
+                f"train.global_batch {train.global_batch} does not divide by {axes} x train.microbatches "
+                f"{train.microbatches} = {shards * train.microbatches}"
+            )
+        check_batch_ramp(train.batch_ramp, train.global_batch, train.global_batch // train.microbatches)
+        for name, size in (
+            ("data.sequence_length", self.data.sequence_length),
+            ("model.num_heads", model.num_heads),
+            ("model.mlp_size", model.mlp_width),
+            ("the padded vocabulary (model.vocab_multiple)", model.padded_vocab),
+        ):
+            if size % tensor:
+                raise UserError(f"{name} {size} does not divide by mesh.tensor {tensor}")

@@ -1,0 +1,175 @@
+"""The train step: one manual region for loss and gradients, then the optimizer on global arrays."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtron.layers.inputs import row_keys
+from jaxtron.models.config import ModelConfig
+from jaxtron.optim import (
+    LossScale,
+    OptimizerConfig,
+    clip_by_global_norm,
+    initial_loss_scale,
+    learning_rate_schedule,
+    make_optimizer,
+    update_loss_scale,
+)
+from jaxtron.pipeline import executor, schedule
+from jaxtron.sharding import BATCH_AXES, MANUAL_AXES, Blueprint, current
+from jaxtron.sharding.collectives import all_reduce, vary
+from jaxtron.sharding.parameters import manual_specs, reduce_gradients
+from jaxtron.train.config import TrainConfig
+from jaxtron.typing import Array, Float, Int, Key, PyTree
+
+DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
+BATCH_SPEC = PartitionSpec(BATCH_AXES)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("tokens", "targets", "weights"), meta_fields=())
+@dataclass(frozen=True)
+class Batch:
+    """Global arrays of one step, rows split over the batch axes; weight 0 is padding."""
+
+    tokens: Int[Array, "B S"]
+    targets: Int[Array, "B S"]
+    weights: Float[Array, "B S"]
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=("step", "params", "optimizer", "loss_scale"), meta_fields=()
+)
+@dataclass(frozen=True)
+class TrainState:
+    """All that a step changes: steps done, float32 master weights, optimizer state, loss scale (fp16 only)."""
+
+    step: Int[Array, ""]
+    params: PyTree
+    optimizer: PyTree
+    loss_scale: LossScale | None
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The pure functions of a training: built once inside `sharding.use(rules)`, jitted by their callers."""
+
+    blueprint: Blueprint
+    model: ModelConfig
+    config: TrainConfig
+    optimizer: OptimizerConfig
+    seed: int
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, sharded as at rest."""
+        params = self.blueprint.initialize(jax.random.key(self.seed))
+        return jax.jit(self._around)(params)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the state."""
+        return jax.eval_shape(self._around, self.blueprint.abstract)
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        """One optimizer step on a global batch. With fp16, a step whose gradients overflow changes only the scale."""
+        scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
+        nll, gradients = self.loss_and_gradients(state.params, batch, state.step, scale)
+        gradients, norm = clip_by_global_norm(gradients, self.optimizer.clip_norm)
+        updates, optimizer = self._rule().update(gradients, state.optimizer, state.params)
+        done = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer, None)
+        metrics = {
+            "loss": nll,
+            "gradient_norm": norm,
+            "learning_rate": learning_rate_schedule(self.optimizer, self.config.steps)(state.step),
+        }
+        if state.loss_scale is None:
+            return done, metrics
+        finite = jnp.isfinite(norm)
+        kept = TrainState(state.step + 1, state.params, state.optimizer, None)
+        chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), done, kept)
+        loss_scale = update_loss_scale(state.loss_scale, finite, self.config.loss_scale)
+        metrics["loss_scale"] = scale
+        return TrainState(chosen.step, chosen.params, chosen.optimizer, loss_scale), metrics
+
+    def loss_and_gradients(
+        self, params: PyTree, batch: Batch, step: Int[Array, ""], scale: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], PyTree]:
+        """Mean negative log-likelihood over the batch's tokens, and the float32 gradients of the training loss.
+
+        The mean is over the global count of tokens that weigh, so it does not depend on how the batch is cut. The
+        gradients lie as the state at rest does; `scale` multiplies the loss before the backward and is divided out.
+        """
+        specs = manual_specs(self.blueprint.specs)
+        step_key = jax.random.fold_in(jax.random.key(self.seed), step)
+        region = jax.shard_map(
+            self._local_gradients,
+            in_specs=(specs, BATCH_SPEC, PartitionSpec(), PartitionSpec()),
+            out_specs=(PartitionSpec(), specs),
+            axis_names=set(MANUAL_AXES),
+        )
+        return region(params, batch, step_key, scale)
+
+    def evaluate(self, params: PyTree, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Sums over a batch: negative log-likelihood in nats, and the weight of its tokens."""
+
+        def local(params: PyTree, batch: Batch) -> tuple[Array, Array]:
+            model = self.blueprint.module(self.blueprint.working(params, DTYPES[self.config.precision]))
+            batch = jax.tree.map(vary, batch)
+            _, nll = model.loss(batch.tokens, batch.targets, batch.weights)
+            return all_reduce(nll, MANUAL_AXES), all_reduce(batch.weights.sum(), MANUAL_AXES)
+
+        specs = manual_specs(self.blueprint.specs)
+        scalars = (PartitionSpec(), PartitionSpec())
+        region = jax.shard_map(local, in_specs=(specs, BATCH_SPEC), out_specs=scalars, axis_names=set(MANUAL_AXES))
+        return region(params, batch)
+
+    def _local_gradients(
+        self, params: PyTree, batch: Batch, step_key: Key[Array, ""], scale: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], PyTree]:
+        """This device's part of `loss_and_gradients`."""
+        count = all_reduce(batch.weights.sum(), BATCH_AXES)
+        working = self.blueprint.working(params, DTYPES[self.config.precision])
+        microbatches = jax.tree.map(vary, self._cut(batch, vary(scale / count)))
+
+        def loss(params: PyTree, microbatch: tuple[Batch, Array]) -> tuple[Array, Array]:
+            part, rows = microbatch
+            keys = row_keys(step_key, rows) if self._drops() else None
+            return self.blueprint.module(params).loss(part.tokens, part.targets, part.weights, keys)
+
+        table = schedule.one_stage(microbatches[1].shape[0])
+        gradients, nll = executor.run(table, loss, working, microbatches)
+        gradients = reduce_gradients(gradients, self.blueprint.specs)
+        gradients = jax.tree.map(lambda gradient: gradient / scale, gradients)
+        return all_reduce(nll, MANUAL_AXES) / scale, gradients
+
+    def _cut(self, batch: Batch, factor: Array) -> tuple[Batch, Array]:
+        """The local batch as [microbatch, row, ...] with weights times `factor`, and its global row numbers."""
+        num_local = batch.tokens.shape[0]
+        shards = current().size(BATCH_AXES)
+        size = self.config.global_batch // self.config.microbatches // shards
+        rows = jax.lax.axis_index(BATCH_AXES) * num_local + jnp.arange(num_local)
+        batch = Batch(batch.tokens, batch.targets, batch.weights * factor)
+        return jax.tree.map(lambda leaf: leaf.reshape(num_local // size, size, *leaf.shape[1:]), (batch, rows))
+
+    def _drops(self) -> bool:
+        return self.model.dropout > 0 or self.model.attention_dropout > 0
+
+    def _rule(self) -> optax.GradientTransformation:
+        return make_optimizer(self.optimizer, self.config.steps, self.blueprint.roles)
+
+    def _around(self, params: PyTree) -> TrainState:
+        loss_scale = initial_loss_scale(self.config.loss_scale) if self.config.precision == "fp16" else None
+        return TrainState(jnp.int32(0), params, self._rule().init(params), loss_scale)
+
+
+def batch_sharding() -> NamedSharding:
+    """How a global batch lies: rows over the batch axes, copied along the others."""
+    return NamedSharding(current().mesh, BATCH_SPEC)
+
+
+def jit_step(trainer: Trainer) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The compiled step; its input state is consumed."""
+    return jax.jit(trainer.step, donate_argnums=0)
