@@ -28,7 +28,8 @@ _DELETING = ".deleting"
 class Checkpoints:
     """The checkpoints in one directory, which only this run writes; every process of the run has one.
 
-    A `UserError` if the directory cannot be written.
+    `close` it in the end: Python may exit without finishing a save in the background. A `UserError` if the directory
+    cannot be written.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig):
@@ -56,7 +57,7 @@ class Checkpoints:
         return max(self._good, default=None)
 
     def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
-        """Save a state of `jax.Array`s and JSON-able values; a step that is already saved is left as it is.
+        """Save a state of global `jax.Array`s, and JSON-able values; a step that is already saved is left as it is.
 
         Returns when the arrays may be donated, and before the files are written if `asynchronous`. An earlier save that
         failed in the background is a `UserError` here. All processes call this; the first one's `extra` is stored.
@@ -141,6 +142,9 @@ def _delete(path: Path) -> None:
 
 
 def _check_writable(directory: Path) -> None:
+    if set(str(directory)) & set("*?[]"):
+        # Orbax takes its own paths for patterns, and would lose the arrays
+        raise UserError(f"checkpoints cannot be written to {directory}: rename it without any of * ? [ ]")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):

@@ -73,18 +73,17 @@ def checksums(directory: Path, *, within: str = ".", known: Checksums | None = N
 
 
 def verify(directory: Path, files: Checksums, *, share: int = 0, num_shares: int = 1) -> None:
-    """Check every file's size, and the checksum of one share of the files; a `DamageError` names the first bad file."""
-    for path, (size, _) in files.items():
-        try:
-            actual = (directory / path).stat().st_size
-        except OSError as error:
-            raise DamageError(f"{path} cannot be read: {error.strerror}") from error
-        if actual != size:
-            raise DamageError(f"{path} has {actual:,} bytes instead of {size:,}")
+    """Check sizes and checksums of one share of the files; a `DamageError` names the first bad file."""
     mine = sorted(files)[share::num_shares]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        for path, actual in zip(mine, pool.map(lambda path: _checksum(directory / path), mine), strict=True):
-            if actual != files[path]:
+        for path, reading in [(path, pool.submit(_checksum, directory / path)) for path in mine]:
+            try:
+                size, crc = reading.result()
+            except OSError as error:
+                raise DamageError(f"{path} cannot be read: {error.strerror}") from error
+            if size != files[path][0]:
+                raise DamageError(f"{path} has {size:,} bytes instead of {files[path][0]:,}")
+            if crc != files[path][1]:
                 raise DamageError(f"the checksum of {path} is wrong")
 
 

@@ -19,8 +19,8 @@ from jaxtron.config import UserError
 
 logger = logging.getLogger(__name__)
 
-_COMMITTED = re.compile(r"step_(\d+)")
-_UNFINISHED = re.compile(r"step_(\d+)\.orbax-checkpoint-tmp.*")
+_COMMITTED = re.compile(r"step_(\d{8,})")
+_UNFINISHED = re.compile(r"step_(\d{8,})\.orbax-checkpoint-tmp.*")
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,17 @@ def step_path(directory: Path, step: int) -> Path:
 
 
 def committed_steps(directory: Path) -> list[int]:
-    """The steps that have a finished checkpoint on disk, oldest first; damaged ones are among them."""
+    """The steps that have a finished checkpoint on disk, oldest first; damaged ones are among them.
+
+    All processes call this, and get what the first one sees.
+    """
     return _matching_steps(directory, _COMMITTED)
 
 
 def _matching_steps(directory: Path, pattern: re.Pattern[str]) -> list[int]:
-    if not directory.is_dir():
-        return []
-    return sorted(int(match[1]) for path in directory.iterdir() if (match := pattern.fullmatch(path.name)))
+    paths = directory.iterdir() if directory.is_dir() else ()
+    steps = sorted(int(match[1]) for path in paths if (match := pattern.fullmatch(path.name)))
+    return json.loads(gather_texts(json.dumps(steps))[0])
 
 
 def restore_newest(directory: Path, abstract_state: PyTree) -> Restored | None:
@@ -63,8 +66,8 @@ def restore_newest(directory: Path, abstract_state: PyTree) -> Restored | None:
     `abstract_state` has a `jax.ShapeDtypeStruct` with a sharding, of any mesh, for each array. All processes call this.
     A `UserError` if every checkpoint is damaged, or the newest whole one is of another model.
     """
-    seen = json.dumps([committed_steps(directory), _matching_steps(directory, _UNFINISHED)])
-    committed, unfinished = json.loads(gather_texts(seen)[0])
+    committed = committed_steps(directory)
+    unfinished = _matching_steps(directory, _UNFINISHED)
     skipped: list[Skipped] = []
     for step in sorted({*committed, *unfinished}, reverse=True):
         if step in unfinished:

@@ -15,6 +15,8 @@ from jaxtron.checkpoint.record import Record
 
 # Orbax's name for the directory into which one process writes
 _PROCESS_DIRECTORY = "ocdbt.process_{}"
+# and for the index of what all of them wrote
+_MERGED = "manifest.ocdbt"
 _PROCESS_CHECKSUMS = "checksums.process_{}.json"
 
 
@@ -37,7 +39,11 @@ class RecordingHandler(ocp.PyTreeCheckpointHandler):
         super().finalize(directory)
         directory = Path(directory)
         files: records.Checksums = {}
-        for path in sorted(directory.glob(_PROCESS_CHECKSUMS.format("*"))):
+        written = sorted(directory.glob(_PROCESS_CHECKSUMS.format("*")))
+        # Orbax only warns when it finds nothing to merge
+        if len(written) != jax.process_count() or not (directory / _MERGED).exists():
+            raise OSError(f"the files of {len(written)} of {jax.process_count()} processes are there to be merged")
+        for path in written:
             files |= json.loads(path.read_text())
             path.unlink()
         assert self._record is not None

@@ -24,8 +24,8 @@ def batch_size(config: BatchRampConfig | None, global_batch: int, samples_consum
 def check_batch_ramp(config: BatchRampConfig | None, global_batch: int, multiple: int) -> tuple[int, ...]:
     """Return every global batch of the run, smallest first.
 
-    Raises UserError where the ramp does not end at `global_batch`, or a size is no multiple of `multiple`
-    (microbatches times the shards of the batch).
+    Raises UserError where the ramp does not end at `global_batch`, or a size is no multiple of `multiple`,
+    what the microbatches and the mesh divide a batch into.
     """
     sizes = (global_batch,)
     if config is not None:
@@ -43,7 +43,7 @@ def check_batch_ramp(config: BatchRampConfig | None, global_batch: int, multiple
     for size in sizes:
         if size % multiple != 0:
             raise UserError(
-                f"global batch {size} is not a multiple of {multiple} (microbatches x batch shards): "
+                f"global batch {size} is not a multiple of {multiple}, which the microbatches and the mesh need: "
                 "choose sizes that are"
             )
     return sizes

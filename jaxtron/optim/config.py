@@ -1,6 +1,6 @@
 """The optimizer's configuration: the rule, the learning-rate schedule, weight decay and clipping."""
 
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -50,7 +50,7 @@ class OptimizerConfig(Config):
     clip_norm: float = Field(1.0, ge=0, description="largest global norm of the gradients; 0 turns clipping off")
 
     @model_validator(mode="after")
-    def _refuse_ignored_fields(self) -> Self:
+    def _refuse_ignored_fields(self) -> "OptimizerConfig":
         for choice, fields in (("name", NAME_FIELDS), ("schedule", SCHEDULE_FIELDS)):
             used = fields[getattr(self, choice)]
             for field in dict.fromkeys(field for names in fields.values() for field in names):
@@ -67,7 +67,7 @@ class OptimizerConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _check_sizes(self) -> Self:
+    def _check_sizes(self) -> "OptimizerConfig":
         if self.minimum_learning_rate > self.learning_rate:
             raise UserError(
                 f"minimum_learning_rate={self.minimum_learning_rate} is above learning_rate={self.learning_rate}: "

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ class LossScaleConfig(Config):
     hysteresis: int = Field(2, gt=0, description="overflows before the scale backs off, renewed when it grows")
 
     @model_validator(mode="after")
-    def _check_minimum(self) -> Self:
+    def _check_minimum(self) -> "LossScaleConfig":
         if self.minimum > self.initial:
             raise UserError(f"minimum={self.minimum} is above initial={self.initial}: lower it")
         return self

@@ -37,10 +37,10 @@ class Blueprint:
     def initialize(self, key: Key[Array, ""]) -> PyTree:
         """Initial parameters, each device making its own part; their values do not depend on the mesh."""
 
-        def values() -> PyTree:
+        def values(key: Array) -> PyTree:
             return nnx.to_pure_dict(nnx.split(self.build(nnx.Rngs(key)))[1])
 
-        return jax.jit(jax.sharding.auto_axes(values, out_sharding=self.specs))()
+        return jax.jit(jax.sharding.auto_axes(values, out_sharding=self.specs))(key)
 
     def module(self, params: PyTree) -> nnx.Module:
         """The module with these parameter values."""

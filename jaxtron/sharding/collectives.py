@@ -72,6 +72,11 @@ def all_reduce(x: Array, axes: tuple[str, ...]) -> Array:
     return _over_tensor(lambda x: jax.lax.psum(x, axes), x) if axes else x
 
 
+def largest(x: Array, axes: tuple[str, ...]) -> Array:
+    """The largest `x` over the axes, on every device."""
+    return _over_tensor(lambda x: jax.lax.pmax(x, axes), x)
+
+
 def _over_tensor(body, x: Array) -> Array:
     spec = PartitionSpec(*(axes if axes == "tensor" else None for axes in jax.typeof(x).sharding.spec))
     return jax.shard_map(body, in_specs=spec, out_specs=spec, axis_names={"tensor"})(x)

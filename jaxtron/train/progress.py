@@ -1,9 +1,7 @@
 """Live progress: a bar in a terminal, a line now and then elsewhere."""
 
-import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -19,22 +17,21 @@ class Progress:
         *,
         shown: bool,
         print_seconds: float = 10.0,
-        stream: TextIO | None = None,
+        console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._total_steps = total_steps
         self._shown = shown
         self._print_seconds = print_seconds
-        self._stream = stream or sys.stdout
+        self._console = console or Console()
         self._clock = clock
         self._last_print: float | None = None
         self._metrics: dict[str, float] = {}
         self._bar: RichProgress | None = None
-        console = Console(file=self._stream)
-        if shown and console.is_terminal:
+        if shown and self._console.is_terminal:
             columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
             # drawing takes the processor from the training it shows
-            self._bar = RichProgress(*columns, console=console, refresh_per_second=4)
+            self._bar = RichProgress(*columns, console=self._console, refresh_per_second=4)
             self._task = self._bar.add_task("compiling", total=total_steps)
             self._bar.start()
 
@@ -52,9 +49,9 @@ class Progress:
     def message(self, text: str) -> None:
         """Print a line of its own, above the bar where there is one."""
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
+            self._console.print(text, highlight=False, markup=False)
         elif self._shown:
-            print(text, file=self._stream, flush=True)
+            print(text, file=self._console.file, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it stands."""

@@ -1,6 +1,6 @@
 """The settings of a run's directory and of what it records there."""
 
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -24,7 +24,7 @@ class RunConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "RunConfig":
         if "wandb" not in self.trackers and self.wandb_project != type(self).model_fields["wandb_project"].default:
             raise UserError(f"wandb_project={self.wandb_project!r} has no effect without wandb in trackers: add it")
         if len(set(self.trackers)) < len(self.trackers):

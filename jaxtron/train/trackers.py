@@ -6,12 +6,13 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtron.config import UserError
 from jaxtron.train.run_config import RunConfig, TrackerName
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Where logged steps go besides `metrics.jsonl`."""
 

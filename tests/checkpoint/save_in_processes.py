@@ -26,7 +26,8 @@ def sharding(axis: str, *spec: str | None) -> NamedSharding:
 def state(step: int) -> dict:
     expected = np.arange(64 * 32, dtype=np.float32).reshape(64, 32) + step
     weight = jax.make_array_from_callback(expected.shape, sharding("data", "data"), lambda index: expected[index])
-    return {"weight": weight, "key": jax.device_put(jax.random.key(step), sharding("data")), "step": jnp.int32(step)}
+    small = {"key": jax.random.key(step), "step": jnp.int32(step)}
+    return {"weight": weight} | jax.device_put(small, sharding("data"))
 
 
 def restore(checkpoints: Checkpoints) -> tuple[int, tuple]:
@@ -42,6 +43,7 @@ def restore(checkpoints: Checkpoints) -> tuple[int, tuple]:
     assert len(weight.addressable_shards) == 4 and weight.addressable_shards[0].data.shape == (64, 4)
     for shard in weight.addressable_shards:
         np.testing.assert_array_equal(shard.data, expected[shard.index])
+    assert np.asarray(restored.state["step"].addressable_shards[0].data) == restored.step
     key = jax.random.key_data(restored.state["key"]).addressable_shards[0].data
     np.testing.assert_array_equal(key, jax.random.key_data(jax.random.key(restored.step)))
     return restored.step, restored.skipped

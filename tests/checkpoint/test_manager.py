@@ -44,8 +44,10 @@ def test_round_trip_is_bit_exact_on_every_mesh(
 ):
     state = make_state(data_mesh, seed=5)
     extra = {"position": {"epoch": 1, "index": 12345678901}, "seed": 7, "model": "gpt"}
+    written = checkpoints()
     with jax.set_mesh(data_mesh):
-        checkpoints().save(5, state, extra)
+        written.save(5, state, extra)
+    written.wait()
     for mesh in (data_mesh, tensor_mesh, one_device):
         wanted = abstract(state, mesh)
         with jax.set_mesh(mesh):
@@ -62,7 +64,7 @@ def test_files_do_not_depend_on_the_mesh_that_wrote_them(
 ):
     expected = make_state(one_device, seed=1)
     for mesh in (tensor_mesh, one_device):
-        written = Checkpoints(tmp_path / str(mesh.shape), CheckpointConfig())
+        written = Checkpoints(tmp_path / f"{mesh.size}", CheckpointConfig())
         written.save(1, make_state(mesh, seed=1), {})
         restored = written.restore(abstract(expected, data_mesh))
         assert restored is not None
@@ -148,7 +150,7 @@ def test_resume_off_never_overwrites(checkpoints, make_state, abstract, one_devi
     state = make_state(one_device)
     wanted = abstract(state, one_device)
     assert checkpoints(resume=False).restore(wanted) is None
-    checkpoints().save(1, state, {})
+    checkpoints(asynchronous=False).save(1, state, {})
     with pytest.raises(UserError, match="up to step 1 and --checkpoint.resume is off"):
         checkpoints(resume=False).restore(wanted)
 
@@ -164,6 +166,12 @@ def test_an_unwritable_directory_is_one_line(tmp_path, below):
     with pytest.raises(UserError, match="cannot be written to .*choose another --run.directory") as caught:
         Checkpoints(tmp_path / "file" / below, CheckpointConfig())
     assert "\n" not in str(caught.value)
+
+
+def test_a_directory_that_reads_as_a_pattern_is_refused(tmp_path):
+    with pytest.raises(UserError, match="rename it"):
+        Checkpoints(tmp_path / "run[1]", CheckpointConfig())
+    assert not (tmp_path / "run[1]").exists()
 
 
 def test_a_failing_save_is_one_line(checkpoints, make_state, one_device, monkeypatch):

@@ -5,6 +5,7 @@ import io
 import jax
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 from jaxtron.config import UserError
 from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
@@ -57,7 +58,7 @@ def test_metrics_log_writes_logged_steps_and_those_with_validation(tmp_path):
 
     log = MetricsLog(
         MetricsWriter(tmp_path / "metrics.jsonl"),
-        Progress(11, shown=True, print_seconds=1e-9, stream=stream),
+        Progress(11, shown=True, print_seconds=1e-9, console=Console(file=stream)),
         throughput,
         every=4,
         trackers=[Tracker()],

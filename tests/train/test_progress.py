@@ -3,6 +3,7 @@
 import io
 
 import pytest
+from rich.console import Console
 
 from jaxtron.train.progress import Progress, format_seconds
 
@@ -18,7 +19,7 @@ class Terminal(io.StringIO):
 
 def test_log_gets_a_plain_line_now_and_then():
     now, stream = 0.0, io.StringIO()
-    progress = Progress(600, shown=True, print_seconds=10, stream=stream, clock=lambda: now)
+    progress = Progress(600, shown=True, print_seconds=10.0, console=Console(file=stream), clock=lambda: now)
     for step in range(1, 601):
         now += 1
         progress.update(step, METRICS if step % 5 == 0 else None)
@@ -33,7 +34,7 @@ def test_log_gets_a_plain_line_now_and_then():
 
 def test_mfu_is_left_out_where_unknown_and_validation_stays():
     stream = io.StringIO()
-    progress = Progress(10, shown=True, print_seconds=1e-9, stream=stream)
+    progress = Progress(10, shown=True, print_seconds=1e-9, console=Console(file=stream))
     progress.update(5, {"loss": 2.0, "validation_loss": 2.5})
     progress.update(6, {"loss": 1.0})
     assert stream.getvalue().splitlines() == [
@@ -46,7 +47,7 @@ def test_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
     stream = Terminal()
-    progress = Progress(600, shown=True, stream=stream)
+    progress = Progress(600, shown=True, console=Console(file=stream))
     progress.update(1)
     progress.update(300, METRICS)
     progress.message("checkpoint saved")
@@ -58,7 +59,7 @@ def test_terminal_gets_a_bar(monkeypatch):
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
 def test_other_processes_print_nothing(stream):
-    progress = Progress(10, shown=False, stream=stream)
+    progress = Progress(10, shown=False, console=Console(file=stream))
     progress.update(10, METRICS)
     progress.message("hello")
     progress.close()
@@ -68,12 +69,12 @@ def test_other_processes_print_nothing(stream):
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0, "0:00"),
+        (0.0, "0:00"),
         (59.6, "1:00"),
-        (3599, "59:59"),
-        (3600, "1:00:00"),
-        (90061, "1 day 1:01:01"),
-        (180000, "2 days 2:00:00"),
+        (3599.0, "59:59"),
+        (3600.0, "1:00:00"),
+        (90061.0, "1 day 1:01:01"),
+        (180000.0, "2 days 2:00:00"),
     ],
 )
 def test_time_left(seconds, text):

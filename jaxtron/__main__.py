@@ -1,0 +1,36 @@
+"""`jaxtron VERB ...`, the same as `python -m jaxtron.VERB ...`."""
+
+import difflib
+import importlib
+import sys
+
+from jaxtron.command import run_command
+from jaxtron.config import UserError
+
+VERBS = {
+    "train": "train a model",
+    "plan": "compile and weigh a run, or show its layout, without the machines it is for",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb with the rest of the line; the exit code."""
+    return run_command(_dispatch, argv)
+
+
+def _dispatch(argv: list[str]) -> int | None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: jaxtron VERB ...\n")
+        print("\n".join(f"  {verb:<12}{purpose}" for verb, purpose in VERBS.items()))
+        print("\n`jaxtron VERB --help` lists the verb's settings.")
+        return 0 if argv else 2
+    verb, *rest = argv
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the verbs are {', '.join(VERBS)}"
+        raise UserError(f"unknown verb {verb!r}; {hint}")
+    return importlib.import_module(f"jaxtron.{verb}.__main__").main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

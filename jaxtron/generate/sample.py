@@ -1,0 +1,74 @@
+"""Text from a model: one token after another, each from a whole forward over a window of the sequence."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Int32, Integer
+
+from jaxtron.sharding import MANUAL_AXES, Blueprint, constrain
+from jaxtron.sharding.collectives import largest
+from jaxtron.sharding.parameters import manual_specs
+from jaxtron.typing import Array, Int, Key, PyTree
+
+
+def sample(
+    blueprint: Blueprint,
+    params: PyTree,
+    prompt: Integer[np.ndarray, "P"],
+    *,
+    num_tokens: int,
+    window: int,
+    dtype: jnp.dtype,
+    vocab: int,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> Int32[np.ndarray, "N"]:
+    """`num_tokens` tokens after `prompt`, drawn at `temperature`; the model sees the last `window` tokens.
+
+    Every device computes the same; there is no cache of keys and values.
+    """
+    prompt = prompt[-window:]
+    start = np.zeros(window, np.int32)
+    start[: len(prompt)] = prompt
+    specs = manual_specs(blueprint.specs)
+    scalar = PartitionSpec()
+    local = partial(
+        _local, blueprint, num_tokens=num_tokens, length=len(prompt), dtype=dtype, vocab=vocab, temperature=temperature
+    )
+    region = jax.shard_map(
+        local, in_specs=(specs, scalar, scalar), out_specs=scalar, axis_names=set(MANUAL_AXES)
+    )
+    return np.asarray(jax.jit(region)(params, jnp.asarray(start), jax.random.key(seed)))
+
+
+def _local(
+    blueprint: Blueprint,
+    params: PyTree,
+    tokens: Int[Array, "S"],
+    key: Key[Array, ""],
+    *,
+    num_tokens: int,
+    length: int,
+    dtype: jnp.dtype,
+    vocab: int,
+    temperature: float,
+) -> Int[Array, "N"]:
+    model = blueprint.module(blueprint.working(params, dtype))
+
+    def step(carry: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], Array]:
+        tokens, filled = carry
+        logits = constrain(model.logits(tokens[None])[0], None, None)[filled - 1].astype(jnp.float32)
+        logits = jnp.where(jnp.arange(logits.shape[0]) < vocab, logits / temperature, -jnp.inf)
+        token = jax.random.categorical(jax.random.fold_in(key, number), logits).astype(jnp.int32)
+        # the same on every device: the largest of equals says so to the type system
+        token = largest(token, MANUAL_AXES)
+        is_full = filled == tokens.shape[0]
+        tokens = jnp.where(is_full, jnp.roll(tokens, -1), tokens)
+        filled = jnp.where(is_full, filled, filled + 1)
+        return (tokens.at[filled - 1].set(token), filled), token
+
+    carry = (tokens, jnp.int32(length))
+    return jax.lax.scan(step, carry, jnp.arange(num_tokens))[1]

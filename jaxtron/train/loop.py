@@ -1,0 +1,163 @@
+"""The training loop: batch, step, hooks."""
+
+import math
+import signal
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import jax
+
+from jaxtron.config import UserError
+from jaxtron.data import validation_batches
+from jaxtron.gpus import peak_flops
+from jaxtron.models.cost import model_flops_per_token
+from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
+from jaxtron.train.metrics import MetricsWriter
+from jaxtron.train.progress import Progress
+from jaxtron.train.setup import Run
+from jaxtron.train.step import TrainState, jit_step
+from jaxtron.train.throughput import Throughput
+from jaxtron.train.trackers import make_trackers
+
+
+@dataclass
+class Outcome:
+    """Where a loop ended: the last state, the step it is of, and whether a signal asked for the stop."""
+
+    state: TrainState
+    step: int
+    stopped: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def train(run: Run) -> Outcome:
+    """Steps from the run's own to the last; a SIGTERM or Ctrl-C ends it after the current step, with a checkpoint."""
+    total = run.config.train.steps
+    outcome = Outcome(run.state, run.step)
+    if run.step >= total:
+        return outcome
+    throughput = Throughput()
+    step = jit_step(run.trainer)
+    with ExitStack() as stack:
+        stop = stack.enter_context(_StopSignals())
+        loader = stack.enter_context(
+            run.data.train_loader(
+                batch_size=run.batch_size, local_rows=run.placement.local_rows, position=run.position
+            )
+        )
+        saver = Saver(run, loader)
+        hooks = _hooks(run, saver, throughput, outcome, stack)
+        for number in range(run.step + 1, total + 1):
+            batch = next(loader)
+            outcome.state, metrics = step(outcome.state, run.placement.globalize(batch))
+            outcome.step = number
+            throughput.finish_step(batch.size * run.config.data.sequence_length, metrics)
+            run_hooks(hooks, StepInfo(number, total, outcome.state, metrics), throughput)
+            if stop.requested and number < total:
+                saver(StepInfo(number, total, outcome.state, metrics))
+                outcome.stopped = True
+                break
+        run.checkpoints.wait()
+    return outcome
+
+
+class Saver:
+    """Saves a checkpoint; a state whose loss is not finite is an error instead, so that it is never resumed from."""
+
+    def __init__(self, run: Run, loader) -> None:
+        self._run = run
+        self._loader = loader
+
+    def __call__(self, info: StepInfo) -> None:
+        """Save the state that the step left, and the position of the data after it."""
+        check_finite(self._run, info)
+        self._run.checkpoints.save(info.step, info.state, self._run.extra(self._loader.position))
+
+
+def check_finite(run: Run, info: StepInfo) -> None:
+    """`UserError` if the step's loss is NaN or infinite; with fp16 an overflow is the loss scale's to handle."""
+    loss, norm = float(info.metrics["loss"]), float(info.metrics["gradient_norm"])
+    if not math.isfinite(loss) or not (math.isfinite(norm) or run.config.train.precision == "fp16"):
+        newest = run.checkpoints.latest_step()
+        since = "no checkpoint was saved" if newest is None else f"the checkpoint of step {newest} is kept"
+        raise UserError(
+            f"step {info.step}: loss {loss}, gradient norm {norm}; lower --optimizer.learning_rate or raise "
+            f"--optimizer.warmup_steps ({since})"
+        )
+
+
+def validate(run: Run, state: TrainState) -> float:
+    """Mean negative log-likelihood, in nats a token, over the validation batches; NaN where there are none."""
+    train = run.config.train
+    size = train.global_batch // train.microbatches
+    batches = validation_batches(
+        run.data.validation,
+        batch_size=size,
+        local_rows=run.placement.local_rows,
+        max_batches=train.validation_batches,
+    )
+    evaluate = jax.jit(run.trainer.evaluate)
+    sums = [evaluate(state.params, run.placement.globalize(batch)) for batch in batches]
+    weight = sum(float(weight) for _, weight in sums)
+    return sum(float(nll) for nll, _ in sums) / weight if weight else math.nan
+
+
+def _hooks(run: Run, saver: Saver, throughput: Throughput, outcome: Outcome, stack: ExitStack) -> list[Hook]:
+    config, total = run.config, run.config.train.steps
+
+    def validation(info: StepInfo) -> None:
+        if len(run.data.validation):
+            info.metrics["validation_loss"] = validate(run, info.state)
+
+    def guard(info: StepInfo) -> None:
+        check_finite(run, info)
+
+    every = config.train.validate_every or total
+    hooks = [Hook(guard, every=config.run.log_every), Hook(validation, every=every, excluded=True)]
+    if jax.process_index() == 0:
+        log = _metrics_log(run, throughput)
+        stack.callback(log.close)
+        outcome.metrics = log.last
+        hooks.append(Hook(log))
+        if config.run.profile_steps is not None:
+            profiler = Profiler(run.directory / "profile", config.run.profile_steps, total)
+            stack.callback(profiler.close)
+            hooks.append(Hook(profiler))
+    hooks.append(Hook(saver, every=config.checkpoint.every or total, excluded=True))
+    return hooks
+
+
+def _metrics_log(run: Run, throughput: Throughput) -> MetricsLog:
+    config = run.config
+    peak = peak_flops(jax.devices()[0].device_kind)
+    flops = model_flops_per_token(config.model, config.data.sequence_length)
+    return MetricsLog(
+        MetricsWriter(run.directory / "metrics.jsonl", resume_step=run.step),
+        Progress(config.train.steps, shown=True, print_seconds=config.run.print_seconds),
+        throughput,
+        every=config.run.log_every,
+        trackers=make_trackers(config.run, run.directory, config.model_dump(mode="json"), resume_step=run.step),
+        utilization=None if peak is None else lambda rate: rate * flops / (peak * jax.device_count()),
+    )
+
+
+class _StopSignals:
+    """Turns SIGTERM and the first Ctrl-C into a request that the loop honours after its step."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "_StopSignals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, _frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True

@@ -1,0 +1,279 @@
+"""What must happen before JAX starts its devices: simulated ones, XLA's flags, and the other processes of the run."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Self
+
+import jax
+import jaxlib
+from pydantic import Field, model_validator
+
+from jaxtron.config import Config, UserError
+
+Preset = Literal["auto", "none", "latency", "collective_matmul"]
+
+_SCHEDULER = "--xla_gpu_enable_latency_hiding_scheduler=true"
+# By the first JAX that they are for; a newer one gets the nearest row before it. On an 8B step for 512 H100
+# (JAX 0.12.0.1, 2026-11) `latency` took the overlapped all-gathers from 8 to 35, reduce-scatters from 7 to 24 and
+# temporary memory from 1.17 to 1.10 GiB; `collective_matmul` cut the tensor-parallel ones into 12 permutes.
+# Left out: JAX_OPTIMIZATION_LEVEL=O1 (crashed the compiler), combine_by_dim, highest_priority_async_stream, an empty
+# command_buffer and no rematerialization pass (all without effect).
+XLA_PRESETS: dict[Preset, dict[tuple[int, int], tuple[str, ...]]] = {
+    "none": {(0, 10): ()},
+    "auto": {(0, 10): (_SCHEDULER,)},
+    "latency": {
+        (0, 10): (
+            _SCHEDULER,
+            "--xla_gpu_enable_pipelined_all_gather=true",
+            "--xla_gpu_enable_pipelined_reduce_scatter=true",
+            "--xla_gpu_enable_pipelined_all_reduce=true",
+            "--xla_gpu_enable_while_loop_double_buffering=true",
+        )
+    },
+    "collective_matmul": {
+        (0, 10): (
+            _SCHEDULER,
+            "--xla_gpu_threshold_for_windowed_einsum_mib=0",
+            "--xla_gpu_multi_streamed_windowed_einsum=true",
+        )
+    },
+}
+COORDINATES = ("coordinator_address", "num_processes", "process_id")
+
+
+class RuntimeConfig(Config):
+    """Processes, XLA's flags and its compilation cache."""
+
+    launcher: Literal["auto", "none"] = Field(
+        "auto", description="auto: join the processes that Slurm, Open MPI or Kubernetes started; none: run alone"
+    )
+    coordinator_address: str | None = Field(
+        None, description="host:port of process 0, with num_processes and process_id, where no launcher tells"
+    )
+    num_processes: int | None = Field(None, ge=1, description="processes of the run, with coordinator_address")
+    process_id: int | None = Field(None, ge=0, description="which of them this one is, from 0")
+    connect_seconds: int = Field(300, ge=1, description="how long the processes wait for each other at the start")
+    xla_preset: Preset = Field(
+        "auto",
+        description="XLA flags for GPUs: auto (latency-hiding scheduler), latency (also pipelined collectives and "
+        "double-buffered loops), collective_matmul (tensor-parallel products in overlapped parts), none",
+    )
+    xla_flags: str = Field("", description="further XLA flags, '--xla_a=1 --xla_b=2'; they win over the preset's")
+    compilation_cache: str | None = Field(
+        None, description="directory where compiled programs are kept for later runs; none: not kept"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        missing = [name for name in COORDINATES if getattr(self, name) is None]
+        if missing and len(missing) < len(COORDINATES):
+            raise UserError(f"{' and '.join(missing)} missing: give {', '.join(COORDINATES)} together, or none of them")
+        if self.coordinator_address is not None and not re.fullmatch(r"\S+:\d{1,5}", self.coordinator_address):
+            raise UserError(f"coordinator_address={self.coordinator_address!r} is not host:port, such as node001:12345")
+        if self.process_id is not None and self.num_processes is not None and self.process_id >= self.num_processes:
+            raise UserError(
+                f"process_id={self.process_id} is not below num_processes={self.num_processes}: they count from 0"
+            )
+        for word in _split_flags(self.xla_flags):
+            if not word.startswith("--"):
+                raise UserError(f"xla_flags: {word!r} does not begin with --, and XLA would ignore it")
+        return self
+
+
+def start_runtime(config: RuntimeConfig, *, devices: int | None = None) -> None:
+    """Prepares JAX, in the only order that works; call once, before anything asks JAX for a device.
+
+    `devices` simulates that many CPU devices in this process. Raises `UserError` for whatever cannot be had.
+    """
+    if devices is not None:
+        simulate_devices(devices)
+    set_xla_flags(config, gpu=devices is None and expects_gpu())
+    if config.compilation_cache is not None:
+        _set_compilation_cache(Path(config.compilation_cache).expanduser())
+    initialize_distributed(config)
+
+
+def simulate_devices(count: int) -> None:
+    """Makes JAX start with `count` CPU devices and no others."""
+    if count < 1:
+        raise UserError(f"devices={count}: simulate at least one")
+    # the XLA flag does the same for the whole machine, and JAX 0.10 refuses to have both
+    words = [word for word in _split_flags(os.environ.get("XLA_FLAGS", "")) if "force_host_platform_device" not in word]
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        found = jax.devices()
+        if len(found) != count or found[0].platform != "cpu":
+            raise UserError(
+                f"devices={count} comes too late: JAX already runs on {len(found)} {found[0].platform} devices; "
+                "restart Python and ask for them first"
+            ) from None
+        return
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["XLA_FLAGS"] = shlex.join(words)
+
+
+def expects_gpu(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether JAX will start on NVIDIA GPUs: asked for, or left open with a driver and JAX's plugin in place."""
+    platforms = jax.config.jax_platforms or environment.get("JAX_PLATFORMS", "")
+    if platforms:
+        return platforms.split(",")[0] in ("cuda", "gpu")
+    plugin = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    return plugin and any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
+
+
+def set_xla_flags(config: RuntimeConfig, *, gpu: bool, cache_directory: Path | None = None) -> None:
+    """Puts the preset's and the user's flags into XLA_FLAGS, having tried that this jaxlib starts with them.
+
+    Raises `UserError` for a flag that it does not know, and for a preset that the run's devices would ignore.
+    """
+    inherited = _split_flags(os.environ.get("XLA_FLAGS", ""))
+    chosen = _split_flags(config.xla_flags)
+    if not gpu and config.xla_preset in ("latency", "collective_matmul"):
+        raise UserError(
+            f"runtime.xla_preset={config.xla_preset} is for GPUs and this run has none: set it to auto or none"
+        )
+    named = {_flag_name(word) for word in inherited + chosen}
+    preset = [word for word in preset_flags(config.xla_preset) if _flag_name(word) not in named] if gpu else []
+    if complaint := _complaint(chosen, cache_directory):
+        raise UserError(f"runtime.xla_flags: jaxlib {jaxlib.__version__} does not start with them: {complaint}")
+    if complaint := _complaint(preset, cache_directory):
+        raise UserError(
+            f"runtime.xla_preset={config.xla_preset}: jaxlib {jaxlib.__version__} does not start with it: {complaint}; "
+            "set it to none"
+        )
+    if preset or chosen:
+        os.environ["XLA_FLAGS"] = shlex.join([*preset, *inherited, *chosen])
+
+
+def preset_flags(preset: Preset, version: str = jax.__version__) -> tuple[str, ...]:
+    """The flags of a preset for a JAX version."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    rows = XLA_PRESETS[preset]
+    return rows[max(first for first in rows if first <= (major, minor))]
+
+
+def initialize_distributed(config: RuntimeConfig) -> None:
+    """Joins the run's other processes: those of the coordinator settings, else of the launcher, else there are none.
+
+    Raises `UserError` where they cannot be joined; exits with one line when they do not all come in time.
+    """
+    explicit = config.coordinator_address is not None
+    launcher = "the coordinator settings" if explicit else find_launcher() if config.launcher == "auto" else None
+    if launcher is None:
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # JAX ends a process that waited in vain with a C++ stack trace: be earlier, and clear
+    watchdog = threading.Timer(config.connect_seconds, _give_up, (config, launcher))
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        jax.distributed.initialize(
+            config.coordinator_address,
+            config.num_processes,
+            config.process_id,
+            initialization_timeout=config.connect_seconds + 60,
+        )
+    except (RuntimeError, ValueError, ImportError) as error:
+        where = f" at {config.coordinator_address}" if explicit else ""
+        raise UserError(
+            f"cannot join the processes of {launcher}{where}: {str(error).splitlines()[0]} "
+            "(is the port free, and was JAX not used before?)"
+        ) from error
+    finally:
+        watchdog.cancel()
+
+
+def find_launcher(environment: Mapping[str, str] = os.environ) -> str | None:
+    """What started this process as one of several: Slurm, Open MPI, Kubernetes, or None for a process on its own."""
+    # in an interactive allocation SLURM_NTASKS speaks of the allocation, SLURM_STEP_NUM_TASKS of what really runs
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
+    if "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment and tasks != "1":
+        return "Slurm"
+    if environment.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
+        return "Open MPI"
+    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+        return "Kubernetes"
+    return None
+
+
+def _give_up(config: RuntimeConfig, launcher: str) -> None:
+    where = config.coordinator_address or "the coordinator"
+    print(
+        f"error: the processes of {launcher} did not all reach {where} within {config.connect_seconds} s: start every "
+        "one, check that the port is open, or raise runtime.connect_seconds",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
+
+
+def _set_compilation_cache(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"runtime.compilation_cache={directory} cannot be made: {error.strerror}") from None
+    if not os.access(directory, os.W_OK):
+        raise UserError(f"runtime.compilation_cache={directory} cannot be written to")
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def _split_flags(flags: str) -> list[str]:
+    try:
+        return shlex.split(flags)
+    except ValueError as error:
+        raise UserError(f"XLA flags {flags!r} do not read: {error}") from None
+
+
+def _flag_name(flag: str) -> str:
+    return flag.partition("=")[0]
+
+
+def _complaint(flags: list[str], cache_directory: Path | None = None) -> str:
+    """What this jaxlib has against flags, or nothing; tried in a process of its own, once for each set of flags.
+
+    A flag that XLA does not know ends the process that starts a device, so they cannot be tried in this one.
+    """
+    if not flags:
+        return ""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    file = (cache_directory or home / "jaxtron") / "xla_flags.json"
+    key = f"{jaxlib.__version__} {shlex.join(flags)}"
+    try:
+        verdicts = json.loads(file.read_text())
+    except (OSError, ValueError):
+        verdicts = {}
+    if key not in verdicts:
+        verdicts[key] = _try_flags(flags)
+        _write_verdicts(file, verdicts)
+    return verdicts[key]
+
+
+def _try_flags(flags: list[str]) -> str:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": shlex.join(flags)}
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode == 0:
+        return ""
+    # such as `F1121 02:04:01.5 23365 file.cc:63] Unknown flag in XLA_FLAGS: --xla_foo=1`
+    logged = re.findall(r"^[EF]\d{4} .*?\] (.*)", result.stderr, flags=re.MULTILINE)
+    return logged[0] if logged else f"exit code {result.returncode}"
+
+
+def _write_verdicts(file: Path, verdicts: dict[str, str]) -> None:
+    scratch = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps(verdicts, indent=1))
+        scratch.replace(file)
+    except OSError:
+        # without the file the next run tries again, which costs a second
+        return

@@ -1,0 +1,101 @@
+"""From a configuration to a run that is ready to step: mesh, data, trainer, directory, state."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from jaxtron.checkpoint import Checkpoints
+from jaxtron.config import UserError, dump
+from jaxtron.data import Data, open_data
+from jaxtron.models.decoder import Decoder
+from jaxtron.optim import batch_size
+from jaxtron.sharding import blueprint, build_mesh, make_rules, use
+from jaxtron.train.batches import Placement
+from jaxtron.train.config import Configuration
+from jaxtron.train.step import Trainer, TrainState, batch_sharding
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a training loop needs; made by `open_run`."""
+
+    config: Configuration
+    directory: Path
+    data: Data
+    trainer: Trainer
+    placement: Placement
+    checkpoints: Checkpoints
+    state: TrainState
+    step: int
+    position: int
+
+    def extra(self, position: int) -> dict:
+        """What a checkpoint holds beside the state."""
+        return {"position": position, "data": self.data.fingerprint, "seed": self.config.seed}
+
+    def batch_size(self, position: int) -> int:
+        """Size of the global batch that begins at this sample."""
+        return batch_size(self.config.train.batch_ramp, self.config.train.global_batch, position)
+
+
+@contextlib.contextmanager
+def open_run(config: Configuration, name: str) -> Iterator[Run]:
+    """A run on all devices, resumed from its directory's newest checkpoint where there is one.
+
+    Nothing is written before everything that can be checked was: a `UserError` leaves no half-made directory.
+    """
+    config = config.resolved()
+    devices = jax.devices()
+    config.check_mesh(config.mesh.shape(len(devices)))
+    mesh = build_mesh(config.mesh, devices)
+    data = open_data(config.data, seed=config.seed)
+    check_vocabulary(config, data)
+    with use(make_rules(mesh, config.sharding)):
+        trainer = make_trainer(config)
+        abstract = trainer.abstract_state()
+        directory = Path(config.run.directory or f"runs/{name}")
+        checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint)
+        try:
+            restored = checkpoints.restore(abstract)
+            if restored is None:
+                state, step, position = trainer.initial_state(), 0, 0
+            else:
+                state, step, position = restored.state, restored.step, restored.extra["position"]
+                _check_data(data, restored.extra, directory)
+            if jax.process_index() == 0:
+                (directory / "config.yaml").write_text(dump(config))
+            placement = Placement(batch_sharding())
+            yield Run(config, directory, data, trainer, placement, checkpoints, state, step, position)
+        finally:
+            checkpoints.close()
+
+
+def make_trainer(config: Configuration) -> Trainer:
+    """The trainer of a resolved configuration, inside `sharding.use(rules)`."""
+    plan = blueprint(partial(_build, config))
+    return Trainer(plan, config.model, config.train, config.optimizer, config.seed)
+
+
+def check_vocabulary(config: Configuration, data: Data) -> None:
+    """`UserError` unless the model has an entry for every token."""
+    if data.tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer {config.data.tokenizer} has {data.tokenizer.vocab_size} tokens, more than "
+            f"model.vocab_size {config.model.vocab_size}; set --model.vocab_size {data.tokenizer.vocab_size}"
+        )
+
+
+def _build(config: Configuration, rngs) -> Decoder:
+    return Decoder(config.model, rngs=rngs)
+
+
+def _check_data(data: Data, extra: dict, directory: Path) -> None:
+    if extra["data"] != data.fingerprint:
+        raise UserError(
+            f"{directory} was trained on other data (text, tokenizer, data settings or seed differ), so its position "
+            "means nothing here; restore those settings or choose another --run.directory"
+        )

@@ -1,0 +1,65 @@
+"""What a run ends with: losses, a sample of text, and where everything is."""
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jaxtron.generate.sample import sample
+from jaxtron.train.loop import Outcome, validate
+from jaxtron.train.loss_plot import plot_losses
+from jaxtron.train.metrics import read_metrics
+from jaxtron.train.setup import Run
+from jaxtron.train.step import DTYPES
+
+
+def finish(run: Run, outcome: Outcome) -> None:
+    """Draw `loss.png` and print the summary (process 0); every process takes part in validating and sampling."""
+    text = generate(run, outcome)
+    missing = "validation_loss" not in outcome.metrics and len(run.data.validation)
+    validation_loss = validate(run, outcome.state) if missing else outcome.metrics.get("validation_loss")
+    if jax.process_index() != 0:
+        return
+    metrics = run.directory / "metrics.jsonl"
+    records = read_metrics(metrics)
+    plot_losses(metrics, run.directory / "loss.png", run.directory.name)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("steps", f"{outcome.step} of {run.config.train.steps}")
+    if records:
+        table.add_row("training loss", f"{records[-1]['loss']:.4f}")
+        table.add_row("speed", f"{records[-1]['tokens_per_second']:,.0f} tokens/s")
+    if validation_loss is not None:
+        table.add_row("validation loss", f"{validation_loss:.4f}")
+    for what, name in (
+        ("configuration", "config.yaml"),
+        ("metrics", "metrics.jsonl"),
+        ("loss curve", "loss.png"),
+        ("checkpoints", "checkpoints"),
+    ):
+        table.add_row(what, str(run.directory / name))
+    console = Console(highlight=False)
+    if text:
+        console.print("\n[bold]Sample[/bold]")
+        console.print(text, markup=False)
+    console.print("\n[bold]Run[/bold]")
+    console.print(table)
+
+
+def generate(run: Run, outcome: Outcome) -> str:
+    """A sample of text after a few tokens of the validation data; empty where none is asked for."""
+    source = run.data.validation if len(run.data.validation) else run.data.train
+    if run.config.train.sample_tokens == 0:
+        return ""
+    length = run.config.data.sequence_length
+    prompt = np.asarray(source[0].tokens[: min(16, length)])
+    tokens = sample(
+        run.trainer.blueprint,
+        outcome.state.params,
+        prompt,
+        num_tokens=run.config.train.sample_tokens,
+        window=length,
+        dtype=DTYPES[run.config.train.precision],
+        vocab=run.data.tokenizer.vocab_size,
+        seed=run.config.seed,
+    )
+    return run.data.tokenizer.decode(np.concatenate([prompt, tokens]))
