@@ -360,7 +360,17 @@ def gather(config_type: type[Config], path: Path | None, overrides: Sequence[str
         adapted = _adapt(value, setting)
         if adapted is not value:
             source.set(name, adapted, source.origins[name])
+        # which of several sections is meant: the default's kind, where none is given
+        for tag in _tags(setting) if isinstance(value, dict) and isinstance(setting.default, Config) else ():
+            value.setdefault(tag, getattr(setting.default, tag))
     return source
+
+
+def _tags(setting: Setting) -> list[str]:
+    """The fields that tell the sections of a union apart: a Literal in every one."""
+    sections = [member.model_fields for member in setting.members if _is_config(member)]
+    shared = [key for key in sections[0] if all(key in fields for fields in sections)] if len(sections) > 1 else []
+    return [key for key in shared if all(get_origin(fields[key].annotation) is Literal for fields in sections)]
 
 
 def _adapt(value: Any, setting: Setting) -> Any:
@@ -397,6 +407,8 @@ def _explain(config_type: type[Config], source: Source, error: ValidationError) 
     lines: dict[str, str] = {}
     for details in error.errors(include_url=False):
         name = _dotted_name(known, details["loc"])
+        if details["type"] == "union_tag_invalid":
+            name = f"{name}.{details['ctx']['discriminator'].strip(chr(39))}"
         if details["type"] == "extra_forbidden":
             value = details["input"]
             name = ".".join([*([name] if name else []), str(details["loc"][-1])])

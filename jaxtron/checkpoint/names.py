@@ -22,7 +22,7 @@ def _parts(path: KeyPath) -> tuple[str, ...]:
 
 def is_key(leaf: Array | jax.ShapeDtypeStruct) -> bool:
     """Whether a leaf holds typed PRNG keys."""
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def signature(tree: PyTree) -> Signature:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -28,13 +29,16 @@ class RecordingHandler(ocp.PyTreeCheckpointHandler):
         super().__init__(use_compression=False)
         self._record: Record | None = None
 
-    async def async_save(self, directory: Path, args: "SaveRecorded") -> list[Future]:
+    async def async_save(
+        self, directory: Any, item: Any = None, save_args: Any = None, args: Any = None
+    ) -> list[Future]:
         """Copy the arrays; the futures write them, then the checksums of this process's files."""
+        assert isinstance(args, SaveRecorded)
         self._record = args.record
-        futures = await super().async_save(directory, args=args) or []
+        futures = await super().async_save(directory, item, save_args, args) or []
         return [ChainedFuture(futures, lambda: _record_own_files(Path(directory)))]
 
-    def finalize(self, directory: Path) -> None:
+    def finalize(self, directory: Any) -> None:
         """Merge what the processes wrote, and write the record; the first process calls it, once all have written."""
         super().finalize(directory)
         directory = Path(directory)

@@ -5,14 +5,24 @@ from typing import Any
 
 import jax
 
-# A gathered array is its device's part plus communication: keep the part and gather again. These are the gathers of
-# weights over the batch axes and of the sequence over tensor (Explicit: `reshard`).
+# A gathered array is its device's part plus communication: keep the part and gather again. `reshard` gathers the
+# sequence over tensor (Explicit); weights are gathered over batch axes by a custom VJP around `all_gather`.
 GATHERS = frozenset({"all_gather", "reshard"})
+# What is only moved: keeping it would keep the gathered array it was made from (the joined query, key and value weights).
+MOVES = frozenset({"concatenate", "reshape", "transpose", "broadcast_in_dim", "squeeze"})
 
 
-def keep_all_but_gathers(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Checkpoint policy of a layer that recomputes nothing: keep everything computed, gather again what was gathered."""
-    return primitive.name not in GATHERS
+def keep_all_but_gathers(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Checkpoint policy of a layer that recomputes nothing: keep what was computed, gather and move the rest again."""
+    if primitive.name == "custom_vjp_call":
+        return not _only_gathers(params["call_jaxpr"].jaxpr)
+    return primitive.name not in GATHERS | MOVES
+
+
+def _only_gathers(jaxpr: Any) -> bool:
+    inner = [equation.params["jaxpr"] for equation in jaxpr.eqns if equation.primitive.name == "shard_map"]
+    others = {equation.primitive.name for equation in jaxpr.eqns} - GATHERS - {"shard_map"}
+    return not others and all(_only_gathers(part) for part in inner)
 
 
 def region(name: str, recomputed: frozenset[str], function: Callable) -> Callable:

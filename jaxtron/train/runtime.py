@@ -82,7 +82,11 @@ class RuntimeConfig(Config):
             raise UserError(
                 f"process_id={self.process_id} is not below num_processes={self.num_processes}: they count from 0"
             )
-        for word in _split_flags(self.xla_flags):
+        try:
+            words = shlex.split(self.xla_flags)
+        except ValueError as error:
+            raise UserError(f"xla_flags={self.xla_flags!r} does not read: {error}") from None
+        for word in words:
             if not word.startswith("--"):
                 raise UserError(f"xla_flags: {word!r} does not begin with --, and XLA would ignore it")
         return self
@@ -106,7 +110,7 @@ def simulate_devices(count: int) -> None:
     if count < 1:
         raise UserError(f"devices={count}: simulate at least one")
     # the XLA flag does the same for the whole machine, and JAX 0.10 refuses to have both
-    words = [word for word in _split_flags(os.environ.get("XLA_FLAGS", "")) if "force_host_platform_device" not in word]
+    flags = re.sub(r"--xla_force_host_platform_device_count=\S*", "", os.environ.get("XLA_FLAGS", ""))
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
@@ -118,7 +122,7 @@ def simulate_devices(count: int) -> None:
             ) from None
         return
     jax.config.update("jax_platforms", "cpu")
-    os.environ["XLA_FLAGS"] = shlex.join(words)
+    os.environ["XLA_FLAGS"] = flags.strip()
 
 
 def expects_gpu(environment: Mapping[str, str] = os.environ) -> bool:
@@ -135,14 +139,17 @@ def set_xla_flags(config: RuntimeConfig, *, gpu: bool, cache_directory: Path | N
 
     Raises `UserError` for a flag that it does not know, and for a preset that the run's devices would ignore.
     """
-    inherited = _split_flags(os.environ.get("XLA_FLAGS", ""))
-    chosen = _split_flags(config.xla_flags)
     if not gpu and config.xla_preset in ("latency", "collective_matmul"):
         raise UserError(
             f"runtime.xla_preset={config.xla_preset} is for GPUs and this run has none: set it to auto or none"
         )
-    named = {_flag_name(word) for word in inherited + chosen}
-    preset = [word for word in preset_flags(config.xla_preset) if _flag_name(word) not in named] if gpu else []
+    inherited, chosen = os.environ.get("XLA_FLAGS", "").strip(), config.xla_flags.strip()
+    named = re.findall(r"--\w+", f"{inherited} {chosen}")
+    preset = " ".join(f for f in preset_flags(config.xla_preset) if f.partition("=")[0] not in named) if gpu else ""
+    if not preset and not chosen:
+        return
+    if inherited and not inherited.startswith("--"):
+        raise UserError(f"XLA_FLAGS={inherited} in the environment is a file, which cannot be added to: unset it")
     if complaint := _complaint(chosen, cache_directory):
         raise UserError(f"runtime.xla_flags: jaxlib {jaxlib.__version__} does not start with them: {complaint}")
     if complaint := _complaint(preset, cache_directory):
@@ -150,8 +157,7 @@ def set_xla_flags(config: RuntimeConfig, *, gpu: bool, cache_directory: Path | N
             f"runtime.xla_preset={config.xla_preset}: jaxlib {jaxlib.__version__} does not start with it: {complaint}; "
             "set it to none"
         )
-    if preset or chosen:
-        os.environ["XLA_FLAGS"] = shlex.join([*preset, *inherited, *chosen])
+    os.environ["XLA_FLAGS"] = " ".join(part for part in (preset, inherited, chosen) if part)
 
 
 def preset_flags(preset: Preset, version: str = jax.__version__) -> tuple[str, ...]:
@@ -226,18 +232,7 @@ def _set_compilation_cache(directory: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
-def _split_flags(flags: str) -> list[str]:
-    try:
-        return shlex.split(flags)
-    except ValueError as error:
-        raise UserError(f"XLA flags {flags!r} do not read: {error}") from None
-
-
-def _flag_name(flag: str) -> str:
-    return flag.partition("=")[0]
-
-
-def _complaint(flags: list[str], cache_directory: Path | None = None) -> str:
+def _complaint(flags: str, cache_directory: Path | None = None) -> str:
     """What this jaxlib has against flags, or nothing; tried in a process of its own, once for each set of flags.
 
     A flag that XLA does not know ends the process that starts a device, so they cannot be tried in this one.
@@ -246,7 +241,7 @@ def _complaint(flags: list[str], cache_directory: Path | None = None) -> str:
         return ""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     file = (cache_directory or home / "jaxtron") / "xla_flags.json"
-    key = f"{jaxlib.__version__} {shlex.join(flags)}"
+    key = f"{jaxlib.__version__} {flags}"
     try:
         verdicts = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -257,8 +252,8 @@ def _complaint(flags: list[str], cache_directory: Path | None = None) -> str:
     return verdicts[key]
 
 
-def _try_flags(flags: list[str]) -> str:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": shlex.join(flags)}
+def _try_flags(flags: str) -> str:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, "-c", "import jax; jax.devices()"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode == 0:

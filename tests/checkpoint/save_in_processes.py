@@ -49,7 +49,7 @@ def restore(checkpoints: Checkpoints) -> tuple[int, tuple]:
     return restored.step, restored.skipped
 
 
-with jax.set_mesh(sharding("data").mesh):
+with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))):
     checkpoints = Checkpoints(directory, CheckpointConfig(keep=2))
     for step in (1, 2, 3):
         checkpoints.save(step, state(step), {"position": step})

@@ -1,0 +1,47 @@
+# Every target sets up what it needs first: .venv with the best Python found, installed once (tools/setup).
+SHELL := /bin/bash
+export PYTHON
+# for `make train`: the run, and more settings such as ARGS="--train.steps 100"
+CONFIG ?= configs/gpt_tiny.yaml
+ARGS ?=
+# the short lane on the oldest JAX
+OLDEST := 0.10.2
+OLDEST_TESTS ?= $(wildcard tests/test_config.py tests/train tests/layers)
+# for `make gpu`: the CUDA that the driver can run, cuda12 or cuda13
+CUDA ?= cuda12
+
+.PHONY: help train test test-all test-oldest check gpu clean
+
+help: ## this list
+	@awk -F ': .*## ' '/^[a-z-]+: .*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+train: ## train a small GPT on Python's own source (ARGS="--train.steps 100", CONFIG=...)
+	@tools/setup .venv
+	@.venv/bin/python -m jaxtron.train $(CONFIG) $(ARGS)
+
+test: ## the test suite (ARGS="-k mesh")
+	@tools/setup .venv test
+	@.venv/bin/python -m pytest -q $(ARGS)
+
+test-all: ## also the slow tests
+	@tools/setup .venv test
+	@.venv/bin/python -m pytest -q -m 'not gpu' $(ARGS)
+
+test-oldest: ## a short part of the suite on the oldest JAX (OLDEST_TESTS="tests/train")
+	@PYTHONS="3.11 3.12 3.13" tools/setup .venv-oldest test jax==$(OLDEST) jaxlib==$(OLDEST) jax-cuda12-plugin==$(OLDEST)
+	@.venv-oldest/bin/python -m pytest -q $(OLDEST_TESTS) $(ARGS)
+
+check: ## format, lint, types, then the suite
+	@tools/setup .venv dev
+	@.venv/bin/ruff format --check --quiet .
+	@.venv/bin/ruff check --quiet .
+	@.venv/bin/pyright
+	@.venv/bin/python -m pytest -q $(ARGS)
+
+gpu: ## benchmark on this machine's NVIDIA GPUs (CUDA=cuda13)
+	@tools/setup .venv $(CUDA)
+	@.venv/bin/python -m benchmarks.gpu $(ARGS)
+
+clean: ## remove the environments and caches (runs/ stays)
+	@rm -rf .venv .venv-oldest build ./*.egg-info .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

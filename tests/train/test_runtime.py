@@ -1,0 +1,222 @@
+"""Each start of JAX needs a process of its own, so most of these run small programs."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jaxlib
+import pytest
+
+from jaxtron.config import UserError, load
+from jaxtron.train.runtime import (
+    XLA_PRESETS,
+    RuntimeConfig,
+    expects_gpu,
+    find_launcher,
+    preset_flags,
+    set_xla_flags,
+    simulate_devices,
+    start_runtime,
+)
+
+PROGRAM = """
+import os, sys
+from jaxtron.command import run_command
+from jaxtron.config import load
+from jaxtron.train.runtime import RuntimeConfig, start_runtime
+
+def main(argv):
+    devices, *flags = argv
+    start_runtime(load(RuntimeConfig, None, flags), devices=int(devices) if devices != "none" else None)
+    import jax
+    from jax.sharding import PartitionSpec as P
+
+    mesh = jax.make_mesh((jax.device_count(),), ("all",))
+    total = jax.jit(jax.shard_map(
+        lambda: jax.lax.psum(1 + jax.lax.axis_index("all"), "all"), mesh=mesh, in_specs=(), out_specs=P()))
+    print(jax.process_count(), len(jax.local_devices()), jax.device_count(), int(total()), os.environ.get("XLA_FLAGS"))
+
+sys.exit(run_command(main))
+"""
+
+
+def start(devices: int | None, *flags: str, xla_flags: str = "", platform: str = "cpu") -> subprocess.Popen[str]:
+    """A process that starts JAX and sums over its devices."""
+    environment = os.environ | {"XLA_FLAGS": xla_flags, "JAX_PLATFORMS": platform}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(devices).lower(), *flags],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, output without gloo's own lines, and the error lines."""
+    out, err = process.communicate(timeout=60)
+    lines = [line for line in out.splitlines() if "[Gloo]" not in line]
+    return process.returncode, "\n".join(lines), "\n".join(re.findall("^error: .*", err, flags=re.MULTILINE))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_simulated_devices_replace_an_inherited_count_and_platform():
+    process = start(3, xla_flags="--xla_force_host_platform_device_count=8", platform="cuda")
+    assert finish(process) == (0, "1 3 3 6 ", "")
+
+
+def test_simulating_again_is_fine_and_other_counts_are_too_late():
+    assert jax.device_count() == 8
+    simulate_devices(8)
+    with pytest.raises(UserError, match="devices=4 comes too late: JAX already runs on 8 cpu devices"):
+        simulate_devices(4)
+    with pytest.raises(UserError, match="at least one"):
+        simulate_devices(0)
+
+
+def test_two_processes_with_two_devices_each():
+    address = f"127.0.0.1:{free_port()}"
+    coordinates = ["--coordinator_address", address, "--num_processes", "2"]
+    processes = [start(2, *coordinates, "--process_id", str(i)) for i in range(2)]
+    assert [finish(process) for process in processes] == [(0, "2 2 4 10 ", "")] * 2
+
+
+def test_a_process_that_waits_in_vain_ends_with_one_line():
+    address = f"127.0.0.1:{free_port()}"
+    coordinates = ["--coordinator_address", address, "--num_processes", "2", "--connect_seconds", "1"]
+    code, _, error = finish(start(None, *coordinates, "--process_id", "0"))
+    assert code == 2 and f"did not all reach {address} within 1 s" in error
+
+
+def test_a_port_in_use_is_one_line():
+    with socket.socket(socket.AF_INET6) as listener:
+        listener.bind(("::", 0))
+        listener.listen()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        process = start(None, "--coordinator_address", address, "--num_processes", "1", "--process_id", "0")
+        code, _, error = finish(process)
+    assert code == 2 and f"cannot join the processes of the coordinator settings at {address}" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--num_processes 2", "coordinator_address and process_id missing"),
+        ("--coordinator_address node1 --num_processes 2 --process_id 0", "'node1' is not host:port"),
+        ("--coordinator_address a:1 --num_processes 2 --process_id 2", "process_id=2 is not below num_processes=2"),
+        ("--xla_flags=xla_a=1", "'xla_a=1' does not begin with --"),
+        ("--xla_flags=--xla_a='1", "does not read: No closing quotation"),
+    ],
+)
+def test_settings_that_do_not_fit(flags: str, message: str):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load(RuntimeConfig, None, flags.split())
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"}, "Slurm"),
+        # srun --pty in an allocation of 8 tasks, and a batch script without srun
+        ({"SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}, "Open MPI"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+    ],
+)
+def test_launchers(environment: dict[str, str], launcher: str | None):
+    assert find_launcher(environment) == launcher
+
+
+def test_slurm_gives_the_coordinates(monkeypatch: pytest.MonkeyPatch):
+    seen = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: seen.update(arguments=a, **k))
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    start_runtime(RuntimeConfig(launcher="none"))
+    assert not seen
+    start_runtime(RuntimeConfig(connect_seconds=5))
+    assert seen["arguments"] == (None, None, None) and seen["initialization_timeout"] > 5
+
+
+def test_platform(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("jaxtron.train.runtime.jax", SimpleNamespace(config=SimpleNamespace(jax_platforms=None)))
+    assert expects_gpu({"JAX_PLATFORMS": "cuda,cpu"})
+    assert not expects_gpu({"JAX_PLATFORMS": "cpu"})
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidiactl")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "jax_cuda13_plugin" else None)
+    assert expects_gpu({})
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert not expects_gpu({})
+
+
+@pytest.mark.parametrize("preset", [preset for preset in XLA_PRESETS if preset != "none"])
+def test_this_jaxlib_starts_with_every_preset(preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false")
+    set_xla_flags(RuntimeConfig(xla_preset=preset), gpu=True, cache_directory=tmp_path)
+    flags = os.environ["XLA_FLAGS"].split()
+    inherited = "--xla_gpu_enable_latency_hiding_scheduler=false"
+    # what the user set in the environment wins over the preset
+    assert flags == [*(f for f in preset_flags(preset) if "latency_hiding" not in f), inherited]
+
+
+def test_presets_by_version():
+    assert preset_flags("latency", "0.11.2") == preset_flags("latency", "0.10.2")
+    assert preset_flags("none") == ()
+
+
+def test_flags_are_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    config = RuntimeConfig(xla_flags="--xla_no_such_flag=1")
+    expected = f"runtime.xla_flags: jaxlib {jaxlib.__version__} does not start with them: .*--xla_no_such_flag"
+    with pytest.raises(UserError, match=expected):
+        set_xla_flags(config, gpu=False, cache_directory=tmp_path)
+    monkeypatch.setattr(subprocess, "run", None)
+    with pytest.raises(UserError, match=expected):
+        set_xla_flags(config, gpu=False, cache_directory=tmp_path)
+    assert os.environ["XLA_FLAGS"] == ""
+
+
+def test_flags_that_cannot_take_effect(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    with pytest.raises(UserError, match="xla_preset=latency is for GPUs"):
+        set_xla_flags(RuntimeConfig(xla_preset="latency"), gpu=False)
+    set_xla_flags(RuntimeConfig(xla_preset="auto"), gpu=False)
+    assert os.environ["XLA_FLAGS"] == ""
+    monkeypatch.setenv("XLA_FLAGS", "flags.txt")
+    with pytest.raises(UserError, match="XLA_FLAGS=flags.txt in the environment is a file"):
+        set_xla_flags(RuntimeConfig(), gpu=True)
+
+
+def test_a_valid_flag_reaches_xla_after_the_inherited_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    process = start(2, "--xla_flags=--xla_cpu_enable_fast_math=false", xla_flags="--xla_cpu_use_thunk_runtime=true")
+    expected = "1 2 2 3 --xla_cpu_use_thunk_runtime=true --xla_cpu_enable_fast_math=false"
+    assert finish(process) == (0, expected, "")
+
+
+def test_compilation_cache(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="runtime.compilation_cache=.* cannot be made"):
+        start_runtime(RuntimeConfig(compilation_cache=str(tmp_path / "file" / "cache")))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        start_runtime(RuntimeConfig(compilation_cache=str(tmp_path / "cache")))
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
