@@ -192,9 +192,14 @@ for _yaml in (_Loader, _Dumper):
         ("float", r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", _number),
     ):
         _yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
-_Loader.add_constructor(
-    "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node).replace("_", ""))
-)
+
+
+def _read_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    # not PyYAML's own, which takes 010 for 8
+    return int(loader.construct_scalar(node).replace("_", ""))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _read_int)
 
 
 @dataclass
@@ -405,7 +410,8 @@ def _explain(config_type: type[Config], source: Source, error: ValidationError) 
     """The first error in a line, and how many more there are."""
     known = settings(config_type)
     lines: dict[str, str] = {}
-    for details in error.errors(include_url=False):
+    errors: list[dict[str, Any]] = [dict(details) for details in error.errors(include_url=False)]
+    for details in errors:
         name = _dotted_name(known, details["loc"])
         if details["type"] == "union_tag_invalid":
             name = f"{name}.{details['ctx']['discriminator'].strip(chr(39))}"
@@ -417,7 +423,7 @@ def _explain(config_type: type[Config], source: Source, error: ValidationError) 
                 name = f"{name}.{key}"
             line = f"unknown setting {name}{source.origin(name)}{_nearest(name, known)}"
         else:
-            line = _explain_value(name, known, source, dict(details))
+            line = _explain_value(name, known, source, details)
         lines.setdefault(name, line)
     first, *others = lines.values()
     return first + (f" (and {len(others)} more)" if others else "")

@@ -35,7 +35,7 @@ def look_up(table: Float[Array, "V E"], tokens: Int[Array, "B S"]) -> Float[Arra
     (Megatron-LM, 1909.08053 sec. 3, with the sequence split of 2205.05198.)
     """
     if _parts() == 1:
-        return table.at[tokens].get(out_sharding=PartitionSpec())
+        return table.at[tokens].get(out_sharding=PartitionSpec(None, "tensor"))
 
     def local(table: Array, tokens: Array) -> Array:
         index, mine = _local_index(table.shape[0], tokens)

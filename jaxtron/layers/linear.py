@@ -3,8 +3,9 @@
 import jax
 from flax import nnx
 from jax.nn import initializers
+from jax.sharding import PartitionSpec
 
-from jaxtron.sharding import parameter, spec
+from jaxtron.sharding import current, parameter, spec
 from jaxtron.typing import Array, Float
 
 
@@ -43,7 +44,17 @@ def bias_axes(outputs: dict[str, int]) -> tuple[str, ...]:
 
 
 def project(x: Float[Array, "B S ..."], kernel: Float[Array, "..."], logical: tuple[str | None, ...]) -> Float[Array, "..."]:
-    """`x` (all but its first two axes) contracted with the leading axes of `kernel`, laid out as `logical` names."""
+    """`x` (all but its first two axes) contracted with the leading axes of `kernel`, laid out as `logical` names.
+
+    Rows and positions are one axis where the layout allows: a plain matrix product and its gradients need no
+    transposed copies, which on a CPU cost more than the product.
+    """
     num_inputs = x.ndim - 2
-    contracted = (tuple(range(2, x.ndim)), tuple(range(num_inputs)))
-    return jax.lax.dot_general(x, kernel, (contracted, ((), ())), out_sharding=spec(*logical))
+    layout = spec(*logical)
+    if current().mesh.shape["tensor"] > 1 and layout[1]:
+        contracted = (tuple(range(2, x.ndim)), tuple(range(num_inputs)))
+        return jax.lax.dot_general(x, kernel, (contracted, ((), ())), out_sharding=layout)
+    rows = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+    contracted = (tuple(range(1, rows.ndim)), tuple(range(num_inputs)))
+    y = jax.lax.dot_general(rows, kernel, (contracted, ((), ())), out_sharding=PartitionSpec(layout[0], *layout[2:]))
+    return y.reshape(*x.shape[:2], *y.shape[1:])

@@ -34,6 +34,11 @@ class Blueprint:
             parameters.shardings(self.specs),
         )
 
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, the vocabulary's padding included."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
+
     def initialize(self, key: Key[Array, ""]) -> PyTree:
         """Initial parameters, each device making its own part; their values do not depend on the mesh."""
 

@@ -1,6 +1,6 @@
 """The whole configuration of a run: every part's own settings, and what must agree between them."""
 
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -37,7 +37,7 @@ class TrainConfig(Config):
     """Tokens generated after training, for a look at what was learned."""
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "TrainConfig":
         if self.precision != "fp16" and self.loss_scale != LossScaleConfig():
             raise UserError(f"train.loss_scale has no effect with train.precision {self.precision}: leave it out")
         return self
@@ -70,16 +70,10 @@ class Configuration(Config):
     """Processes, compiler flags and caches."""
 
     @model_validator(mode="after")
-    def _agree(self) -> Self:
+    def _agree(self) -> "Configuration":
         length, positions = self.data.sequence_length, self.model.max_positions
         if positions is not None and positions < length:
             raise UserError(f"data.sequence_length {length} is longer than model.max_positions {positions}")
-        if self.optimizer.decay_steps is None and self.optimizer.warmup_steps >= self.train.steps:
-            if self.optimizer.schedule not in ("constant", "inverse_square_root"):
-                raise UserError(
-                    f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves nothing of train.steps "
-                    f"{self.train.steps} to decay in; lower it or set optimizer.decay_steps"
-                )
         return self
 
     def resolved(self) -> "Configuration":

@@ -1,10 +1,12 @@
 """What must happen before JAX starts its devices: simulated ones, XLA's flags, and the other processes of the run."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -13,10 +15,11 @@ from pathlib import Path
 from typing import Literal, Self
 
 import jax
-import jaxlib
 from pydantic import Field, model_validator
 
 from jaxtron.config import Config, UserError
+
+JAXLIB = importlib.metadata.version("jaxlib")
 
 Preset = Literal["auto", "none", "latency", "collective_matmul"]
 
@@ -151,10 +154,10 @@ def set_xla_flags(config: RuntimeConfig, *, gpu: bool, cache_directory: Path | N
     if inherited and not inherited.startswith("--"):
         raise UserError(f"XLA_FLAGS={inherited} in the environment is a file, which cannot be added to: unset it")
     if complaint := _complaint(chosen, cache_directory):
-        raise UserError(f"runtime.xla_flags: jaxlib {jaxlib.__version__} does not start with them: {complaint}")
+        raise UserError(f"runtime.xla_flags: jaxlib {JAXLIB} does not start with them: {complaint}")
     if complaint := _complaint(preset, cache_directory):
         raise UserError(
-            f"runtime.xla_preset={config.xla_preset}: jaxlib {jaxlib.__version__} does not start with it: {complaint}; "
+            f"runtime.xla_preset={config.xla_preset}: jaxlib {JAXLIB} does not start with it: {complaint}; "
             "set it to none"
         )
     os.environ["XLA_FLAGS"] = " ".join(part for part in (preset, inherited, chosen) if part)
@@ -176,6 +179,8 @@ def initialize_distributed(config: RuntimeConfig) -> None:
     launcher = "the coordinator settings" if explicit else find_launcher() if config.launcher == "auto" else None
     if launcher is None:
         return
+    if config.coordinator_address is not None and config.process_id == 0:
+        _check_port(config.coordinator_address)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX ends a process that waited in vain with a C++ stack trace: be earlier, and clear
     watchdog = threading.Timer(config.connect_seconds, _give_up, (config, launcher))
@@ -191,8 +196,7 @@ def initialize_distributed(config: RuntimeConfig) -> None:
     except (RuntimeError, ValueError, ImportError) as error:
         where = f" at {config.coordinator_address}" if explicit else ""
         raise UserError(
-            f"cannot join the processes of {launcher}{where}: {str(error).splitlines()[0]} "
-            "(is the port free, and was JAX not used before?)"
+            f"cannot join the processes of {launcher}{where}: {str(error).splitlines()[0]} (was JAX used before?)"
         ) from error
     finally:
         watchdog.cancel()
@@ -209,6 +213,19 @@ def find_launcher(environment: Mapping[str, str] = os.environ) -> str | None:
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         return "Kubernetes"
     return None
+
+
+def _check_port(address: str) -> None:
+    # jaxlib 0.11.2 crashes, one time in three, where it cannot have the port
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    port = int(address.rpartition(":")[2])
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=family is socket.AF_INET6).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"runtime.coordinator_address={address}: process 0 cannot listen on port {port} "
+            f"({getattr(error, 'strerror', None) or error}): choose another"
+        ) from None
 
 
 def _give_up(config: RuntimeConfig, launcher: str) -> None:
@@ -241,7 +258,7 @@ def _complaint(flags: str, cache_directory: Path | None = None) -> str:
         return ""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     file = (cache_directory or home / "jaxtron") / "xla_flags.json"
-    key = f"{jaxlib.__version__} {flags}"
+    key = f"{JAXLIB} {flags}"
     try:
         verdicts = json.loads(file.read_text())
     except (OSError, ValueError):

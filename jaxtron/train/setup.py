@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from jaxtron.checkpoint import Checkpoints
+from jaxtron.checkpoint.manager import Checkpoints
 from jaxtron.config import UserError, dump
 from jaxtron.data import Data, open_data
 from jaxtron.models.decoder import Decoder

@@ -1,0 +1,47 @@
+"""`python -m jaxtron.train [CONFIG.yaml] [--setting value ...]`: train a model, or continue a run."""
+
+import sys
+from pathlib import Path
+
+import jax
+
+from jaxtron.command import configure, run_command
+from jaxtron.train.config import Configuration
+from jaxtron.train.loop import train
+from jaxtron.train.runtime import start_runtime
+from jaxtron.train.setup import open_run
+from jaxtron.train.summary import finish
+
+
+def main(argv: list[str]) -> int:
+    """Trains as the command line asks; 130 if a signal ended the run early, with a checkpoint."""
+    config = configure(Configuration, argv, program="python -m jaxtron.train", purpose="Train a decoder.")
+    if config is None:
+        return 0
+    start_runtime(config.runtime, devices=config.devices)
+    name = next((Path(word).stem for word in argv if word.endswith((".yaml", ".yml"))), "train")
+    with open_run(config, name) as run:
+        if jax.process_index() == 0:
+            announce(run)
+        outcome = train(run)
+        if outcome.stopped:
+            if jax.process_index() == 0:
+                print(f"stopped after step {outcome.step}; the same command continues from its checkpoint")
+            return 130
+        finish(run, outcome)
+    return 0
+
+
+def announce(run) -> None:
+    """One line of what is about to run, and one if it continues."""
+    sizes = run.trainer.blueprint.num_parameters
+    mesh = " x ".join(f"{axis} {size}" for axis, size in run.placement.sharding.mesh.shape.items() if size > 1)
+    devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+    print(f"{sizes:,} parameters on {devices}{f' ({mesh})' if mesh else ''}, run in {run.directory}")
+    if run.step:
+        done = "complete already" if run.step >= run.config.train.steps else "continuing"
+        print(f"checkpoint of step {run.step} found: {done}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
