@@ -457,16 +457,23 @@ def _dotted_name(known: dict[str, Setting], location: tuple[int | str, ...]) -> 
 
 
 def _nearest(name: str, known: dict[str, Setting]) -> str:
-    """`; did you mean mesh.tensor?`: by the same last word first, then by likeness of the whole."""
+    """`; did you mean mesh.tensor?`: by the same last word or its initials, then by likeness."""
     last = name.rpartition(".")[2]
-    same = [other for other in known if other.rpartition(".")[2] == last]
-    ends = {other.rpartition(".")[2]: other for other in reversed(known)}
+    names = [other for other in known if not name.startswith(f"{other}.")]
+    ends = {other.rpartition(".")[2]: other for other in reversed(names)}
+    same = [other for other in names if last in _abbreviations(other)]
     near = (
         difflib.get_close_matches(name, same, n=1, cutoff=0.0)
-        or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
         or [ends[end] for end in difflib.get_close_matches(last, ends, n=1, cutoff=0.6)]
     )
     return f"; did you mean {near[0]}?" if near else "; --help lists the settings"
+
+
+def _abbreviations(name: str) -> tuple[str, str]:
+    """A setting's last word, and its initials: `learning_rate` and `lr`."""
+    last = name.rpartition(".")[2]
+    return last, "".join(word[:1] for word in last.split("_"))
 
 
 def _show(value: Any) -> str:

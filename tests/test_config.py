@@ -179,6 +179,7 @@ def test_errors_of_files(tmp_path: Path):
 def test_unknown_settings_name_the_nearest(tmp_path: Path):
     assert message("--mesh.tensr", "4") == "unknown setting mesh.tensr (--mesh.tensr); did you mean mesh.tensor?"
     assert message("--tensor", "4") == "unknown setting tensor (--tensor); did you mean mesh.tensor?"
+    assert "did you mean optimizer.learning_rate?" in message("--optimizer.lr", "1")
     assert "did you mean mesh.tensor?" in message("--meshh.tensor", "4")
     assert "--help lists the settings" in message("--qqqqqq", "4")
     path = write(tmp_path, "a.yaml", "seed: 1\nmesh:\n  data: 1\n  tensr: 4\n")
@@ -270,11 +271,9 @@ def jaxtron(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "jaxtron", *argv], capture_output=True, text=True)
 
 
-def test_the_command_lists_its_verbs_without_jax():
+def test_the_command_lists_its_verbs():
     result = jaxtron("--help")
     assert result.returncode == 0 and "train" in result.stdout
-    code = "import sys, jaxtron.command, jaxtron.__main__; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_an_unknown_verb_is_one_line():

@@ -40,7 +40,8 @@ def main(argv):
     mesh = jax.make_mesh((jax.device_count(),), ("all",))
     total = jax.jit(jax.shard_map(
         lambda: jax.lax.psum(1 + jax.lax.axis_index("all"), "all"), mesh=mesh, in_specs=(), out_specs=P()))
-    print("result:", jax.process_count(), len(jax.local_devices()), jax.device_count(), int(total()), os.environ.get("XLA_FLAGS"))
+    counts = jax.process_count(), len(jax.local_devices()), jax.device_count()
+    print("result:", *counts, int(total()), os.environ.get("XLA_FLAGS"))
 
 sys.exit(run_command(main))
 """

@@ -1,0 +1,75 @@
+"""The layout of a model's parameters on a mesh, as rows for a table."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtron.sharding import Blueprint, current
+
+STATE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter: what it is, where it lies at rest, and what of it a device holds.
+
+    `bytes` are those of its float32 master weights on one device; `replicas` how many devices hold the same part.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    spec: PartitionSpec
+    role: str
+    bytes: int
+    replicas: int
+
+
+def rows(blueprint: Blueprint) -> list[Row]:
+    """Every parameter in order, on the current mesh."""
+    mesh = current().mesh
+    leaves = jax.tree_util.tree_leaves_with_path(blueprint.shapes)
+    specs = jax.tree.leaves(blueprint.specs, is_leaf=lambda node: isinstance(node, PartitionSpec))
+    axes = jax.tree.leaves(blueprint.axes, is_leaf=lambda node: isinstance(node, tuple))
+    found = []
+    for (path, leaf), spec, names, role in zip(leaves, specs, axes, jax.tree.leaves(blueprint.roles), strict=True):
+        part = NamedSharding(mesh, spec).shard_shape(leaf.shape)
+        copies = mesh.size * math.prod(part) // math.prod(leaf.shape)
+        name = ".".join(str(getattr(key, "key", key)) for key in path)
+        found.append(Row(name, leaf.shape, names, spec, role, math.prod(part) * STATE_BYTES, copies))
+    return found
+
+
+def text(blueprint: Blueprint) -> str:
+    """The table as text: a header, a line a parameter, and the totals of a device."""
+    found = rows(blueprint)
+    mesh = current().mesh
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    cells = [("parameter", "shape", "logical axes", "spec at rest", "role", "bytes/device", "replicas")]
+    for row in found:
+        shape = " x ".join(str(size) for size in row.shape)
+        cells.append(
+            (row.name, shape, ", ".join(row.axes), _spec(row.spec), row.role, f"{row.bytes:,}", str(row.replicas))
+        )
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(_cell(column, cell, widths) for column, cell in enumerate(line)).rstrip() for line in cells]
+    held = sum(row.bytes for row in found)
+    whole = sum(math.prod(row.shape) for row in found)
+    ideal = whole * STATE_BYTES / mesh.size
+    total = f"{whole:,} parameters; {held:,} bytes of float32 weights a device, {held / ideal:.2f} times an even split"
+    return "\n".join([f"mesh: {sizes}", *lines, total])
+
+
+def _cell(column: int, cell: str, widths: list[int]) -> str:
+    return cell.rjust(widths[column]) if column >= 5 else cell.ljust(widths[column])
+
+
+def _spec(spec: PartitionSpec) -> str:
+    mesh = current().mesh
+    names = []
+    for entry in spec:
+        axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        names.append("+".join(axis for axis in axes if mesh.shape[axis] > 1) or "-")
+    return "(" + ", ".join(names) + ")"
