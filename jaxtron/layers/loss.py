@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxtron.sharding import vary
+from jaxtron.sharding import current, vary
 from jaxtron.typing import Array, Float, Int
 
 # Most logits alive at once on a device, in elements: 256 MiB of float32.
@@ -51,13 +51,15 @@ def _run(x, table, targets, weights, *, vocab: int, z_loss: float, with_gradient
     whole, rows, sequence = PartitionSpec(), PartitionSpec("tensor"), PartitionSpec(None, "tensor")
 
     def local(x: Array, table: Array, targets: Array, weights: Array):
-        x = jax.lax.all_gather(x, "tensor", axis=1, tiled=True)
+        x = _gather_sequence(x)
+        shape = x.shape
+        # one axis of tokens: plain matrix products, and chunks without transposed copies
+        tokens = [a.reshape(-1, *a.shape[2:]) for a in (x, targets, weights)]
         chunk = functools.partial(_chunk, vocab=vocab, z_loss=z_loss, with_gradients=with_gradients)
-        total, nll, *gradients = _over_chunks(chunk, x, table, targets, weights)
+        total, nll, dx, dtable = _over_chunks(chunk, tokens[0], table, *tokens[1:])
         if not with_gradients:
             return total, nll
-        dx, dtable = gradients
-        return total, nll, jax.lax.psum_scatter(dx, "tensor", scatter_dimension=1, tiled=True), dtable
+        return total, nll, _scatter_sequence(dx.reshape(shape)), dtable
 
     out_specs = (whole, whole, sequence, rows) if with_gradients else (whole, whole)
     in_specs = (sequence, rows, whole, whole)
@@ -66,14 +68,25 @@ def _run(x, table, targets, weights, *, vocab: int, z_loss: float, with_gradient
     )
 
 
+def _gather_sequence(x: Array) -> Array:
+    return jax.lax.all_gather(x, "tensor", axis=1, tiled=True) if _parts() > 1 else x
+
+
+def _scatter_sequence(x: Array) -> Array:
+    return jax.lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True) if _parts() > 1 else x
+
+
+def _parts() -> int:
+    return current().size(("tensor",))
+
+
 def _over_chunks(chunk, x: Array, table: Array, targets: Array, weights: Array):
-    """Sums and gradients over all chunks; gradients are None where `chunk` forms none."""
-    rows, length, _ = x.shape
-    size = _chunk_length(rows, length, table.shape[0])
-    if size == length:
+    """Sums and gradients over all chunks of tokens; gradients are None where `chunk` forms none."""
+    size = _chunk_length(x.shape[0], table.shape[0])
+    if size == x.shape[0]:
         total, nll, dx, dtable = chunk(x, table, targets, weights)
         return total, nll, dx, None if dtable is None else dtable.astype(table.dtype)
-    split = [jnp.moveaxis(a.reshape(rows, length // size, size, *a.shape[2:]), 1, 0) for a in (x, targets, weights)]
+    split = [a.reshape(-1, size, *a.shape[1:]) for a in (x, targets, weights)]
 
     def body(dtable: Array, part):
         total, nll, dx, more = chunk(part[0], table, *part[1:])
@@ -81,20 +94,18 @@ def _over_chunks(chunk, x: Array, table: Array, targets: Array, weights: Array):
 
     zeros = vary(jnp.zeros(table.shape, jnp.float32))
     dtable, (total, nll, dx) = jax.lax.scan(body, zeros, split)
-    if dx is not None:
-        dx = jnp.moveaxis(dx, 0, 1).reshape(x.shape)
-    return total.sum(), nll.sum(), dx, dtable.astype(table.dtype)
+    return total.sum(), nll.sum(), None if dx is None else dx.reshape(x.shape), dtable.astype(table.dtype)
 
 
-def _chunk_length(rows: int, length: int, vocab: int) -> int:
-    fits = [size for size in range(1, length + 1) if length % size == 0 and rows * size * vocab <= CHUNK_ELEMENTS]
+def _chunk_length(tokens: int, vocab: int) -> int:
+    fits = [size for size in range(1, tokens + 1) if tokens % size == 0 and size * vocab <= CHUNK_ELEMENTS]
     return max(fits, default=1)
 
 
 def _chunk(x: Array, table: Array, targets: Array, weights: Array, *, vocab: int, z_loss: float, with_gradients: bool):
     offset = jax.lax.axis_index("tensor") * table.shape[0]
-    logits = jnp.einsum("bse,ve->bsv", x, table, preferred_element_type=jnp.float32)
-    entry = offset + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    logits = jnp.einsum("ne,ve->nv", x, table, preferred_element_type=jnp.float32)
+    entry = offset + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     logits = jnp.where(entry < vocab, logits, -jnp.inf)
     hit = entry == targets[..., None]
     peak = jax.lax.pmax(logits.max(-1), "tensor")
@@ -107,6 +118,6 @@ def _chunk(x: Array, table: Array, targets: Array, weights: Array, *, vocab: int
         return total, nll, None, None
     pull = (1.0 + 2.0 * z_loss * log_z)[..., None] * jnp.exp(logits - log_z[..., None])
     dlogits = (weights[..., None] * (pull - hit)).astype(x.dtype)
-    dx = jnp.einsum("bsv,ve->bse", dlogits, table)
-    dtable = jnp.einsum("bsv,bse->ve", dlogits, x, preferred_element_type=jnp.float32)
+    dx = jnp.einsum("nv,ve->ne", dlogits, table)
+    dtable = jnp.einsum("nv,ne->ve", dlogits, x, preferred_element_type=jnp.float32)
     return total, nll, dx, dtable

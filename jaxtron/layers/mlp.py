@@ -1,6 +1,7 @@
 """The MLP of a transformer layer."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,13 +17,20 @@ from jaxtron.typing import Array, Float
 Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "swiglu", "geglu"]
 GATED = frozenset({"swiglu", "geglu"})
 
+
+def gelu(x: Array) -> Array:
+    """`x * Phi(x)` (1606.08415) by erf, in float32: half the work of the erfc form, exact enough where Phi is not tiny."""
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1.0 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
 FUNCTIONS: dict[Activation, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
     "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
     "swiglu": jax.nn.silu,
-    "geglu": functools.partial(jax.nn.gelu, approximate=False),
+    "geglu": gelu,
 }
 
 

@@ -1,5 +1,7 @@
 """What must happen before JAX starts its devices: simulated ones, XLA's flags, and the other processes of the run."""
 
+import contextlib
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -102,6 +104,8 @@ def start_runtime(config: RuntimeConfig, *, devices: int | None = None) -> None:
     """
     if devices is not None:
         simulate_devices(devices)
+    if not has_driver():
+        prepare_without_driver()
     set_xla_flags(config, gpu=devices is None and expects_gpu())
     if config.compilation_cache is not None:
         _set_compilation_cache(Path(config.compilation_cache).expanduser())
@@ -134,7 +138,33 @@ def expects_gpu(environment: Mapping[str, str] = os.environ) -> bool:
     if platforms:
         return platforms.split(",")[0] in ("cuda", "gpu")
     plugin = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-    return plugin and any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
+    return plugin and has_driver()
+
+
+def has_driver() -> bool:
+    """Whether this machine has an NVIDIA driver, its own or that of Windows below it."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
+
+
+def prepare_without_driver() -> None:
+    """Keeps JAX from trying and complaining about GPUs, where its CUDA plugin (the extra `plan`) is but no driver."""
+    spec = importlib.util.find_spec("jax_plugins")
+    folders = spec.submodule_search_locations if spec else None
+    libraries = [path for folder in folders or () for path in Path(folder).glob("xla_cuda*/xla_cuda_plugin.so")]
+    if not libraries:
+        return
+    if not jax.config.jax_platforms and not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")
+    # the library complains when it is first loaded, and JAX loads it whatever the platform: be earlier, and quiet
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere, contextlib.suppress(OSError):
+            os.dup2(nowhere.fileno(), 2)
+            for library in libraries:
+                ctypes.CDLL(str(library))
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def set_xla_flags(config: RuntimeConfig, *, gpu: bool, cache_directory: Path | None = None) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtron.checkpoint.manager import Checkpoints
 from jaxtron.config import UserError, dump
@@ -56,7 +57,7 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
     check_vocabulary(config, data)
     with use(make_rules(mesh, config.sharding)):
         trainer = make_trainer(config)
-        abstract = trainer.abstract_state()
+        abstract = _placed(trainer.abstract_state(), mesh)
         directory = Path(config.run.directory or f"runs/{name}")
         checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint)
         try:
@@ -91,6 +92,16 @@ def check_vocabulary(config: Configuration, data: Data) -> None:
 
 def _build(config: Configuration, rngs) -> Decoder:
     return Decoder(config.model, rngs=rngs)
+
+
+def _placed(abstract: TrainState, mesh: Mesh) -> TrainState:
+    """The abstract state with its shardings on the mesh's devices, where arrays can be restored to."""
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, abstract)
 
 
 def _check_data(data: Data, extra: dict, directory: Path) -> None:

@@ -1,0 +1,174 @@
+"""The central promise: loss, every gradient and every update are those of one device, on every mesh.
+
+One-device references use one microbatch and an unrolled stack, and are shared between the cases of a model. What one
+device computes is held against plain JAX in `tests/models/test_decoder.py`.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtron.models.config import ModelConfig
+from jaxtron.models.decoder import Decoder
+from jaxtron.optim import LossScaleConfig, OptimizerConfig
+from jaxtron.sharding import MeshConfig, ShardingConfig, blueprint, build_mesh, make_rules, use
+from jaxtron.train.config import TrainConfig
+from jaxtron.train.step import Batch, Trainer, batch_sharding
+
+ROWS, LENGTH, VOCAB = 32, 16, 60
+TOLERANCE = 1e-5
+# A key bias adds the same score to all keys of a query, which softmax ignores: its gradient is zero but for rounding,
+# and rounding is all that a comparison relative to itself would see. So no gradient counts as smaller than this part
+# of the norm of all gradients.
+FLOOR = 1e-3
+
+GPT = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_heads=8,
+    vocab_size=VOCAB,
+    vocab_multiple=64,
+    max_positions=LENGTH,
+    initial_std=0.2,
+)
+MODELS = {
+    "gpt": GPT,
+    "gpt, dropout": GPT.model_copy(update={"dropout": 0.1, "attention_dropout": 0.2}),
+    # 36 does not divide by 8: the batch axis moves to another dimension of each matrix
+    "gpt, odd width": GPT.model_copy(update={"hidden_size": 36, "head_dim": 4, "mlp_size": 64}),
+    "llama": ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_size=48,
+        vocab_size=VOCAB,
+        vocab_multiple=64,
+        activation="swiglu",
+        norm="rms_norm",
+        bias=False,
+        position="rotary",
+        tied_head=False,
+        initial_std=0.2,
+        z_loss=0.01,
+    ),
+    "palm": ModelConfig(
+        pattern="(*-)",
+        num_layers=2,
+        hidden_size=32,
+        num_heads=8,
+        num_kv_heads=1,
+        vocab_size=VOCAB,
+        vocab_multiple=64,
+        activation="squared_relu",
+        norm="layer_norm_1p",
+        embedding_norm=True,
+        qk_norm=True,
+        position="alibi",
+        attention_dropout=0.2,
+        initial_std=0.2,
+    ),
+}
+ONE_DEVICE = {"data": 1}
+
+
+class Result(NamedTuple):
+    loss: float
+    gradients: dict[str, np.ndarray]
+
+
+def make_batch() -> Batch:
+    """Rows with ever fewer tokens and the last five with none: devices and microbatches differ in their counts."""
+    generator = np.random.default_rng(0)
+    tokens, targets = generator.integers(0, VOCAB, (2, ROWS, LENGTH), dtype=np.int32)
+    weights = generator.random((ROWS, LENGTH)) > np.arange(ROWS)[:, None] / (ROWS - 5)
+    assert weights[0].all() and not weights[-5:].any()
+    return Batch(tokens, targets, weights.astype(np.float32))
+
+
+def rules_for(mesh: dict[str, int], zero: str = "optimizer"):
+    devices = jax.devices()[: math.prod(mesh.values())]
+    return make_rules(build_mesh(MeshConfig(**{"data": 1, **mesh}), devices), ShardingConfig(zero=zero))
+
+
+def make_trainer(model: ModelConfig, optimizer: OptimizerConfig | None = None, **train) -> Trainer:
+    config = TrainConfig(**{"global_batch": ROWS, "precision": "fp32", **train})
+    plan = blueprint(lambda rngs: Decoder(model, rngs=rngs))
+    return Trainer(plan, model, config, optimizer or OptimizerConfig(), seed=3)
+
+
+def by_name(tree) -> dict[str, np.ndarray]:
+    """Leaves on the host, named by their place in the tree."""
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def loss_and_gradients(model: ModelConfig, mesh: dict[str, int], zero: str, microbatches: int) -> Result:
+    with use(rules_for(mesh, zero)):
+        trainer = make_trainer(model, microbatches=microbatches)
+        params = trainer.blueprint.initialize(jax.random.key(3))
+        batch = jax.device_put(make_batch(), batch_sharding())
+        run = jax.jit(trainer.loss_and_gradients)
+        loss, gradients = run(params, batch, jnp.int32(5), jnp.float32(1.0))
+        for gradient, param in zip(jax.tree.leaves(gradients), jax.tree.leaves(params), strict=True):
+            assert gradient.sharding == param.sharding
+        return Result(float(loss), by_name(gradients))
+
+
+@functools.cache
+def one_device(name: str) -> Result:
+    return loss_and_gradients(MODELS[name], ONE_DEVICE, "none", 1)
+
+
+def assert_equal(result: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = TOLERANCE) -> None:
+    """Largest difference of every array, relative to its largest entry (and to `FLOOR` of the norm of all)."""
+    assert result.keys() == expected.keys()
+    norm = math.sqrt(sum(float(np.square(array, dtype=np.float64).sum()) for array in expected.values()))
+    errors = {
+        name: np.abs(result[name] - expected[name]).max() / max(np.abs(expected[name]).max(), FLOOR * norm)
+        for name in expected
+    }
+    wrong = {name: float(error) for name, error in errors.items() if not error < tolerance}
+    assert not wrong
+
+
+# model, what is changed in it, mesh, ZeRO level, microbatches
+CASES = [
+    ("gpt", {}, {"data": 8}, "none", 1),
+    ("gpt", {}, {"data": 8}, "optimizer", 4),
+    ("gpt", {}, {"data": 8}, "parameters", 4),
+    ("gpt", {}, {"fsdp": 8}, "optimizer", 4),
+    ("gpt", {}, {"tensor": 8}, "optimizer", 1),
+    ("gpt", {}, ONE_DEVICE, "none", 4),
+    ("gpt", {"recompute": "selective", "unroll": 1}, {"data": 2, "fsdp": 2, "tensor": 2}, "none", 1),
+    ("gpt", {"recompute": "full"}, {"data": 2, "fsdp": 2, "tensor": 2}, "parameters", 1),
+    ("gpt, dropout", {}, {"data": 2, "fsdp": 2, "tensor": 2}, "optimizer", 4),
+    ("gpt, dropout", {"recompute": "full", "unroll": 1}, {"data": 4, "tensor": 2}, "none", 1),
+    ("gpt, odd width", {}, {"fsdp": 8}, "none", 1),
+    ("llama", {"recompute": ["attention", "mlp"]}, {"tensor": 8}, "optimizer", 4),
+    ("llama", {"unroll": 1}, {"data": 2, "fsdp": 2, "tensor": 2}, "optimizer", 4),
+    ("llama", {}, {"fsdp": 8}, "none", 1),
+    ("palm", {}, {"tensor": 8}, "none", 4),
+    ("palm", {"recompute": ["norm", "attention_core"], "unroll": 1}, {"fsdp": 2, "tensor": 4}, "optimizer", 1),
+    ("palm", {"recompute": "selective"}, {"data": 8}, "parameters", 1),
+]
+
+
+def case_name(case) -> str:
+    model, changes, mesh, zero, microbatches = case
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
+    return f"{model}{changes or ''}, {sizes}, zero {zero}, {microbatches} microbatches"
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_loss_and_every_gradient_equal_one_device(case):
+    name, changes, mesh, zero, microbatches = case
+    model = ModelConfig(**{**MODELS[name].model_dump(exclude_unset=True), **changes})
+    result, expected = loss_and_gradients(model, mesh, zero, microbatches), one_device(name)
+    assert result.loss == pytest.approx(expected.loss, rel=TOLERANCE)
+    assert_equal(result.gradients, expected.gradients)
