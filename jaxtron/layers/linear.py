@@ -46,12 +46,13 @@ def bias_axes(outputs: dict[str, int]) -> tuple[str, ...]:
 def project(x: Float[Array, "B S ..."], kernel: Float[Array, "..."], logical: tuple[str | None, ...]) -> Float[Array, "..."]:
     """`x` (all but its first two axes) contracted with the leading axes of `kernel`, laid out as `logical` names.
 
-    Rows and positions are one axis where the layout allows: a plain matrix product and its gradients need no
-    transposed copies, which on a CPU cost more than the product.
+    On one tensor part, rows and positions become one axis: a plain matrix product and its gradients need no transposed
+    copies, which on a CPU cost more than the product. On several they must stay apart: the backward's partial sums
+    become a reduce-scatter along the sequence only where the sequence is an axis.
     """
     num_inputs = x.ndim - 2
     layout = spec(*logical)
-    if current().mesh.shape["tensor"] > 1 and layout[1]:
+    if current().size(("tensor",)) > 1:
         contracted = (tuple(range(2, x.ndim)), tuple(range(num_inputs)))
         return jax.lax.dot_general(x, kernel, (contracted, ((), ())), out_sharding=layout)
     rows = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 
 from jaxtron.command import configure, run_command
+from jaxtron.config import split_arguments
 from jaxtron.train.config import Configuration
 from jaxtron.train.loop import train
 from jaxtron.train.runtime import start_runtime
@@ -19,8 +20,8 @@ def main(argv: list[str]) -> int:
     if config is None:
         return 0
     start_runtime(config.runtime, devices=config.devices)
-    name = next((Path(word).stem for word in argv if word.endswith((".yaml", ".yml"))), "train")
-    with open_run(config, name) as run:
+    files, _ = split_arguments(Configuration, argv)
+    with open_run(config, Path(files[0]).stem if files else "train") as run:
         if jax.process_index() == 0:
             announce(run)
         outcome = train(run)

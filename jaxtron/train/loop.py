@@ -1,11 +1,13 @@
 """The training loop: batch, step, hooks."""
 
 import math
+import os
 import signal
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import jax
+from jax.experimental import multihost_utils
 
 from jaxtron.config import UserError
 from jaxtron.data import validation_batches
@@ -53,7 +55,7 @@ def train(run: Run) -> Outcome:
             outcome.step = number
             throughput.finish_step(batch.size * run.config.data.sequence_length, metrics)
             run_hooks(hooks, StepInfo(number, total, outcome.state, metrics), throughput)
-            if stop.requested and number < total:
+            if stop.is_due(number) and number < total:
                 saver(StepInfo(number, total, outcome.state, metrics))
                 outcome.stopped = True
                 break
@@ -96,8 +98,7 @@ def validate(run: Run, state: TrainState) -> float:
         local_rows=run.placement.local_rows,
         max_batches=train.validation_batches,
     )
-    evaluate = jax.jit(run.trainer.evaluate)
-    sums = [evaluate(state.params, run.placement.globalize(batch)) for batch in batches]
+    sums = [run.evaluate(state.params, run.placement.globalize(batch)) for batch in batches]
     weight = sum(float(weight) for _, weight in sums)
     return sum(float(nll) for nll, _ in sums) / weight if weight else math.nan
 
@@ -145,11 +146,13 @@ class _StopSignals:
     """Turns SIGTERM and the first Ctrl-C into a request that the loop honours after its step."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self._is_requested = False
+        self._is_alone = jax.process_count() == 1
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "_StopSignals":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        # with several processes SIGTERM is heard by JAX's preemption service, which tells the others
+        for number in (signal.SIGTERM, signal.SIGINT) if self._is_alone else (signal.SIGINT,):
             self._previous[number] = signal.signal(number, self._request)
         return self
 
@@ -157,7 +160,13 @@ class _StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def is_due(self, step: int) -> bool:
+        """Whether the run ends after this step; the same on every process, all of which ask after each step."""
+        return self._is_requested if self._is_alone else multihost_utils.reached_preemption_sync_point(step)
+
     def _request(self, number: int, _frame: object) -> None:
-        if self.requested:
+        if self._is_requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self._is_requested = True
+        if not self._is_alone:
+            os.kill(os.getpid(), signal.SIGTERM)

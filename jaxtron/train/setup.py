@@ -1,7 +1,7 @@
 """From a configuration to a run that is ready to step: mesh, data, trainer, directory, state."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,9 @@ from jaxtron.optim import batch_size
 from jaxtron.sharding import blueprint, build_mesh, make_rules, use
 from jaxtron.train.batches import Placement
 from jaxtron.train.config import Configuration
-from jaxtron.train.step import Trainer, TrainState, batch_sharding
+from jaxtron.train.step import Batch, Trainer, TrainState, batch_sharding
+from jaxtron.train.trackers import import_tracker
+from jaxtron.typing import Array, PyTree
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Run:
     trainer: Trainer
     placement: Placement
     checkpoints: Checkpoints
+    evaluate: Callable[[PyTree, Batch], tuple[Array, Array]]
     state: TrainState
     step: int
     position: int
@@ -52,6 +55,7 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
     config = config.resolved()
     devices = jax.devices()
     config.check_mesh(config.mesh.shape(len(devices)))
+    check_records(config)
     mesh = build_mesh(config.mesh, devices)
     data = open_data(config.data, seed=config.seed)
     check_vocabulary(config, data)
@@ -68,9 +72,10 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
                 state, step, position = restored.state, restored.step, restored.extra["position"]
                 _check_data(data, restored.extra, directory)
             if jax.process_index() == 0:
-                (directory / "config.yaml").write_text(dump(config))
+                _write_config(directory / "config.yaml", config)
             placement = Placement(batch_sharding())
-            yield Run(config, directory, data, trainer, placement, checkpoints, state, step, position)
+            evaluate = jax.jit(trainer.evaluate)
+            yield Run(config, directory, data, trainer, placement, checkpoints, evaluate, state, step, position)
         finally:
             checkpoints.close()
 
@@ -90,8 +95,29 @@ def check_vocabulary(config: Configuration, data: Data) -> None:
         )
 
 
+def check_records(config: Configuration) -> None:
+    """`UserError` for a tracker whose package is missing, and a trace that would not end with the run."""
+    for name in config.run.trackers:
+        import_tracker(name)
+    if config.run.profile_steps is not None and config.run.profile_steps[1] > config.train.steps:
+        first, last = config.run.profile_steps
+        raise UserError(
+            f"run.profile_steps {first} {last} ends after train.steps {config.train.steps}; end it earlier"
+        )
+
+
 def _build(config: Configuration, rngs) -> Decoder:
     return Decoder(config.model, rngs=rngs)
+
+
+def _write_config(path: Path, config: Configuration) -> None:
+    # whole or not at all, whenever the run is killed
+    replacement = path.with_name(path.name + ".new")
+    try:
+        replacement.write_text(dump(config), encoding="utf-8")
+        replacement.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; choose another --run.directory") from None
 
 
 def _placed(abstract: TrainState, mesh: Mesh) -> TrainState:

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from jaxtron.generate.sample import sample
 from jaxtron.train.loop import Outcome, validate
@@ -11,6 +10,13 @@ from jaxtron.train.loss_plot import plot_losses
 from jaxtron.train.metrics import read_metrics
 from jaxtron.train.setup import Run
 from jaxtron.train.step import DTYPES
+
+FILES = {
+    "configuration": "config.yaml",
+    "metrics": "metrics.jsonl",
+    "loss curve": "loss.png",
+    "checkpoints": "checkpoints",
+}
 
 
 def finish(run: Run, outcome: Outcome) -> None:
@@ -21,28 +27,30 @@ def finish(run: Run, outcome: Outcome) -> None:
     if jax.process_index() != 0:
         return
     metrics = run.directory / "metrics.jsonl"
-    records = read_metrics(metrics)
-    plot_losses(metrics, run.directory / "loss.png", run.directory.name)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("steps", f"{outcome.step} of {run.config.train.steps}")
+    records = read_metrics(metrics) if metrics.exists() else []
     if records:
-        table.add_row("training loss", f"{records[-1]['loss']:.4f}")
-        table.add_row("speed", f"{records[-1]['tokens_per_second']:,.0f} tokens/s")
+        plot_losses(metrics, run.directory / "loss.png", run.directory.name)
+    rows = [("steps", f"{outcome.step} of {run.config.train.steps}")]
+    if records:
+        rows.append(("training loss", f"{records[-1]['loss']:.4f}"))
+        rows.append(("speed", f"{records[-1]['tokens_per_second']:,.0f} tokens/s"))
     if validation_loss is not None:
-        table.add_row("validation loss", f"{validation_loss:.4f}")
-    for what, name in (
-        ("configuration", "config.yaml"),
-        ("metrics", "metrics.jsonl"),
-        ("loss curve", "loss.png"),
-        ("checkpoints", "checkpoints"),
-    ):
-        table.add_row(what, str(run.directory / name))
-    console = Console(highlight=False)
+        rows.append(("validation loss", f"{validation_loss:.4f}"))
+    for what, name in FILES.items():
+        if (run.directory / name).exists():
+            rows.append((what, str(run.directory / name)))
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     if text:
-        console.print("\n[bold]Sample[/bold]")
-        console.print(text, markup=False)
-    console.print("\n[bold]Run[/bold]")
-    console.print(table)
+        console.print("\nSample", style="bold")
+        console.print(printable(text))
+    console.print("\nRun", style="bold")
+    for what, value in rows:
+        console.print(f"{what:<17}{value}")
+
+
+def printable(text: str) -> str:
+    """The text with what could steer a terminal, such as escape, shown as a replacement character."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
 
 
 def generate(run: Run, outcome: Outcome) -> str:

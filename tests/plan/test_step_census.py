@@ -1,0 +1,120 @@
+"""Collectives of the real train step, compiled for eight H100s: counts and bytes as theory has them."""
+
+import functools
+from collections import Counter
+
+import jax
+import pytest
+
+from jaxtron.plan.census import Collective
+from jaxtron.plan.rehearsal import Rehearsal, rehearse
+from jaxtron.train.config import Configuration
+
+LAYERS, HIDDEN, HEADS, LENGTH, VOCAB, ROWS = 3, 512, 8, 256, 1024, 2
+# one transformer layer: query, key, value and output of attention, up and down of the MLP
+MATRICES_A_LAYER = 6
+# a payload below this is norms, biases and scalars
+SMALL = 64 * 1024
+
+
+@functools.cache
+def step(zero: str = "optimizer", microbatches: int = 1, **mesh: int) -> Rehearsal:
+    shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
+    config = Configuration.model_validate(
+        {
+            "model": {
+                "num_layers": LAYERS,
+                "hidden_size": HIDDEN,
+                "num_heads": HEADS,
+                "vocab_size": VOCAB,
+                "position": "rotary",
+                "bias": False,
+            },
+            "data": {"sequence_length": LENGTH},
+            "train": {"global_batch": ROWS * shards * microbatches, "microbatches": microbatches, "precision": "bf16"},
+            "mesh": {"data": 1, **mesh},
+            "sharding": {"zero": zero},
+        }
+    )
+    return rehearse(config, gpu="h100", num_gpus=8)
+
+
+def large(rehearsal: Rehearsal, kind: str, axis: str) -> list[Collective]:
+    found = [entry for entry in rehearsal.collectives if entry.kind == kind and entry.axes == (axis,)]
+    return [entry for entry in found if entry.bytes >= SMALL]
+
+
+def arrays(entries: list[Collective]) -> int:
+    """Arrays communicated in a step; XLA may join several in one operation."""
+    return sum(entry.operands * entry.executions for entry in entries)
+
+
+def matrix_elements(rehearsal: Rehearsal) -> int:
+    shapes = rehearsal.trainer.blueprint.shapes
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes) if leaf.ndim > 2 or leaf.shape == (VOCAB, HIDDEN))
+
+
+def total_bytes(entries: list[Collective]) -> int:
+    return sum(entry.bytes * entry.executions for entry in entries)
+
+
+def test_tensor_parallelism_costs_what_megatron_says() -> None:
+    """2 all-gathers and 2 reduce-scatters a layer forward, 4 and 2 backward (2205.05198 sec. 4.2.2)."""
+    rehearsal = step(tensor=8)
+    gathers, scatters = large(rehearsal, "all_gather", "tensor"), large(rehearsal, "reduce_scatter", "tensor")
+    in_layers = [entry for entry in gathers if entry.loops]
+    assert arrays([entry for entry in in_layers if not entry.backward]) == 2 * LAYERS
+    assert arrays([entry for entry in in_layers if entry.backward]) == 4 * LAYERS
+    in_layers = [entry for entry in scatters if entry.loops]
+    assert arrays([entry for entry in in_layers if not entry.backward]) == 2 * LAYERS
+    assert arrays([entry for entry in in_layers if entry.backward]) == 2 * LAYERS
+    # outside: the head gathers its input and scatters its gradient, the embedding the other way around
+    assert arrays([entry for entry in gathers if not entry.loops]) == 2
+    assert arrays([entry for entry in scatters if not entry.loops]) == 2
+    activation = ROWS * LENGTH * HIDDEN * 2
+    assert total_bytes(gathers) == (6 * LAYERS + 2) * activation
+    assert total_bytes(scatters) == (4 * LAYERS + 2) * activation
+    assert not large(rehearsal, "all_reduce", "tensor")
+    assert {entry.axes for entry in rehearsal.collectives} == {("tensor",)}
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_data_parallel_gradients_are_reduced_once_a_step(microbatches: int) -> None:
+    """ZeRO none: one float32 all-reduce of every gradient, outside all loops, whatever the number of microbatches."""
+    rehearsal = step(zero="none", microbatches=microbatches, data=8)
+    assert {(entry.kind, entry.axes, entry.loops) for entry in rehearsal.collectives} == {("all_reduce", ("data",), ())}
+    # and two float32 scalars: the loss, and the count of tokens
+    assert total_bytes(list(rehearsal.collectives)) == 4 * rehearsal.trainer.blueprint.num_parameters + 8
+
+
+def test_zero_optimizer_scatters_gradients_and_gathers_weights_once() -> None:
+    """Float32 gradients reduce-scattered, bfloat16 weights gathered: 4 and 2 bytes an element, once (1910.02054)."""
+    rehearsal = step(zero="optimizer", microbatches=4, data=8)
+    assert all(not entry.loops for entry in rehearsal.collectives)
+    assert total_bytes(large(rehearsal, "reduce_scatter", "data")) == 4 * matrix_elements(rehearsal)
+    assert total_bytes(large(rehearsal, "all_gather", "data")) == 2 * matrix_elements(rehearsal)
+    assert not large(rehearsal, "all_reduce", "data")
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "data"])
+def test_sharded_weights_are_gathered_by_layer_forward_and_backward(axis: str) -> None:
+    """ZeRO-3: each matrix gathered twice and its gradient scattered once, for every microbatch, in bfloat16."""
+    microbatches = 2
+    rehearsal = step(zero="parameters", microbatches=microbatches, **{axis: 8})
+    gathers, scatters = large(rehearsal, "all_gather", axis), large(rehearsal, "reduce_scatter", axis)
+    layers = MATRICES_A_LAYER * LAYERS
+    # the tied table is gathered once, for the embedding and the head, and gets a gradient from each
+    assert arrays(gathers) == (2 * layers + 1) * microbatches
+    assert arrays(scatters) == (layers + 2) * microbatches
+    table = VOCAB * HIDDEN
+    matrices = matrix_elements(rehearsal) - table
+    assert total_bytes(gathers) == 2 * (2 * matrices + table) * microbatches
+    assert total_bytes(scatters) == 2 * (matrices + 2 * table) * microbatches
+    assert not large(rehearsal, "all_reduce", axis)
+
+
+def test_state_is_divided_by_the_axes_that_shard_it() -> None:
+    """Master weights and both moments, 12 bytes an element, over 8 GPUs with ZeRO and whole without."""
+    whole, divided = step(zero="none", microbatches=4, data=8), step(zero="optimizer", microbatches=4, data=8)
+    saved = whole.memory.arguments - divided.memory.arguments
+    assert saved == pytest.approx(12 * matrix_elements(whole) * 7 / 8, rel=1e-3)

@@ -1,0 +1,95 @@
+"""The house rules that a reader relies on: imports point down, files stay small, every recipe loads."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+from jaxtron.config import dump, load
+from jaxtron.train.config import Configuration
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(ROOT.glob("jaxtron/**/*.py"))
+RECIPES = sorted(ROOT.glob("configs/*.yaml"))
+
+# A package may import those of lower floors; packages of one floor are peers that do not know each other.
+FLOORS = [
+    {"__init__", "typing", "config"},
+    {"command", "gpus", "sharding", "kernels"},
+    {"pipeline", "data", "optim"},
+    {"layers"},
+    {"models"},
+    {"checkpoint", "generate"},
+    {"train"},
+    {"plan"},
+    {"__main__"},
+]
+FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
+# the dispatcher imports the one verb that was asked for
+LAZY = {"jaxtron/__main__.py"}
+MOST_FILE_LINES = 500
+MOST_FUNCTION_LINES = 100
+
+
+def package_of(path: Path) -> str:
+    return path.relative_to(ROOT / "jaxtron").parts[0].removesuffix(".py")
+
+
+def first_party(node: ast.AST) -> list[str]:
+    """Packages of `jaxtron` that an import statement names."""
+    if isinstance(node, ast.ImportFrom) and node.module:
+        parts = node.module.split(".")
+        if parts[0] == "jaxtron":
+            return [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+    if isinstance(node, ast.Import):
+        return [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("jaxtron.")]
+    return []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    here = package_of(path)
+    for node in ast.walk(ast.parse(path.read_text())):
+        for package in first_party(node):
+            assert package == here or FLOOR[package] < FLOOR[here], f"{path}:{node.lineno} imports {package}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_import_hides_in_a_function(path: Path) -> None:
+    if str(path.relative_to(ROOT)) in LAZY:
+        return
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            for node in ast.walk(function):
+                assert not first_party(node), f"{path}:{node.lineno} hides an import in {function.name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= MOST_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < MOST_FUNCTION_LINES, f"{path}:{node.lineno} {node.name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_imports(path: Path) -> None:
+    if path.name != "__main__.py":
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_says_what_it_is(path: Path) -> None:
+    text = path.read_text()
+    assert not text or ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_load_and_survive_saving(path: Path, tmp_path: Path) -> None:
+    config = load(Configuration, path).resolved()
+    saved = tmp_path / "config.yaml"
+    saved.write_text(dump(config))
+    assert load(Configuration, saved) == config
