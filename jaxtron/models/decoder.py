@@ -1,6 +1,7 @@
 """A decoder-only language model: embedding, stack of layers, final norm, head and loss."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxtron.layers.embedding import Embedding
@@ -17,17 +18,18 @@ from jaxtron.typing import Array, Float, Int, Key
 class Decoder(nnx.Module):
     """The model of a pattern; `loss` trains it, `logits` lets it speak.
 
-    Build and run it inside `sharding.use(rules)`; `init` gives sharded parameters.
+    Build and run it inside `sharding.use(rules)`. Matrices and activations are in `dtype`, parameters in float32.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
+        self.dtype = jnp.dtype(dtype)
         positions = config.max_positions if config.position == "learned" else None
         self.embedding = Embedding(
             config.padded_vocab, config.hidden_size, num_positions=positions, std=config.initial_std, rngs=rngs
         )
         self.embedding_norm = make_norm(config, config.hidden_size, rngs) if config.embedding_norm else None
-        self.stack = Stack(config, rngs)
+        self.stack = Stack(config, self.dtype, rngs)
         self.final_norm = make_norm(config, config.hidden_size, rngs)
         self.head = None if config.tied_head else Head(config, rngs)
 
@@ -35,7 +37,7 @@ class Decoder(nnx.Module):
         """Final hidden states, split over the sequence; `keys` (one a row) turn dropout on."""
         config = self.config
         inputs = LayerInputs(rotary=self._rotary(tokens.shape[1]), keys=keys)
-        x = _whole(self.embedding)(tokens)
+        x = self._whole(self.embedding)(tokens)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         # site -1 of no layer: the embedding's own dropout
@@ -63,7 +65,11 @@ class Decoder(nnx.Module):
         )
 
     def _head_table(self) -> Float[Array, "V E"]:
-        return _whole(self.embedding).table[...] if self.head is None else _whole(self.head).table[...]
+        return self._whole(self.embedding).table[...] if self.head is None else self._whole(self.head).table[...]
+
+    def _whole(self, module: nnx.Module) -> nnx.Module:
+        graph, state = nnx.split(module)
+        return nnx.merge(graph, gather_at_use(state, self.dtype))
 
     def _rotary(self, length: int):
         config = self.config
@@ -76,8 +82,3 @@ class Head(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         shape = (config.padded_vocab, config.hidden_size)
         self.table = parameter(rngs, normal(config.initial_std), shape, axes=("vocab", "embed"), role="embedding")
-
-
-def _whole(module: nnx.Module) -> nnx.Module:
-    graph, state = nnx.split(module)
-    return nnx.merge(graph, gather_at_use(state))

@@ -21,7 +21,7 @@ def keep_all_but_gathers(primitive: Any, *_: Any, **params: Any) -> bool:
 
 def _only_gathers(jaxpr: Any) -> bool:
     inner = [equation.params["jaxpr"] for equation in jaxpr.eqns if equation.primitive.name == "shard_map"]
-    others = {equation.primitive.name for equation in jaxpr.eqns} - GATHERS - {"shard_map"}
+    others = {equation.primitive.name for equation in jaxpr.eqns} - GATHERS - {"shard_map", "convert_element_type"}
     return not others and all(_only_gathers(part) for part in inner)
 
 

@@ -99,8 +99,9 @@ class Period(nnx.Module):
 class Stack(nnx.Module):
     """All layers: one period's module whose parameters carry a leading axis over the repeats."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.config = config
+        self.dtype = dtype
         repeats = config.layout.repeats
         graph = nnx.split(nnx.eval_shape(lambda: Period(config, nnx.Rngs(0))))[0]
         keys = jax.random.split(rngs.params(), repeats)
@@ -112,7 +113,7 @@ class Stack(nnx.Module):
 
         def body(x: Array, step: tuple[Array, nnx.State]) -> tuple[Array, None]:
             number, state = step
-            period = nnx.merge(graph, gather_at_use(state))
+            period = nnx.merge(graph, gather_at_use(state, self.dtype))
             return period(x, inputs.fold(number)), None
 
         rules = current()

@@ -52,12 +52,8 @@ class Blueprint:
         return nnx.merge(self.graph, params)
 
     def working(self, params: PyTree, dtype: jnp.dtype) -> PyTree:
-        """Parameters of a step, inside its manual region: matrices in `dtype`, norms and biases in float32."""
-
-        def cast(leaf: Array, role: str) -> Array:
-            return leaf.astype(dtype) if role in ("kernel", "embedding", "position") else leaf
-
-        return parameters.gather_once(jax.tree.map(cast, params, self.roles), self.specs)
+        """Parameters of a step, inside its manual region; see `parameters.gather_once`."""
+        return parameters.gather_once(params, self.specs, self.roles, jnp.dtype(dtype))
 
 
 def blueprint(build: Callable[[nnx.Rngs], nnx.Module]) -> Blueprint:

@@ -7,6 +7,7 @@ form which lowers on every supported JAX when a manual axis communicates beside 
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxtron.sharding.rules import current
@@ -26,28 +27,34 @@ def vary(x: Array) -> Array:
     return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
-def all_gather(x: Array, gathers: Gathers) -> Array:
-    """`x` whole along each `(dim, axes)`; the backward pass is the reduce-scatter of the cotangent."""
-    gathers = tuple((dim, axes) for dim, axes in gathers if current().size(axes) > 1)
-    return _all_gather(x, gathers) if gathers else x
+def all_gather(x: Array, gathers: Gathers, dtype: jnp.dtype) -> Array:
+    """`x` in `dtype`, whole along each `(dim, axes)`; the backward reduce-scatters the cotangent in the type of `x`.
+
+    So a float32 shard is sent as `dtype` and its gradient is summed over the devices in float32.
+    """
+    return _all_gather(x, _several(gathers), dtype, x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _all_gather(x: Array, gathers: Gathers) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _all_gather(x: Array, gathers: Gathers, dtype: jnp.dtype, gradient_dtype: jnp.dtype) -> Array:
     def body(x: Array) -> Array:
         for dim, axes in gathers:
             x = jax.lax.all_gather(x, axes, axis=dim, tiled=True)
         return x
 
-    return _over_tensor(body, x)
+    return _over_tensor(body, x.astype(dtype))
 
 
-def _all_gather_fwd(x: Array, gathers: Gathers) -> tuple[Array, None]:
-    return _all_gather(x, gathers), None
+def _all_gather_fwd(
+    x: Array, gathers: Gathers, dtype: jnp.dtype, gradient_dtype: jnp.dtype
+) -> tuple[Array, None]:
+    return _all_gather(x, gathers, dtype, gradient_dtype), None
 
 
-def _all_gather_bwd(gathers: Gathers, _: None, cotangent: Array) -> tuple[Array]:
-    return (reduce_scatter(cotangent, gathers),)
+def _all_gather_bwd(
+    gathers: Gathers, dtype: jnp.dtype, gradient_dtype: jnp.dtype, _: None, cotangent: Array
+) -> tuple[Array]:
+    return (reduce_scatter(cotangent.astype(gradient_dtype), gathers),)
 
 
 _all_gather.defvjp(_all_gather_fwd, _all_gather_bwd)
@@ -55,7 +62,7 @@ _all_gather.defvjp(_all_gather_fwd, _all_gather_bwd)
 
 def reduce_scatter(x: Array, gathers: Gathers) -> Array:
     """The sum of `x` over the axes, each device keeping its part along each `(dim, axes)`."""
-    gathers = tuple((dim, axes) for dim, axes in gathers if current().size(axes) > 1)
+    gathers = _several(gathers)
     if not gathers:
         return x
 
@@ -75,6 +82,10 @@ def all_reduce(x: Array, axes: tuple[str, ...]) -> Array:
 def largest(x: Array, axes: tuple[str, ...]) -> Array:
     """The largest `x` over the axes, on every device."""
     return _over_tensor(lambda x: jax.lax.pmax(x, axes), x)
+
+
+def _several(gathers: Gathers) -> Gathers:
+    return tuple((dim, axes) for dim, axes in gathers if current().size(axes) > 1)
 
 
 def _over_tensor(body, x: Array) -> Array:

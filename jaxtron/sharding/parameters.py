@@ -58,25 +58,40 @@ def manual_specs(specs: PyTree) -> PyTree:
     return jax.tree.map(lambda spec: _only(spec, MANUAL_AXES), specs, is_leaf=_is_spec)
 
 
-def gather_at_use(state: nnx.State) -> nnx.State:
-    """The state of a module with its weights whole over the batch axes; backward reduce-scatters their gradients.
+def gather_at_use(state: nnx.State, dtype: jnp.dtype) -> nnx.State:
+    """The state of a module with its weights whole over the batch axes, matrices in `dtype`.
 
-    Called where a module is about to run, so that one layer's weights are whole at a time (ZeRO-3).
+    Called where a module is about to run, so that one layer's weights are whole at a time (ZeRO-3). The backward
+    reduce-scatters their gradients in the type of what was gathered.
     """
     axes = current().gather_at_use
 
     def gather(variable: nnx.Variable) -> nnx.Variable:
         value = variable[...]
         spec = _stacked(variable.get_metadata("layout"), value.ndim)
-        return variable.replace(_gather(value, spec, axes))
+        return variable.replace(_gather(value, spec, axes, working_dtype(variable.get_metadata("role"), dtype)))
 
     return jax.tree.map(gather, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def gather_once(params: PyTree, specs: PyTree) -> PyTree:
-    """Working parameters of a step: local, varying, whole over the axes that only the state is sharded on (ZeRO-1)."""
-    axes = current().gather_once
-    return jax.tree.map(lambda value, spec: all_gather(vary(value), _along(spec, axes)), params, specs)
+def working_dtype(role: Role, dtype: jnp.dtype) -> jnp.dtype:
+    """The type in which a parameter is used: matrices in the step's, norms and biases in float32."""
+    return dtype if role in ("kernel", "embedding", "position") else jnp.dtype(jnp.float32)
+
+
+def gather_once(params: PyTree, specs: PyTree, roles: PyTree, dtype: jnp.dtype) -> PyTree:
+    """Working parameters of a step: local, varying, whole over the axes that only the state is sharded on (ZeRO-1).
+
+    They are cast here, once; those gathered at use stay in float32 and are cast on the way, layer by layer.
+    """
+    rules = current()
+
+    def gather(value: Array, spec: PartitionSpec, role: Role) -> Array:
+        later = any(rules.size(axes) > 1 for _, axes in _along(spec, rules.gather_at_use))
+        wanted = value.dtype if later else working_dtype(role, dtype)
+        return all_gather(vary(value), _along(spec, rules.gather_once), wanted)
+
+    return jax.tree.map(gather, params, specs, roles)
 
 
 def reduce_gradients(gradients: PyTree, specs: PyTree) -> PyTree:
@@ -95,12 +110,12 @@ def reduce_gradients(gradients: PyTree, specs: PyTree) -> PyTree:
     return jax.tree.map(reduce, gradients, specs)
 
 
-def _gather(value: Array, spec: PartitionSpec, axes: tuple[str, ...]) -> Array:
+def _gather(value: Array, spec: PartitionSpec, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
     if manual_axes():
-        return all_gather(value, _along(spec, axes))
+        return all_gather(value, _along(spec, axes), dtype) if value.dtype != dtype or _along(spec, axes) else value
     # outside the train step the axes are Explicit, and a change of layout is the gather
     whole = PartitionSpec(*(tuple(a for a in _tuple(entry) if a not in BATCH_AXES) for entry in spec))
-    return jax.sharding.reshard(value, whole)
+    return jax.sharding.reshard(value.astype(dtype), whole)
 
 
 def _along(spec: PartitionSpec, axes: tuple[str, ...]) -> Gathers:

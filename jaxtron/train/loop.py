@@ -4,7 +4,7 @@ import math
 import os
 import signal
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 from jax.experimental import multihost_utils
@@ -24,12 +24,15 @@ from jaxtron.train.trackers import make_trackers
 
 @dataclass
 class Outcome:
-    """Where a loop ended: the last state, the step it is of, and whether a signal asked for the stop."""
+    """Where a loop ended: the last state, the step it is of, and whether a signal asked for the stop.
+
+    `validation_loss` is that of the last state, None where the loop did not measure it.
+    """
 
     state: TrainState
     step: int
     stopped: bool = False
-    metrics: dict[str, float] = field(default_factory=dict)
+    validation_loss: float | None = None
 
 
 def train(run: Run) -> Outcome:
@@ -108,7 +111,7 @@ def _hooks(run: Run, saver: Saver, throughput: Throughput, outcome: Outcome, sta
 
     def validation(info: StepInfo) -> None:
         if len(run.data.validation):
-            info.metrics["validation_loss"] = validate(run, info.state)
+            outcome.validation_loss = info.metrics["validation_loss"] = validate(run, info.state)
 
     def guard(info: StepInfo) -> None:
         check_finite(run, info)
@@ -118,7 +121,6 @@ def _hooks(run: Run, saver: Saver, throughput: Throughput, outcome: Outcome, sta
     if jax.process_index() == 0:
         log = _metrics_log(run, throughput)
         stack.callback(log.close)
-        outcome.metrics = log.last
         hooks.append(Hook(log))
         if config.run.profile_steps is not None:
             profiler = Profiler(run.directory / "profile", config.run.profile_steps, total)

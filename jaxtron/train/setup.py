@@ -17,7 +17,7 @@ from jaxtron.optim import batch_size
 from jaxtron.sharding import blueprint, build_mesh, make_rules, use
 from jaxtron.train.batches import Placement
 from jaxtron.train.config import Configuration
-from jaxtron.train.step import Batch, Trainer, TrainState, batch_sharding
+from jaxtron.train.step import DTYPES, Batch, Trainer, TrainState, batch_sharding
 from jaxtron.train.trackers import import_tracker
 from jaxtron.typing import Array, PyTree
 
@@ -107,7 +107,7 @@ def check_records(config: Configuration) -> None:
 
 
 def _build(config: Configuration, rngs) -> Decoder:
-    return Decoder(config.model, rngs=rngs)
+    return Decoder(config.model, dtype=DTYPES[config.train.precision], rngs=rngs)
 
 
 def _write_config(path: Path, config: Configuration) -> None:

@@ -22,8 +22,9 @@ FILES = {
 def finish(run: Run, outcome: Outcome) -> None:
     """Draw `loss.png` and print the summary (process 0); every process takes part in validating and sampling."""
     text = generate(run, outcome)
-    missing = "validation_loss" not in outcome.metrics and len(run.data.validation)
-    validation_loss = validate(run, outcome.state) if missing else outcome.metrics.get("validation_loss")
+    validation_loss = outcome.validation_loss
+    if validation_loss is None and len(run.data.validation):
+        validation_loss = validate(run, outcome.state)
     if jax.process_index() != 0:
         return
     metrics = run.directory / "metrics.jsonl"
