@@ -1,0 +1,39 @@
+"""Every recipe's resolved settings and layout as text, so that a reviewer sees what a change does to them.
+
+`pytest tests/test_golden.py --update-golden` writes the files anew.
+"""
+
+import difflib
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxtron.config import dump, load
+from jaxtron.plan.layout import text
+from jaxtron.sharding import MeshConfig, build_mesh, make_rules, use
+from jaxtron.train.config import Configuration
+from jaxtron.train.setup import make_trainer
+
+ROOT = Path(__file__).parent
+RECIPES = sorted((ROOT.parent / "configs").glob("*.yaml"))
+MESH = MeshConfig(data=2, fsdp=2, tensor=2)
+
+
+def describe(path: Path) -> str:
+    config = load(Configuration, path).resolved()
+    with use(make_rules(build_mesh(MESH, jax.devices()), config.sharding)):
+        layout = text(make_trainer(config).blueprint)
+    return f"{dump(config)}\n{layout}\n"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_as_recorded(path: Path, request: pytest.FixtureRequest) -> None:
+    golden = ROOT / "golden" / f"{path.stem}.txt"
+    today = describe(path)
+    if request.config.getoption("--update-golden"):
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text(today)
+    recorded = golden.read_text() if golden.exists() else ""
+    difference = "\n".join(difflib.unified_diff(recorded.splitlines(), today.splitlines(), "recorded", "today", n=1))
+    assert not difference, f"{difference}\nif this is meant: pytest tests/test_golden.py --update-golden"
