@@ -1,17 +1,20 @@
 """Array types and the one legend of shape letters, used in every signature and einsum.
 
-    B  rows of a batch            E  embedding (model width)    V  vocabulary entries
-    S  sequence positions         H  query heads                L  layers
-    T  key positions              K  key/value heads            R  rows held by one process
-    D  head dimension             G  query heads per K          I, O  inputs, outputs of a product
-    F  MLP width                  M  microbatches               ...  any leading axes
+B  rows of a batch            E  embedding (model width)    V  vocabulary entries
+S  sequence positions         H  query heads                L  layers
+T  key positions              K  key/value heads            R  rows held by one process
+D  head dimension             G  query heads per K          I, O  inputs, outputs of a product
+F  MLP width                  M  microbatches               ...  any leading axes
 """
 
 from typing import Any, Literal
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 PyTree = Any
+# to a type checker `jax.Device` is a variable
+Device = Any
 Role = Literal["kernel", "embedding", "position", "bias", "scale"]
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "PyTree", "Role"]
+__all__ = ["Array", "Bool", "DTypeLike", "Device", "Float", "Int", "Key", "PyTree", "Role"]

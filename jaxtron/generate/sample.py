@@ -11,7 +11,7 @@ from jaxtyping import Int32, Integer
 from jaxtron.sharding import MANUAL_AXES, Blueprint, constrain
 from jaxtron.sharding.collectives import largest
 from jaxtron.sharding.parameters import manual_specs
-from jaxtron.typing import Array, Int, Key, PyTree
+from jaxtron.typing import Array, DTypeLike, Int, Key, PyTree
 
 
 def sample(
@@ -21,7 +21,7 @@ def sample(
     *,
     num_tokens: int,
     window: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     vocab: int,
     temperature: float = 0.8,
     seed: int = 0,
@@ -38,9 +38,7 @@ def sample(
     local = partial(
         _local, blueprint, num_tokens=num_tokens, length=len(prompt), dtype=dtype, vocab=vocab, temperature=temperature
     )
-    region = jax.shard_map(
-        local, in_specs=(specs, scalar, scalar), out_specs=scalar, axis_names=set(MANUAL_AXES)
-    )
+    region = jax.shard_map(local, in_specs=(specs, scalar, scalar), out_specs=scalar, axis_names=set(MANUAL_AXES))
     return np.asarray(jax.jit(region)(params, jnp.asarray(start), jax.random.key(seed)))
 
 
@@ -52,7 +50,7 @@ def _local(
     *,
     num_tokens: int,
     length: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     vocab: int,
     temperature: float,
 ) -> Int[Array, "N"]:

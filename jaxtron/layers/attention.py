@@ -93,7 +93,9 @@ class Attention(nnx.Module):
         heads = []
         for layer in (self.key, self.value):
             shared = layer(x, "batch", "full_seq", None, "head_dim")
-            copies = jnp.repeat(shared, self.num_groups, axis=2, out_sharding=spec("batch", "full_seq", None, "head_dim"))
+            copies = jnp.repeat(
+                shared, self.num_groups, axis=2, out_sharding=spec("batch", "full_seq", None, "head_dim")
+            )
             heads.append(constrain(copies, "batch", "full_seq", "heads", "head_dim"))
         return query, heads[0], heads[1]
 

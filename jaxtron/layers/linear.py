@@ -43,7 +43,9 @@ def bias_axes(outputs: dict[str, int]) -> tuple[str, ...]:
     return tuple("norm" if name == "embed" else name for name in outputs)
 
 
-def project(x: Float[Array, "B S ..."], kernel: Float[Array, "..."], logical: tuple[str | None, ...]) -> Float[Array, "..."]:
+def project(
+    x: Float[Array, "B S ..."], kernel: Float[Array, "..."], logical: tuple[str | None, ...]
+) -> Float[Array, "..."]:
     """`x` (all but its first two axes) contracted with the leading axes of `kernel`, laid out as `logical` names.
 
     On one tensor part, rows and positions become one axis: a plain matrix product and its gradients need no transposed

@@ -57,7 +57,7 @@ def _run(x, table, targets, weights, *, vocab: int, z_loss: float, with_gradient
         tokens = [a.reshape(-1, *a.shape[2:]) for a in (x, targets, weights)]
         chunk = functools.partial(_chunk, vocab=vocab, z_loss=z_loss, with_gradients=with_gradients)
         total, nll, dx, dtable = _over_chunks(chunk, tokens[0], table, *tokens[1:])
-        if not with_gradients:
+        if dx is None:
             return total, nll
         return total, nll, _scatter_sequence(dx.reshape(shape)), dtable
 

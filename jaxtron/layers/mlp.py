@@ -19,7 +19,7 @@ GATED = frozenset({"swiglu", "geglu"})
 
 
 def gelu(x: Array) -> Array:
-    """`x * Phi(x)` (1606.08415) by erf, in float32: half the work of the erfc form, exact enough where Phi is not tiny."""
+    """`x * Phi(x)` (1606.08415) by erf, in float32: half the work of the erfc form."""
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1.0 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 

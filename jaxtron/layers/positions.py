@@ -53,9 +53,7 @@ def rotary_frequencies(config: RotaryConfig, head_dim: int) -> np.ndarray:
     return frequencies * (blend + (1.0 - blend) / scaling.factor)
 
 
-def rotary_tables(
-    config: RotaryConfig, head_dim: int, length: int
-) -> tuple[Float[Array, "S D"], Float[Array, "S D"]]:
+def rotary_tables(config: RotaryConfig, head_dim: int, length: int) -> tuple[Float[Array, "S D"], Float[Array, "S D"]]:
     """Cosines and sines by position, for each rotated dimension's pair (both halves alike), in float32."""
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * jnp.asarray(
         rotary_frequencies(config, head_dim), jnp.float32

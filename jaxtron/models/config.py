@@ -23,29 +23,29 @@ class ModelConfig(Config):
 
     pattern: str = "*-"
     """Residual layers in order: `*` attention, `-` MLP, `(*-)` both in parallel on one norm."""
-    num_layers: int = Field(12, ge=1)
+    num_layers: int = Field(default=12, ge=1)
     """How often the pattern repeats; for `*-` the usual count of transformer layers."""
-    hidden_size: int = Field(768, ge=1)
+    hidden_size: int = Field(default=768, ge=1)
     """Width of the residual stream."""
-    num_heads: int = Field(12, ge=1)
+    num_heads: int = Field(default=12, ge=1)
     """Query heads of an attention layer."""
-    num_kv_heads: int | None = Field(None, ge=1)
+    num_kv_heads: int | None = Field(default=None, ge=1)
     """Key/value heads: fewer than num_heads is grouped, 1 multi-query attention (none: num_heads)."""
-    head_dim: int | None = Field(None, ge=1)
+    head_dim: int | None = Field(default=None, ge=1)
     """Dimensions of a head (none: hidden_size / num_heads)."""
-    mlp_size: int | None = Field(None, ge=1)
+    mlp_size: int | None = Field(default=None, ge=1)
     """Width of the MLP (none: 4 x hidden_size, or 8/3 of it to the next 64 below when gated, as Megatron)."""
-    vocab_size: int = Field(257, ge=1)
+    vocab_size: int = Field(default=257, ge=1)
     """Entries of the tokenizer's vocabulary."""
-    vocab_multiple: int = Field(128, ge=1)
+    vocab_multiple: int = Field(default=128, ge=1)
     """The table is padded to a multiple of this (Megatron: 128 x tensor parallel size)."""
-    max_positions: int | None = Field(None, ge=1)
+    max_positions: int | None = Field(default=None, ge=1)
     """Entries of the learned position table (none: data.sequence_length); only for learned positions."""
     activation: Activation = "gelu_tanh"
     """Of the MLP: gelu (erf), gelu_tanh, relu, squared_relu, swiglu or geglu."""
     norm: NormKind = "layer_norm"
     """layer_norm, layer_norm_1p (stored scale is gamma - 1) or rms_norm."""
-    norm_epsilon: float = Field(1e-5, gt=0)
+    norm_epsilon: float = Field(default=1e-5, gt=0)
     """Added to the variance."""
     embedding_norm: bool = False
     """A norm right after the embedding (BLOOM)."""
@@ -61,17 +61,17 @@ class ModelConfig(Config):
     """Only for rotary positions."""
     tied_head: bool = True
     """The output head is the embedding table."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Of the embedding and of each branch before it joins the residual stream."""
-    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Of the attention probabilities."""
-    initial_std: float = Field(0.02, gt=0)
+    initial_std: float = Field(default=0.02, gt=0)
     """Standard deviation of initial weights; projections back to the stream use it / sqrt(2 x num_layers)."""
-    z_loss: float = Field(0.0, ge=0)
+    z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of log(Z)^2 in the loss (PaLM: 1e-4)."""
     recompute: Literal["none", "selective", "full"] | tuple[RecomputeName, ...] = "none"
     """Computed again in the backward: none, selective (attention core), full (layers), or a list of names."""
-    unroll: int | None = Field(None, ge=1)
+    unroll: int | None = Field(default=None, ge=1)
     """Periods unrolled in each iteration of the scan over layers (none: all on CPUs up to 16, else 1)."""
 
     @model_validator(mode="after")
@@ -116,7 +116,11 @@ class ModelConfig(Config):
         """Width of the MLP."""
         if self.mlp_size:
             return self.mlp_size
-        return int(4 * self.hidden_size * 2 / 3) // 64 * 64 if self.activation in ("swiglu", "geglu") else 4 * self.hidden_size
+        return (
+            int(4 * self.hidden_size * 2 / 3) // 64 * 64
+            if self.activation in ("swiglu", "geglu")
+            else 4 * self.hidden_size
+        )
 
     @property
     def padded_vocab(self) -> int:

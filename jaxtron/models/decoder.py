@@ -1,5 +1,7 @@
 """A decoder-only language model: embedding, stack of layers, final norm, head and loss."""
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,7 +14,9 @@ from jaxtron.layers.positions import rotary_tables
 from jaxtron.models.config import ModelConfig
 from jaxtron.models.stack import Stack, make_norm
 from jaxtron.sharding import constrain, gather_at_use, parameter, spec
-from jaxtron.typing import Array, Float, Int, Key
+from jaxtron.typing import Array, DTypeLike, Float, Int, Key
+
+ModuleType = TypeVar("ModuleType", bound=nnx.Module)
 
 
 class Decoder(nnx.Module):
@@ -21,7 +25,7 @@ class Decoder(nnx.Module):
     Build and run it inside `sharding.use(rules)`. Matrices and activations are in `dtype`, parameters in float32.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         self.dtype = jnp.dtype(dtype)
         positions = config.max_positions if config.position == "learned" else None
@@ -60,14 +64,12 @@ class Decoder(nnx.Module):
         """Logits of every position, split over the vocabulary and without its padding masked; for generation."""
         x = constrain(self.hidden(tokens), "batch", "full_seq", "embed")
         contracted = (((2,), (1,)), ((), ()))
-        return jax.lax.dot_general(
-            x, self._head_table(), contracted, out_sharding=spec("batch", "full_seq", "vocab")
-        )
+        return jax.lax.dot_general(x, self._head_table(), contracted, out_sharding=spec("batch", "full_seq", "vocab"))
 
     def _head_table(self) -> Float[Array, "V E"]:
         return self._whole(self.embedding).table[...] if self.head is None else self._whole(self.head).table[...]
 
-    def _whole(self, module: nnx.Module) -> nnx.Module:
+    def _whole(self, module: ModuleType) -> ModuleType:
         graph, state = nnx.split(module)
         return nnx.merge(graph, gather_at_use(state, self.dtype))
 

@@ -8,7 +8,7 @@ import jax
 # A gathered array is its device's part plus communication: keep the part and gather again. `reshard` gathers the
 # sequence over tensor (Explicit); weights are gathered over batch axes by a custom VJP around `all_gather`.
 GATHERS = frozenset({"all_gather", "reshard"})
-# What is only moved: keeping it would keep the gathered array it was made from (the joined query, key and value weights).
+# What is only moved: keeping it would keep the gathered array it was made from, such as joined weights.
 MOVES = frozenset({"concatenate", "reshape", "transpose", "broadcast_in_dim", "squeeze"})
 
 

@@ -128,5 +128,3 @@ class Stack(nnx.Module):
             return min(self.config.unroll, repeats)
         on_cpu = current().mesh.devices.flat[0].platform == "cpu"
         return repeats if on_cpu and repeats <= CPU_UNROLL else 1
-
-

@@ -26,28 +26,30 @@ SCHEDULE_FIELDS = {
 class OptimizerConfig(Config):
     """How gradients become updates; a field that the chosen rule or schedule ignores must keep its default."""
 
-    name: Literal["adamw", "sgd"] = Field("adamw", description="update rule")
-    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate, reached after warm-up")
-    schedule: Schedule = Field("cosine", description="course of the learning rate after warm-up")
-    warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up before the schedule begins")
+    name: Literal["adamw", "sgd"] = Field(default="adamw", description="update rule")
+    learning_rate: float = Field(default=3e-4, gt=0, description="peak learning rate, reached after warm-up")
+    schedule: Schedule = Field(default="cosine", description="course of the learning rate after warm-up")
+    warmup_steps: int = Field(default=0, ge=0, description="updates of linear warm-up before the schedule begins")
     decay_steps: int | None = Field(
-        None, gt=0, description="update at which the minimum is reached, warm-up included; None: train.steps"
+        default=None, gt=0, description="update at which the minimum is reached, warm-up included; None: train.steps"
     )
-    minimum_learning_rate: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
+    minimum_learning_rate: float = Field(default=0.0, ge=0, description="learning rate at the end of the decay")
     anneal_steps: int | None = Field(
-        None, gt=0, description="warmup_stable_decay: length of the final decay; None: a tenth of decay_steps"
+        default=None, gt=0, description="warmup_stable_decay: length of the final decay; None: a tenth of decay_steps"
     )
-    anneal_style: AnnealStyle = Field("linear", description="warmup_stable_decay: course of the final decay")
-    beta1: float = Field(0.9, ge=0, lt=1, description="adamw: decay of the first moment")
-    beta2: float = Field(0.95, ge=0, lt=1, description="adamw: decay of the second moment")
-    epsilon: float = Field(1e-8, gt=0, description="adamw: added to the root of the second moment")
-    momentum: float = Field(0.9, ge=0, lt=1, description="sgd: momentum; 0 turns it off")
-    nesterov: bool = Field(False, description="sgd: Nesterov's momentum")
-    weight_decay: float = Field(0.1, ge=0, description="weight decay of the parameters named by decay_roles")
+    anneal_style: AnnealStyle = Field(default="linear", description="warmup_stable_decay: course of the final decay")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="adamw: decay of the first moment")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="adamw: decay of the second moment")
+    epsilon: float = Field(default=1e-8, gt=0, description="adamw: added to the root of the second moment")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd: momentum; 0 turns it off")
+    nesterov: bool = Field(default=False, description="sgd: Nesterov's momentum")
+    weight_decay: float = Field(default=0.1, ge=0, description="weight decay of the parameters named by decay_roles")
     decay_roles: tuple[Role, ...] = Field(
-        ("kernel", "embedding", "position"), description="roles of the parameters that decay"
+        default=("kernel", "embedding", "position"), description="roles of the parameters that decay"
     )
-    clip_norm: float = Field(1.0, ge=0, description="largest global norm of the gradients; 0 turns clipping off")
+    clip_norm: float = Field(
+        default=1.0, ge=0, description="largest global norm of the gradients; 0 turns clipping off"
+    )
 
     @model_validator(mode="after")
     def _refuse_ignored_fields(self) -> "OptimizerConfig":

@@ -13,6 +13,7 @@ from jax.experimental import topologies
 
 from jaxtron.config import UserError
 from jaxtron.gpus import gpu_named
+from jaxtron.typing import Device
 
 _SKIP_CHECK = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
 
@@ -44,7 +45,7 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
     )
 
 
-def gpu_devices(gpu: str, count: int, gpus_per_node: int = 8) -> list[jax.Device]:
+def gpu_devices(gpu: str, count: int, gpus_per_node: int = 8) -> list[Device]:
     """`count` compile-only GPUs in nodes of `gpus_per_node`, for a `Mesh` to lower and compile with, never to run.
 
     Raises `UserError` for an unknown GPU, a count that leaves a node half full, or a CUDA plugin missing or not JAX's.
@@ -60,7 +61,7 @@ def gpu_devices(gpu: str, count: int, gpus_per_node: int = 8) -> list[jax.Device
 
 # compile-only clients are hardly ever freed: one per shape and process
 @functools.cache
-def _topology(gpu: str, nodes: int, gpus_per_node: int, plugin: str) -> tuple[jax.Device, ...]:
+def _topology(gpu: str, nodes: int, gpus_per_node: int, plugin: str) -> tuple[Device, ...]:
     describe = functools.partial(
         topologies.get_topology_desc,
         "",

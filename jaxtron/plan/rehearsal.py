@@ -47,5 +47,11 @@ def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: i
 def abstract_batch(config: Configuration) -> Batch:
     """Shapes, types and shardings of the global batch, inside `sharding.use(rules)`."""
     shape, sharding = (config.train.global_batch, config.data.sequence_length), batch_sharding()
-    types = (jnp.int32, jnp.int32, jnp.float32)
-    return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in types))
+
+    def batch() -> Batch:
+        types = (jnp.int32, jnp.int32, jnp.float32)
+        return Batch(*(jnp.zeros(shape, dtype) for dtype in types))
+
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(batch)
+    )

@@ -2,23 +2,26 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxtron.sharding import parameters
-from jaxtron.typing import Array, Key, PyTree
+from jaxtron.typing import Array, DTypeLike, Key, PyTree
+
+ModuleType = TypeVar("ModuleType", bound=nnx.Module)
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class Blueprint(Generic[ModuleType]):
     """Structure of a module and its parameters as nested dicts: shapes, specs at rest, roles, logical axes.
 
     Made by `blueprint` inside `sharding.use(rules)`, and used there.
     """
 
-    build: Callable[[nnx.Rngs], nnx.Module]
+    build: Callable[[nnx.Rngs], ModuleType]
     graph: nnx.GraphDef
     shapes: PyTree
     specs: PyTree
@@ -47,16 +50,16 @@ class Blueprint:
 
         return jax.jit(jax.sharding.auto_axes(values, out_sharding=self.specs))(key)
 
-    def module(self, params: PyTree) -> nnx.Module:
+    def module(self, params: PyTree) -> ModuleType:
         """The module with these parameter values."""
         return nnx.merge(self.graph, params)
 
-    def working(self, params: PyTree, dtype: jnp.dtype) -> PyTree:
+    def working(self, params: PyTree, dtype: DTypeLike) -> PyTree:
         """Parameters of a step, inside its manual region; see `parameters.gather_once`."""
         return parameters.gather_once(params, self.specs, self.roles, jnp.dtype(dtype))
 
 
-def blueprint(build: Callable[[nnx.Rngs], nnx.Module]) -> Blueprint:
+def blueprint(build: Callable[[nnx.Rngs], ModuleType]) -> Blueprint[ModuleType]:
     """The blueprint of what `build` makes, without making it."""
     graph, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     return Blueprint(

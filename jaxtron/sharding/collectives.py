@@ -45,9 +45,7 @@ def _all_gather(x: Array, gathers: Gathers, dtype: jnp.dtype, gradient_dtype: jn
     return _over_tensor(body, x.astype(dtype))
 
 
-def _all_gather_fwd(
-    x: Array, gathers: Gathers, dtype: jnp.dtype, gradient_dtype: jnp.dtype
-) -> tuple[Array, None]:
+def _all_gather_fwd(x: Array, gathers: Gathers, dtype: jnp.dtype, gradient_dtype: jnp.dtype) -> tuple[Array, None]:
     return _all_gather(x, gathers, dtype, gradient_dtype), None
 
 

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 from pydantic import model_validator
 
 from jaxtron.config import Config, UserError
+from jaxtron.typing import Device
 
 AXES = ("pipe", "data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -60,8 +60,8 @@ class MeshConfig(Config):
         return sizes
 
 
-def build_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh over `devices` in their given order, all axes `Explicit`; neighbours in `tensor` are neighbours there."""
+def build_mesh(config: MeshConfig, devices: Sequence[Device]) -> Mesh:
+    """The mesh over `devices` in their given order, all axes `Explicit`; `tensor` takes neighbours."""
     sizes = config.shape(len(devices))
     grid = np.array(devices).reshape([sizes[axis] for axis in AXES])
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))

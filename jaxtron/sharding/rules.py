@@ -136,7 +136,8 @@ class Rules:
         for name, size, axes in zip(logical, shape or (), spec, strict=False):
             if size % self.size(axes):
                 raise UserError(
-                    f"{name} {size} does not divide by {_text(axes)} = {self.size(axes)}, as {PartitionSpec(*spec)} asks"
+                    f"{name} {size} does not divide by {_text(axes)} = {self.size(axes)}, "
+                    f"as {PartitionSpec(*spec)} asks"
                 )
 
 

@@ -27,7 +27,8 @@ class Placement:
         return Batch(*(self._globalize(batch, array) for array in (batch.tokens, batch.targets, batch.weights)))
 
     def _globalize(self, batch: LocalBatch, array: np.ndarray) -> jax.Array:
-        def rows(index: tuple[slice, ...]) -> np.ndarray:
+        def rows(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None, "a batch has rows"
             return array[np.searchsorted(batch.rows, np.arange(batch.size)[index[0]])]
 
         return jax.make_array_from_callback((batch.size, *array.shape[1:]), self.sharding, rows)

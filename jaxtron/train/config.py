@@ -17,11 +17,11 @@ from jaxtron.train.runtime import RuntimeConfig
 class TrainConfig(Config):
     """Steps, batches and precision of the training."""
 
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(default=1000, ge=1)
     """Optimizer steps of the run."""
-    global_batch: int = Field(32, ge=1)
+    global_batch: int = Field(default=32, ge=1)
     """Sequences of one step, over all devices."""
-    microbatches: int = Field(1, ge=1)
+    microbatches: int = Field(default=1, ge=1)
     """Parts of each device's share of the batch, run one after the other; gradients are summed."""
     batch_ramp: BatchRampConfig | None = None
     """Growth of the global batch over the first samples (none: whole from the start)."""
@@ -29,11 +29,11 @@ class TrainConfig(Config):
     """Of products and activations; master weights, gradients' sums and the optimizer are float32."""
     loss_scale: LossScaleConfig = LossScaleConfig()
     """Dynamic loss scale, only with fp16."""
-    validate_every: int = Field(100, ge=0)
+    validate_every: int = Field(default=100, ge=0)
     """Steps between validations; the last step is always validated (0: only then)."""
-    validation_batches: int | None = Field(16, ge=1)
+    validation_batches: int | None = Field(default=16, ge=1)
     """Batches of a validation, spread over the data (none: all of it)."""
-    sample_tokens: int = Field(200, ge=0)
+    sample_tokens: int = Field(default=200, ge=0)
     """Tokens generated after training, for a look at what was learned."""
 
     @model_validator(mode="after")
@@ -46,9 +46,9 @@ class TrainConfig(Config):
 class Configuration(Config):
     """A run: `python -m jaxtron.train CONFIG.yaml [--setting value ...]`."""
 
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(default=1234, ge=0)
     """Of initial weights, the order of the data and dropout."""
-    devices: int | None = Field(None, ge=1)
+    devices: int | None = Field(default=None, ge=1)
     """Simulate this many CPU devices, to try a layout on any machine (none: the machine's own devices)."""
     model: ModelConfig = ModelConfig()
     """The decoder."""

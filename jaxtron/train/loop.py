@@ -3,8 +3,10 @@
 import math
 import os
 import signal
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -46,9 +48,7 @@ def train(run: Run) -> Outcome:
     with ExitStack() as stack:
         stop = stack.enter_context(_StopSignals())
         loader = stack.enter_context(
-            run.data.train_loader(
-                batch_size=run.batch_size, local_rows=run.placement.local_rows, position=run.position
-            )
+            run.data.train_loader(batch_size=run.batch_size, local_rows=run.placement.local_rows, position=run.position)
         )
         saver = Saver(run, loader)
         hooks = _hooks(run, saver, throughput, outcome, stack)
@@ -150,7 +150,7 @@ class _StopSignals:
     def __init__(self) -> None:
         self._is_requested = False
         self._is_alone = jax.process_count() == 1
-        self._previous: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "_StopSignals":
         # with several processes SIGTERM is heard by JAX's preemption service, which tells the others
@@ -170,5 +170,7 @@ class _StopSignals:
         if self._is_requested:
             raise KeyboardInterrupt
         self._is_requested = True
+        if number == signal.SIGINT:
+            print("stopping after this step; once more to stop at once", file=sys.stderr)
         if not self._is_alone:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -12,15 +12,17 @@ TrackerName = Literal["tensorboard", "wandb"]
 class RunConfig(Config):
     """Where a run lies, and what it records and prints."""
 
-    directory: str | None = Field(None, description="directory of the run; None: runs/<name of the configuration>")
-    log_every: int = Field(10, ge=1, description="steps between logged steps; the last one is always logged")
-    print_seconds: float = Field(
-        10.0, gt=0, description="least seconds between progress lines where the output is no terminal"
+    directory: str | None = Field(
+        default=None, description="directory of the run; None: runs/<name of the configuration>"
     )
-    trackers: tuple[TrackerName, ...] = Field((), description="also log to these: tensorboard, wandb")
-    wandb_project: str = Field("jaxtron", description="project at Weights & Biases")
+    log_every: int = Field(default=10, ge=1, description="steps between logged steps; the last one is always logged")
+    print_seconds: float = Field(
+        default=10.0, gt=0, description="least seconds between progress lines where the output is no terminal"
+    )
+    trackers: tuple[TrackerName, ...] = Field(default=(), description="also log to these: tensorboard, wandb")
+    wandb_project: str = Field(default="jaxtron", description="project at Weights & Biases")
     profile_steps: tuple[int, int] | None = Field(
-        None, description="first and last step of a jax.profiler trace in <run>/profile; None: no trace"
+        default=None, description="first and last step of a jax.profiler trace in <run>/profile; None: no trace"
     )
 
     @model_validator(mode="after")

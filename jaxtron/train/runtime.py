@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import jax
 from pydantic import Field, model_validator
@@ -58,26 +58,31 @@ class RuntimeConfig(Config):
     """Processes, XLA's flags and its compilation cache."""
 
     launcher: Literal["auto", "none"] = Field(
-        "auto", description="auto: join the processes that Slurm, Open MPI or Kubernetes started; none: run alone"
+        default="auto",
+        description="auto: join the processes that Slurm, Open MPI or Kubernetes started; none: run alone",
     )
     coordinator_address: str | None = Field(
-        None, description="host:port of process 0, with num_processes and process_id, where no launcher tells"
+        default=None, description="host:port of process 0, with num_processes and process_id, where no launcher tells"
     )
-    num_processes: int | None = Field(None, ge=1, description="processes of the run, with coordinator_address")
-    process_id: int | None = Field(None, ge=0, description="which of them this one is, from 0")
-    connect_seconds: int = Field(300, ge=1, description="how long the processes wait for each other at the start")
+    num_processes: int | None = Field(default=None, ge=1, description="processes of the run, with coordinator_address")
+    process_id: int | None = Field(default=None, ge=0, description="which of them this one is, from 0")
+    connect_seconds: int = Field(
+        default=300, ge=1, description="how long the processes wait for each other at the start"
+    )
     xla_preset: Preset = Field(
-        "auto",
+        default="auto",
         description="XLA flags for GPUs: auto (latency-hiding scheduler), latency (also pipelined collectives and "
         "double-buffered loops), collective_matmul (tensor-parallel products in overlapped parts), none",
     )
-    xla_flags: str = Field("", description="further XLA flags, '--xla_a=1 --xla_b=2'; they win over the preset's")
+    xla_flags: str = Field(
+        default="", description="further XLA flags, '--xla_a=1 --xla_b=2'; they win over the preset's"
+    )
     compilation_cache: str | None = Field(
-        None, description="directory where compiled programs are kept for later runs; none: not kept"
+        default=None, description="directory where compiled programs are kept for later runs; none: not kept"
     )
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "RuntimeConfig":
         missing = [name for name in COORDINATES if getattr(self, name) is None]
         if missing and len(missing) < len(COORDINATES):
             raise UserError(f"{' and '.join(missing)} missing: give {', '.join(COORDINATES)} together, or none of them")

@@ -63,6 +63,7 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
         trainer = make_trainer(config)
         abstract = _placed(trainer.abstract_state(), mesh)
         directory = Path(config.run.directory or f"runs/{name}")
+        is_new = not directory.exists()
         checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint)
         try:
             restored = checkpoints.restore(abstract)
@@ -78,6 +79,8 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
             yield Run(config, directory, data, trainer, placement, checkpoints, evaluate, state, step, position)
         finally:
             checkpoints.close()
+            if is_new:
+                _remove_empty(directory / "checkpoints", directory)
 
 
 def make_trainer(config: Configuration) -> Trainer:
@@ -101,13 +104,18 @@ def check_records(config: Configuration) -> None:
         import_tracker(name)
     if config.run.profile_steps is not None and config.run.profile_steps[1] > config.train.steps:
         first, last = config.run.profile_steps
-        raise UserError(
-            f"run.profile_steps {first} {last} ends after train.steps {config.train.steps}; end it earlier"
-        )
+        raise UserError(f"run.profile_steps {first} {last} ends after train.steps {config.train.steps}; end it earlier")
 
 
 def _build(config: Configuration, rngs) -> Decoder:
     return Decoder(config.model, dtype=DTYPES[config.train.precision], rngs=rngs)
+
+
+def _remove_empty(*folders: Path) -> None:
+    """Remove those without contents: what a run that could not begin would leave."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _write_config(path: Path, config: Configuration) -> None:

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtron.layers.inputs import row_keys
 from jaxtron.models.config import ModelConfig
+from jaxtron.models.decoder import Decoder
 from jaxtron.optim import (
     LossScale,
     OptimizerConfig,
@@ -27,7 +28,7 @@ from jaxtron.sharding.parameters import manual_specs, reduce_gradients
 from jaxtron.train.config import TrainConfig
 from jaxtron.typing import Array, Float, Int, Key, PyTree
 
-DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
+DTYPES = {"bf16": jnp.dtype(jnp.bfloat16), "fp16": jnp.dtype(jnp.float16), "fp32": jnp.dtype(jnp.float32)}
 BATCH_SPEC = PartitionSpec(BATCH_AXES)
 
 
@@ -41,9 +42,7 @@ class Batch:
     weights: Float[Array, "B S"]
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=("step", "params", "optimizer", "loss_scale"), meta_fields=()
-)
+@partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "optimizer", "loss_scale"), meta_fields=())
 @dataclass(frozen=True)
 class TrainState:
     """All that a step changes: steps done, float32 master weights, optimizer state, loss scale (fp16 only)."""
@@ -58,7 +57,7 @@ class TrainState:
 class Trainer:
     """The pure functions of a training: built once inside `sharding.use(rules)`, jitted by their callers."""
 
-    blueprint: Blueprint
+    blueprint: Blueprint[Decoder]
     model: ModelConfig
     config: TrainConfig
     optimizer: OptimizerConfig

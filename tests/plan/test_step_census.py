@@ -1,7 +1,6 @@
 """Collectives of the real train step, compiled for eight H100s: counts and bytes as theory has them."""
 
 import functools
-from collections import Counter
 
 import jax
 import pytest

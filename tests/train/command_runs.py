@@ -32,6 +32,15 @@ class Ended:
     err: str
 
 
+@dataclass(frozen=True)
+class FinishedRun:
+    """The flags that it was started with, where it is, and what it printed."""
+
+    flags: list[str]
+    directory: Path
+    ended: Ended
+
+
 def write_text(path: Path, *, num_words: int = 4000, seed: int = 0) -> Path:
     """A file of words in random order."""
     words = "the cat sat on a mat and then ran off to see what it was that made such noise\n".split(" ")

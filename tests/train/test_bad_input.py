@@ -1,10 +1,15 @@
 """Bad input: one line, exit code 2, and nothing written."""
 
+import re
 import sys
 from pathlib import Path
 
+import jax
 import pytest
-from command_runs import Ended, contents, records, run_here, small, write_text
+from command_runs import Ended, FinishedRun, contents, end, run_here, small, start, write_text
+
+from jaxtron.config import UserError
+from jaxtron.train.__main__ import out_of_memory_as_user_error
 
 
 def assert_one_line(ended: Ended, *fragments: str):
@@ -32,7 +37,10 @@ def assert_one_line(ended: Ended, *fragments: str):
         ("--mesh.tensor 2 --data.sequence_length 31", "data.sequence_length 31 does not divide by mesh.tensor 2"),
         ("--mesh.tensor 2 --model.vocab_multiple 1", "(model.vocab_multiple) 257 does not divide by mesh.tensor 2"),
         ("--mesh.tensor 2 --model.mlp_size 63", "model.mlp_size 63 does not divide by mesh.tensor 2"),
-        ("--mesh.tensor 4 --model.num_heads 12 --model.num_kv_heads 6 --model.hidden_size 48", "kv_heads 6 does not divide"),
+        (
+            "--mesh.tensor 4 --model.num_heads 12 --model.num_kv_heads 6 --model.hidden_size 48",
+            "kv_heads 6 does not divide",
+        ),
         ("--model.num_heads 3", "model.hidden_size 32 does not divide by model.num_heads 3"),
         ("--model.num_kv_heads 4", "model.num_heads 2 is no multiple of model.num_kv_heads 4"),
         ("--model.pattern *+", "'+'"),
@@ -59,3 +67,86 @@ def assert_one_line(ended: Ended, *fragments: str):
 def test_settings(flags: str, message: str, tmp_path: Path):
     assert_one_line(run_here(*small(tmp_path), "--train.steps", "4", *flags.split()), message)
     assert not (tmp_path / "run").exists()
+
+
+def test_data(tmp_path: Path):
+    binary, latin, folder = tmp_path / "binary.txt", tmp_path / "latin.txt", tmp_path / "folder"
+    binary.write_bytes(b"abc\0def")
+    latin.write_bytes(b"caf\xe9")
+    folder.mkdir()
+    for path, message in (
+        (binary, "is binary: a zero byte at offset 3"),
+        (latin, "is not UTF-8 text: byte 0xe9 at offset 3"),
+        (folder, "has no files"),
+    ):
+        assert_one_line(run_here(*small(tmp_path), "--data.path", str(path)), str(path), message)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    ended = run_here(*small(tmp_path), "--data.tokenizer", str(tmp_path / "tokenizer.json"))
+    assert_one_line(ended, "is not a Hugging Face tokenizer.json")
+    assert not (tmp_path / "run").exists()
+
+
+def test_configuration_files(tmp_path: Path):
+    assert_one_line(run_here(str(tmp_path)), f"configuration file {tmp_path} cannot be read: Is a directory")
+    (tmp_path / "mine.yaml").write_text("train:\n  stepz: 3\n")
+    assert_one_line(run_here(str(tmp_path / "mien.yaml")), f"did you mean {tmp_path / 'mine.yaml'}?")
+    assert_one_line(run_here(str(tmp_path / "mine.yaml")), "train.stepz (", "line 2); did you mean train.steps?")
+    (tmp_path / "mine.yaml").write_text("model:\n  pattern: *-\n")
+    assert_one_line(run_here(str(tmp_path / "mine.yaml")), "line 2: not valid YAML", "quote text that begins with *")
+
+
+def test_places_that_cannot_be_written(tmp_path: Path):
+    file = write_text(tmp_path / "file")
+    for place in ("/dev/null/run", f"{file}", f"{file}/run"):
+        ended = run_here(*small(tmp_path), "--run.directory", place)
+        assert_one_line(ended, f"checkpoints cannot be written to {place}/checkpoints: Not a directory")
+    ended = run_here(*small(tmp_path), "--data.cache_directory", "/dev/null/cache")
+    assert_one_line(ended, "cannot write the token cache in /dev/null/cache")
+    ended = run_here(*small(tmp_path), "--runtime.compilation_cache", "/dev/null/cache")
+    assert_one_line(ended, "runtime.compilation_cache=/dev/null/cache cannot be made")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    ended = run_here(*small(tmp_path), "--run.trackers", "tensorboard")
+    assert_one_line(ended, "pip install 'jaxtron[tensorboard]'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_xla_flag_in_a_process_of_its_own(tmp_path: Path):
+    ended = end(start(*small(tmp_path), "--runtime.xla_flags=--xla_no_such_flag=1", cache=tmp_path))
+    assert_one_line(ended, "does not start with them: Unknown flag in XLA_FLAGS: --xla_no_such_flag=1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_of_something_else_is_left_alone(finished: FinishedRun, tmp_path: Path):
+    before = contents(finished.directory)
+    other = write_text(tmp_path / "other.txt", seed=1)
+    for flags, message in (
+        ("--model.hidden_size 64", "is of another model: "),
+        ("--model.num_layers 2", "is of another model: "),
+        ("--optimizer.name sgd", "is of another model: "),
+        (f"--data.path {other}", "was trained on other data"),
+        ("--data.sequence_length 16 --model.max_positions 32", "was trained on other data"),
+        ("--seed 7", "was trained on other data (text, tokenizer, data settings or seed differ)"),
+        ("--checkpoint.resume false", "--checkpoint.resume is off"),
+    ):
+        assert_one_line(run_here(*finished.flags, *flags.split()), message, str(finished.directory))
+        assert contents(finished.directory) == before
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path):
+    ended = run_here(*small(tmp_path), "--train.steps", "20", "--optimizer.learning_rate", "1e9")
+    assert ended.code == 2 and ended.err.count("\n") == 1
+    assert re.match(r"error: step \d+: loss .*; lower --optimizer.learning_rate .*no checkpoint was saved", ended.err)
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_out_of_memory_is_one_line_and_other_errors_are_not_hidden():
+    text = "INTERNAL: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes. [stack]\nframe"
+    with pytest.raises(UserError, match="^Out of memory while trying to allocate 9 bytes. Raise --train.microbatches"):
+        with out_of_memory_as_user_error():
+            raise jax.errors.JaxRuntimeError(text)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: no"), out_of_memory_as_user_error():
+        raise jax.errors.JaxRuntimeError("INTERNAL: no")

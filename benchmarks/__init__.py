@@ -1,0 +1,1 @@
+"""Speed and memory of real steps, as JSON: `python -m benchmarks.train`, `benchmarks.gpu`, `benchmarks.table`."""

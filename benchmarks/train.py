@@ -1,0 +1,157 @@
+"""`python -m benchmarks.train CONFIG.yaml [--setting value ...]`: the real train step on random tokens, as JSON."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from pydantic import Field
+
+from benchmarks import record
+from jaxtron.command import configure, run_command
+from jaxtron.config import Config
+from jaxtron.data import LocalBatch
+from jaxtron.gpus import peak_flops
+from jaxtron.models.cost import model_flops_per_token
+from jaxtron.plan.deviceless import memory
+from jaxtron.sharding import build_mesh, make_rules, use
+from jaxtron.train.batches import Placement
+from jaxtron.train.config import Configuration
+from jaxtron.train.runtime import start_runtime
+from jaxtron.train.setup import make_trainer
+from jaxtron.train.step import Batch, TrainState, batch_sharding, jit_step
+
+
+class BenchmarkConfig(Config):
+    """How long to measure, and where the result goes besides the screen."""
+
+    steps: int = Field(10, ge=1)
+    """Steps that are timed, each waited for."""
+    warmup: int = Field(3, ge=0)
+    """Steps before them."""
+    output: str | None = None
+    """A .json file, or a folder that gets <date>-<device>-<name>.json (none: only printed)."""
+
+
+class TrainBenchmark(Configuration):
+    """A run's configuration and what to measure of it."""
+
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    """What is measured."""
+
+
+def main(argv: list[str]) -> int:
+    """Measures what the command line asks, prints the JSON and writes it if asked to."""
+    purpose = "Measure the train step on random tokens: time, tokens/s, MFU, memory."
+    config = configure(TrainBenchmark, argv, program="python -m benchmarks.train", purpose=purpose)
+    if config is None:
+        return 0
+    start_runtime(config.runtime, devices=config.devices)
+    name = next((Path(word).stem for word in argv if word.endswith((".yaml", ".yml"))), "default")
+    output = config.benchmark.output
+    path = record.destination(output, name, jax.devices()[0].device_kind) if output else None
+    result = measure(config, name)
+    if jax.process_index() == 0:
+        print(json.dumps(result, indent=1))
+        if path is not None:
+            record.write(path, result)
+    return 0
+
+
+def measure(config: TrainBenchmark, name: str) -> dict[str, Any]:
+    """Compiles the configuration's step, runs it, and reports; seconds of a step include waiting for its end."""
+    config = config.resolved()
+    devices = jax.devices()
+    sizes = config.mesh.shape(len(devices))
+    config.check_mesh(sizes)
+    with use(make_rules(build_mesh(config.mesh, devices), config.sharding)):
+        trainer = make_trainer(config)
+        state, batch = trainer.initial_state(), random_batch(config)
+        start = time.perf_counter()
+        lowered = jit_step(trainer).lower(state, batch)
+        traced = time.perf_counter()
+        compiled = lowered.compile()
+        compiled_at = time.perf_counter()
+        seconds, loss = time_steps(compiled, state, batch, config.benchmark)
+    tokens = config.train.global_batch * config.data.sequence_length
+    return {
+        "benchmark": "train",
+        "name": name,
+        **record.circumstances(devices[0].platform, devices[0].device_kind, len(devices)),
+        "runtime": devices[0].client.platform_version.splitlines(),
+        "mesh": sizes,
+        "precision": config.train.precision,
+        "recompute": config.model.recompute,
+        "microbatches": config.train.microbatches,
+        "parameters": trainer.blueprint.num_parameters,
+        "sequence_length": config.data.sequence_length,
+        "tokens_per_step": tokens,
+        "trace_seconds": round(traced - start, 3),
+        "compile_seconds": round(compiled_at - traced, 3),
+        "loss_after": loss,
+        **speed(seconds, tokens, model_flops_per_token(config.model, config.data.sequence_length)),
+        **memory_use(compiled),
+    }
+
+
+def random_batch(config: Configuration) -> Batch:
+    """A global batch of the configuration's shape; every target weighs 1."""
+    size, length = config.train.global_batch, config.data.sequence_length
+    placement = Placement(batch_sharding())
+    rows = placement.local_rows(size)
+    generator = np.random.default_rng(config.seed)
+    tokens = generator.integers(config.model.vocab_size, size=(size, length + 1), dtype=np.int32)[rows]
+    weights = np.ones((len(rows), length), np.float32)
+    return placement.globalize(LocalBatch(0, size, rows, tokens[:, :-1], tokens[:, 1:], weights))
+
+
+def time_steps(
+    compiled: jax.stages.Compiled, state: TrainState, batch: Batch, config: BenchmarkConfig
+) -> tuple[list[float], float]:
+    """Seconds of each timed step, and the last loss."""
+    seconds: list[float] = []
+    for _ in range(config.warmup + config.steps):
+        start = time.perf_counter()
+        state, metrics = jax.block_until_ready(compiled(state, batch))
+        seconds.append(time.perf_counter() - start)
+    return seconds[config.warmup :], float(metrics["loss"])
+
+
+def speed(seconds: list[float], tokens: int, flops_per_token: float) -> dict[str, Any]:
+    """Step milliseconds, and from their median tokens/s, model FLOP/s and MFU (None where the peak is not known)."""
+    device = jax.devices()[0]
+    median = float(np.median(seconds))
+    peak = peak_flops(device.device_kind)
+    rate = tokens / median * flops_per_token
+    return {
+        "step_milliseconds": {
+            "median": round(1e3 * median, 3),
+            "min": round(1e3 * min(seconds), 3),
+            "p90": round(1e3 * float(np.percentile(seconds, 90)), 3),
+            "steps": len(seconds),
+        },
+        "tokens_per_second": round(tokens / median, 1),
+        "model_flops_per_second": rate,
+        "peak_flops_per_device": peak,
+        "mfu": None if peak is None else round(rate / (peak * jax.device_count()), 4),
+    }
+
+
+def memory_use(compiled: jax.stages.Compiled) -> dict[str, Any]:
+    """Bytes: what the compiler planned for a device, and the most that the allocator (on a CPU, the process) held."""
+    planned = memory(compiled)
+    result = {"predicted_peak_bytes": planned.peak, "predicted_temporary_bytes": planned.temporaries}
+    if jax.devices()[0].platform == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1024
+        return {**result, "process_max_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    known = [peak for peak in peaks if peak is not None]
+    return {**result, "device_peak_bytes": max(known) if known else None}
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
