@@ -31,9 +31,9 @@ def circumstances(platform: str, device_kind: str, device_count: int) -> dict[st
     }
 
 
-def gpu_name() -> str | None:
-    """What the driver calls this machine's first GPU; asked for without starting JAX on it."""
-    return _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+def gpu_names() -> list[str]:
+    """What the driver calls this machine's GPUs, asked for without starting JAX on them; empty without nvidia-smi."""
+    return _lines("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
 
 
 def destination(output: str, name: str, device_kind: str) -> Path:
@@ -62,9 +62,12 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 def _output(*command: str) -> str | None:
     """First line of what a command prints, or None where it is missing or fails."""
+    return next(iter(_lines(*command)), None)
+
+
+def _lines(*command: str) -> list[str]:
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = result.stdout.split("\n")
-    return lines[0].strip() or None if result.returncode == 0 else None
+        return []
+    return result.stdout.strip().splitlines() if result.returncode == 0 else []

@@ -29,9 +29,9 @@ from jaxtron.train.step import Batch, TrainState, batch_sharding, jit_step
 class BenchmarkConfig(Config):
     """How long to measure, and where the result goes besides the screen."""
 
-    steps: int = Field(10, ge=1)
+    steps: int = Field(default=10, ge=1)
     """Steps that are timed, each waited for."""
-    warmup: int = Field(3, ge=0)
+    warmup: int = Field(default=3, ge=0)
     """Steps before them."""
     output: str | None = None
     """A .json file, or a folder that gets <date>-<device>-<name>.json (none: only printed)."""
@@ -64,36 +64,36 @@ def main(argv: list[str]) -> int:
 
 def measure(config: TrainBenchmark, name: str) -> dict[str, Any]:
     """Compiles the configuration's step, runs it, and reports; seconds of a step include waiting for its end."""
-    config = config.resolved()
+    run = config.resolved()
     devices = jax.devices()
-    sizes = config.mesh.shape(len(devices))
-    config.check_mesh(sizes)
-    with use(make_rules(build_mesh(config.mesh, devices), config.sharding)):
-        trainer = make_trainer(config)
-        state, batch = trainer.initial_state(), random_batch(config)
+    sizes = run.mesh.shape(len(devices))
+    run.check_mesh(sizes)
+    with use(make_rules(build_mesh(run.mesh, devices), run.sharding)):
+        trainer = make_trainer(run)
+        state, batch = trainer.initial_state(), random_batch(run)
         start = time.perf_counter()
         lowered = jit_step(trainer).lower(state, batch)
         traced = time.perf_counter()
         compiled = lowered.compile()
         compiled_at = time.perf_counter()
         seconds, loss = time_steps(compiled, state, batch, config.benchmark)
-    tokens = config.train.global_batch * config.data.sequence_length
+    tokens = run.train.global_batch * run.data.sequence_length
     return {
         "benchmark": "train",
         "name": name,
         **record.circumstances(devices[0].platform, devices[0].device_kind, len(devices)),
         "runtime": devices[0].client.platform_version.splitlines(),
         "mesh": sizes,
-        "precision": config.train.precision,
-        "recompute": config.model.recompute,
-        "microbatches": config.train.microbatches,
+        "precision": run.train.precision,
+        "recompute": run.model.recompute,
+        "microbatches": run.train.microbatches,
         "parameters": trainer.blueprint.num_parameters,
-        "sequence_length": config.data.sequence_length,
+        "sequence_length": run.data.sequence_length,
         "tokens_per_step": tokens,
         "trace_seconds": round(traced - start, 3),
         "compile_seconds": round(compiled_at - traced, 3),
         "loss_after": loss,
-        **speed(seconds, tokens, model_flops_per_token(config.model, config.data.sequence_length)),
+        **speed(seconds, tokens, model_flops_per_token(run.model, run.data.sequence_length)),
         **memory_use(compiled),
     }
 

@@ -34,6 +34,17 @@ FUNCTIONS: dict[Activation, Callable[[Array], Array]] = {
 }
 
 
+def keeping_inputs(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """`function` of one array, whose backward keeps that array alone and computes the rest again."""
+
+    def backward(x: Array, cotangent: Array) -> tuple[Array]:
+        return jax.vjp(function, x)[1](cotangent)
+
+    kept = jax.custom_vjp(function)
+    kept.defvjp(lambda x: (function(x), x), backward)
+    return kept
+
+
 class Mlp(nnx.Module):
     """`down(f(up(x)))`, or `down(f(gate(x)) * up(x))` for the gated kinds (GLU variants, 2002.05202)."""
 
@@ -60,8 +71,8 @@ class Mlp(nnx.Module):
         function = FUNCTIONS[self.activation]
         if self.activation in GATED:
             gate_up = self.up(x, "batch", "full_seq", "gate", "mlp")
-            hidden = function(gate_up[:, :, 0]) * gate_up[:, :, 1]
+            hidden = keeping_inputs(lambda pair: function(pair[:, :, 0]) * pair[:, :, 1])(gate_up)
         else:
-            hidden = function(self.up(x, "batch", "full_seq", "mlp"))
+            hidden = keeping_inputs(function)(self.up(x, "batch", "full_seq", "mlp"))
         y = self.down(hidden, "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")

@@ -1,5 +1,6 @@
 """Normalization, in float32 whatever the precision of its input."""
 
+import functools
 from typing import Literal
 
 import jax
@@ -25,13 +26,48 @@ class Norm(nnx.Module):
         self.bias = parameter(rngs, initializers.zeros, (size,), axes=("norm",), role="bias") if has_bias else None
 
     def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
-        wide = x.astype(jnp.float32)
-        if self.kind != "rms_norm":
-            wide = wide - wide.mean(-1, keepdims=True)
-        variance = jnp.mean(jnp.square(wide), -1, keepdims=True)
-        y = wide * jax.lax.rsqrt(variance + self.epsilon)
         scale = self.scale[...].astype(jnp.float32)
-        y = y * (scale + 1.0 if self.kind == "layer_norm_1p" else scale)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)
-        return y.astype(x.dtype)
+        if self.kind == "layer_norm_1p":
+            scale = scale + 1.0
+        y = normalize(x, scale, self.kind != "rms_norm", self.epsilon)
+        return y if self.bias is None else (y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def normalize(
+    x: Float[Array, "... E"], scale: Float[Array, "E"], centered: bool, epsilon: float
+) -> Float[Array, "... E"]:
+    """`x` (less its mean if `centered`) over its root mean square, times `scale`.
+
+    The backward keeps `x` and one or two numbers a row, not the float32 arrays between.
+    """
+    return _normalize(x, scale, centered, epsilon)[0]
+
+
+def _normalize(x: Array, scale: Array, centered: bool, epsilon: float) -> tuple[Array, Array | None, Array]:
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(-1, keepdims=True) if centered else None
+    wide = wide if mean is None else wide - mean
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + epsilon)
+    return (wide * inverse * scale).astype(x.dtype), mean, inverse
+
+
+def _forward(x: Array, scale: Array, centered: bool, epsilon: float) -> tuple[Array, tuple]:
+    y, mean, inverse = _normalize(x, scale, centered, epsilon)
+    return y, (x, scale, mean, inverse)
+
+
+def _backward(centered: bool, epsilon: float, residuals: tuple, cotangent: Array) -> tuple[Array, Array]:
+    x, scale, mean, inverse = residuals
+    cotangent = cotangent.astype(jnp.float32)
+    wide = x.astype(jnp.float32)
+    unit = (wide if mean is None else wide - mean) * inverse
+    pulled = cotangent * scale
+    dx = pulled - unit * jnp.mean(pulled * unit, -1, keepdims=True)
+    if centered:
+        dx = dx - pulled.mean(-1, keepdims=True)
+    dscale = jnp.sum(cotangent * unit, tuple(range(x.ndim - 1)))
+    return (dx * inverse).astype(x.dtype), dscale
+
+
+normalize.defvjp(_forward, _backward)

@@ -7,9 +7,13 @@ import random
 import socket
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxtron.command import run_command
 from jaxtron.train.__main__ import main
@@ -53,16 +57,32 @@ def small(folder: Path, *, run: str = "run") -> list[str]:
     text = folder / "text.txt"
     if not text.exists():
         write_text(text)
-    places = {"run.directory": folder / run, "data.path": text, "data.cache_directory": folder / "tokens"}
+    places = {
+        "run.directory": folder / run,
+        "data.path": text,
+        "data.cache_directory": folder / "tokens",
+        "runtime.compilation_cache": folder / "programs",
+    }
     return [*SMALL, *(word for name, path in places.items() for word in (f"--{name}", str(path)))]
 
 
 def run_here(*arguments: str) -> Ended:
     """The command in this process, on its eight devices."""
     out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
+    with redirect_stdout(out), redirect_stderr(err), own_programs():
         code = run_command(main, arguments)
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+@contextmanager
+def own_programs() -> Iterator[None]:
+    """Lets a command choose its own cache of compiled programs, and leaves none to the tests after it."""
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
 
 
 def start(*arguments: str, cache: Path) -> subprocess.Popen[str]:

@@ -1,0 +1,168 @@
+"""Attention against loops over rows, heads and positions in NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxtron.layers.attention import Attention, attention_core
+from jaxtron.layers.inputs import LayerInputs, row_keys
+from jaxtron.layers.norm import Norm
+from jaxtron.layers.positions import RotaryConfig, alibi_slopes, rotary_tables
+from jaxtron.sharding import use
+
+ROWS, LENGTH, EMBED, HEADS, HEAD_DIM = 2, 7, 24, 4, 8
+
+
+def make_attention(num_kv_heads=HEADS, *, bias=True, qk_norm=False, alibi=False, rate=0.0, dropout=0.0):
+    """Attention with random values for every parameter, biases and scales included."""
+    rngs = nnx.Rngs(0)
+    norm = functools.partial(Norm, kind="layer_norm", bias=True, epsilon=1e-5, rngs=rngs)
+    module = Attention(
+        EMBED,
+        num_heads=HEADS,
+        num_kv_heads=num_kv_heads,
+        head_dim=HEAD_DIM,
+        qkv_bias=bias,
+        output_bias=bias,
+        qk_norm=norm if qk_norm else None,
+        alibi=alibi,
+        core=attention_core(rate),
+        std=0.3,
+        output_std=0.3,
+        dropout=dropout,
+        rngs=rngs,
+    )
+    graph, state = nnx.split(module)
+    generator = np.random.default_rng(1)
+    state = jax.tree.map(lambda leaf: jnp.asarray(generator.normal(size=leaf.shape), jnp.float32) * 0.5, state)
+    return nnx.merge(graph, state)
+
+
+def make_input(seed=2):
+    return np.random.default_rng(seed).normal(size=(ROWS, LENGTH, EMBED)).astype(np.float32)
+
+
+def read(variable):
+    return np.asarray(variable[...], np.float64)
+
+
+def linear(layer, x, equation):
+    y = np.einsum(equation, x, read(layer.kernel))
+    return y if layer.bias is None else y + read(layer.bias)
+
+
+def layer_norm(norm, x):
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * read(norm.scale) + read(norm.bias)
+
+
+def rotate_pairs(x, frequencies):
+    """Each pair (i, i + half) of the first dimensions as a complex number, turned by its angle."""
+    half = len(frequencies)
+    turns = np.exp(1j * np.arange(x.shape[1])[:, None] * frequencies)[:, None]
+    turned = (x[..., :half] + 1j * x[..., half : 2 * half]) * turns
+    return np.concatenate([turned.real, turned.imag, x[..., 2 * half :]], -1)
+
+
+def reference(module, x, *, slopes=None, frequencies=None):
+    x = np.asarray(x, np.float64)
+    query, key, value = (linear(layer, x, "bse,ehd->bshd") for layer in (module.query, module.key, module.value))
+    if module.query_norm is not None:
+        query, key = layer_norm(module.query_norm, query), layer_norm(module.key_norm, key)
+    if frequencies is not None:
+        query, key = rotate_pairs(query, frequencies), rotate_pairs(key, frequencies)
+    mixed = np.zeros_like(query)
+    group = HEADS // key.shape[2]
+    for row, head, position in np.ndindex(ROWS, HEADS, LENGTH):
+        seen = key[row, : position + 1, head // group]
+        scores = seen @ query[row, position, head] / np.sqrt(HEAD_DIM)
+        if slopes is not None:
+            scores = scores - slopes[head] * (position - np.arange(position + 1))
+        weights = np.exp(scores - scores.max())
+        mixed[row, position, head] = weights / weights.sum() @ value[row, : position + 1, head // group]
+    return linear(module.output, mixed, "bshd,hde->bse")
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1], ids=["multi-head", "grouped", "multi-query"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_heads_and_biases(rules_for, num_kv_heads, bias):
+    with use(rules_for(data=1)):
+        module, x = make_attention(num_kv_heads, bias=bias), make_input()
+        np.testing.assert_allclose(module(x, LayerInputs()), reference(module, x), rtol=1e-4, atol=1e-5)
+
+
+def test_norms_of_queries_and_keys(rules_for):
+    with use(rules_for(data=1)):
+        module, x = make_attention(2, qk_norm=True), make_input()
+        np.testing.assert_allclose(module(x, LayerInputs()), reference(module, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_alibi(rules_for, num_kv_heads):
+    with use(rules_for(data=1)):
+        module, x = make_attention(num_kv_heads, alibi=True), make_input()
+        expected = reference(module, x, slopes=alibi_slopes(HEADS))
+        np.testing.assert_allclose(module(x, LayerInputs()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_rotary(rules_for, fraction):
+    rotated = int(HEAD_DIM * fraction)
+    with use(rules_for(data=1)):
+        module, x = make_attention(2), make_input()
+        tables = rotary_tables(RotaryConfig(fraction=fraction, base=100.0), HEAD_DIM, LENGTH)
+        expected = reference(module, x, frequencies=100.0 ** (-np.arange(0, rotated, 2) / rotated))
+        np.testing.assert_allclose(module(x, LayerInputs(rotary=tables)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_position_sees_a_later_one(rules_for):
+    with use(rules_for(data=1)):
+        module, x = make_attention(), make_input()
+        changed = x.copy()
+        changed[:, 4:] = make_input(3)[:, 4:]
+        before, after = module(x, LayerInputs()), module(changed, LayerInputs())
+        np.testing.assert_array_equal(before[:, :4], after[:, :4])
+        assert not np.allclose(before[:, 4:], after[:, 4:])
+
+
+def test_scores_are_float32_inside_bfloat16(rules_for):
+    # scores of 512 and 513, one and the same in bfloat16, weigh e times differently
+    with use(rules_for(data=1)):
+        query = jnp.full((1, 2, 1, 4), 32.0, jnp.bfloat16)
+        key = jnp.asarray([[8.0, 8, 8, 8], [8, 8, 8, 8.0625]], jnp.bfloat16).reshape(1, 2, 1, 4)
+        value = jnp.asarray([0.0, 1.0], jnp.bfloat16).reshape(1, 2, 1, 1) * jnp.ones((1, 2, 1, 4), jnp.bfloat16)
+        mixed = attention_core(0.0)(query, key, value, None, LayerInputs())
+    assert mixed.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(mixed[0, 1, 0], np.float32), np.e / (1 + np.e), rtol=1e-2)
+
+
+def test_dropped_probabilities_keep_their_expectation(rules_for):
+    rate, rows = 0.25, 512
+    with use(rules_for(data=1)):
+        core = attention_core(rate)
+        generator = np.random.default_rng(0)
+        query, key, value = (jnp.asarray(generator.normal(size=(1, 5, 2, 4)), jnp.float32) for _ in range(3))
+        many = [jnp.broadcast_to(array, (rows, *array.shape[1:])) for array in (query, key, value)]
+        keys = row_keys(jax.random.key(0), np.arange(rows))
+        mixed = np.asarray(core(*many, None, LayerInputs(keys=keys)))
+        whole = np.asarray(core(query, key, value, None, LayerInputs()))[0]
+        # the first position has one key, of probability 1, kept or dropped
+        first = np.asarray(value)[0, 0] / (1 - rate)
+    dropped = np.isclose(mixed[:, 0], 0).all(-1)
+    assert np.all(dropped | np.isclose(mixed[:, 0], first).all(-1))
+    assert dropped.mean() == pytest.approx(rate, abs=0.05)
+    np.testing.assert_allclose(mixed.mean(0), whole, atol=6 * mixed.std(0).max() / rows**0.5)
+
+
+def test_a_row_with_the_same_key_has_the_same_masks(rules_for):
+    with use(rules_for(data=1)):
+        module = make_attention(rate=0.3, dropout=0.3)
+        x = np.concatenate([make_input()[:1]] * 3)
+        keys = row_keys(jax.random.key(0), np.array([5, 6, 5]))
+        y = np.asarray(module(x, LayerInputs(keys=keys)))
+    np.testing.assert_array_equal(y[0], y[2])
+    assert not np.array_equal(y[0], y[1])

@@ -1,0 +1,127 @@
+"""Cross-entropy against the full logits, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtron.layers import loss
+from jaxtron.layers.loss import cross_entropy
+from jaxtron.sharding import use
+
+ROWS, LENGTH, EMBED, VOCAB, PADDED = 3, 8, 6, 13, 16
+
+
+def make_arrays(dtype=np.float32):
+    generator = np.random.default_rng(0)
+    x, table = generator.normal(size=(ROWS, LENGTH, EMBED)), generator.normal(size=(PADDED, EMBED))
+    # rows of padding that would win every maximum if they took part
+    table[VOCAB:] *= 100
+    targets = generator.integers(0, VOCAB, (ROWS, LENGTH))
+    weights = generator.random((ROWS, LENGTH)) * (generator.random((ROWS, LENGTH)) > 0.3)
+    return x.astype(dtype), table.astype(dtype), targets, weights.astype(np.float32)
+
+
+def reference(x, table, targets, weights, z_loss):
+    """Sums over all tokens from the logits of the real vocabulary."""
+    logits = jnp.einsum("bse,ve->bsv", x, table[:VOCAB])
+    log_z = jax.nn.logsumexp(logits, -1)
+    nll = log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return (weights * (nll + z_loss * log_z**2)).sum(), (weights * nll).sum()
+
+
+@pytest.fixture
+def run(in_region):
+    """`run(rules, arrays, z_loss)`: total and reported sum, and gradients of `scale * total` by `x` and `table`."""
+
+    def run(rules, arrays, z_loss, scale=1.0):
+        def loss_and_gradients(x, table, targets, weights):
+            def total(x, table):
+                total, nll = cross_entropy(x, table, targets, weights, VOCAB, z_loss)
+                return scale * total, (total, nll)
+
+            (_, values), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(x, table)
+            return values, gradients
+
+        return in_region(loss_and_gradients)(*place(rules, arrays))
+
+    return run
+
+
+def place(rules, arrays):
+    specs = ((None, "tensor"), ("tensor",), (), ())
+    return [
+        jax.device_put(array, NamedSharding(rules.mesh, PartitionSpec(*spec)))
+        for array, spec in zip(arrays, specs, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_equals_full_logits(rules_for, in_region, run, tensor, z_loss):
+    arrays = make_arrays()
+    expected = reference(*arrays, z_loss)
+    expected_gradients = jax.grad(lambda *arrays: reference(*arrays, z_loss)[0], (0, 1))(*map(jnp.asarray, arrays))
+    with use(rules_for(tensor=tensor)) as rules:
+        values, gradients = run(rules, arrays, z_loss, scale=2.0)
+        without_gradients = in_region(lambda *arrays: cross_entropy(*arrays, VOCAB, z_loss))(*place(rules, arrays))
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    np.testing.assert_allclose(without_gradients, expected, rtol=1e-5)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, 2 * expected_gradient, rtol=1e-4, atol=1e-5)
+    assert np.all(np.asarray(gradients[1])[VOCAB:] == 0)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 3, 12])
+def test_chunks_change_nothing(rules_for, run, monkeypatch, tensor, tokens):
+    arrays = make_arrays()
+    with use(rules_for(tensor=tensor)) as rules:
+        whole = run(rules, arrays, 0.1)
+        monkeypatch.setattr(loss, "CHUNK_ELEMENTS", tokens * PADDED // tensor)
+        assert loss._chunk_length(ROWS * LENGTH, PADDED // tensor) == tokens
+        chunked = run(rules, arrays, 0.1)
+    for one, other in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_are_the_longest_that_fit(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 1000)
+    assert loss._chunk_length(24, 100) == 8
+    assert loss._chunk_length(12, 10) == 12
+    assert loss._chunk_length(7, 300) == 1
+    assert loss._chunk_length(12, 5000) == 1
+
+
+def test_tokens_of_weight_zero_have_no_part(rules_for, run):
+    x, table, targets, weights = make_arrays()
+    weights[:, 5:] = 0
+    other_x, other_targets = x.copy(), targets.copy()
+    other_x[:, 5:], other_targets[:, 5:] = 7.0, 0
+    with use(rules_for(data=1)) as rules:
+        values, (dx, dtable) = run(rules, (x, table, targets, weights), 0.1)
+        other_values, (_, other_dtable) = run(rules, (other_x, table, other_targets, weights), 0.1)
+        nothing, gradients = run(rules, (x, table, targets, 0 * weights), 0.1)
+    np.testing.assert_array_equal(values, other_values)
+    np.testing.assert_array_equal(dtable, other_dtable)
+    assert np.all(np.asarray(dx)[:, 5:] == 0)
+    assert nothing == (0, 0) and all(np.all(np.asarray(gradient) == 0) for gradient in gradients)
+
+
+def test_large_logits_do_not_overflow(rules_for, run):
+    x, table, targets, weights = make_arrays()
+    with use(rules_for(data=1)) as rules:
+        values, gradients = run(rules, (100 * x, table, targets, weights), 0.0)
+    np.testing.assert_allclose(values, reference(100 * x, table, targets, weights, 0.0), rtol=1e-5)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_bfloat16_inputs_give_float32_sums(rules_for, run):
+    arrays = make_arrays(jnp.bfloat16)
+    expected = reference(*(jnp.asarray(array, jnp.float32) for array in arrays[:2]), *arrays[2:], 0.0)
+    with use(rules_for(data=1)) as rules:
+        values, gradients = run(rules, arrays, 0.0)
+    assert [value.dtype for value in values] == [jnp.float32] * 2
+    assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16] * 2
+    np.testing.assert_allclose(values, expected, rtol=1e-4)

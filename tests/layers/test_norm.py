@@ -1,0 +1,61 @@
+"""Norms against their formulas, and their precision."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxtron.layers.norm import Norm
+from jaxtron.sharding import use
+
+SIZE, EPSILON = 16, 1e-3
+
+
+def make_norm(kind, bias=True):
+    norm = Norm(SIZE, kind=kind, bias=bias, epsilon=EPSILON, rngs=nnx.Rngs(0))
+    norm.scale[...] = norm.scale[...] + np.linspace(-0.5, 0.5, SIZE)
+    if norm.bias is not None:
+        norm.bias[...] = norm.bias[...] + np.linspace(2, 3, SIZE)
+    return norm
+
+
+def make_input():
+    # means and sizes that differ by row, one of them comparable to epsilon
+    generator = np.random.default_rng(0)
+    return (generator.normal(size=(3, 4, SIZE)) * np.array([0.02, 1, 50])[:, None, None] + 2).astype(np.float32)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["layer_norm", "layer_norm_1p", "rms_norm"])
+def test_formula(rules_for, kind, bias):
+    with use(rules_for(data=1)):
+        norm = make_norm(kind, bias)
+        y = norm(make_input())
+    x = make_input().astype(np.float64)
+    gamma, beta = 1 + np.linspace(-0.5, 0.5, SIZE), np.linspace(2, 3, SIZE) if bias else 0
+    if kind == "rms_norm":
+        assert norm.bias is None
+        expected = gamma * x / np.sqrt((x**2).mean(-1, keepdims=True) + EPSILON)
+    else:
+        expected = gamma * (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + EPSILON) + beta
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "stored"), [("layer_norm", 1), ("layer_norm_1p", 0), ("rms_norm", 1)])
+def test_initial_scale(rules_for, kind, stored):
+    with use(rules_for(data=1)):
+        norm = Norm(SIZE, kind=kind, bias=True, epsilon=EPSILON, rngs=nnx.Rngs(0))
+        x = jnp.tile(jnp.asarray([3.0, -3.0]), SIZE // 2)
+        np.testing.assert_allclose(norm(x), x / 3, rtol=1e-3)
+    assert np.all(np.asarray(norm.scale[...]) == stored)
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "layer_norm_1p", "rms_norm"])
+def test_is_float32_inside_bfloat16(rules_for, kind):
+    x = jnp.asarray(make_input(), jnp.bfloat16)
+    with use(rules_for(data=1)):
+        norm = make_norm(kind)
+        y = norm(x)
+        exact = norm(x.astype(jnp.float32))
+    assert y.dtype == jnp.bfloat16 and exact.dtype == jnp.float32
+    np.testing.assert_array_equal(np.asarray(y), np.asarray(exact.astype(jnp.bfloat16)))

@@ -1,0 +1,149 @@
+"""Rotary frequencies and tables, Llama 3's scaling, and ALiBi slopes."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtron.layers.positions import (
+    RotaryConfig,
+    RotaryScaling,
+    alibi_slopes,
+    rotary_frequencies,
+    rotary_tables,
+    rotate,
+)
+
+
+def test_frequencies_are_a_geometric_series():
+    np.testing.assert_allclose(rotary_frequencies(RotaryConfig(), 8), [1, 0.1, 0.01, 0.001], rtol=1e-12)
+    np.testing.assert_allclose(rotary_frequencies(RotaryConfig(base=16.0), 4), [1, 0.25], rtol=1e-12)
+
+
+@pytest.mark.parametrize(("head_dim", "fraction", "rotated"), [(64, 1, 64), (64, 0.25, 16), (80, 0.4, 32), (6, 0.5, 2)])
+def test_fraction_rotates_an_even_number_of_dimensions(head_dim, fraction, rotated):
+    config = RotaryConfig(fraction=fraction)
+    assert config.dimensions(head_dim) == rotated
+    frequencies = rotary_frequencies(config, head_dim)
+    np.testing.assert_allclose(frequencies, 10000.0 ** (-np.arange(0, rotated, 2) / rotated), rtol=1e-12)
+
+
+def test_tables_are_cosines_and_sines_of_both_halves():
+    cos, sin = rotary_tables(RotaryConfig(base=100.0), 4, 50)
+    angles = np.arange(50)[:, None] * np.array([1, 0.1, 1, 0.1])
+    assert cos.dtype == sin.dtype == jnp.float32
+    np.testing.assert_allclose(cos, np.cos(angles), atol=1e-5)
+    np.testing.assert_allclose(sin, np.sin(angles), atol=1e-5)
+
+
+def test_rotation_turns_pairs_and_leaves_the_rest():
+    x = np.random.default_rng(0).normal(size=(1, 3, 2, 6)).astype(np.float32)
+    y = np.asarray(rotate(jnp.asarray(x), rotary_tables(RotaryConfig(fraction=4 / 6, base=4.0), 6, 3)))
+    for position in range(3):
+        for pair, angle in enumerate((position, position / 2)):
+            first, second = x[0, position, :, pair], x[0, position, :, pair + 2]
+            turned = first * math.cos(angle) - second * math.sin(angle)
+            np.testing.assert_allclose(y[0, position, :, pair], turned, atol=1e-6)
+            turned = second * math.cos(angle) + first * math.sin(angle)
+            np.testing.assert_allclose(y[0, position, :, pair + 2], turned, atol=1e-6)
+    np.testing.assert_array_equal(y[..., 4:], x[..., 4:])
+
+
+def test_products_of_rotated_vectors_depend_on_their_distance():
+    generator = np.random.default_rng(0)
+    query, key = (np.broadcast_to(generator.normal(size=8), (1, 40, 1, 8)).astype(np.float32) for _ in range(2))
+    tables = rotary_tables(RotaryConfig(), 8, 40)
+    query, key = (np.asarray(rotate(jnp.asarray(array), tables))[0, :, 0] for array in (query, key))
+    products = query @ key.T
+    for distance in range(-5, 6):
+        diagonal = np.diagonal(products, distance)
+        np.testing.assert_allclose(diagonal, diagonal[0], rtol=1e-4, atol=1e-4)
+
+
+def test_rotation_is_float32_inside_bfloat16():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 64, 1, 8)), jnp.bfloat16)
+    tables = rotary_tables(RotaryConfig(), 8, 64)
+    y = rotate(x, tables)
+    assert y.dtype == jnp.bfloat16
+    exact = rotate(x.astype(jnp.float32), tables).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(y), np.asarray(exact))
+
+
+# Llama 3.1: head dimension 128, base 500000, stretched 8 times from 8192 tokens
+LLAMA = RotaryConfig(base=500000.0, scaling=RotaryScaling())
+
+
+def llama_formula(frequency):
+    """As in the released code of Llama 3.1: by wavelength, in three cases."""
+    wavelength = 2 * math.pi / frequency
+    if wavelength < 8192 / 4:
+        return frequency
+    if wavelength > 8192 / 1:
+        return frequency / 8
+    smooth = (8192 / wavelength - 1) / (4 - 1)
+    return (1 - smooth) * frequency / 8 + smooth * frequency
+
+
+def test_llama_scaling_follows_the_formula():
+    plain = rotary_frequencies(RotaryConfig(base=500000.0), 128)
+    scaled = rotary_frequencies(LLAMA, 128)
+    np.testing.assert_allclose(scaled, [llama_formula(frequency) for frequency in plain], rtol=1e-12)
+
+
+def test_llama_scaling_keeps_short_wavelengths_and_stretches_long_ones():
+    plain = rotary_frequencies(RotaryConfig(base=500000.0), 128)
+    scaled = rotary_frequencies(LLAMA, 128)
+    wavelengths = 2 * math.pi / plain
+    short, long = wavelengths < 2048, wavelengths > 8192
+    # pairs 0-28 keep theirs, 35-63 are stretched, and six lie between
+    assert (short.sum(), long.sum()) == (29, 29)
+    np.testing.assert_array_equal(scaled[short], plain[short])
+    np.testing.assert_allclose(scaled[long], plain[long] / 8, rtol=1e-12)
+    between = scaled[~short & ~long] / plain[~short & ~long]
+    assert np.all((between > 1 / 8) & (between < 1)) and np.all(np.diff(between) < 0)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"fraction": 0.0},
+        {"fraction": 1.5},
+        {"base": 0.0},
+        {"scaling": {"low_frequency_factor": 4.0, "high_frequency_factor": 4.0}},
+        {"scaling": {"factor": 0.0}},
+        {"scaling": {"original_length": 0}},
+    ],
+    ids=str,
+)
+def test_settings_without_meaning_are_errors(bad):
+    with pytest.raises(ValueError):
+        RotaryConfig(**bad)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 8, 16])
+def test_alibi_slopes_of_powers_of_two(num_heads):
+    # a geometric series that starts at its own ratio, 2^(-8/n)
+    slopes = alibi_slopes(num_heads)
+    np.testing.assert_allclose(slopes, [(2 ** (-8 / num_heads)) ** k for k in range(1, num_heads + 1)], rtol=1e-12)
+
+
+def test_alibi_slopes_of_eight_and_twelve_heads():
+    eight = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
+    np.testing.assert_allclose(alibi_slopes(8), eight, rtol=1e-12)
+    # the released code: those of 8, then every other one of 16
+    np.testing.assert_allclose(alibi_slopes(12), eight + list(alibi_slopes(16)[0:8:2]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("num_heads", [3, 6, 12, 20, 40, 112])
+def test_alibi_slopes_of_other_head_counts(num_heads):
+    def released(count):
+        """`get_slopes` of the authors' code."""
+        if math.log2(count).is_integer():
+            return list(alibi_slopes(count))
+        closest = 2 ** math.floor(math.log2(count))
+        return released(closest) + released(2 * closest)[0::2][: count - closest]
+
+    slopes = alibi_slopes(num_heads)
+    assert len(slopes) == num_heads == len(set(slopes))
+    np.testing.assert_allclose(slopes, released(num_heads), rtol=1e-12)

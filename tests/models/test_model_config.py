@@ -1,0 +1,97 @@
+"""What a decoder's configuration derives and refuses."""
+
+import math
+
+import pytest
+
+from jaxtron.config import UserError, load
+from jaxtron.models.config import ModelConfig
+
+
+def test_defaults_follow_the_width():
+    config = ModelConfig(hidden_size=96, num_heads=6)
+    assert (config.kv_heads, config.head_size, config.mlp_width) == (6, 16, 384)
+    assert ModelConfig(hidden_size=96, num_heads=6, num_kv_heads=2, head_dim=32, mlp_size=100).mlp_width == 100
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(768, 2048), (4096, 10880), (96, 256), (16, None)])
+def test_gated_mlps_have_two_thirds_of_the_width(hidden, width):
+    if width is None:
+        # two thirds of 64 is below the step of 64: not a silent width of 0
+        with pytest.raises(ValueError, match="mlp_size"):
+            assert ModelConfig(hidden_size=hidden, num_heads=1, activation="swiglu").mlp_width
+    else:
+        assert ModelConfig(hidden_size=hidden, num_heads=1, activation="geglu").mlp_width == width
+
+
+@pytest.mark.parametrize(
+    ("vocab", "multiple", "padded"),
+    [(50257, 128, 50304), (50257, 1024, 51200), (257, 128, 384), (256, 128, 256), (1, 8, 8), (50257, 1, 50257)],
+)
+def test_vocabulary_is_padded_to_a_multiple(vocab, multiple, padded):
+    # Megatron: 128 times the tensor parallel size
+    assert ModelConfig(vocab_size=vocab, vocab_multiple=multiple).padded_vocab == padded
+
+
+@pytest.mark.parametrize(
+    ("pattern", "repeats", "layers"), [("*-", 12, 12), ("(*-)", 5, 5), ("**-", 4, 8), ("*-*-", 3, 6), ("-", 7, 7)]
+)
+def test_projections_back_are_scaled_by_depth(pattern, repeats, layers):
+    config = ModelConfig(pattern=pattern, num_layers=repeats, initial_std=0.01, position="none")
+    assert config.num_transformer_layers == layers
+    assert config.output_std == pytest.approx(0.01 / math.sqrt(2 * layers))
+
+
+@pytest.mark.parametrize(
+    ("recompute", "names"),
+    [
+        ("none", set()),
+        ("selective", {"attention_core"}),
+        ("full", {"layer"}),
+        (["mlp", "norm"], {"mlp", "norm"}),
+    ],
+)
+def test_recomputed_regions(recompute, names):
+    assert ModelConfig(recompute=recompute).recomputed == names
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--hidden_size", "100", "--num_heads", "12"], "hidden_size 100 does not divide by model.num_heads 12"),
+        (["--num_kv_heads", "5"], "num_heads 12 is no multiple of model.num_kv_heads 5"),
+        (["--pattern", "*-x"], "symbol 3: unknown symbol 'x'"),
+        (["--num_layers", "0"], "num_layers"),
+        (["--position", "alibi", "--rotary.base", "5e5"], "rotary has no effect with model.position alibi"),
+        (["--position", "none", "--max_positions", "8"], "max_positions has no effect with model.position none"),
+        (["--position", "alibi", "--pattern", "-"], "alibi has no effect without attention"),
+        (["--activation", "gelu_fast"], "activation"),
+        (["--dropout", "1.0"], "dropout"),
+        (["--recompute", "everything"], "recompute"),
+        (["--norm", "batch_norm"], "layer_norm"),
+        (["--heads", "4"], "unknown setting heads.*num_heads"),
+    ],
+)
+def test_errors_are_one_line_with_the_values(flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        load(ModelConfig, None, flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "ignored",
+    [
+        {"pattern": "*", "mlp_size": 64},
+        {"pattern": "*", "activation": "swiglu"},
+        {"pattern": "-", "position": "none", "num_kv_heads": 1},
+        {"pattern": "-", "position": "none", "qk_norm": True},
+        {"pattern": "-", "position": "none", "attention_dropout": 0.1},
+        {"pattern": "-", "position": "none", "recompute": "selective"},
+        {"pattern": "*", "recompute": ["mlp"]},
+        {"recompute": ["attention", "attention_core"]},
+    ],
+    ids=str,
+)
+def test_a_setting_without_effect_is_an_error(ignored):
+    with pytest.raises(ValueError, match="effect"):
+        ModelConfig(**ignored)

@@ -1,0 +1,78 @@
+"""The pattern language."""
+
+import pytest
+
+from jaxtron.config import UserError
+from jaxtron.models.pattern import parse
+
+ATTENTION, MLP, PARALLEL = ("*",), ("-",), ("*", "-")
+
+
+@pytest.mark.parametrize(
+    ("text", "repeats", "layers"),
+    [
+        ("*-", 1, [ATTENTION, MLP]),
+        ("*-", 3, [ATTENTION, MLP] * 3),
+        ("(*-)", 2, [PARALLEL] * 2),
+        ("*(*-)--", 1, [ATTENTION, PARALLEL, MLP, MLP]),
+        ("*", 1, [ATTENTION]),
+    ],
+)
+def test_layers_in_order(text, repeats, layers):
+    assert list(parse(text, repeats).layers) == layers
+
+
+@pytest.mark.parametrize(
+    ("text", "repeats", "period", "times"),
+    [
+        ("*-", 12, 2, 12),
+        ("*-*-", 3, 2, 6),
+        ("**--", 2, 4, 2),
+        ("*-*", 1, 3, 1),
+        ("----", 1, 1, 4),
+        ("(*-)(*-)", 1, 1, 2),
+        # not a repetition of *-, although it begins as one
+        ("*-*-*", 1, 5, 1),
+    ],
+)
+def test_is_reduced_to_its_smallest_period(text, repeats, period, times):
+    pattern = parse(text, repeats)
+    assert (len(pattern.period), pattern.repeats) == (period, times)
+
+
+def test_counts_include_both_sides_of_a_parallel_layer():
+    pattern = parse("*(*-)--", 2)
+    assert (pattern.count("*"), pattern.count("-")) == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "why"),
+    [
+        ("*x", 2, "unknown symbol 'x'"),
+        ("*-M", 3, "unknown symbol 'M'"),
+        ("* -", 2, "unknown symbol ' '"),
+        ("*)", 2, "unknown symbol '\\)'"),
+        ("*(*-", 2, "closing"),
+        ("(*)", 1, "two or more"),
+        ("()", 1, "two or more"),
+        ("*(*x)", 4, "unknown symbol 'x'"),
+        ("((*-)", 2, "unknown symbol '\\('"),
+    ],
+)
+def test_bad_text_names_the_place_and_the_reason(text, place, why):
+    with pytest.raises(UserError, match=f"symbol {place}: .*{why}") as error:
+        parse(text)
+    assert repr(text) in str(error.value) and "* attention, - MLP" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "repeats"), [("", 1), ("", 3), ("*-", 0)])
+def test_a_decoder_without_layers_is_an_error(text, repeats):
+    with pytest.raises(UserError, match="at least one layer"):
+        parse(text, repeats)
+
+
+def test_a_symbol_twice_in_a_group_is_an_error():
+    # its two branches would be one and the same module
+    with pytest.raises(UserError, match="\\(\\*\\*\\)"):
+        parse("(**)")

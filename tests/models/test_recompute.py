@@ -1,0 +1,81 @@
+"""Each choice of recompute does what it says: counted and weighed in the compiled program, not believed."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxtron.models.config import ModelConfig
+from jaxtron.models.decoder import Decoder
+from jaxtron.sharding import (
+    MANUAL_AXES,
+    MeshConfig,
+    ShardingConfig,
+    blueprint,
+    build_mesh,
+    make_rules,
+    use,
+    vary,
+)
+from jaxtron.sharding.parameters import manual_specs, reduce_gradients
+
+LENGTH = 128
+# the layers stay a loop: unrolled, the compiler may merge what is computed again with what was
+CONFIG = ModelConfig(
+    num_layers=3, hidden_size=32, num_heads=4, vocab_size=64, vocab_multiple=64, max_positions=LENGTH, unroll=1
+)
+# with and without gathers, which the layer makes again whatever is recomputed
+MESHES = [{"data": 1}, {"fsdp": 2, "tensor": 2}]
+
+
+class Cost(NamedTuple):
+    """Matrix products in the program of loss and gradients, and its peak of temporary bytes on a device."""
+
+    products: int
+    memory: int
+
+
+@functools.cache
+def measure(recompute, **mesh) -> Cost:
+    config = CONFIG.model_copy(update={"recompute": recompute})
+    devices = jax.devices()[: math.prod(mesh.values())]
+    with use(make_rules(build_mesh(MeshConfig(**{"data": 1, **mesh}), devices), ShardingConfig())):
+        plan = blueprint(lambda rngs: Decoder(config, rngs=rngs))
+
+        def region(params, tokens):
+            params, tokens = jax.tree.map(vary, (params, tokens))
+            weights = jnp.ones(tokens.shape)
+            gradients = jax.grad(lambda params: plan.module(params).loss(tokens, tokens, weights)[0])(params)
+            return reduce_gradients(gradients, plan.specs)
+
+        specs = manual_specs(plan.specs)
+        region = jax.shard_map(region, in_specs=(specs, PartitionSpec()), out_specs=specs, axis_names=set(MANUAL_AXES))
+        tokens = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
+        program = jax.jit(region).lower(plan.abstract, tokens)
+        program = program.compile(compiler_options={"xla_backend_optimization_level": 0})
+    return Cost(program.as_text().count(" dot("), program.memory_analysis().temp_size_in_bytes)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_products_computed_again(mesh):
+    none = measure("none", **mesh).products
+    again = {"selective": 1, "full": 5}
+    if mesh == {"data": 1}:
+        # query, key and value are one product, the head's three are its forward and backward
+        assert none == 3 * 6 + 3
+        # all but the product back to the stream, which nothing inside needs
+        again |= {("attention",): 3, ("mlp",): 1, ("norm",): 0}
+    assert {names: measure(names, **mesh).products - none for names in again} == again
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_memory_is_what_recompute_is_for(mesh):
+    none, selective, full = (measure(recompute, **mesh).memory for recompute in ("none", "selective", "full"))
+    # scores: rows x heads x length^2 x layers in float32, kept once or more
+    scores = 2 * 4 * LENGTH**2 * 3 * 4 // mesh.get("tensor", 1)
+    assert selective < none - scores
+    assert full < selective

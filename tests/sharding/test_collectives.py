@@ -1,0 +1,85 @@
+"""Collectives over the manual axes, beside an Explicit tensor axis."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxtron.sharding import MANUAL_AXES, manual_axes, use, vary
+from jaxtron.sharding.collectives import all_gather, all_reduce, largest, reduce_scatter
+
+BATCH = ("data", "fsdp")
+
+
+def in_region(function, in_specs, out_specs):
+    return jax.jit(jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=set(MANUAL_AXES)))
+
+
+@pytest.fixture
+def cube(rules_for):
+    with use(rules_for(data=2, fsdp=2, tensor=2)) as rules:
+        yield rules
+
+
+def test_manual_axes_only_inside(cube):
+    assert manual_axes() == frozenset()
+    inside = []
+    in_region(lambda x: (inside.append(manual_axes()), x)[1], P(BATCH), P(BATCH))(jnp.ones(4))
+    assert inside[0] == set(MANUAL_AXES)
+
+
+def test_gather_then_scatter_is_a_sum_of_copies(cube):
+    x = jax.device_put(
+        np.arange(64.0, dtype=np.float32).reshape(8, 8), jax.NamedSharding(cube.mesh, P(BATCH, "tensor"))
+    )
+
+    def round_trip(x):
+        whole = all_gather(vary(x), ((0, BATCH),), jnp.dtype(jnp.float32))
+        assert whole.shape == (8, 8)
+        return reduce_scatter(whole, ((0, BATCH),))
+
+    y = in_region(round_trip, P(BATCH), P(BATCH))(x)
+    assert y.sharding.is_equivalent_to(x.sharding, 2)
+    np.testing.assert_array_equal(y, 4 * np.asarray(x))
+
+
+def test_gather_along_two_dimensions(cube):
+    x = np.arange(32.0, dtype=np.float32).reshape(4, 8)
+
+    def gather(x):
+        whole = all_gather(vary(x), ((0, ("data",)), (1, ("fsdp",))), jnp.dtype(jnp.float32))
+        return all_reduce(whole, MANUAL_AXES)
+
+    np.testing.assert_array_equal(in_region(gather, P("data", "fsdp"), P())(x), 4 * x)
+
+
+def test_gather_sends_the_type_asked_for_and_sums_gradients_in_that_of_the_shard(cube):
+    # 1 + 2^-9 is not in bfloat16; the sum of four such cotangents in float32 is exact
+    x = np.full(4, 1 + 2.0**-9, np.float32)
+
+    def run(x):
+        whole, pull = jax.vjp(lambda x: all_gather(x, ((0, BATCH),), jnp.dtype(jnp.bfloat16)), vary(x))
+        assert whole.dtype == jnp.bfloat16
+        (gradient,) = pull(jnp.full_like(whole, 1 + 2.0**-7) + vary(jnp.bfloat16(0)))
+        assert gradient.dtype == jnp.float32
+        return all_reduce(whole.astype(jnp.float32), MANUAL_AXES) / 4, gradient
+
+    whole, gradient = in_region(run, P(BATCH), (P(), P(BATCH)))(x)
+    np.testing.assert_array_equal(whole, 1)
+    np.testing.assert_array_equal(gradient, 4 * (1 + 2.0**-7))
+
+
+def test_sums_and_maxima(cube):
+    x = np.array([3.0, 1.0, 4.0, 2.0], np.float32)
+    run = in_region(lambda x: (all_reduce(x, BATCH), largest(x, MANUAL_AXES)), P(BATCH), (P(), P()))
+    total, top = run(x)
+    np.testing.assert_array_equal(total, [10])
+    np.testing.assert_array_equal(top, [4])
+
+
+def test_vary_is_the_identity_and_repeatable(cube):
+    y = in_region(lambda x: all_reduce(vary(vary(x)), BATCH), P(), P())(np.ones(3, np.float32))
+    np.testing.assert_array_equal(y, 4)
+    x = jnp.ones(3)
+    assert vary(x) is x

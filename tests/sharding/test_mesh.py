@@ -1,0 +1,69 @@
+"""The mesh: its order, what fills it, and what does not fit."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from jaxtron.config import UserError, load
+from jaxtron.sharding import AXES, MeshConfig, build_mesh
+
+
+def test_axes_go_from_least_to_most_communication():
+    mesh = build_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
+    assert mesh.axis_names == AXES == ("pipe", "data", "fsdp", "context", "tensor")
+    assert dict(mesh.shape) == {"pipe": 1, "data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+    assert set(mesh.axis_types) == {AxisType.Explicit}
+    # devices in their given order: neighbours share tensor, then fsdp
+    np.testing.assert_array_equal(mesh.devices.ravel(), jax.devices())
+    assert list(mesh.devices[0, 0, 0, 0]) == jax.devices()[:2]
+    assert list(mesh.devices[0, 1, :, 0, 0]) == [jax.devices()[4], jax.devices()[6]]
+
+
+@pytest.mark.parametrize(
+    ("config", "num_devices", "filled"),
+    [
+        ({}, 8, {"data": 8}),
+        ({"tensor": 4}, 8, {"data": 2, "tensor": 4}),
+        ({"data": 2, "fsdp": -1}, 8, {"data": 2, "fsdp": 4}),
+        ({"data": 1, "tensor": -1}, 8, {"tensor": 8}),
+        ({"data": 3, "fsdp": 2}, 6, {"data": 3, "fsdp": 2}),
+        ({}, 1, {}),
+    ],
+)
+def test_minus_one_fills(config, num_devices, filled):
+    sizes = MeshConfig(**config).shape(num_devices)
+    assert list(sizes) == list(AXES)
+    assert {axis: size for axis, size in sizes.items() if size > 1} == filled
+
+
+@pytest.mark.parametrize(
+    ("config", "num_devices", "message"),
+    [
+        ({"data": 4}, 8, "data 4 needs 4 devices, there are 8"),
+        ({"data": 2, "tensor": 8}, 8, "data 2 x tensor 8 needs 16 devices, there are 8"),
+        ({"tensor": 3}, 8, "3 does not divide the 8 devices"),
+        ({"data": 1}, 8, "data 1 needs 1 devices, there are 8"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_devices(config, num_devices, message):
+    with pytest.raises(UserError, match=message) as error:
+        MeshConfig(**config).shape(num_devices)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tensor", "0"], "mesh.tensor must be a positive number or -1, not 0"),
+        (["--fsdp", "-2"], "mesh.fsdp must be a positive number or -1, not -2"),
+        (["--tensor", "-1"], "only one mesh axis can be -1 .*mesh.data, mesh.tensor"),
+        (["--pipe", "2"], "mesh.pipe above 1 is not supported yet"),
+        (["--context", "4"], "mesh.context above 1 is not supported yet"),
+        (["--tensor_parallel", "4"], "unknown setting tensor_parallel.*tensor"),
+    ],
+)
+def test_sizes_that_cannot_be(flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        load(MeshConfig, None, flags)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,127 @@
+"""Parameters on a mesh: the same values everywhere, gathered and reduced without loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.nn import initializers
+from jax.sharding import PartitionSpec as P
+
+from jaxtron.sharding import MANUAL_AXES, blueprint, gather_at_use, parameter, use, vary
+from jaxtron.sharding.parameters import gather_once, manual_specs, reduce_gradients, shardings
+
+MESHES = [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+LEVELS = ["none", "optimizer", "parameters"]
+
+
+class Model(nnx.Module):
+    """A table, and two matrices of each of three stacked layers."""
+
+    def __init__(self, rngs):
+        self.table = parameter(rngs, initializers.normal(1.0), (16, 24), axes=("vocab", "embed"), role="embedding")
+        state = jax.vmap(lambda key: nnx.split(Layer(nnx.Rngs(key)))[1])(jax.random.split(rngs.params(), 3))
+        self.layers = nnx.merge(nnx.split(nnx.eval_shape(lambda: Layer(nnx.Rngs(0))))[0], state)
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.up = parameter(rngs, initializers.normal(0.5), (24, 32), axes=("embed", "mlp"), role="kernel")
+        self.bias = parameter(rngs, initializers.normal(0.5), (32,), axes=("mlp",), role="bias")
+
+
+def test_initial_values_are_the_same_on_every_mesh(rules_for):
+    values = []
+    for mesh in [{"data": 1}, *MESHES]:
+        with use(rules_for(**mesh)):
+            plan = blueprint(Model)
+            params = plan.initialize(jax.random.key(0))
+            for leaf, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(plan.abstract), strict=True):
+                assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+                assert (leaf.shape, leaf.dtype) == (wanted.shape, jnp.float32)
+            values.append(jax.tree.map(np.asarray, params))
+    for other in values[1:]:
+        jax.tree.map(np.testing.assert_array_equal, values[0], other)
+    layers = values[0]["layers"]["up"]
+    assert len({layer.tobytes() for layer in layers}) == 3
+
+
+def test_a_blueprint_knows_every_parameter_without_making_any(rules_for):
+    with use(rules_for(data=2, fsdp=2, tensor=2)):
+        plan = blueprint(Model)
+    assert plan.num_parameters == 16 * 24 + 3 * (24 * 32 + 32)
+    assert plan.roles == {"table": "embedding", "layers": {"up": "kernel", "bias": "bias"}}
+    assert plan.axes == {
+        "table": ("vocab", "embed"),
+        "layers": {"up": ("layers", "embed", "mlp"), "bias": ("layers", "mlp")},
+    }
+    batch, tensor = ("fsdp", "data"), ("tensor",)
+    # the axis over layers is whole on every device
+    assert plan.specs == {"table": P(tensor, batch), "layers": {"up": P(None, batch, tensor), "bias": P(None, tensor)}}
+    assert manual_specs(plan.specs) == {
+        "table": P(None, batch),
+        "layers": {"up": P(None, batch, None), "bias": P(None, None)},
+    }
+
+
+def test_every_device_holds_its_part(rules_for):
+    with use(rules_for(data=2, fsdp=2, tensor=2)):
+        params = blueprint(Model).initialize(jax.random.key(0))
+    assert params["table"].addressable_shards[0].data.shape == (8, 6)
+    assert params["layers"]["up"].addressable_shards[0].data.shape == (3, 6, 16)
+    assert params["layers"]["bias"].addressable_shards[0].data.shape == (3, 16)
+
+
+def region(plan, function, in_axes=P()):
+    """`function(params, x)` in the manual region; what it returns is a tree like the parameters."""
+    specs = manual_specs(plan.specs)
+    return jax.jit(jax.shard_map(function, in_specs=(specs, in_axes), out_specs=specs, axis_names=set(MANUAL_AXES)))
+
+
+@pytest.mark.parametrize("zero", LEVELS)
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_gathers_make_parameters_whole_and_reductions_sum_their_gradients(rules_for, mesh, zero):
+    with use(rules_for(zero=zero, **mesh)):
+        plan = blueprint(Model)
+        generator = np.random.default_rng(0)
+        values = jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype(np.float32), plan.shapes)
+        params = jax.device_put(values, shardings(plan.specs))
+        shapes = []
+
+        def gradients(params, factor):
+            working = gather_once(params, plan.specs, plan.roles, jnp.dtype(jnp.float32))
+
+            def loss(working):
+                whole = gather_at_use(nnx.state(plan.module(working)), jnp.dtype(jnp.float32))
+                whole = nnx.to_pure_dict(whole)
+                shapes.append(jax.tree.map(jnp.shape, whole))
+                # each device has a factor of its own, as it would have its own rows
+                return sum(factor[0] * jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(whole))
+
+            return reduce_gradients(jax.grad(loss)(jax.tree.map(vary, working)), plan.specs)
+
+        shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
+        factors = np.arange(1, shards + 1, dtype=np.float32)
+        found = region(plan, gradients, P(("data", "fsdp")))(params, factors)
+        for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
+            assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+    # whole over the batch axes; what tensor splits is still one array to the type system
+    assert shapes[0] == jax.tree.map(lambda leaf: leaf.shape, values)
+    jax.tree.map(
+        lambda one, value: np.testing.assert_allclose(one, 2 * factors.sum() * value, rtol=1e-5), found, values
+    )
+
+
+def test_matrices_work_in_the_type_of_the_step_and_vectors_in_float32(rules_for):
+    with use(rules_for(data=2, fsdp=2, tensor=2)):
+        plan = blueprint(Model)
+        types = []
+
+        def read(params, _):
+            working = gather_once(params, plan.specs, plan.roles, jnp.dtype(jnp.bfloat16))
+            used = gather_at_use(nnx.state(plan.module(working)), jnp.dtype(jnp.bfloat16))
+            types.append(jax.tree.map(lambda leaf: leaf.dtype.name, nnx.to_pure_dict(used)))
+            return params
+
+        jax.eval_shape(region(plan, read), plan.abstract, jax.ShapeDtypeStruct((), jnp.float32))
+    assert types[0] == {"table": "bfloat16", "layers": {"up": "bfloat16", "bias": "float32"}}

@@ -1,0 +1,173 @@
+"""The two tables: specs for every ZeRO level, what moves, what collides, what does not divide."""
+
+import dataclasses
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxtron.config import UserError
+from jaxtron.sharding import MANUAL_AXES, constrain, current, spec, use
+
+CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
+# logical axes and shapes of a decoder's parameters
+KERNELS = {
+    "query": (("embed", "heads", "head_dim"), (32, 8, 4)),
+    "key": (("embed", "kv_heads", "head_dim"), (32, 4, 4)),
+    "output": (("heads", "head_dim", "embed"), (8, 4, 32)),
+    "up": (("embed", "mlp"), (32, 128)),
+    "gate_up": (("embed", "gate", "mlp"), (32, 2, 96)),
+    "down": (("mlp", "embed"), (128, 32)),
+    "table": (("vocab", "embed"), (64, 32)),
+    "positions": (("positions", "embed"), (16, 32)),
+}
+VECTORS = {
+    "query_bias": (("heads", "head_dim"), (8, 4)),
+    "up_bias": (("mlp",), (128,)),
+    "norm": (("norm",), (32,)),
+}
+
+
+def specs(rules, parameters):
+    return {name: rules.parameter_spec(*axes_and_shape) for name, axes_and_shape in parameters.items()}
+
+
+@pytest.mark.parametrize(
+    ("zero", "batch"),
+    [("none", ("fsdp",)), ("optimizer", ("fsdp", "data")), ("parameters", ("fsdp", "data"))],
+)
+def test_parameters_at_rest(rules_for, zero, batch):
+    rules = rules_for(zero=zero, **CUBE)
+    tensor = ("tensor",)
+    assert specs(rules, KERNELS) == {
+        "query": P(batch, tensor, ()),
+        "key": P(batch, tensor, ()),
+        "output": P(tensor, (), batch),
+        "up": P(batch, tensor),
+        "gate_up": P(batch, (), tensor),
+        "down": P(tensor, batch),
+        "table": P(tensor, batch),
+        "positions": P((), batch),
+    }
+    # small: batch axes leave them whole
+    assert specs(rules, VECTORS) == {"query_bias": P(tensor, ()), "up_bias": P(tensor), "norm": P(())}
+
+
+@pytest.mark.parametrize(
+    ("zero", "once", "at_use"),
+    [("none", (), {"fsdp"}), ("optimizer", ("data",), {"fsdp"}), ("parameters", (), {"fsdp", "data"})],
+)
+def test_when_parameters_are_gathered(rules_for, zero, once, at_use):
+    rules = rules_for(zero=zero, **CUBE)
+    assert (rules.gather_once, set(rules.gather_at_use)) == (once, at_use)
+
+
+def test_activations_split_batch_heads_and_sequence(rules_for):
+    with use(rules_for(**CUBE)):
+        batch, tensor = ("data", "fsdp"), ("tensor",)
+        assert spec("batch", "seq", "embed") == P(batch, tensor, ())
+        assert spec("batch", "full_seq", "heads", "head_dim") == P(batch, (), tensor, ())
+        assert spec("batch", "full_seq", "mlp") == P(batch, (), tensor)
+        assert spec("batch", None, "vocab") == P(batch, (), tensor)
+
+
+def test_manual_axes_are_local_already(rules_for):
+    with use(rules_for(**CUBE)):
+        seen = []
+
+        def region(x):
+            seen.append(spec("batch", "seq", "embed"))
+            return x
+
+        whole = P(("data", "fsdp"))
+        region = jax.shard_map(region, in_specs=whole, out_specs=whole, axis_names=set(MANUAL_AXES))
+        jax.eval_shape(region, jax.ShapeDtypeStruct((4, 4, 4), "float32"))
+    assert seen == [P((), ("tensor",), ())]
+
+
+def test_constrain_lays_out(rules_for):
+    with use(rules_for(**CUBE)):
+        x = constrain(jax.numpy.ones((4, 8, 6)), "batch", "seq", "embed")
+        assert x.sharding.spec == P(("data", "fsdp"), "tensor", None)
+        assert x.addressable_shards[0].data.shape == (1, 4, 6)
+
+
+def test_a_batch_axis_moves_where_embed_does_not_divide(rules_for):
+    rules = rules_for(data=2, fsdp=4)
+    # 36 divides by fsdp 4 and not by 8: data goes to the other dimension, whose tensor is of size 1
+    found = rules.parameter_spec(("embed", "mlp"), (36, 64))
+    assert (found[0], set(found[1])) == (("fsdp",), {"data", "tensor"})
+    # manual axes are a dimension's outer ones
+    assert found[1] == ("data", "tensor")
+    assert rules.parameter_spec(("positions", "embed"), (16, 35)) == P(("fsdp", "data"), ())
+    assert rules.parameter_spec(("embed", "heads", "head_dim"), (35, 3, 8)) == P((), ("tensor",), ("fsdp", "data"))
+
+
+def test_a_batch_axis_never_joins_tensor_on_a_dimension(rules_for):
+    # manual axes are the outer ones of a dimension: gathered over data, each tensor part would hold scattered rows
+    rules = rules_for(data=2, tensor=4)
+    assert rules.parameter_spec(("embed", "heads", "head_dim"), (35, 8, 4)) == P((), ("tensor",), ("data",))
+    with pytest.raises(UserError, match="no dimension of .*'vocab': 64, 'embed': 35.* divides by mesh.data = 2"):
+        rules.parameter_spec(("vocab", "embed"), (64, 35))
+
+
+def test_sizes_that_do_not_divide_show_the_spec(rules_for):
+    rules = rules_for(tensor=8)
+    with pytest.raises(UserError, match="heads 6 does not divide by mesh.tensor = 8, as .*'tensor'.* asks") as error:
+        rules.parameter_spec(("embed", "heads", "head_dim"), (32, 6, 4))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="vocab 60 does not divide by mesh.tensor = 8"):
+        rules.parameter_spec(("vocab", "embed"), (60, 32))
+
+
+def test_batch_axes_that_fit_nowhere_show_the_sizes(rules_for):
+    with pytest.raises(UserError, match="no dimension of .*'positions': 3, 'embed': 5.* divides by mesh.data = 8"):
+        rules_for(data=8).parameter_spec(("positions", "embed"), (3, 5))
+
+
+def test_key_value_heads_are_copied_where_there_are_fewer_than_parts(rules_for):
+    rules = rules_for(tensor=8)
+    axes = ("embed", "kv_heads", "head_dim")
+    assert rules.parameter_spec(axes, (32, 8, 4)) == P((), ("tensor",), ())
+    assert rules.parameter_spec(axes, (32, 2, 4)) == P((), (), ())
+    assert rules.splits("kv_heads", 16) and not rules.splits("kv_heads", 2) and not rules.splits("kv_heads", 1)
+    # neither copied nor split evenly
+    for size in (3, 12):
+        with pytest.raises(UserError, match=f"kv_heads {size} does not divide by mesh.tensor = 8"):
+            rules.splits("kv_heads", size)
+        with pytest.raises(UserError, match=f"kv_heads {size} does not divide by mesh.tensor = 8"):
+            rules.parameter_spec(axes, (32, size, 4))
+    with pytest.raises(UserError, match="heads 2 does not divide"):
+        rules.splits("heads", 2)
+
+
+def test_collisions_show_the_spec(rules_for):
+    rules = rules_for(tensor=8)
+    with pytest.raises(UserError, match="\\('heads', 'mlp'\\) use a mesh axis twice: .*'tensor'.*'tensor'"):
+        rules.parameter_spec(("heads", "mlp"), (8, 8))
+    with use(rules), pytest.raises(UserError, match="twice"):
+        spec("batch", "seq", "mlp")
+    edited = dataclasses.replace(rules, activations={**rules.activations, "embed": ("data",)})
+    with use(edited), pytest.raises(UserError, match="twice"):
+        spec("batch", "seq", "embed")
+
+
+def test_unknown_names_list_the_known_ones(rules_for):
+    rules = rules_for(tensor=8)
+    with pytest.raises(UserError, match="no logical axis 'hidden'; known: .*embed"):
+        rules.parameter_spec(("hidden",), (8,))
+    with use(rules), pytest.raises(UserError, match="no logical axis 'hidden'"):
+        spec("batch", "hidden")
+
+
+def test_rules_end_with_their_context(rules_for):
+    with pytest.raises(RuntimeError, match="with jaxtron.sharding.use"):
+        current()
+    outer, inner = rules_for(data=8), rules_for(tensor=8)
+    with use(outer):
+        with use(inner):
+            assert current() is inner
+        assert current() is outer
+        assert jax.sharding.get_abstract_mesh().shape["data"] == 8
+    with pytest.raises(RuntimeError):
+        current()

@@ -1,0 +1,87 @@
+"""What `python -m jaxtron.train` prints and leaves."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from command_runs import FinishedRun, contents, records, run_here
+
+from jaxtron.config import load, settings
+from jaxtron.train.config import Configuration
+from jaxtron.train.summary import printable
+
+
+def test_what_a_run_leaves(finished: FinishedRun):
+    lines = [json.loads(line) for line in (finished.directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    names = {"loss", "tokens_per_second", "learning_rate", "gradient_norm"}
+    assert all(names <= line.keys() and all(line[name] > 0 for name in names) for line in lines)
+    assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6]
+    assert (finished.directory / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in finished.directory.glob("checkpoints/*")) == ["step_00000004", "step_00000006"]
+
+
+def test_what_a_run_prints(finished: FinishedRun):
+    ended, directory = finished.ended, finished.directory
+    assert ended.code == 0 and ended.err == ""
+    assert re.match(rf"[\d,]+ parameters on 8 cpu \(data 8\), run in {directory}\n", ended.out)
+    last = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
+    sample, summary = re.search("\nSample\n(.*)\nRun\n(.*)", ended.out, re.DOTALL).groups()
+    assert len(sample.encode()) > 40
+    assert dict(re.split("  +", line) for line in summary.splitlines()) == {
+        "steps": "6 of 6",
+        "training loss": f"{last['loss']:.4f}",
+        "speed": f"{last['tokens_per_second']:,.0f} tokens/s",
+        "validation loss": f"{last['validation_loss']:.4f}",
+        "configuration": f"{directory}/config.yaml",
+        "metrics": f"{directory}/metrics.jsonl",
+        "loss curve": f"{directory}/loss.png",
+        "checkpoints": f"{directory}/checkpoints",
+    }
+
+
+def test_a_finished_run_started_again_trains_no_more(finished: FinishedRun):
+    before = contents(finished.directory / "checkpoints"), (finished.directory / "metrics.jsonl").read_bytes()
+    ended = run_here(*finished.flags)
+    assert ended.code == 0 and ended.err == ""
+    assert "checkpoint of step 6 found: complete already" in ended.out
+    assert ended.out.partition("Sample")[2] == finished.ended.out.partition("Sample")[2]
+    assert before == (contents(finished.directory / "checkpoints"), (finished.directory / "metrics.jsonl").read_bytes())
+
+
+def test_its_configuration_starts_the_same_run_and_more_steps_continue_it(finished: FinishedRun, tmp_path: Path):
+    saved = finished.directory / "config.yaml"
+    config = load(Configuration, saved)
+    assert config == load(Configuration, None, finished.flags).resolved()
+    again = [str(saved), "--run.directory", str(tmp_path / "run"), "--train.sample_tokens", "0"]
+    again += ["--optimizer.decay_steps", "6"]
+    assert run_here(*again).code == 0
+    assert records(tmp_path / "run") == records(finished.directory)
+    ended = run_here(*again, "--train.steps", "8")
+    assert ended.code == 0 and ended.err == ""
+    assert "checkpoint of step 6 found: continuing" in ended.out and "steps            8 of 8" in ended.out
+    assert records(tmp_path / "run")[:6] == records(finished.directory)
+    assert [line["step"] for line in records(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+GPT_TINY = str(Path(__file__).parents[2] / "configs" / "gpt_tiny.yaml")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [GPT_TINY, "--help"]])
+def test_help(arguments: list[str]):
+    ended = run_here(*arguments)
+    assert ended.code == 0 and ended.err == ""
+    entries = re.split(r"^  --", ended.out, flags=re.MULTILINE)[1:]
+    texts = {entry.split()[0]: " ".join(entry.split()[1:]) for entry in entries}
+    known = {name: setting for name, setting in settings(Configuration).items() if not setting.is_section}
+    assert texts.keys() == known.keys()
+    for name, setting in known.items():
+        assert setting.meaning and setting.meaning in texts[name]
+        assert re.search(r"\(.+; (default .+|required)\)", texts[name]), texts[name]
+    steps = "1500" if GPT_TINY in arguments else "1000"
+    assert texts["train.steps"] == f"Optimizer steps of the run. (int >= 1; default {steps})"
+
+
+def test_a_sample_cannot_steer_the_terminal():
+    assert printable("a\n\tb\x1b[2J\x07é\x85") == "a\n\tb\ufffd[2J\ufffdé\ufffd"
