@@ -51,6 +51,12 @@ XLA_PRESETS: dict[Preset, dict[tuple[int, int], tuple[str, ...]]] = {
         )
     },
 }
+# Whatever the preset: flags without which a JAX computes wrong. 0.10's compiler turns "take my part of an all-gather"
+# into an empty permute, which is zeros, in tensor-parallel steps on GPUs (openxla/xla pull request 45218).
+XLA_FIXES: dict[tuple[int, int], tuple[str, ...]] = {
+    (0, 10): ("--xla_disable_hlo_passes=all-gather-to-collective-permute-simplifier",),
+    (0, 11): (),
+}
 COORDINATES = ("coordinator_address", "num_processes", "process_id")
 
 
@@ -199,10 +205,12 @@ def set_xla_flags(config: RuntimeConfig, *, gpu: bool, cache_directory: Path | N
 
 
 def preset_flags(preset: Preset, version: str = jax.__version__) -> tuple[str, ...]:
-    """The flags of a preset for a JAX version."""
+    """The flags of a preset for a JAX version, with those that the version always needs."""
     major, minor = (int(part) for part in version.split(".")[:2])
-    rows = XLA_PRESETS[preset]
-    return rows[max(first for first in rows if first <= (major, minor))]
+    fixes, rows = (
+        table[max(first for first in table if first <= (major, minor))] for table in (XLA_FIXES, XLA_PRESETS[preset])
+    )
+    return fixes + rows
 
 
 def initialize_distributed(config: RuntimeConfig) -> None:

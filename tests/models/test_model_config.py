@@ -42,6 +42,12 @@ def test_projections_back_are_scaled_by_depth(pattern, repeats, layers):
     assert config.output_std == pytest.approx(0.01 / math.sqrt(2 * layers))
 
 
+def test_a_changed_copy_has_its_own_layout():
+    config = ModelConfig(num_layers=2)
+    assert config.layout.repeats == 2
+    assert config.model_copy(update={"num_layers": 5}).layout.repeats == 5
+
+
 @pytest.mark.parametrize(
     ("recompute", "names"),
     [

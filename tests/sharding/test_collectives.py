@@ -10,6 +10,8 @@ from jaxtron.sharding import MANUAL_AXES, manual_axes, use, vary
 from jaxtron.sharding.collectives import all_gather, all_reduce, largest, reduce_scatter
 
 BATCH = ("data", "fsdp")
+# rows over all manual axes, most of them of one part
+ROWS = P(MANUAL_AXES)
 
 
 def in_region(function, in_specs, out_specs):
@@ -39,7 +41,7 @@ def test_gather_then_scatter_is_a_sum_of_copies(cube):
         assert whole.shape == (8, 8)
         return reduce_scatter(whole, ((0, BATCH),))
 
-    y = in_region(round_trip, P(BATCH), P(BATCH))(x)
+    y = in_region(round_trip, ROWS, ROWS)(x)
     assert y.sharding.is_equivalent_to(x.sharding, 2)
     np.testing.assert_array_equal(y, 4 * np.asarray(x))
 
@@ -65,21 +67,21 @@ def test_gather_sends_the_type_asked_for_and_sums_gradients_in_that_of_the_shard
         assert gradient.dtype == jnp.float32
         return all_reduce(whole.astype(jnp.float32), MANUAL_AXES) / 4, gradient
 
-    whole, gradient = in_region(run, P(BATCH), (P(), P(BATCH)))(x)
+    whole, gradient = in_region(run, ROWS, (P(), ROWS))(x)
     np.testing.assert_array_equal(whole, 1)
     np.testing.assert_array_equal(gradient, 4 * (1 + 2.0**-7))
 
 
 def test_sums_and_maxima(cube):
     x = np.array([3.0, 1.0, 4.0, 2.0], np.float32)
-    run = in_region(lambda x: (all_reduce(x, BATCH), largest(x, MANUAL_AXES)), P(BATCH), (P(), P()))
+    run = in_region(lambda x: (all_reduce(x, BATCH), largest(x, BATCH)), P(BATCH), (P(), P()))
     total, top = run(x)
     np.testing.assert_array_equal(total, [10])
     np.testing.assert_array_equal(top, [4])
 
 
 def test_vary_is_the_identity_and_repeatable(cube):
-    y = in_region(lambda x: all_reduce(vary(vary(x)), BATCH), P(), P())(np.ones(3, np.float32))
+    y = in_region(lambda x: all_reduce(vary(vary(x)), MANUAL_AXES), P(), P())(np.ones(3, np.float32))
     np.testing.assert_array_equal(y, 4)
     x = jnp.ones(3)
     assert vary(x) is x

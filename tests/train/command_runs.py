@@ -26,6 +26,8 @@ SMALL = (
 # what a run measures that does not depend on the clock
 EXACT = ("step", "loss", "gradient_norm", "learning_rate", "loss_scale", "validation_loss")
 
+started: list[subprocess.Popen[str]] = []
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -88,13 +90,15 @@ def own_programs() -> Iterator[None]:
 def start(*arguments: str, cache: Path) -> subprocess.Popen[str]:
     """The command as a user types it, in a process of its own that starts JAX anew; `cache` stands for ~/.cache."""
     environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "jaxtron.train", *arguments],
         env=environment | {"XDG_CACHE_HOME": str(cache)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    started.append(process)
+    return process
 
 
 def end(process: subprocess.Popen[str]) -> Ended:

@@ -29,6 +29,11 @@ TOLERANCE = 1e-5
 # of the norm of all gradients.
 FLOOR = 1e-3
 
+
+def changed(model: ModelConfig, **changes) -> ModelConfig:
+    return ModelConfig(**{**model.model_dump(exclude_unset=True), **changes})
+
+
 GPT = ModelConfig(
     num_layers=2,
     hidden_size=32,
@@ -39,9 +44,9 @@ GPT = ModelConfig(
 )
 MODELS = {
     "gpt": GPT,
-    "gpt with dropout": GPT.model_copy(update={"dropout": 0.1, "attention_dropout": 0.2}),
+    "gpt with dropout": changed(GPT, dropout=0.1, attention_dropout=0.2),
     # an odd width: batch axes move to another dimension of each matrix, often one that tensor splits already
-    "gpt of odd width": GPT.model_copy(update={"num_layers": 1, "hidden_size": 35, "head_dim": 4, "mlp_size": 64}),
+    "gpt of odd width": changed(GPT, num_layers=1, hidden_size=35, head_dim=4, mlp_size=64),
     "llama": ModelConfig(
         num_layers=2,
         hidden_size=32,
@@ -134,7 +139,7 @@ def loss_and_gradients(model: ModelConfig, mesh: dict[str, int], zero: str, micr
 
 @functools.cache
 def one_device(name: str) -> Result:
-    return loss_and_gradients(MODELS[name].model_copy(update=SCANNED), ONE_DEVICE, "none", 1)
+    return loss_and_gradients(changed(MODELS[name], **SCANNED), ONE_DEVICE, "none", 1)
 
 
 def assert_equal(result: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = TOLERANCE) -> None:
@@ -180,13 +185,13 @@ def case_name(case) -> str:
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_loss_and_every_gradient_equal_one_device(case):
     name, changes, mesh, zero, microbatches = case
-    model = ModelConfig(**{**MODELS[name].model_dump(exclude_unset=True), **changes})
+    model = changed(MODELS[name], **changes)
     result, expected = loss_and_gradients(model, mesh, zero, microbatches), one_device(name)
     assert result.loss == pytest.approx(expected.loss, rel=TOLERANCE)
     assert_equal(result.gradients, expected.gradients)
 
 
-SMALL = MODELS["gpt"].model_copy(update={"num_layers": 1})
+SMALL = changed(GPT, num_layers=1)
 # without a large epsilon the first update is the sign of a gradient, which rounding decides where that is nearly zero
 ADAMW = OptimizerConfig(learning_rate=0.01, epsilon=1e-3, schedule="constant", clip_norm=0.5)
 
@@ -271,7 +276,7 @@ def test_fp16_is_close_to_fp32():
 
 def test_evaluation_equals_training_loss_without_dropout():
     with use(rules_for(CUBE)):
-        trainer = make_trainer(MODELS["gpt with dropout"].model_copy(update=SCANNED))
+        trainer = make_trainer(changed(MODELS["gpt with dropout"], **SCANNED))
         batch = jax.device_put(make_batch(), batch_sharding())
         run = jax.jit(trainer.evaluate, compiler_options=QUICK)
         nll, count = run(make_params(trainer.blueprint), batch)
