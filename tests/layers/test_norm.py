@@ -1,5 +1,6 @@
 """Norms against their formulas, and their precision."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -59,3 +60,31 @@ def test_is_float32_inside_bfloat16(rules_for, kind):
         exact = norm(x.astype(jnp.float32))
     assert y.dtype == jnp.bfloat16 and exact.dtype == jnp.float32
     np.testing.assert_array_equal(np.asarray(y), np.asarray(exact.astype(jnp.bfloat16)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["layer_norm", "layer_norm_1p", "rms_norm"])
+def test_gradients(rules_for, kind, bias):
+    x = make_input()
+    cotangent = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+
+    def formula(x, scale, beta):
+        gamma = scale + 1 if kind == "layer_norm_1p" else scale
+        centred = x if kind == "rms_norm" else x - x.mean(-1, keepdims=True)
+        return gamma * centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + EPSILON) + beta
+
+    with use(rules_for(data=1)):
+        norm = make_norm(kind, bias)
+        graph, state = nnx.split(norm)
+        _, pull = jax.vjp(lambda x, state: nnx.merge(graph, state)(x), jnp.asarray(x), state)
+        dx, dstate = pull(jnp.asarray(cotangent))
+        found = nnx.to_pure_dict(dstate)
+    expected = jax.vjp(formula, *map(jnp.asarray, (x, np.asarray(norm.scale[...]), np.zeros(SIZE, np.float32))))[1](
+        jnp.asarray(cotangent)
+    )
+    for row in range(3):
+        # a row's gradient is as large as its inputs are small
+        np.testing.assert_allclose(dx[row], expected[0][row], rtol=1e-3, atol=1e-5 * np.abs(expected[0][row]).max())
+    np.testing.assert_allclose(found["scale"], expected[1], rtol=1e-4, atol=1e-4)
+    if norm.bias is not None:
+        np.testing.assert_allclose(found["bias"], expected[2], rtol=1e-4, atol=1e-4)
