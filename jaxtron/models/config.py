@@ -35,7 +35,7 @@ class ModelConfig(Config):
     """Dimensions of a head (none: hidden_size / num_heads)."""
     mlp_size: int | None = Field(default=None, ge=1)
     """Width of the MLP (none: 4 x hidden_size, or 8/3 of it to the next 64 below when gated, as Megatron)."""
-    vocab_size: int = Field(default=257, ge=1)
+    vocab_size: int = Field(default=257, ge=1, le=2**31 - 1)
     """Entries of the tokenizer's vocabulary."""
     vocab_multiple: int = Field(default=128, ge=1)
     """The table is padded to a multiple of this (Megatron: 128 x tensor parallel size)."""

@@ -125,8 +125,9 @@ class Rules:
                 spec[dim] = (*spec[dim], axis)
                 return
         raise UserError(
-            f"no dimension of {dict(zip(logical, shape, strict=True))} divides by mesh.{axis} = {self.size((axis,))} "
-            f"(on top of {PartitionSpec(*spec)})"
+            f"no dimension of a parameter with {', '.join(f'{n} {s}' for n, s in zip(logical, shape, strict=True))} "
+            f"divides by mesh.{axis} {self.size((axis,))}; lower mesh.{axis}, or choose sizes that do "
+            f"(split so far: {PartitionSpec(*spec)})"
         )
 
     def _check(self, logical: tuple[str, ...], shape: tuple[int, ...] | None, spec: list[tuple[str, ...]]) -> None:

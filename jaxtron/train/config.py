@@ -46,7 +46,7 @@ class TrainConfig(Config):
 class Configuration(Config):
     """A run: `python -m jaxtron.train CONFIG.yaml [--setting value ...]`."""
 
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, le=2**63 - 1)
     """Of initial weights, the order of the data and dropout."""
     devices: int | None = Field(default=None, ge=1)
     """Simulate this many CPU devices, to try a layout on any machine (none: the machine's own devices)."""

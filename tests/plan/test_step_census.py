@@ -97,7 +97,7 @@ def test_zero_optimizer_scatters_gradients_and_gathers_weights_once() -> None:
 
 @pytest.mark.parametrize("axis", ["fsdp", "data"])
 def test_sharded_weights_are_gathered_by_layer_forward_and_backward(axis: str) -> None:
-    """ZeRO-3: each matrix gathered twice and its gradient scattered once, for every microbatch; 2 and 4 bytes an element."""
+    """ZeRO-3: each matrix gathered twice and its gradient scattered once, for each microbatch; 2 and 4 bytes each."""
     microbatches = 2
     rehearsal = step(zero="parameters", microbatches=microbatches, **{axis: 8})
     gathers, scatters = large(rehearsal, "all_gather", axis), large(rehearsal, "reduce_scatter", axis)

@@ -105,7 +105,7 @@ def test_a_batch_axis_never_joins_tensor_on_a_dimension(rules_for):
     # manual axes are the outer ones of a dimension: gathered over data, each tensor part would hold scattered rows
     rules = rules_for(data=2, tensor=4)
     assert rules.parameter_spec(("embed", "heads", "head_dim"), (35, 8, 4)) == P("fsdp", "tensor", "data")
-    with pytest.raises(UserError, match="no dimension of .*'vocab': 64, 'embed': 35.* divides by mesh.data = 2"):
+    with pytest.raises(UserError, match="no dimension of .*vocab 64, embed 35 divides by mesh.data 2"):
         rules.parameter_spec(("vocab", "embed"), (64, 35))
 
 
@@ -119,7 +119,7 @@ def test_sizes_that_do_not_divide_show_the_spec(rules_for):
 
 
 def test_batch_axes_that_fit_nowhere_show_the_sizes(rules_for):
-    with pytest.raises(UserError, match="no dimension of .*'positions': 3, 'embed': 5.* divides by mesh.data = 8"):
+    with pytest.raises(UserError, match="no dimension of .*positions 3, embed 5 divides by mesh.data 8"):
         rules_for(data=8).parameter_spec(("positions", "embed"), (3, 5))
 
 
