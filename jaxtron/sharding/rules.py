@@ -121,8 +121,11 @@ class Rules:
     def _place(self, axis: str, home: int, logical: tuple[str, ...], shape: tuple[int, ...], spec: list) -> None:
         others = [dim for dim in range(len(shape)) if dim != home]
         for dim in [home, *others]:
-            if shape[dim] % self.size((*spec[dim], axis)) == 0:
-                spec[dim] = (*spec[dim], axis)
+            batch = (*(used for used in spec[dim] if used in BATCH_AXES), axis)
+            rest = tuple(used for used in spec[dim] if used not in BATCH_AXES)
+            # manual axes are the outer ones of a dimension: on one that tensor splits, each part would be scattered rows
+            if self.size(rest) == 1 and shape[dim] % self.size(batch) == 0:
+                spec[dim] = (*batch, *rest)
                 return
         raise UserError(
             f"no dimension of a parameter with {', '.join(f'{n} {s}' for n, s in zip(logical, shape, strict=True))} "
