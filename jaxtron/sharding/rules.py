@@ -123,7 +123,7 @@ class Rules:
         for dim in [home, *others]:
             batch = (*(used for used in spec[dim] if used in BATCH_AXES), axis)
             rest = tuple(used for used in spec[dim] if used not in BATCH_AXES)
-            # manual axes are the outer ones of a dimension: on one that tensor splits, each part would be scattered rows
+            # manual axes are outermost: on a dimension that tensor splits, each part would be scattered rows
             if self.size(rest) == 1 and shape[dim] % self.size(batch) == 0:
                 spec[dim] = (*batch, *rest)
                 return
