@@ -29,36 +29,41 @@ class Norm(nnx.Module):
         scale = self.scale[...].astype(jnp.float32)
         if self.kind == "layer_norm_1p":
             scale = scale + 1.0
-        y = normalize(x, scale, self.kind != "rms_norm", self.epsilon)
-        return y if self.bias is None else (y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        bias = None if self.bias is None else self.bias[...].astype(jnp.float32)
+        return normalize(x, scale, bias, self.kind != "rms_norm", self.epsilon)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalize(
-    x: Float[Array, "... E"], scale: Float[Array, "E"], centered: bool, epsilon: float
+    x: Float[Array, "... E"], scale: Float[Array, "E"], bias: Float[Array, "E"] | None, centered: bool, epsilon: float
 ) -> Float[Array, "... E"]:
-    """`x` (less its mean if `centered`) over its root mean square, times `scale`.
+    """`x` (less its mean if `centered`) over its root mean square, times `scale`, plus `bias`; float32 inside.
 
     The backward keeps `x` and one or two numbers a row, not the float32 arrays between.
     """
-    return _normalize(x, scale, centered, epsilon)[0]
+    return _normalize(x, scale, bias, centered, epsilon)[0]
 
 
-def _normalize(x: Array, scale: Array, centered: bool, epsilon: float) -> tuple[Array, Array | None, Array]:
+def _normalize(
+    x: Array, scale: Array, bias: Array | None, centered: bool, epsilon: float
+) -> tuple[Array, Array | None, Array]:
     wide = x.astype(jnp.float32)
     mean = wide.mean(-1, keepdims=True) if centered else None
     wide = wide if mean is None else wide - mean
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + epsilon)
-    return (wide * inverse * scale).astype(x.dtype), mean, inverse
+    y = wide * inverse * scale
+    return (y if bias is None else y + bias).astype(x.dtype), mean, inverse
 
 
-def _forward(x: Array, scale: Array, centered: bool, epsilon: float) -> tuple[Array, tuple]:
-    y, mean, inverse = _normalize(x, scale, centered, epsilon)
-    return y, (x, scale, mean, inverse)
+def _forward(
+    x: Array, scale: Array, bias: Array | None, centered: bool, epsilon: float
+) -> tuple[Array, tuple[Array | None, ...]]:
+    y, mean, inverse = _normalize(x, scale, bias, centered, epsilon)
+    return y, (x, scale, bias, mean, inverse)
 
 
-def _backward(centered: bool, epsilon: float, residuals: tuple, cotangent: Array) -> tuple[Array, Array]:
-    x, scale, mean, inverse = residuals
+def _backward(centered: bool, epsilon: float, residuals: tuple, cotangent: Array) -> tuple[Array, Array, Array | None]:
+    x, scale, bias, mean, inverse = residuals
     cotangent = cotangent.astype(jnp.float32)
     wide = x.astype(jnp.float32)
     unit = (wide if mean is None else wide - mean) * inverse
@@ -66,8 +71,9 @@ def _backward(centered: bool, epsilon: float, residuals: tuple, cotangent: Array
     dx = pulled - unit * jnp.mean(pulled * unit, -1, keepdims=True)
     if centered:
         dx = dx - pulled.mean(-1, keepdims=True)
-    dscale = jnp.sum(cotangent * unit, tuple(range(x.ndim - 1)))
-    return (dx * inverse).astype(x.dtype), dscale
+    rows = tuple(range(x.ndim - 1))
+    dbias = None if bias is None else jnp.sum(cotangent, rows)
+    return (dx * inverse).astype(x.dtype), jnp.sum(cotangent * unit, rows), dbias
 
 
 normalize.defvjp(_forward, _backward)
