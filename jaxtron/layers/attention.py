@@ -81,9 +81,11 @@ class Attention(nnx.Module):
     def _join(self, name: str) -> Array:
         """Weights as [..., key/value head, queries of its group then key then value, head dim] (Megatron's order)."""
         query, key, value = (getattr(layer, name)[...] for layer in (self.query, self.key, self.value))
-        *lead, num_kv_heads, head_dim = key.shape
-        query = query.reshape(*lead, num_kv_heads, self.num_groups, head_dim)
-        return jnp.concatenate([query, jnp.expand_dims(key, -2), jnp.expand_dims(value, -2)], -2)
+        key, value = jnp.expand_dims(key, -2), jnp.expand_dims(value, -2)
+        shape = (*key.shape[:-2], self.num_groups, key.shape[-1])
+        # told where to lie: a split of the heads into one group would name the mesh axis on the queries instead
+        query = jnp.reshape(query, shape, out_sharding=jax.typeof(key).sharding.spec)
+        return jnp.concatenate([query, key, value], -2)
 
     def _project_shared(
         self, x: Float[Array, "B S E"]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtron.layers.inputs import LayerInputs, dropout
+from jaxtron.layers.keep import keeping_inputs
 from jaxtron.layers.linear import Linear
 from jaxtron.sharding import constrain
 from jaxtron.typing import Array, Float
@@ -32,17 +33,6 @@ FUNCTIONS: dict[Activation, Callable[[Array], Array]] = {
     "swiglu": jax.nn.silu,
     "geglu": gelu,
 }
-
-
-def keeping_inputs(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """`function` of one array, whose backward keeps that array alone and computes the rest again."""
-
-    def backward(x: Array, cotangent: Array) -> tuple[Array]:
-        return jax.vjp(function, x)[1](cotangent)
-
-    kept = jax.custom_vjp(function)
-    kept.defvjp(lambda x: (function(x), x), backward)
-    return kept
 
 
 class Mlp(nnx.Module):

@@ -1,7 +1,6 @@
 """A decoder's configuration: its pattern and what its layers are made of."""
 
 import math
-from functools import cached_property
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -10,11 +9,17 @@ from jaxtron.config import Config, UserError
 from jaxtron.layers.mlp import Activation
 from jaxtron.layers.norm import NormKind
 from jaxtron.layers.positions import PositionKind, RotaryConfig
-from jaxtron.models.pattern import Pattern, parse
+from jaxtron.models.pattern import ATTENTION, MLP, SYMBOLS, Pattern, parse
 
 # What `recompute: selective` drops and computes again (2205.05198): the part quadratic in the sequence.
 SELECTIVE = ("attention_core",)
 RECOMPUTABLE = ("attention_core", "attention", "mlp", "norm")
+# What only one kind of layer reads, or contains.
+FIELDS_OF = {
+    ATTENTION: ("num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "attention_dropout"),
+    MLP: ("mlp_size", "activation"),
+}
+REGIONS_OF = {ATTENTION: ("attention_core", "attention"), MLP: ("mlp",)}
 RecomputeName = Literal["attention_core", "attention", "mlp", "norm"]
 
 
@@ -96,7 +101,30 @@ class ModelConfig(Config):
             raise ValueError(f"model.position {self.position} has no effect without attention in {self.pattern!r}")
         return self
 
-    @cached_property
+    @model_validator(mode="after")
+    def _refuse_ignored_fields(self) -> "ModelConfig":
+        missing = [symbol for symbol in SYMBOLS if not self.layout.count(symbol)]
+        for symbol in missing:
+            for field in FIELDS_OF[symbol]:
+                # by value: a saved configuration names every field
+                if getattr(self, field) != type(self).model_fields[field].default:
+                    raise ValueError(
+                        f"model.{field} {getattr(self, field)} has no effect without {SYMBOLS[symbol]} ({symbol}) "
+                        f"in model.pattern {self.pattern!r}"
+                    )
+        without = {name for symbol in missing for name in REGIONS_OF[symbol]}
+        for name in self.recomputed & without:
+            raise ValueError(f"recomputing {name} has no effect: model.pattern {self.pattern!r} has none")
+        if {"attention", "attention_core"} <= self.recomputed:
+            raise ValueError("recomputing attention_core has no effect beside attention, which contains it")
+        if self.layout.count(MLP) and not self.mlp_width:
+            raise ValueError(
+                f"model.hidden_size {self.hidden_size} is too small for the default width of a gated MLP; "
+                "set model.mlp_size"
+            )
+        return self
+
+    @property
     def layout(self) -> Pattern:
         """The parsed pattern."""
         return parse(self.pattern, self.num_layers)

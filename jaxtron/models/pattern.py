@@ -1,5 +1,6 @@
 """The pattern language: a decoder as a string, one symbol a residual layer."""
 
+import functools
 from dataclasses import dataclass
 
 from jaxtron.config import UserError
@@ -28,6 +29,7 @@ class Pattern:
         return sum(branch.count(symbol) for branch in self.layers)
 
 
+@functools.cache
 def parse(text: str, repeats: int = 1) -> Pattern:
     """The layers of `text` repeated, reduced to their smallest period; bad text is a `UserError` naming the place.
 
@@ -36,19 +38,18 @@ def parse(text: str, repeats: int = 1) -> Pattern:
     layers: list[Branch] = []
     index = 0
     while index < len(text):
-        if text[index] == "(":
-            end = text.find(")", index)
-            branch = tuple(text[index + 1 : end])
-            if end < 0 or len(branch) < 2:
-                raise _error(text, index, "a group needs two or more symbols and a closing ')'")
-            index = end
-        else:
-            branch = (text[index],)
-        for symbol in branch:
+        is_group = text[index] == "("
+        end = text.find(")", index) if is_group else index + 1
+        branch = tuple(text[index + is_group : end])
+        if is_group and (end < 0 or len(branch) < 2):
+            raise _error(text, index, "a group needs two or more symbols and a closing ')'")
+        for place, symbol in enumerate(branch, index + is_group):
             if symbol not in SYMBOLS:
-                raise _error(text, index, f"unknown symbol {symbol!r}")
+                raise _error(text, place, f"unknown symbol {symbol!r}")
+            if symbol in text[index:place]:
+                raise _error(text, place, f"{symbol!r} twice in the group {text[index : end + 1]}")
         layers.append(branch)
-        index += 1
+        index = end + is_group
     if not layers or repeats < 1:
         raise UserError(f"a decoder needs at least one layer: pattern {text!r} repeated {repeats} times has none")
     return _reduce(layers * repeats)

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from jaxtron.layers.keep import keeping_inputs
+
 # A gathered array is its device's part plus communication: keep the part and gather again. `reshard` gathers the
 # sequence over tensor (Explicit); weights are gathered over batch axes by a custom VJP around `all_gather`.
 GATHERS = frozenset({"all_gather", "reshard"})
@@ -26,8 +28,11 @@ def _only_gathers(jaxpr: Any) -> bool:
 
 
 def region(name: str, recomputed: frozenset[str], function: Callable) -> Callable:
-    """`function`, computed again in the backward if `name` is among the recomputed regions."""
-    return jax.checkpoint(function, prevent_cse=False) if name in recomputed else function
+    """`function`, computed again in the backward if `name` is among the recomputed regions.
+
+    Not a nested `jax.checkpoint`: the policy of the one around it (`layer`) would decide what this one keeps.
+    """
+    return keeping_inputs(function) if name in recomputed else function
 
 
 def layer(recomputed: frozenset[str], function: Callable, *, gathers: bool) -> Callable:

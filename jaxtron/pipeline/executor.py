@@ -28,8 +28,9 @@ def run(schedule: Schedule, stage_loss: StageLoss, params: PyTree, batch: PyTree
         (_, reports), gradients = differentiate(params, microbatch)
         return jax.tree.map(_float32, gradients), jax.tree.map(vary, reports)
 
-    if schedule.num_ticks == 1:
-        return forward_backward(schedule.table[0][0].microbatch)
+    work = [row[0].microbatch for row in schedule.table if row[0].kind == "forward_backward"]
+    if len(work) == 1:
+        return forward_backward(work[0])
 
     def tick(sums: tuple[PyTree, PyTree], index: Array) -> tuple[tuple[PyTree, PyTree], None]:
         return jax.tree.map(jnp.add, sums, forward_backward(index)), None
@@ -37,8 +38,7 @@ def run(schedule: Schedule, stage_loss: StageLoss, params: PyTree, batch: PyTree
     gradients = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params)
     reports = jax.eval_shape(lambda: forward_backward(0)[1])
     zeros = jax.tree.map(lambda leaf: vary(jnp.zeros(leaf.shape, leaf.dtype)), reports)
-    order = jnp.asarray([row[0].microbatch for row in schedule.table])
-    return jax.lax.scan(tick, (gradients, zeros), order)[0]
+    return jax.lax.scan(tick, (gradients, zeros), jnp.asarray(work))[0]
 
 
 def _float32(leaf: Array) -> Array:

@@ -82,7 +82,7 @@ class Trainer:
         metrics = {
             "loss": nll,
             "gradient_norm": norm,
-            "learning_rate": learning_rate_schedule(self.optimizer, self.config.steps)(state.step),
+            "learning_rate": learning_rate_schedule(self.optimizer, self.config.steps)(_updates(state.optimizer)),
         }
         if state.loss_scale is None:
             return done, metrics
@@ -172,3 +172,9 @@ def batch_sharding() -> NamedSharding:
 def jit_step(trainer: Trainer) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The compiled step; its input state is consumed."""
     return jax.jit(trainer.step, donate_argnums=0)
+
+
+def _updates(optimizer: PyTree) -> Int[Array, ""]:
+    """Updates made, skipped steps left out: where the learning rate's schedule is."""
+    nodes = jax.tree.leaves(optimizer, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
+    return next(node.count for node in nodes if isinstance(node, optax.ScaleByScheduleState))
