@@ -79,7 +79,7 @@ def test_help(arguments: list[str]):
     for name, setting in known.items():
         assert setting.meaning and setting.meaning in texts[name]
         assert re.search(r"\(.+; (default .+|required)\)", texts[name]), texts[name]
-    steps = "1500" if GPT_TINY in arguments else "1000"
+    steps = "400" if GPT_TINY in arguments else "1000"
     assert texts["train.steps"] == f"Optimizer steps of the run. (int >= 1; default {steps})"
 
 
