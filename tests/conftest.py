@@ -1,9 +1,29 @@
 """Eight simulated CPU devices for every test, and annotated shapes checked wherever tests call."""
 
+import math
 import os
+from collections.abc import Callable
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXTRON_TEST_PLATFORM", "cpu")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"])
+
+
+@pytest.fixture
+def rules_for() -> Callable:
+    """`rules_for(data=2, tensor=4)` are the rules on the first eight devices; `zero=` is the ZeRO level."""
+
+    # here and not above: JAX starts only once the environment is set, and typed imports once their hook is
+    import jax
+
+    from jaxtron.sharding import MeshConfig, ShardingConfig, build_mesh, make_rules
+
+    def rules(zero: str = "optimizer", **mesh: int):
+        devices = jax.devices()[: math.prod(mesh.values())]
+        return make_rules(build_mesh(MeshConfig(**{"data": 1, **mesh}), devices), ShardingConfig(zero=zero))
+
+    return rules
 
 
 def pytest_addoption(parser) -> None:

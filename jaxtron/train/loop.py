@@ -6,6 +6,7 @@ import signal
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -113,11 +114,8 @@ def _hooks(run: Run, saver: Saver, throughput: Throughput, outcome: Outcome, sta
         if len(run.data.validation):
             outcome.validation_loss = info.metrics["validation_loss"] = validate(run, info.state)
 
-    def guard(info: StepInfo) -> None:
-        check_finite(run, info)
-
     every = config.train.validate_every or total
-    hooks = [Hook(guard, every=config.run.log_every), Hook(validation, every=every, excluded=True)]
+    hooks = [Hook(partial(check_finite, run), every=config.run.log_every), Hook(validation, every=every, excluded=True)]
     if jax.process_index() == 0:
         log = _metrics_log(run, throughput)
         stack.callback(log.close)
