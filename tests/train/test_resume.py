@@ -29,9 +29,13 @@ def last_step(directory: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
+def checkpoints(directory: Path) -> list[Path]:
+    return sorted(directory.glob("checkpoints/step_????????"))
+
+
 def interrupt(process: subprocess.Popen[str], directory: Path, step: int, kind: signal.Signals) -> Ended:
-    """Send a signal soon after the step was logged."""
-    while last_step(directory) < step:
+    """Send a signal soon after the step was logged, and there is a checkpoint to lose and one to fall back on."""
+    while last_step(directory) < step or len(checkpoints(directory)) < 2:
         assert process.poll() is None, end(process)
         time.sleep(0.005)
     time.sleep(random.uniform(0, 0.05))
@@ -63,7 +67,7 @@ def test_a_killed_damaged_and_stopped_run_ends_as_an_undisturbed_one(tmp_path: P
     killed = interrupt(start(*command, cache=tmp_path), directory, random.randint(9, 15), signal.SIGKILL)
     assert killed.code == -signal.SIGKILL
 
-    before, newest = sorted(directory.glob("checkpoints/step_????????"))[-2:]
+    before, newest = checkpoints(directory)[-2:]
     damage(newest)
     stopped = interrupt(start(*command, cache=tmp_path), directory, last_step(directory) + 5, signal.SIGTERM)
     assert stopped.code == 130
