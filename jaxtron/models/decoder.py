@@ -13,6 +13,7 @@ from jaxtron.layers.loss import Sums, cross_entropy
 from jaxtron.layers.positions import rotary_tables
 from jaxtron.models.config import ModelConfig
 from jaxtron.models.stack import Stack, make_norm
+from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding import constrain, gather_at_use, parameter, spec
 from jaxtron.typing import Array, DTypeLike, Float, Int, Key
 
@@ -25,7 +26,14 @@ class Decoder(nnx.Module):
     Build and run it inside `sharding.use(rules)`. Matrices and activations are in `dtype`, parameters in float32.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        partition: Partition | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.config = config
         self.dtype = jnp.dtype(dtype)
         positions = config.max_positions if config.position == "learned" else None
@@ -33,20 +41,30 @@ class Decoder(nnx.Module):
             config.padded_vocab, config.hidden_size, num_positions=positions, std=config.initial_std, rngs=rngs
         )
         self.embedding_norm = make_norm(config, config.hidden_size, rngs) if config.embedding_norm else None
-        self.stack = Stack(config, self.dtype, rngs)
+        self.stack = Stack(config, self.dtype, partition or Partition((config.layout.repeats,)), rngs)
         self.final_norm = make_norm(config, config.hidden_size, rngs)
         self.head = None if config.tied_head else Head(config, rngs)
 
-    def hidden(self, tokens: Int[Array, "B S"], keys: Key[Array, "B"] | None = None) -> Float[Array, "B S E"]:
-        """Final hidden states, split over the sequence; `keys` (one a row) turn dropout on."""
+    def inputs(self, length: int, keys: Key[Array, "B"] | None = None) -> LayerInputs:
+        """What all layers read beside their input; `keys` (one a row) turn dropout on."""
+        return LayerInputs(rotary=self._rotary(length), keys=keys)
+
+    def embed(self, tokens: Int[Array, "B S"], keys: Key[Array, "B"] | None = None) -> Float[Array, "B S E"]:
+        """The first layer's input, split over the sequence."""
         config = self.config
-        inputs = LayerInputs(rotary=self._rotary(tokens.shape[1]), keys=keys)
         x = self._whole(self.embedding)(tokens)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        # site -1 of no layer: the embedding's own dropout
-        x = dropout(x, config.dropout, inputs.fold(config.layout.repeats), "batch", "seq", "embed")
-        return self.final_norm(self.stack(x, inputs))
+        # the site after those of the layers: the embedding's own dropout
+        inputs = LayerInputs(keys=keys).fold(config.layout.repeats)
+        return dropout(x, config.dropout, inputs, "batch", "seq", "embed")
+
+    def score(self, x: Float[Array, "B S E"], targets: Int[Array, "B S"], weights: Float[Array, "B S"]) -> Sums:
+        """Weighted sums over the tokens of the training loss and of the negative log-likelihood, from the last layer's
+        output."""
+        config = self.config
+        x = self.final_norm(x)
+        return cross_entropy(x, self._head_table(), targets, weights, config.vocab_size, config.z_loss)
 
     def loss(
         self,
@@ -56,15 +74,16 @@ class Decoder(nnx.Module):
         keys: Key[Array, "B"] | None = None,
     ) -> Sums:
         """Weighted sums over the tokens: of the training loss (with z-loss), and of the negative log-likelihood."""
-        x = self.hidden(tokens, keys)
-        config = self.config
-        return cross_entropy(x, self._head_table(), targets, weights, config.vocab_size, config.z_loss)
+        return self.score(self._through_layers(tokens, keys), targets, weights)
 
     def logits(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S V"]:
         """Logits of every position, split over the vocabulary and without its padding masked; for generation."""
-        x = constrain(self.hidden(tokens), "batch", "full_seq", "embed")
+        x = constrain(self.final_norm(self._through_layers(tokens)), "batch", "full_seq", "embed")
         contracted = (((2,), (1,)), ((), ()))
         return jax.lax.dot_general(x, self._head_table(), contracted, out_sharding=spec("batch", "full_seq", "vocab"))
+
+    def _through_layers(self, tokens: Int[Array, "B S"], keys: Key[Array, "B"] | None = None) -> Float[Array, "B S E"]:
+        return self.stack(self.embed(tokens, keys), self.inputs(tokens.shape[1], keys))
 
     def _head_table(self) -> Float[Array, "V E"]:
         return self._whole(self.embedding).table[...] if self.head is None else self._whole(self.head).table[...]

@@ -13,6 +13,8 @@ from jaxtron.layers.norm import Norm
 from jaxtron.models import recompute
 from jaxtron.models.config import ModelConfig
 from jaxtron.models.pattern import ATTENTION, Branch
+from jaxtron.pipeline.layer_loop import LayerFunction
+from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding import current, gather_at_use
 from jaxtron.typing import Array, Float
 
@@ -97,34 +99,56 @@ class Period(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """All layers: one period's module whose parameters carry a leading axis over the repeats."""
+    """All layers: one period's module whose parameters carry a leading axis over the repeats.
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    With a `partition` of several stages the axis is in their order, and only the pipeline's executor runs the layers.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, partition: Partition, rngs: nnx.Rngs) -> None:
         self.config = config
         self.dtype = dtype
-        repeats = config.layout.repeats
+        self.partition = partition
         graph = nnx.split(nnx.eval_shape(lambda: Period(config, nnx.Rngs(0))))[0]
-        keys = jax.random.split(rngs.params(), repeats)
+        keys = jax.random.split(rngs.params(), config.layout.repeats)
         states = jax.vmap(lambda key: nnx.split(Period(config, nnx.Rngs(key)))[1])(keys)
-        self.periods = nnx.merge(graph, states)
+        self.periods = nnx.merge(graph, jax.tree.map(partition.arrange, states))
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
-        graph, states = nnx.split(self.periods)
+        layer = self.layer(checkpointed=_gathers())
 
         def body(x: Array, step: tuple[Array, nnx.State]) -> tuple[Array, None]:
             number, state = step
+            return layer(state, x, number, inputs), None
+
+        steps = (jnp.arange(self.config.layout.repeats), self.state())
+        return jax.lax.scan(body, x, steps, unroll=self.unroll())[0]
+
+    def state(self) -> nnx.State:
+        """Parameters of all periods."""
+        return nnx.split(self.periods)[1]
+
+    def layer(self, *, checkpointed: bool) -> LayerFunction:
+        """(a period's parameters, its input, its number, inputs shared by all) -> its output, under its policy.
+
+        `checkpointed`: keep nothing that is made from parameters, such as gathered weights.
+        """
+        graph = nnx.split(self.periods)[0]
+
+        def layer(state: nnx.State, x: Array, number: Array, inputs: LayerInputs) -> Array:
             period = nnx.merge(graph, gather_at_use(state, self.dtype))
-            return period(x, inputs.fold(number)), None
+            return period(x, inputs.fold(number))
 
-        rules = current()
-        gathers = rules.size(("tensor",)) > 1 or rules.size(rules.gather_at_use) > 1
-        body = recompute.layer(self.config.recomputed, body, gathers=gathers)
+        return recompute.layer(self.config.recomputed, layer, gathers=checkpointed)
+
+    def unroll(self) -> int:
+        """Periods in each iteration of a loop over them."""
         repeats = self.config.layout.repeats
-        steps = (jnp.arange(repeats), states)
-        return jax.lax.scan(body, x, steps, unroll=self._unroll(repeats))[0]
-
-    def _unroll(self, repeats: int) -> int:
         if self.config.unroll is not None:
             return min(self.config.unroll, repeats)
         on_cpu = current().mesh.devices.flat[0].platform == "cpu"
         return repeats if on_cpu and repeats <= CPU_UNROLL else 1
+
+
+def _gathers() -> bool:
+    rules = current()
+    return rules.size(("tensor",)) > 1 or rules.size(rules.gather_at_use) > 1

@@ -1,45 +1,236 @@
-"""Runs a schedule's table: a scan over its ticks, gradients summed in float32 as it goes."""
+"""Runs any schedule's table: each stage its own work of a tick, messages to its neighbours beside it.
+
+A tick has three slots: a forward, a backward, a weight gradient. What a forward sends travels while the backward runs,
+and what a backward sends while the next tick's forward does. One stage with its microbatches in order is gradient
+accumulation: the same loop, with nothing to send and nothing kept from tick to tick but the sums.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxtron.pipeline.layer_loop import Buffer, LayerFunction, LayerLoop, read, write
+from jaxtron.pipeline.lowering import Channel, Program, Slots, lower
+from jaxtron.pipeline.partition import Partition
 from jaxtron.pipeline.schedule import Schedule
-from jaxtron.sharding import vary
+from jaxtron.sharding.collectives import permute, vary, zeros_like_type
 from jaxtron.typing import Array, PyTree
 
-# (parameters, microbatch) -> (loss to differentiate, sums to report)
-StageLoss = Callable[[PyTree, PyTree], tuple[Array, PyTree]]
+PIPE = "pipe"
 
 
-def run(schedule: Schedule, stage_loss: StageLoss, params: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-    """Gradients of the summed loss and summed reports over all microbatches of this device.
+@dataclass(frozen=True)
+class Model:
+    """A model in the pieces that stages run; a microbatch is a pytree of its arrays."""
 
-    `batch` leaves have leading axes [microbatch, row]. Called inside the manual region with varying parameters: no
-    communication over the batch axes happens in the loop beyond what gathering weights at use asks for.
+    embed: Callable[[PyTree, PyTree], Array]
+    """(ends, microbatch) -> the first layer's input."""
+    shared: Callable[[PyTree], PyTree]
+    """microbatch -> what all layers read beside their input."""
+    layer: LayerFunction
+    head: Callable[[PyTree, Array, PyTree], tuple[Array, PyTree]]
+    """(ends, the last layer's output, microbatch) -> (loss to differentiate, sums to report)."""
+    unroll: int = 1
+    """Layers unrolled in each iteration of the loop over them."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("layers", "ends"), meta_fields=())
+@dataclass(frozen=True)
+class Parameters:
+    """A stage's layers along a leading axis, as `Partition` orders them, and every stage's embedding and head."""
+
+    layers: PyTree
+    ends: PyTree
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("activations", "gradients", "residuals", "sent", "sums", "reports"),
+    meta_fields=(),
+)
+@dataclass(frozen=True)
+class State:
+    """What a stage holds between ticks. A field is None where the schedule has no use for it."""
+
+    activations: Array | None
+    """Inputs of forwards to come, by slot; the last slot is for what nobody reads."""
+    gradients: Array | None
+    """Cotangents for backwards to come, likewise."""
+    residuals: Buffer
+    """By slot and layer."""
+    sent: Array | None
+    """The gradient that the last tick's backward sends."""
+    sums: Parameters | None
+    """Float32 gradients so far."""
+    reports: PyTree
+
+
+def run(
+    schedule: Schedule, partition: Partition, model: Model, params: Parameters, batch: PyTree
+) -> tuple[Parameters | None, PyTree]:
+    """Float32 gradients of the loss summed over all microbatches, and the summed reports.
+
+    `batch` leaves have leading axes [microbatch, row] and are the same on every stage. Called inside the manual region
+    with varying parameters: nothing is reduced over the batch axes but what gathering weights at use asks for.
+    Gradients of layers are this stage's own; those of the ends, and reports, are yet to be summed over `pipe`. A table
+    without backwards has no gradients (None).
     """
-    if schedule.num_stages != 1:
-        raise NotImplementedError(f"the executor runs one-stage tables; this one has {schedule.num_stages} stages")
-    differentiate = jax.value_and_grad(stage_loss, has_aux=True)
-
-    def forward_backward(index: Array | int) -> tuple[PyTree, PyTree]:
-        microbatch = jax.tree.map(lambda leaf: leaf[index], batch)
-        (_, reports), gradients = differentiate(params, microbatch)
-        return jax.tree.map(_float32, gradients), jax.tree.map(vary, reports)
-
-    work = [row[0].microbatch for row in schedule.table if row[0].kind == "forward_backward"]
-    if len(work) == 1:
-        return forward_backward(work[0])
-
-    def tick(sums: tuple[PyTree, PyTree], index: Array) -> tuple[tuple[PyTree, PyTree], None]:
-        return jax.tree.map(jnp.add, sums, forward_backward(index)), None
-
-    gradients = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params)
-    reports = jax.eval_shape(lambda: forward_backward(0)[1])
-    zeros = jax.tree.map(lambda leaf: vary(jnp.zeros(leaf.shape, leaf.dtype)), reports)
-    return jax.lax.scan(tick, (gradients, zeros), jnp.asarray(work))[0]
+    program = lower(schedule)
+    executor = _Executor(program, partition, model, params, batch)
+    state = executor.initial()
+    rows = executor.rows()
+    if schedule.num_ticks == 1:
+        state = executor.tick(state, jax.tree.map(lambda table: table[0], rows))
+    else:
+        state = jax.lax.scan(lambda state, row: (executor.tick(state, row), None), state, rows)[0]
+    return state.sums, state.reports
 
 
-def _float32(leaf: Array) -> Array:
-    return leaf.astype(jnp.float32)
+class _Executor:
+    """One stage's program, traced once for all stages."""
+
+    def __init__(
+        self, program: Program, partition: Partition, model: Model, params: Parameters, batch: PyTree
+    ) -> None:
+        self.program = program
+        self.partition = partition
+        self.model = model
+        self.params = params
+        self.batch = batch
+        self.num_stages = program.schedule.num_stages
+        self.trains = program.num_residuals > 0
+        self.stage = jax.lax.axis_index(PIPE) if self.num_stages > 1 else 0
+        numbers = np.maximum(partition.rows, 0).reshape(self.num_stages, -1)
+        self.loop = LayerLoop(model.layer, params.layers, jnp.asarray(numbers)[self.stage], model.unroll)
+        lengths = partition.chunk_lengths
+        self.lengths = tuple(sorted(set(lengths.flat)))
+        self.x = jax.eval_shape(model.embed, params.ends, jax.tree.map(lambda leaf: leaf[0], batch))
+        self.length_index = jnp.asarray(np.searchsorted(self.lengths, lengths))[self.stage]
+
+    def rows(self) -> PyTree:
+        """The tables by tick, of this stage alone."""
+        program = self.program
+        tables = (
+            (program.forward, program.backward, program.weight),
+            tuple(channel.slots for channel in program.activations),
+            tuple(channel.slots for channel in program.gradients),
+        )
+        return jax.tree.map(lambda table: jnp.asarray(table)[:, self.stage], tables)
+
+    def initial(self) -> State:
+        """Empty buffers and zero sums."""
+        program, model = self.program, self.model
+        first = jax.tree.map(lambda leaf: leaf[0], self.batch)
+        x = self.x
+        shared = jax.eval_shape(model.shared, first)
+        reports = jax.eval_shape(lambda ends, x, microbatch: model.head(ends, x, microbatch)[1], self.params.ends, x, first)
+        sums = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), self.params)
+        return State(
+            activations=zeros_like_type(x, (program.num_activations + 1,)) if program.activations else None,
+            gradients=zeros_like_type(x, (program.num_gradients + 1,)) if self.trains else None,
+            residuals=self.loop.buffer(x, shared, program.num_residuals, self.partition.chunk_rows) if self.trains else [],
+            sent=zeros_like_type(x, ()) if program.gradients else None,
+            sums=sums if self.trains else None,
+            reports=jax.tree.map(lambda leaf: zeros_like_type(leaf, ()), reports),
+        )
+
+    def tick(self, state: State, row: PyTree) -> State:
+        """One row of the table."""
+        (forward, backward, weight), arrivals, gradient_arrivals = row
+        program = self.program
+        travelled = [self._travel(channel, state.sent) for channel in program.gradients]
+        state, y = self._run(self._forward, program.forward, forward, state)
+        for message, slot in zip(travelled, gradient_arrivals, strict=True):
+            state = replace(state, gradients=write(state.gradients, message, (slot,)))
+        travelled = [self._travel(channel, y) for channel in program.activations]
+        if self.trains:
+            state, cotangent = self._run(self._backward, program.backward, backward, state)
+            state = replace(state, sent=cotangent if program.gradients else None)
+        for message, slot in zip(travelled, arrivals, strict=True):
+            state = replace(state, activations=write(state.activations, message, (slot,)))
+        return state
+
+    def _run(self, work: Callable, table: Slots, slots: Slots, state: State) -> tuple[State, Array]:
+        """`work` if this tick has any; without a branch where every tick of every stage has."""
+        if table.active.all():
+            return work(state, slots)
+        return jax.lax.cond(slots.active, work, lambda state, _: (state, zeros_like_type(self.x, ())), state, slots)
+
+    def _forward(self, state: State, slots: Slots) -> tuple[State, Array]:
+        """Embedding on the first virtual stage, layers, head and loss with their gradient on the last."""
+        microbatch = jax.tree.map(lambda leaf: leaf[slots.microbatch], self.batch)
+        shared = self.model.shared(microbatch)
+
+        def embed(state: State) -> Array:
+            return self.model.embed(self.params.ends, microbatch)
+
+        def received(state: State) -> Array:
+            return read(state.activations, (slots.activation,))
+
+        x = self._branch(slots.is_first, embed, received, state)
+        first = slots.chunk * self.partition.chunk_rows
+        if self.trains:
+            run = lambda length: self.loop.forward(x, shared, first, length, state.residuals, slots.residual)
+            y, residuals = self._by_length(slots, run)
+            state = replace(state, residuals=residuals)
+        else:
+            y = self._by_length(slots, lambda length: self.loop.evaluate(x, shared, first, length))
+        head = partial(self._head, y=y, microbatch=microbatch, slot=slots.gradient)
+        return self._branch(slots.is_last, head, lambda state: state, state), y
+
+    def _head(self, state: State, *, y: Array, microbatch: PyTree, slot: Array) -> State:
+        """Loss and, when training, its gradient at once, left where the backward finds it."""
+        if not self.trains:
+            reports = self.model.head(self.params.ends, y, microbatch)[1]
+            return replace(state, reports=_add(state.reports, reports))
+        differentiate = jax.value_and_grad(self.model.head, argnums=(0, 1), has_aux=True)
+        (_, reports), (ends, cotangent) = differentiate(self.params.ends, y, microbatch)
+        return replace(
+            state,
+            reports=_add(state.reports, reports),
+            sums=replace(state.sums, ends=_add(state.sums.ends, ends)),
+            gradients=write(state.gradients, cotangent, (slot,)),
+        )
+
+    def _backward(self, state: State, slots: Slots) -> tuple[State, Array]:
+        """Layers in reverse, then the embedding on the first virtual stage."""
+        microbatch = jax.tree.map(lambda leaf: leaf[slots.microbatch], self.batch)
+        shared = self.model.shared(microbatch)
+        cotangent = read(state.gradients, (slots.gradient,))
+        first = slots.chunk * self.partition.chunk_rows
+
+        def run(length: int) -> tuple[Array, PyTree]:
+            return self.loop.backward(
+                cotangent, shared, first, length, state.residuals, slots.residual, state.sums.layers
+            )
+
+        cotangent, layers = self._by_length(slots, run)
+        state = replace(state, sums=replace(state.sums, layers=layers))
+
+        def embed(state: State) -> State:
+            pull = jax.vjp(lambda ends: self.model.embed(ends, microbatch), self.params.ends)[1]
+            return replace(state, sums=replace(state.sums, ends=_add(state.sums.ends, pull(cotangent)[0])))
+
+        return self._branch(slots.is_first, embed, lambda state: state, state), cotangent
+
+    def _branch(self, condition: Array, yes: Callable, no: Callable, state: State) -> PyTree:
+        """One of two functions of the state; the first at once where there is one virtual stage."""
+        return yes(state) if self.program.schedule.num_virtual == 1 else jax.lax.cond(condition, yes, no, state)
+
+    def _by_length(self, slots: Slots, run: Callable[[int], PyTree]) -> PyTree:
+        """`run(length)` with the number of layers of this chunk, which is static in each branch."""
+        if len(self.lengths) == 1:
+            return run(self.lengths[0])
+        branches = [partial(lambda length, _: run(length), length) for length in self.lengths]
+        return jax.lax.switch(self.length_index[slots.chunk], branches, None)
+
+    def _travel(self, channel: Channel, message: Array) -> Array:
+        return permute(message, PIPE, channel.pairs) if channel.pairs else message
+
+
+def _add(sums: PyTree, parts: PyTree) -> PyTree:
+    return jax.tree.map(lambda total, part: total + vary(part).astype(total.dtype), sums, parts)

@@ -82,6 +82,20 @@ def largest(x: Array, axes: tuple[str, ...]) -> Array:
     return _over_tensor(lambda x: jax.lax.pmax(x, axes), x)
 
 
+def permute(x: Array, axis: str, pairs: tuple[tuple[int, int], ...]) -> Array:
+    """Each destination's `x` from its source along `axis`, zeros where nobody sends; a part of tensor at a time."""
+    return jax.lax.ppermute(x, axis, pairs)
+
+
+def zeros_like_type(x: Array | jax.ShapeDtypeStruct, leading: tuple[int, ...]) -> Array:
+    """Zeros of `x`'s type with more axes in front: its sharding, and the manual axes over which it varies."""
+    abstract = jax.typeof(x) if isinstance(x, jax.Array) else x
+    sharding, varying = abstract.sharding, abstract.manual_axis_type.varying
+    spec = PartitionSpec(*(None,) * len(leading), *(sharding.spec if sharding is not None else ()))
+    zeros = jnp.zeros((*leading, *abstract.shape), abstract.dtype, out_sharding=spec)
+    return jax.lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
+
+
 def _several(gathers: Gathers) -> Gathers:
     return tuple((dim, axes) for dim, axes in gathers if current().size(axes) > 1)
 

@@ -25,7 +25,7 @@ class MeshConfig(Config):
     tensor: int = 1
     """Parts of every layer's heads, MLP width and vocabulary; the sequence is split between them."""
     pipe: int = 1
-    """Pipeline stages (above 1: not yet)."""
+    """Pipeline stages, each with its part of the layers."""
     context: int = 1
     """Parts of a sequence inside attention (above 1: not yet)."""
 
@@ -38,9 +38,8 @@ class MeshConfig(Config):
         if list(sizes.values()).count(-1) > 1:
             filled = ", ".join(f"mesh.{axis}" for axis, size in sizes.items() if size == -1)
             raise ValueError(f"only one mesh axis can be -1 (fill), not {filled}")
-        for axis in ("pipe", "context"):
-            if sizes[axis] != 1:
-                raise ValueError(f"mesh.{axis} above 1 is not supported yet; use data, fsdp and tensor")
+        if self.context != 1:
+            raise ValueError("mesh.context above 1 is not supported yet; use data, fsdp, tensor and pipe")
         return self
 
     def shape(self, num_devices: int) -> dict[str, int]:

@@ -28,8 +28,14 @@ def parameter(
 
 
 def layouts(state: PyTree) -> PyTree:
-    """Spec at rest of every parameter of an abstract state, as a plain nested dict; stacked axes come first, whole."""
-    return _metadata(state, lambda variable: _stacked(variable.get_metadata("layout"), variable.get_value().ndim))
+    """Spec at rest of every parameter of an abstract state, as a plain nested dict; a stack's axis comes first."""
+    layers = current().parameters["layers"]
+
+    def layout(variable: nnx.Variable) -> PartitionSpec:
+        spec = variable.get_metadata("layout")
+        return spec if variable.get_value().ndim == len(spec) else PartitionSpec(layers, *spec)
+
+    return _metadata(state, layout)
 
 
 def roles(state: PyTree) -> PyTree:

@@ -19,6 +19,7 @@ Table = Mapping[str, tuple[str, ...]]
 
 # Parameters, gradients and optimizer state at rest. `embed` is on every matrix: batch axes shard along it.
 PARAMETERS: Table = {
+    "layers": ("pipe",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),

@@ -9,6 +9,7 @@ from jaxtron.config import Config, UserError
 from jaxtron.data.config import DataConfig
 from jaxtron.models.config import ModelConfig
 from jaxtron.optim import BatchRampConfig, LossScaleConfig, OptimizerConfig, check_batch_ramp
+from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.sharding import BATCH_AXES, MeshConfig, ShardingConfig
 from jaxtron.train.run_config import RunConfig
 from jaxtron.train.runtime import RuntimeConfig
@@ -60,6 +61,8 @@ class Configuration(Config):
     """Update rule and learning rate."""
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
+    pipeline: PipelineConfig = PipelineConfig()
+    """The stages of mesh.pipe."""
     sharding: ShardingConfig = ShardingConfig()
     """What the batch axes shard besides the batch."""
     checkpoint: CheckpointConfig = CheckpointConfig()

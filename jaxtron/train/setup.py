@@ -14,7 +14,9 @@ from jaxtron.config import UserError, dump
 from jaxtron.data import Data, open_data
 from jaxtron.models.decoder import Decoder
 from jaxtron.optim import batch_size
-from jaxtron.sharding import blueprint, build_mesh, make_rules, use
+from jaxtron.pipeline.partition import Partition, partition
+from jaxtron.pipeline.schedules import make_schedule
+from jaxtron.sharding import blueprint, build_mesh, current, make_rules, use
 from jaxtron.train.batches import Placement
 from jaxtron.train.config import Configuration
 from jaxtron.train.step import DTYPES, Batch, Trainer, TrainState, batch_sharding
@@ -85,8 +87,11 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
 
 def make_trainer(config: Configuration) -> Trainer:
     """The trainer of a resolved configuration, inside `sharding.use(rules)`."""
-    plan = blueprint(partial(_build, config))
-    return Trainer(plan, config.model, config.train, config.optimizer, config.seed)
+    sizes = (current().mesh.shape["pipe"], config.train.microbatches, config.pipeline.chunks)
+    table = make_schedule(config.pipeline.schedule, *sizes)
+    stages = partition(config.model.layout.repeats, table, config.pipeline)
+    plan = blueprint(partial(_build, config, stages))
+    return Trainer(plan, config.model, config.train, config.optimizer, config.pipeline, stages, config.seed)
 
 
 def check_vocabulary(config: Configuration, data: Data) -> None:
@@ -107,8 +112,8 @@ def check_records(config: Configuration) -> None:
         raise UserError(f"run.profile_steps {first} {last} ends after train.steps {config.train.steps}; end it earlier")
 
 
-def _build(config: Configuration, rngs) -> Decoder:
-    return Decoder(config.model, dtype=DTYPES[config.train.precision], rngs=rngs)
+def _build(config: Configuration, stages: Partition, rngs) -> Decoder:
+    return Decoder(config.model, dtype=DTYPES[config.train.precision], partition=stages, rngs=rngs)
 
 
 def _remove_empty(*folders: Path) -> None:

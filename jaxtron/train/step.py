@@ -21,7 +21,12 @@ from jaxtron.optim import (
     make_optimizer,
     update_loss_scale,
 )
-from jaxtron.pipeline import executor, schedule
+from jaxtron.models.staged import StagedDecoder
+from jaxtron.pipeline import executor
+from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.pipeline.partition import Partition, forward_only
+from jaxtron.pipeline.schedule import Schedule
+from jaxtron.pipeline.schedules import make_schedule
 from jaxtron.sharding import BATCH_AXES, MANUAL_AXES, Blueprint, current
 from jaxtron.sharding.collectives import all_reduce, vary
 from jaxtron.sharding.parameters import manual_specs, reduce_gradients
@@ -61,6 +66,8 @@ class Trainer:
     model: ModelConfig
     config: TrainConfig
     optimizer: OptimizerConfig
+    pipeline: PipelineConfig
+    partition: Partition
     seed: int
 
     def initial_state(self) -> TrainState:
@@ -115,10 +122,13 @@ class Trainer:
         """Sums over a batch: negative log-likelihood in nats, and the weight of its tokens."""
 
         def local(params: PyTree, batch: Batch) -> tuple[Array, Array]:
-            model = self.blueprint.module(self.blueprint.working(params, DTYPES[self.config.precision]))
+            working = self.blueprint.working(params, DTYPES[self.config.precision])
+            count = all_reduce(batch.weights.sum(), BATCH_AXES)
             batch = jax.tree.map(vary, batch)
-            _, nll = model.loss(batch.tokens, batch.targets, batch.weights)
-            return all_reduce(nll, MANUAL_AXES), all_reduce(batch.weights.sum(), MANUAL_AXES)
+            rows = vary(jnp.zeros(batch.tokens.shape[:1], jnp.int32))
+            whole = jax.tree.map(lambda leaf: leaf[None], (batch, rows))
+            _, nll = self._run(forward_only(self.partition), working, whole, key=None)
+            return all_reduce(nll, MANUAL_AXES), count
 
         specs = manual_specs(self.blueprint.specs)
         scalars = (PartitionSpec(), PartitionSpec())
@@ -132,17 +142,35 @@ class Trainer:
         count = all_reduce(batch.weights.sum(), BATCH_AXES)
         working = self.blueprint.working(params, DTYPES[self.config.precision])
         microbatches = jax.tree.map(vary, self._cut(batch, vary(scale / count)))
-
-        def loss(params: PyTree, microbatch: tuple[Batch, Array]) -> tuple[Array, Array]:
-            part, rows = microbatch
-            keys = row_keys(step_key, rows) if self._drops() else None
-            return self.blueprint.module(params).loss(part.tokens, part.targets, part.weights, keys)
-
-        table = schedule.one_stage(microbatches[1].shape[0])
-        gradients, nll = executor.run(table, loss, working, microbatches)
+        table = self.schedule(microbatches[1].shape[0])
+        gradients, nll = self._run(table, working, microbatches, step_key if self._drops() else None)
         gradients = reduce_gradients(gradients, self.blueprint.specs)
         gradients = jax.tree.map(lambda gradient: gradient / scale, gradients)
         return all_reduce(nll, MANUAL_AXES) / scale, gradients
+
+    def schedule(self, num_microbatches: int) -> Schedule:
+        """The table of a step with this many microbatches."""
+        return make_schedule(
+            self.pipeline.schedule, current().mesh.shape["pipe"], num_microbatches, self.pipeline.chunks
+        )
+
+    def _run(
+        self, table: Schedule, working: PyTree, microbatches: tuple[Batch, Array], key: Key[Array, ""] | None
+    ) -> tuple[PyTree, Array]:
+        """Gradients like the working parameters, and the sum of the negative log-likelihood, on this device."""
+        staged = StagedDecoder(self.blueprint, working)
+
+        def keys(rows: Array) -> Array | None:
+            return None if key is None else row_keys(key, rows)
+
+        model = staged.model(
+            embed=lambda decoder, part: decoder.embed(part[0].tokens, keys(part[1])),
+            inputs=lambda decoder, part: decoder.inputs(part[0].tokens.shape[1], keys(part[1])),
+            head=lambda decoder, x, part: decoder.score(x, part[0].targets, part[0].weights),
+            checkpointed=table.num_stages > 1,
+        )
+        gradients, nll = executor.run(table, self.partition, model, staged.parameters, microbatches)
+        return None if gradients is None else staged.nested(gradients), nll
 
     def _cut(self, batch: Batch, factor: Array) -> tuple[Batch, Array]:
         """The local batch as [microbatch, row, ...] with weights times `factor`, and its global row numbers."""

@@ -17,7 +17,10 @@ import pytest
 from jaxtron.models.config import ModelConfig
 from jaxtron.models.decoder import Decoder
 from jaxtron.optim import LossScaleConfig, OptimizerConfig
-from jaxtron.sharding import Blueprint, MeshConfig, ShardingConfig, blueprint, build_mesh, make_rules, use
+from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.pipeline.partition import partition
+from jaxtron.pipeline.schedules import make_schedule
+from jaxtron.sharding import Blueprint, MeshConfig, ShardingConfig, blueprint, build_mesh, current, make_rules, use
 from jaxtron.sharding.parameters import shardings
 from jaxtron.train.config import TrainConfig
 from jaxtron.train.step import DTYPES, Batch, Trainer, TrainState, batch_sharding
@@ -106,10 +109,17 @@ def rules_for(mesh: dict[str, int], zero: str = "optimizer"):
     return make_rules(build_mesh(MeshConfig(**{"data": 1, **mesh}), devices), ShardingConfig(zero=zero))
 
 
-def make_trainer(model: ModelConfig, optimizer: OptimizerConfig | None = None, **train) -> Trainer:
+def make_trainer(
+    model: ModelConfig,
+    optimizer: OptimizerConfig | None = None,
+    pipeline: PipelineConfig = PipelineConfig(),  # noqa: B008 frozen
+    **train,
+) -> Trainer:
     config = TrainConfig(**{"global_batch": ROWS, "precision": "fp32", **train})
-    plan = blueprint(lambda rngs: Decoder(model, dtype=DTYPES[config.precision], rngs=rngs))
-    return Trainer(plan, model, config, optimizer or OptimizerConfig(), seed=3)
+    table = make_schedule(pipeline.schedule, current().mesh.shape["pipe"], config.microbatches, pipeline.chunks)
+    stages = partition(model.layout.repeats, table, pipeline)
+    plan = blueprint(lambda rngs: Decoder(model, dtype=DTYPES[config.precision], partition=stages, rngs=rngs))
+    return Trainer(plan, model, config, optimizer or OptimizerConfig(), pipeline, stages, seed=3)
 
 
 def make_params(plan: Blueprint):

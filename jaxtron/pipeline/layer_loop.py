@@ -1,0 +1,109 @@
+"""A chunk's layers one after the other, forward and backward, with what the backward needs kept where we say.
+
+The loops are written out instead of differentiating a scan: so residuals go straight into the slot of a buffer, the
+weights are not among them, and gradients are added in float32 where they are summed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from jaxtron.pipeline.residuals import Recipe, take_apart
+from jaxtron.sharding.collectives import zeros_like_type
+from jaxtron.typing import Array, PyTree
+
+# (a layer's parameters, its input, its number in the model, shared inputs) -> its output
+LayerFunction = Callable[[PyTree, Array, Array, PyTree], Array]
+Buffer = list[Array]
+
+
+@dataclass
+class LayerLoop:
+    """Loops over rows of stacked parameters, `numbers` being the layers' places in the model."""
+
+    layer: LayerFunction
+    weights: PyTree
+    numbers: Array
+    unroll: int
+    _recipe: list[Recipe] = field(default_factory=list)
+
+    def evaluate(self, x: Array, shared: PyTree, first: Array | int, length: int) -> Array:
+        """The output of `length` layers from row `first` on."""
+
+        def body(x: Array, index: Array) -> tuple[Array, None]:
+            return self.layer(self._row(first + index), x, self.numbers[first + index], shared), None
+
+        return jax.lax.scan(body, x, jnp.arange(length), unroll=self._unrolled(length))[0]
+
+    def buffer(self, x: jax.ShapeDtypeStruct, shared: PyTree, slots: int, rows: int) -> Buffer:
+        """Zeros for the residuals of `rows` layers in each slot."""
+        stored = jax.eval_shape(lambda x, shared: self._differentiate(x, shared, 0)[1], x, shared)
+        return [zeros_like_type(leaf, (slots, rows)) for leaf in stored]
+
+    def forward(
+        self, x: Array, shared: PyTree, first: Array | int, length: int, buffer: Buffer, slot: Array | int
+    ) -> tuple[Array, Buffer]:
+        """As `evaluate`, with each layer's residuals written to the buffer's slot."""
+
+        def body(carry: tuple[Array, Buffer], index: Array) -> tuple[tuple[Array, Buffer], None]:
+            x, buffer = carry
+            y, stored = self._differentiate(x, shared, first + index)
+            buffer = [write(part, leaf, (slot, index)) for part, leaf in zip(buffer, stored, strict=True)]
+            return (y, buffer), None
+
+        return jax.lax.scan(body, (x, buffer), jnp.arange(length), unroll=self._unrolled(length))[0]
+
+    def backward(
+        self,
+        cotangent: Array,
+        shared: PyTree,
+        first: Array | int,
+        length: int,
+        buffer: Buffer,
+        slot: Array | int,
+        sums: PyTree,
+    ) -> tuple[Array, PyTree]:
+        """The input's cotangent, and the stacked `sums` with the layers' gradients added in place."""
+
+        def body(carry: tuple[Array, PyTree], index: Array) -> tuple[tuple[Array, PyTree], None]:
+            cotangent, sums = carry
+            row = first + index
+            given = (self._row(row), self.numbers[row], shared)
+            pull = self._recipe[0]([read(part, (slot, index)) for part in buffer], given)
+            gradients, cotangent = pull(cotangent)
+            return (cotangent, jax.tree.map(lambda total, part: _add(total, part, row), sums, gradients)), None
+
+        carry = (cotangent, sums)
+        return jax.lax.scan(body, carry, jnp.arange(length), reverse=True, unroll=self._unrolled(length))[0]
+
+    def _differentiate(self, x: Array, shared: PyTree, row: Array | int) -> tuple[Array, list[Array]]:
+        weights, number = self._row(row), self.numbers[row]
+        y, pull = jax.vjp(lambda weights, x: self.layer(weights, x, number, shared), weights, x)
+        stored, recipe = take_apart(pull, (weights, number, shared))
+        self._recipe[:] = [recipe]
+        return y, stored
+
+    def _row(self, row: Array | int) -> PyTree:
+        return jax.tree.map(lambda leaf: read(leaf, (row,)), self.weights)
+
+    def _unrolled(self, length: int) -> int:
+        return max(1, min(self.unroll, length))
+
+
+def read(array: Array, indices: tuple[Array | int, ...]) -> Array:
+    """`array` at those indices of its leading axes, sharded as the rest of it is."""
+    for index in indices:
+        array = jax.lax.dynamic_index_in_dim(array, index, 0, keepdims=False)
+    return array
+
+
+def write(array: Array, value: Array, indices: tuple[Array | int, ...]) -> Array:
+    """`array` with `value` at those indices of its leading axes."""
+    start = (*indices, *(0,) * value.ndim)
+    return jax.lax.dynamic_update_slice(array, value[(None,) * len(indices)], start)
+
+
+def _add(total: Array, part: Array, row: Array | int) -> Array:
+    return write(total, read(total, (row,)) + part.astype(total.dtype), (row,))

@@ -1,0 +1,188 @@
+"""A schedule drawn: its table as text with its figures, and its timeline as a PNG."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from rich.color import ColorSystem
+from rich.style import Style
+
+from jaxtron.config import UserError
+from jaxtron.pipeline.figures import Figures, Slot, Span, figures, slots, timeline
+from jaxtron.pipeline.schedule import Entry, Schedule, Work
+
+COLORS: dict[Slot, str] = {"forward": "#4c78a8", "backward": "#54a24b", "weight": "#eeca3b"}
+_STYLES: dict[Slot, Style] = {
+    "forward": Style(color="blue"),
+    "backward": Style(color="green"),
+    "weight": Style(color="yellow"),
+}
+_PLAIN = Style()
+# more bars than these have no room for their numbers
+_MOST_LABELS = 1500
+
+
+def text(
+    schedule: Schedule,
+    *,
+    width: int = 120,
+    color: bool = False,
+    chunk_bytes: int | Sequence[int] | None = None,
+    latency: float = 0.0,
+) -> str:
+    """The table, a line a stage and a column a tick, then the figures of each stage and of the whole.
+
+    Of a table wider than `width` the middle is left out, and a line says so. `chunk_bytes` are the activations that
+    one microbatch leaves in one chunk, of all stages or each; a pair that waits for its weight gradient counts as much.
+    """
+    found = figures(schedule, latency=latency)
+    sizes = f"{schedule.num_stages} stages, {schedule.num_microbatches} microbatches"
+    chunks = f", {schedule.num_chunks} chunks a stage ({schedule.placement})" if schedule.num_chunks > 1 else ""
+    return "\n".join(
+        [
+            f"{schedule.name}: {sizes}{chunks}",
+            "",
+            *_table(schedule, width, color),
+            "",
+            *_stages(schedule, found, chunk_bytes),
+            "",
+            *_totals(schedule, found, latency),
+        ]
+    )
+
+
+def png(schedule: Schedule, path: Path, *, latency: float = 0.0) -> None:
+    """Draws the timeline into `path`, replacing it whole: a row a stage, bars as long as their slots take."""
+    spans, found = timeline(schedule, latency=latency), figures(schedule, latency=latency)
+    size = (min(40.0, max(8.0, 0.25 * found.makespan * schedule.num_chunks)), 1.6 + 0.4 * schedule.num_stages)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    labelled = sum(map(len, spans)) <= _MOST_LABELS
+    for stage, stage_spans in enumerate(spans):
+        _draw_stage(axes, stage, stage_spans, schedule.num_chunks, labelled)
+    axes.set(
+        title=f"{schedule.name}: {schedule.num_microbatches} microbatches, bubble {found.bubble:.1%}",
+        xlabel="time (forwards of one microbatch through a stage)",
+        ylabel="stage",
+        xlim=(0, found.makespan),
+        ylim=(schedule.num_stages - 0.5, -0.5),
+        yticks=range(schedule.num_stages),
+    )
+    names: list[Slot] = ["forward", "backward", "weight"] if schedule.split else ["forward", "backward"]
+    handles = [Patch(color=COLORS[name], label=name) for name in names]
+    figure.legend(handles=handles, loc="outside lower right", ncols=len(names), frameon=False)
+    replacement = path.with_name(path.name + ".new")
+    try:
+        figure.savefig(replacement, format="png")
+        os.replace(replacement, path)
+    except OSError as error:
+        raise UserError(f"cannot draw the schedule into {path}: {error}") from error
+
+
+def _draw_stage(axes: Axes, stage: int, spans: list[Span], num_chunks: int, labelled: bool) -> None:
+    for slot, color in COLORS.items():
+        for chunk in range(num_chunks):
+            bars = [
+                (span.start, span.end - span.start) for span in spans if (span.slot, span.work.chunk) == (slot, chunk)
+            ]
+            # later chunks are paler
+            alpha = 1 - 0.5 * chunk / num_chunks
+            axes.broken_barh(
+                bars, (stage - 0.45, 0.9), facecolor=color, alpha=alpha, edgecolor="white", linewidth=0.4 * labelled
+            )
+    if labelled:
+        for span in spans:
+            middle = (span.start + span.end) / 2
+            axes.text(middle, stage, str(span.work.microbatch), ha="center", va="center", fontsize=6)
+
+
+def _table(schedule: Schedule, width: int, color: bool) -> list[str]:
+    """Lines: the ticks' numbers, then each stage's cells."""
+    cells = [[_cell(entry, schedule.num_chunks) for entry in row] for row in schedule.table]
+    cell_width = max(len(str(schedule.num_ticks - 1)), *(len(cell) for row in cells for cell in row))
+    label_width = len(f"stage {schedule.num_stages - 1}")
+    shown = max(2, (width - label_width - 4) // (cell_width + 1))
+    first, last = schedule.num_ticks, schedule.num_ticks
+    if shown < schedule.num_ticks:
+        first = (shown + 1) // 2
+        last = schedule.num_ticks - shown // 2
+    ticks = [*range(first), *range(last, schedule.num_ticks)]
+    cut = first < last
+
+    def line(label: str, parts: list[str], mark: str) -> str:
+        if cut:
+            parts = [*parts[:first], mark, *parts[first:]]
+        return f"{label:<{label_width}}  {' '.join(parts)}".rstrip()
+
+    lines = [line("tick", [f"{tick:<{cell_width}}" for tick in ticks], "   ")]
+    for stage in range(schedule.num_stages):
+        parts = []
+        for tick in ticks:
+            drawn = cells[tick][stage] or "."
+            padding = " " * (cell_width - len(drawn))
+            parts.append((_colored(schedule.table[tick][stage], schedule.num_chunks) if color else drawn) + padding)
+        lines.append(line(f"stage {stage}", parts, "..."))
+    if cut:
+        lines.append(f"ticks {first} to {last - 1} are left out to fit {width} columns")
+    meaning = "F forward, B backward" + (" to the input, W to the weights" if schedule.split else "")
+    numbers = "the number is the microbatch" if schedule.num_chunks == 1 else "the numbers are chunk.microbatch"
+    lines.append(f"{meaning}; {numbers}; . is idle")
+    return lines
+
+
+def _cell(entry: Entry, num_chunks: int) -> str:
+    return "".join(_slot(slot, work, num_chunks) for slot, work in slots(entry))
+
+
+def _colored(entry: Entry, num_chunks: int) -> str:
+    parts = [(_slot(slot, work, num_chunks), _STYLES[slot]) for slot, work in slots(entry)] or [(".", _PLAIN)]
+    return "".join(style.render(part, color_system=ColorSystem.STANDARD) for part, style in parts)
+
+
+def _slot(slot: Slot, work: Work, num_chunks: int) -> str:
+    number = f"{work.microbatch}" if num_chunks == 1 else f"{work.chunk}.{work.microbatch}"
+    return slot[0].upper() + number
+
+
+def _stages(schedule: Schedule, found: Figures, chunk_bytes: int | Sequence[int] | None) -> list[str]:
+    """A table of the stages' figures."""
+    if isinstance(chunk_bytes, Sequence) and len(chunk_bytes) != schedule.num_stages:
+        raise ValueError(f"chunk_bytes of {len(chunk_bytes)} stages for a schedule of {schedule.num_stages}")
+    header = ["stage", "warm-up", "most in flight"]
+    if schedule.split:
+        header += ["most pairs", "most together"]
+    if chunk_bytes is not None:
+        header.append("peak activation bytes")
+    rows = [header]
+    for stage, figure in enumerate(found.stages):
+        row = [str(stage), str(figure.warm_up), str(figure.in_flight)]
+        if schedule.split:
+            row += [str(figure.pairs), str(figure.held)]
+        if chunk_bytes is not None:
+            each = chunk_bytes[stage] if isinstance(chunk_bytes, Sequence) else chunk_bytes
+            row.append(f"{figure.held * each:,}")
+        rows.append(row)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _totals(schedule: Schedule, found: Figures, latency: float) -> list[str]:
+    delay = f", messages {latency:g} late" if latency else ""
+    lines = [
+        f"ticks     {found.num_ticks}, ideally {found.ideal_ticks}: {found.tick_bubble:.1%} more",
+        f"time      {found.makespan:.4g} forwards of a stage{delay}; bubble {found.bubble:.1%}, "
+        f"or {found.lockstep_bubble:.1%} if every tick waits for its longest entry",
+        f"messages  {found.num_messages} a step",
+    ]
+    if found.messages:
+        boundary, count = max(found.messages.items(), key=lambda item: item[1])
+        kind = "activations" if boundary.slot == "forward" else "gradients"
+        lines[-1] += (
+            f", at most {count} of one kind over one link ({kind}, stage {boundary.source} to {boundary.target})"
+        )
+    return lines

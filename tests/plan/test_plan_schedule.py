@@ -1,0 +1,81 @@
+"""Schedules drawn."""
+
+import re
+
+import matplotlib.image
+import pytest
+
+from jaxtron.config import UserError
+from jaxtron.pipeline.schedules import SCHEDULES, make_schedule
+from jaxtron.plan.schedule import png, text
+
+CHUNKS = {"interleaved": 2, "eager_interleaved": 2, "zero_bubble_v": 2, "dualpipe_v": 2}
+DRAWN = """\
+1f1b: 2 stages, 3 microbatches
+
+tick     0  1  2  3  4  5  6  7
+stage 0  F0 .  F1 B0 F2 B1 .  B2
+stage 1  .  F0 B0 F1 B1 F2 B2 .
+F forward, B backward; the number is the microbatch; . is idle
+
+stage  warm-up  most in flight  peak activation bytes
+    0        1               2                  2,000
+    1        0               1                  1,000
+
+ticks     8, ideally 6: 33.3% more
+time      12 forwards of a stage; bubble 33.3%, or 55.6% if every tick waits for its longest entry
+messages  6 a step, at most 3 of one kind over one link (activations, stage 0 to 1)"""
+
+
+def test_a_small_schedule_as_text():
+    assert text(make_schedule("1f1b", 2, 3), chunk_bytes=1000) == DRAWN
+
+
+def test_bytes_are_known_by_stage_or_not_at_all():
+    schedule = make_schedule("zero_bubble", 4, 8)
+    assert "bytes" not in text(schedule)
+    drawn = text(schedule, chunk_bytes=[10, 20, 30, 40])
+    # pairs count as much as what is in flight: four in all on every stage
+    assert re.findall(r"^ +\d(?: +\d)+ +(\d+)$", drawn, re.MULTILINE) == ["40", "80", "120", "160"]
+    with pytest.raises(ValueError, match="3 stages for a schedule of 4"):
+        text(schedule, chunk_bytes=[1, 2, 3])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("width", [60, 120])
+def test_a_wide_table_loses_its_middle_and_says_so(name, width):
+    schedule = make_schedule(name, 4, 64, CHUNKS.get(name, 1))
+    lines = text(schedule, width=width).splitlines()
+    first, last = map(int, re.search(r"ticks (\d+) to (\d+) are left out to fit", "\n".join(lines)).groups())
+    header = next(line for line in lines if line.startswith("tick "))
+    stages = [line for line in lines if line.startswith("stage ") and "warm-up" not in line]
+    assert len(stages) == 4 and max(map(len, [header, *stages])) <= width
+    assert [int(word) for word in header.split()[1:]] == [*range(first), *range(last + 1, schedule.num_ticks)]
+    assert all("..." in line for line in stages)
+
+
+def test_colors_change_nothing_else():
+    for name in SCHEDULES:
+        schedule = make_schedule(name, 2, 4, CHUNKS.get(name, 1))
+        colored = text(schedule, color=True)
+        assert "\x1b[34m" in colored
+        assert re.sub(r"\x1b\[[\d;]*m", "", colored) == text(schedule)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zero_bubble_v"])
+@pytest.mark.parametrize("num_microbatches", [4, 512])
+def test_the_timeline_as_a_picture(tmp_path, name, num_microbatches):
+    path = tmp_path / "schedule.png"
+    png(make_schedule(name, 4, num_microbatches, CHUNKS.get(name, 1)), path)
+    image = matplotlib.image.imread(path)
+    height, width = image.shape[:2]
+    assert 200 < height < 600 and 800 < width <= 4800
+    # forwards are blue
+    pixels = image[..., :3].reshape(-1, 3)
+    assert ((pixels[:, 2] > pixels[:, 0] + 0.2) & (pixels[:, 2] > pixels[:, 1])).mean() > 0.1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["schedule.png"]
+
+
+def test_a_picture_that_cannot_be_written(tmp_path):
+    with pytest.raises(UserError, match="cannot draw the schedule into .*nowhere"):
+        png(make_schedule("1f1b", 2, 3), tmp_path / "nowhere" / "schedule.png")
