@@ -93,9 +93,7 @@ def run(
 class _Executor:
     """One stage's program, traced once for all stages."""
 
-    def __init__(
-        self, program: Program, partition: Partition, model: Model, params: Parameters, batch: PyTree
-    ) -> None:
+    def __init__(self, program: Program, partition: Partition, model: Model, params: Parameters, batch: PyTree) -> None:
         self.program = program
         self.partition = partition
         self.model = model
@@ -109,6 +107,8 @@ class _Executor:
         lengths = partition.chunk_lengths
         self.lengths = tuple(sorted(set(lengths.flat)))
         self.x = jax.eval_shape(model.embed, params.ends, jax.tree.map(lambda leaf: leaf[0], batch))
+        # layers without a loop need no buffer between a microbatch's forward and its backward
+        self.is_plain = _is_accumulation(program.schedule) and self.loop.is_unrolled(self.lengths[0])
         self.length_index = jnp.asarray(np.searchsorted(self.lengths, lengths))[self.stage]
 
     def rows(self) -> PyTree:
@@ -127,12 +127,16 @@ class _Executor:
         first = jax.tree.map(lambda leaf: leaf[0], self.batch)
         x = self.x
         shared = jax.eval_shape(model.shared, first)
-        reports = jax.eval_shape(lambda ends, x, microbatch: model.head(ends, x, microbatch)[1], self.params.ends, x, first)
+        reports = jax.eval_shape(
+            lambda ends, x, microbatch: model.head(ends, x, microbatch)[1], self.params.ends, x, first
+        )
         sums = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), self.params)
         return State(
             activations=zeros_like_type(x, (program.num_activations + 1,)) if program.activations else None,
-            gradients=zeros_like_type(x, (program.num_gradients + 1,)) if self.trains else None,
-            residuals=self.loop.buffer(x, shared, program.num_residuals, self.partition.chunk_rows) if self.trains else [],
+            gradients=zeros_like_type(x, (program.num_gradients + 1,)) if self.trains and not self.is_plain else None,
+            residuals=[]
+            if self.is_plain or not self.trains
+            else self.loop.buffer(x, shared, program.num_residuals, self.partition.chunk_rows),
             sent=zeros_like_type(x, ()) if program.gradients else None,
             sums=sums if self.trains else None,
             reports=jax.tree.map(lambda leaf: zeros_like_type(leaf, ()), reports),
@@ -142,6 +146,8 @@ class _Executor:
         """One row of the table."""
         (forward, backward, weight), arrivals, gradient_arrivals = row
         program = self.program
+        if self.is_plain:
+            return self._accumulate(state, forward)
         travelled = [self._travel(channel, state.sent) for channel in program.gradients]
         state, y = self._run(self._forward, program.forward, forward, state)
         for message, slot in zip(travelled, gradient_arrivals, strict=True):
@@ -154,6 +160,24 @@ class _Executor:
             state = replace(state, activations=write(state.activations, message, (slot,)))
         return state
 
+    def _accumulate(self, state: State, slots: Slots) -> State:
+        """A microbatch forward and backward on one stage, with nothing written to a buffer on the way."""
+        ends, microbatch = self.params.ends, self._microbatch(slots)
+        x, pull_embed = jax.vjp(lambda ends: self.model.embed(ends, microbatch), ends)
+
+        def turn(y: Array) -> tuple[Array, tuple[PyTree, PyTree]]:
+            differentiate = jax.value_and_grad(self.model.head, argnums=(0, 1), has_aux=True)
+            (_, reports), (gradient, cotangent) = differentiate(ends, y, microbatch)
+            return cotangent, (reports, gradient)
+
+        shared = self.model.shared(microbatch)
+        cotangent, layers, (reports, head) = self.loop.unrolled(x, shared, turn, self.lengths[0], state.sums.layers)
+        gradients = _add(_add(state.sums.ends, head), pull_embed(cotangent)[0])
+        return replace(state, sums=Parameters(layers, gradients), reports=_add(state.reports, reports))
+
+    def _microbatch(self, slots: Slots) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[slots.microbatch], self.batch)
+
     def _run(self, work: Callable, table: Slots, slots: Slots, state: State) -> tuple[State, Array]:
         """`work` if this tick has any; without a branch where every tick of every stage has."""
         if table.active.all():
@@ -162,7 +186,7 @@ class _Executor:
 
     def _forward(self, state: State, slots: Slots) -> tuple[State, Array]:
         """Embedding on the first virtual stage, layers, head and loss with their gradient on the last."""
-        microbatch = jax.tree.map(lambda leaf: leaf[slots.microbatch], self.batch)
+        microbatch = self._microbatch(slots)
         shared = self.model.shared(microbatch)
 
         def embed(state: State) -> Array:
@@ -198,7 +222,7 @@ class _Executor:
 
     def _backward(self, state: State, slots: Slots) -> tuple[State, Array]:
         """Layers in reverse, then the embedding on the first virtual stage."""
-        microbatch = jax.tree.map(lambda leaf: leaf[slots.microbatch], self.batch)
+        microbatch = self._microbatch(slots)
         shared = self.model.shared(microbatch)
         cotangent = read(state.gradients, (slots.gradient,))
         first = slots.chunk * self.partition.chunk_rows
@@ -230,6 +254,13 @@ class _Executor:
 
     def _travel(self, channel: Channel, message: Array) -> Array:
         return permute(message, PIPE, channel.pairs) if channel.pairs else message
+
+
+def _is_accumulation(schedule: Schedule) -> bool:
+    """Whether one stage runs each microbatch forward and backward in one tick."""
+    return schedule.num_virtual == 1 and all(
+        entry.forward == entry.backward is not None and entry.weight is None for (entry,) in schedule.table
+    )
 
 
 def _add(sums: PyTree, parts: PyTree) -> PyTree:

@@ -6,6 +6,7 @@ weights are not among them, and gradients are added in float32 where they are su
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,30 @@ class LayerLoop:
 
         carry = (cotangent, sums)
         return jax.lax.scan(body, carry, jnp.arange(length), reverse=True, unroll=self._unrolled(length))[0]
+
+    def is_unrolled(self, length: int) -> bool:
+        """Whether a loop over so many layers is none."""
+        return self._unrolled(length) == length
+
+    def unrolled(
+        self, x: Array, shared: PyTree, turn: Callable[[Array], tuple[Array, PyTree]], length: int, sums: PyTree
+    ) -> tuple[Array, PyTree, PyTree]:
+        """All layers forward, `turn` (output -> its cotangent, anything), and all backward, without a loop or a buffer.
+
+        The input's cotangent, the sums with the layers' gradients, and what `turn` gave.
+        """
+        pulls = []
+        for row in range(length):
+            layer = partial(self.layer, number=self.numbers[row], inputs=shared)
+            x, pull = jax.vjp(layer, jax.tree.map(lambda leaf, row=row: leaf[row], self.weights), x)
+            pulls.append(pull)
+        cotangent, result = turn(x)
+        gradients = []
+        for pull in reversed(pulls):
+            gradient, cotangent = pull(cotangent)
+            gradients.append(gradient)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves).astype(jnp.float32), *reversed(gradients))
+        return cotangent, jax.tree.map(jnp.add, sums, stacked), result
 
     def _differentiate(self, x: Array, shared: PyTree, row: Array | int) -> tuple[Array, list[Array]]:
         weights, number = self._row(row), self.numbers[row]

@@ -123,6 +123,8 @@ def _share_out(num_layers: int, num_parts: int, first: float, last: float) -> li
     lengths = [0] * num_parts
     for _ in range(num_layers):
         # the part with least work takes one more, one in the middle before the ends
-        lightest = min(range(num_parts), key=lambda part: (lengths[part] + extra[part], part in (0, num_parts - 1), part))
+        lightest = min(
+            range(num_parts), key=lambda part: (lengths[part] + extra[part], part in (0, num_parts - 1), part)
+        )
         lengths[lightest] += 1
     return lengths

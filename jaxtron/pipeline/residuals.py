@@ -20,9 +20,14 @@ class Recipe:
 
     def __call__(self, stored: list[Array], given: PyTree) -> Callable:
         """The function; `given` are today's values of what was `given` to `take_apart`."""
-        values = [leaf if key is None else jax.random.wrap_key_data(leaf, impl=key) for leaf, key in zip(stored, self.keys, strict=True)]
+        values = [
+            leaf if key is None else jax.random.wrap_key_data(leaf, impl=key)
+            for leaf, key in zip(stored, self.keys, strict=True)
+        ]
         again = jax.tree.leaves(given)
-        return jax.tree.unflatten(self.treedef, [(again if is_given else values)[place] for is_given, place in self.sources])
+        return jax.tree.unflatten(
+            self.treedef, [(again if is_given else values)[place] for is_given, place in self.sources]
+        )
 
 
 def take_apart(pull: Callable, given: PyTree) -> tuple[list[Array], Recipe]:
@@ -43,6 +48,8 @@ def take_apart(pull: Callable, given: PyTree) -> tuple[list[Array], Recipe]:
             seen[id(leaf)] = len(stored)
             stored.append(leaf)
         sources.append((False, seen[id(leaf)]))
-    keys = tuple(jax.random.key_impl(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else None for leaf in stored)
+    keys = tuple(
+        jax.random.key_impl(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else None for leaf in stored
+    )
     plain = [leaf if key is None else jax.random.key_data(leaf) for leaf, key in zip(stored, keys, strict=True)]
     return plain, Recipe(treedef, tuple(sources), keys)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtron.layers.inputs import row_keys
 from jaxtron.models.config import ModelConfig
 from jaxtron.models.decoder import Decoder
+from jaxtron.models.staged import StagedDecoder
 from jaxtron.optim import (
     LossScale,
     OptimizerConfig,
@@ -21,7 +22,6 @@ from jaxtron.optim import (
     make_optimizer,
     update_loss_scale,
 )
-from jaxtron.models.staged import StagedDecoder
 from jaxtron.pipeline import executor
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.partition import Partition, forward_only
