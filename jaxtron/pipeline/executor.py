@@ -49,7 +49,7 @@ class Parameters:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("activations", "gradients", "residuals", "sent", "sums", "reports"),
+    data_fields=("activations", "gradients", "residuals", "pairs", "sent", "sums", "reports"),
     meta_fields=(),
 )
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ class State:
     gradients: Array | None
     """Cotangents for backwards to come, likewise."""
     residuals: Buffer
-    """By slot and layer."""
+    """What forwards leave for backwards, by slot and layer."""
+    pairs: Buffer
+    """What backwards leave for weight gradients, likewise."""
     sent: Array | None
     """The gradient that the last tick's backward sends."""
     sums: Parameters | None
@@ -130,17 +132,28 @@ class _Executor:
         reports = jax.eval_shape(
             lambda ends, x, microbatch: model.head(ends, x, microbatch)[1], self.params.ends, x, first
         )
+        residuals, pairs = self._buffers(shared)
         sums = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), self.params)
+        waits = self.trains and not self.is_plain
         return State(
             activations=zeros_like_type(x, (program.num_activations + 1,)) if program.activations else None,
-            gradients=zeros_like_type(x, (program.num_gradients + 1,)) if self.trains and not self.is_plain else None,
-            residuals=[]
-            if self.is_plain or not self.trains
-            else self.loop.buffer(x, shared, program.num_residuals, self.partition.chunk_rows),
+            gradients=zeros_like_type(x, (program.num_gradients + 1,)) if waits else None,
+            residuals=residuals,
+            pairs=pairs,
             sent=zeros_like_type(x, ()) if program.gradients else None,
             sums=sums if self.trains else None,
             reports=jax.tree.map(lambda leaf: zeros_like_type(leaf, ()), reports),
         )
+
+    def _buffers(self, shared: PyTree) -> tuple[Buffer, Buffer]:
+        """For residuals and for pairs; empty where nothing is to be kept."""
+        program, rows = self.program, self.partition.chunk_rows
+        if self.is_plain or not self.trains:
+            return [], []
+        residuals = self.loop.buffer(self.x, shared, program.num_residuals, rows)
+        if not program.num_pairs:
+            return residuals, []
+        return residuals, self.loop.pairs(self.x, shared, residuals, program.num_pairs, rows)
 
     def tick(self, state: State, row: PyTree) -> State:
         """One row of the table."""
@@ -156,6 +169,8 @@ class _Executor:
         if self.trains:
             state, cotangent = self._run(self._backward, program.backward, backward, state)
             state = replace(state, sent=cotangent if program.gradients else None)
+        if program.num_pairs:
+            state, _ = self._run(self._weight, program.weight, weight, state)
         for message, slot in zip(travelled, arrivals, strict=True):
             state = replace(state, activations=write(state.activations, message, (slot,)))
         return state
@@ -198,8 +213,10 @@ class _Executor:
         x = self._branch(slots.is_first, embed, received, state)
         first = slots.chunk * self.partition.chunk_rows
         if self.trains:
-            run = lambda length: self.loop.forward(x, shared, first, length, state.residuals, slots.residual)
-            y, residuals = self._by_length(slots, run)
+            y, residuals = self._by_length(
+                slots,
+                lambda length: self.loop.forward(x, shared, first, length, state.residuals, slots.residual),
+            )
             state = replace(state, residuals=residuals)
         else:
             y = self._by_length(slots, lambda length: self.loop.evaluate(x, shared, first, length))
@@ -227,19 +244,38 @@ class _Executor:
         cotangent = read(state.gradients, (slots.gradient,))
         first = slots.chunk * self.partition.chunk_rows
 
-        def run(length: int) -> tuple[Array, PyTree]:
-            return self.loop.backward(
-                cotangent, shared, first, length, state.residuals, slots.residual, state.sums.layers
+        place = (cotangent, shared, first)
+        if self.program.num_pairs:
+            cotangent, layers, pairs = self._by_length(
+                slots,
+                lambda length: self.loop.backward_inputs(
+                    *place, length, state.residuals, slots.residual, state.sums.layers, state.pairs, slots.pair
+                ),
             )
-
-        cotangent, layers = self._by_length(slots, run)
-        state = replace(state, sums=replace(state.sums, layers=layers))
+            state = replace(state, sums=replace(state.sums, layers=layers), pairs=pairs)
+        else:
+            cotangent, layers = self._by_length(
+                slots,
+                lambda length: self.loop.backward(*place, length, state.residuals, slots.residual, state.sums.layers),
+            )
+            state = replace(state, sums=replace(state.sums, layers=layers))
 
         def embed(state: State) -> State:
             pull = jax.vjp(lambda ends: self.model.embed(ends, microbatch), self.params.ends)[1]
             return replace(state, sums=replace(state.sums, ends=_add(state.sums.ends, pull(cotangent)[0])))
 
         return self._branch(slots.is_first, embed, lambda state: state, state), cotangent
+
+    def _weight(self, state: State, slots: Slots) -> tuple[State, Array]:
+        """The layers' weight gradients that a backward put off."""
+        shared = self.model.shared(self._microbatch(slots))
+        first = slots.chunk * self.partition.chunk_rows
+
+        def run(length: int) -> PyTree:
+            return self.loop.weight_gradients(shared, first, length, state.pairs, slots.pair, state.sums.layers)
+
+        sums = replace(state.sums, layers=self._by_length(slots, run))
+        return replace(state, sums=sums), zeros_like_type(self.x, ())
 
     def _branch(self, condition: Array, yes: Callable, no: Callable, state: State) -> PyTree:
         """One of two functions of the state; the first at once where there is one virtual stage."""

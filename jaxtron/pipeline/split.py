@@ -1,0 +1,133 @@
+"""A function cut in two: what some of its outputs need, and later the rest, with what must be kept in between.
+
+A layer's backward gives the gradients of its input and of its weights. Cut here, the first part runs the whole backward
+but the products that form weight gradients; what it keeps are their operands: each weight's input and output cotangent.
+No operation is run twice, but for moving and gathering data, which is not worth keeping (zero-bubble pipelines,
+2401.10241).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+
+from jaxtron.typing import Array, PyTree
+
+# calls whose body is run in place, so that one half of it can be put off
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr"}
+CALLS |= {"custom_vjp_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
+# run again rather than kept: what they make is larger than what they are made from, or the same in another order
+REPEATED = {"reshard", "all_gather", "transpose", "reshape", "broadcast_in_dim", "squeeze", "convert_element_type"}
+
+
+@dataclass(frozen=True)
+class Halves:
+    """`now(*inputs)` gives the outputs wanted at once and what to keep; `later(kept, *given)` the others."""
+
+    now: Callable[..., tuple[list[Array], list[Array]]]
+    later: Callable[..., list[Array]]
+
+
+def split(function: Callable[..., Sequence[Array]], inputs: PyTree, given: PyTree, is_later: Sequence[bool]) -> Halves:
+    """Cut `function(inputs, given)`, whose flat outputs are wanted at once or later.
+
+    `given` is there again when `later` runs, so none of it is kept.
+    """
+    flat, treedef = jax.tree.flatten((inputs, given))
+    num_inputs = len(jax.tree.leaves(inputs))
+    whole = jax.make_jaxpr(lambda *leaves: function(*jax.tree.unflatten(treedef, leaves)))(*flat)
+    closed = jax.make_jaxpr(_inlined(whole))(*flat)
+    jaxpr = closed.jaxpr
+    outputs = list(zip(jaxpr.outvars, is_later, strict=True))
+    at_once = [var for var, later in outputs if not later]
+    put_off = [var for var, later in outputs if later]
+    first = _needed(jaxpr.eqns, at_once, stop=set())
+    made = {var for equation in first for var in equation.outvars}
+    second = _needed(jaxpr.eqns, put_off, stop=made)
+    again = set(jaxpr.invars[num_inputs:]) | set(jaxpr.constvars)
+    own = {var for equation in second for var in equation.outvars}
+    kept = _unique(
+        var
+        for var in [*(v for equation in second for v in equation.invars), *put_off]
+        if isinstance(var, Var) and var not in own and var not in again
+    )
+
+    def now(inputs: PyTree, given: PyTree) -> tuple[list[Array], list[Array]]:
+        values = _evaluate(jaxpr, first, _bind(closed, jax.tree.leaves((inputs, given))))
+        return [_value(values, var) for var in at_once], [values[var] for var in kept]
+
+    def later(kept_values: list[Array], given: PyTree) -> list[Array]:
+        values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+        values |= dict(zip(jaxpr.invars[num_inputs:], jax.tree.leaves(given), strict=True))
+        values |= dict(zip(kept, kept_values, strict=True))
+        values = _evaluate(jaxpr, second, values)
+        return [_value(values, var) for var in put_off]
+
+    return Halves(now, later)
+
+
+def _inlined(closed: ClosedJaxpr) -> Callable[..., list[Array]]:
+    """The function of a jaxpr with its calls run in place."""
+
+    def run(*arguments: Array) -> list[Array]:
+        values = _bind(closed, arguments)
+        for equation in closed.jaxpr.eqns:
+            body = equation.params.get(CALLS.get(equation.primitive.name, ""))
+            if body is None:
+                values = _evaluate(closed.jaxpr, [equation], values)
+                continue
+            inner = _inlined(body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, ()))
+            results = inner(*(_value(values, var) for var in equation.invars))
+            values |= dict(zip(equation.outvars, results, strict=True))
+        return [_value(values, var) for var in closed.jaxpr.outvars]
+
+    return run
+
+
+def _needed(equations: Sequence[JaxprEqn], outputs: Sequence[Var | Literal], stop: set[Var]) -> list[JaxprEqn]:
+    """The equations that these outputs need, in order; those that make what is in `stop` only to repeat them."""
+    wanted = {var for var in outputs if isinstance(var, Var)}
+    found = []
+    for equation in reversed(equations):
+        makes = [var for var in equation.outvars if var in wanted]
+        if not makes or (any(var in stop for var in makes) and not _is_repeated(equation)):
+            continue
+        found.append(equation)
+        wanted |= {var for var in equation.invars if isinstance(var, Var)}
+    return found[::-1]
+
+
+def _is_repeated(equation: JaxprEqn) -> bool:
+    if equation.primitive.name == "shard_map":
+        return all(_is_repeated(inner) for inner in equation.params["jaxpr"].eqns)
+    return equation.primitive.name in REPEATED
+
+
+def _evaluate(jaxpr: Jaxpr, equations: Sequence[JaxprEqn], values: dict[Var, Array]) -> dict[Var, Array]:
+    """All that the equations make from `values`, and the values."""
+    made = {var for equation in equations for var in equation.outvars}
+    used = _unique(var for equation in equations for var in equation.invars if isinstance(var, Var) and var not in made)
+    results = _unique(var for equation in equations for var in equation.outvars)
+    part = jaxpr.replace(
+        constvars=[],
+        invars=used,
+        outvars=results,
+        eqns=list(equations),
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+    outputs = jaxpr_as_fun(ClosedJaxpr(part, ()))(*(values[var] for var in used))
+    return {**values, **dict(zip(results, outputs, strict=True))}
+
+
+def _bind(closed: ClosedJaxpr, arguments: Sequence[Array]) -> dict[Var, Array]:
+    jaxpr: Jaxpr = closed.jaxpr
+    return dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *arguments), strict=True))
+
+
+def _value(values: dict[Var, Array], var: Var | Literal) -> Array:
+    return var.val if isinstance(var, Literal) else values[var]
+
+
+def _unique(variables) -> list[Var]:
+    return list(dict.fromkeys(variables))
