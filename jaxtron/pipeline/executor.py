@@ -233,7 +233,7 @@ class _Executor:
         return replace(
             state,
             reports=_add(state.reports, reports),
-            sums=replace(state.sums, ends=_add(state.sums.ends, ends)),
+            sums=replace(state.sums, ends=self._add_to_ends(state.sums.ends, ends)),
             gradients=write(state.gradients, cotangent, (slot,)),
         )
 
@@ -262,7 +262,7 @@ class _Executor:
 
         def embed(state: State) -> State:
             pull = jax.vjp(lambda ends: self.model.embed(ends, microbatch), self.params.ends)[1]
-            return replace(state, sums=replace(state.sums, ends=_add(state.sums.ends, pull(cotangent)[0])))
+            return replace(state, sums=replace(state.sums, ends=self._add_to_ends(state.sums.ends, pull(cotangent)[0])))
 
         return self._branch(slots.is_first, embed, lambda state: state, state), cotangent
 
@@ -276,6 +276,9 @@ class _Executor:
 
         sums = replace(state.sums, layers=self._by_length(slots, run))
         return replace(state, sums=sums), zeros_like_type(self.x, ())
+
+    def _add_to_ends(self, sums: PyTree, parts: PyTree) -> PyTree:
+        return (_add if self.program.schedule.num_virtual == 1 else _add_in_branch)(sums, parts)
 
     def _branch(self, condition: Array, yes: Callable, no: Callable, state: State) -> PyTree:
         """One of two functions of the state; the first at once where there is one virtual stage."""
@@ -301,3 +304,26 @@ def _is_accumulation(schedule: Schedule) -> bool:
 
 def _add(sums: PyTree, parts: PyTree) -> PyTree:
     return jax.tree.map(lambda total, part: total + vary(part).astype(total.dtype), sums, parts)
+
+
+def _add_in_branch(sums: PyTree, parts: PyTree) -> PyTree:
+    """As `_add` for sums that other branches pass on as they are.
+
+    A plain sum is another array to XLA, so that every tick without one copied the embedding's; what a loop writes into
+    stays where it is.
+    """
+
+    def add(total: Array, part: Array) -> Array:
+        part = vary(part).astype(total.dtype)
+        if total.ndim < 2 or total.shape[-1] % 2:
+            return total + part
+        size = total.shape[-1] // 2
+
+        def add_half(half: Array, total: Array) -> Array:
+            axis, start = total.ndim - 1, half * size
+            old, new = (jax.lax.dynamic_slice_in_dim(array, start, size, axis) for array in (total, part))
+            return jax.lax.dynamic_update_slice_in_dim(total, old + new, start, axis)
+
+        return jax.lax.fori_loop(0, 2, add_half, total)
+
+    return jax.tree.map(add, sums, parts)

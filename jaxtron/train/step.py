@@ -199,7 +199,14 @@ def batch_sharding() -> NamedSharding:
 
 def jit_step(trainer: Trainer) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The compiled step; its input state is consumed."""
-    return jax.jit(trainer.step, donate_argnums=0)
+    return jax.jit(trainer.step, donate_argnums=0, compiler_options=_compiler_options())
+
+
+def _compiler_options() -> dict[str, int]:
+    """A pipeline's messages overlap its stages' work, which XLA counts as so many collectives at once: allow them."""
+    mesh = current().mesh
+    is_pipeline_on_gpu = mesh.shape["pipe"] > 1 and mesh.devices.flat[0].platform != "cpu"
+    return {"xla_gpu_experimental_parallel_collective_overlap_limit": 8} if is_pipeline_on_gpu else {}
 
 
 def _updates(optimizer: PyTree) -> Int[Array, ""]:
