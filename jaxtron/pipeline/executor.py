@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtron.pipeline.layer_loop import Buffer, LayerFunction, LayerLoop, read, write
-from jaxtron.pipeline.lowering import Channel, Program, Slots, lower
+from jaxtron.pipeline.lowering import Channel, Pairs, Program, Segment, Slots, lower, segments
 from jaxtron.pipeline.partition import Partition
 from jaxtron.pipeline.schedule import Schedule
 from jaxtron.sharding.collectives import permute, vary, zeros_like_type
@@ -84,11 +84,8 @@ def run(
     program = lower(schedule)
     executor = _Executor(program, partition, model, params, batch)
     state = executor.initial()
-    rows = executor.rows()
-    if schedule.num_ticks == 1:
-        state = executor.tick(state, jax.tree.map(lambda table: table[0], rows))
-    else:
-        state = jax.lax.scan(lambda state, row: (executor.tick(state, row), None), state, rows)[0]
+    for segment in segments(program):
+        state = executor.loop_over(segment, state)
     return state.sums, state.reports
 
 
@@ -113,15 +110,36 @@ class _Executor:
         self.is_plain = _is_accumulation(program.schedule) and self.loop.is_unrolled(self.lengths[0])
         self.length_index = jnp.asarray(np.searchsorted(self.lengths, lengths))[self.stage]
 
-    def rows(self) -> PyTree:
-        """The tables by tick, of this stage alone."""
+    def loop_over(self, segment: Segment, state: State) -> State:
+        """The segment's ticks."""
+        length = segment.stop - segment.start
+        iterations = -(-length // segment.period)
+        rows = self._rows(segment, iterations * segment.period)
+        here = jax.tree.map(lambda table: jnp.asarray(table)[:, self.stage].reshape(iterations, segment.period), rows)
+
+        def iterate(state: State, rows: PyTree) -> tuple[State, None]:
+            for phase in range(segment.period):
+                state = self.tick(state, jax.tree.map(lambda row, phase=phase: row[phase], rows), segment, phase)
+            return state, None
+
+        if iterations == 1:
+            return iterate(state, jax.tree.map(lambda row: row[0], here))[0]
+        return jax.lax.scan(iterate, state, here)[0]
+
+    def _rows(self, segment: Segment, length: int) -> PyTree:
+        """The segment's part of the tables, idle ticks at its end to make whole iterations."""
         program = self.program
-        tables = (
-            (program.forward, program.backward, program.weight),
-            tuple(channel.slots for channel in program.activations),
-            tuple(channel.slots for channel in program.gradients),
+        missing = length - (segment.stop - segment.start)
+
+        def part(table: np.ndarray, idle: int) -> np.ndarray:
+            return np.pad(table[segment.start : segment.stop], ((0, missing), (0, 0)), constant_values=idle)
+
+        works = (program.forward, program.backward, program.weight)
+        return (
+            tuple(jax.tree.map(lambda table: part(table, 0), slots) for slots in works),
+            tuple(part(channel.slots, program.num_activations) for channel in program.activations),
+            tuple(part(channel.slots, program.num_gradients) for channel in program.gradients),
         )
-        return jax.tree.map(lambda table: jnp.asarray(table)[:, self.stage], tables)
 
     def initial(self) -> State:
         """Empty buffers and zero sums."""
@@ -155,25 +173,31 @@ class _Executor:
             return residuals, []
         return residuals, self.loop.pairs(self.x, shared, residuals, program.num_pairs, rows)
 
-    def tick(self, state: State, row: PyTree) -> State:
-        """One row of the table."""
+    def tick(self, state: State, row: PyTree, segment: Segment, phase: int) -> State:
+        """One row of the table, in a segment's loop."""
         (forward, backward, weight), arrivals, gradient_arrivals = row
         program = self.program
         if self.is_plain:
             return self._accumulate(state, forward)
-        travelled = [self._travel(channel, state.sent) for channel in program.gradients]
-        state, y = self._run(self._forward, program.forward, forward, state)
-        for message, slot in zip(travelled, gradient_arrivals, strict=True):
-            state = replace(state, gradients=write(state.gradients, message, (slot,)))
-        travelled = [self._travel(channel, y) for channel in program.activations]
-        if self.trains:
+        messages = self._travel(program.gradients, segment.gradients[phase], state.sent)
+        y = cotangent = None
+        if self._has_any(program.forward, segment, phase):
+            state, y = self._run(self._forward, program.forward, forward, state)
+        for message, slot in zip(messages, gradient_arrivals, strict=True):
+            state = replace(state, gradients=_receive(state.gradients, message, slot))
+        messages = self._travel(program.activations, segment.activations[phase], y)
+        if self._has_any(program.backward, segment, phase):
             state, cotangent = self._run(self._backward, program.backward, backward, state)
-            state = replace(state, sent=cotangent if program.gradients else None)
-        if program.num_pairs:
+        if program.gradients:
+            state = replace(state, sent=zeros_like_type(self.x, ()) if cotangent is None else cotangent)
+        if self._has_any(program.weight, segment, phase):
             state, _ = self._run(self._weight, program.weight, weight, state)
-        for message, slot in zip(travelled, arrivals, strict=True):
-            state = replace(state, activations=write(state.activations, message, (slot,)))
+        for message, slot in zip(messages, arrivals, strict=True):
+            state = replace(state, activations=_receive(state.activations, message, slot))
         return state
+
+    def _has_any(self, table: Slots, segment: Segment, phase: int) -> bool:
+        return bool(table.active[segment.start + phase : segment.stop : segment.period].any())
 
     def _accumulate(self, state: State, slots: Slots) -> State:
         """A microbatch forward and backward on one stage, with nothing written to a buffer on the way."""
@@ -291,8 +315,20 @@ class _Executor:
         branches = [partial(lambda length, _: run(length), length) for length in self.lengths]
         return jax.lax.switch(self.length_index[slots.chunk], branches, None)
 
-    def _travel(self, channel: Channel, message: Array) -> Array:
-        return permute(message, PIPE, channel.pairs) if channel.pairs else message
+    def _travel(
+        self, channels: tuple[Channel, ...], pairs: tuple[Pairs, ...], message: Array | None
+    ) -> list[Array | None]:
+        """What arrives on each channel; None where nothing is sent at this tick of the loop."""
+        if message is None:
+            return [None] * len(channels)
+        return [
+            message if not channel.pairs else permute(message, PIPE, now) if now else None
+            for channel, now in zip(channels, pairs, strict=True)
+        ]
+
+
+def _receive(buffer: Array, message: Array | None, slot: Array) -> Array:
+    return buffer if message is None else write(buffer, message, (slot,))
 
 
 def _is_accumulation(schedule: Schedule) -> bool:

@@ -1,6 +1,7 @@
 """From a schedule to what the executor reads at each tick: buffer slots, arrivals, and how big the buffers must be."""
 
 import heapq
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
@@ -12,6 +13,12 @@ from jaxtyping import Int32
 from jaxtron.pipeline.schedule import Schedule, Work
 
 IntTable = Int32[np.ndarray, "T P"]
+# (source, destination)
+Pairs = tuple[tuple[int, int], ...]
+# an iteration of the loop over ticks has at most so many
+PERIODS = (1, 2, 3)
+# messages over needed messages with which a loop is good enough not to look for one of more parts
+GOOD_ENOUGH = 1.25
 # (stage, virtual stage, microbatch)
 Place = tuple[int, int, int]
 
@@ -49,8 +56,36 @@ class Channel:
     `slots[tick, stage]` is where an arrival is kept, and the buffer's spare slot, its last, where none arrives.
     """
 
-    pairs: tuple[tuple[int, int], ...]
+    pairs: Pairs
     slots: IntTable
+
+    def needed(self, start: int, stop: int, period: int, phase: int, spare: int) -> Pairs:
+        """The pairs with a message at any of these ticks."""
+        receives = (self.slots[start + phase : stop : period] != spare).any(0)
+        return tuple(pair for pair in self.pairs if receives[pair[1]])
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Ticks from `start` to before `stop` that run as one loop, `period` of them in an iteration.
+
+    Who sends to whom must be known when the program is compiled, so each tick of an iteration has pairs of its own:
+    stages whose work alternates do not send empty messages in between.
+    """
+
+    start: int
+    stop: int
+    period: int
+    activations: tuple[tuple[Pairs, ...], ...]
+    """By tick of an iteration and channel."""
+    gradients: tuple[tuple[Pairs, ...], ...]
+
+    @property
+    def num_sent(self) -> int:
+        """Messages sent, empty ones included."""
+        phases = zip(self.activations, self.gradients, strict=True)
+        each = (sum(map(len, (*activations, *gradients))) for activations, gradients in phases)
+        return sum(each) * -((self.start - self.stop) // self.period)
 
 
 @dataclass(frozen=True)
@@ -108,6 +143,63 @@ def lower(schedule: Schedule) -> Program:
         num_gradients=num_gradients,
         num_residuals=num_residuals,
         num_pairs=num_pairs,
+    )
+
+
+def segments(program: Program) -> tuple[Segment, ...]:
+    """The loops that run the ticks: as few parts as send hardly more than the needed messages, else fewest messages.
+
+    A part is a tick to compile. Where the first forwards and the last backwards are alone, they may be loops of their
+    own.
+    """
+    num_ticks = program.schedule.num_ticks
+    candidates = [
+        [_segment(program, start, stop, min(period, stop - start)) for start, stop in itertools.pairwise(cuts)]
+        for period in PERIODS
+        for cuts in _cuts(program, num_ticks, period)
+    ]
+    needed = sum(
+        int((channel.slots != spare).sum())
+        for channels, spare in (
+            (program.activations, program.num_activations),
+            (program.gradients, program.num_gradients),
+        )
+        for channel in channels
+        if channel.pairs
+    )
+
+    def rank(loops: list[Segment]) -> tuple[float, int]:
+        return max(sum(loop.num_sent for loop in loops), GOOD_ENOUGH * needed), sum(loop.period for loop in loops)
+
+    return tuple(min(candidates, key=rank))
+
+
+def _cuts(program: Program, num_ticks: int, period: int) -> Iterator[tuple[int, ...]]:
+    yield (0, num_ticks)
+    backward, forward = program.backward.active.any(1), program.forward.active.any(1)
+    if not backward.any():
+        return
+    first, last = int(backward.argmax()), num_ticks - int(forward[::-1].argmax())
+    # loops of whole iterations: the middle one takes more
+    first -= first % period
+    last = min(num_ticks, last + (first - last) % period)
+    cuts = tuple(sorted({0, first, last, num_ticks}))
+    if len(cuts) > 2:
+        yield cuts
+
+
+def _segment(program: Program, start: int, stop: int, period: int) -> Segment:
+    def pairs(channels: tuple[Channel, ...], spare: int) -> tuple[tuple[Pairs, ...], ...]:
+        return tuple(
+            tuple(channel.needed(start, stop, period, phase, spare) for channel in channels) for phase in range(period)
+        )
+
+    return Segment(
+        start,
+        stop,
+        period,
+        activations=pairs(program.activations, program.num_activations),
+        gradients=pairs(program.gradients, program.num_gradients),
     )
 
 
