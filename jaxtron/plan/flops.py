@@ -1,0 +1,79 @@
+"""Floating-point operations of the products in a compiled program, branch by branch."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jaxtron.plan import hlo
+
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_CONTRACTED = re.compile(r"\blhs_contracting_dims=\{([\d,]*)\}")
+_BRANCHES = ("false_computation", "true_computation", "branch_computations")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A conditional: how often it is reached, and the work of each branch, false before true."""
+
+    times: int
+    branches: tuple["Work", ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs that run whatever is chosen (2 a multiplication with its addition), and what is chosen."""
+
+    flops: int
+    choices: tuple[Choice, ...]
+
+    @property
+    def most(self) -> int:
+        """FLOPs if every choice takes its largest branch."""
+        return self.flops + sum(
+            choice.times * max(branch.most for branch in choice.branches) for choice in self.choices
+        )
+
+
+def work(module: hlo.Module, computation: str | None = None) -> Work:
+    """The products (`dot`) of a computation (none: the program's entry), loops counted by their trips.
+
+    A `ValueError` for a loop whose trips are unknown. Products inside library calls of GPU programs are not seen.
+    """
+    name = module.entry if computation is None else computation
+    shapes = {instruction.name: instruction.results for instruction in module.computations.get(name, ())}
+    flops, choices = 0, []
+    for instruction in module.computations.get(name, ()):
+        if instruction.opcode == "dot":
+            flops += _dot(instruction, shapes)
+        if instruction.opcode == "conditional":
+            choices.append(Choice(1, tuple(work(module, branch) for branch in _branches(instruction))))
+            continue
+        for times, called in _called(module, instruction):
+            inner = work(module, called)
+            flops += times * inner.flops
+            choices += [Choice(times * choice.times, choice.branches) for choice in inner.choices]
+    return Work(flops, tuple(choices))
+
+
+def _called(module: hlo.Module, instruction: hlo.Instruction) -> Iterator[tuple[int, str]]:
+    for role, name in instruction.called():
+        if role == "body":
+            trips = hlo.trip_count(module, instruction)
+            if trips is None:
+                raise ValueError(f"the loop {instruction.name} does not say how often it runs")
+            yield trips, name
+        elif role in ("calls", "to_apply", "called_computations"):
+            yield 1, name
+
+
+def _branches(instruction: hlo.Instruction) -> list[str]:
+    called = list(instruction.called())
+    return [name for wanted in _BRANCHES for role, name in called if role == wanted]
+
+
+def _dot(instruction: hlo.Instruction, shapes: dict[str, tuple[hlo.Array, ...]]) -> int:
+    left = shapes[_OPERAND.findall(instruction.arguments)[0]][0].shape
+    match = _CONTRACTED.search(instruction.attributes)
+    dims = [int(dim) for dim in match[1].split(",") if dim] if match else []
+    return 2 * math.prod(instruction.results[0].shape) * math.prod(left[dim] for dim in dims)
