@@ -152,11 +152,10 @@ def segments(program: Program) -> tuple[Segment, ...]:
     A part is a tick to compile. Where the first forwards and the last backwards are alone, they may be loops of their
     own.
     """
-    num_ticks = program.schedule.num_ticks
     candidates = [
-        [_segment(program, start, stop, min(period, stop - start)) for start, stop in itertools.pairwise(cuts)]
+        [_segment(program, start, stop, min(period, stop - start)) for start, stop, period in loops]
         for period in PERIODS
-        for cuts in _cuts(program, num_ticks, period)
+        for loops in _cuts(program, period)
     ]
     needed = sum(
         int((channel.slots != spare).sum())
@@ -174,18 +173,19 @@ def segments(program: Program) -> tuple[Segment, ...]:
     return tuple(min(candidates, key=rank))
 
 
-def _cuts(program: Program, num_ticks: int, period: int) -> Iterator[tuple[int, ...]]:
-    yield (0, num_ticks)
+def _cuts(program: Program, period: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Ways to cut the ticks into (start, stop, period): whole, or with the ends, where half of the work is missing,
+    apart."""
+    num_ticks = program.schedule.num_ticks
+    yield [(0, num_ticks, period)]
     backward, forward = program.backward.active.any(1), program.forward.active.any(1)
     if not backward.any():
         return
     first, last = int(backward.argmax()), num_ticks - int(forward[::-1].argmax())
-    # loops of whole iterations: the middle one takes more
-    first -= first % period
+    # the middle is whole iterations
     last = min(num_ticks, last + (first - last) % period)
-    cuts = tuple(sorted({0, first, last, num_ticks}))
-    if len(cuts) > 2:
-        yield cuts
+    loops = [(0, first, 1), (first, last, period), (last, num_ticks, 1)]
+    yield [loop for loop in loops if loop[0] < loop[1]]
 
 
 def _segment(program: Program, start: int, stop: int, period: int) -> Segment:
