@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 Signature = dict[str, tuple[str, tuple[int, ...]]]
 
 
-def _parts(path: KeyPath) -> tuple[str, ...]:
+def parts(path: KeyPath) -> tuple[str, ...]:
     return tuple(keystr((entry,), simple=True) for entry in path)
 
 
@@ -28,7 +28,7 @@ def is_key(leaf: Array | jax.ShapeDtypeStruct) -> bool:
 def signature(tree: PyTree) -> Signature:
     """The name, dtype and shape of every leaf, in tree order."""
     leaves = jax.tree.leaves_with_path(tree)
-    result = {".".join(_parts(path)): (str(leaf.dtype), tuple(leaf.shape)) for path, leaf in leaves}
+    result = {".".join(parts(path)): (str(leaf.dtype), tuple(leaf.shape)) for path, leaf in leaves}
     assert len(result) == len(leaves), "two leaves of the state have the same name"
     return result
 
@@ -53,7 +53,7 @@ def nest(tree: PyTree) -> dict[str, Any]:
     """The tree as nested dictionaries by name; tuples, named tuples and empty nodes leave no trace."""
     root: dict[str, Any] = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
-        *folders, last = _parts(path)
+        *folders, last = parts(path)
         node = root
         for folder in folders:
             node = node.setdefault(folder, {})
@@ -66,7 +66,7 @@ def unnest(nested: dict[str, Any], like: PyTree) -> PyTree:
 
     def find(path: KeyPath, _: Any) -> Any:
         node = nested
-        for part in _parts(path):
+        for part in parts(path):
             node = node[part]
         return node
 

@@ -8,17 +8,22 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Int32, Integer
 
+from jaxtron.models.decoder import Decoder
+from jaxtron.models.staged import StagedDecoder
+from jaxtron.pipeline import executor
+from jaxtron.pipeline.partition import Partition, forward_only
 from jaxtron.sharding import MANUAL_AXES, Blueprint, constrain
-from jaxtron.sharding.collectives import largest
+from jaxtron.sharding.collectives import all_reduce, largest, vary
 from jaxtron.sharding.parameters import manual_specs
-from jaxtron.typing import Array, DTypeLike, Int, Key, PyTree
+from jaxtron.typing import Array, DTypeLike, Float, Int, Key, PyTree
 
 
 def sample(
-    blueprint: Blueprint,
+    blueprint: Blueprint[Decoder],
     params: PyTree,
     prompt: Integer[np.ndarray, "P"],
     *,
+    partition: Partition,
     num_tokens: int,
     window: int,
     dtype: DTypeLike,
@@ -28,7 +33,7 @@ def sample(
 ) -> Int32[np.ndarray, "N"]:
     """`num_tokens` tokens after `prompt`, drawn at `temperature`; the model sees the last `window` tokens.
 
-    Every device computes the same; there is no cache of keys and values.
+    Every device computes the same, but for its stage of a pipeline; there is no cache of keys and values.
     """
     prompt = prompt[-window:]
     start = np.zeros(window, np.int32)
@@ -36,14 +41,22 @@ def sample(
     specs = manual_specs(blueprint.specs)
     scalar = PartitionSpec()
     local = partial(
-        _local, blueprint, num_tokens=num_tokens, length=len(prompt), dtype=dtype, vocab=vocab, temperature=temperature
+        _local,
+        blueprint,
+        partition,
+        num_tokens=num_tokens,
+        length=len(prompt),
+        dtype=dtype,
+        vocab=vocab,
+        temperature=temperature,
     )
     region = jax.shard_map(local, in_specs=(specs, scalar, scalar), out_specs=scalar, axis_names=set(MANUAL_AXES))
     return np.asarray(jax.jit(region)(params, jnp.asarray(start), jax.random.key(seed)))
 
 
 def _local(
-    blueprint: Blueprint,
+    blueprint: Blueprint[Decoder],
+    partition: Partition,
     params: PyTree,
     tokens: Int[Array, "S"],
     key: Key[Array, ""],
@@ -54,15 +67,15 @@ def _local(
     vocab: int,
     temperature: float,
 ) -> Int[Array, "N"]:
-    model = blueprint.module(blueprint.working(params, dtype))
+    staged = StagedDecoder(blueprint, blueprint.working(params, dtype))
 
     def step(carry: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], Array]:
         tokens, filled = carry
-        logits = constrain(model.logits(tokens[None])[0], None, None)[filled - 1].astype(jnp.float32)
+        logits = _next_logits(staged, partition, tokens, filled).astype(jnp.float32)
         logits = jnp.where(jnp.arange(logits.shape[0]) < vocab, logits / temperature, -jnp.inf)
         token = jax.random.categorical(jax.random.fold_in(key, number), logits).astype(jnp.int32)
         # the same on every device: the largest of equals says so to the type system
-        token = largest(token, MANUAL_AXES)
+        token = largest(vary(token), MANUAL_AXES)
         is_full = filled == tokens.shape[0]
         tokens = jnp.where(is_full, jnp.roll(tokens, -1), tokens)
         filled = jnp.where(is_full, filled, filled + 1)
@@ -70,3 +83,26 @@ def _local(
 
     carry = (tokens, jnp.int32(length))
     return jax.lax.scan(step, carry, jnp.arange(num_tokens))[1]
+
+
+def _next_logits(
+    staged: StagedDecoder, partition: Partition, tokens: Int[Array, "S"], filled: Int[Array, ""]
+) -> Float[Array, "V"]:
+    """Logits of what follows the first `filled` tokens, from one microbatch of one row through all stages."""
+
+    def head(decoder: Decoder, x: Array, microbatch: tuple[Array, Array]) -> tuple[Array, Array]:
+        x = constrain(x, "batch", "full_seq", "embed")
+        logits = decoder.predict(jax.lax.dynamic_slice_in_dim(x, microbatch[1] - 1, 1, axis=1))
+        # no loss, for nothing is trained
+        return jnp.float32(0.0), constrain(logits[0, 0], None)
+
+    model = staged.model(
+        embed=lambda decoder, microbatch: decoder.embed(microbatch[0]),
+        inputs=lambda decoder, microbatch: decoder.inputs(microbatch[0].shape[1]),
+        head=head,
+        checkpointed=False,
+    )
+    microbatches = jax.tree.map(vary, (tokens[None, None], filled[None]))
+    _, logits = executor.run(forward_only(partition), partition, model, staged.parameters, microbatches)
+    # only the last stage has any
+    return all_reduce(logits, ("pipe",))

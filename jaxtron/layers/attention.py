@@ -1,19 +1,26 @@
 """Self-attention with multi-head, grouped and multi-query heads."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtron.layers.inputs import LayerInputs, dropout
+from jaxtron.layers.inputs import LayerInputs, drop, dropout, dropout_mask
+from jaxtron.layers.keep import kept
 from jaxtron.layers.linear import Linear, project
 from jaxtron.layers.norm import Norm
 from jaxtron.layers.positions import alibi_slopes, rotate
 from jaxtron.sharding import constrain, current, spec
-from jaxtron.typing import Array, Float
+from jaxtron.typing import Array, Bool, Float
 
 Core = Callable[..., Float[Array, "B S H D"]]
+
+# axes of what the core computes with, query heads by the key/value head that they share
+QUERIES = ("batch", "full_seq", "kv_heads", "gate", "head_dim")
+KEYS = ("batch", "full_seq", "kv_heads", "head_dim")
+SCORES = ("batch", "kv_heads", "gate", "full_seq", "full_seq")
 
 
 class Attention(nnx.Module):
@@ -60,7 +67,7 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if inputs.rotary is not None:
             query, key = rotate(query, inputs.rotary), rotate(key, inputs.rotary)
-        mixed = self.core(query, key, value, self.slopes, inputs)
+        mixed = kept(self.core(query, key, value, self.slopes, inputs))
         y = self.output(mixed, "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 
@@ -105,7 +112,7 @@ class Attention(nnx.Module):
 def attention_core(rate: float) -> Core:
     """Plain causal attention with float32 softmax; `rate` is the dropout of the probabilities.
 
-    Memory is quadratic in the sequence; the scores of one layer live until its backward unless recomputed.
+    Memory is quadratic in the sequence: the probabilities of one layer live until its backward unless recomputed.
     """
 
     def core(
@@ -117,21 +124,81 @@ def attention_core(rate: float) -> Core:
     ) -> Float[Array, "B S H D"]:
         rows, length, num_heads, head_dim = query.shape
         num_kv_heads = key.shape[2]
-        grouped = query.reshape(rows, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        num_groups = num_heads // num_kv_heads
+        grouped = query.reshape(rows, length, num_kv_heads, num_groups, head_dim)
         grouped = grouped * jnp.asarray(head_dim**-0.5, grouped.dtype)
-        scores_spec = spec("batch", "kv_heads", None, "full_seq", "full_seq")
-        scores = jnp.einsum(
-            "bskgd,btkd->bkgst", grouped, key, preferred_element_type=jnp.float32, out_sharding=scores_spec
-        )
-        queries, keys = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
         if slopes is not None:
-            per_head = constrain(jnp.asarray(slopes, jnp.float32).reshape(num_kv_heads, -1), "kv_heads", None)
-            scores = scores - per_head[:, :, None, None] * (queries - keys).astype(jnp.float32)
-        scores = jnp.where(keys <= queries, scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, -1).astype(value.dtype)
-        weights = dropout(weights, rate, inputs.fold(1), "batch", "kv_heads", "gate", "full_seq", "full_seq")
-        mixed_spec = spec("batch", "full_seq", "kv_heads", None, "head_dim")
-        mixed = jnp.einsum("bkgst,btkd->bskgd", weights, value, out_sharding=mixed_spec)
-        return mixed.reshape(rows, length, num_heads, head_dim)
+            slopes = constrain(jnp.asarray(slopes, jnp.float32).reshape(num_kv_heads, num_groups), "kv_heads", None)
+        shape = (rows, num_kv_heads, num_groups, length, length)
+        mask = dropout_mask(shape, rate, inputs.fold(1), *SCORES)
+        # laid out for `mix`, whose backward lays their gradients out so
+        grouped, key, value = constrain(grouped, *QUERIES), constrain(key, *KEYS), constrain(value, *KEYS)
+        return mix(grouped, key, value, slopes, mask, rate).reshape(rows, length, num_heads, head_dim)
 
     return core
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def mix(
+    query: Float[Array, "B S K G D"],
+    key: Float[Array, "B T K D"],
+    value: Float[Array, "B T K D"],
+    slopes: Float[Array, "K G"] | None,
+    mask: Bool[Array, "B K G S T"] | None,
+    rate: float,
+) -> Float[Array, "B S K G D"]:
+    """Values mixed by the causal softmax of `query . key` less ALiBi's `slopes` times distance; `mask` is dropout's.
+
+    Beside its inputs the backward keeps the probabilities in the values' precision, the mask as their sign.
+    """
+    return _mix(query, key, value, slopes, mask, rate)[0]
+
+
+def _mix(
+    query: Array, key: Array, value: Array, slopes: Array | None, mask: Array | None, rate: float
+) -> tuple[Array, Array]:
+    """What is mixed, and the probabilities, negative where dropped."""
+    queries, keys = jnp.arange(query.shape[1])[:, None], jnp.arange(key.shape[1])[None, :]
+    scores = _score(query, key, jnp.float32)
+    if slopes is not None:
+        scores = scores - slopes[:, :, None, None] * (queries - keys).astype(jnp.float32)
+    scores = jnp.where(keys <= queries, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, -1).astype(value.dtype)
+    dropped = weights if mask is None else drop(weights, mask, rate)
+    return _weigh(dropped, value), weights if mask is None else jnp.where(mask, weights, -weights)
+
+
+def _score(query: Array, key: Array, dtype: jnp.dtype) -> Array:
+    return jnp.einsum("bskgd,btkd->bkgst", query, key, preferred_element_type=dtype, out_sharding=spec(*SCORES))
+
+
+def _weigh(weights: Array, value: Array) -> Array:
+    return jnp.einsum("bkgst,btkd->bskgd", weights, value, out_sharding=spec(*QUERIES))
+
+
+def _mix_forward(
+    query: Array, key: Array, value: Array, slopes: Array | None, mask: Array | None, rate: float
+) -> tuple[Array, tuple]:
+    mixed, signed = _mix(query, key, value, slopes, mask, rate)
+    # an empty tuple stands for a mask: there was one
+    return mixed, (query, key, value, kept(signed), None if mask is None else ())
+
+
+def _mix_backward(rate: float, residuals: tuple, cotangent: Array) -> tuple[Array, Array, Array, None, None]:
+    query, key, value, signed, masked = residuals
+    weights = dropped = signed
+    mask = None
+    if masked is not None:
+        weights, mask = jnp.abs(signed), signed > 0
+        dropped = drop(weights, mask, rate)
+    # the products' own transposes: those written out as einsums cost a CPU more copies
+    pulled, dvalue = jax.vjp(_weigh, dropped, value)[1](cotangent)
+    if mask is not None:
+        pulled = drop(pulled, mask, rate)
+    weights, pulled = weights.astype(jnp.float32), pulled.astype(jnp.float32)
+    dscores = weights * (pulled - jnp.sum(pulled * weights, -1, keepdims=True))
+    dquery, dkey = jax.vjp(lambda *pair: _score(*pair, query.dtype), query, key)[1](dscores.astype(query.dtype))
+    return dquery, dkey, dvalue, None, None
+
+
+mix.defvjp(_mix_forward, _mix_backward)

@@ -1,12 +1,14 @@
 """What every layer of a decoder receives beside the residual stream, and dropout, which draws from it."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from jaxtron.sharding import spec
-from jaxtron.typing import Array, Float, Key
+from jaxtron.layers.keep import kept
+from jaxtron.sharding import constrain, spec
+from jaxtron.typing import Array, Bool, Float, Key
 
 
 @jax.tree_util.register_dataclass
@@ -30,13 +32,40 @@ def row_keys(seed_key: Key[Array, ""], rows: Array) -> Key[Array, "B"]:
 
 
 def dropout(x: Float[Array, "B ..."], rate: float, inputs: LayerInputs, *logical: str) -> Float[Array, "B ..."]:
-    """Inverted dropout with each row's own key; `logical` names the axes of `x`. Identity without keys or rate."""
+    """Inverted dropout with each row's own key; `logical` names the axes of `x`. Identity without keys or rate.
+
+    The backward keeps the mask, a byte an element.
+    """
+    mask = dropout_mask(x.shape, rate, inputs, *logical)
+    return x if mask is None else drop(constrain(x, *logical), mask, rate)
+
+
+def dropout_mask(
+    shape: tuple[int, ...], rate: float, inputs: LayerInputs, *logical: str
+) -> Bool[Array, "B ..."] | None:
+    """What dropout leaves of an array of this shape, drawn from each row's own key; None without keys or rate."""
     if rate == 0.0 or inputs.keys is None:
-        return x
+        return None
     row_spec = spec(*logical[1:])
 
     def keep_row(key: Array) -> Array:
-        return jax.random.bits(key, x.shape[1:], jnp.uint16, out_sharding=row_spec)
+        return jax.random.bits(key, shape[1:], jnp.uint16, out_sharding=row_spec)
 
-    keep = jax.vmap(keep_row)(inputs.keys) >= jnp.uint16(round(rate * 65536))
-    return jnp.where(keep, x / (1.0 - round(rate * 65536) / 65536), jnp.zeros((), x.dtype)).astype(x.dtype)
+    return constrain(jax.vmap(keep_row)(inputs.keys) >= jnp.uint16(round(rate * 65536)), *logical)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def drop(x: Float[Array, "..."], mask: Bool[Array, "..."], rate: float) -> Float[Array, "..."]:
+    """`x` where the mask is, scaled to keep its expectation, else 0; `rate` as drawn, from 16 bits."""
+    return jnp.where(mask, x / (1.0 - round(rate * 65536) / 65536), jnp.zeros((), x.dtype)).astype(x.dtype)
+
+
+def _drop_forward(x: Array, mask: Array, rate: float) -> tuple[Array, Array]:
+    return drop(x, mask, rate), kept(mask)
+
+
+def _drop_backward(rate: float, mask: Array, cotangent: Array) -> tuple[Array, None]:
+    return drop(cotangent, mask, rate), None
+
+
+drop.defvjp(_drop_forward, _drop_backward)

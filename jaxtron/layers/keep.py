@@ -1,8 +1,14 @@
-"""Functions whose backward keeps their inputs alone."""
+"""What a backward keeps: functions that keep their inputs alone, and arrays that a layer's policy keeps."""
 
 from collections.abc import Callable
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxtron.typing import Array
+
+# the mark of arrays that are not products and yet kept (`models/recompute.py`)
+KEPT = "kept"
 
 
 def keeping_inputs(function: Callable) -> Callable:
@@ -13,3 +19,8 @@ def keeping_inputs(function: Callable) -> Callable:
     run = jax.custom_vjp(function)
     run.defvjp(lambda *args: (function(*args), args), lambda args, cotangent: jax.vjp(function, *args)[1](cotangent))
     return run
+
+
+def kept(x: Array) -> Array:
+    """`x`, to be kept if a backward needs it, rather than computed again from what it was made of."""
+    return checkpoint_name(x, KEPT)

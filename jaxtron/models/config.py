@@ -27,7 +27,8 @@ class ModelConfig(Config):
     """A decoder-only language model (GPT, Llama, PaLM, BLOOM, Nemotron, ...)."""
 
     pattern: str = "*-"
-    """Residual layers in order: `*` attention, `-` MLP, `(*-)` both in parallel on one norm."""
+    """Residual layers in order: `*` attention, `-` MLP, `(*-)` both in parallel on one norm. `|` cuts all layers into
+    the stages of mesh.pipe (with num_layers 1; one stage runs them all)."""
     num_layers: int = Field(default=12, ge=1)
     """How often the pattern repeats; for `*-` the usual count of transformer layers."""
     hidden_size: int = Field(default=768, ge=1)

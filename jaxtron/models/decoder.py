@@ -21,7 +21,7 @@ ModuleType = TypeVar("ModuleType", bound=nnx.Module)
 
 
 class Decoder(nnx.Module):
-    """The model of a pattern; `loss` trains it, `logits` lets it speak.
+    """The model of a pattern; `loss` and `score` train it, `logits` and `predict` let it speak.
 
     Build and run it inside `sharding.use(rules)`. Matrices and activations are in `dtype`, parameters in float32.
     """
@@ -76,11 +76,15 @@ class Decoder(nnx.Module):
         """Weighted sums over the tokens: of the training loss (with z-loss), and of the negative log-likelihood."""
         return self.score(self._through_layers(tokens, keys), targets, weights)
 
-    def logits(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S V"]:
-        """Logits of every position, split over the vocabulary and without its padding masked; for generation."""
-        x = constrain(self.final_norm(self._through_layers(tokens)), "batch", "full_seq", "embed")
+    def predict(self, x: Float[Array, "B S E"]) -> Float[Array, "B S V"]:
+        """Logits from the last layer's output, split over the vocabulary and without its padding masked."""
+        x = constrain(self.final_norm(x), "batch", "full_seq", "embed")
         contracted = (((2,), (1,)), ((), ()))
         return jax.lax.dot_general(x, self._head_table(), contracted, out_sharding=spec("batch", "full_seq", "vocab"))
+
+    def logits(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S V"]:
+        """Logits of every position, by `predict`."""
+        return self.predict(self._through_layers(tokens))
 
     def _through_layers(self, tokens: Int[Array, "B S"], keys: Key[Array, "B"] | None = None) -> Float[Array, "B S E"]:
         return self.stack(self.embed(tokens, keys), self.inputs(tokens.shape[1], keys))

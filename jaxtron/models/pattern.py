@@ -1,11 +1,11 @@
 """The pattern language: a decoder as a string, one symbol a residual layer."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtron.config import UserError
 
-ATTENTION, MLP = "*", "-"
+ATTENTION, MLP, CUT = "*", "-", "|"
 SYMBOLS = {ATTENTION: "attention", MLP: "MLP"}
 
 # One residual layer: the symbols that read the same normalized input and are added together.
@@ -18,6 +18,8 @@ class Pattern:
 
     period: tuple[Branch, ...]
     repeats: int
+    parts: tuple[int, ...] | None = None
+    """Periods between the cuts; None where the pattern has no `|`."""
 
     @property
     def layers(self) -> tuple[Branch, ...]:
@@ -33,11 +35,19 @@ class Pattern:
 def parse(text: str, repeats: int = 1) -> Pattern:
     """The layers of `text` repeated, reduced to their smallest period; bad text is a `UserError` naming the place.
 
-    `*` attention, `-` MLP, `(*-)` both in parallel on one norm (GPT-J, PaLM).
+    `*` attention, `-` MLP, `(*-)` both in parallel on one norm (GPT-J, PaLM); `|` cuts the layers into pipeline stages,
+    between periods.
     """
     layers: list[Branch] = []
+    cuts: list[int] = []
     index = 0
     while index < len(text):
+        if text[index] == CUT:
+            if len(layers) == (cuts[-1] if cuts else 0) or index == len(text) - 1:
+                raise _error(text, index, "no layers on one side of this cut")
+            cuts.append(len(layers))
+            index += 1
+            continue
         is_group = text[index] == "("
         end = text.find(")", index) if is_group else index + 1
         branch = tuple(text[index + is_group : end])
@@ -52,7 +62,26 @@ def parse(text: str, repeats: int = 1) -> Pattern:
         index = end + is_group
     if not layers or repeats < 1:
         raise UserError(f"a decoder needs at least one layer: pattern {text!r} repeated {repeats} times has none")
-    return _reduce(layers * repeats)
+    if cuts and repeats > 1:
+        raise UserError(
+            f"pattern {text!r} with | spells out all layers and cannot repeat {repeats} times; set model.num_layers 1"
+        )
+    pattern = _reduce(layers * repeats)
+    return replace(pattern, parts=_parts(text, pattern, [*cuts, len(layers)])) if cuts else pattern
+
+
+def _parts(text: str, pattern: Pattern, ends: list[int]) -> tuple[int, ...]:
+    """Periods of each part, of those that end after so many layers."""
+    size = len(pattern.period)
+    for number, end in enumerate(ends, 1):
+        if end % size:
+            names = ("".join(branch) for branch in pattern.period)
+            period = "".join(f"({name})" if len(name) > 1 else name for name in names)
+            raise UserError(
+                f"pattern {text!r}: cut {number}, after {end} layers, is not between repeats of its period {period!r}; "
+                "stages are whole periods: move the | or change the layers"
+            )
+    return tuple((end - start) // size for start, end in zip([0, *ends], ends, strict=False))
 
 
 def _reduce(layers: list[Branch]) -> Pattern:
@@ -65,4 +94,4 @@ def _reduce(layers: list[Branch]) -> Pattern:
 
 def _error(text: str, index: int, why: str) -> UserError:
     known = ", ".join(f"{symbol} {name}" for symbol, name in SYMBOLS.items())
-    return UserError(f"pattern {text!r}, symbol {index + 1}: {why} (known: {known}, (..) parallel)")
+    return UserError(f"pattern {text!r}, symbol {index + 1}: {why} (known: {known}, (..) parallel, {CUT} cut)")

@@ -4,10 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxtron.layers.attention import Attention, attention_core
 from jaxtron.layers.inputs import LayerInputs
+from jaxtron.layers.keep import kept
 from jaxtron.layers.mlp import Mlp
 from jaxtron.layers.norm import Norm
 from jaxtron.models import recompute
@@ -42,7 +44,7 @@ class Layer(nnx.Module):
         normed = self._region("norm", self.norm)(x)
         for site, name in enumerate(self.names):
             branch = self._region(name, getattr(self, name))
-            x = x + branch(normed, inputs.fold(site))
+            x = kept(x + branch(normed, inputs.fold(site)))
         return x
 
     def _region(self, name: str, module: nnx.Module):
@@ -110,11 +112,13 @@ class Stack(nnx.Module):
         self.partition = partition
         graph = nnx.split(nnx.eval_shape(lambda: Period(config, nnx.Rngs(0))))[0]
         keys = jax.random.split(rngs.params(), config.layout.repeats)
+        # keys are put in the rows' order, not values: so each device makes only its own
+        keys = keys if partition.is_in_order else keys[np.maximum(partition.rows, 0)]
         states = jax.vmap(lambda key: nnx.split(Period(config, nnx.Rngs(key)))[1])(keys)
-        self.periods = nnx.merge(graph, jax.tree.map(partition.arrange, states))
+        self.periods = nnx.merge(graph, jax.tree.map(functools.partial(_empty_as_zeros, partition), states))
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
-        layer = self.layer(checkpointed=_gathers())
+        layer = self.layer(checkpointed=False)
 
         def body(x: Array, step: tuple[Array, nnx.State]) -> tuple[Array, None]:
             number, state = step
@@ -130,7 +134,7 @@ class Stack(nnx.Module):
     def layer(self, *, checkpointed: bool) -> LayerFunction:
         """(a period's parameters, its input, its number, inputs shared by all) -> its output, under its policy.
 
-        `checkpointed`: keep nothing that is made from parameters, such as gathered weights.
+        `checkpointed`: keep the inputs of matrix products, and neither gathered arrays nor what is made without one.
         """
         graph = nnx.split(self.periods)[0]
 
@@ -138,7 +142,12 @@ class Stack(nnx.Module):
             period = nnx.merge(graph, gather_at_use(state, self.dtype))
             return period(x, inputs.fold(number))
 
-        return recompute.layer(self.config.recomputed, layer, gathers=checkpointed)
+        return recompute.layer(self.config.recomputed, layer, checkpointed=checkpointed or _gathers())
+
+    @property
+    def is_unrolled(self) -> bool:
+        """Whether one stage runs all layers without a loop."""
+        return self.partition.num_stages == 1 and self.unroll() == self.config.layout.repeats
 
     def unroll(self) -> int:
         """Periods in each iteration of a loop over them."""
@@ -147,6 +156,11 @@ class Stack(nnx.Module):
             return min(self.config.unroll, repeats)
         on_cpu = current().mesh.devices.flat[0].platform == "cpu"
         return repeats if on_cpu and repeats <= CPU_UNROLL else 1
+
+
+def _empty_as_zeros(partition: Partition, rows: Array) -> Array:
+    filled = (partition.rows >= 0).reshape(-1, *(1,) * (rows.ndim - 1))
+    return rows if filled.all() else jnp.where(filled, rows, 0)
 
 
 def _gathers() -> bool:

@@ -24,6 +24,11 @@ class StagedDecoder:
         ends = {name: part for name, part in params.items() if name != STACK}
         self.parameters = Parameters(self._decoder.stack.state(), ends)
 
+    @property
+    def is_unrolled(self) -> bool:
+        """Whether one stage runs all layers without a loop."""
+        return self._decoder.stack.is_unrolled
+
     def model(
         self,
         *,

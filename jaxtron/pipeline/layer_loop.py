@@ -6,7 +6,6 @@ weights are not among them, and gradients are added in float32 where they are su
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -171,8 +170,8 @@ class LayerLoop:
         """
         pulls = []
         for row in range(length):
-            layer = partial(self.layer, number=self.numbers[row], inputs=shared)
-            x, pull = jax.vjp(layer, jax.tree.map(lambda leaf, row=row: leaf[row], self.weights), x)
+            weights, number = jax.tree.map(lambda leaf, row=row: leaf[row], (self.weights, self.numbers))
+            x, pull = jax.vjp(lambda weights, x, number=number: self.layer(weights, x, number, shared), weights, x)
             pulls.append(pull)
         cotangent, result = turn(x)
         gradients = []

@@ -1,7 +1,6 @@
 """From a schedule to what the executor reads at each tick: buffer slots, arrivals, and how big the buffers must be."""
 
 import heapq
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial

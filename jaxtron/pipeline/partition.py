@@ -17,8 +17,8 @@ from jaxtron.typing import Array
 class Partition:
     """Layers (repeated periods of a pattern) on the virtual stages, in the model's order.
 
-    A stage holds its chunks one after the other, each in `chunk_rows` rows of its stacked parameters; a chunk with fewer
-    layers leaves its last rows empty (zeros).
+    A stage holds its chunks one after the other, each in `chunk_rows` rows of its stacked parameters; a chunk with
+    fewer layers leaves its last rows empty (zeros).
     """
 
     lengths: tuple[int, ...]

@@ -56,10 +56,18 @@ def text(blueprint: Blueprint) -> str:
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(_cell(column, cell, widths) for column, cell in enumerate(line)).rstrip() for line in cells]
     held = sum(row.bytes for row in found)
-    whole = sum(math.prod(row.shape) for row in found)
+    whole = blueprint.num_parameters
     ideal = whole * STATE_BYTES / mesh.size
     total = f"{whole:,} parameters; {held:,} bytes of float32 weights a device, {held / ideal:.2f} times an even split"
-    return "\n".join([f"mesh: {sizes}", *lines, total])
+    return "\n".join([f"mesh: {sizes}", *lines, total, *_empty_rows(blueprint, found)])
+
+
+def _empty_rows(blueprint: Blueprint, found: list[Row]) -> list[str]:
+    """A line about rows that are no layers, where the stages of a pipeline have some."""
+    stacked = next((row.shape[0] for row in found if row.axes[:1] == ("layers",)), None)
+    if blueprint.layers is None or stacked in (None, blueprint.layers):
+        return []
+    return [f"{stacked} rows of layers hold {blueprint.layers}: the others are empty, as stages differ in length"]
 
 
 def _cell(column: int, cell: str, widths: list[int]) -> str:

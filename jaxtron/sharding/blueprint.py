@@ -27,6 +27,8 @@ class Blueprint(Generic[ModuleType]):
     specs: PyTree
     roles: PyTree
     axes: PyTree
+    layers: int | None = None
+    """Layers among the rows of stacked parameters, of which a pipeline can have more (none: all rows)."""
 
     @property
     def abstract(self) -> PyTree:
@@ -39,8 +41,14 @@ class Blueprint(Generic[ModuleType]):
 
     @property
     def num_parameters(self) -> int:
-        """Parameters, the vocabulary's padding included."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
+        """Parameters, the vocabulary's padding included and empty rows of a pipeline's stages left out."""
+        axes = jax.tree.leaves(self.axes, is_leaf=lambda node: isinstance(node, tuple))
+        return sum(map(self.count, jax.tree.leaves(self.shapes), axes))
+
+    def count(self, leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> int:
+        """Parameters in an array with these logical axes, without empty rows."""
+        is_stacked = self.layers is not None and axes[:1] == ("layers",)
+        return leaf.size // leaf.shape[0] * self.layers if is_stacked else leaf.size
 
     def initialize(self, key: Key[Array, ""]) -> PyTree:
         """Initial parameters, each device making its own part; their values do not depend on the mesh."""
@@ -59,8 +67,8 @@ class Blueprint(Generic[ModuleType]):
         return parameters.gather_once(params, self.specs, self.roles, jnp.dtype(dtype))
 
 
-def blueprint(build: Callable[[nnx.Rngs], ModuleType]) -> Blueprint[ModuleType]:
-    """The blueprint of what `build` makes, without making it."""
+def blueprint(build: Callable[[nnx.Rngs], ModuleType], *, layers: int | None = None) -> Blueprint[ModuleType]:
+    """The blueprint of what `build` makes, without making it; `layers` where stacked parameters have empty rows."""
     graph, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     return Blueprint(
         build=build,
@@ -69,4 +77,5 @@ def blueprint(build: Callable[[nnx.Rngs], ModuleType]) -> Blueprint[ModuleType]:
         specs=parameters.layouts(state),
         roles=parameters.roles(state),
         axes=parameters.logical_axes(state),
+        layers=layers,
     )

@@ -1,15 +1,19 @@
 """The whole configuration of a run: every part's own settings, and what must agree between them."""
 
+import difflib
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from jaxtron.checkpoint.config import CheckpointConfig
-from jaxtron.config import Config, UserError
+from jaxtron.config import Config, UserError, format_value
 from jaxtron.data.config import DataConfig
 from jaxtron.models.config import ModelConfig
 from jaxtron.optim import BatchRampConfig, LossScaleConfig, OptimizerConfig, check_batch_ramp
 from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.pipeline.partition import Partition, partition
+from jaxtron.pipeline.schedule import Schedule
+from jaxtron.pipeline.schedules import SCHEDULES, make_schedule
 from jaxtron.sharding import BATCH_AXES, MeshConfig, ShardingConfig
 from jaxtron.train.run_config import RunConfig
 from jaxtron.train.runtime import RuntimeConfig
@@ -62,7 +66,7 @@ class Configuration(Config):
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
     pipeline: PipelineConfig = PipelineConfig()
-    """The stages of mesh.pipe."""
+    """The stages of mesh.pipe, only where that is above 1."""
     sharding: ShardingConfig = ShardingConfig()
     """What the batch axes shard besides the batch."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -86,8 +90,39 @@ class Configuration(Config):
         model = self.model.model_copy(update={"max_positions": self.data.sequence_length})
         return self.model_copy(update={"model": model})
 
+    def schedule(self, num_stages: int, num_microbatches: int | None = None) -> Schedule:
+        """The pipeline's table for mesh.pipe stages (microbatches: those of the whole batch); a `UserError` if none."""
+        count = self.train.microbatches if num_microbatches is None else num_microbatches
+        name, chunks = self.pipeline.schedule, self.pipeline.chunks
+        if not name.endswith(".csv") and name not in SCHEDULES:
+            near = difflib.get_close_matches(name, SCHEDULES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(SCHEDULES)}, or a .csv table"
+            raise UserError(f"no pipeline.schedule {name!r}; {hint}")
+        try:
+            return make_schedule(name, num_stages, count, chunks)
+        except UserError as error:
+            if name.endswith(".csv"):
+                raise UserError(f"pipeline.schedule: {error}") from None
+            sizes = f"mesh.pipe {num_stages}, pipeline.chunks {chunks}, train.microbatches {self.train.microbatches}"
+            raise UserError(f"pipeline.schedule {name} with {sizes}: {error}") from None
+
+    def partition(self, num_stages: int) -> Partition:
+        """Which of the model's layers each stage of mesh.pipe has; a `UserError` where they cannot be shared out."""
+        layout, pipeline = self.model.layout, self.pipeline
+        if num_stages == 1:
+            return Partition((layout.repeats,))
+        if layout.parts is not None:
+            num_parts = num_stages * pipeline.chunks
+            if len(layout.parts) != num_parts:
+                raise UserError(
+                    f"model.pattern {self.model.pattern!r} is cut into {len(layout.parts)} parts, but mesh.pipe "
+                    f"{num_stages} x pipeline.chunks {pipeline.chunks} = {num_parts}; change the | or one of these"
+                )
+            pipeline = pipeline.model_copy(update={"stage_layers": layout.parts})
+        return partition(layout.repeats, self.schedule(num_stages), pipeline)
+
     def check_mesh(self, sizes: dict[str, int]) -> None:
-        """`UserError` where batch, sequence, heads or vocabulary do not divide over a mesh of these sizes."""
+        """`UserError` where batch, sequence, heads, vocabulary or layers do not fit a mesh of these sizes."""
         train, model, tensor = self.train, self.model, sizes["tensor"]
         shards = sizes["data"] * sizes["fsdp"]
         if train.global_batch % (shards * train.microbatches):
@@ -96,7 +131,8 @@ class Configuration(Config):
                 f"train.global_batch {train.global_batch} does not divide by {axes} x train.microbatches "
                 f"{train.microbatches} = {shards * train.microbatches}"
             )
-        check_batch_ramp(train.batch_ramp, train.global_batch, train.global_batch // train.microbatches)
+        microbatch = train.global_batch // train.microbatches
+        batches = check_batch_ramp(train.batch_ramp, train.global_batch, microbatch)
         for name, size in (
             ("data.sequence_length", self.data.sequence_length),
             ("model.num_heads", model.num_heads),
@@ -105,3 +141,34 @@ class Configuration(Config):
         ):
             if size % tensor:
                 raise UserError(f"{name} {size} does not divide by mesh.tensor {tensor}")
+        self._check_pipeline(sizes["pipe"], [batch // microbatch for batch in batches])
+
+    def _check_pipeline(self, num_stages: int, microbatches: list[int]) -> None:
+        """`UserError` for settings without effect, and unless the schedule runs every number of microbatches."""
+        pipeline, cuts = self.pipeline, self.model.layout.parts
+        fields = PipelineConfig.model_fields
+        if num_stages == 1:
+            # by value: a saved configuration names every field
+            changed = [name for name in fields if getattr(pipeline, name) != fields[name].default]
+            if changed:
+                value = format_value(getattr(pipeline, changed[0]))
+                raise UserError(f"pipeline.{changed[0]} {value} has no effect with mesh.pipe 1; set --mesh.pipe")
+            return
+        if cuts is not None and pipeline.stage_layers is not None:
+            raise UserError(
+                f"model.pattern {self.model.pattern!r} has cuts, and pipeline.stage_layers "
+                f"{list(pipeline.stage_layers)} too; keep one"
+            )
+        if cuts is not None or pipeline.stage_layers is not None:
+            for name in ("embedding_weight", "loss_weight"):
+                if getattr(pipeline, name):
+                    given = "the cuts of model.pattern" if cuts is not None else "pipeline.stage_layers"
+                    raise UserError(f"pipeline.{name} {getattr(pipeline, name)} has no effect beside {given}")
+        self.partition(num_stages)
+        for count in microbatches:
+            try:
+                self.schedule(num_stages, count)
+            except UserError as error:
+                if count == self.train.microbatches:
+                    raise
+                raise UserError(f"train.batch_ramp has batches of {count} microbatches: {error}") from None

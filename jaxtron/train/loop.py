@@ -77,7 +77,7 @@ class Saver:
     def __call__(self, info: StepInfo) -> None:
         """Save the state that the step left, and the position of the data after it."""
         check_finite(self._run, info)
-        self._run.checkpoints.save(info.step, info.state, self._run.extra(self._loader.position))
+        self._run.save(info.step, info.state, self._loader.position)
 
 
 def check_finite(run: Run, info: StepInfo) -> None:

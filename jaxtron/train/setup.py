@@ -9,13 +9,13 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxtron.checkpoint.layer_order import LayerOrder, layer_order
 from jaxtron.checkpoint.manager import Checkpoints
 from jaxtron.config import UserError, dump
 from jaxtron.data import Data, open_data
 from jaxtron.models.decoder import Decoder
 from jaxtron.optim import batch_size
-from jaxtron.pipeline.partition import Partition, partition
-from jaxtron.pipeline.schedules import make_schedule
+from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding import blueprint, build_mesh, current, make_rules, use
 from jaxtron.train.batches import Placement
 from jaxtron.train.config import Configuration
@@ -34,14 +34,16 @@ class Run:
     trainer: Trainer
     placement: Placement
     checkpoints: Checkpoints
+    layer_order: LayerOrder
     evaluate: Callable[[PyTree, Batch], tuple[Array, Array]]
     state: TrainState
     step: int
     position: int
 
-    def extra(self, position: int) -> dict:
-        """What a checkpoint holds beside the state."""
-        return {"position": position, "data": self.data.fingerprint, "seed": self.config.seed}
+    def save(self, step: int, state: TrainState, position: int) -> None:
+        """Save a checkpoint of the state after this step, with the position of the data after it."""
+        extra = {"position": position, "data": self.data.fingerprint, "seed": self.config.seed}
+        self.checkpoints.save(step, self.layer_order.in_model_order(state), extra)
 
     def batch_size(self, position: int) -> int:
         """Size of the global batch that begins at this sample."""
@@ -64,21 +66,23 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
     with use(make_rules(mesh, config.sharding)):
         trainer = make_trainer(config)
         abstract = _placed(trainer.abstract_state(), mesh)
+        order = layer_order(trainer.partition, trainer.blueprint)
         directory = Path(config.run.directory or f"runs/{name}")
         is_new = not directory.exists()
         checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint)
         try:
-            restored = checkpoints.restore(abstract)
+            restored = checkpoints.restore(order.abstract(abstract))
             if restored is None:
                 state, step, position = trainer.initial_state(), 0, 0
             else:
-                state, step, position = restored.state, restored.step, restored.extra["position"]
                 _check_data(data, restored.extra, directory)
+                state = order.in_stage_order(restored.state, abstract)
+                step, position = restored.step, restored.extra["position"]
             if jax.process_index() == 0:
                 _write_config(directory / "config.yaml", config)
             placement = Placement(batch_sharding())
             evaluate = jax.jit(trainer.evaluate)
-            yield Run(config, directory, data, trainer, placement, checkpoints, evaluate, state, step, position)
+            yield Run(config, directory, data, trainer, placement, checkpoints, order, evaluate, state, step, position)
         finally:
             checkpoints.close()
             if is_new:
@@ -87,10 +91,8 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
 
 def make_trainer(config: Configuration) -> Trainer:
     """The trainer of a resolved configuration, inside `sharding.use(rules)`."""
-    sizes = (current().mesh.shape["pipe"], config.train.microbatches, config.pipeline.chunks)
-    table = make_schedule(config.pipeline.schedule, *sizes)
-    stages = partition(config.model.layout.repeats, table, config.pipeline)
-    plan = blueprint(partial(_build, config, stages))
+    stages = config.partition(current().mesh.shape["pipe"])
+    plan = blueprint(partial(_build, config, stages), layers=stages.num_layers)
     return Trainer(plan, config.model, config.train, config.optimizer, config.pipeline, stages, config.seed)
 
 

@@ -167,7 +167,8 @@ class Trainer:
             embed=lambda decoder, part: decoder.embed(part[0].tokens, keys(part[1])),
             inputs=lambda decoder, part: decoder.inputs(part[0].tokens.shape[1], keys(part[1])),
             head=lambda decoder, x, part: decoder.score(x, part[0].targets, part[0].weights),
-            checkpointed=table.num_stages > 1,
+            # residuals that wait in buffers are to be few; without a loop the compiler does better
+            checkpointed=not staged.is_unrolled,
         )
         gradients, nll = executor.run(table, self.partition, model, staged.parameters, microbatches)
         return None if gradients is None else staged.nested(gradients), nll

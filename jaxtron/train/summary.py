@@ -65,6 +65,7 @@ def generate(run: Run, outcome: Outcome) -> str:
         run.trainer.blueprint,
         outcome.state.params,
         prompt,
+        partition=run.trainer.partition,
         num_tokens=run.config.train.sample_tokens,
         window=length,
         dtype=DTYPES[run.config.train.precision],

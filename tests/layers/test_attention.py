@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jaxtron.layers.attention import Attention, attention_core
-from jaxtron.layers.inputs import LayerInputs, row_keys
+from jaxtron.layers.inputs import LayerInputs, dropout_mask, row_keys
 from jaxtron.layers.norm import Norm
 from jaxtron.layers.positions import RotaryConfig, alibi_slopes, rotary_tables
-from jaxtron.sharding import use
+from jaxtron.sharding import constrain, use
 
 ROWS, LENGTH, EMBED, HEADS, HEAD_DIM = 2, 7, 24, 4, 8
 
@@ -166,3 +167,86 @@ def test_a_row_with_the_same_key_has_the_same_masks(rules_for):
         y = np.asarray(module(x, LayerInputs(keys=keys)))
     np.testing.assert_array_equal(y[0], y[2])
     assert not np.array_equal(y[0], y[1])
+
+
+def make_heads(num_kv_heads, length=LENGTH):
+    """Queries, keys, values and the cotangent of what is mixed of them."""
+    generator = np.random.default_rng(4)
+    counts = (HEADS, num_kv_heads, num_kv_heads, HEADS)
+    return [jnp.asarray(generator.normal(size=(ROWS, length, count, HEAD_DIM)), jnp.float32) for count in counts]
+
+
+def mix_plainly(query, key, value, slopes, keep):
+    """The core in jnp, with `keep` [rows, heads, queries, keys] times the probabilities."""
+    key, value = (jnp.repeat(array, HEADS // array.shape[2], 2) for array in (key, value))
+    scores = jnp.einsum("bshd,bthd->bhst", query, key) / HEAD_DIM**0.5
+    distance = jnp.arange(query.shape[1])[:, None] - jnp.arange(key.shape[1])
+    scores = jnp.where(distance >= 0, scores - slopes[:, None, None] * distance, -jnp.inf)
+    return jnp.einsum("bhst,bthd->bshd", jax.nn.softmax(scores, -1) * keep, value)
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "alibi", "rate"), [(4, False, 0.0), (4, True, 0.4), (2, True, 0.0), (1, False, 0.4)]
+)
+def test_gradients_of_the_core(rules_for, num_kv_heads, alibi, rate):
+    *heads, cotangent = make_heads(num_kv_heads)
+
+    def gradients(core):
+        def loss(*heads):
+            mixed = core(*heads)
+            return jnp.sum(mixed * cotangent), mixed
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*heads)
+
+    slopes = alibi_slopes(HEADS) if alibi else None
+    with use(rules_for(data=1)):
+        inputs = LayerInputs(keys=row_keys(jax.random.key(0), np.arange(ROWS)))
+        core = attention_core(rate)
+        found, mixed = gradients(lambda *heads: core(*heads, None if slopes is None else tuple(slopes), inputs))
+        shape, names = (ROWS, num_kv_heads, HEADS // num_kv_heads, LENGTH, LENGTH), ("batch", None, None, None, None)
+        mask = dropout_mask(shape, rate, inputs.fold(1), *names)
+    keep = 1.0 if mask is None else np.asarray(mask).reshape(ROWS, HEADS, LENGTH, LENGTH) / (1 - rate)
+    assert rate == 0 or 0 < np.mean(keep == 0) < 1
+    plain = functools.partial(mix_plainly, slopes=np.zeros(HEADS) if slopes is None else slopes, keep=keep)
+    all_expected, expected_mixed = gradients(plain)
+    # the rate is drawn from 16 bits
+    np.testing.assert_allclose(mixed, expected_mixed, rtol=1e-4, atol=1e-5)
+    for name, gradient, expected in zip(("query", "key", "value"), found, all_expected, strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+def test_gradients_in_bfloat16_are_as_good_as_its_probabilities(rules_for):
+    *heads, cotangent = make_heads(2, length=64)
+    with use(rules_for(data=1)):
+
+        def gradients(dtype):
+            def loss(*heads):
+                mixed = attention_core(0.0)(*heads, None, LayerInputs())
+                return jnp.sum(mixed.astype(jnp.float32) * cotangent)
+
+            return jax.grad(loss, argnums=(0, 1, 2))(*(array.astype(dtype) for array in heads))
+
+        for name, found, exact in zip("qkv", gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
+            assert found.dtype == jnp.bfloat16
+            error = jnp.linalg.norm(found.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+            # inputs and outputs alone are rounded by 2^-9 each
+            assert error < 2**-7, (name, error)
+
+
+def test_gradients_do_not_depend_on_the_mesh(rules_for, in_region):
+    *heads, cotangent = make_heads(2)
+    keys = row_keys(jax.random.key(0), np.arange(ROWS))
+
+    def gradients(keys, cotangent, *heads):
+        heads = [constrain(array, "batch", "full_seq", "heads", "head_dim") for array in heads]
+        cotangent = constrain(cotangent, "batch", "full_seq", "heads", "head_dim")
+        inputs = LayerInputs(keys=keys)
+        found = jax.vjp(lambda *heads: attention_core(0.3)(*heads, None, inputs), *heads)[1](cotangent)
+        return [jax.sharding.reshard(gradient, PartitionSpec()) for gradient in found]
+
+    results = []
+    for tensor in (1, 2):
+        with use(rules_for(data=1, tensor=tensor)):
+            results.append(in_region(gradients)(keys, cotangent, *heads))
+    for one, two in zip(*results, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)

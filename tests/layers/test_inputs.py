@@ -72,3 +72,11 @@ def test_type_is_kept(rules_for):
     with use(rules_for(data=1)):
         inputs = LayerInputs(keys=row_keys(jax.random.key(0), np.arange(2)))
         assert dropout(jnp.ones((2, 4, 4), jnp.bfloat16), 0.5, inputs, *AXES).dtype == jnp.bfloat16
+
+
+def test_gradients_pass_where_values_do(rules_for):
+    with use(rules_for(data=1)):
+        inputs = LayerInputs(keys=row_keys(jax.random.key(0), np.arange(2)))
+        x = jnp.ones((2, 4, 4))
+        gradient = jax.grad(lambda x: jnp.sum(3 * dropout(x, 0.5, inputs, *AXES)))(x)
+        np.testing.assert_array_equal(gradient, 3 * dropout(x, 0.5, inputs, *AXES))

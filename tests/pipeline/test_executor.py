@@ -1,84 +1,222 @@
-"""The executor: what it sums, in which order and precision."""
+"""The executor on a toy model of plain JAX: what it sums, in which order, place and precision."""
+
+import functools
+import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from jaxtron.pipeline.executor import run
-from jaxtron.pipeline.schedule import Entry, Schedule, one_stage
+from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.pipeline.executor import Model, Parameters, run
+from jaxtron.pipeline.partition import Partition, forward_only, partition
+from jaxtron.pipeline.schedule import Entry, Schedule, Work, one_stage
+from jaxtron.pipeline.schedules import SCHEDULES, make_schedule
+from jaxtron.sharding import MANUAL_AXES, use, vary
+
+ROWS, WIDTH, HIDDEN = 3, 6, 5
+# order and places are what these tests are about, not machine code
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def make(num_microbatches, rows=3, width=5, dtype=np.float32):
+def layer(weights, x, number, shared):
+    """Numbers of layers and what all of them read are in the values: one that had another's would differ."""
+    scale = (1 + 0.2 * number).astype(x.dtype) * shared["scale"]
+    return x + jnp.tanh(x @ weights["up"] * scale) @ weights["down"] + weights["bias"]
+
+
+def embed(ends, microbatch):
+    return microbatch["x"] @ ends["embedding"]
+
+
+def head(ends, y, microbatch):
+    error = y @ ends["head"] - microbatch["y"]
+    # tied: also the first stage has a part in its gradient
+    loss = jnp.sum(error**2) + jnp.sum((y @ ends["embedding"].T) ** 2)
+    return loss, {"absolute": jnp.sum(jnp.abs(error)), "rows": jnp.sum(0 * error[:, 0] + 1)}
+
+
+TOY = Model(embed=embed, shared=lambda microbatch: {"scale": microbatch["scale"]}, layer=layer, head=head)
+UNROLLED = replace(TOY, unroll=100)
+
+
+def make(num_layers: int, num_microbatches: int) -> tuple[Parameters, dict]:
     generator = np.random.default_rng(0)
-    params = {"kernel": jnp.asarray(generator.normal(size=(width, 2)), dtype), "bias": jnp.zeros(2)}
-    batch = {
-        "x": generator.normal(size=(num_microbatches, rows, width)).astype(np.float32),
-        "y": generator.normal(size=(num_microbatches, rows, 2)).astype(np.float32),
-    }
-    return params, jax.tree.map(jnp.asarray, batch)
+
+    def normal(*shape: int):
+        return jnp.asarray(0.3 * generator.normal(size=shape), jnp.float32)
+
+    layers = {"up": normal(num_layers, WIDTH, HIDDEN), "down": normal(num_layers, HIDDEN, WIDTH)}
+    layers["bias"] = normal(num_layers, WIDTH)
+    ends = {"embedding": normal(WIDTH, WIDTH), "head": normal(WIDTH, 2)}
+    batch = {"x": normal(num_microbatches, ROWS, WIDTH), "y": normal(num_microbatches, ROWS, 2)}
+    return Parameters(layers, ends), batch | {"scale": 0.2 + jnp.abs(normal(num_microbatches))}
 
 
-def stage_loss(params, microbatch):
-    error = microbatch["x"] @ params["kernel"].astype(jnp.float32) + params["bias"] - microbatch["y"]
-    return jnp.sum(error**2), {"absolute": jnp.sum(jnp.abs(error)), "rows": jnp.int32(len(error))}
+def plain(params: Parameters, batch: dict, chosen=None) -> tuple[Parameters, dict]:
+    """Gradients and reports by `jax.grad`."""
+
+    def loss(params):
+        losses, reports = [], []
+        for number in range(len(batch["scale"])) if chosen is None else chosen:
+            part = jax.tree.map(lambda leaf, number=number: leaf[number], batch)
+            x = embed(params.ends, part)
+            for index in range(len(params.layers["bias"])):
+                weights = jax.tree.map(lambda leaf, index=index: leaf[index], params.layers)
+                x = layer(weights, x, jnp.int32(index), {"scale": part["scale"]})
+            one, report = head(params.ends, x, part)
+            losses.append(one)
+            reports.append(report)
+        return sum(losses), jax.tree.map(lambda *parts: sum(parts), *reports)
+
+    return jax.jit(jax.grad(loss, has_aux=True))(params)
 
 
-@pytest.mark.parametrize("num_microbatches", [1, 2, 5])
-def test_gradients_and_reports_are_sums_over_microbatches(num_microbatches):
-    params, batch = make(num_microbatches)
-    gradients, reports = jax.jit(lambda *args: run(one_stage(num_microbatches), stage_loss, *args))(params, batch)
-    whole = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), batch)
-    expected, expected_reports = jax.grad(stage_loss, has_aux=True)(params, whole)
-    for name in expected:
-        np.testing.assert_allclose(gradients[name], expected[name], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(reports["absolute"], expected_reports["absolute"], rtol=1e-5)
-    assert reports["rows"] == 3 * num_microbatches
+def assert_close(found, expected, tolerance: float = 1e-5) -> None:
+    def compare(one, other):
+        np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max())
+
+    jax.tree.map(compare, found, expected)
 
 
-@pytest.mark.parametrize("num_microbatches", [1, 512])
-def test_gradients_are_summed_in_float32(num_microbatches):
+def on_stages(rules, schedule: Schedule, stages: Partition, model: Model, params: Parameters, batch: dict):
+    """What every stage has: (layers' gradients in the model's order, ends' gradients and reports by stage)."""
+
+    def local(params, batch):
+        params, batch = jax.tree.map(vary, (params, batch))
+        gradients, reports = run(schedule, stages, model, params, batch)
+        ends = None if gradients is None else gradients.ends
+        layers = None if gradients is None else gradients.layers
+        return layers, jax.tree.map(lambda leaf: leaf[None], (ends, reports))
+
+    with use(rules), jax.set_mesh(rules.mesh):
+        arranged = Parameters(jax.tree.map(stages.arrange, params.layers), params.ends)
+        specs = Parameters(P("pipe"), P())
+        region = jax.shard_map(local, in_specs=(specs, P()), out_specs=P(MANUAL_AXES), axis_names=set(MANUAL_AXES))
+        placed = jax.device_put((arranged, batch), jax.sharding.NamedSharding(rules.mesh, P()))
+        layers, (ends, reports) = jax.tree.map(np.asarray, jax.jit(region, compiler_options=QUICK)(*placed))
+    for leaf in jax.tree.leaves(layers):
+        assert leaf.dtype == np.float32 and not leaf[stages.rows < 0].any()
+    return jax.tree.map(stages.restore, layers), ends, reports
+
+
+def sizes(name: str) -> tuple[int, int, int]:
+    """Stages, microbatches, chunks: no multiples where the schedule does not ask for them."""
+    return 3, 7 if name == "dualpipe_v" else 4, 2 if name in ("zero_bubble_v", "dualpipe_v") else 1
+
+
+@functools.cache
+def toy(num_layers: int, num_microbatches: int):
+    params, batch = make(num_layers, num_microbatches)
+    return params, batch, *plain(params, batch)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_is_plain_differentiation(rules_for, name):
+    num_stages, num_microbatches, num_chunks = sizes(name)
+    num_chunks = 3 if "interleaved" in name else num_chunks
+    schedule = make_schedule(name, num_stages, num_microbatches, num_chunks)
+    num_layers = num_stages * num_chunks + 2
+    params, batch, gradients, reports = toy(num_layers, num_microbatches)
+    stages = partition(num_layers, schedule, PipelineConfig())
+    assert len(set(stages.lengths)) > 1
+    layers, ends, found = on_stages(rules_for(pipe=num_stages), schedule, stages, TOY, params, batch)
+    assert_close(layers, gradients.layers)
+    assert_close(jax.tree.map(lambda leaf: leaf.sum(0), ends), gradients.ends)
+    assert_close(jax.tree.map(lambda leaf: leaf.sum(0), found), reports)
+    # loss and head on the last virtual stage alone, the embedding there (tied) and on the first
+    last, first = (schedule.place(virtual)[0] for virtual in (schedule.num_virtual - 1, 0))
+    assert set(np.flatnonzero(found["rows"])) == {last}
+    assert set(np.flatnonzero(ends["head"].any((1, 2)))) == {last}
+    assert set(np.flatnonzero(ends["embedding"].any((1, 2)))) == {first, last}
+
+
+@pytest.mark.parametrize("model", [TOY, UNROLLED], ids=["loop", "unrolled"])
+@pytest.mark.parametrize(("num_layers", "num_microbatches"), [(1, 1), (3, 2), (2, 5)])
+def test_accumulation(rules_for, model, num_layers, num_microbatches):
+    params, batch, gradients, reports = toy(num_layers, num_microbatches)
+    stages = Partition((num_layers,))
+    layers, ends, found = on_stages(rules_for(data=1), one_stage(num_microbatches), stages, model, params, batch)
+    assert_close(layers, gradients.layers)
+    assert_close(jax.tree.map(lambda leaf: leaf[0], (ends, found)), (gradients.ends, reports))
+    assert found["rows"] == ROWS * num_microbatches
+
+
+def one_stage_table(*rows: tuple[int | None, int | None, int | None]) -> Schedule:
+    table = tuple((Entry(*(None if index is None else Work(0, index) for index in row)),) for row in rows)
+    return Schedule("mine", table, 3)
+
+
+@pytest.mark.parametrize(
+    ("table", "chosen"),
+    [
+        (one_stage_table((2, 2, None), (0, 0, None)), (2, 0)),
+        (one_stage_table((1, 1, None), (None, None, None), (0, 0, None)), (0, 1)),
+        (one_stage_table((0, None, None), (1, 0, None), (None, 1, None)), (0, 1)),
+        (one_stage_table((0, None, None), (2, 2, 2), (None, 0, None), (None, None, 0)), (0, 2)),
+    ],
+    ids=["whole", "idle", "apart", "split"],
+)
+@pytest.mark.parametrize("model", [TOY, UNROLLED], ids=["loop", "unrolled"])
+def test_the_table_decides_what_runs(rules_for, table, chosen, model):
+    params, batch = make(2, 3)
+    gradients, reports = plain(params, batch, chosen)
+    layers, ends, found = on_stages(rules_for(data=1), table, Partition((2,)), model, params, batch)
+    assert_close(layers, gradients.layers)
+    assert_close(jax.tree.map(lambda leaf: leaf[0], (ends, found)), (gradients.ends, reports))
+
+
+@pytest.mark.parametrize("name", ["gpipe", "zero_bubble"])
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_gradients_are_summed_in_float32(rules_for, name, num_stages):
     # in bfloat16 a sum of ones stops at 256
-    params = {"weight": jnp.ones((), jnp.bfloat16)}
-
-    def loss(params, microbatch):
-        return jnp.sum(params["weight"] * microbatch), ()
-
-    batch = jnp.ones((num_microbatches, 1), jnp.bfloat16)
-    gradients, _ = jax.jit(lambda *args: run(one_stage(num_microbatches), loss, *args))(params, batch)
-    assert gradients["weight"].dtype == jnp.float32
-    assert gradients["weight"] == num_microbatches
-
-
-def test_the_table_decides_what_runs():
-    params, batch = make(3)
-    table = Schedule(tuple((Entry("forward_backward", index),) for index in (2, 0)))
-    gradients, reports = run(table, stage_loss, params, batch)
-    chosen = jax.tree.map(lambda leaf: leaf[jnp.array([0, 2])].reshape(-1, leaf.shape[-1]), batch)
-    expected, _ = jax.grad(stage_loss, has_aux=True)(params, chosen)
-    np.testing.assert_allclose(gradients["kernel"], expected["kernel"], rtol=1e-5, atol=1e-5)
-    assert reports["rows"] == 6
+    count = 300
+    params = Parameters({"weight": jnp.ones((2, 1, 1), jnp.bfloat16)}, {"scale": jnp.ones((), jnp.bfloat16)})
+    model = Model(
+        embed=lambda ends, microbatch: microbatch,
+        shared=lambda microbatch: (),
+        layer=lambda weights, x, number, shared: x @ weights["weight"],
+        head=lambda ends, y, microbatch: (jnp.sum(ends["scale"] * y), jnp.sum(y / y, dtype=jnp.float32)),
+    )
+    schedule = make_schedule(name, num_stages, count)
+    stages = partition(2, schedule, PipelineConfig())
+    batch = jnp.ones((count, 1, 1), jnp.bfloat16)
+    layers, ends, found = on_stages(rules_for(pipe=num_stages), schedule, stages, model, params, batch)
+    assert (layers["weight"] == count).all()
+    assert ends["scale"].dtype == np.float32 and ends["scale"].sum() == found.sum() == count
 
 
-def test_one_microbatch_alone_makes_no_loop():
-    params, batch = make(1)
-    text = str(jax.make_jaxpr(lambda *args: run(one_stage(1), stage_loss, *args))(params, batch))
-    assert "scan" not in text
-    params, batch = make(2)
-    assert "scan" in str(jax.make_jaxpr(lambda *args: run(one_stage(2), stage_loss, *args))(params, batch))
+@pytest.mark.parametrize("lengths", [(3,), (2, 3), (1, 2, 0, 2), (2, 1, 1, 2)], ids=str)
+def test_a_table_without_backwards_has_reports_and_no_gradients(rules_for, lengths):
+    params, batch, _, reports = toy(sum(lengths), 1)
+    for num_stages, placement in itertools.product((len(lengths), len(lengths) // 2), ("loop", "vee")):
+        if num_stages == 0 or (placement == "vee") != (2 * num_stages == len(lengths)):
+            continue
+        stages = Partition(lengths, num_stages, placement)
+        rules = rules_for(pipe=num_stages)
+        layers, ends, found = on_stages(rules, forward_only(stages), stages, TOY, params, batch)
+        assert layers is ends is None
+        assert_close(jax.tree.map(lambda leaf: leaf.sum(0), found), reports)
 
 
-def test_more_stages_are_refused():
-    params, batch = make(1)
-    table = Schedule(((Entry("forward_backward", 0), Entry("idle")),))
-    with pytest.raises(NotImplementedError, match="2 stages"):
-        run(table, stage_loss, params, batch)
+def test_one_microbatch_through_unrolled_layers_makes_no_loop(rules_for):
+    texts = {}
+    for model, count in itertools.product((TOY, UNROLLED), (1, 2)):
+        params, batch = make(2, count)
 
+        def local(params, batch, model=model, count=count):
+            params, batch = jax.tree.map(vary, (params, batch))
+            gradients = run(one_stage(count), Partition((2,)), model, params, batch)[0]
+            return jax.tree.map(lambda leaf: leaf[None], gradients)
 
-def test_an_idle_tick_runs_nothing():
-    params, batch = make(2)
-    table = Schedule(((Entry("forward_backward", 0),), (Entry("idle"),), (Entry("forward_backward", 1),)))
-    gradients, reports = run(table, stage_loss, params, batch)
-    assert reports["rows"] == 6
-    expected, _ = run(one_stage(2), stage_loss, params, batch)
-    np.testing.assert_allclose(gradients["kernel"], expected["kernel"], rtol=1e-6)
+        rules = rules_for(data=1)
+        with use(rules), jax.set_mesh(rules.mesh):
+            region = jax.shard_map(local, in_specs=P(), out_specs=P(MANUAL_AXES), axis_names=set(MANUAL_AXES))
+            texts[model.unroll, count] = str(jax.make_jaxpr(region)(params, batch))
+    loops = {key: text.count(" scan[") for key, text in texts.items()}
+    assert loops[100, 1] == 0 and loops[100, 2] == 1
+    # one over layers, forward and backward
+    assert loops[1, 1] == 2 and loops[1, 2] == 3

@@ -18,6 +18,9 @@ def test_axes_go_from_least_to_most_communication():
     np.testing.assert_array_equal(mesh.devices.ravel(), jax.devices())
     assert list(mesh.devices[0, 0, 0, 0]) == jax.devices()[:2]
     assert list(mesh.devices[0, 1, :, 0, 0]) == [jax.devices()[4], jax.devices()[6]]
+    # stages are farthest apart
+    mesh = build_mesh(MeshConfig(pipe=2, data=2, tensor=2), jax.devices())
+    assert list(mesh.devices[:, 0, 0, 0, 0]) == [jax.devices()[0], jax.devices()[4]]
 
 
 @pytest.mark.parametrize(
@@ -28,6 +31,8 @@ def test_axes_go_from_least_to_most_communication():
         ({"data": 2, "fsdp": -1}, 8, {"data": 2, "fsdp": 4}),
         ({"data": 1, "tensor": -1}, 8, {"tensor": 8}),
         ({"data": 3, "fsdp": 2}, 6, {"data": 3, "fsdp": 2}),
+        ({"pipe": 4}, 8, {"pipe": 4, "data": 2}),
+        ({"pipe": -1, "data": 1, "tensor": 2}, 8, {"pipe": 4, "tensor": 2}),
         ({}, 1, {}),
     ],
 )
@@ -44,6 +49,7 @@ def test_minus_one_fills(config, num_devices, filled):
         ({"data": 2, "tensor": 8}, 8, "data 2 x tensor 8 needs 16 devices, there are 8"),
         ({"tensor": 3}, 8, "3 does not divide the 8 devices"),
         ({"data": 1}, 8, "data 1 needs 1 devices, there are 8"),
+        ({"pipe": 3}, 8, "mesh data -1 x pipe 3: 3 does not divide the 8 devices"),
     ],
 )
 def test_sizes_that_do_not_fit_the_devices(config, num_devices, message):
@@ -58,7 +64,8 @@ def test_sizes_that_do_not_fit_the_devices(config, num_devices, message):
         (["--tensor", "0"], "mesh.tensor must be a positive number or -1, not 0"),
         (["--fsdp", "-2"], "mesh.fsdp must be a positive number or -1, not -2"),
         (["--tensor", "-1"], "only one mesh axis can be -1 .*mesh.data, mesh.tensor"),
-        (["--pipe", "2"], "mesh.pipe above 1 is not supported yet"),
+        (["--pipe", "0"], "mesh.pipe must be a positive number or -1, not 0"),
+        (["--pipe", "-1"], "only one mesh axis can be -1 .*mesh.data, mesh.pipe"),
         (["--context", "4"], "mesh.context above 1 is not supported yet"),
         (["--tensor_parallel", "4"], "unknown setting tensor_parallel.*tensor"),
     ],

@@ -56,11 +56,12 @@ def test_a_blueprint_knows_every_parameter_without_making_any(rules_for):
         "layers": {"up": ("layers", "embed", "mlp"), "bias": ("layers", "mlp")},
     }
     batch, tensor = ("fsdp", "data"), ("tensor",)
-    # the axis over layers is whole on every device
-    assert plan.specs == {"table": P(tensor, batch), "layers": {"up": P(None, batch, tensor), "bias": P(None, tensor)}}
+    # the axis over layers is split over the stages, here one
+    pipe = ("pipe",)
+    assert plan.specs == {"table": P(tensor, batch), "layers": {"up": P(pipe, batch, tensor), "bias": P(pipe, tensor)}}
     assert manual_specs(plan.specs) == {
         "table": P(None, batch),
-        "layers": {"up": P(None, batch, None), "bias": P(None, None)},
+        "layers": {"up": P(pipe, batch, None), "bias": P(pipe, None)},
     }
 
 

@@ -9,6 +9,8 @@ import pytest
 from command_runs import Ended, FinishedRun, contents, end, run_here, small, start, write_text
 
 from jaxtron.config import UserError
+from jaxtron.pipeline.schedules import make_schedule
+from jaxtron.pipeline.table_file import write_csv
 from jaxtron.train.__main__ import out_of_memory_as_user_error
 
 
@@ -31,7 +33,6 @@ def assert_one_line(ended: Ended, *fragments: str):
         ("--mesh.tensor 3", "mesh data -1 x tensor 3: 3 does not divide the 8 devices"),
         ("--mesh.data 2 --mesh.tensor 2", "mesh data 2 x tensor 2 needs 4 devices, there are 8"),
         ("--mesh.data -1 --mesh.fsdp -1", "only one mesh axis can be -1"),
-        ("--mesh.pipe 2", "mesh.pipe above 1 is not supported yet"),
         ("--mesh.context 2", "mesh.context above 1 is not supported yet"),
         ("--mesh.tensor 4", "model.num_heads 2 does not divide by mesh.tensor 4"),
         ("--mesh.tensor 2 --data.sequence_length 31", "data.sequence_length 31 does not divide by mesh.tensor 2"),
@@ -67,6 +68,92 @@ def assert_one_line(ended: Ended, *fragments: str):
 def test_settings(flags: str, message: str, tmp_path: Path):
     assert_one_line(run_here(*small(tmp_path), "--train.steps", "4", *flags.split()), message)
     assert not (tmp_path / "run").exists()
+
+
+PIPE = "--mesh.pipe 2 --mesh.data 4 --model.num_layers 4 --train.global_batch 16 --train.microbatches 4 "
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--pipeline.chunks 2", "pipeline.chunks 2 has no effect with mesh.pipe 1; set --mesh.pipe"),
+        ("--pipeline.schedule gpipe", "pipeline.schedule gpipe has no effect with mesh.pipe 1"),
+        ("--pipeline.stage_layers 1", "pipeline.stage_layers [1] has no effect with mesh.pipe 1"),
+        (PIPE + "--pipeline.schedule zero_buble", "no pipeline.schedule 'zero_buble'; did you mean zero_bubble?"),
+        (PIPE + "--pipeline.schedule xyz", "no pipeline.schedule 'xyz'; use one of gpipe, 1f1b, "),
+        (
+            PIPE + "--pipeline.chunks 2",
+            "pipeline.schedule 1f1b with mesh.pipe 2, pipeline.chunks 2, train.microbatches 4: 1f1b has 1 chunk",
+        ),
+        (PIPE + "--pipeline.schedule interleaved", "interleaved needs at least 2 chunks a stage, not 1"),
+        (PIPE + "--pipeline.schedule zero_bubble_v --pipeline.chunks 3", "zero_bubble_v has 2 chunks a stage, not 3"),
+        (
+            PIPE + "--model.num_layers 1",
+            "the model's 1 layers are too few for mesh.pipe 2 x pipeline.chunks 1 = 2 parts",
+        ),
+        (PIPE + "--pipeline.stage_layers 1 2", "must be 2 numbers (mesh.pipe 2 x pipeline.chunks 1) that add up"),
+        (PIPE + "--pipeline.stage_layers 4", "pipeline.stage_layers [4] must be 2 numbers"),
+        (
+            PIPE + "--pipeline.stage_layers 1 3 --pipeline.loss_weight 1",
+            "pipeline.loss_weight 1.0 has no effect beside pipeline.stage_layers",
+        ),
+        (
+            PIPE + "--pipeline.schedule dualpipe_v --pipeline.chunks 2 --train.microbatches 2",
+            "dualpipe_v on 2 stages needs at least 4 microbatches, not 2",
+        ),
+        (
+            PIPE
+            + "--pipeline.schedule dualpipe_v --pipeline.chunks 2 --train.batch_ramp.start 8 "
+            + "--train.batch_ramp.increment 4 --train.batch_ramp.samples 9",
+            "train.batch_ramp has batches of 2 microbatches",
+        ),
+        (PIPE + "--pipeline.schedule nowhere.csv", "cannot read the schedule nowhere.csv"),
+        (
+            PIPE + "--model.num_layers 1 --model.pattern *-|*-|*-",
+            "is cut into 3 parts, but mesh.pipe 2 x pipeline.chunks 1",
+        ),
+        (PIPE + "--model.pattern *-|*-", "spells out all layers and cannot repeat 4 times; set model.num_layers 1"),
+        (
+            PIPE + "--model.num_layers 1 --model.pattern *|-*-",
+            "cut 1, after 1 layers, is not between repeats of its period",
+        ),
+        (
+            PIPE + "--model.num_layers 1 --model.pattern *-|*- --pipeline.stage_layers 1 1",
+            "has cuts, and pipeline.stage_layers [1, 1] too; keep one",
+        ),
+        (
+            PIPE + "--model.num_layers 1 --model.pattern *-|*- --pipeline.embedding_weight 1",
+            "pipeline.embedding_weight 1.0 has no effect beside the cuts of model.pattern",
+        ),
+    ],
+)
+def test_pipelines(flags: str, message: str, tmp_path: Path):
+    assert_one_line(run_here(*small(tmp_path), "--train.steps", "4", *flags.split()), message)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "tokens").exists()
+
+
+def test_schedules_on_file(tmp_path: Path):
+    table = tmp_path / "table.csv"
+    flags = [*small(tmp_path), *PIPE.split(), "--pipeline.schedule", str(table)]
+    write_csv(make_schedule("1f1b", 2, 3), table)
+    message = "is a table for 2 stages, 3 microbatches, 1 chunks, the run has 2 stages, 4 microbatches, 1 chunks"
+    assert_one_line(run_here(*flags), message, str(table))
+    write_csv(make_schedule("1f1b", 2, 4), table)
+    ramp = ["--train.batch_ramp.start", "8", "--train.batch_ramp.increment", "4", "--train.batch_ramp.samples", "9"]
+    assert_one_line(
+        run_here(*flags, *ramp), "train.batch_ramp has batches of 2 microbatches", "2 stages, 4 microbatches"
+    )
+    whole = table.read_text()
+    for changed, message in (
+        (whole.replace("B0.2", "B0.1", 1), "tick "),
+        (whole.replace("F0.3", "F0.x", 1), "'F0.x' is no work"),
+        ("", "the table is empty"),
+    ):
+        table.write_text(changed)
+        assert_one_line(run_here(*flags), message)
+    table.write_bytes(b"\xff\xfe\x00")
+    assert_one_line(run_here(*flags), f"cannot read the schedule {table}")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "tokens").exists()
 
 
 def test_data(tmp_path: Path):

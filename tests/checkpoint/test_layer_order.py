@@ -1,0 +1,80 @@
+"""Between the stages' order of layers and the model's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtron.checkpoint.layer_order import LayerOrder
+from jaxtron.pipeline.partition import Partition
+
+STACKED = frozenset({("stack", "w"), ("stack", "b")})
+PARTITIONS = {
+    "interleaved": Partition((2, 2, 2, 2), num_stages=2),
+    "uneven": Partition((1, 2, 3, 1), num_stages=4),
+    "empty rows in every chunk": Partition((2, 1, 1, 3), num_stages=2, placement="vee"),
+    "a stage without layers": Partition((0, 3), num_stages=2),
+}
+
+
+def make_state(partition: Partition, rules):
+    """Parameters and moments of three arrays, in the stages' order; and the same in the model's."""
+    count = partition.num_layers
+    w, b = np.arange(count * 8 * 6, dtype=np.float32).reshape(count, 8, 6), np.arange(count * 3.0).reshape(count, 3)
+    model = {"stack": {"w": w, "b": b}, "table": np.arange(16.0).reshape(8, 2)}
+    specs = {"stack": {"w": P("pipe", "fsdp", "tensor"), "b": P("pipe", None)}, "table": P("fsdp", None)}
+
+    def place(values):
+        return jax.tree.map(lambda value, spec: jax.device_put(value, NamedSharding(rules.mesh, spec)), values, specs)
+
+    rows = {"stack": jax.tree.map(lambda leaf: np.asarray(partition.arrange(jnp.asarray(leaf))), model["stack"])}
+    rows["table"] = model["table"]
+    negative = jax.tree.map(np.negative, rows)
+    state = {"params": place(rows), "optimizer": [{"mu": place(negative)}, jnp.int32(3)]}
+    expected = {"params": model, "optimizer": [{"mu": jax.tree.map(np.negative, model)}, np.int32(3)]}
+    return state, expected
+
+
+@pytest.mark.parametrize("name", PARTITIONS)
+def test_there_and_back(rules_for, name):
+    partition = PARTITIONS[name]
+    rules = rules_for(pipe=partition.num_stages, fsdp=8 // partition.num_stages)
+    order = LayerOrder(partition, STACKED)
+    with jax.set_mesh(rules.mesh):
+        state, expected = make_state(partition, rules)
+        saved = order.in_model_order(state)
+        jax.tree.map(np.testing.assert_array_equal, saved, expected)
+        # nothing else is touched, and the state is still there
+        assert saved["params"]["table"] is state["params"]["table"]
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+        wanted = order.abstract(like)
+        restored = jax.tree.map(lambda leaf, to: jax.device_put(np.asarray(leaf), to.sharding), saved, wanted)
+        back = order.in_stage_order(restored, like)
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+    for leaf, first in zip(jax.tree.leaves(back), jax.tree.leaves(state), strict=True):
+        assert leaf.sharding.is_equivalent_to(first.sharding, leaf.ndim)
+
+
+def test_no_device_has_more_than_its_part_and_what_waits_for_the_disk_is_on_the_host(rules_for):
+    partition, rules = PARTITIONS["uneven"], rules_for(pipe=4, fsdp=2)
+    order = LayerOrder(partition, STACKED)
+    with jax.set_mesh(rules.mesh):
+        state, _ = make_state(partition, rules)
+        saved = order.in_model_order(state)["params"]["stack"]
+    # seven layers do not divide by four stages: another dimension does
+    assert saved["w"].sharding.spec == P(None, ("fsdp", "pipe"), "tensor")
+    assert saved["w"].sharding.shard_shape(saved["w"].shape) == (7, 1, 6)
+    # three do not, so it is copied
+    assert saved["b"].sharding.shard_shape(saved["b"].shape) == (7, 3)
+    assert {leaf.sharding.memory_kind for leaf in saved.values()} == {"pinned_host"}
+
+
+def test_layers_in_order_are_left_as_they_are(rules_for):
+    partition, rules = Partition((2, 2), num_stages=2), rules_for(pipe=2)
+    order = LayerOrder(partition, STACKED)
+    state, _ = make_state(partition, rules)
+    assert order.in_model_order(state) is state and order.in_stage_order(state, state) is state
+    assert order.abstract(state) is state

@@ -1,0 +1,63 @@
+"""Samples: the same text on every mesh and on any stages."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtron.generate.sample import sample
+from jaxtron.models.config import ModelConfig
+from jaxtron.models.decoder import Decoder
+from jaxtron.pipeline.partition import Partition
+from jaxtron.sharding import MeshConfig, ShardingConfig, blueprint, build_mesh, make_rules, use
+
+WINDOW, VOCAB = 16, 50
+# large weights: text that depends on the prompt and the layers
+MODEL = ModelConfig(
+    num_layers=5,
+    hidden_size=16,
+    num_heads=2,
+    vocab_size=VOCAB,
+    vocab_multiple=32,
+    max_positions=WINDOW,
+    initial_std=0.6,
+)
+
+
+@pytest.fixture(scope="module")
+def one_device_rules():
+    return make_rules(build_mesh(MeshConfig(data=1), jax.devices()[:1]), ShardingConfig())
+
+
+def text(rules, partition: Partition, prompt: np.ndarray) -> list[int]:
+    with use(rules):
+        plan = blueprint(lambda rngs: Decoder(MODEL, partition=partition, rngs=rngs))
+        params = plan.initialize(jax.random.key(1))
+        draw = partial(sample, num_tokens=12, window=WINDOW, dtype="float32", vocab=VOCAB, temperature=0.5)
+        return draw(plan, params, prompt, partition=partition).tolist()
+
+
+# longer than the window at the end of the sample
+PROMPT = np.arange(10)
+
+
+@pytest.fixture(scope="module")
+def expected(one_device_rules) -> list[int]:
+    """What one device says."""
+    return text(one_device_rules, Partition((5,)), PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("partition", "mesh"),
+    [
+        (Partition((5,)), {"data": 2, "fsdp": 2, "tensor": 2}),
+        (Partition((1, 2, 1, 1), num_stages=2), {"pipe": 2}),
+        (Partition((1, 2, 1, 1), num_stages=2, placement="vee"), {"pipe": 2, "data": 2}),
+        (Partition((1, 1, 1, 2), num_stages=4), {"pipe": 4, "tensor": 2}),
+    ],
+    ids=["no stages", "chunks", "vee", "with tensor"],
+)
+def test_the_same_text_everywhere(rules_for, expected, partition, mesh):
+    assert len(set(expected)) > 3 and all(0 <= token < VOCAB for token in expected)
+    assert text(rules_for(**mesh), partition, PROMPT) == expected

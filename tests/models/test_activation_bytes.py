@@ -1,0 +1,142 @@
+"""What a layer keeps for its backward, weighed by its abstract arrays against 2205.05198, Table 2."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxtron.layers.inputs import row_keys
+from jaxtron.models.config import ModelConfig
+from jaxtron.models.decoder import Decoder
+from jaxtron.models.staged import StagedDecoder
+from jaxtron.pipeline.layer_loop import LayerLoop
+from jaxtron.sharding import MANUAL_AXES, blueprint, use, vary
+from jaxtron.sharding.parameters import manual_specs
+
+LENGTH, TENSOR = 2048, 8
+# heads, hidden size and rows of a microbatch (2205.05198, Table 3)
+MODELS = {"22B": (64, 6144, 4), "175B": (96, 12288, 1), "530B": (128, 20480, 1), "1T": (160, 25600, 1)}
+# (tensor parts, recompute); sequence parallelism is always on
+CASES = [(1, "none"), (TENSOR, "none"), (TENSOR, "selective"), (TENSOR, "full")]
+
+
+@pytest.fixture
+def kept(rules_for):
+    """`kept(config, rows, fsdp=2, tensor=2)`: the arrays that one layer leaves for its backward, nothing computed."""
+    return functools.partial(arrays_kept, rules_for)
+
+
+def arrays_kept(rules_for, config, rows=1, **mesh):
+    found = []
+    with use(rules_for(**mesh)):
+        plan = blueprint(lambda rngs: Decoder(config, dtype=jnp.bfloat16, rngs=rngs))
+
+        def local(params, tokens, key):
+            drops = config.dropout > 0
+            keys = row_keys(key, vary(jnp.arange(rows))) if drops else None
+            staged = StagedDecoder(plan, plan.working(params, jnp.bfloat16))
+            model = staged.model(
+                embed=lambda decoder, tokens: decoder.embed(tokens, keys),
+                inputs=lambda decoder, tokens: decoder.inputs(tokens.shape[1], keys),
+                head=lambda *_: None,
+                checkpointed=True,
+            )
+            loop = LayerLoop(model.layer, staged.parameters.layers, jnp.arange(config.num_layers), 1)
+            x = jax.eval_shape(model.embed, staged.parameters.ends, vary(tokens))
+            found.extend(jax.typeof(array) for array in loop.buffer(x, model.shared(tokens), 1, 1))
+            return jnp.zeros(())
+
+        whole = PartitionSpec()
+        specs = (manual_specs(plan.specs), whole, whole)
+        region = jax.shard_map(local, in_specs=specs, out_specs=whole, axis_names=set(MANUAL_AXES))
+        tokens = jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32)
+        jax.eval_shape(region, plan.abstract, tokens, jax.random.key(0))
+    return found
+
+
+def device_bytes(array, tensor):
+    size = math.prod(array.shape) * array.dtype.itemsize
+    return size // tensor if "tensor" in jax.tree.leaves(tuple(array.sharding.spec)) else size
+
+
+def paper_config(heads, hidden, recompute="none", dropout=0.1):
+    return ModelConfig(
+        num_layers=1,
+        hidden_size=hidden,
+        num_heads=heads,
+        vocab_size=51200,
+        max_positions=LENGTH,
+        activation="gelu",
+        recompute=recompute,
+        dropout=dropout,
+        attention_dropout=dropout,
+    )
+
+
+def units(arrays, rows, hidden, tensor):
+    """Bytes on a device in units of s b h / t."""
+    return sum(device_bytes(array, tensor) for array in arrays) * tensor / (LENGTH * rows * hidden)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_at_most_what_megatron_keeps(kept, name):
+    heads, hidden, rows = MODELS[name]
+    scores = 5 * heads * LENGTH / hidden
+    # full: Megatron's layer input is whole on every device, 2 s b h
+    table = {"none": 34 + scores, "selective": 34, "full": 2 * TENSOR}
+    lines, within = [], True
+    for tensor, recompute in CASES:
+        ours = units(kept(paper_config(heads, hidden, recompute), rows, tensor=tensor), rows, hidden, tensor)
+        theirs = table[recompute]
+        within = within and ours <= 1.10 * theirs
+        lines.append(f"{name} tensor {tensor} {recompute:9} ours {ours:7.2f} theirs {theirs:7.2f} x {LENGTH} b h / t")
+    assert within, "\n".join(["bytes of a layer", *lines])
+
+
+@pytest.mark.parametrize(("dropout", "masks"), [(0.1, 2), (0.0, 0)])
+def test_what_is_kept(kept, dropout, masks):
+    """Two layer inputs, queries with keys and values, the mixed values, the MLP's width, and the probabilities once."""
+    heads, hidden, rows = MODELS["175B"]
+    arrays = kept(paper_config(heads, hidden, dropout=dropout), tensor=TENSOR)
+    stream, projected, mixed, wide, probabilities = 2 * 2, 3 * 2, 2, 4 * 2, 2 * heads * LENGTH / hidden
+    expected = stream + projected + mixed + wide + probabilities + masks
+    assert units(arrays, rows, hidden, TENSOR) == expected
+    assert {array.dtype for array in arrays} <= {jnp.dtype(jnp.bfloat16), jnp.dtype(bool)}
+
+
+def test_norms_rotations_and_gates_are_not_kept(kept):
+    heads, kv_heads, hidden, wide = 32, 8, 4096, 14336
+    llama = ModelConfig(
+        num_layers=1,
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        mlp_size=wide,
+        activation="swiglu",
+        norm="rms_norm",
+        qk_norm=True,
+        bias=False,
+        position="rotary",
+        recompute="selective",
+    )
+    projected = 2 * (1 + 2 * kv_heads / heads)
+    expected = 2 * 2 + projected + 2 + 2 * 2 * wide / hidden
+    assert units(kept(llama, tensor=TENSOR), 1, hidden, TENSOR) == expected
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_gathered_weights_are_not_kept(kept, recompute):
+    heads, hidden, _ = MODELS["22B"]
+    config = paper_config(heads, hidden, recompute)
+    plain, sharded = kept(config, tensor=2), kept(config, tensor=2, fsdp=4)
+    assert units(sharded, 1, hidden, 2) == units(plain, 1, hidden, 2)
+
+
+def test_full_keeps_the_input_alone(kept):
+    heads, hidden, rows = MODELS["22B"]
+    (x,) = kept(paper_config(heads, hidden, "full"), rows, tensor=TENSOR)
+    assert x.shape == (1, 1, rows, LENGTH, hidden) and x.dtype == jnp.bfloat16
+    assert device_bytes(x, TENSOR) == 2 * LENGTH * rows * hidden // TENSOR

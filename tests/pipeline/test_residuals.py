@@ -1,0 +1,166 @@
+"""What a backward needs: taken apart, put together again, and without weights among what is kept."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxtron.layers.inputs import row_keys
+from jaxtron.models.config import ModelConfig
+from jaxtron.models.decoder import Decoder
+from jaxtron.models.staged import StagedDecoder
+from jaxtron.pipeline.layer_loop import LayerLoop
+from jaxtron.pipeline.residuals import take_apart
+from jaxtron.sharding import MANUAL_AXES, blueprint, use, vary
+from jaxtron.sharding.parameters import manual_specs
+
+
+def layer(weights, x, scale):
+    hidden = jnp.tanh(x @ weights["up"])
+    return x + scale * (hidden @ weights["down"] + weights["bias"])
+
+
+def make():
+    generator = np.random.default_rng(0)
+    shapes = {"up": (5, 11), "down": (11, 5), "bias": (5,)}
+    weights = {name: jnp.asarray(generator.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    return weights, jnp.asarray(generator.normal(size=(7, 5)), jnp.float32), jnp.float32(0.5)
+
+
+def test_the_function_made_again_gives_the_same():
+    weights, x, scale = make()
+
+    def there_and_back(weights, x, scale):
+        y, pull = jax.vjp(lambda weights, x: layer(weights, x, scale), weights, x)
+        stored, recipe = take_apart(pull, (weights, scale))
+        return y, stored, pull(y), recipe(stored, (weights, scale))(y)
+
+    _, stored, expected, found = jax.jit(there_and_back)(weights, x, scale)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    # neither the weights nor what else is given
+    assert {leaf.shape for leaf in stored} == {(7, 5), (7, 11)}
+
+
+def test_what_is_given_is_read_anew():
+    weights, x, scale = make()
+    pull = jax.vjp(lambda weights, x: layer(weights, x, scale), weights, x)[1]
+    stored, recipe = take_apart(pull, (weights, scale))
+    other = {**weights, "down": 2 * weights["down"]}
+    # the first matrix gets its cotangent through the second
+    double = recipe(stored, (other, scale))(x)[0]["up"]
+    np.testing.assert_allclose(double, 2 * pull(x)[0]["up"], rtol=1e-6)
+
+
+def test_keys_are_kept_as_numbers():
+    x, key = jnp.ones((7, 5)), jax.random.key(3)
+
+    def noisy(x, key):
+        noise = jax.checkpoint(lambda x, key: x * jax.random.uniform(key, x.shape))
+        return jax.vjp(noise, x, key)
+
+    y, pull = noisy(x, key)
+    stored, recipe = take_apart(pull, ())
+    assert not any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in stored)
+    np.testing.assert_array_equal(recipe(stored, ())(y)[0], pull(y)[0])
+
+
+# No dimension of a weight is a multiple of the number of rows, so what has no such dimension was made of weights alone.
+ROWS, LENGTH = 7, 16
+MODELS = {
+    "gpt": ModelConfig(num_layers=3, hidden_size=40, num_heads=4, vocab_size=60, vocab_multiple=64),
+    "llama": ModelConfig(
+        num_layers=3,
+        hidden_size=40,
+        num_heads=4,
+        num_kv_heads=2,
+        activation="swiglu",
+        norm="rms_norm",
+        bias=False,
+        position="rotary",
+        vocab_size=60,
+        vocab_multiple=64,
+    ),
+    "palm": ModelConfig(
+        pattern="(*-)",
+        num_layers=3,
+        hidden_size=40,
+        num_heads=4,
+        num_kv_heads=1,
+        qk_norm=True,
+        norm="layer_norm_1p",
+        position="alibi",
+        vocab_size=60,
+        vocab_multiple=64,
+    ),
+}
+
+
+def has_rows(shape: tuple[int, ...]) -> bool:
+    return any(size % ROWS == 0 for size in shape)
+
+
+def stored_leaves(rules, model: ModelConfig, *, is_split: bool = False) -> list[tuple[int, ...]]:
+    """Shapes of what a layer of a pipeline keeps (for its backward, or for its weight gradients), in bfloat16."""
+    shapes = []
+    with use(rules):
+        plan = blueprint(lambda rngs: Decoder(model, dtype=jnp.bfloat16, rngs=rngs))
+
+        def region(params):
+            working = plan.working(params, jnp.bfloat16)
+            staged = StagedDecoder(plan, working)
+            tokens = vary(jnp.zeros((ROWS, LENGTH), jnp.int32))
+            keys = row_keys(jax.random.key(0), vary(jnp.arange(ROWS)))
+            pieces = staged.model(
+                embed=lambda decoder, _: decoder.embed(tokens, keys),
+                inputs=lambda decoder, _: decoder.inputs(LENGTH, keys),
+                head=lambda *_: None,
+                checkpointed=True,
+            )
+            loop = LayerLoop(pieces.layer, staged.parameters.layers, jnp.arange(3), 1)
+            x = jax.eval_shape(lambda: pieces.embed(staged.parameters.ends, None))
+            buffer = loop.buffer(x, pieces.shared(None), 2, 3)
+            if is_split:
+                buffer = loop.pairs(x, pieces.shared(None), buffer, 2, 3)
+            assert all(leaf.shape[:2] == (2, 3) for leaf in buffer)
+            shapes.extend(leaf.shape[2:] for leaf in buffer)
+            return params
+
+        specs = manual_specs(plan.specs)
+        whole = jax.shard_map(region, in_specs=(specs,), out_specs=specs, axis_names=set(MANUAL_AXES))
+        jax.eval_shape(whole, plan.abstract)
+    return shapes
+
+
+@pytest.mark.parametrize("is_split", [False, True], ids=["residuals", "pairs"])
+@pytest.mark.parametrize("mesh", [{"data": 1}, {"fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", MODELS)
+def test_no_weights_are_kept(rules_for, name, recompute, mesh, is_split):
+    model = MODELS[name].model_copy(update={"recompute": recompute, "max_positions": LENGTH, "dropout": 0.1})
+    shapes = stored_leaves(rules_for(**mesh), model, is_split=is_split)
+    # vectors are next to nothing: ALiBi's slopes, one more than a norm's scales
+    matrices = [shape for shape in shapes if len(shape) > 1]
+    assert matrices and all(has_rows(shape) for shape in matrices), matrices
+    if recompute == "full" and not is_split:
+        # the layer's input, and the number of each row's dropout
+        large = [shape for shape in shapes if math.prod(shape) > 2 * ROWS]
+        assert large == [(ROWS, LENGTH, 40)]
+
+
+def test_the_check_notices_weights(rules_for):
+    # the sum of the squares of a matrix needs the matrix again, in the precision of the layer
+    loop = LayerLoop(
+        lambda weights, x, number, shared: x * jnp.sum(jnp.square(weights.astype(jnp.bfloat16))),
+        jnp.ones((3, 40, 160)),
+        jnp.arange(3),
+        1,
+    )
+    with use(rules_for(data=1)):
+        make_buffer = functools.partial(loop.buffer, jax.ShapeDtypeStruct((ROWS, LENGTH, 40), jnp.bfloat16), (), 2, 3)
+        region = jax.shard_map(make_buffer, in_specs=(), out_specs=PartitionSpec(), axis_names=set(MANUAL_AXES))
+        shapes = [leaf.shape[2:] for leaf in jax.eval_shape(region)]
+    assert [shape for shape in shapes if len(shape) > 1 and not has_rows(shape)] == [(40, 160)]

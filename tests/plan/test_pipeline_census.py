@@ -1,0 +1,97 @@
+"""A pipelined step compiled for eight H100s: its messages, its other traffic, and its memory."""
+
+import functools
+import re
+
+import pytest
+
+from jaxtron.pipeline.lowering import lower, segments
+from jaxtron.pipeline.schedules import make_schedule
+from jaxtron.plan.census import Collective
+from jaxtron.plan.rehearsal import Rehearsal, rehearse
+from jaxtron.train.config import Configuration
+
+LAYERS, HIDDEN, LENGTH, ROWS, PIPE, TENSOR = 8, 1024, 512, 2, 4, 2
+LAYERS_A_STAGE = LAYERS // PIPE
+# what one GPU of a stage sends: its tensor part of the microbatch's activations, bfloat16
+MESSAGE = ROWS * LENGTH * HIDDEN // TENSOR * 2
+
+
+@functools.cache
+def step(schedule: str = "1f1b", microbatches: int = 8) -> Rehearsal:
+    config = Configuration.model_validate(
+        {
+            "model": {"num_layers": LAYERS, "hidden_size": HIDDEN, "num_heads": 8, "vocab_size": 1024},
+            "data": {"sequence_length": LENGTH},
+            "train": {"global_batch": ROWS * microbatches, "microbatches": microbatches, "precision": "bf16"},
+            "mesh": {"pipe": PIPE, "tensor": TENSOR, "data": 1},
+            "pipeline": {"schedule": schedule},
+        }
+    )
+    return rehearse(config, gpu="h100", num_gpus=PIPE * TENSOR)
+
+
+def messages(rehearsal: Rehearsal) -> list[Collective]:
+    return [entry for entry in rehearsal.collectives if entry.kind == "collective_permute"]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "eager_1f1b"])
+def test_a_tick_sends_one_message_each_way_beside_its_work(schedule: str) -> None:
+    rehearsal = step(schedule)
+    program = lower(make_schedule(schedule, PIPE, 8))
+    sent = messages(rehearsal)
+    assert {(entry.axes, entry.bytes) for entry in sent} == {(("pipe",), MESSAGE)}
+    # per tick at most one of activations and one of gradients
+    assert sum(entry.executions for entry in sent) <= 2 * program.schedule.num_ticks
+    assert all(entry.asynchronous for entry in sent)
+
+
+def overlapped(hlo: str) -> tuple[int, int]:
+    """Permutations with a conditional between their start and their end, and all, in the loops over ticks."""
+    beside = total = 0
+    for body in re.split(r"\n(?=%|ENTRY)", hlo):
+        lines = [line for line in body.split("\n") if re.search(r" (conditional|collective-permute-\w+)\(", line)]
+        for index, line in enumerate(lines):
+            if started := re.search(r"(%collective-permute-start[\w.\-]*) =", line):
+                end = next(i for i, other in enumerate(lines) if f"-done({started[1]})" in other.replace("permute", "permute"))
+                total += 1
+                beside += any(" conditional(" in other for other in lines[index:end])
+    return beside, total
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "eager_1f1b"])
+def test_messages_travel_while_stages_work(schedule: str) -> None:
+    beside, total = overlapped(step(schedule).hlo)
+    assert total > 0 and beside == total
+
+
+@pytest.mark.parametrize(
+    ("schedule", "chunks", "most"),
+    [("gpipe", 1, 1.25), ("1f1b", 1, 1.25), ("eager_1f1b", 1, 1.25), ("interleaved", 2, 1.7), ("eager_interleaved", 2, 1.3)],
+)
+@pytest.mark.parametrize(("stages", "microbatches"), [(4, 16), (8, 32), (8, 64), (64, 512)])
+def test_few_messages_are_empty(schedule: str, chunks: int, most: float, stages: int, microbatches: int) -> None:
+    """Messages sent over messages needed; the aim is 1, the limit 2."""
+    program = lower(make_schedule(schedule, stages, microbatches, chunks))
+    sent = sum(segment.num_sent for segment in segments(program))
+    needed = 2 * microbatches * (stages * chunks - 1)
+    assert needed <= sent <= most * needed
+
+
+def test_memory_does_not_grow_with_microbatches() -> None:
+    few, many = step(microbatches=8).memory.temporaries, step(microbatches=32).memory.temporaries
+    # but for the tokens themselves
+    tokens = 24 * ROWS * LENGTH * 4 * 8
+    assert many - few <= tokens
+
+
+def test_tensor_traffic_of_a_stage_is_that_of_its_layers() -> None:
+    """In each tick's work: 2 all-gathers and 2 reduce-scatters a layer forward, 4 and 2 backward (2205.05198)."""
+    entries = [entry for entry in step().collectives if entry.axes == ("tensor",) and entry.bytes >= MESSAGE]
+    in_layers = [entry for entry in entries if entry.loops and entry.loops[-1] == LAYERS_A_STAGE]
+    assert entries
+    ticks = {entry.loops[0] for entry in in_layers}
+    for kind, a_layer in (("all_gather", 6), ("reduce_scatter", 4)):
+        found = [entry for entry in in_layers if entry.kind == kind]
+        # two ticks an iteration, each with a forward and a backward
+        assert sum(entry.operands for entry in found) == 2 * a_layer, ticks

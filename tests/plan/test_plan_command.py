@@ -1,0 +1,114 @@
+"""`python -m jaxtron.plan` as a user types it."""
+
+import io
+import re
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from jaxtron.command import run_command
+from jaxtron.config import load
+from jaxtron.pipeline.partition import Partition
+from jaxtron.pipeline.schedules import make_schedule
+from jaxtron.pipeline.table_file import read_csv
+from jaxtron.plan.__main__ import main
+from jaxtron.plan.activations import layer_bytes
+from jaxtron.train.config import Configuration
+
+# the devices that the tests run on
+PIPE = "--devices 8 --mesh.pipe 4 --mesh.tensor 2 --train.microbatches 8 --model.num_layers 8 --model.hidden_size 64 "
+PIPE += "--model.num_heads 4"
+
+
+def plan(arguments: str) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = run_command(main, arguments.split())
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_a_schedule_drawn_and_written(tmp_path: Path):
+    csv, png = tmp_path / "table.csv", tmp_path / "table.png"
+    code, out, err = plan(f"--schedule {PIPE} --pipeline.schedule zero_bubble --csv {csv} --png={png}")
+    assert (code, err) == (0, "")
+    assert out.startswith("mesh: pipe 4 x tensor 2\nzero_bubble: 4 stages, 8 microbatches\n")
+    assert "2 in each of 4 parts" in out and f"written   {csv}\nwritten   {png}\n" in out
+    schedule = make_schedule("zero_bubble", 4, 8)
+    assert read_csv(csv).table == schedule.table and png.read_bytes().startswith(b"\x89PNG")
+    code, again, _ = plan(f"--schedule {PIPE} --pipeline.schedule {csv}")
+    assert code == 0 and again.splitlines()[2:15] == out.splitlines()[2:15]
+
+
+def test_bytes_of_a_stage_are_those_of_its_layers():
+    # uneven stages: a chunk takes the rows of the longest
+    code, out, _ = plan(f"--schedule {PIPE} --pipeline.stage_layers 1 2 3 2")
+    one = int(re.search(r"one keeps ([\d,]+) bytes", out)[1].replace(",", ""))
+    rows = re.findall(r"^ +(\d) +\d+ +(\d+) +([\d,]+)$", out, re.MULTILINE)
+    assert code == 0 and one > 0 and "1, 2, 3, 2 in the parts" in out
+    assert [(int(stage), int(count)) for stage, count, _ in rows] == [(0, 4), (1, 3), (2, 2), (3, 1)]
+    assert [int(text.replace(",", "")) for *_, text in rows] == [count * 3 * one for count in (4, 3, 2, 1)]
+
+
+def configuration(flags: str) -> Configuration:
+    return load(Configuration, None, flags.split()).resolved()
+
+
+def test_bytes_of_a_layer_shrink_with_what_splits_them():
+    # no masks and no statistics of whole sequences: what is left is split by tensor
+    flags = "--model.hidden_size 64 --model.num_heads 4 --train.microbatches 8 --model.recompute"
+    whole = {"pipe": 2, "data": 1, "fsdp": 1, "tensor": 1}
+    full, none = (layer_bytes(configuration(f"{flags} {level}"), whole) for level in ("full", "none"))
+    # all of its input in bf16: batch 4, sequence, width
+    assert full == 4 * configuration(flags + " full").data.sequence_length * 64 * 2 < none / 8
+    config = configuration(flags + " full")
+    assert layer_bytes(config, whole | {"tensor": 4}) == full // 4
+    assert layer_bytes(config, whole | {"data": 2, "fsdp": 2}) == full // 4
+
+
+def test_without_devices_axes_left_open_are_one():
+    code, out, _ = plan("--schedule --mesh.pipe 4 --mesh.tensor 8 --model.num_heads 16 --model.hidden_size 64")
+    assert code == 0 and out.startswith("mesh: pipe 4 x tensor 8\n1f1b: 4 stages, 1 microbatches\n")
+    assert "3 in each of 4 parts" in out
+
+
+def test_layout_counts_layers_and_not_empty_rows():
+    code, out, err = plan(f"--layout {PIPE}")
+    assert (code, err) == (0, "") and "empty" not in out
+    total = re.search(r"^([\d,]+) parameters; ", out, re.MULTILINE)[1]
+    code, uneven, _ = plan(f"--layout {PIPE} --pipeline.stage_layers 1 2 3 2")
+    assert code == 0 and f"\n{total} parameters; " in uneven
+    assert "12 rows of layers hold 8: the others are empty" in uneven
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "say what to show: python -m jaxtron.plan --layout or --schedule CONFIG.yaml"),
+        ("--layout --schedule", "--layout and --schedule: one at a time"),
+        ("--layout --png a.png", "--png a.png has no effect without --schedule"),
+        ("--schedule --csv", "--csv needs a file"),
+        ("--schedule --devices 8 --mesh.pipe 2 --pipeline.schedule gpip", "did you mean gpipe?"),
+        (
+            "--schedule --devices 8 --mesh.pipe 2 --csv /dev/null/a.csv",
+            "cannot write the schedule into /dev/null/a.csv",
+        ),
+        ("--schedule --devices 8 --mesh.pipe 2 --png /dev/null/a.png", "cannot draw the schedule into /dev/null/a.png"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: str, message: str):
+    code, out, err = plan(arguments)
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize("what", ["--schedule", "--layout", ""])
+def test_help_says_what_it_shows(what: str):
+    code, out, err = plan(f"{what} --help")
+    assert (code, err) == (0, "")
+    for name in [what] if what else ["--schedule", "--layout"]:
+        assert f"({name})" in out
+
+
+def test_partition_of_one_stage_is_whole():
+    config = configuration("--model.num_layers 1 --model.pattern *-|*-*-")
+    assert config.partition(1) == Partition((3,)) and config.partition(2).lengths == (1, 2)

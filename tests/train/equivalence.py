@@ -1,0 +1,250 @@
+"""What the equivalence tests beside it share: small models, one batch, and runs of it on one device or many.
+
+Parameters and batch are the same global values on every mesh and partition; what comes back is in the model's order.
+One-device references take the batch whole, scan their layers, and are shared between the cases of a model.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtron.models.config import ModelConfig
+from jaxtron.models.decoder import Decoder
+from jaxtron.optim import OptimizerConfig
+from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.pipeline.partition import Partition, partition
+from jaxtron.pipeline.schedules import make_schedule
+from jaxtron.sharding import Blueprint, MeshConfig, ShardingConfig, blueprint, build_mesh, current, make_rules, use
+from jaxtron.sharding.parameters import shardings
+from jaxtron.train.config import TrainConfig
+from jaxtron.train.step import DTYPES, Batch, Trainer, TrainState, batch_sharding
+
+ROWS, LENGTH, VOCAB = 32, 16, 60
+TOLERANCE = 1e-5
+# A key bias adds the same score to all keys of a query, which softmax ignores: its gradient is zero but for rounding,
+# and rounding is all that a comparison relative to itself would see. So no gradient counts as smaller than this part
+# of the norm of all gradients.
+FLOOR = 1e-3
+
+
+def changed(model: ModelConfig, **changes) -> ModelConfig:
+    return ModelConfig(**{**model.model_dump(exclude_unset=True), **changes})
+
+
+GPT = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_heads=8,
+    vocab_size=VOCAB,
+    vocab_multiple=64,
+    max_positions=LENGTH,
+)
+MODELS = {
+    "gpt": GPT,
+    "gpt with dropout": changed(GPT, dropout=0.1, attention_dropout=0.2),
+    # an odd width: batch axes move to another dimension of each matrix, often one that tensor splits already
+    "gpt of odd width": changed(GPT, num_layers=1, hidden_size=35, head_dim=4, mlp_size=64),
+    "llama": ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_size=48,
+        vocab_size=VOCAB,
+        vocab_multiple=64,
+        activation="swiglu",
+        norm="rms_norm",
+        bias=False,
+        position="rotary",
+        tied_head=False,
+        z_loss=0.01,
+    ),
+    "palm": ModelConfig(
+        pattern="(*-)",
+        num_layers=2,
+        hidden_size=32,
+        num_heads=8,
+        num_kv_heads=1,
+        # a norm over fewer channels now and then divides by next to nothing, and rounding passes the tolerance
+        head_dim=8,
+        vocab_size=VOCAB,
+        vocab_multiple=64,
+        activation="squared_relu",
+        norm="layer_norm_1p",
+        embedding_norm=True,
+        qk_norm=True,
+        position="alibi",
+        attention_dropout=0.2,
+    ),
+}
+ONE_DEVICE, CUBE = {"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}
+SCANNED = {"unroll": 1}
+# Partitioning and collectives are what these tests are about, not machine code: half of the time to compile.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+ONE_STAGE = PipelineConfig()
+
+
+class Result(NamedTuple):
+    loss: float
+    gradients: dict[str, np.ndarray]
+
+
+def make_batch(rows: int = ROWS) -> Batch:
+    """Rows with ever fewer tokens and the last five with none: devices and microbatches differ in their counts."""
+    generator = np.random.default_rng(0)
+    tokens, targets = generator.integers(0, VOCAB, (2, rows, LENGTH), dtype=np.int32)
+    weights = generator.random((rows, LENGTH)) > np.arange(rows)[:, None] / (rows - 5)
+    assert weights[0].all() and not weights[-5:].any()
+    return Batch(tokens, targets, weights.astype(np.float32))
+
+
+def rules_for(mesh: dict[str, int], zero: str = "optimizer"):
+    devices = jax.devices()[: math.prod(mesh.values())]
+    return make_rules(build_mesh(MeshConfig(**{"data": 1, **mesh}), devices), ShardingConfig(zero=zero))
+
+
+def make_trainer(
+    model: ModelConfig, optimizer: OptimizerConfig | None = None, pipeline: PipelineConfig = ONE_STAGE, **train
+) -> Trainer:
+    config = TrainConfig(**{"global_batch": ROWS, "precision": "fp32", **train})
+    table = make_schedule(pipeline.schedule, current().mesh.shape["pipe"], config.microbatches, pipeline.chunks)
+    stages = partition(model.layout.repeats, table, pipeline)
+    plan = blueprint(lambda rngs: Decoder(model, dtype=DTYPES[config.precision], partition=stages, rngs=rngs))
+    return Trainer(plan, model, config, optimizer or OptimizerConfig(), pipeline, stages, seed=3)
+
+
+def make_params(plan: Blueprint, stages: Partition):
+    """Values for every parameter, none of them special: also biases that are not 0 and scales that are not 1."""
+    generator = np.random.default_rng(1)
+
+    def values(path, leaf, role: str) -> np.ndarray:
+        shape = (stages.num_layers, *leaf.shape[1:]) if is_stacked(path) else leaf.shape
+        value = 0.2 * generator.standard_normal(shape, np.float32) + (role == "scale")
+        return np.asarray(stages.arrange(value)) if is_stacked(path) else value
+
+    return jax.device_put(jax.tree.map_with_path(values, plan.shapes, plan.roles), shardings(plan.specs))
+
+
+def is_stacked(path) -> bool:
+    """Whether this leaf of parameters, gradients or moments has a row for each layer."""
+    return "['stack']" in jax.tree_util.keystr(path)
+
+
+def by_name(tree, stages: Partition) -> dict[str, np.ndarray]:
+    """Leaves on the host, layers in the model's order, named by their place in the tree."""
+    leaves = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        value = np.asarray(leaf)
+        if is_stacked(path):
+            assert not value[stages.rows < 0].any(), "an empty row is not zero"
+            value = np.asarray(stages.restore(value))
+        leaves[jax.tree_util.keystr(path)] = value
+    return leaves
+
+
+def loss_and_gradients(
+    model: ModelConfig,
+    mesh: dict[str, int],
+    zero: str,
+    microbatches: int,
+    pipeline: PipelineConfig = ONE_STAGE,
+    rows: int = ROWS,
+) -> Result:
+    with use(rules_for(mesh, zero)):
+        trainer = make_trainer(model, pipeline=pipeline, microbatches=microbatches, global_batch=rows)
+        params = make_params(trainer.blueprint, trainer.partition)
+        batch = jax.device_put(make_batch(rows), batch_sharding())
+        run = jax.jit(trainer.loss_and_gradients, compiler_options=QUICK)
+        loss, gradients = run(params, batch, jnp.int32(5), jnp.float32(1.0))
+        for gradient, param in zip(jax.tree.leaves(gradients), jax.tree.leaves(params), strict=True):
+            assert gradient.sharding == param.sharding
+        return Result(float(loss), by_name(gradients, trainer.partition))
+
+
+@functools.cache
+def one_device(name: str, num_layers: int | None = None, rows: int = ROWS) -> Result:
+    depth = {} if num_layers is None else {"num_layers": num_layers}
+    return loss_and_gradients(changed(MODELS[name], **SCANNED, **depth), ONE_DEVICE, "none", 1, rows=rows)
+
+
+def evaluate(model: ModelConfig, mesh: dict[str, int], pipeline: PipelineConfig = ONE_STAGE, rows: int = ROWS) -> float:
+    """Mean negative log-likelihood of the batch by the step of validation."""
+    with use(rules_for(mesh)):
+        trainer = make_trainer(model, pipeline=pipeline, global_batch=rows)
+        batch = jax.device_put(make_batch(rows), batch_sharding())
+        run = jax.jit(trainer.evaluate, compiler_options=QUICK)
+        nll, count = run(make_params(trainer.blueprint, trainer.partition), batch)
+    assert count == batch.weights.sum()
+    return float(nll / count)
+
+
+def assert_equal(result: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = TOLERANCE) -> None:
+    """Largest difference of every array, relative to its largest entry (and to `FLOOR` of the norm of all)."""
+    assert result.keys() == expected.keys()
+    norm = math.sqrt(sum(float(np.square(array, dtype=np.float64).sum()) for array in expected.values()))
+    errors = {
+        name: np.abs(result[name] - expected[name]).max() / max(np.abs(expected[name]).max(), FLOOR * norm)
+        for name in expected
+    }
+    wrong = {name: float(error) for name, error in errors.items() if not error < tolerance}
+    assert not wrong
+
+
+# without a large epsilon the first update is the sign of a gradient, which rounding decides where that is nearly zero
+ADAMW = OptimizerConfig(learning_rate=0.01, epsilon=1e-3, schedule="linear", decay_steps=10, clip_norm=0.5)
+
+
+class Steps(NamedTuple):
+    metrics: list[dict[str, float]]
+    params: dict[str, np.ndarray]
+    optimizer: dict[str, np.ndarray]
+    states: list[TrainState]
+
+
+def take_steps(
+    model: ModelConfig,
+    mesh: dict[str, int],
+    zero: str,
+    scales: tuple[float, ...],
+    pipeline: PipelineConfig = ONE_STAGE,
+    **train,
+) -> Steps:
+    """One step for each of the loss scales put in (0: left as it is), on one batch."""
+    with use(rules_for(mesh, zero)):
+        trainer = make_trainer(model, ADAMW, pipeline, **train)
+        state = jax.jit(trainer._around)(make_params(trainer.blueprint, trainer.partition))
+        batch = jax.device_put(make_batch(trainer.config.global_batch), batch_sharding())
+        run = jax.jit(trainer.step, compiler_options=QUICK)
+        states, metrics = [state], []
+        for scale in scales:
+            if scale:
+                loss_scale = dataclasses.replace(state.loss_scale, scale=jnp.float32(scale))
+                state = dataclasses.replace(state, loss_scale=loss_scale)
+            state, numbers = run(state, batch)
+            states.append(state)
+            metrics.append({name: float(number) for name, number in numbers.items()})
+        for leaf, first in zip(jax.tree.leaves(state), jax.tree.leaves(states[0]), strict=True):
+            # a step that moved its state would compile again, or refuse to
+            assert leaf.sharding.is_equivalent_to(first.sharding, leaf.ndim)
+        stages = trainer.partition
+        return Steps(metrics, by_name(state.params, stages), by_name(state.optimizer, stages), states)
+
+
+def assert_steps_equal(result: Steps, expected: Steps) -> None:
+    """Metrics, parameters and optimizer after two steps, of which clipping made the first smaller."""
+    assert expected.metrics[0]["gradient_norm"] > ADAMW.clip_norm
+    # the second step learns from the first
+    assert expected.metrics[1]["loss"] < expected.metrics[0]["loss"]
+    for numbers, numbers_there in zip(result.metrics, expected.metrics, strict=True):
+        assert numbers == pytest.approx(numbers_there, rel=TOLERANCE)
+    assert_equal(result.params, expected.params)
+    assert_equal(result.optimizer, expected.optimizer)
