@@ -127,13 +127,15 @@ def attention_core(rate: float) -> Core:
         num_groups = num_heads // num_kv_heads
         grouped = query.reshape(rows, length, num_kv_heads, num_groups, head_dim)
         grouped = grouped * jnp.asarray(head_dim**-0.5, grouped.dtype)
+        per_head = None
         if slopes is not None:
-            slopes = constrain(jnp.asarray(slopes, jnp.float32).reshape(num_kv_heads, num_groups), "kv_heads", None)
+            per_head = constrain(jnp.asarray(slopes, jnp.float32).reshape(num_kv_heads, num_groups), "kv_heads", None)
         shape = (rows, num_kv_heads, num_groups, length, length)
         mask = dropout_mask(shape, rate, inputs.fold(1), *SCORES)
         # laid out for `mix`, whose backward lays their gradients out so
         grouped, key, value = constrain(grouped, *QUERIES), constrain(key, *KEYS), constrain(value, *KEYS)
-        return mix(grouped, key, value, slopes, mask, rate).reshape(rows, length, num_heads, head_dim)
+        mixed: Array = mix(grouped, key, value, per_head, mask, rate)
+        return mixed.reshape(rows, length, num_heads, head_dim)
 
     return core
 
@@ -164,7 +166,7 @@ def _mix(
         scores = scores - slopes[:, :, None, None] * (queries - keys).astype(jnp.float32)
     scores = jnp.where(keys <= queries, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, -1).astype(value.dtype)
-    dropped = weights if mask is None else drop(weights, mask, rate)
+    dropped: Array = weights if mask is None else drop(weights, mask, rate)
     return _weigh(dropped, value), weights if mask is None else jnp.where(mask, weights, -weights)
 
 
@@ -192,12 +194,14 @@ def _mix_backward(rate: float, residuals: tuple, cotangent: Array) -> tuple[Arra
         weights, mask = jnp.abs(signed), signed > 0
         dropped = drop(weights, mask, rate)
     # the products' own transposes: those written out as einsums cost a CPU more copies
+    pulled: Array
     pulled, dvalue = jax.vjp(_weigh, dropped, value)[1](cotangent)
     if mask is not None:
         pulled = drop(pulled, mask, rate)
     weights, pulled = weights.astype(jnp.float32), pulled.astype(jnp.float32)
     dscores = weights * (pulled - jnp.sum(pulled * weights, -1, keepdims=True))
-    dquery, dkey = jax.vjp(lambda *pair: _score(*pair, query.dtype), query, key)[1](dscores.astype(query.dtype))
+    score = functools.partial(_score, dtype=query.dtype)
+    dquery, dkey = jax.vjp(score, query, key)[1](dscores.astype(query.dtype))
     return dquery, dkey, dvalue, None, None
 
 

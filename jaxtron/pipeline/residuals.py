@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxtron.typing import Array, PyTree
 
@@ -17,6 +18,7 @@ class Recipe:
     treedef: Any
     sources: tuple[tuple[bool, int], ...]
     keys: tuple[Any, ...]
+    constants: tuple[Array, ...]
 
     def __call__(self, stored: list[Array], given: PyTree) -> Callable:
         """The function; `given` are today's values of what was `given` to `take_apart`."""
@@ -24,7 +26,7 @@ class Recipe:
             leaf if key is None else jax.random.wrap_key_data(leaf, impl=key)
             for leaf, key in zip(stored, self.keys, strict=True)
         ]
-        again = jax.tree.leaves(given)
+        again = [*jax.tree.leaves(given), *self.constants]
         return jax.tree.unflatten(
             self.treedef, [(again if is_given else values)[place] for is_given, place in self.sources]
         )
@@ -36,7 +38,11 @@ def take_apart(pull: Callable, given: PyTree) -> tuple[list[Array], Recipe]:
     What is given need not be stored: it is there again when the function is.
     """
     leaves, treedef = jax.tree.flatten(pull)
-    places = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves(given))}
+    # what no input is in, such as ALiBi's slopes, is a constant of the program
+    constants = tuple(leaf for leaf in leaves if not isinstance(leaf, Tracer))
+    places: dict[int, int] = {}
+    for place, leaf in enumerate((*jax.tree.leaves(given), *constants)):
+        places.setdefault(id(leaf), place)
     stored: list[Array] = []
     sources = []
     seen: dict[int, int] = {}
@@ -52,4 +58,4 @@ def take_apart(pull: Callable, given: PyTree) -> tuple[list[Array], Recipe]:
         jax.random.key_impl(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else None for leaf in stored
     )
     plain = [leaf if key is None else jax.random.key_data(leaf) for leaf, key in zip(stored, keys, strict=True)]
-    return plain, Recipe(treedef, tuple(sources), keys)
+    return plain, Recipe(treedef, tuple(sources), keys, constants)

@@ -49,7 +49,7 @@ def test_minus_one_fills(config, num_devices, filled):
         ({"data": 2, "tensor": 8}, 8, "data 2 x tensor 8 needs 16 devices, there are 8"),
         ({"tensor": 3}, 8, "3 does not divide the 8 devices"),
         ({"data": 1}, 8, "data 1 needs 1 devices, there are 8"),
-        ({"pipe": 3}, 8, "mesh data -1 x pipe 3: 3 does not divide the 8 devices"),
+        ({"pipe": 3}, 8, "mesh pipe 3 x data -1: 3 does not divide the 8 devices"),
     ],
 )
 def test_sizes_that_do_not_fit_the_devices(config, num_devices, message):
@@ -65,7 +65,7 @@ def test_sizes_that_do_not_fit_the_devices(config, num_devices, message):
         (["--fsdp", "-2"], "mesh.fsdp must be a positive number or -1, not -2"),
         (["--tensor", "-1"], "only one mesh axis can be -1 .*mesh.data, mesh.tensor"),
         (["--pipe", "0"], "mesh.pipe must be a positive number or -1, not 0"),
-        (["--pipe", "-1"], "only one mesh axis can be -1 .*mesh.data, mesh.pipe"),
+        (["--pipe", "-1"], "only one mesh axis can be -1 .*mesh.pipe, mesh.data"),
         (["--context", "4"], "mesh.context above 1 is not supported yet"),
         (["--tensor_parallel", "4"], "unknown setting tensor_parallel.*tensor"),
     ],
