@@ -21,6 +21,8 @@ from jaxtron.sharding.collectives import permute, vary, zeros_like_type
 from jaxtron.typing import Array, PyTree
 
 PIPE = "pipe"
+# how operations of backwards are named in compiled programs, where autodiff's own names may be lost
+BACKWARD = "backward"
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,7 @@ class _Executor:
             gradients=write(state.gradients, cotangent, (slot,)),
         )
 
+    @jax.named_scope(BACKWARD)
     def _backward(self, state: State, slots: Slots) -> tuple[State, Array]:
         """Layers in reverse, then the embedding on the first virtual stage."""
         microbatch = self._microbatch(slots)
@@ -290,6 +293,7 @@ class _Executor:
 
         return self._branch(slots.is_first, embed, lambda state: state, state), cotangent
 
+    @jax.named_scope(BACKWARD)
     def _weight(self, state: State, slots: Slots) -> tuple[State, Array]:
         """The layers' weight gradients that a backward put off."""
         shared = self.model.shared(self._microbatch(slots))

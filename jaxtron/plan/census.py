@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from jaxtron.pipeline.executor import BACKWARD
 from jaxtron.plan import hlo
 
 # HLO's names, and how much of the payload each device sends when a ring of n carries it out
@@ -117,7 +118,7 @@ def _collective(module: hlo.Module, site: hlo.Site, groups: "_Groups") -> Collec
         # JAX 0.10 prints pairs also for what waits at once
         asynchronous=started and '"is_sync":true' not in instruction.attributes,
         # where XLA lost a collective's own name its loop still tells
-        backward=any("transpose(" in source for source in sources),
+        backward=any("transpose(" in source or f"/{BACKWARD}/" in source for source in sources),
         source=next(filter(None, sources), ""),
         location=hlo.location(module, instruction),
     )

@@ -59,7 +59,6 @@ class Case(NamedTuple):
 FULL, SELECTIVE = ({"recompute": level, **SCANNED} for level in ("full", "selective"))
 UNROLLED = {}
 QUICK_CASES = [
-    Case("gpt", "gpipe", {"pipe": 4, "tensor": 2}, 6, zero="none"),
     Case("llama", "gpipe", {"pipe": 2, "fsdp": 2, "data": 2}, 3, changes=FULL),
     Case("gpt with dropout", "1f1b", {"pipe": 2, "tensor": 2, "data": 2}, 3),
     Case("gpt", "1f1b", {"pipe": 8}, 12),
@@ -69,15 +68,17 @@ QUICK_CASES = [
     Case("gpt", "interleaved", {"pipe": 2, "fsdp": 2, "tensor": 2}, 6, chunks=3, stage_layers=(1, 2, 1, 2, 1, 1)),
     Case("llama", "interleaved", {"pipe": 4, "data": 2}, 4, chunks=2, zero="parameters", changes=FULL),
     Case("gpt with dropout", "eager_interleaved", {"pipe": 4, "tensor": 2}, 6, chunks=2, zero="none"),
-    Case("gpt", "eager_interleaved", {"pipe": 2, "fsdp": 2, "data": 2}, 3, chunks=3, changes=SELECTIVE),
-    Case("gpt with dropout", "zero_bubble", {"pipe": 4, "tensor": 2}, 6, changes=SELECTIVE),
-    Case("llama", "zero_bubble", {"pipe": 2, "fsdp": 2, "tensor": 2}, 4, stage_layers=(5, 3)),
+    Case("gpt with dropout", "zero_bubble", {"pipe": 2, "fsdp": 2, "tensor": 2}, 3),
     Case("llama", "zero_bubble_v", {"pipe": 4, "data": 2}, 6, chunks=2, zero="none"),
-    Case("gpt", "zero_bubble_v", {"pipe": 2, "fsdp": 2, "tensor": 2}, 3, chunks=2, stage_layers=(3, 2, 2, 1)),
-    Case("gpt with dropout", "dualpipe_v", {"pipe": 2, "tensor": 2, "data": 2}, 6, chunks=2),
     Case("llama", "dualpipe_v", {"pipe": 4, "fsdp": 2}, 12, chunks=2, zero="parameters", changes=FULL),
 ]
 SLOW_CASES = [
+    Case("gpt", "gpipe", {"pipe": 4, "tensor": 2}, 6, zero="none"),
+    Case("gpt", "eager_interleaved", {"pipe": 2, "fsdp": 2, "data": 2}, 3, chunks=3, changes=SELECTIVE),
+    Case("gpt with dropout", "zero_bubble", {"pipe": 4, "tensor": 2}, 6, changes=SELECTIVE),
+    Case("llama", "zero_bubble", {"pipe": 2, "fsdp": 2, "tensor": 2}, 4, stage_layers=(5, 3)),
+    Case("gpt", "zero_bubble_v", {"pipe": 2, "fsdp": 2, "tensor": 2}, 3, chunks=2, stage_layers=(3, 2, 2, 1)),
+    Case("gpt with dropout", "dualpipe_v", {"pipe": 2, "tensor": 2, "data": 2}, 6, chunks=2),
     # more stages and chunks
     Case("gpt", "gpipe", {"pipe": 8}, 6, changes=SELECTIVE),
     Case("llama", "eager_1f1b", {"pipe": 8}, 24, num_layers=10),
