@@ -13,14 +13,13 @@ from jaxtron.models.pattern import ATTENTION, MLP, SYMBOLS, Pattern, parse
 
 # What `recompute: selective` drops and computes again (2205.05198): the part quadratic in the sequence.
 SELECTIVE = ("attention_core",)
-RECOMPUTABLE = ("attention_core", "attention", "mlp", "norm")
 # What only one kind of layer reads, or contains.
 FIELDS_OF = {
     ATTENTION: ("num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "attention_dropout"),
     MLP: ("mlp_size", "activation"),
 }
 REGIONS_OF = {ATTENTION: ("attention_core", "attention"), MLP: ("mlp",)}
-RecomputeName = Literal["attention_core", "attention", "mlp", "norm"]
+RecomputeName = Literal["attention_core", "attention", "mlp"]
 
 
 class ModelConfig(Config):

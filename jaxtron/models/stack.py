@@ -41,7 +41,7 @@ class Layer(nnx.Module):
                 setattr(self, name, make(config, rngs))
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
-        normed = self._region("norm", self.norm)(x)
+        normed = self.norm(x)
         for site, name in enumerate(self.names):
             branch = self._region(name, getattr(self, name))
             x = kept(x + branch(normed, inputs.fold(site)))

@@ -54,7 +54,7 @@ def test_a_changed_copy_has_its_own_layout():
         ("none", set()),
         ("selective", {"attention_core"}),
         ("full", {"layer"}),
-        (["mlp", "norm"], {"mlp", "norm"}),
+        (["mlp", "attention"], {"mlp", "attention"}),
     ],
 )
 def test_recomputed_regions(recompute, names):

@@ -45,7 +45,7 @@ CASES = [
     # more tensor parts than key/value heads
     ("llama", {"recompute": ["attention", "mlp"]} | SCANNED, {"tensor": 8}, "optimizer", 4),
     ("palm", {"recompute": "selective"}, {"data": 8}, "parameters", 1),
-    ("palm", {"recompute": ["norm", "attention_core"]} | SCANNED, {"fsdp": 2, "tensor": 4}, "optimizer", 1),
+    ("palm", {"recompute": ["mlp", "attention_core"]} | SCANNED, {"fsdp": 2, "tensor": 4}, "optimizer", 1),
     ("palm", SCANNED, {"tensor": 8}, "none", 4),
 ]
 
