@@ -103,7 +103,7 @@ class Attention(nnx.Module):
         for layer in (self.key, self.value):
             shared = layer(x, "batch", "full_seq", None, "head_dim")
             rows, length, num_heads, head_dim = shared.shape
-            # plain shapes instead of `jnp.repeat`, whose inside has axes of another kind (`pipeline/split.py` cuts there)
+            # plain shapes: inside `jnp.repeat` axes are of another kind, which `pipeline/split.py` would cut into
             copies = jnp.broadcast_to(shared[:, :, :, None], (rows, length, num_heads, self.num_groups, head_dim))
             copies = copies.reshape(rows, length, -1, head_dim)
             heads.append(constrain(copies, "batch", "full_seq", "heads", "head_dim"))
