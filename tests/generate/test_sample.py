@@ -51,9 +51,11 @@ def expected(one_device_rules) -> list[int]:
 @pytest.mark.parametrize(
     ("partition", "mesh"),
     [
-        (Partition((5,)), {"data": 2, "fsdp": 2, "tensor": 2}),
+        pytest.param(Partition((5,)), {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
         (Partition((1, 2, 1, 1), num_stages=2), {"pipe": 2}),
-        (Partition((1, 2, 1, 1), num_stages=2, placement="vee"), {"pipe": 2, "data": 2}),
+        pytest.param(
+            Partition((1, 2, 1, 1), num_stages=2, placement="vee"), {"pipe": 2, "data": 2}, marks=pytest.mark.slow
+        ),
         (Partition((1, 1, 1, 2), num_stages=4), {"pipe": 4, "tensor": 2}),
     ],
     ids=["no stages", "chunks", "vee", "with tensor"],

@@ -114,7 +114,13 @@ def toy(num_layers: int, num_microbatches: int):
     return params, batch, *plain(params, batch)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+# one of each kind; `slow` has them all
+QUICKEST = ("eager_1f1b", "interleaved", "zero_bubble_v")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICKEST else pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES]
+)
 def test_every_schedule_is_plain_differentiation(rules_for, name):
     num_stages, num_microbatches, num_chunks = sizes(name)
     num_chunks = 3 if "interleaved" in name else num_chunks

@@ -193,6 +193,8 @@ def test_sizes_a_schedule_does_not_run(name, sizes, message):
         make_schedule(name, *sizes)
 
 
+# a ratio of times, still: on a machine with other work to do it may be anything
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_largest_tables_are_made_as_fast_as_small_ones_for_their_size(name):
     chunks = 2 if name in ("interleaved", "eager_interleaved", *TWO_CHUNKS) else 1

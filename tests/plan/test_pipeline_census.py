@@ -35,7 +35,7 @@ def messages(rehearsal: Rehearsal) -> list[Collective]:
     return [entry for entry in rehearsal.collectives if entry.kind == "collective_permute"]
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "eager_1f1b"])
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("eager_1f1b", marks=pytest.mark.slow)])
 def test_a_tick_sends_one_message_each_way_beside_its_work(schedule: str) -> None:
     rehearsal = step(schedule)
     program = lower(make_schedule(schedule, PIPE, 8))
@@ -67,7 +67,7 @@ def overlapped(hlo: str) -> tuple[int, int]:
     return beside, total
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "eager_1f1b"])
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("eager_1f1b", marks=pytest.mark.slow)])
 def test_messages_travel_while_stages_work(schedule: str) -> None:
     beside, total = overlapped(step(schedule).hlo)
     assert total > 0 and beside == total
@@ -83,7 +83,9 @@ def test_messages_travel_while_stages_work(schedule: str) -> None:
         ("eager_interleaved", 2, 1.3),
     ],
 )
-@pytest.mark.parametrize(("stages", "microbatches"), [(4, 16), (8, 32), (8, 64), (64, 512)])
+@pytest.mark.parametrize(
+    ("stages", "microbatches"), [(4, 16), (8, 32), (8, 64), pytest.param(64, 512, marks=pytest.mark.slow)]
+)
 def test_few_messages_are_empty(schedule: str, chunks: int, most: float, stages: int, microbatches: int) -> None:
     """Messages sent over messages needed; the aim is 1, the limit 2."""
     program = lower(make_schedule(schedule, stages, microbatches, chunks))

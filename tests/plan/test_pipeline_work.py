@@ -78,7 +78,9 @@ def largest(program: Work, flops: int) -> Work:
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize(("schedule", "chunks"), [("zero_bubble", 1), ("zero_bubble_v", 2)])
+@pytest.mark.parametrize(
+    ("schedule", "chunks"), [("zero_bubble", 1), pytest.param("zero_bubble_v", 2, marks=pytest.mark.slow)]
+)
 def test_a_split_backward_does_the_work_of_a_whole_one(schedule: str, chunks: int, recompute: str) -> None:
     layers = LAYERS // (2 * chunks)
     # the layer's last product, 4 of 12 hidden^2, is not computed again: its output is the next layer's input

@@ -92,6 +92,7 @@ def test_first_values_and_counts_do_not_depend_on_the_stages(tmp_path: Path):
         assert_same(found, expected)
 
 
+@pytest.mark.slow
 def test_a_run_continues_bit_for_bit_on_the_same_stages(undisturbed: Path, programs: tuple[str, ...], tmp_path: Path):
     run(tmp_path, *INTERLEAVED, *programs, steps=2)
     ended = run(tmp_path, *INTERLEAVED, *programs, steps=6)
@@ -136,6 +137,7 @@ def test_its_configuration_starts_it_again(undisturbed: Path):
     assert ended.code == 2 and "pipeline.schedule interleaved has no effect with mesh.pipe 1" in ended.err
 
 
+@pytest.mark.slow
 def test_a_table_on_file_and_a_pattern_with_cuts_train_and_speak(tmp_path: Path):
     table = tmp_path / "table.csv"
     write_csv(make_schedule("eager_1f1b", 2, 4), table)
