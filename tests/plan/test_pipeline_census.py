@@ -94,6 +94,7 @@ def test_few_messages_are_empty(schedule: str, chunks: int, most: float, stages:
     assert needed <= sent <= most * needed
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_microbatches() -> None:
     few, many = step(microbatches=8).memory.temporaries, step(microbatches=32).memory.temporaries
     # but for the tokens themselves

@@ -80,6 +80,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, programs: tuple[str, .
     return folder
 
 
+@pytest.mark.slow
 def test_first_values_and_counts_do_not_depend_on_the_stages(tmp_path: Path):
     step, expected, count = values(tmp_path / "none", *NO_STAGES)
     assert step == 0
