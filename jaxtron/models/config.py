@@ -77,7 +77,7 @@ class ModelConfig(Config):
     recompute: Literal["none", "selective", "full"] | tuple[RecomputeName, ...] = "none"
     """Computed again in the backward: none, selective (attention core), full (layers), or a list of names."""
     unroll: int | None = Field(default=None, ge=1)
-    """Periods unrolled in each iteration of the scan over layers (none: all on CPUs up to 16, else 1)."""
+    """Periods unrolled in each iteration of the scan over layers (none: 1)."""
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":

@@ -20,9 +20,6 @@ from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding import current, gather_at_use
 from jaxtron.typing import Array, Float
 
-# Up to this many periods are unrolled on a CPU, where a loop's copies cost more than its shorter compilation saves.
-CPU_UNROLL = 16
-
 
 def make_norm(config: ModelConfig, size: int, rngs: nnx.Rngs) -> Norm:
     """The model's kind of norm over `size` channels."""
@@ -151,11 +148,7 @@ class Stack(nnx.Module):
 
     def unroll(self) -> int:
         """Periods in each iteration of a loop over them."""
-        repeats = self.config.layout.repeats
-        if self.config.unroll is not None:
-            return min(self.config.unroll, repeats)
-        on_cpu = current().mesh.devices.flat[0].platform == "cpu"
-        return repeats if on_cpu and repeats <= CPU_UNROLL else 1
+        return min(self.config.unroll or 1, self.config.layout.repeats)
 
 
 def _empty_as_zeros(partition: Partition, rows: Array) -> Array:
