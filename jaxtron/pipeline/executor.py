@@ -207,8 +207,7 @@ class _Executor:
         x, pull_embed = jax.vjp(lambda ends: self.model.embed(ends, microbatch), ends)
 
         def turn(y: Array) -> tuple[Array, tuple[PyTree, PyTree]]:
-            differentiate = jax.value_and_grad(self.model.head, argnums=(0, 1), has_aux=True)
-            (_, reports), (gradient, cotangent) = differentiate(ends, y, microbatch)
+            reports, gradient, cotangent = self._differentiate_head(y, microbatch)
             return cotangent, (reports, gradient)
 
         shared = self.model.shared(microbatch)
@@ -254,14 +253,19 @@ class _Executor:
         if not self.trains:
             reports = self.model.head(self.params.ends, y, microbatch)[1]
             return replace(state, reports=_add(state.reports, reports))
-        differentiate = jax.value_and_grad(self.model.head, argnums=(0, 1), has_aux=True)
-        (_, reports), (ends, cotangent) = differentiate(self.params.ends, y, microbatch)
+        reports, ends, cotangent = self._differentiate_head(y, microbatch)
         return replace(
             state,
             reports=_add(state.reports, reports),
             sums=replace(state.sums, ends=self._add_to_ends(state.sums.ends, ends)),
             gradients=write(state.gradients, cotangent, (slot,)),
         )
+
+    def _differentiate_head(self, y: Array, microbatch: PyTree) -> tuple[PyTree, PyTree, Array]:
+        """Reports, the gradient of the ends, and the cotangent of the last layer's output."""
+        differentiate = jax.value_and_grad(self.model.head, argnums=(0, 1), has_aux=True)
+        (_, reports), (gradient, cotangent) = differentiate(self.params.ends, y, microbatch)
+        return reports, gradient, cotangent
 
     @jax.named_scope(BACKWARD)
     def _backward(self, state: State, slots: Slots) -> tuple[State, Array]:

@@ -9,7 +9,7 @@ from jaxtyping import Int32
 
 from jaxtron.config import UserError
 from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.pipeline.schedule import Entry, Placement, Schedule, Work
+from jaxtron.pipeline.schedule import Entry, Placement, Schedule, Work, place
 from jaxtron.typing import Array
 
 
@@ -78,12 +78,6 @@ class Partition:
     def local_rows(self) -> int:
         """Rows of one stage."""
         return self.num_chunks * self.chunk_rows
-
-
-def place(virtual: int, num_stages: int, placement: Placement) -> tuple[int, int]:
-    """The stage and the chunk where a virtual stage lies."""
-    chunk, stage = divmod(virtual, num_stages)
-    return (num_stages - 1 - stage if placement == "vee" and chunk == 1 else stage), chunk
 
 
 def partition(num_layers: int, schedule: Schedule, config: PipelineConfig) -> Partition:

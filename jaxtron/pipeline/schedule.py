@@ -79,8 +79,13 @@ class Schedule:
 
     def place(self, virtual: int) -> tuple[int, int]:
         """The stage and the chunk where a virtual stage lies."""
-        chunk, stage = divmod(virtual, self.num_stages)
-        return (self.num_stages - 1 - stage if self.placement == "vee" and chunk == 1 else stage), chunk
+        return place(virtual, self.num_stages, self.placement)
+
+
+def place(virtual: int, num_stages: int, placement: Placement) -> tuple[int, int]:
+    """The stage and the chunk where a virtual stage lies."""
+    chunk, stage = divmod(virtual, num_stages)
+    return (num_stages - 1 - stage if placement == "vee" and chunk == 1 else stage), chunk
 
 
 def one_stage(num_microbatches: int) -> Schedule:
