@@ -4,6 +4,8 @@ export PYTHON
 # for `make train`: the run, and more settings such as ARGS="--train.steps 100"
 CONFIG ?= configs/gpt_tiny.yaml
 ARGS ?=
+# how the suite is shared out: a file stays in one process, where its compiled steps are
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 # the short lane on the oldest JAX
 OLDEST := 0.10.2
 OLDEST_TESTS ?= tests/test_config.py tests/train/test_mesh_equivalence.py tests/pipeline/test_executor.py
@@ -21,22 +23,22 @@ train: ## train a small GPT on Python's own source (ARGS="--train.steps 100", CO
 
 test: ## the test suite (ARGS="-k mesh")
 	@tools/setup .venv test
-	@.venv/bin/python -m pytest -q $(ARGS)
+	@.venv/bin/python -m pytest -q $(PARALLEL) $(ARGS)
 
 test-all: ## also the slow tests
 	@tools/setup .venv test
-	@.venv/bin/python -m pytest -q -m 'not gpu' $(ARGS)
+	@.venv/bin/python -m pytest -q $(PARALLEL) -m 'not gpu' $(ARGS)
 
 test-oldest: ## a short part of the suite on the oldest JAX (OLDEST_TESTS="tests/train")
 	@PYTHONS="3.11 3.12 3.13" tools/setup .venv-oldest test jax==$(OLDEST) jaxlib==$(OLDEST) jax-cuda12-plugin==$(OLDEST)
-	@.venv-oldest/bin/python -m pytest -q $(OLDEST_TESTS) $(ARGS)
+	@.venv-oldest/bin/python -m pytest -q $(PARALLEL) $(OLDEST_TESTS) $(ARGS)
 
 check: ## format, lint, types, then the suite
 	@tools/setup .venv dev
 	@.venv/bin/ruff format --check --quiet .
 	@.venv/bin/ruff check --quiet .
 	@.venv/bin/pyright
-	@.venv/bin/python -m pytest -q $(ARGS)
+	@.venv/bin/python -m pytest -q $(PARALLEL) $(ARGS)
 
 gpu: ## benchmark on this machine's NVIDIA GPUs (CUDA=cuda13)
 	@tools/setup .venv $(CUDA)

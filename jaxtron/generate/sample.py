@@ -100,7 +100,6 @@ def _next_logits(
         embed=lambda decoder, microbatch: decoder.embed(microbatch[0]),
         inputs=lambda decoder, microbatch: decoder.inputs(microbatch[0].shape[1]),
         head=head,
-        checkpointed=False,
     )
     microbatches = jax.tree.map(vary, (tokens[None, None], filled[None]))
     _, logits = executor.run(forward_only(partition), partition, model, staged.parameters, microbatches)

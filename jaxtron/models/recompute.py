@@ -25,8 +25,7 @@ def region(name: str, recomputed: frozenset[str], function: Callable) -> Callabl
     return keeping_inputs(function) if name in recomputed else function
 
 
-def layer(recomputed: frozenset[str], function: Callable, *, checkpointed: bool) -> Callable:
-    """A layer under its policy; without `checkpointed` (or recompute of it all), the compiler decides what it keeps."""
-    if "layer" in recomputed:
-        return jax.checkpoint(function, prevent_cse=False)
-    return jax.checkpoint(function, prevent_cse=False, policy=keep_products) if checkpointed else function
+def layer(recomputed: frozenset[str], function: Callable) -> Callable:
+    """A layer under its policy: recomputed from its input if `layer` is recomputed, else as `keep_products`."""
+    policy = None if "layer" in recomputed else keep_products
+    return jax.checkpoint(function, prevent_cse=False, policy=policy)

@@ -17,7 +17,7 @@ from jaxtron.models.config import ModelConfig
 from jaxtron.models.pattern import ATTENTION, Branch
 from jaxtron.pipeline.layer_loop import LayerFunction
 from jaxtron.pipeline.partition import Partition
-from jaxtron.sharding import current, gather_at_use
+from jaxtron.sharding import gather_at_use
 from jaxtron.typing import Array, Float
 
 
@@ -115,7 +115,7 @@ class Stack(nnx.Module):
         self.periods = nnx.merge(graph, jax.tree.map(functools.partial(_empty_as_zeros, partition), states))
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
-        layer = self.layer(checkpointed=False)
+        layer = self.layer()
 
         def body(x: Array, step: tuple[Array, nnx.State]) -> tuple[Array, None]:
             number, state = step
@@ -128,23 +128,15 @@ class Stack(nnx.Module):
         """Parameters of all periods."""
         return nnx.split(self.periods)[1]
 
-    def layer(self, *, checkpointed: bool) -> LayerFunction:
-        """(a period's parameters, its input, its number, inputs shared by all) -> its output, under its policy.
-
-        `checkpointed`: keep the inputs of matrix products, and neither gathered arrays nor what is made without one.
-        """
+    def layer(self) -> LayerFunction:
+        """(a period's parameters, its input, its number, inputs shared by all) -> its output, under its policy."""
         graph = nnx.split(self.periods)[0]
 
         def layer(state: nnx.State, x: Array, number: Array, inputs: LayerInputs) -> Array:
             period = nnx.merge(graph, gather_at_use(state, self.dtype))
             return period(x, inputs.fold(number))
 
-        return recompute.layer(self.config.recomputed, layer, checkpointed=checkpointed or _gathers())
-
-    @property
-    def is_unrolled(self) -> bool:
-        """Whether one stage runs all layers without a loop."""
-        return self.partition.num_stages == 1 and self.unroll() == self.config.layout.repeats
+        return recompute.layer(self.config.recomputed, layer)
 
     def unroll(self) -> int:
         """Periods in each iteration of a loop over them."""
@@ -154,8 +146,3 @@ class Stack(nnx.Module):
 def _empty_as_zeros(partition: Partition, rows: Array) -> Array:
     filled = (partition.rows >= 0).reshape(-1, *(1,) * (rows.ndim - 1))
     return rows if filled.all() else jnp.where(filled, rows, 0)
-
-
-def _gathers() -> bool:
-    rules = current()
-    return rules.size(("tensor",)) > 1 or rules.size(rules.gather_at_use) > 1

@@ -24,21 +24,15 @@ class StagedDecoder:
         ends = {name: part for name, part in params.items() if name != STACK}
         self.parameters = Parameters(self._decoder.stack.state(), ends)
 
-    @property
-    def is_unrolled(self) -> bool:
-        """Whether one stage runs all layers without a loop."""
-        return self._decoder.stack.is_unrolled
-
     def model(
         self,
         *,
         embed: Callable[[Decoder, PyTree], Array],
         inputs: Callable[[Decoder, PyTree], LayerInputs],
         head: Callable[[Decoder, Array, PyTree], tuple[Array, PyTree]],
-        checkpointed: bool,
     ) -> Model:
         """What the executor runs; the functions get a decoder whose ends are to be used, and a microbatch."""
-        layer = self._decoder.stack.layer(checkpointed=checkpointed)
+        layer = self._decoder.stack.layer()
         return Model(
             embed=lambda ends, microbatch: embed(self._with(ends), microbatch),
             shared=lambda microbatch: inputs(self._decoder, microbatch),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtron.pipeline.layer_loop import Buffer, LayerFunction, LayerLoop, read, write
-from jaxtron.pipeline.lowering import Channel, Pairs, Program, Segment, Slots, lower, segments
+from jaxtron.pipeline.lowering import Channel, IntTable, Pairs, Program, Segment, Slots, lower, segments
 from jaxtron.pipeline.partition import Partition
 from jaxtron.pipeline.schedule import Schedule
 from jaxtron.sharding.collectives import permute, vary, zeros_like_type
@@ -56,11 +56,11 @@ class Parameters:
 )
 @dataclass(frozen=True)
 class State:
-    """What a stage holds between ticks. A field is None where the schedule has no use for it."""
+    """What a stage holds between ticks. A field is empty where the schedule has no use for it."""
 
-    activations: Array | None
+    activations: Array
     """Inputs of forwards to come, by slot; the last slot is for what nobody reads."""
-    gradients: Array | None
+    gradients: Array
     """Cotangents for backwards to come, likewise."""
     residuals: Buffer
     """What forwards leave for backwards, by slot and layer."""
@@ -68,8 +68,8 @@ class State:
     """What backwards leave for weight gradients, likewise."""
     sent: Array | None
     """The gradient that the last tick's backward sends."""
-    sums: Parameters | None
-    """Float32 gradients so far."""
+    sums: Parameters
+    """Float32 gradients so far; empty where there are none to come."""
     reports: PyTree
 
 
@@ -88,7 +88,7 @@ def run(
     state = executor.initial()
     for segment in segments(program):
         state = executor.loop_over(segment, state)
-    return state.sums, state.reports
+    return state.sums if executor.trains else None, state.reports
 
 
 class _Executor:
@@ -108,8 +108,6 @@ class _Executor:
         lengths = partition.chunk_lengths
         self.lengths = tuple(sorted(set(lengths.flat)))
         self.x = jax.eval_shape(model.embed, params.ends, jax.tree.map(lambda leaf: leaf[0], batch))
-        # layers without a loop need no buffer between a microbatch's forward and its backward
-        self.is_plain = _is_accumulation(program.schedule) and self.loop.is_unrolled(self.lengths[0])
         self.length_index = jnp.asarray(np.searchsorted(self.lengths, lengths))[self.stage]
 
     def loop_over(self, segment: Segment, state: State) -> State:
@@ -154,21 +152,20 @@ class _Executor:
         )
         residuals, pairs = self._buffers(shared)
         sums = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), self.params)
-        waits = self.trains and not self.is_plain
         return State(
-            activations=zeros_like_type(x, (program.num_activations + 1,)) if program.activations else None,
-            gradients=zeros_like_type(x, (program.num_gradients + 1,)) if waits else None,
+            activations=zeros_like_type(x, (program.num_activations + 1 if program.activations else 0,)),
+            gradients=zeros_like_type(x, (program.num_gradients + 1 if self.trains else 0,)),
             residuals=residuals,
             pairs=pairs,
             sent=zeros_like_type(x, ()) if program.gradients else None,
-            sums=sums if self.trains else None,
+            sums=sums if self.trains else Parameters({}, {}),
             reports=jax.tree.map(lambda leaf: zeros_like_type(leaf, ()), reports),
         )
 
     def _buffers(self, shared: PyTree) -> tuple[Buffer, Buffer]:
         """For residuals and for pairs; empty where nothing is to be kept."""
         program, rows = self.program, self.partition.chunk_rows
-        if self.is_plain or not self.trains:
+        if not self.trains:
             return [], []
         residuals = self.loop.buffer(self.x, shared, program.num_residuals, rows)
         if not program.num_pairs:
@@ -179,8 +176,6 @@ class _Executor:
         """One row of the table, in a segment's loop."""
         (forward, backward, weight), arrivals, gradient_arrivals = row
         program = self.program
-        if self.is_plain:
-            return self._accumulate(state, forward)
         messages = self._travel(program.gradients, segment.gradients[phase], state.sent)
         y = cotangent = None
         if self._has_any(program.forward, segment, phase):
@@ -198,33 +193,19 @@ class _Executor:
             state = replace(state, activations=_receive(state.activations, message, slot))
         return state
 
-    def _has_any(self, table: Slots, segment: Segment, phase: int) -> bool:
+    def _has_any(self, table: Slots[IntTable], segment: Segment, phase: int) -> bool:
         return bool(table.active[segment.start + phase : segment.stop : segment.period].any())
 
-    def _accumulate(self, state: State, slots: Slots) -> State:
-        """A microbatch forward and backward on one stage, with nothing written to a buffer on the way."""
-        ends, microbatch = self.params.ends, self._microbatch(slots)
-        x, pull_embed = jax.vjp(lambda ends: self.model.embed(ends, microbatch), ends)
-
-        def turn(y: Array) -> tuple[Array, tuple[PyTree, PyTree]]:
-            reports, gradient, cotangent = self._differentiate_head(y, microbatch)
-            return cotangent, (reports, gradient)
-
-        shared = self.model.shared(microbatch)
-        cotangent, layers, (reports, head) = self.loop.unrolled(x, shared, turn, self.lengths[0], state.sums.layers)
-        gradients = _add(_add(state.sums.ends, head), pull_embed(cotangent)[0])
-        return replace(state, sums=Parameters(layers, gradients), reports=_add(state.reports, reports))
-
-    def _microbatch(self, slots: Slots) -> PyTree:
+    def _microbatch(self, slots: Slots[Array]) -> PyTree:
         return jax.tree.map(lambda leaf: leaf[slots.microbatch], self.batch)
 
-    def _run(self, work: Callable, table: Slots, slots: Slots, state: State) -> tuple[State, Array]:
+    def _run(self, work: Callable, table: Slots[IntTable], slots: Slots[Array], state: State) -> tuple[State, Array]:
         """`work` if this tick has any; without a branch where every tick of every stage has."""
         if table.active.all():
             return work(state, slots)
         return jax.lax.cond(slots.active, work, lambda state, _: (state, zeros_like_type(self.x, ())), state, slots)
 
-    def _forward(self, state: State, slots: Slots) -> tuple[State, Array]:
+    def _forward(self, state: State, slots: Slots[Array]) -> tuple[State, Array]:
         """Embedding on the first virtual stage, layers, head and loss with their gradient on the last."""
         microbatch = self._microbatch(slots)
         shared = self.model.shared(microbatch)
@@ -253,7 +234,8 @@ class _Executor:
         if not self.trains:
             reports = self.model.head(self.params.ends, y, microbatch)[1]
             return replace(state, reports=_add(state.reports, reports))
-        reports, ends, cotangent = self._differentiate_head(y, microbatch)
+        differentiate = jax.value_and_grad(self.model.head, argnums=(0, 1), has_aux=True)
+        (_, reports), (ends, cotangent) = differentiate(self.params.ends, y, microbatch)
         return replace(
             state,
             reports=_add(state.reports, reports),
@@ -261,14 +243,8 @@ class _Executor:
             gradients=write(state.gradients, cotangent, (slot,)),
         )
 
-    def _differentiate_head(self, y: Array, microbatch: PyTree) -> tuple[PyTree, PyTree, Array]:
-        """Reports, the gradient of the ends, and the cotangent of the last layer's output."""
-        differentiate = jax.value_and_grad(self.model.head, argnums=(0, 1), has_aux=True)
-        (_, reports), (gradient, cotangent) = differentiate(self.params.ends, y, microbatch)
-        return reports, gradient, cotangent
-
     @jax.named_scope(BACKWARD)
-    def _backward(self, state: State, slots: Slots) -> tuple[State, Array]:
+    def _backward(self, state: State, slots: Slots[Array]) -> tuple[State, Array]:
         """Layers in reverse, then the embedding on the first virtual stage."""
         microbatch = self._microbatch(slots)
         shared = self.model.shared(microbatch)
@@ -298,7 +274,7 @@ class _Executor:
         return self._branch(slots.is_first, embed, lambda state: state, state), cotangent
 
     @jax.named_scope(BACKWARD)
-    def _weight(self, state: State, slots: Slots) -> tuple[State, Array]:
+    def _weight(self, state: State, slots: Slots[Array]) -> tuple[State, Array]:
         """The layers' weight gradients that a backward put off."""
         shared = self.model.shared(self._microbatch(slots))
         first = slots.chunk * self.partition.chunk_rows
@@ -316,7 +292,7 @@ class _Executor:
         """One of two functions of the state; the first at once where there is one virtual stage."""
         return yes(state) if self.program.schedule.num_virtual == 1 else jax.lax.cond(condition, yes, no, state)
 
-    def _by_length(self, slots: Slots, run: Callable[[int], PyTree]) -> PyTree:
+    def _by_length(self, slots: Slots[Array], run: Callable[[int], PyTree]) -> PyTree:
         """`run(length)` with the number of layers of this chunk, which is static in each branch."""
         if len(self.lengths) == 1:
             return run(self.lengths[0])
@@ -337,13 +313,6 @@ class _Executor:
 
 def _receive(buffer: Array, message: Array | None, slot: Array) -> Array:
     return buffer if message is None else write(buffer, message, (slot,))
-
-
-def _is_accumulation(schedule: Schedule) -> bool:
-    """Whether one stage runs each microbatch forward and backward in one tick."""
-    return schedule.num_virtual == 1 and all(
-        entry.forward == entry.backward is not None and entry.weight is None for (entry,) in schedule.table
-    )
 
 
 def _add(sums: PyTree, parts: PyTree) -> PyTree:

@@ -4,6 +4,7 @@ Time is in units of one microbatch's forward through a whole stage; a backward t
 """
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -141,30 +142,71 @@ def slot_costs(schedule: Schedule) -> dict[Slot, float]:
     return {"forward": share, "backward": (1 if schedule.split else 2) * share, "weight": share}
 
 
-def timeline(schedule: Schedule, *, latency: float = 0.0) -> list[list[Span]]:
-    """Each stage's slots in order, each as early as stage and inputs allow; there is no common clock.
+class Step(NamedTuple):
+    """A slot on its stage, and the place in the walk of what it waits for from another virtual stage (-1: nothing)."""
+
+    stage: int
+    slot: Slot
+    virtual: int
+    work: Work
+    needs: int
+    travels: bool
+
+
+def walk(schedule: Schedule) -> list[Step]:
+    """Every slot of a table in an order in which all that one needs is before it.
 
     Rows of the table are walked in order: what a slot needs ran in an earlier row, or before it in the same entry.
     """
-    costs = slot_costs(schedule)
     num_stages, last = schedule.num_stages, schedule.num_virtual - 1
     chunks = range(schedule.num_chunks)
     virtual_of = [[schedule.virtual(stage, chunk) for chunk in chunks] for stage in range(num_stages)]
     stage_of = [schedule.place(virtual)[0] for virtual in range(schedule.num_virtual)]
-    ends: dict[tuple[str, int, int], float] = {}
-    spans: list[list[Span]] = [[] for _ in range(num_stages)]
+    places: dict[tuple[str, int, int], int] = {}
+    found: list[Step] = []
     for row in schedule.table:
         for stage, entry in enumerate(row):
             for slot, work in slots(entry):
-                start = spans[stage][-1].end if spans[stage] else 0.0
                 virtual = virtual_of[stage][work.chunk]
                 needed = virtual - 1 if slot == "forward" else virtual + 1
-                if slot != "weight" and 0 <= needed <= last:
-                    travel = latency if stage_of[needed] != stage else 0.0
-                    start = max(start, ends[slot, needed, work.microbatch] + travel)
-                end = start + costs[slot]
-                ends[slot, virtual, work.microbatch] = end
-                spans[stage].append(Span(slot, work, start, end))
+                waits = slot != "weight" and 0 <= needed <= last
+                places[slot, virtual, work.microbatch] = len(found)
+                needs = places[slot, needed, work.microbatch] if waits else -1
+                found.append(Step(stage, slot, virtual, work, needs, waits and stage_of[needed] != stage))
+    return found
+
+
+def starts(
+    steps: Sequence[Step], num_stages: int, durations: Mapping[Slot, Sequence[float]], *, latency: float = 0.0
+) -> list[float]:
+    """When each step of a walk starts, as early as its stage and its input allow; there is no common clock.
+
+    `durations` are by slot and virtual stage, in any unit; a message arrives `latency` after its slot's end.
+    """
+    free = [0.0] * num_stages
+    found: list[float] = []
+    ends: list[float] = []
+    for stage, slot, virtual, _, needs, travels in steps:
+        start = free[stage]
+        if needs >= 0:
+            arrival = ends[needs] + latency if travels else ends[needs]
+            if arrival > start:
+                start = arrival
+        end = start + durations[slot][virtual]
+        free[stage] = end
+        found.append(start)
+        ends.append(end)
+    return found
+
+
+def timeline(schedule: Schedule, *, latency: float = 0.0) -> list[list[Span]]:
+    """Each stage's slots in order, each as early as stage and inputs allow; there is no common clock."""
+    durations = {slot: [cost] * schedule.num_virtual for slot, cost in slot_costs(schedule).items()}
+    steps = walk(schedule)
+    spans: list[list[Span]] = [[] for _ in range(schedule.num_stages)]
+    for step, start in zip(steps, starts(steps, schedule.num_stages, durations, latency=latency), strict=True):
+        end = start + durations[step.slot][step.virtual]
+        spans[step.stage].append(Span(step.slot, step.work, start, end))
     return spans
 
 

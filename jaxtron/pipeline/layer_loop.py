@@ -157,30 +157,6 @@ class LayerLoop:
     def _given(self, row: Array | int, shared: PyTree) -> PyTree:
         return self._row(row), self.numbers[row], shared
 
-    def is_unrolled(self, length: int) -> bool:
-        """Whether a loop over so many layers is none."""
-        return self._unrolled(length) == length
-
-    def unrolled(
-        self, x: Array, shared: PyTree, turn: Callable[[Array], tuple[Array, PyTree]], length: int, sums: PyTree
-    ) -> tuple[Array, PyTree, PyTree]:
-        """All layers forward, `turn` (output -> its cotangent, anything), and all backward, without a loop or a buffer.
-
-        The input's cotangent, the sums with the layers' gradients, and what `turn` gave.
-        """
-        pulls = []
-        for row in range(length):
-            weights, number = jax.tree.map(lambda leaf, row=row: leaf[row], (self.weights, self.numbers))
-            x, pull = jax.vjp(lambda weights, x, number=number: self.layer(weights, x, number, shared), weights, x)
-            pulls.append(pull)
-        cotangent, result = turn(x)
-        gradients = []
-        for pull in reversed(pulls):
-            gradient, cotangent = pull(cotangent)
-            gradients.append(gradient)
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves).astype(jnp.float32), *reversed(gradients))
-        return cotangent, jax.tree.map(jnp.add, sums, stacked), result
-
     def _differentiate(self, x: Array, shared: PyTree, row: Array | int) -> tuple[Array, list[Array]]:
         weights, number = self._row(row), self.numbers[row]
         y, pull = jax.vjp(lambda weights, x: self.layer(weights, x, number, shared), weights, x)

@@ -1,23 +1,30 @@
 """From a schedule to what the executor reads at each tick: buffer slots, arrivals, and how big the buffers must be."""
 
 import heapq
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Generic, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from jaxtron.pipeline.schedule import Schedule, Work
 
 IntTable = Int32[np.ndarray, "T P"]
+Leaf = TypeVar("Leaf")
 # (source, destination)
 Pairs = tuple[tuple[int, int], ...]
-# an iteration of the loop over ticks has at most so many
-PERIODS = (1, 2, 3)
-# messages over needed messages with which a loop is good enough not to look for one of more parts
-GOOD_ENOUGH = 1.25
+# ticks in an iteration of a loop over them: schedules repeat themselves after one, two, three or six
+PERIODS = (1, 2, 3, 6)
+# loops end at so many ticks at most, so that long schedules are cut as fast as short ones
+MOST_CUTS = 96
+# messages sent over messages needed; a table that is too irregular for it sends more
+MOST_SENT = 2
+# a kind of work is worth compiling once more for a sixteenth of the messages, or less if the limit asks for it
+WORKS_FOR_ALL_MESSAGES = (16, 256, 20)
 # (stage, virtual stage, microbatch)
 Place = tuple[int, int, int]
 
@@ -28,23 +35,23 @@ Place = tuple[int, int, int]
     meta_fields=(),
 )
 @dataclass(frozen=True)
-class Slots:
-    """One kind of work, for every tick and stage: whether there is any, on what, and the buffer slots that it uses."""
+class Slots(Generic[Leaf]):
+    """One kind of work, whether there is any, on what, and the buffer slots that it uses; tables of it or a tick's."""
 
-    active: IntTable
-    microbatch: IntTable
-    chunk: IntTable
-    is_first: IntTable
+    active: Leaf
+    microbatch: Leaf
+    chunk: Leaf
+    is_first: Leaf
     """The virtual stage with the embedding."""
-    is_last: IntTable
+    is_last: Leaf
     """The virtual stage with the head and the loss."""
-    activation: IntTable
+    activation: Leaf
     """Where a forward's input waits."""
-    gradient: IntTable
+    gradient: Leaf
     """Where a backward's cotangent waits; the last virtual stage's forward puts it there itself."""
-    residual: IntTable
+    residual: Leaf
     """What a forward leaves for its backward."""
-    pair: IntTable
+    pair: Leaf
     """What a backward leaves for its weight gradients."""
 
 
@@ -92,9 +99,9 @@ class Program:
     """A schedule lowered to tables by [tick, stage], and the slots that each buffer needs (without the spare one)."""
 
     schedule: Schedule
-    forward: Slots
-    backward: Slots
-    weight: Slots
+    forward: Slots[IntTable]
+    backward: Slots[IntTable]
+    weight: Slots[IntTable]
     activations: tuple[Channel, ...]
     """They arrive at the end of the tick that sent them."""
     gradients: tuple[Channel, ...]
@@ -146,45 +153,74 @@ def lower(schedule: Schedule) -> Program:
 
 
 def segments(program: Program) -> tuple[Segment, ...]:
-    """The loops that run the ticks: as few parts as send hardly more than the needed messages, else fewest messages.
+    """The loops that run the ticks: few messages for few ticks to compile, and at most `MOST_SENT` times the needed.
 
-    A part is a tick to compile. Where the first forwards and the last backwards are alone, they may be loops of their
-    own.
+    What a stage's work costs to compile is priced in messages, cheaper until the limit is kept.
     """
-    candidates = [
-        [_segment(program, start, stop, min(period, stop - start)) for start, stop, period in loops]
-        for period in PERIODS
-        for loops in _cuts(program, period)
-    ]
-    needed = sum(
-        int((channel.slots != spare).sum())
-        for channels, spare in (
-            (program.activations, program.num_activations),
-            (program.gradients, program.num_gradients),
-        )
-        for channel in channels
-        if channel.pairs
-    )
-
-    def rank(loops: list[Segment]) -> tuple[float, int]:
-        return max(sum(loop.num_sent for loop in loops), GOOD_ENOUGH * needed), sum(loop.period for loop in loops)
-
-    return tuple(min(candidates, key=rank))
+    needed = sum(int((channel.slots != spare).sum()) for channel, spare in _all_channels(program) if channel.pairs)
+    for worth in np.geomspace(*WORKS_FOR_ALL_MESSAGES):
+        cuts = _cheapest_cuts(program, max(1, needed) / worth)
+        loops = tuple(_segment(program, start, stop, period) for start, stop, period in cuts)
+        if sum(loop.num_sent for loop in loops) <= MOST_SENT * needed:
+            break
+    return loops
 
 
-def _cuts(program: Program, period: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Ways to cut the ticks into (start, stop, period): whole, or with the ends, where half of the work is missing,
-    apart."""
+def _all_channels(program: Program) -> list[tuple[Channel, int]]:
+    """Each with its buffer's spare slot."""
+    activations = [(channel, program.num_activations) for channel in program.activations]
+    return activations + [(channel, program.num_gradients) for channel in program.gradients]
+
+
+def _cheapest_cuts(program: Program, price: float) -> list[tuple[int, int, int]]:
+    """Cuts of the ticks into loops (start, stop, period) that cost least, by dynamic programming over where they end.
+
+    A loop costs the messages it sends, and `price` for each kind of work that a tick of its iteration compiles.
+    """
     num_ticks = program.schedule.num_ticks
-    yield [(0, num_ticks, period)]
-    backward, forward = program.backward.active.any(1), program.forward.active.any(1)
-    if not backward.any():
-        return
-    first, last = int(backward.argmax()), num_ticks - int(forward[::-1].argmax())
-    # the middle is whole iterations
-    last = min(num_ticks, last + (first - last) % period)
-    loops = [(0, first, 1), (first, last, period), (last, num_ticks, 1)]
-    yield [loop for loop in loops if loop[0] < loop[1]]
+    kinds = [slots.active.any(1, keepdims=True) for slots in (program.forward, program.backward, program.weight)]
+    messages = [
+        channel.slots[:, [destination for _, destination in channel.pairs]] != spare
+        for channel, spare in _all_channels(program)
+    ]
+    events = np.concatenate([*messages, *kinds], 1)
+    counts = {period: _counts(events, period) for period in PERIODS}
+    bounds = _ends(num_ticks, int(kinds[1].argmax()), num_ticks - int(kinds[0][::-1].argmax()))
+    costs, cuts = [0.0], [(0, 0)]
+    for index, stop in enumerate(bounds[1:], 1):
+        starts, choices = bounds[:index], []
+        for period, before in counts.items():
+            happens = (before[stop] > before[starts]).sum(1)
+            sent = happens[:, : -len(kinds)].sum(1) * -((starts - stop) // period)
+            total = costs + sent + price * happens[:, -len(kinds) :].sum(1)
+            if stop < num_ticks:
+                # idle ticks at the end of an iteration would lose what the last tick sends
+                total = np.where((stop - starts) % period, np.inf, total)
+            best = int(total.argmin())
+            choices.append((float(total[best]), best, period))
+        cost, *cut = min(choices)
+        costs.append(cost)
+        cuts.append(tuple(cut))
+    loops, index = [], len(bounds) - 1
+    while index:
+        start, period = cuts[index]
+        loops.append((int(bounds[start]), int(bounds[index]), period))
+        index = start
+    return loops[::-1]
+
+
+def _ends(num_ticks: int, first_backward: int, last_forward: int) -> Int32[np.ndarray, "ends"]:
+    """Where loops may begin and end: every tick, or of many ticks some that lie whole periods apart."""
+    step = 1 if num_ticks <= MOST_CUTS else math.lcm(*PERIODS) * -(-num_ticks // (MOST_CUTS * math.lcm(*PERIODS)))
+    ends = {tick for start in (0, first_backward, last_forward) for tick in range(start % step, num_ticks, step)}
+    return np.array(sorted({0, *ends, num_ticks}), np.int32)
+
+
+def _counts(events: Bool[np.ndarray, "T E"], period: int) -> Int32[np.ndarray, "T+1 k E"]:
+    """How often each event has happened before a tick, by the tick's place in the period."""
+    here = np.arange(len(events))[:, None] % period == np.arange(period)
+    counts = (here[..., None] & events[:, None]).cumsum(0, dtype=np.int32)
+    return np.concatenate([np.zeros_like(counts[:1]), counts])
 
 
 def _segment(program: Program, start: int, stop: int, period: int) -> Segment:
@@ -233,7 +269,7 @@ def _allocate(spans: dict[Place, tuple[int, int]]) -> tuple[dict[Place, int], in
     return slots, max(slots.values(), default=-1) + 1
 
 
-def _slots(schedule: Schedule, kind: str, **buffers: dict[Place, int]) -> Slots:
+def _slots(schedule: Schedule, kind: str, **buffers: dict[Place, int]) -> Slots[IntTable]:
     tables = {field.name: _zeros(schedule) for field in fields(Slots)}
     for tick, stage, work in _works(schedule, kind):
         virtual = schedule.virtual(stage, work.chunk)

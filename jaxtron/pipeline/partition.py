@@ -74,11 +74,6 @@ class Partition:
         """The inverse of `arrange`."""
         return rows if self.is_in_order else rows[np.argsort(self.rows)[-self.num_layers :]]
 
-    @property
-    def local_rows(self) -> int:
-        """Rows of one stage."""
-        return self.num_chunks * self.chunk_rows
-
 
 def partition(num_layers: int, schedule: Schedule, config: PipelineConfig) -> Partition:
     """The layers shared out among the schedule's virtual stages; a `UserError` where that cannot be."""

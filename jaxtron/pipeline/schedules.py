@@ -1,5 +1,6 @@
 """The schedules there are: each a function that makes the table for so many stages, microbatches and chunks."""
 
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -135,6 +136,12 @@ def make_schedule(name: str, num_stages: int, num_microbatches: int, num_chunks:
         if num_chunks != 1:
             raise UserError(f"{num_chunks} chunks on one pipeline stage have no effect; use 1 chunk or more stages")
         return one_stage(num_microbatches)
+    return _made(name, num_stages, num_microbatches, num_chunks)
+
+
+@functools.lru_cache(maxsize=16)
+def _made(name: str, num_stages: int, num_microbatches: int, num_chunks: int) -> Schedule:
+    """Made once: a table of thousands of entries is asked for by every check of a configuration."""
     return SCHEDULES[name](num_stages, num_microbatches, num_chunks)
 
 

@@ -38,7 +38,7 @@ def layer_bytes(config: Configuration, sizes: dict[str, int]) -> int:
             decoder = plan.module(plan.working(params, dtype))
             x = jax.eval_shape(decoder.embed, vary(tokens), keys)
             layers = staged.parameters.layers
-            layer = decoder.stack.layer(checkpointed=sizes["pipe"] > 1 or not decoder.stack.is_unrolled)
+            layer = decoder.stack.layer()
             loop = LayerLoop(layer, layers, jnp.arange(model.layout.repeats), 1)
             kept.extend(map(_bytes, loop.buffer(x, decoder.inputs(tokens.shape[1], keys), 1, 1)))
             return jnp.float32(0.0)

@@ -167,8 +167,6 @@ class Trainer:
             embed=lambda decoder, part: decoder.embed(part[0].tokens, keys(part[1])),
             inputs=lambda decoder, part: decoder.inputs(part[0].tokens.shape[1], keys(part[1])),
             head=lambda decoder, x, part: decoder.score(x, part[0].targets, part[0].weights),
-            # residuals that wait in buffers are to be few; without a loop the compiler does better
-            checkpointed=not staged.is_unrolled,
         )
         gradients, nll = executor.run(table, self.partition, model, staged.parameters, microbatches)
         return None if gradients is None else staged.nested(gradients), nll
@@ -213,4 +211,4 @@ def _compiler_options() -> dict[str, int]:
 def _updates(optimizer: PyTree) -> Int[Array, ""]:
     """Updates made, skipped steps left out: where the learning rate's schedule is."""
     nodes = jax.tree.leaves(optimizer, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
-    return next(node.count for node in nodes if isinstance(node, optax.ScaleByScheduleState))
+    return jnp.asarray(next(node.count for node in nodes if isinstance(node, optax.ScaleByScheduleState)))

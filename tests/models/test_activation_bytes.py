@@ -42,7 +42,6 @@ def arrays_kept(rules_for, config, rows=1, **mesh):
                 embed=lambda decoder, tokens: decoder.embed(tokens, keys),
                 inputs=lambda decoder, tokens: decoder.inputs(tokens.shape[1], keys),
                 head=lambda *_: None,
-                checkpointed=True,
             )
             loop = LayerLoop(model.layer, staged.parameters.layers, jnp.arange(config.num_layers), 1)
             x = jax.eval_shape(model.embed, staged.parameters.ends, vary(tokens))

@@ -206,23 +206,3 @@ def test_a_table_without_backwards_has_reports_and_no_gradients(rules_for, lengt
         layers, ends, found = on_stages(rules, forward_only(stages), stages, TOY, params, batch)
         assert layers is ends is None
         assert_close(jax.tree.map(lambda leaf: leaf.sum(0), found), reports)
-
-
-def test_one_microbatch_through_unrolled_layers_makes_no_loop(rules_for):
-    texts = {}
-    for model, count in itertools.product((TOY, UNROLLED), (1, 2)):
-        params, batch = make(2, count)
-
-        def local(params, batch, model=model, count=count):
-            params, batch = jax.tree.map(vary, (params, batch))
-            gradients = run(one_stage(count), Partition((2,)), model, params, batch)[0]
-            return jax.tree.map(lambda leaf: leaf[None], gradients)
-
-        rules = rules_for(data=1)
-        with use(rules), jax.set_mesh(rules.mesh):
-            region = jax.shard_map(local, in_specs=P(), out_specs=P(MANUAL_AXES), axis_names=set(MANUAL_AXES))
-            texts[model.unroll, count] = str(jax.make_jaxpr(region)(params, batch))
-    loops = {key: text.count(" scan[") for key, text in texts.items()}
-    assert loops[100, 1] == 0 and loops[100, 2] == 1
-    # one over layers, forward and backward
-    assert loops[1, 1] == 2 and loops[1, 2] == 3

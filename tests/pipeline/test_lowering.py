@@ -292,15 +292,10 @@ def test_the_simulator_notices_a_closed_way_and_a_buffer_too_small():
         Machine(program).run(loops[:-1])
 
 
-# Who sends to whom is the same in every iteration of a loop, and stages that do not work in step send more. Those that
-# split the backward are above the two that others keep.
-MOST_SENT = dict.fromkeys(SCHEDULES, 2.0) | {"zero_bubble": 2.7, "zero_bubble_v": 5.2, "dualpipe_v": 3.2}
-
-
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_messages_sent_over_needed(name):
-    for num_stages, rounds in itertools.product((2, 4, 8), (2, 4)):
+    for num_stages, rounds in [*itertools.product((2, 4, 8), (2, 4)), (8, 8), (64, 8)]:
         chunks = 2 if name in MANY_CHUNKS + TWO_CHUNKS else 1
         schedule = make_schedule(name, num_stages, rounds * num_stages, chunks)
         sent = sum(loop.num_sent for loop in segments(lower(schedule)))
-        assert 1 <= sent / figures(schedule).num_messages <= MOST_SENT[name]
+        assert 1 <= sent / figures(schedule).num_messages <= 2

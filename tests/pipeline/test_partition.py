@@ -39,7 +39,6 @@ def test_rows_by_hand():
 @pytest.mark.parametrize("stages", PARTITIONS, ids=str)
 def test_rows_have_every_layer_once_where_the_schedule_looks_for_it(stages: Partition):
     assert sorted(stages.rows[stages.rows >= 0]) == list(range(stages.num_layers))
-    assert stages.local_rows * stages.num_stages == len(stages.rows)
     by_place = stages.rows.reshape(stages.num_stages, stages.num_chunks, stages.chunk_rows)
     table = forward_only(stages)
     order = []

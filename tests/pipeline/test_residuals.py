@@ -126,7 +126,6 @@ def stored_leaves(rules, model: ModelConfig, *, is_split: bool = False) -> list[
                 embed=lambda decoder, _: decoder.embed(tokens, keys),
                 inputs=lambda decoder, _: decoder.inputs(LENGTH, keys),
                 head=lambda *_: None,
-                checkpointed=True,
             )
             loop = LayerLoop(pieces.layer, staged.parameters.layers, jnp.arange(3), 1)
             x = jax.eval_shape(lambda: pieces.embed(staged.parameters.ends, None))
