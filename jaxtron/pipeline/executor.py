@@ -91,6 +91,11 @@ def run(
     return state.sums if executor.trains else None, state.reports
 
 
+def buffers(schedule: Schedule, partition: Partition, model: Model, params: Parameters, batch: PyTree) -> State:
+    """What `run` holds from its first tick to its last, still empty, for its sizes; called where `run` is."""
+    return _Executor(lower(schedule), partition, model, params, batch).initial()
+
+
 class _Executor:
     """One stage's program, traced once for all stages."""
 

@@ -135,6 +135,27 @@ class Trainer:
         region = jax.shard_map(local, in_specs=(specs, BATCH_SPEC), out_specs=scalars, axis_names=set(MANUAL_AXES))
         return region(params, batch)
 
+    def held(self, batch: Batch) -> tuple[PyTree, executor.State]:
+        """Types of what a device holds all through an (abstract) batch: working parameters, the executor's buffers.
+
+        Traced, never run. Their shapes are whole along `tensor`, as their shardings say.
+        """
+        found: list[tuple[PyTree, executor.State]] = []
+
+        def local(params: PyTree, batch: Batch) -> Array:
+            working = self.blueprint.working(params, DTYPES[self.config.precision])
+            microbatches = jax.tree.map(vary, self._cut(batch, vary(jnp.float32(1.0))))
+            staged, model = self._pieces(working, self._dropout_key(jax.random.key(0)))
+            table = self.schedule(microbatches[1].shape[0])
+            buffers = executor.buffers(table, self.partition, model, staged.parameters, microbatches)
+            found.append(jax.tree.map(jax.typeof, (working, buffers)))
+            return jnp.zeros(())
+
+        specs = (manual_specs(self.blueprint.specs), BATCH_SPEC)
+        region = jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(), axis_names=set(MANUAL_AXES))
+        jax.eval_shape(region, self.blueprint.abstract, batch)
+        return found[0]
+
     def _local_gradients(
         self, params: PyTree, batch: Batch, step_key: Key[Array, ""], scale: Float[Array, ""]
     ) -> tuple[Float[Array, ""], PyTree]:
@@ -143,7 +164,7 @@ class Trainer:
         working = self.blueprint.working(params, DTYPES[self.config.precision])
         microbatches = jax.tree.map(vary, self._cut(batch, vary(scale / count)))
         table = self.schedule(microbatches[1].shape[0])
-        gradients, nll = self._run(table, working, microbatches, step_key if self._drops() else None)
+        gradients, nll = self._run(table, working, microbatches, self._dropout_key(step_key))
         gradients = reduce_gradients(gradients, self.blueprint.specs)
         gradients = jax.tree.map(lambda gradient: gradient / scale, gradients)
         return all_reduce(nll, MANUAL_AXES) / scale, gradients
@@ -158,6 +179,11 @@ class Trainer:
         self, table: Schedule, working: PyTree, microbatches: tuple[Batch, Array], key: Key[Array, ""] | None
     ) -> tuple[PyTree, Array]:
         """Gradients like the working parameters, and the sum of the negative log-likelihood, on this device."""
+        staged, model = self._pieces(working, key)
+        gradients, nll = executor.run(table, self.partition, model, staged.parameters, microbatches)
+        return None if gradients is None else staged.nested(gradients), nll
+
+    def _pieces(self, working: PyTree, key: Key[Array, ""] | None) -> tuple[StagedDecoder, executor.Model]:
         staged = StagedDecoder(self.blueprint, working)
 
         def keys(rows: Array) -> Array | None:
@@ -168,8 +194,7 @@ class Trainer:
             inputs=lambda decoder, part: decoder.inputs(part[0].tokens.shape[1], keys(part[1])),
             head=lambda decoder, x, part: decoder.score(x, part[0].targets, part[0].weights),
         )
-        gradients, nll = executor.run(table, self.partition, model, staged.parameters, microbatches)
-        return None if gradients is None else staged.nested(gradients), nll
+        return staged, model
 
     def _cut(self, batch: Batch, factor: Array) -> tuple[Batch, Array]:
         """The local batch as [microbatch, row, ...] with weights times `factor`, and its global row numbers."""
@@ -180,8 +205,8 @@ class Trainer:
         batch = Batch(batch.tokens, batch.targets, batch.weights * factor)
         return jax.tree.map(lambda leaf: leaf.reshape(num_local // size, size, *leaf.shape[1:]), (batch, rows))
 
-    def _drops(self) -> bool:
-        return self.model.dropout > 0 or self.model.attention_dropout > 0
+    def _dropout_key(self, key: Key[Array, ""]) -> Key[Array, ""] | None:
+        return key if self.model.dropout > 0 or self.model.attention_dropout > 0 else None
 
     def _rule(self) -> optax.GradientTransformation:
         return make_optimizer(self.optimizer, self.config.steps, self.blueprint.roles)

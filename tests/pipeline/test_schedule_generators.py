@@ -201,7 +201,7 @@ def test_the_largest_tables_are_made_as_fast_as_small_ones_for_their_size(name):
 
     def seconds_per_entry(num_stages, num_microbatches):
         start = time.perf_counter()
-        schedule = make_schedule(name, num_stages, num_microbatches, chunks)
+        schedule = SCHEDULES[name](num_stages, num_microbatches, chunks)
         return (time.perf_counter() - start) / (schedule.num_ticks * schedule.num_stages)
 
     small = min(seconds_per_entry(16, 128) for _ in range(3))
