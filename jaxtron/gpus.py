@@ -1,7 +1,10 @@
 """The GPUs Jaxtron knows by name: what the compiler, the memory check and MFU need of each."""
 
+import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from jaxtron.config import UserError
 
@@ -24,10 +27,14 @@ class Gpu:
     peak_flops: float
     nvlink_bandwidth: float
     network_bandwidth: float
+    target_file: str | None = None
+    """The text of a target description that was read, instead of one made of these figures."""
 
     @property
     def target_config(self) -> str:
         """The text of XLA's `GpuTargetConfigProto`, for compiling without the device."""
+        if self.target_file is not None:
+            return self.target_file
         major, minor = self.compute_capability.split(".")
         # sm_90 and later have instructions that exist for that one architecture only (wgmma, tcgen05)
         feature = "feature_extension: ACCELERATED_FEATURES" if int(major) >= 9 else ""
@@ -50,7 +57,7 @@ class Gpu:
         """
 
 
-_HOPPER_SHARED = {"shared_memory_per_core": 233472, "shared_memory_per_block": 232448}
+_HOPPER_SHARED: Any = {"shared_memory_per_core": 233472, "shared_memory_per_block": 232448}
 
 GPUS = {
     gpu.name: gpu
@@ -134,6 +141,8 @@ GPUS = {
     )
 }
 
+TARGET_SUFFIXES = (".textproto", ".pbtxt", ".txtpb")
+
 # what drivers call the devices, the more specific name first; NVIDIA's datasheets, without sparsity
 _PEAKS = (
     (r"\bA100\b", GPUS["a100"].peak_flops),
@@ -146,10 +155,55 @@ _PEAKS = (
 
 
 def gpu_named(name: str) -> Gpu:
-    """The GPU called `name`, in any case; `UserError` lists the known ones."""
-    if name.lower() not in GPUS:
-        raise UserError(f"unknown GPU {name!r}: known are {', '.join(GPUS)}")
-    return GPUS[name.lower()]
+    """The GPU called `name`, in any case, or described by the target file of that path; a `UserError` for others."""
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
+    if Path(name).suffix in TARGET_SUFFIXES:
+        return _read_target(Path(name))
+    raise UserError(f"unknown GPU {name!r}: known are {', '.join(GPUS)}, or a target's file (.textproto)")
+
+
+@functools.cache
+def _read_target(path: Path) -> Gpu:
+    """A GPU from the text of XLA's `GpuTargetConfigProto`, such as `xla/tools/hlo_opt` reads.
+
+    What such a file does not tell, the links and the peak of a core, is that of the known GPU of its architecture.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"cannot read the target {path}: {error.strerror}") from None
+
+    def number(name: str) -> float:
+        match = re.search(rf"\b{name}:\s*([\d.]+)", text)
+        if match is None:
+            raise UserError(f"the target {path} has no {name}: it is no GpuTargetConfigProto as text")
+        return float(match[1])
+
+    major = int(number("major"))
+    kin = next((gpu for gpu in GPUS.values() if gpu.compute_capability.startswith(f"{major}.")), None)
+    if kin is None:
+        known = ", ".join(sorted({gpu.compute_capability for gpu in GPUS.values()}))
+        raise UserError(f"the target {path} has compute capability {major}; known are {known}")
+    cores, clock = int(number("core_count")), number("clock_rate_ghz")
+    minor = re.search(r"\bminor:\s*(\d+)", text)
+    described = re.search(r'\bdevice_description_str:\s*"([^"]*)"', text)
+    return replace(
+        kin,
+        name=path.stem,
+        device_kind=described[1] if described else path.stem,
+        compute_capability=f"{major}.{minor[1] if minor else 0}",
+        num_cores=cores,
+        fpus_per_core=int(number("fpus_per_core")),
+        clock_ghz=clock,
+        memory_bytes=int(number("device_memory_size")),
+        memory_bandwidth=number("memory_bandwidth"),
+        l2_bytes=int(number("l2_cache_size")),
+        shared_memory_per_core=int(number("shared_memory_per_core")),
+        shared_memory_per_block=int(number("shared_memory_per_block_optin")),
+        peak_flops=kin.peak_flops * cores * clock / (kin.num_cores * kin.clock_ghz),
+        target_file=text,
+    )
 
 
 def peak_flops(device_kind: str) -> float | None:

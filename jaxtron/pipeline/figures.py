@@ -142,51 +142,71 @@ def slot_costs(schedule: Schedule) -> dict[Slot, float]:
     return {"forward": share, "backward": (1 if schedule.split else 2) * share, "weight": share}
 
 
-class Step(NamedTuple):
-    """A slot on its stage, and the place in the walk of what it waits for from another virtual stage (-1: nothing)."""
+@dataclass(frozen=True)
+class Walk:
+    """Every slot of a table in an order in which all that one needs is before it: a column of the list per field.
 
-    stage: int
-    slot: Slot
-    virtual: int
-    work: Work
-    needs: int
-    travels: bool
-
-
-def walk(schedule: Schedule) -> list[Step]:
-    """Every slot of a table in an order in which all that one needs is before it.
-
-    Rows of the table are walked in order: what a slot needs ran in an earlier row, or before it in the same entry.
+    `needs` is the place in the list of what a slot waits for from another virtual stage, -1 for nothing; `travels`
+    whether that comes from another stage.
     """
+
+    num_stages: int
+    stages: list[int]
+    slots: list[Slot]
+    virtuals: list[int]
+    works: list[Work]
+    needs: list[int]
+    travels: list[bool]
+
+
+def walk(schedule: Schedule) -> Walk:
+    """Rows of the table one after the other: what a slot needs ran in an earlier row, or before it in its entry."""
     num_stages, last = schedule.num_stages, schedule.num_virtual - 1
     chunks = range(schedule.num_chunks)
     virtual_of = [[schedule.virtual(stage, chunk) for chunk in chunks] for stage in range(num_stages)]
     stage_of = [schedule.place(virtual)[0] for virtual in range(schedule.num_virtual)]
-    places: dict[tuple[str, int, int], int] = {}
-    found: list[Step] = []
+    count = schedule.num_microbatches
+    # by virtual stage and microbatch, flat
+    forwards, backwards = ([-1] * (schedule.num_virtual * count) for _ in range(2))
+    found = Walk(num_stages, [], [], [], [], [], [])
+
+    def add(stage: int, slot: Slot, virtual: int, work: Work, needs: int, travels: bool) -> None:
+        found.stages.append(stage)
+        found.slots.append(slot)
+        found.virtuals.append(virtual)
+        found.works.append(work)
+        found.needs.append(needs)
+        found.travels.append(travels)
+
     for row in schedule.table:
         for stage, entry in enumerate(row):
-            for slot, work in slots(entry):
+            if (work := entry.forward) is not None:
                 virtual = virtual_of[stage][work.chunk]
-                needed = virtual - 1 if slot == "forward" else virtual + 1
-                waits = slot != "weight" and 0 <= needed <= last
-                places[slot, virtual, work.microbatch] = len(found)
-                needs = places[slot, needed, work.microbatch] if waits else -1
-                found.append(Step(stage, slot, virtual, work, needs, waits and stage_of[needed] != stage))
+                place = virtual * count + work.microbatch
+                forwards[place] = len(found.stages)
+                needs = forwards[place - count] if virtual > 0 else -1
+                add(stage, "forward", virtual, work, needs, needs >= 0 and stage_of[virtual - 1] != stage)
+            if (work := entry.backward) is not None:
+                virtual = virtual_of[stage][work.chunk]
+                place = virtual * count + work.microbatch
+                backwards[place] = len(found.stages)
+                needs = backwards[place + count] if virtual < last else -1
+                add(stage, "backward", virtual, work, needs, needs >= 0 and stage_of[virtual + 1] != stage)
+            if (work := entry.weight) is not None:
+                add(stage, "weight", virtual_of[stage][work.chunk], work, -1, False)
     return found
 
 
-def starts(
-    steps: Sequence[Step], num_stages: int, durations: Mapping[Slot, Sequence[float]], *, latency: float = 0.0
-) -> list[float]:
-    """When each step of a walk starts, as early as its stage and its input allow; there is no common clock.
+def starts(walk: Walk, durations: Mapping[Slot, Sequence[float]], *, latency: float = 0.0) -> list[float]:
+    """When each slot of a walk starts, as early as its stage and its input allow; there is no common clock.
 
     `durations` are by slot and virtual stage, in any unit; a message arrives `latency` after its slot's end.
     """
-    free = [0.0] * num_stages
+    free = [0.0] * walk.num_stages
     found: list[float] = []
     ends: list[float] = []
-    for stage, slot, virtual, _, needs, travels in steps:
+    columns = zip(walk.stages, walk.slots, walk.virtuals, walk.needs, walk.travels, strict=True)
+    for stage, slot, virtual, needs, travels in columns:
         start = free[stage]
         if needs >= 0:
             arrival = ends[needs] + latency if travels else ends[needs]
@@ -201,12 +221,16 @@ def starts(
 
 def timeline(schedule: Schedule, *, latency: float = 0.0) -> list[list[Span]]:
     """Each stage's slots in order, each as early as stage and inputs allow; there is no common clock."""
-    durations = {slot: [cost] * schedule.num_virtual for slot, cost in slot_costs(schedule).items()}
-    steps = walk(schedule)
+    durations: dict[Slot, list[float]] = {
+        slot: [cost] * schedule.num_virtual for slot, cost in slot_costs(schedule).items()
+    }
+    walked = walk(schedule)
     spans: list[list[Span]] = [[] for _ in range(schedule.num_stages)]
-    for step, start in zip(steps, starts(steps, schedule.num_stages, durations, latency=latency), strict=True):
-        end = start + durations[step.slot][step.virtual]
-        spans[step.stage].append(Span(step.slot, step.work, start, end))
+    begun = starts(walked, durations, latency=latency)
+    for stage, slot, virtual, work, start in zip(
+        walked.stages, walked.slots, walked.virtuals, walked.works, begun, strict=True
+    ):
+        spans[stage].append(Span(slot, work, start, start + durations[slot][virtual]))
     return spans
 
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -164,6 +164,23 @@ def segments(program: Program) -> tuple[Segment, ...]:
         if sum(loop.num_sent for loop in loops) <= MOST_SENT * needed:
             break
     return loops
+
+
+def message_counts(program: Program) -> tuple[int, int]:
+    """Messages sent in a step, empty ones included, and messages needed."""
+    needed = sum(int((channel.slots != spare).sum()) for channel, spare in _all_channels(program) if channel.pairs)
+    return sum(loop.num_sent for loop in segments(program)), needed
+
+
+def reached(program: Program, kind: Literal["forward", "backward", "weight"]) -> int:
+    """Ticks at which a stage comes by this kind of work in the compiled loops, whether it has any or not."""
+    active = getattr(program, kind).active
+    return sum(
+        -((loop.start - loop.stop) // loop.period)
+        for loop in segments(program)
+        for phase in range(loop.period)
+        if active[loop.start + phase : loop.stop : loop.period].any()
+    )
 
 
 def _all_channels(program: Program) -> list[tuple[Channel, int]]:

@@ -1,57 +1,73 @@
-"""`python -m jaxtron.plan --layout|--schedule [CONFIG.yaml] [--setting value ...]`: a run before anything runs."""
+"""`python -m jaxtron.plan CONFIG.yaml --gpu h100 --nodes 384`: a run weighed before anything runs."""
 
 import math
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
 from jaxtron.command import configure, run_command
 from jaxtron.config import UserError
+from jaxtron.gpus import GPUS
 from jaxtron.pipeline.table_file import write_csv
-from jaxtron.plan import layout, schedule
+from jaxtron.plan import compare, layout, report, schedule
 from jaxtron.plan.activations import layer_bytes
+from jaxtron.plan.calibrate import calibrate, write_machine
+from jaxtron.plan.machine import Machine, machine_named, read_machine
+from jaxtron.plan.rehearsal import rehearse
+from jaxtron.plan.request import PROGRAM, Request, help_text, parse
 from jaxtron.sharding import build_mesh, make_rules, use
 from jaxtron.sharding.mesh import AXES
 from jaxtron.train.config import Configuration
-from jaxtron.train.runtime import start_runtime
+from jaxtron.train.runtime import start_compiler, start_runtime
 from jaxtron.train.setup import make_trainer
-
-PROGRAM = "python -m jaxtron.plan"
-PURPOSES = {
-    "--layout": "Show every parameter's layout (--layout): shape, logical axes, spec, bytes a device, replicas.",
-    "--schedule": "Draw the pipeline's schedule (--schedule): ticks by stages, bubble, microbatches in flight and "
-    "activation bytes of each stage; --png FILE draws its timeline too, --csv FILE writes its table, which "
-    "--pipeline.schedule FILE.csv runs. Axes of the mesh that are -1 count as 1 without --devices.",
-}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to show, the words of the configuration, and the files to write."""
-
-    what: str | None
-    words: list[str]
-    png: Path | None
-    csv: Path | None
 
 
 def main(argv: list[str]) -> int:
     """Prints what was asked for about the configuration on its mesh."""
-    request = _request(argv)
-    purposes = PURPOSES.values() if request.what is None else [PURPOSES[request.what]]
-    program = f"{PROGRAM} {request.what or '|'.join(PURPOSES)}"
-    config = configure(Configuration, request.words, program=program, purpose=" ".join(purposes))
+    request = parse(argv)
+    if {"-h", "--help"} & set(argv):
+        print(help_text(), end="\n\n")
+    purpose = "Every setting of a run; the planner's own flags are above."
+    config = configure(Configuration, request.words, program=PROGRAM, purpose=purpose)
     if config is None:
         return 0
-    if request.what is None:
-        raise UserError(f"say what to show: {PROGRAM} {' or '.join(PURPOSES)} CONFIG.yaml [--setting value ...]")
-    show: Callable[[Configuration, Request], None] = show_layout if request.what == "--layout" else show_schedule
-    show(config.resolved(), request)
+    SHOW[request.kind](config.resolved(), request)
     return 0
+
+
+def show_plan(config: Configuration, request: Request) -> None:
+    """The step compiled for the GPUs, and what it takes of them."""
+    if request.gpu is None:
+        known = ", ".join(GPUS)
+        raise UserError(f"say for which GPU: --gpu {known} or a target's file; or --layout, --schedule")
+    earlier = None if request.compare is None else compare.read_plan(request.compare)
+    machine = _machine(request)
+    start_compiler(config.runtime)
+    num_gpus = request.num_gpus(_known(config))
+    config = _fill(config, num_gpus)
+    node_size = min(request.node_size, num_gpus)
+    rehearsal = rehearse(config, gpu=request.gpu, num_gpus=num_gpus, gpus_per_node=node_size)
+    fitted = None
+    if request.calibrate is not None:
+        practice, sizes = report.practice_of(rehearsal, machine), dict(rehearsal.mesh.shape)
+        machine = calibrate(request.calibrate, config, sizes, machine, gpus_per_node=node_size, practice=practice)
+        fitted = request.calibrate.with_name("machine.yaml")
+        write_machine(machine, fitted)
+    plan = report.make_plan(rehearsal, machine, _title(request))
+    print(report.text(plan, request.tokens))
+    if earlier is not None:
+        print()
+        print(compare.text(earlier, plan))
+    if request.json is not None:
+        report.write_json(plan, request.json)
+    if request.hlo is not None:
+        report.write_hlo(rehearsal, request.hlo)
+    if request.png is not None:
+        schedule.png(config.schedule(plan.mesh["pipe"]), request.png)
+    _tell_written(request.json, request.hlo, request.png, fitted)
 
 
 def show_layout(config: Configuration, request: Request) -> None:
@@ -65,8 +81,7 @@ def show_layout(config: Configuration, request: Request) -> None:
 
 def show_schedule(config: Configuration, request: Request) -> None:
     """The schedule drawn, without devices: simulated ones tell the bytes of a layer."""
-    known = math.prod(size for size in (getattr(config.mesh, axis) for axis in AXES) if size != -1)
-    sizes = config.mesh.shape(config.devices or known)
+    sizes = config.mesh.shape(config.devices or _known(config))
     config.check_mesh(sizes)
     table, partition = config.schedule(sizes["pipe"]), config.partition(sizes["pipe"])
     start_runtime(config.runtime, devices=config.devices or sizes["tensor"])
@@ -82,9 +97,44 @@ def show_schedule(config: Configuration, request: Request) -> None:
     print(f"layers    {_lengths(partition.lengths)}; one keeps {each:,} bytes of a microbatch on a device")
     if partition.num_stages > 1:
         print("memory    one program runs on all stages, so every device makes room for the fullest one's activations")
-    for path in (request.csv, request.png):
-        if path is not None:
-            print(f"written   {path}")
+    _tell_written(request.csv, request.png)
+
+
+SHOW: dict[str, Callable[[Configuration, Request], None]] = {
+    "plan": show_plan,
+    "layout": show_layout,
+    "schedule": show_schedule,
+}
+
+
+def _known(config: Configuration) -> int:
+    """Devices that the mesh asks for, axes left open counting as one."""
+    return math.prod(size for size in (getattr(config.mesh, axis) for axis in AXES) if size != -1)
+
+
+def _fill(config: Configuration, num_gpus: int) -> Configuration:
+    """The configuration with as many replicas of its mesh as the GPUs hold; the batch grows with them."""
+    known = _known(config)
+    is_open = -1 in (getattr(config.mesh, axis) for axis in AXES)
+    if is_open or num_gpus <= known or num_gpus % known:
+        return config
+    mesh = config.mesh.model_copy(update={"data": config.mesh.data * num_gpus // known})
+    train = config.train.model_copy(update={"global_batch": config.train.global_batch * num_gpus // known})
+    print(f"{num_gpus} GPUs hold {num_gpus // known} of this mesh: --mesh.data {mesh.data}", end=" ")
+    print(f"--train.global_batch {train.global_batch}")
+    return config.model_copy(update={"mesh": mesh, "train": train})
+
+
+def _machine(request: Request) -> Machine:
+    if request.machine is not None:
+        return read_machine(request.machine)
+    assert request.gpu is not None
+    return machine_named(request.gpu)
+
+
+def _title(request: Request) -> str:
+    path = next((word for word in request.words if word.endswith((".yaml", ".yml"))), None)
+    return Path(path).stem if path else "the default configuration"
 
 
 def _lengths(lengths: tuple[int, ...]) -> str:
@@ -93,37 +143,17 @@ def _lengths(lengths: tuple[int, ...]) -> str:
     return f"{', '.join(map(str, lengths))} in the parts"
 
 
+def _tell_written(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None:
+            print(f"written   {path}")
+
+
 def _write(write: Callable, table, path: Path) -> None:
     try:
         write(table, path)
     except OSError as error:
         raise UserError(f"cannot write the schedule into {path}: {error.strerror}") from None
-
-
-def _request(argv: list[str]) -> Request:
-    words = list(argv)
-    what = [word for word in PURPOSES if word in words]
-    if len(what) > 1:
-        raise UserError(f"{' and '.join(what)}: one at a time")
-    files = {flag: _take_file(words, flag) for flag in ("--png", "--csv")}
-    for flag, path in files.items():
-        if path is not None and what != ["--schedule"]:
-            raise UserError(f"{flag} {path} has no effect without --schedule")
-    words = [word for word in words if word not in PURPOSES]
-    return Request(what[0] if what else None, words, files["--png"], files["--csv"])
-
-
-def _take_file(words: list[str], flag: str) -> Path | None:
-    """The file after a flag (`--png FILE` or `--png=FILE`), removed from the words."""
-    for index, word in enumerate(words):
-        if word == flag:
-            if index + 1 == len(words) or words[index + 1].startswith("--"):
-                raise UserError(f"{flag} needs a file")
-            del words[index]
-            return Path(words.pop(index))
-        if word.startswith(f"{flag}="):
-            return Path(words.pop(index).partition("=")[2])
-    return None
 
 
 if __name__ == "__main__":

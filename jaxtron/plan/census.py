@@ -10,6 +10,8 @@ import numpy as np
 
 from jaxtron.pipeline.executor import BACKWARD
 from jaxtron.plan import hlo
+from jaxtron.plan.overlap import products_beside
+from jaxtron.plan.table import aligned, size
 
 # HLO's names, and how much of the payload each device sends when a ring of n carries it out
 _RING_PASSES = {
@@ -37,6 +39,7 @@ class Collective:
     `loops` are trip counts of the loops around it, outermost first, None where the compiler does not know.
     `source` is the traced operation it came from, or its innermost loop's where XLA lost it; `location` is `file:line`;
     `backward` tells whether either belongs to a backward pass, recomputation included.
+    `beside` are the FLOPs of products that the compiler scheduled between its start and its end.
     """
 
     kind: str
@@ -51,6 +54,7 @@ class Collective:
     backward: bool
     source: str
     location: str
+    beside: int = 0
 
     @property
     def operands(self) -> int:
@@ -81,20 +85,20 @@ class Collective:
         return self.sent_bytes * self.executions
 
 
-def census(text: str, mesh: jax.sharding.Mesh) -> tuple[Collective, ...]:
-    """The collectives in `compiled.as_text()`, in program order, with the names of `mesh`'s axes.
+def census(text: str | hlo.Module, mesh: jax.sharding.Mesh) -> tuple[Collective, ...]:
+    """The collectives in `compiled.as_text()` (or that text parsed), in program order, with the names of mesh axes.
 
     The mesh is the one compiled for: devices in HLO are positions in `mesh.devices.flat`. `ValueError` if sizes differ.
     """
-    module = hlo.parse(text)
+    module = text if isinstance(text, hlo.Module) else hlo.parse(text)
     if module.num_partitions not in (None, mesh.size):
         raise ValueError(f"HLO is for {module.num_partitions} devices, the mesh {dict(mesh.shape)} has {mesh.size}")
-    groups = _Groups(mesh)
-    found = (_collective(module, site, groups) for site in hlo.walk(module))
+    groups, beside = _Groups(mesh), products_beside(module)
+    found = (_collective(module, site, groups, beside) for site in hlo.walk(module))
     return tuple(collective for collective in found if collective is not None)
 
 
-def _collective(module: hlo.Module, site: hlo.Site, groups: "_Groups") -> Collective | None:
+def _collective(module: hlo.Module, site: hlo.Site, groups: "_Groups", beside: dict[str, int]) -> Collective | None:
     instruction = site.instruction
     opcode = instruction.opcode.removesuffix("-start")
     # a permutation may be compiled to a send and a receive
@@ -121,6 +125,7 @@ def _collective(module: hlo.Module, site: hlo.Site, groups: "_Groups") -> Collec
         backward=any("transpose(" in source or f"/{BACKWARD}/" in source for source in sources),
         source=next(filter(None, sources), ""),
         location=hlo.location(module, instruction),
+        beside=beside.get(instruction.name, 0),
     )
 
 
@@ -202,22 +207,14 @@ def summarize(collectives: Sequence[Collective]) -> str:
                 str(len(found)),
                 str(sum(collective.operands for collective in found)),
                 str(sum(collective.executions for collective in found)),
-                _size(sum(collective.step_bytes for collective in found)),
-                _size(sum(collective.step_sent_bytes for collective in found)),
+                size(sum(collective.step_bytes for collective in found)),
+                size(sum(collective.step_sent_bytes for collective in found)),
                 f"{sum(collective.asynchronous for collective in found)}/{len(found)}",
             )
         )
-    total = _size(sum(collective.step_sent_bytes for collective in collectives))
+    total = size(sum(collective.step_sent_bytes for collective in collectives))
     rows.append(("total", "", "", str(len(collectives)), "", "", "", total, ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    numeric = range(3, len(rows[0]))
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column in numeric else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return "\n".join(aligned(rows, right=range(3, len(rows[0]))))
 
 
 def _grouped(collectives: Sequence[Collective]) -> list[tuple[tuple, list[Collective]]]:
@@ -227,11 +224,3 @@ def _grouped(collectives: Sequence[Collective]) -> list[tuple[tuple, list[Collec
         key = (collective.kind, collective.axes, collective.loops, collective.conditional)
         groups.setdefault(key, []).append(collective)
     return sorted(groups.items(), key=lambda group: -sum(c.step_sent_bytes for c in group[1]))
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.4g} TiB"

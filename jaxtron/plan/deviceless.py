@@ -12,7 +12,7 @@ import jax
 from jax.experimental import topologies
 
 from jaxtron.config import UserError
-from jaxtron.gpus import gpu_named
+from jaxtron.gpus import Gpu, gpu_named
 from jaxtron.typing import Device
 
 _SKIP_CHECK = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
@@ -56,17 +56,17 @@ def gpu_devices(gpu: str, count: int, gpus_per_node: int = 8) -> list[Device]:
     if count > gpus_per_node and count % gpus_per_node:
         raise UserError(f"{count} GPUs do not fill nodes of {gpus_per_node}: use a multiple of {gpus_per_node}")
     plugin = _matching_plugin()
-    return list(_topology(target.name, max(1, count // gpus_per_node), min(count, gpus_per_node), plugin))
+    return list(_topology(target, max(1, count // gpus_per_node), min(count, gpus_per_node), plugin))
 
 
 # compile-only clients are hardly ever freed: one per shape and process
 @functools.cache
-def _topology(gpu: str, nodes: int, gpus_per_node: int, plugin: str) -> tuple[Device, ...]:
+def _topology(gpu: Gpu, nodes: int, gpus_per_node: int, plugin: str) -> tuple[Device, ...]:
     describe = functools.partial(
         topologies.get_topology_desc,
         "",
         platform="cuda",
-        target_config=gpu_named(gpu).target_config,
+        target_config=gpu.target_config,
         topology=f"{nodes}x1x{gpus_per_node}",
     )
     with _without_cuda_libraries():

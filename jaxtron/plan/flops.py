@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from jaxtron.plan import hlo
 
 _OPERAND = re.compile(r"%([\w.\-]+)")
-_CONTRACTED = re.compile(r"\blhs_contracting_dims=\{([\d,]*)\}")
+# of a `dot`, and of a library's product
+_CONTRACTED = re.compile(r'\blhs_contracting_dims=\{([\d,]*)\}|"lhs_contracting_dimensions":\[([\d,"]*)\]')
+_LIBRARY = "__cublas$"
 _BRANCHES = ("false_computation", "true_computation", "branch_computations")
 
 
@@ -36,15 +38,15 @@ class Work:
 
 
 def work(module: hlo.Module, computation: str | None = None) -> Work:
-    """The products (`dot`) of a computation (none: the program's entry), loops counted by their trips.
+    """The products of a computation (none: the program's entry), loops counted by their trips.
 
-    A `ValueError` for a loop whose trips are unknown. Products inside library calls of GPU programs are not seen.
+    They are `dot`s and calls of cuBLAS. A `ValueError` for a loop whose trips are unknown.
     """
     name = module.entry if computation is None else computation
     shapes = {instruction.name: instruction.results for instruction in module.computations.get(name, ())}
     flops, choices = 0, []
     for instruction in module.computations.get(name, ()):
-        if instruction.opcode == "dot":
+        if _is_product(instruction):
             flops += _dot(instruction, shapes)
         if instruction.opcode == "conditional":
             choices.append(Choice(1, tuple(work(module, branch) for branch in _branches(instruction))))
@@ -54,6 +56,34 @@ def work(module: hlo.Module, computation: str | None = None) -> Work:
             flops += times * inner.flops
             choices += [Choice(times * choice.times, choice.branches) for choice in inner.choices]
     return Work(flops, tuple(choices))
+
+
+def most(
+    module: hlo.Module, instruction: hlo.Instruction, shapes: dict[str, tuple[hlo.Array, ...]], known: dict[str, int]
+) -> int:
+    """FLOPs of one instruction, loops of unknown length run once and choices taking their largest branch.
+
+    `shapes` are those of its computation's instructions, `known` the FLOPs of computations already counted.
+    """
+    if _is_product(instruction):
+        return _dot(instruction, shapes)
+    if instruction.opcode == "conditional":
+        return max((_most_of(module, branch, known) for branch in _branches(instruction)), default=0)
+    total = 0
+    for role, name in instruction.called():
+        if role == "body":
+            total += (hlo.trip_count(module, instruction) or 1) * _most_of(module, name, known)
+        elif role in ("calls", "to_apply", "called_computations"):
+            total += _most_of(module, name, known)
+    return total
+
+
+def _most_of(module: hlo.Module, computation: str, known: dict[str, int]) -> int:
+    if computation not in known:
+        instructions = module.computations.get(computation, ())
+        shapes = {instruction.name: instruction.results for instruction in instructions}
+        known[computation] = sum(most(module, instruction, shapes, known) for instruction in instructions)
+    return known[computation]
 
 
 def _called(module: hlo.Module, instruction: hlo.Instruction) -> Iterator[tuple[int, str]]:
@@ -72,8 +102,12 @@ def _branches(instruction: hlo.Instruction) -> list[str]:
     return [name for wanted in _BRANCHES for role, name in called if role == wanted]
 
 
+def _is_product(instruction: hlo.Instruction) -> bool:
+    return instruction.opcode == "dot" or (instruction.opcode == "custom-call" and _LIBRARY in instruction.attributes)
+
+
 def _dot(instruction: hlo.Instruction, shapes: dict[str, tuple[hlo.Array, ...]]) -> int:
     left = shapes[_OPERAND.findall(instruction.arguments)[0]][0].shape
     match = _CONTRACTED.search(instruction.attributes)
-    dims = [int(dim) for dim in match[1].split(",") if dim] if match else []
+    dims = [int(dim) for dim in re.findall(r"\d+", "".join(filter(None, match.groups())))] if match else []
     return 2 * math.prod(instruction.results[0].shape) * math.prod(left[dim] for dim in dims)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxtron.plan.table import aligned
 from jaxtron.sharding import Blueprint, current
 
 STATE_BYTES = 4
@@ -53,8 +54,7 @@ def text(blueprint: Blueprint) -> str:
         cells.append(
             (row.name, shape, ", ".join(row.axes), _spec(row.spec), row.role, f"{row.bytes:,}", str(row.replicas))
         )
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = ["  ".join(_cell(column, cell, widths) for column, cell in enumerate(line)).rstrip() for line in cells]
+    lines = aligned(cells, right=(5, 6))
     held = sum(row.bytes for row in found)
     whole = blueprint.num_parameters
     ideal = whole * STATE_BYTES / mesh.size
@@ -68,10 +68,6 @@ def _empty_rows(blueprint: Blueprint, found: list[Row]) -> list[str]:
     if blueprint.layers is None or stacked in (None, blueprint.layers):
         return []
     return [f"{stacked} rows of layers hold {blueprint.layers}: the others are empty, as stages differ in length"]
-
-
-def _cell(column: int, cell: str, widths: list[int]) -> str:
-    return cell.rjust(widths[column]) if column >= 5 else cell.ljust(widths[column])
 
 
 def _spec(spec: PartitionSpec) -> str:

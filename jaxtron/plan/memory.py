@@ -144,4 +144,6 @@ def _in_region(types: PyTree) -> int:
 def _copies(params: PyTree, working: PyTree) -> int:
     """Bytes of the working parameters that are not read as they lie at rest."""
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(working), strict=True)
-    return sum(_in_region(used) for rest, used in pairs if (rest.dtype, _at_rest(rest)) != (used.dtype, _in_region(used)))
+    return sum(
+        _in_region(used) for rest, used in pairs if (rest.dtype, _at_rest(rest)) != (used.dtype, _in_region(used))
+    )

@@ -1,14 +1,24 @@
 """The real train step, compiled for GPUs that are not there."""
 
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
+from jaxtron.gpus import Gpu, gpu_named
+from jaxtron.plan import hlo, layout
 from jaxtron.plan.census import Collective, census
 from jaxtron.plan.deviceless import Memory, gpu_devices, memory
+from jaxtron.plan.memory import MemoryUse, memory_use
 from jaxtron.sharding import build_mesh, make_rules, use
 from jaxtron.train.config import Configuration
+from jaxtron.train.runtime import gpu_options
 from jaxtron.train.setup import make_trainer
 from jaxtron.train.step import Batch, Trainer, batch_sharding, jit_step
 
@@ -18,20 +28,35 @@ COMPILER_OPTIONS = {
     "xla_gpu_autotune_level": 0,
     "xla_disable_hlo_passes": "all-gather-to-collective-permute-simplifier",
 }
+NO_CONFIGURATION = "default config"
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A compiled step: its collectives, memory a device, parameters, and the scheduled program itself."""
+    """A compiled step: its collectives, memory a device, parameters, and the scheduled program itself.
 
+    `memory` is the compiler's sum, `memory_use` the same by what it is for; `messages` are lines that the compiler
+    printed; `seconds` went into tracing and compiling.
+    """
+
+    config: Configuration
+    gpu: Gpu
+    gpus_per_node: int
+    mesh: jax.sharding.Mesh
     trainer: Trainer
     collectives: tuple[Collective, ...]
     memory: Memory
+    memory_use: MemoryUse
+    layout: tuple[layout.Row, ...]
+    module: hlo.Module
     hlo: str
+    messages: tuple[str, ...]
+    seconds: float
 
 
 def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: int = 8) -> Rehearsal:
     """Traces and compiles the configuration's step for `num_gpus` GPUs of that name, on a machine without any."""
+    began = time.perf_counter()
     config = config.resolved()
     config.check_mesh(config.mesh.shape(num_gpus))
     mesh = build_mesh(config.mesh, gpu_devices(gpu, num_gpus, gpus_per_node))
@@ -39,9 +64,42 @@ def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: i
         trainer = make_trainer(config)
         batch = abstract_batch(config)
         lowered = jit_step(trainer).lower(trainer.abstract_state(), batch)
-        compiled = lowered.compile(compiler_options=COMPILER_OPTIONS)
-    hlo = compiled.as_text()
-    return Rehearsal(trainer, census(hlo, mesh), memory(compiled), hlo)
+        with _compiler_messages() as messages:
+            compiled = _compile(lowered, {**gpu_options(config.runtime), **COMPILER_OPTIONS})
+        text, planned = compiled.as_text(), memory(compiled)
+        module = hlo.parse(text)
+        collectives = census(module, mesh)
+        num_groups = len({entry.axes for entry in collectives if entry.group_size > 1})
+        rows = tuple(layout.rows(trainer.blueprint))
+        use_of_memory = memory_use(trainer, batch, planned, gpu_named(gpu), num_groups)
+    return Rehearsal(
+        config=config,
+        gpu=gpu_named(gpu),
+        gpus_per_node=gpus_per_node,
+        mesh=mesh,
+        trainer=trainer,
+        collectives=collectives,
+        memory=planned,
+        memory_use=use_of_memory,
+        layout=rows,
+        module=module,
+        hlo=text,
+        messages=tuple(messages),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _compile(lowered: jax.stages.Lowered, options: dict[str, bool | int | str]) -> jax.stages.Compiled:
+    """The compiled step; once more with library calls for products where XLA's own fusions find no configuration.
+
+    Such fusions, of a concatenation into a product for one, are configured by trying them out on a GPU.
+    """
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if NO_CONFIGURATION not in str(error):
+            raise
+    return lowered.compile(compiler_options={**options, "xla_gpu_enable_triton_gemm": False})
 
 
 def abstract_batch(config: Configuration) -> Batch:
@@ -55,3 +113,20 @@ def abstract_batch(config: Configuration) -> Batch:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(batch)
     )
+
+
+@contextmanager
+def _compiler_messages() -> Iterator[list[str]]:
+    """Collects the lines that XLA's C++ writes to the process's standard error, which Python does not see."""
+    found: list[str] = []
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield found
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            found.extend(file.read().decode(errors="replace").splitlines())

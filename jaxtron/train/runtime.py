@@ -123,6 +123,15 @@ def start_runtime(config: RuntimeConfig, *, devices: int | None = None) -> None:
     initialize_distributed(config)
 
 
+def start_compiler(config: RuntimeConfig) -> None:
+    """Prepares JAX to compile for devices of other machines: on this one it uses the CPU alone, and joins nobody."""
+    if not has_driver():
+        prepare_without_driver()
+    jax.config.update("jax_platforms", "cpu")
+    if config.compilation_cache is not None:
+        _set_compilation_cache(Path(config.compilation_cache).expanduser())
+
+
 def simulate_devices(count: int) -> None:
     """Makes JAX start with `count` CPU devices and no others."""
     if count < 1:
@@ -211,6 +220,19 @@ def preset_flags(preset: Preset, version: str = jax.__version__) -> tuple[str, .
         table[max(first for first in table if first <= (major, minor))] for table in (XLA_FIXES, XLA_PRESETS[preset])
     )
     return fixes + rows
+
+
+def gpu_options(config: RuntimeConfig) -> dict[str, bool | int | str]:
+    """The preset's and the user's flags as options of one compilation, for GPUs that this process does not have."""
+    words = [*preset_flags(config.xla_preset), *shlex.split(config.xla_flags)]
+    flags = (word.removeprefix("--").partition("=") for word in words)
+    return {name: _option(text) for name, _, text in flags}
+
+
+def _option(text: str) -> bool | int | str:
+    if text in ("", "true", "false"):
+        return text != "false"
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
 def initialize_distributed(config: RuntimeConfig) -> None:

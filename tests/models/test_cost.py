@@ -3,7 +3,9 @@
 import pytest
 
 from jaxtron.models.config import ModelConfig
-from jaxtron.models.cost import model_flops_per_token
+from jaxtron.models.cost import hardware_flops_per_token, model_flops_per_token, num_parameters
+from jaxtron.models.decoder import Decoder
+from jaxtron.sharding import blueprint, use
 
 
 @pytest.mark.parametrize(
@@ -62,3 +64,47 @@ def test_patterns_count_their_symbols():
     assert cost("(*-)", 3) == cost("*-", 3) == cost("***---")
     # what a layer more costs is what it costs anywhere
     assert cost("*--") - cost("*-") == cost("--") - cost("-")
+
+
+SMALL = {"num_layers": 3, "hidden_size": 48, "num_heads": 4, "vocab_size": 100, "vocab_multiple": 16}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_positions": 64},
+        {"position": "rotary", "norm": "rms_norm", "tied_head": False, "num_kv_heads": 2, "qk_norm": True},
+        {"position": "alibi", "embedding_norm": True, "qk_norm": True, "head_dim": 24},
+        {"position": "rotary", "bias": False, "qkv_bias": True, "activation": "swiglu"},
+        {"position": "none", "qkv_bias": False, "activation": "geglu", "mlp_size": 40, "norm": "layer_norm_1p"},
+        {"position": "rotary", "pattern": "(*-)", "bias": False, "num_kv_heads": 1, "head_dim": 8},
+        {"position": "none", "pattern": "*--*"},
+        {"position": "none", "pattern": "-"},
+    ],
+)
+def test_parameters_are_those_of_the_real_model(changes, rules_for):
+    config = ModelConfig(**SMALL, **changes)
+    with use(rules_for()):
+        plan = blueprint(lambda rngs: Decoder(config, rngs=rngs))
+    # the length counts only where there is a table of positions without a size of its own
+    assert num_parameters(config, 17) == plan.num_parameters
+
+
+def test_positions_are_as_many_as_the_sequence_is_long():
+    config = ModelConfig(**SMALL)
+    assert num_parameters(config, 33) - num_parameters(config, 32) == 48
+
+
+def test_what_is_recomputed_costs_its_forward_again():
+    def hardware(recompute):
+        return hardware_flops_per_token(ModelConfig(**SMALL, recompute=recompute), 32)
+
+    model = model_flops_per_token(ModelConfig(**SMALL), 32)
+    assert hardware("none") == model
+    # scores and what they mix: 2 products of a sequence and all heads' channels, 3 layers
+    core = 3 * 2 * 2 * 32 * 48
+    projections, mlp = 3 * 2 * 4 * 48 * 48, 3 * 2 * 2 * 48 * 192
+    assert hardware("selective") - model == core
+    assert hardware(("attention",)) - model == projections + core
+    assert hardware(("attention_core", "mlp")) - model == core + mlp
+    assert hardware("full") - model == projections + core + mlp

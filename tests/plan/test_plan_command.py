@@ -3,6 +3,7 @@
 import io
 import re
 from contextlib import redirect_stderr, redirect_stdout
+from json import dumps
 from pathlib import Path
 
 import pytest
@@ -84,10 +85,22 @@ def test_layout_counts_layers_and_not_empty_rows():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "say what to show: python -m jaxtron.plan --layout or --schedule CONFIG.yaml"),
+        ("", "say for which GPU: --gpu a100, h100, h200, b200, gb200 or a target's file; or --layout, --schedule"),
         ("--layout --schedule", "--layout and --schedule: one at a time"),
-        ("--layout --png a.png", "--png a.png has no effect without --schedule"),
-        ("--schedule --csv", "--csv needs a file"),
+        ("--layout --png a.png", "--png a.png has no effect with --layout, only with a plan or --schedule"),
+        ("--layout --gpu h100", "--gpu h100 has no effect with --layout, only with a plan or --search"),
+        ("--schedule --csv", "--csv: expected one argument"),
+        ("--gpu h1000 --nodes 1", "unknown GPU 'h1000': known are a100, h100, h200, b200, gb200, or a target's file"),
+        ("--gpu mine.textproto", "cannot read the target mine.textproto: No such file or directory"),
+        ("--gpu h100 --nodes 0", "--nodes 0 must be above 0"),
+        ("--gpu h100 --nodes x", "--nodes: invalid int value: 'x'"),
+        ("--gpu h100 --nodes 1 --gpus 8", "--nodes 1 and --gpus 8: give one of them"),
+        ("--gpu h100 --gpus 12 --mesh.tensor 4 --train.global_batch 12", "12 GPUs do not fill nodes of 8"),
+        ("--gpu h100 --gpus 8 --mesh.tensor 3 --mesh.data 1", "mesh tensor 3 needs 3 devices, there are 8"),
+        ("--gpu h100 --gpus 8 --mesh.tensor 8", "does not divide by"),
+        ("--gpu h100 --compare /dev/null", "/dev/null is no plan"),
+        ("--gpu h100 --compare none.json", "cannot read the plan none.json: No such file or directory"),
+        ("--gpu h100 --machine none.yaml", "none.yaml does not exist"),
         ("--schedule --devices 8 --mesh.pipe 2 --pipeline.schedule gpip", "did you mean gpipe?"),
         (
             "--schedule --devices 8 --mesh.pipe 2 --csv /dev/null/a.csv",
@@ -105,8 +118,35 @@ def test_bad_input_is_one_line(arguments: str, message: str):
 def test_help_says_what_it_shows(what: str):
     code, out, err = plan(f"{what} --help")
     assert (code, err) == (0, "")
-    for name in [what] if what else ["--schedule", "--layout"]:
-        assert f"({name})" in out
+    for name in ("--gpu", "--nodes", "--schedule", "--layout", "--search", "--mesh.tensor"):
+        assert f"  {name} " in out
+
+
+SMALL = (
+    "--model.num_layers 2 --model.hidden_size 64 --model.num_heads 2 --data.sequence_length 64 --train.precision bf16"
+)
+
+
+def test_a_plan_of_a_cluster_that_holds_more_replicas(tmp_path: Path):
+    json, hlo = tmp_path / "plan.json", tmp_path / "step.hlo"
+    command = f"--gpu h100 --nodes 2 --mesh.data 1 --mesh.tensor 2 --train.global_batch 4 {SMALL} --tokens 1e9"
+    code, out, err = plan(f"{command} --json {json} --hlo {hlo}")
+    assert (code, err) == (0, "")
+    assert out.startswith("16 GPUs hold 8 of this mesh: --mesh.data 8 --train.global_batch 32\n")
+    assert "on 16 h100 (2 nodes)" in out and "\nmesh: data 8 x tensor 2; 1 microbatches of 4 x 64 tokens\n" in out
+    assert hlo.read_text().startswith("HloModule") and out.endswith(f"written   {json}\nwritten   {hlo}\n")
+    code, out, err = plan(f"{command} --compare {json}")
+    assert (code, err) == (0, "") and out.endswith("\nchanges: none\n")
+
+
+def test_a_plan_calibrated_by_a_run(tmp_path: Path):
+    records = [{"step": step, "step_seconds": 0.5, "loss": 1.0} for step in range(1, 6)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{dumps(record)}\n" for record in records))
+    code, out, err = plan(f"--gpu h100 --gpus 1 {SMALL} --calibrate {tmp_path / 'metrics.jsonl'}")
+    assert (code, err) == (0, "")
+    assert "prediction: 0.5 s a step" in out or "prediction: 500 ms a step" in out
+    code, again, _ = plan(f"--gpu h100 --gpus 1 {SMALL} --machine {tmp_path / 'machine.yaml'}")
+    assert code == 0 and re.search(r"prediction:.*", again)[0] == re.search(r"prediction:.*", out)[0]
 
 
 def test_partition_of_one_stage_is_whole():

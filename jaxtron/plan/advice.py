@@ -1,0 +1,44 @@
+"""The first thing to change when a step does not fit."""
+
+from jaxtron.plan.memory import MemoryUse
+from jaxtron.train.config import Configuration
+
+
+def first_change(config: Configuration, sizes: dict[str, int], memory: MemoryUse) -> str:
+    """One setting that shrinks the largest class of a GPU's memory, in words with the flag."""
+    state = memory.master_weights + memory.optimizer + memory.gradients + memory.weights
+    kept, rest = memory.activations + memory.messages, memory.temporaries
+    if state >= max(kept, rest):
+        return _smaller_state(config, sizes)
+    return _smaller_activations(config, sizes) if kept >= rest else _smaller_microbatch(config, sizes)
+
+
+def _smaller_state(config: Configuration, sizes: dict[str, int]) -> str:
+    why = "weights, gradients and optimizer take most"
+    if sizes["data"] > 1 and config.sharding.zero != "parameters":
+        level = "optimizer" if config.sharding.zero == "none" else "parameters"
+        return f"--sharding.zero {level} ({why}, and mesh.data {sizes['data']} can share them)"
+    if sizes["tensor"] < 8 and config.model.num_heads % (2 * sizes["tensor"]) == 0:
+        return f"--mesh.tensor {2 * sizes['tensor']} ({why})"
+    return f"more of mesh.pipe or mesh.fsdp, on more GPUs ({why})"
+
+
+def _smaller_activations(config: Configuration, sizes: dict[str, int]) -> str:
+    recompute = config.model.recompute
+    if recompute == "none":
+        return "--model.recompute selective (activations take most)"
+    if _rows(config, sizes) > 1:
+        return _smaller_microbatch(config, sizes)
+    if recompute != "full":
+        return "--model.recompute full (activations take most, and a microbatch is one row already)"
+    return "more of mesh.tensor or mesh.pipe (activations take most, although all is computed again)"
+
+
+def _smaller_microbatch(config: Configuration, sizes: dict[str, int]) -> str:
+    if _rows(config, sizes) > 1:
+        return f"--train.microbatches {2 * config.train.microbatches} (a microbatch has more than one row)"
+    return "more of mesh.tensor (what one layer needs for one row takes most)"
+
+
+def _rows(config: Configuration, sizes: dict[str, int]) -> int:
+    return config.train.global_batch // config.train.microbatches // (sizes["data"] * sizes["fsdp"])

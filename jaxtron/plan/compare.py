@@ -1,0 +1,77 @@
+"""What changed between two plans."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxtron.config import UserError
+from jaxtron.plan.report import FORMAT, Plan
+from jaxtron.plan.table import aligned, duration, size
+
+# of a plan's memory, what is a class of bytes
+_NO_CLASS = {"capacity", "stages", "total", "fits"}
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """A plan that `--json` wrote; a `UserError` for anything else."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the plan {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is no plan: it is not JSON; write one with --json") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise UserError(f"{path} is no plan of this version (format {FORMAT}); write it again with --json")
+    return found
+
+
+def text(before: dict[str, Any], plan: Plan) -> str:
+    """A line for each figure that differs, what the change adds with a plus."""
+    after = json.loads(json.dumps(plan.json()))
+    rows = [*_memory(before, after), *_traffic(before, after), *_prediction(before, after)]
+    if not rows:
+        return "changes: none"
+    return "\n".join(["changes:", *aligned([(f"  {name}", *cells) for name, *cells in rows], right=(1, 2, 3))])
+
+
+def _memory(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    old, new = before["memory"], after["memory"]
+    names = [name for name in new if name not in _NO_CLASS] + ["total"]
+    return [
+        (f"memory, {name.replace('_', ' ')}", size(old[name]), size(new[name]), _signed(new[name] - old[name]))
+        for name in names
+        if new[name] != old[name]
+    ]
+
+
+def _traffic(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Payload of a step, and of one round of the innermost loop, such as a layer, where the loops are the same."""
+    old, new = ({_key(row): row for row in plan["traffic"]} for plan in (before, after))
+    found = []
+    for key in dict.fromkeys((*new, *old)):
+        was, now = (rows[key]["payload"] if key in rows else 0 for rows in (old, new))
+        if was != now:
+            found.append((f"{key} a step", size(was), size(now), _signed(now - was)))
+        was, now = (rows[key]["each"] if key in rows else 0 for rows in (old, new))
+        if was != now and "in loops" in key:
+            found.append((f"{key} a round", size(was), size(now), _signed(now - was)))
+    return found
+
+
+def _key(row: dict[str, Any]) -> str:
+    kind, axes, loops, _ = row["key"]
+    place = f" in loops {' x '.join(str(trips) for trips in loops)}" if loops else " once"
+    return f"{kind} over {','.join(axes) or 'nothing'}{place}"
+
+
+def _prediction(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    old, new = before["prediction"], after["prediction"]
+    if old["step_seconds"] == new["step_seconds"]:
+        return []
+    change = new["step_seconds"] / old["step_seconds"] - 1
+    rows = [("step time", duration(old["step_seconds"]), duration(new["step_seconds"]), f"{change:+.1%}")]
+    return [*rows, ("MFU", f"{old['mfu']:.1%}", f"{new['mfu']:.1%}", f"{100 * (new['mfu'] - old['mfu']):+.1f} points")]
+
+
+def _signed(change: float) -> str:
+    return ("+" if change > 0 else "-") + size(abs(change))

@@ -1,0 +1,169 @@
+"""How long a GPU and its links take for one operation: a roofline whose constants are data.
+
+Sizes are bytes and floating-point operations (FLOPs), times are seconds.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from jaxtron.config import Config, UserError, load
+from jaxtron.gpus import GPUS, Gpu, gpu_named
+from jaxtron.sharding.mesh import AXES
+
+CONSTANTS = Path(__file__).with_name("machines.yaml")
+CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Devices that communicate: `size` of them, `local` of which share a node (with NVLink between them)."""
+
+    size: int
+    local: int
+
+
+@dataclass(frozen=True)
+class Product:
+    """`count` equal matrix products [m, k] x [k, n], of numbers `width` bytes wide.
+
+    `output_width` is how many bytes move for one number of the output; 8 where it is added to a float32 sum.
+    """
+
+    m: float
+    n: float
+    k: float
+    count: float = 1.0
+    width: int = 2
+    output_width: int = 2
+
+    @property
+    def flops(self) -> float:
+        """Two for a multiplication with its addition."""
+        return 2.0 * self.count * self.m * self.n * self.k
+
+    @property
+    def bytes(self) -> float:
+        """Bytes that move if each operand is read and the output written once."""
+        operands = self.width * (self.m * self.k + self.k * self.n)
+        return self.count * (operands + self.output_width * self.m * self.n)
+
+
+class Machine(Config):
+    """A GPU with its links, and what part of the datasheet's figures (`jaxtron/gpus.py`) a training gets of them."""
+
+    gpu: str
+    """Its name, one of those in jaxtron/gpus.py."""
+    product_fraction: float = Field(gt=0, le=1)
+    """Of the peak FLOP/s, in a product so large that its bytes do not count."""
+    attention_fraction: float = Field(gt=0, le=1)
+    """Of the peak FLOP/s, in a fused attention kernel."""
+    memory_fraction: float = Field(gt=0, le=1)
+    """Of the memory bandwidth, in a pass over large arrays."""
+    nvlink_fraction: float = Field(gt=0, le=1)
+    """Of the NVLink bandwidth of one direction."""
+    network_fraction: float = Field(gt=0, le=1)
+    """Of the network bandwidth of a GPU."""
+    kernel_seconds: float = Field(ge=0)
+    """Of every kernel beyond its work: launch, ramp and tail."""
+    nvlink_seconds: float = Field(ge=0)
+    """Latency of a step of a collective inside a node."""
+    network_seconds: float = Field(ge=0)
+    """Latency of a step between nodes."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Machine":
+        gpu_named(self.gpu)
+        return self
+
+    @property
+    def datasheet(self) -> Gpu:
+        """The GPU's sizes and peaks."""
+        return gpu_named(self.gpu)
+
+    def product_seconds(self, product: Product) -> float:
+        """Seconds of matrix products: their FLOPs, then their bytes, then a launch.
+
+        Bytes are added and not hidden: the first tiles wait for operands and the last ones for their writes. So the
+        part of the peak that is reached falls with the size, and with a short contraction. float32 is computed as
+        TF32, at half the peak.
+        """
+        gpu = self.datasheet
+        rate = self.product_fraction * gpu.peak_flops * min(1.0, 2.0 / product.width)
+        moved = product.bytes / (self.memory_fraction * gpu.memory_bandwidth)
+        return product.flops / rate + moved + self.kernel_seconds
+
+    def attention_seconds(self, flops: float) -> float:
+        """Seconds of a fused attention kernel that executes so many FLOPs."""
+        return flops / (self.attention_fraction * self.datasheet.peak_flops) + self.kernel_seconds
+
+    def pass_seconds(self, size: float, kernels: int = 1) -> float:
+        """Seconds in which `size` bytes are read or written by so many kernels."""
+        return size / (self.memory_fraction * self.datasheet.memory_bandwidth) + kernels * self.kernel_seconds
+
+    def collective_seconds(self, kind: CollectiveKind, size: float, group: Group) -> float:
+        """Seconds of a collective; `size` is the bytes of the whole array: gathered, or before it is scattered.
+
+        A ring inside a node moves size * (n - 1) / n bytes through each GPU's NVLink. Between nodes each of the
+        node's GPUs uses its own network card for its share. An all-reduce is a reduce-scatter and an all-gather.
+        """
+        if group.size == 1:
+            return 0.0
+        gpu, nodes = self.datasheet, group.size // group.local
+        inside = size * (group.size - 1) / group.size / (self.nvlink_fraction * gpu.nvlink_bandwidth)
+        between = size * (nodes - 1) / nodes / (group.local * self.network_fraction * gpu.network_bandwidth)
+        latency = (group.local - 1) * self.nvlink_seconds + math.log2(nodes) * self.network_seconds
+        once = max(inside if group.local > 1 else 0.0, between) + latency
+        return 2 * once if kind == "all_reduce" else once
+
+    def message_seconds(self, size: float, *, inside_node: bool) -> float:
+        """Seconds of `size` bytes from one GPU to another."""
+        if inside_node:
+            return size / (self.nvlink_fraction * self.datasheet.nvlink_bandwidth) + self.nvlink_seconds
+        return size / (self.network_fraction * self.datasheet.network_bandwidth) + self.network_seconds
+
+
+def axes_group(sizes: dict[str, int], axes: tuple[str, ...], gpus_per_node: int) -> Group:
+    """The devices along neighbouring axes of a mesh whose devices fill nodes in order, `tensor` innermost."""
+    size = math.prod(sizes[axis] for axis in axes)
+    inner = AXES[max(map(AXES.index, axes)) + 1 :]
+    stride = math.prod(sizes[axis] for axis in inner)
+    local = max(1, min(size, gpus_per_node // stride))
+    while size % local:
+        local -= 1
+    return Group(size, local)
+
+
+class Machines(Config):
+    """The constants of every GPU that Jaxtron knows by name."""
+
+    a100: Machine
+    h100: Machine
+    h200: Machine
+    b200: Machine
+    gb200: Machine
+
+
+@functools.cache
+def machine_named(name: str) -> Machine:
+    """The machine of a known GPU, or of a target's file, with the constants of machines.yaml; `UserError` for others.
+
+    A GPU from a file has those of the first known one of its architecture.
+    """
+    gpu, machines = gpu_named(name), load(Machines, CONSTANTS)
+    if gpu.name in GPUS:
+        return getattr(machines, gpu.name)
+    major = gpu.compute_capability.partition(".")[0]
+    kin = next(known for known in GPUS.values() if known.compute_capability.partition(".")[0] == major)
+    return getattr(machines, kin.name).model_copy(update={"gpu": name})
+
+
+def read_machine(path: Path) -> Machine:
+    """The machine of a YAML file with `Machine`'s fields, as `calibrate` writes it; `UserError` if it does not read."""
+    if not path.is_file():
+        raise UserError(f"machine file {path} does not exist; names of GPUs are {', '.join(GPUS)}")
+    return load(Machine, path)

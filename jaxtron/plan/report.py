@@ -1,0 +1,226 @@
+"""A plan: what a rehearsed step takes of its GPUs, as text for a reader and as JSON for a program."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtron.config import UserError
+from jaxtron.pipeline.lowering import lower, message_counts
+from jaxtron.plan import traffic
+from jaxtron.plan.advice import first_change
+from jaxtron.plan.machine import Machine
+from jaxtron.plan.memory import MemoryUse
+from jaxtron.plan.practice import JAXTRON, Practice
+from jaxtron.plan.prediction import Prediction, predict
+from jaxtron.plan.rehearsal import Rehearsal
+from jaxtron.plan.surprises import Surprise, surprises
+from jaxtron.plan.table import aligned, duration, size
+
+FORMAT = 1
+BAR = 30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a run before it runs. Bytes, FLOPs and seconds are those of one GPU and one step."""
+
+    title: str
+    mesh: dict[str, int]
+    gpu: str
+    num_gpus: int
+    gpus_per_node: int
+    schedule: str
+    jax_version: str
+    rehearsal_seconds: float
+    parameters: int
+    memory: MemoryUse
+    traffic: list[traffic.Row]
+    messages: tuple[int, int]
+    prediction: Prediction
+    surprises: list[Surprise]
+    advice: str | None
+
+    def json(self) -> dict[str, Any]:
+        """Plain data, read again by `plan/compare.py`."""
+        plain = dataclasses.asdict(self)
+        memory = {**plain["memory"], "total": self.memory.total, "fits": self.memory.fits}
+        return {"format": FORMAT, **plain, "memory": memory}
+
+
+def practice_of(rehearsal: Rehearsal, machine: Machine) -> Practice:
+    """How the compiled step runs, for the model of time: what it hides is what its schedule hides."""
+    return dataclasses.replace(JAXTRON, overlap=traffic.overlap(rehearsal, machine))
+
+
+def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
+    """Everything at once, from one compiled step and the constants of a machine."""
+    config, sizes = rehearsal.config, dict(rehearsal.mesh.shape)
+    practice = practice_of(rehearsal, machine)
+    train, tokens = config.train, config.data.sequence_length
+    rows = train.global_batch // train.microbatches // (sizes["data"] * sizes["fsdp"])
+    name = f"{config.pipeline.schedule}, " if sizes["pipe"] > 1 else ""
+    memory = rehearsal.memory_use
+    return Plan(
+        title=title,
+        mesh=sizes,
+        gpu=rehearsal.gpu.name,
+        num_gpus=rehearsal.mesh.size,
+        gpus_per_node=rehearsal.gpus_per_node,
+        schedule=f"{name}{train.microbatches} microbatches of {rows} x {tokens} tokens",
+        jax_version=jax.__version__,
+        rehearsal_seconds=rehearsal.seconds,
+        parameters=rehearsal.trainer.blueprint.num_parameters,
+        memory=memory,
+        traffic=traffic.rows(rehearsal, machine),
+        messages=message_counts(lower(config.schedule(sizes["pipe"]))),
+        prediction=predict(config, sizes, machine, gpus_per_node=rehearsal.gpus_per_node, practice=practice),
+        surprises=surprises(rehearsal),
+        advice=None if memory.fits else first_change(config, sizes, memory),
+    )
+
+
+def write_json(plan: Plan, path: Path) -> None:
+    """The plan as JSON, the file replaced whole."""
+    _write(path, json.dumps(plan.json(), indent=1) + "\n")
+
+
+def write_hlo(rehearsal: Rehearsal, path: Path) -> None:
+    """The compiled, scheduled, partitioned program."""
+    _write(path, rehearsal.hlo)
+
+
+def text(plan: Plan, tokens: float | None = None) -> str:
+    """The plan for a reader; `tokens` is a budget whose days are told."""
+    nodes = math.ceil(plan.num_gpus / plan.gpus_per_node)
+    mesh = " x ".join(f"{axis} {parts}" for axis, parts in plan.mesh.items() if parts > 1) or "one device"
+    return "\n".join(
+        [
+            f"{plan.title}: {_count(plan.parameters)} parameters on {plan.num_gpus} {plan.gpu} "
+            f"({nodes} nodes), compiled with JAX {plan.jax_version} in {plan.rehearsal_seconds:.0f} s",
+            f"mesh: {mesh}; {plan.schedule}",
+            "",
+            *_memory(plan),
+            "",
+            *_traffic(plan),
+            "",
+            *_compute(plan),
+            "",
+            *_prediction(plan, tokens),
+            "",
+            *_surprises(plan),
+        ]
+    )
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:,.2f} billion" if number >= 1e9 else f"{number / 1e6:,.1f} million"
+
+
+def _memory(plan: Plan) -> list[str]:
+    memory = plan.memory
+    verdict = "fits" if memory.fits else "DOES NOT FIT"
+    rows = [
+        (f"  {name}", size(part), f"{part / memory.capacity:.1%}", "#" * round(BAR * part / memory.capacity))
+        for name, part in memory.classes.items()
+    ]
+    lines = [
+        f"memory of a GPU: {verdict}, {size(memory.total)} of {size(memory.capacity)} "
+        f"({memory.total / memory.capacity:.0%}); communication buffers and reserve are estimates",
+        *aligned(rows, right=(1, 2)),
+    ]
+    if len(memory.stages) > 1:
+        fullest = max(memory.stages, key=lambda stage: stage.bytes)
+        rows = [("  stage", "layers", "held", "activations")]
+        for number in sorted({0, 1, len(memory.stages) // 2, len(memory.stages) - 1, memory.stages.index(fullest)}):
+            stage = memory.stages[number]
+            rows.append((f"  {number}", str(stage.layers), str(stage.held), size(stage.bytes)))
+        lines += ["  every stage makes room for the fullest one; what some of them fill of it:"]
+        lines += aligned(rows, right=(1, 2, 3))
+    return lines if plan.advice is None else [*lines, f"  change first: {plan.advice}"]
+
+
+def _traffic(plan: Plan) -> list[str]:
+    if not plan.traffic:
+        return ["communication: none"]
+    rows = [("  kind", "axes", "link", "loops", "runs", "payload", "sent", "async", "time", "hidden")]
+    for row in plan.traffic:
+        rows.append(
+            (
+                f"  {row.key.kind}",
+                ",".join(row.key.axes) or "-",
+                row.link or "-",
+                _loops(row.key),
+                str(row.executions),
+                size(row.payload),
+                size(row.sent),
+                f"{row.asynchronous}/{row.operations}",
+                duration(row.seconds),
+                f"{row.hidden / row.seconds:.0%}" if row.seconds else "-",
+            )
+        )
+    sent = {link: sum(row.sent for row in plan.traffic if row.link == link) for link in ("NVLink", "network")}
+    total = " and ".join(f"{size(part)} by {link}" for link, part in sent.items() if part)
+    lines = [f"communication of a GPU in a step: sends {total or 'nothing'}", *aligned(rows, right=range(4, 10))]
+    given, needed = plan.messages
+    return [*lines, f"  stages send {given / needed:.2f} times the messages they need"] if needed else lines
+
+
+def _loops(key: traffic.Key) -> str:
+    loops = " x ".join("?" if trips is None else str(trips) for trips in key.loops) or "once"
+    return f"{loops} if" if key.conditional else loops
+
+
+def _compute(plan: Plan) -> list[str]:
+    found = plan.prediction
+    again = found.hardware_flops / found.model_flops - 1
+    parts = plan.prediction.breakdown
+    bubble = parts.bubble / (parts.total - parts.bubble) if parts.total else 0.0
+    return [
+        f"compute of a GPU in a step: {found.model_flops:.4g} model FLOPs, {found.hardware_flops:.4g} with what is "
+        f"computed again ({again:+.1%}); bubble {bubble:.1%}"
+    ]
+
+
+def _prediction(plan: Plan, tokens: float | None) -> list[str]:
+    found = plan.prediction
+    lines = [
+        f"prediction: {duration(found.step_seconds)} a step, {found.tokens_per_second:,.0f} tokens/s, "
+        f"MFU {found.mfu:.1%}, HFU {found.hfu:.1%}"
+    ]
+    parts = [
+        (name, seconds)
+        for name, seconds in dataclasses.asdict(found.breakdown).items()
+        if seconds > 1e-6 * found.step_seconds
+    ]
+    rows = [
+        (f"  {name}", duration(seconds), f"{seconds / found.step_seconds:.1%}")
+        for name, seconds in sorted(parts, key=lambda part: -part[1])
+    ]
+    lines += aligned(rows, right=(1, 2))
+    if tokens is not None:
+        lines.append(f"  {tokens:.3g} tokens take {found.days_for(tokens):,.1f} days")
+    return lines
+
+
+def _surprises(plan: Plan) -> list[str]:
+    if not plan.surprises:
+        return ["surprises: none"]
+    lines = ["surprises:"]
+    for surprise in plan.surprises:
+        place = f" ({surprise.location})" if surprise.location else ""
+        lines.append(f"  {surprise.what}{place}")
+    return lines
+
+
+def _write(path: Path, content: str) -> None:
+    replacement = path.with_name(path.name + ".new")
+    try:
+        replacement.write_text(content)
+        replacement.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None

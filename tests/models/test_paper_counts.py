@@ -1,0 +1,290 @@
+"""The configurations of the papers: their layouts, parameters and operations are those that the papers print."""
+
+import functools
+import math
+import re
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh
+
+from jaxtron.config import load
+from jaxtron.models.cost import hardware_flops_per_token, model_flops_per_token, num_parameters
+from jaxtron.models.decoder import Decoder
+from jaxtron.sharding import Blueprint, blueprint, make_rules, use
+from jaxtron.sharding.mesh import AXES
+from jaxtron.train.config import Configuration
+
+ROOT = Path(__file__).parents[2]
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+
+# 1909.08053, Tables 1 and 2: layers, hidden size, heads, model-parallel GPUs, all GPUs, billions of parameters
+GPT2 = {
+    "gpt2_scaling_1.2b": (40, 1536, 16, 1, 64, "1.2"),
+    "gpt2_scaling_2.5b": (54, 1920, 20, 2, 128, "2.5"),
+    "gpt2_scaling_4.2b": (64, 2304, 24, 4, 256, "4.2"),
+    "gpt2_scaling_8.3b": (72, 3072, 32, 8, 512, "8.3"),
+    "gpt2_355m": (24, 1024, 16, 1, 64, "0.355"),
+    "gpt2_2.5b": (54, 1920, 20, 2, 128, "2.5"),
+    "gpt2_8.3b": (72, 3072, 24, 8, 512, "8.3"),
+}
+
+# 2104.04473, Table 1: layers, hidden size, heads, tensor and pipeline sizes, GPUs, batch, billions of parameters;
+# and from the authors' script for it: microbatch and layers of a chunk (none: not interleaved)
+PTDP = {
+    "ptdp_1.7b": (24, 2304, 24, 1, 1, 32, 512, "1.7", 16, None),
+    "ptdp_3.6b": (30, 3072, 32, 2, 1, 64, 512, "3.6", 16, None),
+    "ptdp_7.5b": (36, 4096, 32, 4, 1, 128, 512, "7.5", 16, None),
+    "ptdp_18.4b": (40, 6144, 48, 8, 1, 256, 1024, "18.4", 8, None),
+    "ptdp_39.1b": (48, 8192, 64, 8, 2, 512, 1536, "39.1", 4, None),
+    "ptdp_76.1b": (60, 10240, 80, 8, 4, 1024, 1792, "76.1", 2, 5),
+    "ptdp_145.6b": (80, 12288, 96, 8, 8, 1536, 2304, "145.6", 2, 5),
+    "ptdp_310.1b": (96, 16384, 128, 8, 16, 1920, 2160, "310.1", 1, 3),
+    "ptdp_529.6b": (105, 20480, 128, 8, 35, 2520, 2520, "529.6", 1, 1),
+    "ptdp_1008b": (128, 25600, 160, 8, 64, 3072, 3072, "1008.0", 1, None),
+}
+
+# 2205.05198, Tables 3 and 5: layers, hidden size, heads, tensor and pipeline sizes, GPUs, batch, microbatch,
+# seconds of a step, model and hardware FLOPs in percent of the peak
+SELECTIVE = {
+    "gpt_22b": (48, 6144, 64, 8, 1, 8, 4, 4, 1.10, 41.5, 43.7),
+    "gpt_175b": (96, 12288, 96, 8, 8, 64, 64, 1, 13.75, 51.4, 52.8),
+    "gpt_530b": (105, 20480, 128, 8, 35, 280, 280, 1, 37.83, 56.0, 57.0),
+    "gpt_1t": (128, 25600, 160, 8, 64, 512, 512, 1, 71.49, 56.3, 57.0),
+}
+
+# Other papers: tensor, pipeline and data sizes. Those of PaLM, Yi and Llama, but for 405B, are ours.
+LAYOUTS = {
+    "mt_nlg_530b": (8, 35, 8),
+    "bloom_176b": (4, 12, 8),
+    "nemotron_4_15b": (8, 1, 96),
+    "llama_3.1_405b": (8, 16, 128),
+    "palm_8b": (2, 1, 32),
+    "palm_62b": (8, 4, 16),
+    "palm_540b": (8, 20, 16),
+    "yi_6b": (2, 1, 32),
+    "yi_34b": (8, 1, 32),
+    "llama_2_7b": (2, 1, 64),
+    "llama_2_13b": (4, 1, 64),
+    "llama_2_70b": (8, 4, 16),
+    "llama_3_8b": (2, 1, 32),
+    "llama_3_70b": (8, 4, 16),
+}
+
+# The parameters that the released weights of these have, and for PaLM what its Table 1 prints, in billions
+RELEASED = {
+    "llama_2_7b": 6_738_415_616,
+    "llama_2_13b": 13_015_864_320,
+    "llama_2_70b": 68_976_648_192,
+    "llama_3_8b": 8_030_261_248,
+    "llama_3_70b": 70_553_706_496,
+    "llama_3.1_405b": 405_853_388_800,
+    "yi_6b": 6_061_035_520,
+    "yi_34b": 34_388_917_248,
+}
+PALM = {"palm_8b": 8.63, "palm_62b": 62.50, "palm_540b": 540.35}
+
+A100, H100 = 312e12, 989e12
+
+
+@functools.cache
+def configuration(name: str, *flags: str) -> Configuration:
+    return load(Configuration, ROOT / "configs" / f"{name}.yaml", flags).resolved()
+
+
+def sizes(config: Configuration) -> dict[str, int]:
+    """The mesh that the file spells out; what it leaves to fill is one."""
+    return {axis: max(getattr(config.mesh, axis), 1) for axis in AXES}
+
+
+def count(name: str) -> int:
+    config = configuration(name)
+    return num_parameters(config.model, config.data.sequence_length)
+
+
+def flops_per_step(name: str) -> tuple[float, float]:
+    """Model and hardware FLOPs."""
+    config = configuration(name)
+    tokens = config.train.global_batch * config.data.sequence_length
+    arguments = config.model, config.data.sequence_length
+    return tokens * model_flops_per_token(*arguments), tokens * hardware_flops_per_token(*arguments)
+
+
+def shape(name: str) -> tuple[int, int, int]:
+    model = configuration(name).model
+    return model.num_layers, model.hidden_size, model.num_heads
+
+
+def abstract_model(config: Configuration) -> Blueprint:
+    stages = config.partition(sizes(config)["pipe"])
+    return blueprint(lambda rngs: Decoder(config.model, partition=stages, rngs=rngs), layers=stages.num_layers)
+
+
+def specs_on(config: Configuration, plan: Blueprint) -> list:
+    """Where every parameter lies on the configuration's own mesh; a `UserError` where a size does not divide."""
+    rules = make_rules(AbstractMesh(tuple(sizes(config).values()), AXES), config.sharding)
+    axes = jax.tree.leaves(plan.axes, is_leaf=lambda node: isinstance(node, tuple))
+    leaves = jax.tree.leaves(plan.shapes)
+    return [rules.parameter_spec(names, leaf.shape) for names, leaf in zip(axes, leaves, strict=True)]
+
+
+def test_every_configuration_of_a_paper_is_tested_here():
+    others = {"gpt_tiny", "gpt_1b", "shakespeare_char"}
+    assert {*GPT2, *PTDP, *SELECTIVE, *LAYOUTS} == {*NAMES} - others
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_fits_its_mesh_and_has_as_many_parameters_as_the_real_model(name, rules_for):
+    config = configuration(name)
+    config.check_mesh(sizes(config))
+    with use(rules_for()):
+        plan = abstract_model(config)
+    assert plan.num_parameters == count(name)
+    assert len(specs_on(config, plan)) == len(jax.tree.leaves(plan.shapes))
+
+
+def test_a_trillion_parameters_fit_3072_gpus_too(rules_for):
+    config = configuration("gpt_1t", "--mesh.data", "6", "--train.global_batch", "3072")
+    assert math.prod(sizes(config).values()) == 3072
+    config.check_mesh(sizes(config))
+    with use(rules_for()):
+        specs_on(config, abstract_model(config))
+
+
+@pytest.mark.parametrize("name", GPT2)
+def test_megatron_lm_tables(name):
+    layers, hidden, heads, tensor, gpus, billions = GPT2[name]
+    config = configuration(name)
+    assert shape(name) == (layers, hidden, heads)
+    assert sizes(config) == {"pipe": 1, "data": gpus // tensor, "fsdp": 1, "context": 1, "tensor": tensor}
+    assert (config.train.global_batch, config.data.sequence_length, config.model.padded_vocab) == (512, 1024, 51200)
+    # to as many digits as are printed; 355,788,800 is printed as 355M
+    assert abs(count(name) / 1e9 - float(billions)) < (0.001 if "0.355" == billions else 0.05)
+
+
+@pytest.mark.parametrize("name", PTDP)
+def test_rows_of_2104_04473(name):
+    layers, hidden, heads, tensor, pipe, gpus, batch, billions, microbatch, chunk = PTDP[name]
+    config = configuration(name)
+    data = gpus // (tensor * pipe)
+    assert shape(name) == (layers, hidden, heads)
+    assert sizes(config) == {"pipe": pipe, "data": data, "fsdp": 1, "context": 1, "tensor": tensor}
+    assert config.train.global_batch == batch == config.train.microbatches * data * microbatch
+    assert f"{count(name) / 1e9:.1f}" == billions
+    assert config.pipeline.schedule == ("interleaved" if chunk else "1f1b")
+    assert set(config.partition(pipe).lengths) == {chunk or layers // pipe}
+    # Eq. 3, with every layer computed again
+    expected = 96 * batch * 2048 * layers * hidden**2 * (1 + 2048 / (6 * hidden) + 51200 / (16 * layers * hidden))
+    assert flops_per_step(name)[1] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", [*GPT2, *PTDP, *SELECTIVE, "mt_nlg_530b"])
+def test_a_gpt_has_the_parameters_of_equation_two_and_a_final_norm(name):
+    # 2104.04473, Eq. 2 in whole numbers: 12 l h^2 (1 + 13/12h + (V + s)/12lh); the final norm's scale and bias are 2 h
+    layers, hidden, _ = shape(name)
+    length = configuration(name).data.sequence_length
+    equation = 12 * layers * hidden**2 + 13 * layers * hidden + (51200 + length) * hidden
+    assert count(name) == equation + 2 * hidden
+
+
+@pytest.mark.parametrize("name", SELECTIVE)
+def test_rows_of_2205_05198(name):
+    layers, hidden, heads, tensor, pipe, gpus, batch, microbatch, seconds, model_percent, hardware_percent = SELECTIVE[
+        name
+    ]
+    config = configuration(name)
+    assert shape(name) == (layers, hidden, heads)
+    assert sizes(config) == {"pipe": pipe, "data": 1, "fsdp": 1, "context": 1, "tensor": tensor}
+    assert pipe * tensor == gpus
+    assert (config.train.global_batch, config.train.microbatches) == (batch, batch // microbatch)
+    assert config.pipeline.chunks == (3 if name in ("gpt_175b", "gpt_530b") else 1)
+    model, hardware = flops_per_step(name)
+    scale = 72 * batch * layers * 2048 * hidden**2
+    head = 51200 / (12 * layers * hidden)
+    assert model == pytest.approx(scale * (1 + 2048 / (6 * hidden) + head), rel=1e-12)
+    # App. A counts three times the two products that are computed again
+    printed = scale * (1 + 2048 / (3 * hidden) + head)
+    assert model + 3 * (hardware - model) == pytest.approx(printed, rel=1e-12)
+    # seconds are printed to 1% (22B) or better
+    for flops, percent in ((model, model_percent), (printed, hardware_percent)):
+        assert 100 * flops / (seconds * gpus * A100) == pytest.approx(percent, abs=0.2)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_of_other_papers(name):
+    tensor, pipe, data = LAYOUTS[name]
+    assert sizes(configuration(name)) == {"pipe": pipe, "data": data, "fsdp": 1, "context": 1, "tensor": tensor}
+
+
+def test_mt_nlg():
+    # 2201.11990, Sec. 2.4: seconds of a step and hardware TFLOP/s of a GPU, on 280, 350 and 420 nodes
+    assert shape("mt_nlg_530b") == shape("gpt_530b")
+    model, hardware = flops_per_step("mt_nlg_530b")
+    for nodes, seconds, printed in ((280, 60.1, 126), (350, 50.2, 121), (420, 44.4, 113)):
+        assert hardware / (seconds * nodes * 8) / 1e12 == pytest.approx(printed, abs=0.75)
+    # PaLM (2204.02311, p. 9) makes the first 30.2% of the peak, without what is computed again
+    assert 100 * model / (60.1 * 2240 * A100) == pytest.approx(30.2, abs=0.05)
+    config = configuration("mt_nlg_530b", "--mesh.data", "10", "--train.microbatches", "192", "--train.batch_ramp=none")
+    config.check_mesh({**sizes(config), "data": 10})
+
+
+def test_bloom():
+    # 2211.05100: 176,247M parameters
+    assert round(count("bloom_176b") / 1e6) == 176_247
+    config = configuration("bloom_176b")
+    assert (config.model.vocab_size, config.model.padded_vocab) == (250_680, 250_880)
+    assert config.partition(12).lengths == (5, *[6] * 10, 5)
+    assert config.train.global_batch == config.train.microbatches * 8 * 2
+
+
+def test_nemotron():
+    # 2402.16819, Sec. 2: 3.2 billion parameters of embeddings and 12.5 billion others
+    config = configuration("nemotron_4_15b")
+    tables = 2 * 256_000 * 6144
+    assert config.model.padded_vocab == 256_000
+    assert tables == pytest.approx(3.2e9, abs=0.06e9)
+    assert f"{(count('nemotron_4_15b') - tables) / 1e9:.1f}" == "12.5"
+    # Table 2: 0.57 s a step is 34.3% of the peak; half of the last digit of the time is 0.9%
+    model, _ = flops_per_step("nemotron_4_15b")
+    assert 100 * model / (0.57 * 768 * H100) == pytest.approx(34.3, rel=0.01)
+    configuration("nemotron_4_15b", "--mesh.data", "192", "--train.global_batch", "768").check_mesh(
+        {**sizes(config), "data": 192}
+    )
+
+
+@pytest.mark.parametrize("name", PALM)
+def test_palm(name):
+    # 540,356,474,880 is printed as 540.35 billion
+    assert abs(count(name) / 1e9 - PALM[name]) < 0.01
+    model = configuration(name).model
+    assert (model.head_size, model.kv_heads, model.mlp_width) == (256, 1, 4 * model.hidden_size)
+
+
+def test_palm_540b_stages_and_heads():
+    config = configuration("palm_540b")
+    assert config.model.num_heads * config.model.head_size == 12_288
+    assert config.partition(20).lengths == (5, *[6] * 18, 5)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_llama_and_yi_have_the_parameters_of_the_released_weights(name):
+    assert count(name) == RELEASED[name]
+
+
+def test_llama_405b_has_a_layer_less_at_both_ends():
+    # 2407.21783, Sec. 3.3.2, whose stages of 8 layers are two parts of 4 here
+    assert configuration("llama_3.1_405b").partition(16).lengths == (3, *[4] * 30, 3)
+
+
+def test_the_page_of_configurations_says_what_the_files_say():
+    page = (ROOT / "docs" / "configurations.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "](../configs/" in line
+    ]
+    found = {re.findall(r"configs/(.+)\.yaml\)", row[0])[0]: row for row in rows}
+    assert sorted(found) == NAMES
+    for name, (_, _, _, layout, gpus, parameters) in found.items():
+        mesh = sizes(configuration(name))
+        assert layout == f"{mesh['tensor']} x {mesh['pipe']} x {mesh['data']}"
+        assert (gpus, parameters) == (f"{math.prod(mesh.values()):,}", f"{count(name):,}")
