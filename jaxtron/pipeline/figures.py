@@ -219,11 +219,12 @@ def starts(walk: Walk, durations: Mapping[Slot, Sequence[float]], *, latency: fl
     return found
 
 
-def timeline(schedule: Schedule, *, latency: float = 0.0) -> list[list[Span]]:
-    """Each stage's slots in order, each as early as stage and inputs allow; there is no common clock."""
-    durations: dict[Slot, list[float]] = {
-        slot: [cost] * schedule.num_virtual for slot, cost in slot_costs(schedule).items()
-    }
+def timeline(
+    schedule: Schedule, *, durations: Mapping[Slot, Sequence[float]] | None = None, latency: float = 0.0
+) -> list[list[Span]]:
+    """Each stage's slots in order, as `starts` places them; without `durations` chunks take what `slot_costs` says."""
+    if durations is None:
+        durations = {slot: [cost] * schedule.num_virtual for slot, cost in slot_costs(schedule).items()}
     walked = walk(schedule)
     spans: list[list[Span]] = [[] for _ in range(schedule.num_stages)]
     begun = starts(walked, durations, latency=latency)

@@ -66,7 +66,7 @@ def show_plan(config: Configuration, request: Request) -> None:
     if request.hlo is not None:
         report.write_hlo(rehearsal, request.hlo)
     if request.png is not None:
-        schedule.png(config.schedule(plan.mesh["pipe"]), request.png)
+        schedule.png(config.schedule(plan.mesh["pipe"]), request.png, seconds=plan.prediction.slot_seconds)
     _tell_written(request.json, request.hlo, request.png, fitted)
 
 

@@ -2,8 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import jax
@@ -13,8 +12,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtron.config import UserError
 from jaxtron.gpus import Gpu
 from jaxtron.layers.inputs import row_keys
-from jaxtron.models.config import ModelConfig
+from jaxtron.layers.loss import CHUNK_ELEMENTS
+from jaxtron.layers.mlp import GATED
 from jaxtron.models.decoder import Decoder
+from jaxtron.models.pattern import ATTENTION, MLP
 from jaxtron.models.staged import StagedDecoder
 from jaxtron.pipeline.layer_loop import LayerLoop
 from jaxtron.pipeline.lowering import lower
@@ -38,9 +39,17 @@ from jaxtron.train.config import Configuration
 from jaxtron.train.step import DTYPES
 from jaxtron.typing import Array, PyTree, Role
 
-FLOAT = 4
-BATCH_BYTES = 12  # of a token: itself, its target and its weight
-MOMENTS = {"adamw": 2, "sgd": 1}
+FLOAT = COUNTER = 4
+# of a token: itself, its target and its weight
+BATCH_BYTES = 12
+# What compiled steps hold at their peak beside the classes that shapes explain, as multiples of arrays that are there
+# at the same time. Measured on 20 layouts of 1.3 to 1008 billion parameters, JAX 0.11.2 (2026-11): tests/plan/
+# test_estimate.py has them. Scores of attention in float32, and MLP's matrix in float32 and the step's type:
+SCORES, MATRICES = 2.5, 3.0
+# Activations as wide as the MLP; logits of a chunk and the head's table in float32.
+HIDDEN, LOGITS, TABLES = 4.0, 3.0, 2.5
+# Pairs of backward and weight gradient are copied, and their operands transposed.
+PAIRS = 1.2
 
 
 class Slots(NamedTuple):
@@ -53,14 +62,10 @@ class Slots(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Bytes a device keeps of one row in one period: for backwards, and for weight gradients that were put off.
-
-    `largest` is the largest array among the first.
-    """
+    """Bytes a device keeps of one row in one period: for backwards, and for weight gradients that were put off."""
 
     residuals: int
     pairs: int
-    largest: int
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,20 @@ class Parameter:
 
 
 class State(NamedTuple):
-    """Bytes of a device, or of an array on it: at rest in float32, as a copy to compute with, gradients' sums."""
+    """Bytes of a device, of all arrays or one: at rest in float32, moments of the optimizer, the copy to compute with,
+    gradients' sums; `largest` is the sum of the largest array, and `gathered` whether any is gathered at use."""
 
     master: int
+    optimizer: int
     weights: int
     gradients: int
+    largest: int
+    gathered: bool
+
+    @property
+    def total(self) -> int:
+        """What the device holds of them."""
+        return self.master + self.optimizer + self.weights + self.gradients
 
 
 class Estimator:
@@ -87,6 +101,7 @@ class Estimator:
     def __init__(self, config: Configuration) -> None:
         self.config = config.resolved()
         self._parameters = _parameters(self.config)
+        self._rows: dict[tuple, int] = {}
         self._kept: dict[tuple, Kept] = {}
         self._states: dict[tuple, State] = {}
 
@@ -100,49 +115,64 @@ class Estimator:
         stages, tensor = sizes["pipe"], sizes["tensor"]
         model, train = config.model, config.train
         rows = train.global_batch // train.microbatches // (sizes["data"] * sizes["fsdp"])
-        short = _shortened(config, stages)
-        slots, chunk_rows = _slots(short, stages), short.partition(stages).chunk_rows
-        chunks = config.pipeline.chunks if stages > 1 else 1
-        state = self._state(sizes, config, chunks * chunk_rows)
-        kept = self._kept_bytes(config, tensor, with_pairs=slots.pairs > 0)
+        slots = _slots(_shortened(config, stages), stages)
+        chunk_rows, chunks = self._chunk_rows(config, stages), config.pipeline.chunks if stages > 1 else 1
+        state = self.state(config, sizes)
+        kept = self._kept_bytes(config, tensor)
         width = DTYPES[train.precision].itemsize
         x = rows * config.data.sequence_length * model.hidden_size * width // tensor
         travels = stages * chunks > 1
         held = (slots.activations + 1 if travels else 0) + slots.gradients + 1 + travels
-        momentum = config.optimizer.name != "sgd" or config.optimizer.momentum > 0
         used = MemoryUse(
             master_weights=state.master,
-            optimizer=state.master * MOMENTS[config.optimizer.name] * momentum,
+            optimizer=state.optimizer,
             weights=state.weights,
             gradients=state.gradients,
             activations=rows * chunk_rows * (slots.residuals * kept.residuals + slots.pairs * kept.pairs),
             messages=held * x,
             batch=rows * train.microbatches * config.data.sequence_length * BATCH_BYTES,
             temporaries=0,
-            communication=NCCL_BUFFERS * 1,
+            communication=NCCL_BUFFERS * _groups(sizes),
             reserve=RESERVE,
             capacity=gpu.memory_bytes,
             stages=(),
         )
-        return used
+        return replace(used, temporaries=_temporaries(config, sizes, slots, chunk_rows, kept, state, used))
 
-    def _state(self, sizes: dict[str, int], config: Configuration, rows: int) -> State:
-        """Of all parameters, the layers' in so many rows a stage."""
-        key = (*(sizes[axis] for axis in AXES), config.sharding.zero, rows, config.train.precision)
+    def state(self, config: Configuration, sizes: dict[str, int]) -> State:
+        """Of all parameters; a `UserError` where one does not divide, or the layers cannot be shared out."""
+        stages = sizes["pipe"]
+        rows = self._chunk_rows(config, stages) * (config.pipeline.chunks if stages > 1 else 1)
+        key = (*(sizes[axis] for axis in AXES), config.sharding.zero, rows)
         if key not in self._states:
-            rules, dtype = _rules(sizes, config.sharding), DTYPES[config.train.precision]
-            found = [_state(parameter, rules, rows, dtype) for parameter in self._parameters]
-            self._states[key] = State(*map(sum, zip(*found, strict=True)))
+            self._states[key] = self._added(_rules(sizes, config.sharding), rows)
         return self._states[key]
 
-    def _kept_bytes(self, config: Configuration, tensor: int, *, with_pairs: bool) -> Kept:
-        key = (config.model.recompute, tensor, with_pairs)
+    def _added(self, rules: Rules, rows: int) -> State:
+        optimizer, dtype = self.config.optimizer, DTYPES[self.config.train.precision]
+        found = [_state(parameter, rules, rows, dtype) for parameter in self._parameters]
+        moments = 2 if optimizer.name == "adamw" else int(optimizer.momentum > 0)
+        master, _, weights, gradients, largest, gathered = zip(*found, strict=True)
+        # adamw counts its updates, and so does the learning rate, beside the step
+        counts = COUNTER * (2 + (optimizer.name == "adamw"))
+        return State(
+            sum(master), moments * sum(master) + counts, sum(weights), sum(gradients), max(largest), any(gathered)
+        )
+
+    def _chunk_rows(self, config: Configuration, num_stages: int) -> int:
+        key = (num_stages, config.pipeline)
+        if key not in self._rows:
+            self._rows[key] = _shortened(config, num_stages).partition(num_stages).chunk_rows
+        return self._rows[key]
+
+    def _kept_bytes(self, config: Configuration, tensor: int) -> Kept:
+        key = (config.model.recompute, tensor)
         if key not in self._kept:
-            self._kept[key] = kept_bytes(config, tensor, with_pairs=with_pairs)
+            self._kept[key] = kept_bytes(config, tensor)
         return self._kept[key]
 
 
-def kept_bytes(config: Configuration, tensor: int, *, with_pairs: bool = False) -> Kept:
+def kept_bytes(config: Configuration, tensor: int) -> Kept:
     """Bytes kept of one row of a microbatch in one period of the pattern, on each of `tensor` devices.
 
     Traced, never run, on devices of this machine; `UserError` where it has too few.
@@ -165,7 +195,7 @@ def kept_bytes(config: Configuration, tensor: int, *, with_pairs: bool = False) 
             layers = StagedDecoder(plan, working).parameters.layers
             loop = LayerLoop(decoder.stack.layer(), layers, jnp.arange(model.layout.repeats), 1)
             buffer = loop.buffer(x, shared, 1, 1)
-            pairs = loop.pairs(x, shared, buffer, 1, 1) if with_pairs else []
+            pairs = loop.pairs(x, shared, buffer, 1, 1)
             found.extend([list(map(_traced_bytes, buffer)), list(map(_traced_bytes, pairs))])
             return jnp.float32(0.0)
 
@@ -175,7 +205,62 @@ def kept_bytes(config: Configuration, tensor: int, *, with_pairs: bool = False) 
         tokens = jax.ShapeDtypeStruct((1, config.data.sequence_length), jnp.int32)
         jax.eval_shape(region, plan.abstract, tokens, jax.ShapeDtypeStruct((1,), jnp.int32))
     residuals, pairs = found
-    return Kept(sum(residuals), sum(pairs), max(residuals, default=0))
+    return Kept(sum(residuals), sum(pairs))
+
+
+def _temporaries(
+    config: Configuration,
+    sizes: dict[str, int],
+    slots: Slots,
+    chunk_rows: int,
+    kept: Kept,
+    state: State,
+    used: MemoryUse,
+) -> int:
+    """An estimate, for the rest is exact: the most of a layer's backward, the head, and the step's end.
+
+    The loop over layers has its own copy of what it reads transposed: products for weight gradients contract tokens.
+    Gathered at use, the largest array's gradients are transposed once more. With stages, the reductions of the step's
+    end run at the same time, each with a transposed copy; without, one after the other.
+    """
+    model, tensor, length = config.model, sizes["tensor"], config.data.sequence_length
+    rows = config.train.global_batch // config.train.microbatches // (sizes["data"] * sizes["fsdp"])
+    width = DTYPES[config.train.precision].itemsize
+    tokens, matrix = rows * length, model.hidden_size * model.mlp_width // tensor
+    layer = SCORES * FLOAT * tokens * length * model.num_heads / tensor * bool(model.layout.count(ATTENTION))
+    layer += MATRICES * FLOAT * matrix + HIDDEN * tokens * width * model.mlp_width / tensor
+    vocab = model.padded_vocab // tensor
+    head = TABLES * FLOAT * vocab * model.hidden_size + LOGITS * FLOAT * min(tokens * vocab, CHUNK_ELEMENTS)
+    loop = max(layer, head) + PAIRS * rows * chunk_rows * slots.pairs * kept.pairs
+    loop += slots.residuals * chunk_rows * rows * _transposed(config, tensor, rows, chunk_rows)
+    if state.gathered:
+        loop += state.largest + TABLES * FLOAT * vocab * model.hidden_size
+    if config.sharding.zero != "optimizer" or sizes["data"] == 1:
+        return round(loop)
+    reduced = state.master + (state.gradients if sizes["pipe"] > 1 else state.largest)
+    return round(max(loop, reduced - used.weights - used.activations - used.messages))
+
+
+def _transposed(config: Configuration, tensor: int, rows: int, chunk_rows: int) -> int:
+    """Bytes of one row of a period that a loop over layers keeps a second time."""
+    model, length = config.model, config.data.sequence_length
+    width = DTYPES[config.train.precision].itemsize
+    if "layer" in model.recomputed:
+        return 0
+    found = 0
+    if "attention" not in model.recomputed:
+        heads = sum(branch.count(ATTENTION) for branch in model.layout.period)
+        found += heads * length * width * model.num_heads * model.head_size // tensor
+    # of one row and in a loop of several layers only, and where it is kept as it is multiplied
+    if rows == 1 and chunk_rows > 1 and "mlp" not in model.recomputed and model.activation not in GATED:
+        mlps = sum(branch.count(MLP) for branch in model.layout.period)
+        found += mlps * length * width * model.mlp_width // tensor
+    return found
+
+
+def _groups(sizes: dict[str, int]) -> int:
+    """Sets of GPUs that communicate: along every choice of the axes there are."""
+    return 2 ** sum(part > 1 for part in sizes.values()) - 1
 
 
 def _traced_bytes(array: Array) -> int:
@@ -212,7 +297,7 @@ def _state(parameter: Parameter, rules: Rules, rows: int, dtype: jnp.dtype) -> S
     later = rules.size(tuple(axis for axis in axes if axis in rules.gather_at_use)) > 1
     width = FLOAT if later else working_dtype(parameter.role, dtype).itemsize
     is_copied = (width, whole) != (FLOAT, at_rest)
-    return State(FLOAT * at_rest, width * whole * is_copied, FLOAT * whole)
+    return State(FLOAT * at_rest, 0, width * whole * is_copied, FLOAT * whole, FLOAT * whole, later)
 
 
 def _axes(spec: PartitionSpec) -> tuple[str, ...]:

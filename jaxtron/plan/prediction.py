@@ -42,7 +42,7 @@ class Breakdown:
 @dataclass(frozen=True)
 class Prediction:
     """A step: seconds, tokens/s of all GPUs, FLOPs of one GPU (`model`: the papers' formula; `hardware`: with what
-    is computed again), and what part of the GPU's peak that is."""
+    is computed again), and what part of the GPU's peak that is; seconds of a slot by virtual stage."""
 
     step_seconds: float
     tokens_per_second: float
@@ -51,6 +51,7 @@ class Prediction:
     mfu: float
     hfu: float
     breakdown: Breakdown
+    slot_seconds: dict[Slot, list[float]]
 
     def days_for(self, tokens: float) -> float:
         """Days of training on so many tokens."""
@@ -162,11 +163,16 @@ def predict(
         ends[stage] = start + durations[slot][virtual]
     stages = [_stage(config, shapes, table, partition, costs, stage, end) for stage, end in enumerate(ends)]
     breakdown = _breakdown(stages, timer, config.optimizer.name)
-    return _prediction(config, sizes, machine, breakdown, flops)
+    return _prediction(config, sizes, machine, breakdown, flops, durations)
 
 
 def _prediction(
-    config: Configuration, sizes: dict[str, int], machine: Machine, breakdown: Breakdown, flops: float
+    config: Configuration,
+    sizes: dict[str, int],
+    machine: Machine,
+    breakdown: Breakdown,
+    flops: float,
+    durations: dict[Slot, list[float]],
 ) -> Prediction:
     num_gpus = math.prod(sizes[axis] for axis in AXES)
     tokens = config.train.global_batch * config.data.sequence_length
@@ -181,6 +187,7 @@ def _prediction(
         mfu=model_flops / seconds / peak,
         hfu=hardware_flops / seconds / peak,
         breakdown=breakdown,
+        slot_seconds=durations,
     )
 
 

@@ -66,7 +66,7 @@ def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: i
         lowered = jit_step(trainer).lower(trainer.abstract_state(), batch)
         with _compiler_messages() as messages:
             compiled = _compile(lowered, {**gpu_options(config.runtime), **COMPILER_OPTIONS})
-        text, planned = compiled.as_text(), memory(compiled)
+        text, planned = compiled.as_text() or "", memory(compiled)
         module = hlo.parse(text)
         collectives = census(module, mesh)
         num_groups = len({entry.axes for entry in collectives if entry.group_size > 1})

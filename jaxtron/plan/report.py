@@ -10,8 +10,9 @@ from typing import Any
 import jax
 
 from jaxtron.config import UserError
+from jaxtron.models.cost import model_flops_per_token
 from jaxtron.pipeline.lowering import lower, message_counts
-from jaxtron.plan import traffic
+from jaxtron.plan import flops, traffic
 from jaxtron.plan.advice import first_change
 from jaxtron.plan.machine import Machine
 from jaxtron.plan.memory import MemoryUse
@@ -20,6 +21,7 @@ from jaxtron.plan.prediction import Prediction, predict
 from jaxtron.plan.rehearsal import Rehearsal
 from jaxtron.plan.surprises import Surprise, surprises
 from jaxtron.plan.table import aligned, duration, size
+from jaxtron.train.config import Configuration
 
 FORMAT = 1
 BAR = 30
@@ -27,7 +29,11 @@ BAR = 30
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a run before it runs. Bytes, FLOPs and seconds are those of one GPU and one step."""
+    """What is known of a run before it runs. Bytes, FLOPs and seconds are those of one GPU and one step.
+
+    `compiled_flops` are those of the products in the program, where no schedule chooses among them; `padding` is the
+    part of the model's FLOPs that rows of the vocabulary take which are no tokens.
+    """
 
     title: str
     mesh: dict[str, int]
@@ -42,6 +48,8 @@ class Plan:
     traffic: list[traffic.Row]
     messages: tuple[int, int]
     prediction: Prediction
+    compiled_flops: int | None
+    padding: float
     surprises: list[Surprise]
     advice: str | None
 
@@ -79,9 +87,26 @@ def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
         traffic=traffic.rows(rehearsal, machine),
         messages=message_counts(lower(config.schedule(sizes["pipe"]))),
         prediction=predict(config, sizes, machine, gpus_per_node=rehearsal.gpus_per_node, practice=practice),
+        compiled_flops=_executed(rehearsal),
+        padding=_padding(config),
         surprises=surprises(rehearsal),
         advice=None if memory.fits else first_change(config, sizes, memory),
     )
+
+
+def _executed(rehearsal: Rehearsal) -> int | None:
+    """FLOPs of the compiled program's products; None where they depend on a stage's table, or on data."""
+    if rehearsal.mesh.shape["pipe"] > 1:
+        return None
+    try:
+        return flops.work(rehearsal.module).most
+    except ValueError:
+        return None
+
+
+def _padding(config: Configuration) -> float:
+    padded = model_flops_per_token(config.model, config.data.sequence_length)
+    return 6 * config.model.hidden_size * (config.model.padded_vocab - config.model.vocab_size) / padded
 
 
 def write_json(plan: Plan, path: Path) -> None:
@@ -180,10 +205,14 @@ def _compute(plan: Plan) -> list[str]:
     again = found.hardware_flops / found.model_flops - 1
     parts = plan.prediction.breakdown
     bubble = parts.bubble / (parts.total - parts.bubble) if parts.total else 0.0
-    return [
-        f"compute of a GPU in a step: {found.model_flops:.4g} model FLOPs, {found.hardware_flops:.4g} with what is "
-        f"computed again ({again:+.1%}); bubble {bubble:.1%}"
+    lines = [
+        f"compute of a GPU in a step: {found.model_flops:.4g} model FLOPs ({plan.padding:.1%} for the vocabulary's "
+        f"padding), {found.hardware_flops:.4g} with what is computed again ({again:+.1%}); bubble {bubble:.1%}"
     ]
+    if plan.compiled_flops is not None:
+        ratio = plan.compiled_flops / found.model_flops - 1
+        lines.append(f"  the compiled step multiplies {plan.compiled_flops:.4g} ({ratio:+.1%} against the model's)")
+    return lines
 
 
 def _prediction(plan: Plan, tokens: float | None) -> list[str]:

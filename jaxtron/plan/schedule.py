@@ -1,7 +1,7 @@
 """A schedule drawn: its table as text with its figures, and its timeline as a PNG."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -55,10 +55,16 @@ def text(
     )
 
 
-def png(schedule: Schedule, path: Path, *, latency: float = 0.0) -> None:
-    """Draws the timeline into `path`, replacing it whole: a row a stage, bars as long as their slots take."""
-    spans, found = timeline(schedule, latency=latency), figures(schedule, latency=latency)
-    size = (min(40.0, max(8.0, 0.25 * found.makespan * schedule.num_chunks)), 1.6 + 0.4 * schedule.num_stages)
+def png(schedule: Schedule, path: Path, *, seconds: Mapping[Slot, Sequence[float]] | None = None) -> None:
+    """Draws the timeline into `path`, replacing it whole: a row a stage, bars as long as their slots take.
+
+    `seconds` are those of each slot by virtual stage; without them a forward through a whole stage takes 1.
+    """
+    spans = timeline(schedule, durations=seconds)
+    end = max(stage_spans[-1].end for stage_spans in spans if stage_spans)
+    busiest = max(sum(span.end - span.start for span in stage_spans) for stage_spans in spans)
+    width = 0.25 * (figures(schedule).makespan if seconds else end) * schedule.num_chunks
+    size = (min(40.0, max(8.0, width)), 1.6 + 0.4 * schedule.num_stages)
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -66,10 +72,10 @@ def png(schedule: Schedule, path: Path, *, latency: float = 0.0) -> None:
     for stage, stage_spans in enumerate(spans):
         _draw_stage(axes, stage, stage_spans, schedule.num_chunks, labelled)
     axes.set(
-        title=f"{schedule.name}: {schedule.num_microbatches} microbatches, bubble {found.bubble:.1%}",
-        xlabel="time (forwards of one microbatch through a stage)",
+        title=f"{schedule.name}: {schedule.num_microbatches} microbatches, bubble {end / busiest - 1:.1%}",
+        xlabel="seconds, predicted" if seconds else "time (forwards of one microbatch through a stage)",
         ylabel="stage",
-        xlim=(0, found.makespan),
+        xlim=(0, end),
         ylim=(schedule.num_stages - 0.5, -0.5),
         yticks=range(schedule.num_stages),
     )

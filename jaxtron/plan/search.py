@@ -1,72 +1,196 @@
 """`python -m jaxtron.plan CONFIG.yaml --search`: layouts for so many GPUs, those that fit ranked by predicted time."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jaxtron.config import UserError, format_value
-from jaxtron.gpus import Gpu, gpu_named
-from jaxtron.pipeline.config import PipelineConfig
+import jax
+
+from jaxtron.config import UserError
+from jaxtron.plan.candidates import Layout, layouts, own_layout
 from jaxtron.plan.estimate import Estimator
 from jaxtron.plan.machine import Machine
 from jaxtron.plan.memory import MemoryUse
 from jaxtron.plan.prediction import Breakdown, Prediction, predict
-from jaxtron.plan.report import Plan, write_text
+from jaxtron.plan.report import Plan
 from jaxtron.plan.table import aligned, duration, size
-from jaxtron.sharding.mesh import AXES, MeshConfig
 from jaxtron.train.config import Configuration
 
+FORMAT = 1
 # Memory by formula may be so far off: what is this little above the GPU's is left to the compiler.
-MARGIN = 0.03
-# Rows of a microbatch on a device. More only fill memory: products of so many tokens are large enough.
-ROWS = (1, 2, 4, 8, 16)
-# Empty rows of the longest part's length, over all layers, that a cut which does not divide them may have.
-MOST_EMPTY = 0.1
-# All that have a use: gpipe takes the time of 1f1b and more memory.
-ONE_CHUNK = ("1f1b", "eager_1f1b", "zero_bubble")
-TWO_CHUNKS = ("zero_bubble_v", "dualpipe_v")
-MORE_CHUNKS = ("interleaved", "eager_interleaved")
+MARGIN = 0.05
+# A search compiles at most so many layouts for each that it was asked for: some turn out not to fit.
+MOST_COMPILED = 3
+# Rows of the table; the file that --json writes has all.
+SHOWN = 10
+NAMES = {"products": "products", "memory": "passes over memory", "optimizer": "optimizer", "bubble": "bubble"}
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a search chooses; `rows` are those of a microbatch on a device."""
+class Candidate:
+    """A layout with its memory and its step by formula, and its plan where it was compiled."""
 
-    data: int
-    fsdp: int
-    tensor: int
-    pipe: int
-    pipeline: PipelineConfig
-    rows: int
-    recompute: str | tuple[str, ...]
-    zero: str
+    layout: Layout
+    estimate: MemoryUse
+    formula: Prediction
+    plan: Plan | None = None
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """The mesh by axis."""
-        return {axis: getattr(self, axis, 1) for axis in AXES}
+    def prediction(self) -> Prediction:
+        """The step, with the compiled overlap where there is a plan."""
+        return self.formula if self.plan is None else self.plan.prediction
 
-    def microbatches(self, global_batch: int) -> int:
-        """Microbatches of a step."""
-        return global_batch // (self.data * self.fsdp * self.rows)
+    @property
+    def memory(self) -> MemoryUse:
+        """Bytes of a GPU, the compiler's where there is a plan."""
+        return self.estimate if self.plan is None else self.plan.memory
 
-    def config(self, base: Configuration) -> Configuration:
-        """The configuration with this layout, not validated again: `predict` checks what can be wrong with it."""
-        mesh = MeshConfig(**{axis: part for axis, part in self.sizes.items()})
-        microbatches = self.microbatches(base.train.global_batch)
-        return base.model_copy(
-            update={
-                "mesh": mesh,
-                "pipeline": self.pipeline,
-                "model": base.model.model_copy(update={"recompute": self.recompute}),
-                "train": base.train.model_copy(update={"microbatches": microbatches}),
-                "sharding": base.sharding.model_copy(update={"zero": self.zero}),
-            }
+
+@dataclass(frozen=True)
+class Search:
+    """Candidates in the order of their rank: first those that were compiled, then by formula, the fastest first.
+
+    `unfit` were compiled and found too big. `own` is the configuration's own layout, whether it fits or not, and
+    `own_problem` why there is none.
+    """
+
+    config: Configuration
+    num_gpus: int
+    gpus_per_node: int
+    candidates: tuple[Candidate, ...]
+    num_layouts: int
+    num_refused: int
+    num_too_big: int
+    own: Candidate | None
+    own_problem: str | None
+    unfit: tuple[Candidate, ...] = ()
+
+    @property
+    def best(self) -> Candidate:
+        """The first."""
+        return self.candidates[0]
+
+    def rank(self, layout: Layout) -> int | None:
+        """Of a layout, 1 for the first; None where it is not among the candidates."""
+        ranks = (number for number, one in enumerate(self.candidates, 1) if one.layout == layout)
+        return next(ranks, None)
+
+
+def search(config: Configuration, machine: Machine, *, num_gpus: int, gpus_per_node: int) -> Search:
+    """The search by formula: nothing is compiled; tensor parallelism is traced on devices of this machine.
+
+    Candidates are all layouts whose estimated bytes are at most `MARGIN` above the GPU's. Raises `UserError` where no
+    layout runs, or none fits.
+    """
+    config, capacity = config.resolved(), machine.datasheet.memory_bytes
+    own, own_problem = _own(config, num_gpus)
+    found = list(dict.fromkeys((*layouts(config, num_gpus, gpus_per_node), *((own,) if own else ()))))
+    # layouts of one schedule follow each other, so that its table is made once
+    batch = config.train.global_batch
+    found.sort(key=lambda layout: (layout.pipe, layout.microbatches(batch), repr(layout.pipeline)))
+    weigh = _Weigher(config, machine, gpus_per_node)
+    candidates: list[Candidate] = []
+    refused: list[str] = []
+    own_candidate, least = None, (float("inf"), "")
+    for layout in found:
+        try:
+            needed, candidate = weigh(layout, limit=None if layout == own else (1 + MARGIN) * capacity)
+        except UserError as error:
+            refused.append(str(error))
+            continue
+        least = min(least, (needed, layout.text(batch)))
+        if layout == own:
+            own_candidate = candidate
+        if candidate is not None and needed <= (1 + MARGIN) * capacity:
+            candidates.append(candidate)
+    if not candidates:
+        raise UserError(_nothing(config, machine, num_gpus, refused, *least))
+    candidates.sort(key=lambda one: (one.formula.step_seconds, one.estimate.total))
+    too_big = len(found) - len(refused) - len(candidates)
+    counts = (len(found), len(refused), too_big)
+    return Search(config, num_gpus, gpus_per_node, tuple(candidates), *counts, own_candidate, own_problem)
+
+
+class _Weigher:
+    """Bytes and seconds of layouts by formula."""
+
+    def __init__(self, config: Configuration, machine: Machine, gpus_per_node: int) -> None:
+        self.config, self.machine, self.gpus_per_node = config, machine, gpus_per_node
+        self.estimator = Estimator(config)
+
+    def __call__(self, layout: Layout, limit: float | None) -> tuple[int, Candidate | None]:
+        """Bytes a GPU needs, or already more than `limit`; and the candidate unless they are more."""
+        config, gpu = layout.config(self.config), self.machine.datasheet
+        # of most layouts the state alone is too much, which is quickly told
+        state = self.estimator.state(config, layout.sizes).total
+        if limit is not None and state > limit:
+            return state, None
+        memory = self.estimator.memory(config, layout.sizes, gpu)
+        if limit is not None and memory.total > limit:
+            return memory.total, None
+        prediction = predict(config, layout.sizes, self.machine, gpus_per_node=self.gpus_per_node)
+        return memory.total, Candidate(layout, memory, prediction)
+
+
+def compile_best(found: Search, top: int, compile_layout: Callable[[Configuration], Plan]) -> Search:
+    """The search with the best `top` candidates compiled and ranked anew by their plans; one of each mesh.
+
+    What does not fit when compiled is dropped, and the next taken: of the same mesh, one that fits if its estimate is
+    as wrong. Raises `UserError` where none of the compiled ones fits.
+    """
+    compiled: list[Candidate] = []
+    unfit: list[Candidate] = []
+    for candidate in found.candidates:
+        if len(compiled) == top or len(compiled) + len(unfit) == MOST_COMPILED * top:
+            break
+        mesh = candidate.layout.sizes
+        if any(one.layout.sizes == mesh for one in compiled):
+            continue
+        if any(one.layout.sizes == mesh and not _corrected(candidate, one) for one in unfit):
+            continue
+        candidate = replace(candidate, plan=compile_layout(candidate.layout.config(found.config)))
+        (compiled if candidate.memory.fits else unfit).append(candidate)
+    if not compiled:
+        raise UserError(
+            f"none of the {len(unfit)} best layouts fits when compiled: they need "
+            f"{size(min(one.memory.total for one in unfit))} and more a GPU; use a larger --top, or more GPUs"
         )
+    compiled.sort(key=lambda one: one.prediction.step_seconds)
+    seen = {one.layout for one in (*compiled, *unfit)}
+    rest = [one for one in found.candidates if one.layout not in seen]
+    return replace(found, candidates=(*compiled, *rest), unfit=tuple(unfit))
 
-    @property
-    def mesh_text(self) -> str:
-        """Such as `tensor 8 x pipe 4`."""
-        return " x ".join(f"{axis} {part}" for axis, part in self.sizes.items() if part > 1) or "one device"
+
+def _corrected(candidate: Candidate, wrong: Candidate) -> bool:
+    """Whether a candidate fits if its estimate is as far off as that of another."""
+    more = wrong.memory.total - wrong.estimate.total
+    return candidate.estimate.total + more <= candidate.estimate.capacity
+
+
+def _own(config: Configuration, num_gpus: int) -> tuple[Layout | None, str | None]:
+    try:
+        return own_layout(config, num_gpus), None
+    except UserError as error:
+        return None, str(error)
+
+
+def _nothing(
+    config: Configuration, machine: Machine, num_gpus: int, refused: list[str], needed: float, layout: str
+) -> str:
+    """Why there is no candidate, in a line."""
+    gpu, model = machine.datasheet, config.model
+    if layout:
+        return (
+            f"no layout of {num_gpus} {gpu.name} fits: the smallest, {layout}, needs {size(needed)} or more of "
+            f"{size(gpu.memory_bytes)} a GPU; use more GPUs or larger ones"
+        )
+    if refused:
+        return f"no layout of {num_gpus} GPUs runs: {refused[0]}"
+    return (
+        f"no layout of {num_gpus} GPUs runs: data x fsdp must divide train.global_batch {config.train.global_batch}, "
+        f"tensor the {model.num_heads} heads, and pipe is at most the {model.layout.repeats} layers; change --gpus or "
+        "--train.global_batch"
+    )

@@ -1,0 +1,181 @@
+"""Layouts for so many GPUs: what a search chooses from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jaxtron.config import UserError
+from jaxtron.models.pattern import ATTENTION
+from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.sharding.mesh import AXES, MeshConfig
+from jaxtron.train.config import Configuration
+
+# Rows of a microbatch on a device. More only fill memory: products of so many tokens are large enough.
+ROWS = (1, 2, 4, 8, 16)
+# Empty rows of the longest part's length, over all layers, that a cut which does not divide them may have.
+MOST_EMPTY = 0.1
+# All that have a use: gpipe takes the time of 1f1b and more memory.
+ONE_CHUNK = ("1f1b", "eager_1f1b", "zero_bubble")
+TWO_CHUNKS = ("zero_bubble_v", "dualpipe_v")
+MORE_CHUNKS = ("interleaved", "eager_interleaved")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a search chooses; `rows` are those of a microbatch on a device."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    pipe: int
+    pipeline: PipelineConfig
+    rows: int
+    recompute: str | tuple[str, ...]
+    zero: str
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The mesh by axis."""
+        return {axis: getattr(self, axis, 1) for axis in AXES}
+
+    def microbatches(self, global_batch: int) -> int:
+        """Microbatches of a step."""
+        return global_batch // (self.data * self.fsdp * self.rows)
+
+    def config(self, base: Configuration) -> Configuration:
+        """The configuration with this layout, not validated again: `predict` checks what can be wrong with it."""
+        mesh = MeshConfig(**{axis: part for axis, part in self.sizes.items()})
+        microbatches = self.microbatches(base.train.global_batch)
+        return base.model_copy(
+            update={
+                "mesh": mesh,
+                "pipeline": self.pipeline,
+                "model": base.model.model_copy(update={"recompute": self.recompute}),
+                "train": base.train.model_copy(update={"microbatches": microbatches}),
+                "sharding": base.sharding.model_copy(update={"zero": self.zero}),
+            }
+        )
+
+    @property
+    def mesh_text(self) -> str:
+        """Such as `tensor 8 x pipe 4`."""
+        return " x ".join(f"{axis} {part}" for axis, part in self.sizes.items() if part > 1) or "one device"
+
+    @property
+    def order_text(self) -> str:
+        """The schedule with its chunks, where there are stages."""
+        if self.pipe == 1:
+            return "-"
+        return self.pipeline.schedule + (f" x {self.pipeline.chunks}" if self.pipeline.chunks > 1 else "")
+
+    def text(self, global_batch: int) -> str:
+        """All of it in a line."""
+        parts = [self.mesh_text, self.order_text if self.pipe > 1 else "", f"rows {self.rows}"]
+        parts += [f"{self.microbatches(global_batch)} microbatches", f"recompute {self.recompute_text}"]
+        return ", ".join(part for part in (*parts, f"zero {self.zero}" if self.data > 1 else "") if part)
+
+    @property
+    def recompute_text(self) -> str:
+        """What is computed again."""
+        return self.recompute if isinstance(self.recompute, str) else ",".join(self.recompute)
+
+
+def layouts(config: Configuration, num_gpus: int, gpus_per_node: int) -> Iterator[Layout]:
+    """All layouts worth a look: the mesh, schedule, chunks, rows, recompute and ZeRO level, model and batch as given.
+
+    `tensor` stays inside a node. `sharding.zero parameters` is left out: it lays out what the same number as
+    `mesh.fsdp` does.
+    """
+    model, batch = config.model, config.train.global_batch
+    recomputes = tuple(dict.fromkeys((model.recompute, "none", "selective", "full")))
+    if not model.layout.count(ATTENTION):
+        recomputes = tuple(name for name in recomputes if name != "selective")
+    for tensor in _divisors(min(gpus_per_node, num_gpus)):
+        if num_gpus % tensor or not _splits(config, tensor):
+            continue
+        for pipe in _divisors(num_gpus // tensor):
+            shards = num_gpus // (tensor * pipe)
+            if batch % shards:
+                continue
+            for pipeline in _pipelines(config, pipe):
+                for rows in (rows for rows in ROWS if batch // shards % rows == 0):
+                    if not _feeds(pipeline, pipe, batch // shards // rows):
+                        continue
+                    for data, fsdp, zero in _shardings(config, shards):
+                        for recompute in recomputes:
+                            yield Layout(data, fsdp, tensor, pipe, pipeline, rows, recompute, zero)
+
+
+def own_layout(config: Configuration, num_gpus: int) -> Layout:
+    """The layout that a configuration has on so many GPUs; a `UserError` if it has none."""
+    sizes = config.mesh.shape(num_gpus)
+    config.check_mesh(sizes)
+    shards = sizes["data"] * sizes["fsdp"]
+    return Layout(
+        data=sizes["data"],
+        fsdp=sizes["fsdp"],
+        tensor=sizes["tensor"],
+        pipe=sizes["pipe"],
+        pipeline=config.pipeline,
+        rows=config.train.global_batch // (config.train.microbatches * shards),
+        recompute=config.model.recompute,
+        zero=config.sharding.zero,
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _splits(config: Configuration, tensor: int) -> bool:
+    """Whether heads, MLP, vocabulary and sequence divide: what `check_mesh` says of one stage and one replica."""
+    alone = config.model_copy(
+        update={"pipeline": PipelineConfig(), "train": config.train.model_copy(update={"batch_ramp": None})}
+    )
+    try:
+        alone.check_mesh({axis: tensor if axis == "tensor" else 1 for axis in AXES})
+    except UserError:
+        return False
+    return True
+
+
+def _pipelines(config: Configuration, num_stages: int) -> Iterator[PipelineConfig]:
+    """Schedules and chunks for so many stages: all cuts that divide the layers, or nearly where the stages do not."""
+    if num_stages == 1:
+        yield PipelineConfig()
+        return
+    layout = config.model.layout
+    weights = {name: getattr(config.pipeline, name) for name in ("embedding_weight", "loss_weight")}
+    if layout.parts is not None:
+        chunks = [len(layout.parts) // num_stages] if len(layout.parts) % num_stages == 0 else []
+        weights = {}
+    else:
+        chunks = [
+            count for count in range(1, layout.repeats // num_stages + 1) if _cuts(layout.repeats, num_stages, count)
+        ]
+    for count in chunks:
+        names = ONE_CHUNK if count == 1 else (*MORE_CHUNKS, *TWO_CHUNKS) if count == 2 else MORE_CHUNKS
+        for name in names:
+            yield PipelineConfig(schedule=name, chunks=count, **weights)
+
+
+def _cuts(num_layers: int, num_stages: int, num_chunks: int) -> bool:
+    parts = num_stages * num_chunks
+    if num_layers % num_stages == 0:
+        return num_layers % parts == 0
+    return -(-num_layers // parts) * parts <= (1 + MOST_EMPTY) * num_layers
+
+
+def _feeds(pipeline: PipelineConfig, num_stages: int, num_microbatches: int) -> bool:
+    """Whether the schedule runs so many microbatches without holes."""
+    if pipeline.schedule in MORE_CHUNKS:
+        return num_microbatches % num_stages == 0
+    return pipeline.schedule != "dualpipe_v" or num_microbatches >= 2 * num_stages
+
+
+def _shardings(config: Configuration, shards: int) -> Iterator[tuple[int, int, str]]:
+    """Ways to split so many replicas: data, fsdp and the ZeRO level, which is of no effect without data."""
+    for fsdp in _divisors(shards):
+        data = shards // fsdp
+        levels = ("none", "optimizer") if data > 1 else (config.sharding.zero,)
+        for zero in levels:
+            yield data, fsdp, zero
