@@ -1,5 +1,6 @@
 """Text from a model: one token after another, each from a whole forward over a window of the sequence."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ from jaxtron.models.decoder import Decoder
 from jaxtron.models.staged import StagedDecoder
 from jaxtron.pipeline import executor
 from jaxtron.pipeline.partition import Partition, forward_only
-from jaxtron.sharding import MANUAL_AXES, Blueprint, constrain
+from jaxtron.sharding import MANUAL_AXES, Blueprint, constrain, current, use
 from jaxtron.sharding.collectives import all_reduce, largest, vary
 from jaxtron.sharding.parameters import manual_specs
 from jaxtron.typing import Array, DTypeLike, Float, Int, Key, PyTree
@@ -50,8 +51,10 @@ def sample(
         vocab=vocab,
         temperature=temperature,
     )
-    region = jax.shard_map(local, in_specs=(specs, scalar, scalar), out_specs=scalar, axis_names=set(MANUAL_AXES))
-    return np.asarray(jax.jit(region)(params, jnp.asarray(start), jax.random.key(seed)))
+    # a row is short, and whole on every device
+    with use(replace(current(), whole_sequences=True)):
+        region = jax.shard_map(local, in_specs=(specs, scalar, scalar), out_specs=scalar, axis_names=set(MANUAL_AXES))
+        return np.asarray(jax.jit(region)(params, jnp.asarray(start), jax.random.key(seed)))
 
 
 def _local(

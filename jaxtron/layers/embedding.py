@@ -6,6 +6,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxtron.layers.linear import normal
+from jaxtron.layers.positions import local_positions
 from jaxtron.sharding import constrain, current, parameter, vary
 from jaxtron.typing import Array, Float, Int
 
@@ -24,8 +25,14 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S E"]:
         x = look_up(self.table[...], tokens)
         if self.positions is not None:
-            x = x + constrain(self.positions[...][: tokens.shape[1]], "seq", "embed")
+            x = x + constrain(self._at(tokens.shape[1]), "seq", "embed")
         return x
+
+    def _at(self, length: int) -> Float[Array, "S E"]:
+        """Learned positions of the tokens here."""
+        assert self.positions is not None
+        table = self.positions[...]
+        return table[:length] if current().context_size == 1 else table[local_positions(length)]
 
 
 @jax.custom_vjp

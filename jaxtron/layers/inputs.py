@@ -7,8 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxtron.layers.keep import kept
-from jaxtron.sharding import constrain, spec
+from jaxtron.sharding import constrain, current, spec
+from jaxtron.sharding.context import part
 from jaxtron.typing import Array, Bool, Float, Key
+
+# logical axes that `mesh.context` splits
+SEQUENCE = ("seq", "full_seq")
 
 
 @jax.tree_util.register_dataclass
@@ -46,10 +50,17 @@ def dropout_mask(
     """What dropout leaves of an array of this shape, drawn from each row's own key; None without keys or rate."""
     if rate == 0.0 or inputs.keys is None:
         return None
-    row_spec = spec(*logical[1:])
+    rules, row_spec = current(), spec(*logical[1:])
+    sequence = [axis - 1 for axis, name in enumerate(logical) if name in SEQUENCE]
+    parts = rules.context_size if sequence else 1
+    assert len(sequence) == 1 or parts == 1, "probabilities are not dropped where the sequence is split"
 
     def keep_row(key: Array) -> Array:
-        return jax.random.bits(key, shape[1:], jnp.uint16, out_sharding=row_spec)
+        if parts == 1:
+            return jax.random.bits(key, shape[1:], jnp.uint16, out_sharding=row_spec)
+        # of the whole sequence, so that a mask does not depend on who has what of it
+        whole = [size * parts if axis == sequence[0] else size for axis, size in enumerate(shape[1:])]
+        return part(rules.context, parts, jax.random.bits(key, whole, jnp.uint16), sequence[0])
 
     return constrain(jax.vmap(keep_row)(inputs.keys) >= jnp.uint16(round(rate * 65536)), *logical)
 

@@ -8,7 +8,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from jaxtron.config import Config
-from jaxtron.typing import Array, Float
+from jaxtron.sharding import current
+from jaxtron.sharding.context import positions
+from jaxtron.typing import Array, Float, Int
 
 PositionKind = Literal["learned", "rotary", "alibi", "none"]
 
@@ -48,6 +50,12 @@ class RotaryConfig(Config):
         return int(head_dim * self.fraction) // 2 * 2
 
 
+def local_positions(length: int) -> Int[Array, "S"]:
+    """Places in the whole sequence of the `length` tokens here, which are some of it where `mesh.context` splits it."""
+    rules = current()
+    return positions(rules.context, rules.context_size, length) if rules.context_size > 1 else jnp.arange(length)
+
+
 def rotary_frequencies(config: RotaryConfig, head_dim: int) -> np.ndarray:
     """Radians per position, one for each rotated pair of dimensions."""
     rotated = config.dimensions(head_dim)
@@ -61,11 +69,12 @@ def rotary_frequencies(config: RotaryConfig, head_dim: int) -> np.ndarray:
     return frequencies * (blend + (1.0 - blend) / scaling.factor)
 
 
-def rotary_tables(config: RotaryConfig, head_dim: int, length: int) -> tuple[Float[Array, "S D"], Float[Array, "S D"]]:
-    """Cosines and sines by position, for each rotated dimension's pair (both halves alike), in float32."""
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * jnp.asarray(
-        rotary_frequencies(config, head_dim), jnp.float32
-    )
+def rotary_tables(
+    config: RotaryConfig, head_dim: int, places: Int[Array, "S"]
+) -> tuple[Float[Array, "S D"], Float[Array, "S D"]]:
+    """Cosines and sines at places of a sequence, for each rotated dimension's pair (both halves alike), in float32."""
+    frequencies = jnp.asarray(rotary_frequencies(config, head_dim), jnp.float32)
+    angles = places.astype(jnp.float32)[:, None] * frequencies
     angles = jnp.concatenate([angles, angles], -1)
     return jnp.cos(angles), jnp.sin(angles)
 

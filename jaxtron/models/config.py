@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from jaxtron.config import Config, UserError
+from jaxtron.layers.flash import AttentionConfig
 from jaxtron.layers.mlp import Activation
 from jaxtron.layers.norm import NormKind
 from jaxtron.layers.positions import PositionKind, RotaryConfig
@@ -15,7 +16,7 @@ from jaxtron.models.pattern import ATTENTION, MLP, SYMBOLS, Pattern, parse
 SELECTIVE = ("attention_core",)
 # What only one kind of layer reads, or contains.
 FIELDS_OF = {
-    ATTENTION: ("num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "attention_dropout"),
+    ATTENTION: ("num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "attention_dropout", "attention"),
     MLP: ("mlp_size", "activation"),
 }
 REGIONS_OF = {ATTENTION: ("attention_core", "attention"), MLP: ("mlp",)}
@@ -72,6 +73,8 @@ class ModelConfig(Config):
     """Of the attention probabilities."""
     initial_std: float = Field(default=0.02, gt=0)
     """Standard deviation of initial weights; projections back to the stream use it / sqrt(2 x num_layers)."""
+    attention: AttentionConfig = AttentionConfig()
+    """Kernels of attention."""
     z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of log(Z)^2 in the loss (PaLM: 1e-4)."""
     recompute: Literal["none", "selective", "full"] | tuple[RecomputeName, ...] = "none"
@@ -115,6 +118,11 @@ class ModelConfig(Config):
         without = {name for symbol in missing for name in REGIONS_OF[symbol]}
         for name in self.recomputed & without:
             raise ValueError(f"recomputing {name} has no effect: model.pattern {self.pattern!r} has none")
+        if self.attention_dropout and self.attention.implementation != "auto":
+            raise ValueError(
+                f"model.attention.implementation {self.attention.implementation} drops no probabilities: set it to auto, "
+                f"or model.attention_dropout {self.attention_dropout} to 0"
+            )
         if {"attention", "attention_core"} <= self.recomputed:
             raise ValueError("recomputing attention_core has no effect beside attention, which contains it")
         if self.layout.count(MLP) and not self.mlp_width:

@@ -10,7 +10,7 @@ from jaxtron.layers.embedding import Embedding
 from jaxtron.layers.inputs import LayerInputs, dropout
 from jaxtron.layers.linear import normal
 from jaxtron.layers.loss import Sums, cross_entropy
-from jaxtron.layers.positions import rotary_tables
+from jaxtron.layers.positions import local_positions, rotary_tables
 from jaxtron.models.config import ModelConfig
 from jaxtron.models.stack import Stack, make_norm
 from jaxtron.pipeline.partition import Partition
@@ -98,7 +98,9 @@ class Decoder(nnx.Module):
 
     def _rotary(self, length: int):
         config = self.config
-        return rotary_tables(config.rotary, config.head_size, length) if config.position == "rotary" else None
+        if config.position != "rotary":
+            return None
+        return rotary_tables(config.rotary, config.head_size, local_positions(length))
 
 
 class Head(nnx.Module):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtron.layers.attention import Attention, attention_core
+from jaxtron.layers import flash
+from jaxtron.layers.attention import Attention, Core, attention_core
 from jaxtron.layers.inputs import LayerInputs
 from jaxtron.layers.keep import kept
 from jaxtron.layers.mlp import Mlp
@@ -53,7 +54,7 @@ class Layer(nnx.Module):
 
 
 def _attention(config: ModelConfig, rngs: nnx.Rngs) -> Attention:
-    core = recompute.region("attention_core", config.recomputed, attention_core(config.attention_dropout))
+    core = recompute.region("attention_core", config.recomputed, _core(config))
     qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
     return Attention(
         config.hidden_size,
@@ -70,6 +71,18 @@ def _attention(config: ModelConfig, rngs: nnx.Rngs) -> Attention:
         dropout=config.dropout,
         rngs=rngs,
     )
+
+
+def _core(config: ModelConfig) -> Core:
+    """By whole scores, or by an implementation of `kernels/attention`; which, is known where it is traced."""
+    rate, implementation = config.attention_dropout, config.attention.implementation
+    plain, flash_core = attention_core(rate), functools.partial(flash.core, implementation=implementation)
+
+    def core(query: Array, key: Array, value: Array, slopes: tuple[float, ...] | None, inputs: LayerInputs) -> Array:
+        run = plain if flash.is_whole(implementation, rate, query.shape[1]) else flash_core
+        return run(query, key, value, slopes, inputs)
+
+    return core
 
 
 def _mlp(config: ModelConfig, rngs: nnx.Rngs) -> Mlp:

@@ -12,7 +12,7 @@ from jaxtron.command import configure, run_command
 from jaxtron.config import UserError
 from jaxtron.gpus import GPUS
 from jaxtron.pipeline.table_file import write_csv
-from jaxtron.plan import compare, layout, report, schedule
+from jaxtron.plan import compare, layout, report, schedule, search
 from jaxtron.plan.activations import layer_bytes
 from jaxtron.plan.calibrate import calibrate, write_machine
 from jaxtron.plan.machine import Machine, machine_named, read_machine
@@ -21,7 +21,7 @@ from jaxtron.plan.request import PROGRAM, Request, help_text, parse
 from jaxtron.sharding import build_mesh, make_rules, use
 from jaxtron.sharding.mesh import AXES
 from jaxtron.train.config import Configuration
-from jaxtron.train.runtime import start_compiler, start_runtime
+from jaxtron.train.runtime import simulate_devices, start_compiler, start_runtime
 from jaxtron.train.setup import make_trainer
 
 
@@ -75,7 +75,7 @@ def show_layout(config: Configuration, request: Request) -> None:
     start_runtime(config.runtime, devices=config.devices)
     devices = jax.devices()
     config.check_mesh(config.mesh.shape(len(devices)))
-    with use(make_rules(build_mesh(config.mesh, devices), config.sharding)):
+    with use(make_rules(build_mesh(config.mesh, devices), config.sharding, config.context)):
         print(layout.text(make_trainer(config).blueprint))
 
 
@@ -100,10 +100,33 @@ def show_schedule(config: Configuration, request: Request) -> None:
     _tell_written(request.csv, request.png)
 
 
+def show_search(config: Configuration, request: Request) -> None:
+    """Layouts for the GPUs, ranked by formula and the best of them compiled."""
+    if request.gpu is None:
+        raise UserError(f"say for which GPU: --gpu {', '.join(GPUS)}")
+    machine, num_gpus = _machine(request), request.num_gpus(_known(config))
+    start_compiler(config.runtime)
+    # tensor parallelism is traced on as many devices
+    simulate_devices(max(8, request.node_size))
+    found = search.search(config, machine, num_gpus=num_gpus, gpus_per_node=min(request.node_size, num_gpus))
+
+    def compiled(config: Configuration) -> report.Plan:
+        assert request.gpu is not None
+        rehearsal = rehearse(config, gpu=request.gpu, num_gpus=num_gpus, gpus_per_node=found.gpus_per_node)
+        return report.make_plan(rehearsal, machine, _title(request))
+
+    found = search.compile_best(found, request.top or 3, compiled)
+    print(search.text(found, _title(request), request.tokens))
+    if request.json is not None:
+        search.write_json(found, _title(request), request.json)
+    _tell_written(request.json)
+
+
 SHOW: dict[str, Callable[[Configuration, Request], None]] = {
     "plan": show_plan,
     "layout": show_layout,
     "schedule": show_schedule,
+    "search": show_search,
 }
 
 

@@ -17,6 +17,14 @@ MOST_EMPTY = 0.1
 ONE_CHUNK = ("1f1b", "eager_1f1b", "zero_bubble")
 TWO_CHUNKS = ("zero_bubble_v", "dualpipe_v")
 MORE_CHUNKS = ("interleaved", "eager_interleaved")
+# Settings that a layout decides, by section; of the pipeline an own layout may have more.
+FLAGS = {
+    "mesh": ("data", "fsdp", "tensor", "pipe"),
+    "pipeline": ("schedule", "chunks", "embedding_weight", "loss_weight"),
+    "train": ("microbatches",),
+    "model": ("recompute",),
+    "sharding": ("zero",),
+}
 
 
 @dataclass(frozen=True)
@@ -43,17 +51,45 @@ class Layout:
 
     def config(self, base: Configuration) -> Configuration:
         """The configuration with this layout, not validated again: `predict` checks what can be wrong with it."""
-        mesh = MeshConfig(**{axis: part for axis, part in self.sizes.items()})
         microbatches = self.microbatches(base.train.global_batch)
         return base.model_copy(
             update={
-                "mesh": mesh,
+                "mesh": MeshConfig(**self.sizes),
                 "pipeline": self.pipeline,
                 "model": base.model.model_copy(update={"recompute": self.recompute}),
                 "train": base.train.model_copy(update={"microbatches": microbatches}),
                 "sharding": base.sharding.model_copy(update={"zero": self.zero}),
             }
         )
+
+    def flags(self, base: Configuration) -> str:
+        """What to type after the configuration's file to have this layout."""
+        config = self.config(base)
+        words = []
+        for section, names in FLAGS.items():
+            for name in names:
+                value = getattr(getattr(config, section), name)
+                if value != getattr(getattr(base, section), name):
+                    words.append(f"--{section}.{name} {' '.join(value) if isinstance(value, tuple) else value}")
+        return " ".join(words)
+
+    def differences(self, other: "Layout") -> list[str]:
+        """What this layout has instead of another, such as `tensor 4 instead of 8`."""
+        mine, its = self._words(), other._words()
+        both = [name for name in mine if name in its]
+        return [f"{name} {mine[name]} instead of {its[name]}" for name in both if mine[name] != its[name]]
+
+    def _words(self) -> dict[str, str]:
+        words = {axis: str(part) for axis, part in self.sizes.items()}
+        words |= {"rows": str(self.rows), "recompute": self.recompute_text}
+        if self.pipe > 1:
+            words["schedule"] = self.order_text
+        return words | ({"zero": self.zero} if self.data > 1 else {})
+
+    @property
+    def zero_text(self) -> str:
+        """The ZeRO level, where it has an effect."""
+        return self.zero if self.data > 1 else "-"
 
     @property
     def mesh_text(self) -> str:
@@ -71,7 +107,8 @@ class Layout:
         """All of it in a line."""
         parts = [self.mesh_text, self.order_text if self.pipe > 1 else "", f"rows {self.rows}"]
         parts += [f"{self.microbatches(global_batch)} microbatches", f"recompute {self.recompute_text}"]
-        return ", ".join(part for part in (*parts, f"zero {self.zero}" if self.data > 1 else "") if part)
+        parts.append(f"zero {self.zero}" if self.data > 1 else "")
+        return ", ".join(part for part in parts if part)
 
     @property
     def recompute_text(self) -> str:

@@ -115,7 +115,7 @@ class Estimator:
         stages, tensor = sizes["pipe"], sizes["tensor"]
         model, train = config.model, config.train
         rows = train.global_batch // train.microbatches // (sizes["data"] * sizes["fsdp"])
-        slots = _slots(_shortened(config, stages), stages)
+        slots = _slots(shortened(config, stages), stages)
         chunk_rows, chunks = self._chunk_rows(config, stages), config.pipeline.chunks if stages > 1 else 1
         state = self.state(config, sizes)
         kept = self._kept_bytes(config, tensor)
@@ -162,7 +162,7 @@ class Estimator:
     def _chunk_rows(self, config: Configuration, num_stages: int) -> int:
         key = (num_stages, config.pipeline)
         if key not in self._rows:
-            self._rows[key] = _shortened(config, num_stages).partition(num_stages).chunk_rows
+            self._rows[key] = shortened(config, num_stages).partition(num_stages).chunk_rows
         return self._rows[key]
 
     def _kept_bytes(self, config: Configuration, tensor: int) -> Kept:
@@ -306,7 +306,7 @@ def _axes(spec: PartitionSpec) -> tuple[str, ...]:
     return tuple(axis for entry in entries for axis in entry)
 
 
-def _shortened(config: Configuration, num_stages: int) -> Configuration:
+def shortened(config: Configuration, num_stages: int) -> Configuration:
     """The configuration with fewer microbatches whose schedule needs as many slots: pipelines repeat themselves.
 
     Two to three for each stage show all that a longer schedule holds, if the rest is the same; but gpipe holds them

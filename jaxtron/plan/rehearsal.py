@@ -60,7 +60,7 @@ def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: i
     config = config.resolved()
     config.check_mesh(config.mesh.shape(num_gpus))
     mesh = build_mesh(config.mesh, gpu_devices(gpu, num_gpus, gpus_per_node))
-    with use(make_rules(mesh, config.sharding)):
+    with use(make_rules(mesh, config.sharding, config.context)):
         trainer = make_trainer(config)
         batch = abstract_batch(config)
         lowered = jit_step(trainer).lower(trainer.abstract_state(), batch)

@@ -2,6 +2,7 @@
 
 from jaxtron.sharding.blueprint import Blueprint, blueprint
 from jaxtron.sharding.collectives import manual_axes, vary
+from jaxtron.sharding.context import ContextConfig
 from jaxtron.sharding.mesh import AXES, BATCH_AXES, MANUAL_AXES, MeshConfig, build_mesh
 from jaxtron.sharding.parameters import gather_at_use, parameter
 from jaxtron.sharding.rules import Rules, ShardingConfig, constrain, current, make_rules, spec, use
@@ -10,6 +11,7 @@ __all__ = [
     "AXES",
     "BATCH_AXES",
     "Blueprint",
+    "ContextConfig",
     "MANUAL_AXES",
     "MeshConfig",
     "Rules",

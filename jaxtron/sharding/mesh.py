@@ -27,7 +27,7 @@ class MeshConfig(Config):
     pipe: int = 1
     """Pipeline stages, each with its part of the layers."""
     context: int = 1
-    """Parts of a sequence inside attention (above 1: not yet)."""
+    """Parts of every sequence, each on its own devices; attention sees the others (settings: context)."""
 
     @model_validator(mode="after")
     def _check(self) -> "MeshConfig":
@@ -38,8 +38,6 @@ class MeshConfig(Config):
         if list(sizes.values()).count(-1) > 1:
             filled = ", ".join(f"mesh.{axis}" for axis, size in sizes.items() if size == -1)
             raise ValueError(f"only one mesh axis can be -1 (fill), not {filled}")
-        if self.context != 1:
-            raise ValueError("mesh.context above 1 is not supported yet; use data, fsdp, tensor and pipe")
         return self
 
     def shape(self, num_devices: int) -> dict[str, int]:

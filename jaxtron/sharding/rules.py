@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxtron.config import Config, UserError
+from jaxtron.sharding.context import AXIS, ContextConfig
 from jaxtron.sharding.mesh import BATCH_AXES
 from jaxtron.typing import Array
 
@@ -69,6 +70,14 @@ class Rules:
     activations: Table
     gather_once: tuple[str, ...]
     gather_at_use: tuple[str, ...]
+    context: ContextConfig = ContextConfig()
+    whole_sequences: bool = False
+    """Every device along `context` has whole sequences all the same (sampling)."""
+
+    @property
+    def context_size(self) -> int:
+        """Parts of a sequence."""
+        return 1 if self.whole_sequences else self.size((AXIS,))
 
     def size(self, axes: tuple[str, ...]) -> int:
         """Number of parts that these mesh axes make."""
@@ -146,7 +155,7 @@ class Rules:
                 )
 
 
-def make_rules(mesh: Mesh, config: ShardingConfig) -> Rules:
+def make_rules(mesh: Mesh, config: ShardingConfig, context: ContextConfig | None = None) -> Rules:
     """The tables for `mesh`, edited for the ZeRO level (Rajbhandari et al., 1910.02054)."""
     embed = {"none": ("fsdp",), "optimizer": ("fsdp", "data"), "parameters": ("fsdp", "data")}[config.zero]
     return Rules(
@@ -155,6 +164,7 @@ def make_rules(mesh: Mesh, config: ShardingConfig) -> Rules:
         activations=ACTIVATIONS,
         gather_once=("data",) if config.zero == "optimizer" else (),
         gather_at_use=("fsdp", "data") if config.zero == "parameters" else ("fsdp",),
+        context=context or ContextConfig(),
     )
 
 

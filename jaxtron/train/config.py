@@ -14,7 +14,7 @@ from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.partition import Partition, partition
 from jaxtron.pipeline.schedule import Schedule
 from jaxtron.pipeline.schedules import SCHEDULES, make_schedule
-from jaxtron.sharding import BATCH_AXES, MeshConfig, ShardingConfig
+from jaxtron.sharding import BATCH_AXES, ContextConfig, MeshConfig, ShardingConfig
 from jaxtron.train.run_config import RunConfig
 from jaxtron.train.runtime import RuntimeConfig
 
@@ -65,6 +65,8 @@ class Configuration(Config):
     """Update rule and learning rate."""
     mesh: MeshConfig = MeshConfig()
     """Devices along each axis."""
+    context: ContextConfig = ContextConfig()
+    """Attention over sequences that mesh.context splits, only where that is above 1."""
     pipeline: PipelineConfig = PipelineConfig()
     """The stages of mesh.pipe, only where that is above 1."""
     sharding: ShardingConfig = ShardingConfig()
@@ -141,7 +143,36 @@ class Configuration(Config):
         ):
             if size % tensor:
                 raise UserError(f"{name} {size} does not divide by mesh.tensor {tensor}")
+        self._check_context(sizes)
         self._check_pipeline(sizes["pipe"], [batch // microbatch for batch in batches])
+
+    def _check_context(self, sizes: dict[str, int]) -> None:
+        """`UserError` unless `mesh.context` can split sequences as `context.method` does, and for what has no effect."""
+        context, parts, model = self.context, sizes["context"], self.model
+        if parts == 1:
+            if context != ContextConfig():
+                raise UserError(
+                    f"context.method {context.method} has no effect with mesh.context 1; set --mesh.context"
+                )
+            return
+        pieces = 2 * parts * sizes["tensor"]
+        if self.data.sequence_length % pieces:
+            raise UserError(
+                f"data.sequence_length {self.data.sequence_length} does not divide by 2 x mesh.context {parts} x "
+                f"mesh.tensor {sizes['tensor']} = {pieces}, for every device has two pieces of a sequence"
+            )
+        if model.attention_dropout:
+            raise UserError(
+                f"model.attention_dropout {model.attention_dropout} needs whole sequences: set it to 0, or "
+                "mesh.context to 1"
+            )
+        inner = context.groups(parts)[0]
+        for name, heads in (("num_heads", model.num_heads), ("num_kv_heads", max(model.kv_heads, sizes["tensor"]))):
+            if heads % (inner * sizes["tensor"]):
+                raise UserError(
+                    f"context.method {context.method} splits heads {inner} ways beside mesh.tensor {sizes['tensor']}, "
+                    f"and model.{name} {heads} does not divide by {inner * sizes['tensor']}; use context.method ring"
+                )
 
     def _check_pipeline(self, num_stages: int, microbatches: list[int]) -> None:
         """`UserError` for settings without effect, and unless the schedule runs every number of microbatches."""

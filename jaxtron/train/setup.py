@@ -63,7 +63,7 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
     mesh = build_mesh(config.mesh, devices)
     data = open_data(config.data, seed=config.seed)
     check_vocabulary(config, data)
-    with use(make_rules(mesh, config.sharding)):
+    with use(make_rules(mesh, config.sharding, config.context)):
         trainer = make_trainer(config)
         abstract = _placed(trainer.abstract_state(), mesh)
         order = layer_order(trainer.partition, trainer.blueprint)

@@ -29,6 +29,7 @@ from jaxtron.pipeline.schedule import Schedule
 from jaxtron.pipeline.schedules import make_schedule
 from jaxtron.sharding import BATCH_AXES, MANUAL_AXES, Blueprint, current
 from jaxtron.sharding.collectives import all_reduce, vary
+from jaxtron.sharding.context import part
 from jaxtron.sharding.parameters import manual_specs, reduce_gradients
 from jaxtron.train.config import TrainConfig
 from jaxtron.typing import Array, Float, Int, Key, PyTree
@@ -124,7 +125,7 @@ class Trainer:
         def local(params: PyTree, batch: Batch) -> tuple[Array, Array]:
             working = self.blueprint.working(params, DTYPES[self.config.precision])
             count = all_reduce(batch.weights.sum(), BATCH_AXES)
-            batch = jax.tree.map(vary, batch)
+            batch = _own_part(jax.tree.map(vary, batch))
             rows = vary(jnp.zeros(batch.tokens.shape[:1], jnp.int32))
             whole = jax.tree.map(lambda leaf: leaf[None], (batch, rows))
             _, nll = self._run(forward_only(self.partition), working, whole, key=None)
@@ -202,7 +203,7 @@ class Trainer:
         shards = current().size(BATCH_AXES)
         size = self.config.global_batch // self.config.microbatches // shards
         rows = jax.lax.axis_index(BATCH_AXES) * num_local + jnp.arange(num_local)
-        batch = Batch(batch.tokens, batch.targets, batch.weights * factor)
+        batch = _own_part(Batch(batch.tokens, batch.targets, batch.weights * factor))
         return jax.tree.map(lambda leaf: leaf.reshape(num_local // size, size, *leaf.shape[1:]), (batch, rows))
 
     def _dropout_key(self, key: Key[Array, ""]) -> Key[Array, ""] | None:
@@ -214,6 +215,14 @@ class Trainer:
     def _around(self, params: PyTree) -> TrainState:
         loss_scale = initial_loss_scale(self.config.loss_scale) if self.config.precision == "fp16" else None
         return TrainState(jnp.int32(0), params, self._rule().init(params), loss_scale)
+
+
+def _own_part(batch: Batch) -> Batch:
+    """Of whole sequences those tokens that lie here, where `mesh.context` splits them."""
+    rules = current()
+    if rules.context_size == 1:
+        return batch
+    return jax.tree.map(lambda leaf: part(rules.context, rules.context_size, leaf, 1), batch)
 
 
 def batch_sharding() -> NamedSharding:

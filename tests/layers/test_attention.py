@@ -115,7 +115,7 @@ def test_rotary(rules_for, fraction):
     rotated = int(HEAD_DIM * fraction)
     with use(rules_for(data=1)):
         module, x = make_attention(2), make_input()
-        tables = rotary_tables(RotaryConfig(fraction=fraction, base=100.0), HEAD_DIM, LENGTH)
+        tables = rotary_tables(RotaryConfig(fraction=fraction, base=100.0), HEAD_DIM, jnp.arange(LENGTH))
         expected = reference(module, x, frequencies=100.0 ** (-np.arange(0, rotated, 2) / rotated))
         np.testing.assert_allclose(module(x, LayerInputs(rotary=tables)), expected, rtol=1e-4, atol=1e-5)
 

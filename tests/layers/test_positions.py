@@ -30,7 +30,7 @@ def test_fraction_rotates_an_even_number_of_dimensions(head_dim, fraction, rotat
 
 
 def test_tables_are_cosines_and_sines_of_both_halves():
-    cos, sin = rotary_tables(RotaryConfig(base=100.0), 4, 50)
+    cos, sin = rotary_tables(RotaryConfig(base=100.0), 4, jnp.arange(50))
     angles = np.arange(50)[:, None] * np.array([1, 0.1, 1, 0.1])
     assert cos.dtype == sin.dtype == jnp.float32
     np.testing.assert_allclose(cos, np.cos(angles), atol=1e-5)
@@ -39,7 +39,7 @@ def test_tables_are_cosines_and_sines_of_both_halves():
 
 def test_rotation_turns_pairs_and_leaves_the_rest():
     x = np.random.default_rng(0).normal(size=(1, 3, 2, 6)).astype(np.float32)
-    y = np.asarray(rotate(jnp.asarray(x), rotary_tables(RotaryConfig(fraction=4 / 6, base=4.0), 6, 3)))
+    y = np.asarray(rotate(jnp.asarray(x), rotary_tables(RotaryConfig(fraction=4 / 6, base=4.0), 6, jnp.arange(3))))
     for position in range(3):
         for pair, angle in enumerate((position, position / 2)):
             first, second = x[0, position, :, pair], x[0, position, :, pair + 2]
@@ -53,7 +53,7 @@ def test_rotation_turns_pairs_and_leaves_the_rest():
 def test_products_of_rotated_vectors_depend_on_their_distance():
     generator = np.random.default_rng(0)
     query, key = (np.broadcast_to(generator.normal(size=8), (1, 40, 1, 8)).astype(np.float32) for _ in range(2))
-    tables = rotary_tables(RotaryConfig(), 8, 40)
+    tables = rotary_tables(RotaryConfig(), 8, jnp.arange(40))
     query, key = (np.asarray(rotate(jnp.asarray(array), tables))[0, :, 0] for array in (query, key))
     products = query @ key.T
     for distance in range(-5, 6):
@@ -63,7 +63,7 @@ def test_products_of_rotated_vectors_depend_on_their_distance():
 
 def test_rotation_is_float32_inside_bfloat16():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 64, 1, 8)), jnp.bfloat16)
-    tables = rotary_tables(RotaryConfig(), 8, 64)
+    tables = rotary_tables(RotaryConfig(), 8, jnp.arange(64))
     y = rotate(x, tables)
     assert y.dtype == jnp.bfloat16
     exact = rotate(x.astype(jnp.float32), tables).astype(jnp.bfloat16)

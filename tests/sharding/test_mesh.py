@@ -66,7 +66,6 @@ def test_sizes_that_do_not_fit_the_devices(config, num_devices, message):
         (["--tensor", "-1"], "only one mesh axis can be -1 .*mesh.data, mesh.tensor"),
         (["--pipe", "0"], "mesh.pipe must be a positive number or -1, not 0"),
         (["--pipe", "-1"], "only one mesh axis can be -1 .*mesh.pipe, mesh.data"),
-        (["--context", "4"], "mesh.context above 1 is not supported yet"),
         (["--tensor_parallel", "4"], "unknown setting tensor_parallel.*tensor"),
     ],
 )

@@ -20,7 +20,17 @@ from jaxtron.optim import OptimizerConfig
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.partition import Partition, partition
 from jaxtron.pipeline.schedules import make_schedule
-from jaxtron.sharding import Blueprint, MeshConfig, ShardingConfig, blueprint, build_mesh, current, make_rules, use
+from jaxtron.sharding import (
+    Blueprint,
+    ContextConfig,
+    MeshConfig,
+    ShardingConfig,
+    blueprint,
+    build_mesh,
+    current,
+    make_rules,
+    use,
+)
 from jaxtron.sharding.parameters import shardings
 from jaxtron.train.config import TrainConfig
 from jaxtron.train.step import DTYPES, Batch, Trainer, TrainState, batch_sharding
@@ -107,9 +117,9 @@ def make_batch(rows: int = ROWS) -> Batch:
     return Batch(tokens, targets, weights.astype(np.float32))
 
 
-def rules_for(mesh: dict[str, int], zero: str = "optimizer"):
+def rules_for(mesh: dict[str, int], zero: str = "optimizer", context: ContextConfig | None = None):
     devices = jax.devices()[: math.prod(mesh.values())]
-    return make_rules(build_mesh(MeshConfig(**{"data": 1, **mesh}), devices), ShardingConfig(zero=zero))
+    return make_rules(build_mesh(MeshConfig(**{"data": 1, **mesh}), devices), ShardingConfig(zero=zero), context)
 
 
 def make_trainer(
@@ -158,8 +168,9 @@ def loss_and_gradients(
     microbatches: int,
     pipeline: PipelineConfig = ONE_STAGE,
     rows: int = ROWS,
+    context: ContextConfig | None = None,
 ) -> Result:
-    with use(rules_for(mesh, zero)):
+    with use(rules_for(mesh, zero, context)):
         trainer = make_trainer(model, pipeline=pipeline, microbatches=microbatches, global_batch=rows)
         params = make_params(trainer.blueprint, trainer.partition)
         batch = jax.device_put(make_batch(rows), batch_sharding())

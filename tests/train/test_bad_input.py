@@ -33,7 +33,10 @@ def assert_one_line(ended: Ended, *fragments: str):
         ("--mesh.tensor 3", "mesh data -1 x tensor 3: 3 does not divide the 8 devices"),
         ("--mesh.data 2 --mesh.tensor 2", "mesh data 2 x tensor 2 needs 4 devices, there are 8"),
         ("--mesh.data -1 --mesh.fsdp -1", "only one mesh axis can be -1"),
-        ("--mesh.context 2", "mesh.context above 1 is not supported yet"),
+        (
+            "--context.method all_to_all",
+            "context.method all_to_all has no effect with mesh.context 1; set --mesh.context",
+        ),
         ("--mesh.tensor 4", "model.num_heads 2 does not divide by mesh.tensor 4"),
         ("--mesh.tensor 2 --data.sequence_length 31", "data.sequence_length 31 does not divide by mesh.tensor 2"),
         ("--mesh.tensor 2 --model.vocab_multiple 1", "(model.vocab_multiple) 257 does not divide by mesh.tensor 2"),

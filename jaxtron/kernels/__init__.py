@@ -1,0 +1,1 @@
+"""Kernels: each a folder with its public function, a reference in plain mathematics, and fast implementations."""

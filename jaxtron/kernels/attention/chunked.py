@@ -1,0 +1,310 @@
+"""Attention in plain JAX with memory linear in the sequence: `xla`, for CPUs and for GPUs without a kernel.
+
+The scores exist a tile at a time. Forward keeps a running maximum and sum of each query (online softmax,
+FlashAttention, 2205.14135, algorithm 1); backward computes a tile's scores again from the log-sum-exp (its algorithm
+4), with five products. Tiles in which nobody attends are not visited.
+
+Arrays are grouped as [B, position, K, G, D], G query heads to a key/value head, so that heads stay one sharded
+dimension of an Explicit mesh. Loops start from zeros made of the inputs, which carry their sharding and, in a manual
+region, the axes over which they vary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxtron.kernels.attention.mask import Mask
+from jaxtron.kernels.varying import vary_alike
+from jaxtron.typing import Array, Bool, Float, Int
+
+MOST_QUERIES = 512
+MOST_KEYS = 512
+# above any score's magnitude, so that it stands for no maximum yet without the -inf - -inf of infinities
+LOWEST = -1e38
+
+
+def refusal(q: Array, k: Array, v: Array, mask: Mask, device_kind: str) -> str | None:
+    """Never: it does all that a `Mask` can say, on any device."""
+    return None
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How positions are cut: `num_*` blocks of `*_block` positions, of which `queries` and `keys` are real."""
+
+    queries: int
+    keys: int
+    query_block: int
+    key_block: int
+
+    @property
+    def num_queries(self) -> int:
+        """Blocks of queries."""
+        return math.ceil(self.queries / self.query_block)
+
+    @property
+    def num_keys(self) -> int:
+        """Blocks of keys."""
+        return math.ceil(self.keys / self.key_block)
+
+    def pad_queries(self, x: Array, axis: int = 1) -> Array:
+        """`x` with zeros after the last query, to whole blocks."""
+        return _pad(x, axis, self.num_queries * self.query_block)
+
+    def pad_keys(self, x: Array, axis: int = 1) -> Array:
+        """`x` with zeros after the last key, to whole blocks."""
+        return _pad(x, axis, self.num_keys * self.key_block)
+
+    def take_queries(self, x: Array, i: Array, axis: int = 1) -> Array:
+        """Block `i` of queries."""
+        return lax.dynamic_slice_in_dim(x, i * self.query_block, self.query_block, axis)
+
+    def take_keys(self, x: Array, j: Array, axis: int = 1) -> Array:
+        """Block `j` of keys."""
+        return lax.dynamic_slice_in_dim(x, j * self.key_block, self.key_block, axis)
+
+
+def cut(num_queries: int, num_keys: int) -> Tiles:
+    """Tiles of equal size, as near the largest as whole blocks allow, so that little is padding."""
+    query_block, key_block = (
+        math.ceil(length / math.ceil(length / most))
+        for length, most in ((num_queries, MOST_QUERIES), (num_keys, MOST_KEYS))
+    )
+    return Tiles(num_queries, num_keys, query_block, key_block)
+
+
+def forward(
+    q: Float[Array, "B S H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K V"], mask: Mask
+) -> tuple[Float[Array, "B S H V"], Float[Array, "B H S"]]:
+    """What is attended to in `q`'s type, and the log-sum-exp of the scores in float32."""
+    q, k, v, mask = vary_alike((q, k, v, mask))
+    tiles = cut(q.shape[1], k.shape[1])
+    queries, keys, values = tiles.pad_queries(_group(q, k)), tiles.pad_keys(k), tiles.pad_keys(v)
+    scoring = _Scoring.of(q, k, mask, tiles)
+    first, last = _bounds(scoring.needed())
+
+    def block(_: None, i: Array) -> tuple[None, tuple[Array, Array]]:
+        query = tiles.take_queries(queries, i)
+
+        def tile(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            return _accumulate(carry, query, tiles.take_keys(keys, j), tiles.take_keys(values, j), scoring, i, j)
+
+        heads = query[:, 0, :, :, 0]
+        empty, zeros = _zeros(heads, tiles.query_block, v.shape[-1]), _zeros(heads, tiles.query_block)
+        out, total, most = lax.fori_loop(first[i], last[i], tile, (empty, zeros, zeros + LOWEST))
+        attended = total > 0
+        out = out / jnp.where(attended, total, 1)[..., None]
+        lse = jnp.where(attended, most + jnp.log(jnp.where(attended, total, 1)), -jnp.inf)
+        return None, (out.astype(q.dtype), lse)
+
+    out, lse = lax.scan(block, None, jnp.arange(tiles.num_queries))[1]
+    # from [blocks, B, K, G, position, V] and [blocks, B, K, G, position]: heads by themselves, as they may be sharded
+    out = _merge(jnp.transpose(out, (1, 0, 4, 2, 3, 5)), 1)[:, : tiles.queries]
+    lse = _merge(jnp.transpose(lse, (1, 2, 3, 0, 4)), 3)[..., : tiles.queries]
+    return _merge(out, 2), _merge(lse, 1)
+
+
+def _accumulate(
+    carry: tuple[Array, Array, Array], query: Array, key: Array, value: Array, scoring: "_Scoring", i: Array, j: Array
+) -> tuple[Array, Array, Array]:
+    """The unnormalized output, its sum of exponentials and its maximum, with one more tile of keys."""
+    out, total, most = carry
+    scores, _ = scoring.scores(query, key, i, j)
+    attends = scoring.attends(i, j)
+    scores = jnp.where(attends, scores, LOWEST)
+    higher = jnp.maximum(most, scores.max(-1))
+    weights = jnp.where(attends, jnp.exp(scores - higher[..., None]), 0)
+    fade = jnp.exp(most - higher)
+    mixed = _product("bkgst,btkv->bkgsv", weights.astype(value.dtype), value)
+    return out * fade[..., None] + mixed, total * fade + weights.sum(-1), higher
+
+
+def backward(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K V"],
+    lse: Float[Array, "B H S"],
+    delta: Float[Array, "B H S"],
+    dout: Float[Array, "B S H V"],
+    mask: Mask,
+) -> tuple[Float[Array, "B S H D"], Float[Array, "B T K D"], Float[Array, "B T K V"]]:
+    """Gradients of queries, keys, values in their types, given `delta = sum(dout * out) - dlse`."""
+    q, k, v, lse, delta, dout, mask = vary_alike((q, k, v, lse, delta, dout, mask))
+    tiles = cut(q.shape[1], k.shape[1])
+    queries, keys, values = tiles.pad_queries(_group(q, k)), tiles.pad_keys(k), tiles.pad_keys(v)
+    douts = tiles.pad_queries(_group(dout, k))
+    heads = (q.shape[0], k.shape[2], -1, q.shape[1])
+    # rows with nothing to attend to are masked everywhere: any finite number serves
+    lses = tiles.pad_queries(jnp.where(lse == -jnp.inf, 0, lse).reshape(heads), 3)
+    deltas = tiles.pad_queries(delta.reshape(heads), 3)
+    scoring = _Scoring.of(q, k, mask, tiles)
+    first, last = _bounds(scoring.needed().T)
+
+    def block(dquery: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
+        key, value = tiles.take_keys(keys, j), tiles.take_keys(values, j)
+
+        def tile(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            dquery, dkey, dvalue = carry
+            query, dout = (tiles.take_queries(x, i) for x in (queries, douts))
+            lse, delta = (tiles.take_queries(x, i, 3) for x in (lses, deltas))
+            rows = _Rows(query, dout, lse, delta)
+            part, dkey_part, dvalue_part = _tile_gradients(rows, key, value, scoring, i, j)
+            part = part + tiles.take_queries(dquery, i)
+            dquery = lax.dynamic_update_slice_in_dim(dquery, part, i * tiles.query_block, 1)
+            return dquery, dkey + dkey_part, dvalue + dvalue_part
+
+        zeros = jnp.zeros_like(key, jnp.float32), jnp.zeros_like(value, jnp.float32)
+        dquery, dkey, dvalue = lax.fori_loop(first[j], last[j], tile, (dquery, *zeros))
+        return dquery, (dkey.astype(k.dtype), dvalue.astype(v.dtype))
+
+    dquery, (dkey, dvalue) = lax.scan(block, jnp.zeros_like(queries, jnp.float32), jnp.arange(tiles.num_keys))
+    dquery = _merge(dquery[:, : tiles.queries].astype(q.dtype), 2)
+    dkey, dvalue = (_merge(jnp.moveaxis(gradient, 0, 1), 1)[:, : tiles.keys] for gradient in (dkey, dvalue))
+    return dquery, dkey, dvalue
+
+
+class _Rows(NamedTuple):
+    """A block of queries in the backward, with what the forward and its users say of them."""
+
+    query: Float[Array, "B S K G D"]
+    dout: Float[Array, "B S K G V"]
+    lse: Float[Array, "B K G S"]
+    delta: Float[Array, "B K G S"]
+
+
+def _tile_gradients(
+    rows: _Rows, key: Array, value: Array, scoring: "_Scoring", i: Array, j: Array
+) -> tuple[Array, Array, Array]:
+    """One tile's part of the gradients of its queries, keys and values, in float32."""
+    scores, slope = scoring.scores(rows.query, key, i, j)
+    attends = scoring.attends(i, j)
+    weights = jnp.where(attends, jnp.exp(scores - rows.lse[..., None]), 0)
+    dvalue = _product("bkgst,bskgv->btkv", weights.astype(rows.dout.dtype), rows.dout)
+    dweights = _product("bskgv,btkv->bkgst", rows.dout, value)
+    # of q . k: through the softmax, the cap and the scale
+    dproduct = jnp.where(attends, weights * (dweights - rows.delta[..., None]) * slope, 0).astype(key.dtype)
+    dquery = _product("bkgst,btkd->bskgd", dproduct, key)
+    dkey = _product("bkgst,bskgd->btkd", dproduct, rows.query)
+    return dquery, dkey, dvalue
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """Scores of one tile, and who attends in it."""
+
+    mask: Mask
+    tiles: Tiles
+    factor: float
+    q_segments: Int[Array, "B S"] | None
+    kv_segments: Int[Array, "B T"] | None
+    slopes: Float[Array, "K G"] | None
+
+    @classmethod
+    def of(cls, q: Array, k: Array, mask: Mask, tiles: Tiles) -> "_Scoring":
+        q_segments, kv_segments = mask.q_segments, mask.kv_segments
+        return cls(
+            mask,
+            tiles,
+            mask.factor(q.shape[-1]),
+            None if q_segments is None else tiles.pad_queries(q_segments),
+            None if kv_segments is None else tiles.pad_keys(kv_segments),
+            None if mask.slopes is None else mask.slopes.astype(jnp.float32).reshape(k.shape[2], -1),
+        )
+
+    def positions(self, i: Array, j: Array) -> tuple[Array, Array]:
+        """Indices [query, 1] and [1, key] of tile (i, j), from 0."""
+        queries = i * self.tiles.query_block + jnp.arange(self.tiles.query_block)[:, None]
+        keys = j * self.tiles.key_block + jnp.arange(self.tiles.key_block)[None, :]
+        return queries, keys
+
+    def scores(self, query: Array, key: Array, i: Array, j: Array) -> tuple[Array, Array | float]:
+        """Scores [B, K, G, query, key] of tile (i, j) before masking, and their derivative by q . k."""
+        scores = _product("bskgd,btkd->bkgst", query, key) * self.factor
+        derivative: Array | float = self.factor
+        if self.mask.soft_cap is not None:
+            turned = jnp.tanh(scores / self.mask.soft_cap)
+            scores, derivative = self.mask.soft_cap * turned, self.factor * (1 - turned**2)
+        if self.slopes is not None:
+            queries, keys = self.positions(i, j)
+            distance = (keys + self.mask.kv_offset) - (queries + self.mask.q_offset)
+            scores = scores + self.slopes[:, :, None, None] * distance
+        return scores, derivative
+
+    def attends(self, i: Array, j: Array) -> Bool[Array, "#B 1 1 S T"]:
+        """True where a query of tile (i, j) attends to a key of it."""
+        queries, keys = self.positions(i, j)
+        attends = (queries < self.tiles.queries) & (keys < self.tiles.keys)
+        distance = (queries + self.mask.q_offset) - (keys + self.mask.kv_offset)
+        if self.mask.causal:
+            attends &= distance >= 0
+        if self.mask.window is not None:
+            attends &= jnp.abs(distance) < self.mask.window
+        attends = attends[None, None, None]
+        if self.q_segments is not None and self.kv_segments is not None:
+            q_segments = self.tiles.take_queries(self.q_segments, i)[:, None, None, :, None]
+            kv_segments = self.tiles.take_keys(self.kv_segments, j)[:, None, None, None, :]
+            attends &= q_segments == kv_segments
+        return attends
+
+    def needed(self) -> Bool[Array, "I J"]:
+        """False for a tile (i, j) in which surely nobody attends, whatever its row."""
+        tiles, mask = self.tiles, self.mask
+        first_query = mask.q_offset + jnp.arange(tiles.num_queries)[:, None] * tiles.query_block
+        first_key = mask.kv_offset + jnp.arange(tiles.num_keys)[None, :] * tiles.key_block
+        farthest = first_query + (tiles.query_block - 1) - first_key
+        nearest = first_query - (first_key + (tiles.key_block - 1))
+        needed = jnp.ones((tiles.num_queries, tiles.num_keys), bool)
+        if mask.causal:
+            needed &= farthest >= 0
+        if mask.window is not None:
+            needed &= (nearest < mask.window) & (farthest > -mask.window)
+        if mask.q_segments is not None and mask.kv_segments is not None:
+            lowest_q, highest_q = _extremes(mask.q_segments, tiles.query_block)
+            lowest_kv, highest_kv = _extremes(mask.kv_segments, tiles.key_block)
+            meets = (lowest_q[:, :, None] <= highest_kv[:, None, :]) & (lowest_kv[:, None, :] <= highest_q[:, :, None])
+            needed &= meets.any(0)
+        return needed
+
+
+def _extremes(segments: Int[Array, "B S"], block: int) -> tuple[Int[Array, "B I"], Int[Array, "B I"]]:
+    """Lowest and highest segment of each block."""
+    rows, length = segments.shape
+    blocks = jnp.pad(segments, ((0, 0), (0, -length % block)), mode="edge").reshape(rows, -1, block)
+    return blocks.min(-1), blocks.max(-1)
+
+
+def _bounds(needed: Bool[Array, "I J"]) -> tuple[Int[Array, " I"], Int[Array, " I"]]:
+    """Each row's first needed column, and the one after its last; equal where none is."""
+    first = jnp.argmax(needed, 1)
+    last = needed.shape[1] - jnp.argmax(needed[:, ::-1], 1)
+    return first, jnp.where(needed.any(1), last, first)
+
+
+def _group(x: Float[Array, "B S H D"], k: Float[Array, "B T K C"]) -> Float[Array, "B S K G D"]:
+    """Query heads by the key/value head that they read."""
+    rows, length, _, dim = x.shape
+    return x.reshape(rows, length, k.shape[2], -1, dim)
+
+
+def _merge(x: Array, axis: int) -> Array:
+    """`x` with this axis and the next as one."""
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _zeros(like: Float[Array, "B K G"], *sizes: int) -> Array:
+    """Float32 zeros [B, K, G, *sizes], sharded and varying as `like` is."""
+    zeros = jnp.zeros_like(like, jnp.float32)
+    return jnp.broadcast_to(zeros[(..., *(None for _ in sizes))], (*like.shape, *sizes))
+
+
+def _pad(x: Array, axis: int, length: int) -> Array:
+    after = [(0, 0)] * x.ndim
+    after[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, after)
+
+
+def _product(equation: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)

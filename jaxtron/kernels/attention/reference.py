@@ -1,0 +1,103 @@
+"""Attention as its definition says, in float32 with the whole matrix of scores: what the others are held to.
+
+Forward and backward are the mathematics written out (FlashAttention, 2205.14135, section B), with no blocks.
+Memory is quadratic in the sequence.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxtron.kernels.attention.mask import Mask
+from jaxtron.typing import Array, Bool, Float
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def refusal(q: Array, k: Array, v: Array, mask: Mask, device_kind: str) -> str | None:
+    """Never: it does all that a `Mask` can say, on any device."""
+    return None
+
+
+def allowed(mask: Mask, num_queries: int, num_keys: int) -> Bool[Array, "#B S T"]:
+    """True where a query attends to a key."""
+    queries = mask.q_offset + jnp.arange(num_queries)[:, None]
+    keys = mask.kv_offset + jnp.arange(num_keys)[None, :]
+    attends = jnp.ones((1, num_queries, num_keys), bool)
+    if mask.causal:
+        attends &= keys <= queries
+    if mask.window is not None:
+        attends &= jnp.abs(queries - keys) < mask.window
+    if mask.q_segments is not None and mask.kv_segments is not None:
+        attends &= mask.q_segments[:, :, None] == mask.kv_segments[:, None, :]
+    return attends
+
+
+def forward(
+    q: Float[Array, "B S H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K V"], mask: Mask
+) -> tuple[Float[Array, "B S H V"], Float[Array, "B H S"]]:
+    """What is attended to in `q`'s type, and the log-sum-exp of the scores in float32."""
+    q32, k32, v32 = _per_query_head(q, k, v)
+    attends = allowed(mask, q.shape[1], k.shape[1])[:, None]
+    scores, _ = _scores(q32, k32, mask)
+    scores = jnp.where(attends, scores, -jnp.inf)
+    lse = jax.nn.logsumexp(scores, -1)
+    weights = jnp.where(attends, jnp.exp(scores - jnp.where(lse == -jnp.inf, 0, lse)[..., None]), 0)
+    out = jnp.einsum("bhst,bthv->bshv", weights, v32, precision=HIGHEST)
+    return out.astype(q.dtype), lse
+
+
+def backward(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K V"],
+    lse: Float[Array, "B H S"],
+    delta: Float[Array, "B H S"],
+    dout: Float[Array, "B S H V"],
+    mask: Mask,
+) -> tuple[Float[Array, "B S H D"], Float[Array, "B T K D"], Float[Array, "B T K V"]]:
+    """Gradients of queries, keys, values, given `delta = sum(dout * out) - dlse`."""
+    q32, k32, v32 = _per_query_head(q, k, v)
+    dout = dout.astype(jnp.float32)
+    attends = allowed(mask, q.shape[1], k.shape[1])[:, None]
+    scores, slope = _scores(q32, k32, mask)
+    weights = jnp.where(attends, jnp.exp(scores - jnp.where(lse == -jnp.inf, 0, lse)[..., None]), 0)
+    dvalue = jnp.einsum("bhst,bshv->bthv", weights, dout, precision=HIGHEST)
+    dweights = jnp.einsum("bshv,bthv->bhst", dout, v32, precision=HIGHEST)
+    # of q . k: through the softmax, the cap and the scale
+    dproduct = jnp.where(attends, weights * (dweights - delta[..., None]) * slope, 0)
+    dquery = jnp.einsum("bhst,bthd->bshd", dproduct, k32, precision=HIGHEST)
+    dkey = jnp.einsum("bhst,bshd->bthd", dproduct, q32, precision=HIGHEST)
+    return dquery.astype(q.dtype), _per_kv_head(dkey, k), _per_kv_head(dvalue, v)
+
+
+def _scores(q: Array, k: Array, mask: Mask) -> tuple[Array, Array | float]:
+    """Scores [B, H, S, T] before masking, and their derivative by q . k."""
+    factor = mask.factor(q.shape[-1])
+    scores = jnp.einsum("bshd,bthd->bhst", q, k, precision=HIGHEST) * factor
+    derivative: Array | float = factor
+    if mask.soft_cap is not None:
+        turned = jnp.tanh(scores / mask.soft_cap)
+        scores, derivative = mask.soft_cap * turned, factor * (1 - turned**2)
+    if mask.slopes is not None:
+        queries = mask.q_offset + jnp.arange(q.shape[1])[:, None]
+        keys = mask.kv_offset + jnp.arange(k.shape[1])[None, :]
+        scores = scores + mask.slopes.astype(jnp.float32)[:, None, None] * (keys - queries)
+    return scores, derivative
+
+
+def _per_query_head(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """All in float32, with keys and values copied to each query head that reads them."""
+    groups = q.shape[2] // k.shape[2]
+    copies = []
+    for x in (k, v):
+        rows, length, heads, dim = x.shape
+        # plain shapes, which keep an Explicit sharding of the heads
+        x = jnp.broadcast_to(x.astype(jnp.float32)[:, :, :, None], (rows, length, heads, groups, dim))
+        copies.append(x.reshape(rows, length, heads * groups, dim))
+    return q.astype(jnp.float32), copies[0], copies[1]
+
+
+def _per_kv_head(gradient: Array, x: Array) -> Array:
+    """The transpose of `_per_query_head`, in `x`'s type."""
+    rows, length, heads, dim = x.shape
+    return gradient.reshape(rows, length, heads, -1, dim).sum(3).astype(x.dtype)

@@ -1,0 +1,306 @@
+"""Attention over a sequence that lies on several devices, forward and backward, around any implementation's pair.
+
+Runs where `context` and `tensor` are manual: arrays are one device's part, two pieces of the sequence
+(`sharding/context.py`). Everyone knows all segment ids, which are small; keys and values travel.
+"""
+
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxtron.kernels.attention.mask import Mask
+from jaxtron.sharding import current, vary
+from jaxtron.sharding.context import AXIS, ContextConfig
+from jaxtron.typing import Array, Float
+
+Pair = tuple[Array, Array]
+
+
+def forward(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K V"],
+    mask: Mask,
+    run: ModuleType,
+    config: ContextConfig,
+    size: int,
+) -> tuple[Float[Array, "B S H V"], Float[Array, "B H S"]]:
+    """Output and log-sum-exp of this device's positions over the whole sequence (ring: 2310.01889; heads: 2309.14509).
+
+    `mask` has this device's segment ids in both fields, and no offsets.
+    """
+    way = _way(config, size, mask, q.shape[1])
+    if config.method == "all_gather":
+        return _forward_gathered(way, q, k, v, run)
+    q, k, v = (way.to_heads(x) for x in (q, k, v))
+    out, lse = _forward_ring(way, q, k, v, run)
+    return way.to_sequence(out), _last(way.to_sequence(_first(lse)))
+
+
+def backward(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K V"],
+    lse: Float[Array, "B H S"],
+    delta: Float[Array, "B H S"],
+    dout: Float[Array, "B S H V"],
+    mask: Mask,
+    run: ModuleType,
+    config: ContextConfig,
+    size: int,
+) -> tuple[Float[Array, "B S H D"], Float[Array, "B S K D"], Float[Array, "B S K V"]]:
+    """Gradients of this device's queries, keys and values; sums over blocks are in float32, on the way too."""
+    way = _way(config, size, mask, q.shape[1])
+    if config.method == "all_gather":
+        return _backward_gathered(way, q, k, v, lse, delta, dout, run)
+    lse, delta = (_last(way.to_heads(_first(x))) for x in (lse, delta))
+    query, key, value, cotangent = (way.to_heads(x) for x in (q, k, v, dout))
+    parts = _backward_ring(way, query, key, value, lse, delta, cotangent, run)
+    dq, dk, dv = (way.to_sequence(part) for part in parts)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """Who sends what to whom: `inner` neighbours share heads out, `outer` groups of them are a ring of blocks.
+
+    `half` is the length of a device's piece; a ring member's block is `inner` of them.
+    """
+
+    config: ContextConfig
+    size: int
+    mask: Mask
+    half: int
+    on_cpu: bool
+
+    @property
+    def inner(self) -> int:
+        """Devices that split heads."""
+        return self.config.groups(self.size)[0]
+
+    @property
+    def outer(self) -> int:
+        """Members of the ring."""
+        return self.config.groups(self.size)[1]
+
+    @property
+    def rank(self) -> Array:
+        """This device's place along the axis."""
+        return jax.lax.axis_index(AXIS)
+
+    @property
+    def member(self) -> Array:
+        """Its group's place in the ring."""
+        return self.rank // self.inner
+
+    @property
+    def block(self) -> int:
+        """Positions of a block of the ring."""
+        return self.half * self.inner
+
+    def starts(self, member: Array) -> Pair:
+        """First positions of a member's two blocks."""
+        return member * self.block, (2 * self.outer - 1 - member) * self.block
+
+    def pass_on(self, *arrays: Array) -> tuple[Array, ...]:
+        """What the previous member of the ring holds."""
+        pairs = tuple((rank, (rank + self.inner) % self.size) for rank in range(self.size))
+        if not self.on_cpu:
+            return tuple(jax.lax.ppermute(x, AXIS, pairs) for x in arrays)
+        # Simulated devices are threads that wait inside a collective, and two at once can wait for each other for ever;
+        # and their permutes mix up messages where stages of a pipeline are in different branches.
+        found: list[Array] = []
+        for x in arrays:
+            x = jax.lax.optimization_barrier((x, *found[-1:]))[0]
+            everybody = jax.lax.all_gather(x, AXIS)
+            found.append(jax.lax.dynamic_index_in_dim(everybody, (self.rank - self.inner) % self.size, 0, False))
+        return tuple(found)
+
+    def to_heads(self, x: Float[Array, "B S H D"]) -> Float[Array, "B T I D"]:
+        """The group's whole blocks for a part of the heads, from a part of the blocks for all heads."""
+        if self.inner == 1:
+            return x
+        x = self._exchange(x, split=2, join=1)
+        # from every neighbour's two pieces to the two blocks
+        pieces = x.reshape(x.shape[0], self.inner, 2, self.half, *x.shape[2:])
+        return jnp.swapaxes(pieces, 1, 2).reshape(x.shape)
+
+    def to_sequence(self, x: Float[Array, "B T I D"]) -> Float[Array, "B S H D"]:
+        """The inverse of `to_heads`."""
+        if self.inner == 1:
+            return x
+        pieces = jnp.swapaxes(x.reshape(x.shape[0], 2, self.inner, self.half, *x.shape[2:]), 1, 2)
+        return self._exchange(pieces.reshape(x.shape), split=1, join=2)
+
+    def _exchange(self, x: Array, *, split: int, join: int) -> Array:
+        groups = [list(range(first, first + self.inner)) for first in range(0, self.size, self.inner)]
+        whole = None if self.inner == self.size else groups
+        return jax.lax.all_to_all(x, AXIS, split, join, tiled=True, axis_index_groups=whole)
+
+    def in_order(self, x: Array) -> Array:
+        """The whole sequence of everybody's two pieces, in order."""
+        whole = jax.lax.all_gather(x, AXIS, axis=1, tiled=True)
+        pieces = whole.reshape(x.shape[0], self.outer, self.inner, 2, self.half, *x.shape[2:])
+        ordered = jnp.concatenate([pieces[:, :, :, 0], pieces[:, ::-1, :, 1]], 1)
+        return ordered.reshape(whole.shape)
+
+    def out_of_order(self, x: Array) -> Array:
+        """Sums over all devices of a whole sequence, each keeping its two pieces: `in_order` transposed, inner 1."""
+        pieces = x.reshape(x.shape[0], 2, self.size, self.half, *x.shape[2:])
+        mixed = jnp.stack([pieces[:, 0], pieces[:, 1, ::-1]], 2).reshape(x.shape)
+        return jax.lax.psum_scatter(mixed, AXIS, scatter_dimension=1, tiled=True)
+
+
+def _way(config: ContextConfig, size: int, mask: Mask, length: int) -> _Way:
+    way = _Way(config, size, mask, length // 2, on_cpu=current().mesh.devices.flat[0].platform == "cpu")
+    if mask.slopes is not None and way.inner > 1:
+        heads = mask.slopes.shape[0] // way.inner
+        first = way.rank % way.inner * heads
+        mask = replace(mask, slopes=jax.lax.dynamic_slice_in_dim(mask.slopes, first, heads))
+    if mask.q_segments is None:
+        return replace(way, mask=mask)
+    segments = way.in_order(mask.q_segments)
+    return replace(way, mask=replace(mask, q_segments=segments, kv_segments=segments))
+
+
+class _Block(NamedTuple):
+    """A half of the queries against a half of a member's keys, and the mask between them."""
+
+    query: int
+    key: int
+    mask: Mask
+
+
+def _blocks(way: _Way, source: Array) -> list[_Block]:
+    """What this member computes with the blocks of member `source`."""
+    ours, theirs = way.starts(way.member), way.starts(source)
+    # in causal order no first block sees a second one
+    pairs = ((0, 0), (1, 0), (1, 1)) if way.mask.causal else ((0, 0), (0, 1), (1, 0), (1, 1))
+    return [_Block(i, j, _between(way.mask, ours[i], theirs[j], way.block, way.block)) for i, j in pairs]
+
+
+def _between(mask: Mask, q_start: Array | int, kv_start: Array | int, q_length: int, kv_length: int) -> Mask:
+    """The mask of a part of the queries and of the keys, out of that of the whole sequence."""
+    if mask.q_segments is not None:
+        assert mask.kv_segments is not None
+        mask = replace(
+            mask,
+            q_segments=jax.lax.dynamic_slice_in_dim(mask.q_segments, q_start, q_length, 1),
+            kv_segments=jax.lax.dynamic_slice_in_dim(mask.kv_segments, kv_start, kv_length, 1),
+        )
+    return replace(mask, q_offset=q_start, kv_offset=kv_start)
+
+
+def _forward_ring(way: _Way, q: Array, k: Array, v: Array, run: ModuleType) -> Pair:
+    queries = _halves(q, 1)
+    rows, heads = q.shape[0], q.shape[2]
+    nothing = (
+        vary(jnp.zeros((rows, way.block, heads, v.shape[-1]), jnp.float32)),
+        vary(jnp.full((rows, heads, way.block), -jnp.inf)),
+    )
+
+    def compute(found: tuple[Pair, Pair], source: Array, k: Array, v: Array) -> tuple[Pair, Pair]:
+        merged, keys, values = list(found), _halves(k, 1), _halves(v, 1)
+        for i, j, mask in _blocks(way, source):
+            merged[i] = _merge(merged[i], run.forward(queries[i], keys[j], values[j], mask))
+        return merged[0], merged[1]
+
+    def step(carry: tuple, number: Array) -> tuple[tuple, None]:
+        k, v, found = carry
+        # the next block is on its way while this one is computed with
+        following = way.pass_on(k, v)
+        return (*following, compute(found, (way.member - number) % way.outer, k, v)), None
+
+    found = (nothing, nothing)
+    if way.outer > 1:
+        (k, v, found), _ = jax.lax.scan(step, (vary(k), vary(v), found), jnp.arange(way.outer - 1))
+    found = compute(found, (way.member + 1) % way.outer, k, v)
+    out, lse = (jnp.concatenate([part[index] for part in found], axis) for index, axis in ((0, 1), (1, 2)))
+    return out.astype(q.dtype), lse
+
+
+def _backward_ring(
+    way: _Way, q: Array, k: Array, v: Array, lse: Array, delta: Array, dout: Array, run: ModuleType
+) -> tuple[Array, Array, Array]:
+    queries, cotangents = _halves(q, 1), _halves(dout, 1)
+    normalizers, deltas = _halves(lse, 2), _halves(delta, 2)
+
+    def compute(source: Array, k: Array, v: Array) -> tuple[list[Array], list[Array], list[Array]]:
+        """Float32 gradients by half: of the queries, of this block's keys, of its values."""
+        keys, values = _halves(k, 1), _halves(v, 1)
+        dq, dk, dv = ([vary(jnp.zeros(x.shape, jnp.float32)) for x in halves] for halves in (queries, keys, values))
+        for i, j, mask in _blocks(way, source):
+            parts = run.backward(queries[i], keys[j], values[j], normalizers[i], deltas[i], cotangents[i], mask)
+            for sums, index, part in zip((dq, dk, dv), (i, j, j), parts, strict=True):
+                sums[index] = sums[index] + part.astype(jnp.float32)
+        return dq, dk, dv
+
+    def step(carry: tuple, number: Array) -> tuple[tuple, None]:
+        k, v, dq, dk, dv = carry
+        # sums for the block that is here now arrive while this member's own part is computed
+        *following, dk_arrived, dv_arrived = way.pass_on(k, v, dk, dv)
+        parts = compute((way.member - number) % way.outer, k, v)
+        more = [jnp.concatenate(part, 1) for part in parts]
+        return (*following, dq + more[0], dk_arrived + more[1], dv_arrived + more[2]), None
+
+    zeros = [vary(jnp.zeros(x.shape, jnp.float32)) for x in (q, k, v)]
+    if way.outer == 1:
+        dq, dk, dv = (jnp.concatenate(part, 1) for part in compute(way.member, k, v))
+        return dq, dk, dv
+    (_, _, dq, dk, dv), _ = jax.lax.scan(step, (vary(k), vary(v), *zeros), jnp.arange(way.outer))
+    dk, dv = way.pass_on(dk, dv)
+    return dq, dk, dv
+
+
+def _forward_gathered(way: _Way, q: Array, k: Array, v: Array, run: ModuleType) -> Pair:
+    k, v = way.in_order(k), way.in_order(v)
+    found = [run.forward(query, k, v, mask) for query, mask in zip(_halves(q, 1), _rows(way, k.shape[1]), strict=True)]
+    return jnp.concatenate([out for out, _ in found], 1), jnp.concatenate([lse for _, lse in found], 2)
+
+
+def _backward_gathered(
+    way: _Way, q: Array, k: Array, v: Array, lse: Array, delta: Array, dout: Array, run: ModuleType
+) -> tuple[Array, Array, Array]:
+    k, v = way.in_order(k), way.in_order(v)
+    halves = zip(_halves(q, 1), _halves(lse, 2), _halves(delta, 2), _halves(dout, 1), strict=True)
+    masks = _rows(way, k.shape[1])
+    found = [
+        run.backward(query, k, v, normalizer, shift, cotangent, mask)
+        for (query, normalizer, shift, cotangent), mask in zip(halves, masks, strict=True)
+    ]
+    dq = jnp.concatenate([parts[0] for parts in found], 1)
+    first, second = ([part.astype(jnp.float32) for part in parts] for parts in found)
+    dk, dv = (way.out_of_order(first[index] + second[index]) for index in (1, 2))
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _rows(way: _Way, length: int) -> list[Mask]:
+    """The masks of this device's two pieces of queries against the whole sequence."""
+    return [_between(way.mask, start, 0, way.half, length) for start in way.starts(way.rank)]
+
+
+def _merge(one: Pair, other: Pair) -> Pair:
+    """Outputs over two sets of keys as one over both; a part that saw nothing has the log-sum-exp -inf."""
+    lse = jnp.logaddexp(one[1], other[1])
+
+    def share(part: Array) -> Array:
+        return jnp.where(jnp.isneginf(part), 0.0, jnp.exp(part - jnp.where(jnp.isneginf(lse), 0.0, lse)))
+
+    parts = [x.astype(jnp.float32) * _first(share(part)) for x, part in (one, other)]
+    return parts[0] + parts[1], lse
+
+
+def _halves(x: Array, axis: int) -> Pair:
+    first, second = jnp.split(x, 2, axis)
+    return first, second
+
+
+def _first(x: Float[Array, "B H S"]) -> Float[Array, "B S H 1"]:
+    return jnp.swapaxes(x, 1, 2)[..., None]
+
+
+def _last(x: Float[Array, "B S H 1"]) -> Float[Array, "B H S"]:
+    return jnp.swapaxes(x[..., 0], 1, 2)

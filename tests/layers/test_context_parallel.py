@@ -1,0 +1,133 @@
+"""Attention over a sequence on several devices equals attention over all of it on one."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxtron.config import UserError
+from jaxtron.kernels.attention import Mask, chunked, reference
+from jaxtron.layers import context_parallel
+from jaxtron.sharding import AXES, MeshConfig, ShardingConfig, build_mesh, make_rules, use
+from jaxtron.sharding.context import ContextConfig, part, positions, starts
+
+ROWS, LENGTH, HEADS, KV_HEADS, DIM = 2, 64, 8, 8, 8
+METHODS = {
+    "ring": ContextConfig(method="ring"),
+    "all_gather": ContextConfig(method="all_gather"),
+    "all_to_all": ContextConfig(method="all_to_all"),
+    "hierarchical": ContextConfig(method="hierarchical", inner=2),
+}
+SLOW = pytest.mark.slow
+MASKS = {
+    "causal": Mask(),
+    "full": Mask(causal=False),
+    "window": Mask(window=11),
+    "slopes": Mask(slopes=jnp.linspace(0.1, 0.9, HEADS)),
+    "soft cap": Mask(soft_cap=2.0),
+}
+SEGMENTS = jnp.asarray(np.repeat([[0, 1, 2, 3], [0, 0, 1, 1]], LENGTH // 4, 1), jnp.int32)
+
+
+@functools.cache
+def inputs(kv_heads: int = KV_HEADS, dtype: str = "float32") -> tuple[jax.Array, ...]:
+    """Queries, keys, values, and a cotangent."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    heads = (HEADS, kv_heads, kv_heads, HEADS)
+    return tuple(
+        jax.random.normal(key, (ROWS, LENGTH, count, DIM), dtype) for key, count in zip(keys, heads, strict=True)
+    )
+
+
+def whole(mask: Mask, q, k, v, dout):
+    out, lse = reference.forward(q, k, v, mask)
+    delta = jnp.swapaxes(jnp.sum(dout * out, -1), 1, 2)
+    return out, lse, *reference.backward(q, k, v, lse, delta, dout, mask)
+
+
+def split(config: ContextConfig, size: int, mask: Mask, arrays, module=chunked):
+    """The same on devices that each have a part, put together again by position."""
+    rules = make_rules(build_mesh(MeshConfig(data=1, context=size), jax.devices()[:size]), ShardingConfig(), config)
+
+    def local(segments, *arrays):
+        q, k, v, dout = (part(config, size, x, 1) for x in arrays)
+        own = mask if segments is None else with_segments(part(config, size, segments, 1))
+        out, lse = context_parallel.forward(q, k, v, own, module, config, size)
+        delta = jnp.swapaxes(jnp.sum(dout * out, -1), 1, 2)
+        gradients = context_parallel.backward(q, k, v, lse, delta, dout, own, module, config, size)
+        place = positions(config, size, q.shape[1])
+        return tuple(x[None] for x in (place, out, jnp.swapaxes(lse, 1, 2), *gradients))
+
+    def with_segments(segments):
+        return Mask(causal=mask.causal, window=mask.window, q_segments=segments, kv_segments=segments)
+
+    specs = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec("context")}
+    run = jax.shard_map(local, **specs, axis_names=set(AXES), check_vma=False)
+    with use(rules):
+        place, *parts = jax.jit(run)(mask.q_segments, *arrays)
+    order = np.argsort(np.asarray(place).reshape(-1))
+    # [device, row, position, ...] to [row, position, ...]
+    out, lse, *gradients = (
+        np.moveaxis(np.asarray(x), 0, 1).reshape(ROWS, LENGTH, *x.shape[3:])[:, order] for x in parts
+    )
+    return out, np.swapaxes(lse, 1, 2), *gradients
+
+
+def assert_equal(found, expected):
+    for name, one, other in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("mask", [mask if mask == "causal" else pytest.param(mask, marks=SLOW) for mask in MASKS])
+@pytest.mark.parametrize("method", METHODS)
+def test_parts_of_a_sequence_equal_the_whole(method: str, mask: str):
+    arrays = inputs()
+    assert_equal(split(METHODS[method], 4, MASKS[mask], arrays), whole(MASKS[mask], *arrays))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 8])
+@pytest.mark.parametrize("method", ["ring", "all_gather", "all_to_all"])
+def test_any_number_of_devices(method: str, size: int):
+    arrays = inputs()
+    assert_equal(split(METHODS[method], size, Mask(), arrays), whole(Mask(), *arrays))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=SLOW)])
+def test_documents_do_not_see_each_other(method: str, causal: bool):
+    mask = Mask(causal=causal, q_segments=SEGMENTS, kv_segments=SEGMENTS)
+    arrays = inputs()
+    assert_equal(split(METHODS[method], 4, mask, arrays), whole(mask, *arrays))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ring", "all_gather"])
+def test_few_key_heads(method: str):
+    arrays = inputs(kv_heads=2)
+    assert_equal(split(METHODS[method], 4, Mask(), arrays), whole(Mask(), *arrays))
+
+
+@pytest.mark.parametrize(
+    ("config", "size"), [(METHODS["ring"], 8), (METHODS["all_to_all"], 4), (METHODS["hierarchical"], 8)]
+)
+def test_pieces_are_the_whole_and_causal_work_is_even(config: ContextConfig, size: int):
+    length = LENGTH // size
+    inner, outer = config.groups(size)
+    pieces = [[int(start) for start in starts(config, size, rank, length)] for rank in range(size)]
+    covered = sorted(itertools.chain(*(range(start, start + length // 2) for starts in pieces for start in starts)))
+    assert covered == list(range(LENGTH))
+    # keys that a ring member's queries see, which its neighbours share out by heads
+    work = [0] * outer
+    for rank, own in enumerate(pieces):
+        work[rank // inner] += sum(start + place + 1 for start in own for place in range(length // 2))
+    assert max(work) <= 1.05 * min(work)
+
+
+def test_groups_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="context.inner 8 must divide mesh.context 12 and be smaller"):
+        ContextConfig(method="hierarchical").groups(12)

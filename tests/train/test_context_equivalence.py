@@ -1,0 +1,75 @@
+"""Loss and every gradient do not depend on how many devices a sequence lies on, nor on how attention crosses them."""
+
+import functools
+
+import pytest
+from equivalence import MODELS, ONE_DEVICE, SCANNED, Result, assert_equal, changed, loss_and_gradients
+
+from jaxtron.models.config import ModelConfig
+from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.sharding import ContextConfig
+
+TOLERANCE = 1e-5
+CHANGES = {
+    "llama": {},
+    "palm": {"attention_dropout": 0.0},
+    # masks of the residual stream, which are of whole sequences; probabilities cannot be dropped
+    "gpt with dropout": {"attention_dropout": 0.0},
+}
+
+
+def model(name: str) -> ModelConfig:
+    return changed(MODELS[name], **SCANNED, **CHANGES[name])
+
+
+@functools.cache
+def one_device(name: str) -> Result:
+    return loss_and_gradients(model(name), ONE_DEVICE, "none", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "context", "microbatches"),
+    [
+        ("llama", {"context": 4, "tensor": 2}, {"method": "ring"}, 1),
+        ("gpt with dropout", {"context": 2, "fsdp": 2}, {"method": "ring"}, 2),
+        ("llama", {"context": 2, "data": 2, "tensor": 2}, {"method": "all_gather"}, 1),
+        ("gpt with dropout", {"context": 2, "tensor": 2}, {"method": "all_to_all"}, 1),
+        pytest.param("llama", {"context": 8}, {"method": "ring"}, 1, marks=pytest.mark.slow),
+        pytest.param("palm", {"context": 2, "tensor": 2, "fsdp": 2}, {"method": "ring"}, 2, marks=pytest.mark.slow),
+        pytest.param(
+            "gpt with dropout", {"context": 4}, {"method": "hierarchical", "inner": 2}, 1, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "gpt with dropout", {"context": 4, "data": 2}, {"method": "all_to_all"}, 1, marks=pytest.mark.slow
+        ),
+        pytest.param("palm", {"context": 8}, {"method": "all_gather"}, 1, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_loss_and_every_gradient_equal_one_device(name: str, mesh: dict, context: dict, microbatches: int):
+    found = loss_and_gradients(model(name), mesh, "optimizer", microbatches, context=ContextConfig(**context))
+    expected = one_device(name)
+    assert found.loss == pytest.approx(expected.loss, rel=TOLERANCE)
+    assert_equal(found.gradients, expected.gradients, TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "mesh"),
+    [
+        ("1f1b", {"pipe": 2, "context": 2, "tensor": 2}),
+        pytest.param("zero_bubble", {"pipe": 2, "context": 4}, marks=pytest.mark.slow),
+    ],
+)
+def test_with_pipelines(schedule: str, mesh: dict):
+    pipeline = PipelineConfig(schedule=schedule)
+    found = loss_and_gradients(model("llama"), mesh, "optimizer", 2, pipeline, context=ContextConfig())
+    expected = one_device("llama")
+    assert found.loss == pytest.approx(expected.loss, rel=TOLERANCE)
+    assert_equal(found.gradients, expected.gradients, TOLERANCE)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_an_implementation_equals_whole_scores(implementation: str):
+    attention = {"implementation": implementation}
+    found = loss_and_gradients(changed(model("llama"), attention=attention), {"tensor": 2}, "optimizer", 1)
+    assert_equal(found.gradients, one_device("llama").gradients, TOLERANCE)
