@@ -238,20 +238,24 @@ def _backward_ring(
                 sums[index] = sums[index] + part.astype(jnp.float32)
         return dq, dk, dv
 
+    def add(sums: tuple[Array, Array, Array], source: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        dq, dk, dv = (jnp.concatenate(part, 1) for part in compute(source, k, v))
+        return sums[0] + dq, sums[1] + dk, sums[2] + dv
+
     def step(carry: tuple, number: Array) -> tuple[tuple, None]:
         k, v, dq, dk, dv = carry
-        # sums for the block that is here now arrive while this member's own part is computed
-        *following, dk_arrived, dv_arrived = way.pass_on(k, v, dk, dv)
-        parts = compute((way.member - number) % way.outer, k, v)
-        more = [jnp.concatenate(part, 1) for part in parts]
-        return (*following, dq + more[0], dk_arrived + more[1], dv_arrived + more[2]), None
+        # sums for the block that is here now arrive, and the next block, while this member's own part is computed
+        *following, dk, dv = way.pass_on(k, v, dk, dv)
+        return (*following, *add((dq, dk, dv), (way.member - number) % way.outer, k, v)), None
 
-    zeros = [vary(jnp.zeros(x.shape, jnp.float32)) for x in (q, k, v)]
+    dq, dk, dv = (vary(jnp.zeros(x.shape, jnp.float32)) for x in (q, k, v))
     if way.outer == 1:
-        dq, dk, dv = (jnp.concatenate(part, 1) for part in compute(way.member, k, v))
-        return dq, dk, dv
-    (_, _, dq, dk, dv), _ = jax.lax.scan(step, (vary(k), vary(v), *zeros), jnp.arange(way.outer))
+        return add((dq, dk, dv), way.member, k, v)
+    (k, v, dq, dk, dv), _ = jax.lax.scan(step, (vary(k), vary(v), dq, dk, dv), jnp.arange(way.outer - 1))
     dk, dv = way.pass_on(dk, dv)
+    dq, dk, dv = add((dq, dk, dv), (way.member + 1) % way.outer, k, v)
+    # home, to whose block it is, complete
+    dk, dv = way.pass_on(dk.astype(k.dtype), dv.astype(v.dtype))
     return dq, dk, dv
 
 

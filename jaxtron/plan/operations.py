@@ -3,8 +3,9 @@
 A microbatch has n = b * s tokens on a device; the letters are those of 2205.05198: h hidden, a heads, t tensor parts.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from jaxtron.layers.flash import SHORT
 from jaxtron.layers.mlp import GATED
 from jaxtron.models.config import ModelConfig
 from jaxtron.models.pattern import ATTENTION, Branch
@@ -95,9 +96,14 @@ class Shapes:
         return self.sizes["tensor"]
 
     @property
-    def tokens(self) -> int:
+    def parts(self) -> int:
+        """Devices that a sequence lies on."""
+        return self.sizes["context"]
+
+    @property
+    def tokens(self) -> float:
         """Of a microbatch on a device."""
-        return self.rows * self.length
+        return self.rows * self.length / self.parts
 
     @property
     def own_tokens(self) -> float:
@@ -132,7 +138,10 @@ class Shapes:
 
 def shapes_of(config: Configuration, sizes: dict[str, int], practice: Practice) -> Shapes:
     """The sizes of a configuration on a mesh of these sizes by axis."""
-    shards = sizes["data"] * sizes["fsdp"]
+    shards, length = sizes["data"] * sizes["fsdp"], config.data.sequence_length
+    if practice.attention == "plain" and not config.model.attention_dropout:
+        if sizes["context"] > 1 or length > SHORT or config.model.attention.implementation != "auto":
+            practice = replace(practice, attention="fused")
     return Shapes(
         model=config.model,
         practice=practice,
@@ -255,7 +264,7 @@ def _attention(shapes: Shapes) -> Slots:
     if model.position == "rotary":
         rotated = Work(stream=2 * n * (heads + kv_heads) * d * shapes.width, kernels=1)
         projections += Slots(forward=rotated, backward=rotated)
-    found = projections + core
+    found = projections + core + _travelling(shapes)
     if "attention" in model.recomputed:
         gathered = Work(collectives=_gather(shapes, shapes.residual_bytes))
         return found + Slots(backward=found.forward + gathered)
@@ -264,16 +273,29 @@ def _attention(shapes: Shapes) -> Slots:
     return found
 
 
+def _travelling(shapes: Shapes) -> Slots:
+    """Keys and values of the other parts of a sequence, and their gradients' sums in float32 on the way back.
+
+    A ring sends what an all-gather and a reduce-scatter do; other methods send no more.
+    """
+    if shapes.parts == 1:
+        return Slots()
+    elements = 2 * shapes.tokens * shapes.parts * shapes.kv_heads * shapes.model.head_size
+    gather = Collective("all_gather", elements * shapes.width, "context")
+    back = (gather, Collective("reduce_scatter", 4 * elements, "context"))
+    return Slots(forward=Work(collectives=(gather,)), backward=Work(collectives=back))
+
+
 def _core(shapes: Shapes) -> Slots:
     """Scores, softmax, dropout and the mix of values."""
     model, s, d = shapes.model, shapes.length, shapes.model.head_size
-    count = shapes.rows * shapes.heads
-    square = count * s * s
+    count, queries = shapes.rows * shapes.heads, s / shapes.parts
+    square = count * queries * s
     drops = model.attention_dropout > 0
     if shapes.practice.attention == "fused":
         # forward two products of the half below the diagonal; the backward makes the scores again: five
         product = 2.0 * square * d
-        keys = count * s * d * shapes.width
+        keys = count * queries * d * shapes.width
         return Slots(
             forward=Work(attention_flops=product, masked_flops=product, stream=4 * keys, kernels=1),
             # the formulas count four products; of five halves run
@@ -281,8 +303,8 @@ def _core(shapes: Shapes) -> Slots:
         )
     wide = 4 if shapes.practice.attention == "plain" else 2
     narrow = shapes.width
-    scores = Product(s, s, d, count, narrow, output_width=wide)
-    mix = Product(s, d, s, count, narrow, output_width=narrow)
+    scores = Product(queries, s, d, count, narrow, output_width=wide)
+    mix = Product(queries, d, s, count, narrow, output_width=narrow)
     # softmax: scores read (twice more for maximum and sum without a kernel of its own), probabilities written
     softmax = square * (wide * (3 if wide == 4 else 1) + narrow)
     dropped = square * (2 * narrow + MASK_BYTES) if drops else 0
@@ -377,7 +399,7 @@ def once(config: Configuration, shapes: Shapes, periods: int) -> Once:
     if sizes["pipe"] > 1:
         rest = table_parameters(shapes) / shapes.gathered / (data if zero == "optimizer" else 1)
         tables = (Collective("all_reduce", 4 * rest, "pipe"),)
-    if zero == "parameters" or data == 1:
+    if zero == "parameters" or data * shapes.parts == 1:
         return Once(local, tables=tables)
     if zero == "none":
         return Once(local, (Collective("all_reduce", 4 * local, "data"),), tables=tables)

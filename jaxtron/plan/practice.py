@@ -24,6 +24,8 @@ class Overlap:
     """What gradients and weights need once a step."""
     pipe: float = 0.0
     """Messages between stages."""
+    context: float = 0.0
+    """Keys and values of other parts of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Practice:
     read for the maximum, the sum and the gradient, which is written in 16 bits.
     """
 
-    overlap: Overlap = Overlap(fsdp=1.0, pipe=1.0)
+    overlap: Overlap = Overlap(fsdp=1.0, pipe=1.0, context=1.0)
     sequence_sharded: bool = True
     attention: Attention = "plain"
     logit_bytes: int = 18

@@ -28,6 +28,7 @@ class Breakdown:
     memory: float = 0.0
     tensor: float = 0.0
     fsdp: float = 0.0
+    context: float = 0.0
     pipe: float = 0.0
     bubble: float = 0.0
     data: float = 0.0
@@ -66,12 +67,13 @@ class Cost:
     memory: float = 0.0
     tensor: float = 0.0
     fsdp: float = 0.0
+    context: float = 0.0
     pipe: float = 0.0
 
     @property
     def total(self) -> float:
         """The slot."""
-        return self.products + self.memory + self.tensor + self.fsdp + self.pipe
+        return self.products + self.memory + self.tensor + self.fsdp + self.context + self.pipe
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
@@ -92,6 +94,10 @@ class Timer:
 
     def group(self, purpose: str) -> Group:
         """The devices that a collective runs over."""
+        if purpose == "data" and self.sizes["context"] > 1:
+            # gradients are summed over the parts of a sequence too
+            inner = axes_group(self.sizes, ("context",), self.gpus_per_node)
+            return Group(inner.size * self.sizes["data"], inner.local)
         if purpose == "fsdp" and self.zero == "parameters":
             return axes_group(self.sizes, BATCH_AXES, self.gpus_per_node)
         return axes_group(self.sizes, ("tensor" if purpose == "regather" else purpose,), self.gpus_per_node)
@@ -101,7 +107,7 @@ class Timer:
         products = sum(map(self.machine.product_seconds, work.products))
         if work.attention_flops:
             products += self.machine.attention_seconds(work.attention_flops)
-        exposed = {"tensor": 0.0, "regather": 0.0, "fsdp": 0.0}
+        exposed = {"tensor": 0.0, "regather": 0.0, "fsdp": 0.0, "context": 0.0}
         behind = products
         for purpose in exposed:
             seconds = self.collectives(tuple(one for one in work.collectives if one.purpose == purpose), purpose)
@@ -112,6 +118,7 @@ class Timer:
             memory=self.machine.pass_seconds(work.stream, work.kernels),
             tensor=exposed["tensor"] + exposed["regather"],
             fsdp=exposed["fsdp"],
+            context=exposed["context"],
         )
 
     def collectives(self, found: tuple[Collective, ...], purpose: str) -> float:
@@ -273,6 +280,7 @@ def _breakdown(stages: list[Stage], timer: Timer, optimizer: str) -> Breakdown:
         memory=work.memory,
         tensor=work.tensor,
         fsdp=work.fsdp,
+        context=work.context,
         pipe=work.pipe + timer.collectives(stages[0].once.tables, "pipe"),
         bubble=max(0.0, stages[latest].end - work.total),
         data=done - stages[latest].end + max(exposed(stage.once.gathered, stage.forward) for stage in stages),

@@ -61,10 +61,11 @@ def rows(rehearsal: Rehearsal, machine: Machine) -> list[Row]:
 def overlap(rehearsal: Rehearsal, machine: Machine) -> Overlap:
     """The part of each kind of communication that the compiled schedule hides, for the model of time."""
     weigh = _weigher(rehearsal, machine)
-    batch = {"data", "fsdp", "context"}
+    batch = {"data", "fsdp"}
     once = [entry for entry in rehearsal.collectives if not entry.loops and set(entry.axes) & batch]
     at_use = [entry for entry in rehearsal.collectives if entry.loops and set(entry.axes) & batch]
     tensor = [entry for entry in rehearsal.collectives if entry.axes == ("tensor",)]
+    split = [entry for entry in rehearsal.collectives if entry.loops and entry.axes == ("context",)]
     pipe = [entry for entry in rehearsal.collectives if entry.kind == "collective_permute" and entry.axes == ("pipe",)]
 
     def part(entries: Sequence[Collective]) -> float:
@@ -72,7 +73,14 @@ def overlap(rehearsal: Rehearsal, machine: Machine) -> Overlap:
         total = sum(seconds for seconds, _ in times)
         return sum(hidden for _, hidden in times) / total if total else 0.0
 
-    return Overlap(tensor=part(tensor), regather=part(tensor), fsdp=part(at_use), data=part(once), pipe=part(pipe))
+    return Overlap(
+        tensor=part(tensor),
+        regather=part(tensor),
+        fsdp=part(at_use),
+        data=part(once),
+        pipe=part(pipe),
+        context=part(split),
+    )
 
 
 def runs(rehearsal: Rehearsal) -> Callable[[Collective], float]:

@@ -1,0 +1,74 @@
+"""What attention over a split sequence sends, compiled for eight H100s: bytes of each method's formula."""
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from jaxtron.config import load
+from jaxtron.plan.rehearsal import Rehearsal, rehearse
+from jaxtron.train.config import Configuration
+
+LAYERS, HIDDEN, HEADS, LENGTH, CONTEXT = 2, 512, 8, 1024, 4
+# a device's part of keys, or of values, in elements
+PART = LENGTH // CONTEXT * HIDDEN
+
+
+@functools.cache
+def step(method: str, length: int = LENGTH, implementation: str = "auto") -> Rehearsal:
+    config = Configuration.model_validate(
+        {
+            "model": {
+                "num_layers": LAYERS,
+                "hidden_size": HIDDEN,
+                "num_heads": HEADS,
+                "vocab_size": 1024,
+                "position": "rotary",
+                "attention": {"implementation": implementation},
+            },
+            "data": {"sequence_length": length},
+            "train": {"global_batch": 2, "precision": "bf16"},
+            "mesh": {"data": 2, "context": CONTEXT},
+            "context": {"method": method},
+        }
+    )
+    return rehearse(config, gpu="h100", num_gpus=8)
+
+
+def sent(method: str, kind: str) -> int:
+    """Bytes that a device sends inside the loop over layers, by all executions of a step."""
+    found = [entry for entry in step(method).collectives if entry.kind == kind and entry.axes == ("context",)]
+    return round(sum(entry.step_sent_bytes for entry in found if entry.loops))
+
+
+def test_a_ring_sends_each_block_on_and_sums_home() -> None:
+    # keys and values in bfloat16: all but the last step of the ring, forward and backward
+    blocks = 2 * (CONTEXT - 1) * 2 * PART * 2
+    # float32 sums of their gradients, from the first step on, when they are zeros; home they go in bfloat16
+    sums = CONTEXT * 2 * PART * 4 + 2 * PART * 2
+    assert sent("ring", "collective_permute") == LAYERS * (blocks + sums)
+
+
+def test_a_ring_travels_beside_attention() -> None:
+    moves = [entry for entry in step("ring").collectives if entry.kind == "collective_permute" and len(entry.loops) > 1]
+    assert moves and all(entry.asynchronous for entry in moves)
+
+
+@pytest.mark.slow
+def test_all_gather_gathers_keys_and_values_and_scatters_their_gradients() -> None:
+    assert sent("all_gather", "all_gather") == LAYERS * 2 * 2 * (CONTEXT - 1) * PART * 2
+    assert sent("all_gather", "reduce_scatter") == LAYERS * 2 * (CONTEXT - 1) * PART * 4
+
+
+@pytest.mark.slow
+def test_memory_of_long_sequences_grows_with_their_length() -> None:
+    peaks = [step("ring", length).memory.temporaries for length in (8192, 16384, 32768)]
+    # scores of one layer alone would be 4 heads x 8192 x 2048 x 2 bytes more, and then four times that
+    assert peaks[1] - peaks[0] > 0 and peaks[2] - peaks[1] < 2.2 * (peaks[1] - peaks[0])
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_tokens_fit_64_gpus() -> None:
+    config = load(Configuration, Path(__file__).parents[2] / "configs" / "llama3_8b_128k.yaml")
+    assert config.data.sequence_length == 131072
+    assert rehearse(config, gpu="h100", num_gpus=64).memory_use.fits
