@@ -120,8 +120,8 @@ class ModelConfig(Config):
             raise ValueError(f"recomputing {name} has no effect: model.pattern {self.pattern!r} has none")
         if self.attention_dropout and self.attention.implementation != "auto":
             raise ValueError(
-                f"model.attention.implementation {self.attention.implementation} drops no probabilities: set it to auto, "
-                f"or model.attention_dropout {self.attention_dropout} to 0"
+                f"model.attention.implementation {self.attention.implementation} drops no probabilities: set it to "
+                f"auto, or model.attention_dropout {self.attention_dropout} to 0"
             )
         if {"attention", "attention_core"} <= self.recomputed:
             raise ValueError("recomputing attention_core has no effect beside attention, which contains it")

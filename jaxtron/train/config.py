@@ -147,7 +147,7 @@ class Configuration(Config):
         self._check_pipeline(sizes["pipe"], [batch // microbatch for batch in batches])
 
     def _check_context(self, sizes: dict[str, int]) -> None:
-        """`UserError` unless `mesh.context` can split sequences as `context.method` does, and for what has no effect."""
+        """`UserError` unless `mesh.context` can split sequences as `context.method` asks, and for what does nothing."""
         context, parts, model = self.context, sizes["context"], self.model
         if parts == 1:
             if context != ContextConfig():

@@ -12,14 +12,14 @@ from typing import Literal, NamedTuple
 import jax
 
 from jaxtron.config import UserError
-from jaxtron.kernels.attention import chunked, cudnn, reference
+from jaxtron.kernels.attention import chunked, cudnn, mosaic, reference
 from jaxtron.kernels.attention.mask import Mask
 from jaxtron.typing import Array
 
 Implementation = Literal["auto", "mosaic", "cudnn", "xla", "reference"]
 Shapes = tuple[Array | jax.ShapeDtypeStruct, Array | jax.ShapeDtypeStruct, Array | jax.ShapeDtypeStruct]
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"cudnn": cudnn, "xla": chunked, "reference": reference}
+IMPLEMENTATIONS: dict[str, ModuleType] = {"mosaic": mosaic, "cudnn": cudnn, "xla": chunked, "reference": reference}
 # of these `auto` takes the first that can
 FASTEST_FIRST = ("mosaic", "cudnn", "xla")
 

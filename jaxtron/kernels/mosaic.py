@@ -1,0 +1,172 @@
+"""What the Mosaic GPU kernels share: the few places where the real lowering and its interpreter differ.
+
+A kernel is one body for both. It is lowered for sm_90a (Hopper: wgmma, TMA) unless it is called with the
+interpreter's parameters; then it runs on the CPU, and may look for races. The interpreter knows no layouts, no
+tensor-core product of an operand in registers, and no accumulator with a first value.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
+
+from jaxtron.typing import Array
+
+# what it exports is typed too narrowly
+plgpu: Any = mosaic_gpu
+TILE = plgpu.Layout.WGMMA
+"""How a warpgroup holds a matrix that a tensor-core product made: 64 rows and any columns."""
+ROWS = TILE.reduce(1)
+"""One number per row of a `TILE`."""
+COLUMNS = TILE.reduce(0)
+"""One number per column of a `TILE`."""
+WARPGROUP_ROWS = 64
+
+
+def swizzled(dtype: Any, columns: int, widest: int = 128) -> tuple:
+    """Shared-memory layout of a matrix that TMA fills and wgmma reads: the widest swizzle that divides its rows."""
+    itemsize = jnp.dtype(dtype).itemsize
+    for width in (128, 64, 32):
+        if width <= widest and columns * itemsize % width == 0:
+            return plgpu.TilingTransform((8, width // itemsize)), plgpu.SwizzleTransform(width)
+    raise ValueError(f"rows of {columns} {jnp.dtype(dtype).name} fit no swizzle: their bytes must be a multiple of 32")
+
+
+@dataclass(frozen=True)
+class Registers:
+    """Registers per thread of a block with one warpgroup that copies and some that compute."""
+
+    warpgroups: int
+    """Those that compute."""
+    memory: int
+    """Of the one that copies; a multiple of 8, 24 at least."""
+
+    @property
+    def compute(self) -> int:
+        """Of each that computes: what is left of the block's, which every warpgroup gets 1 / number of at the start."""
+        started = 65536 // (128 * (self.warpgroups + 1)) // 8 * 8
+        return min((started * (self.warpgroups + 1) - self.memory) // self.warpgroups // 8 * 8, 240)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a kernel is traced for: sm_90a, or the interpreter if there are `InterpretGPUParams`."""
+
+    interpret: Any = None
+
+    def place(self, array: Array, layout: Any) -> Array:
+        """`array` in the registers as `layout` says."""
+        return array if self.interpret else plgpu.layout_cast(array, layout)
+
+    def full(self, shape: tuple[int, ...], value: float, layout: Any = TILE) -> Array:
+        """A float32 array of one value."""
+        return self.place(jnp.full(shape, value, jnp.float32), layout)
+
+    def iota(self, shape: tuple[int, ...], axis: int) -> Array:
+        """Row (axis 0) or column (axis 1) numbers of a tile."""
+        if self.interpret:
+            return lax.broadcasted_iota(jnp.int32, shape, axis)
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
+
+    def load(self, ref: Any, layout: Any) -> Array:
+        """A vector of shared or global memory, one number per row or column of a tile."""
+        if self.interpret:
+            return ref[...]
+        if jax.__version_info__ >= (0, 11):
+            return plgpu.load(ref, layout=layout, optimized=False)
+        return plgpu.load(ref, (), layout=layout, optimized=False)
+
+    def registers(self, budget: "Registers", *, memory: bool) -> None:
+        """Moves registers from the warpgroup that only issues copies to those that compute."""
+        if self.interpret:
+            return
+        if memory:
+            plgpu.set_max_registers(budget.memory, action="decrease")
+        else:
+            plgpu.set_max_registers(budget.compute, action="increase")
+
+    def product(
+        self, left: Any, right: Any, total: Array | None = None, *, issued: Callable[[], None] | None = None
+    ) -> Array:
+        """`total + left @ right` on the tensor cores, accumulated in float32, waited for.
+
+        `left` is a reference to shared memory or an array in registers, `right` a reference; both may be `transposed`.
+        `issued` is called once the product was issued, before it is waited for.
+        """
+        issued = issued or (lambda: None)
+        shape = (left.shape[0], right.shape[1])
+        if self.interpret and isinstance(left, jax.Array):
+            return self._product_of_values(left, right, total, issued)
+        if self.interpret or total is None:
+
+            def fresh(accumulator: Any) -> Array:
+                plgpu.wgmma(accumulator, left, right)
+                issued()
+                return accumulator[...]
+
+            made = pl.run_scoped(fresh, plgpu.ACC(shape, jnp.float32))
+            return made if total is None else total + made
+
+        def added(accumulator: Any) -> None:
+            plgpu.wgmma(accumulator, left, right)
+            issued()
+
+        return pl.run_state(added)(plgpu.ACC.init(total))
+
+    def _product_of_values(self, left: Array, right: Any, total: Array | None, issued: Callable[[], None]) -> Array:
+        """The interpreter cannot multiply from registers; the race detector still sees the reading of `right`."""
+        values = right[...]
+        # on the GPU the tensor cores read `right`, which needs no fence before a copy overwrites it
+        plgpu.commit_smem()
+        made = jnp.dot(left.astype(jnp.float32), values.astype(jnp.float32))
+        issued()
+        return made if total is None else total + made
+
+
+def transposed(ref: Any) -> Any:
+    """A matrix of shared memory read by columns."""
+    return ref.transpose((1, 0)) if jax.__version_info__ >= (0, 11) else plgpu.transpose_ref(ref, (1, 0))
+
+
+def unhoisted(counter: Array) -> Array:
+    """0 of any loop counter, which the compiler does not know.
+
+    What is computed from it (the addresses of operands) stays in the loop; taken out, it would fill registers.
+    """
+    return lax.shift_right_logical(counter, jnp.int32(30))
+
+
+def spread(vector: Array, shape: tuple[int, ...], axis: int) -> Array:
+    """`vector` along `axis` of a tile of `shape`."""
+    return lax.broadcast_in_dim(vector, shape, [axis])
+
+
+def kernel(
+    body: Callable[..., None],
+    *,
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    grid: dict[str, int],
+    scratch: Sequence[Any],
+    warpgroups: int,
+    target: Target,
+) -> Callable[..., Any]:
+    """A Mosaic GPU kernel of `body(*inputs, *outputs, *scratch)`.
+
+    `grid` names the axes of the blocks, `warpgroups` counts those of a block, whose axis is `warpgroup`.
+    """
+    return plgpu.kernel(
+        body,
+        out_type=list(outputs),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        scratch_types=list(scratch),
+        interpret=target.interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )

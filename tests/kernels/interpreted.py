@@ -1,0 +1,203 @@
+"""Runs Mosaic kernels in Pallas' interpreter and prints a line of JSON per case; a process of its own, so that a wrong
+barrier can hang this one only: `python tests/kernels/interpreted.py CASE ...`."""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxtron.kernels.attention import mosaic, mosaic_forward
+from jaxtron.kernels.attention.mask import Mask
+from jaxtron.kernels.mosaic import Target, kernel
+
+# memory that nobody wrote is NaN: what is read of it shows
+INTERPRETER = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and mask of one call; `segments` cuts queries and keys there, `slopes` are powers of two."""
+
+    rows: int = 1
+    queries: int = 200
+    keys: int = 200
+    head_dim: int = 64
+    value_dim: int = 64
+    heads: int = 2
+    kv_heads: int = 1
+    dtype: str = "bfloat16"
+    mask: Mask = Mask()
+    segments: tuple[int, ...] = ()
+    slopes: bool = False
+    backward: bool = False
+    deterministic: bool = False
+
+
+EVERYTHING = Case(
+    queries=100,
+    keys=150,
+    mask=Mask(window=90, soft_cap=3.0, q_offset=30, scale=0.2),
+    segments=(40, 110),
+    slopes=True,
+)
+FORWARD = {
+    "causal": Case(),
+    "everything": EVERYTHING,
+    "everything in two rows": replace(EVERYTHING, rows=2),
+    "full": Case(queries=130, keys=300, mask=Mask(causal=False)),
+    "window": Case(mask=Mask(window=50)),
+    "window around": Case(mask=Mask(window=50, causal=False)),
+    "queries later": Case(queries=70, mask=Mask(q_offset=130)),
+    "keys later": Case(mask=Mask(kv_offset=100)),
+    "keys all later": Case(mask=Mask(kv_offset=200)),
+    "soft cap": Case(mask=Mask(soft_cap=2.0)),
+    "slopes": Case(slopes=True),
+    "negative scale": Case(mask=Mask(scale=-0.1)),
+    "segments": Case(rows=2, segments=(70, 170)),
+    "segments in full": Case(mask=Mask(causal=False), segments=(70, 170)),
+    "whole tiles": Case(queries=256, keys=384, heads=1, mask=Mask(q_offset=128)),
+    "one": Case(queries=1, keys=1),
+    "float16": Case(dtype="float16"),
+    "96": Case(queries=130, head_dim=96, value_dim=96, heads=1),
+    "128": Case(queries=300, keys=300, head_dim=128, value_dim=128, heads=4, kv_heads=2),
+    "192": Case(queries=130, head_dim=192, value_dim=128, heads=1),
+    "256": Case(queries=130, keys=130, head_dim=256, value_dim=256, heads=1),
+    "40 and 24": Case(queries=130, keys=130, head_dim=40, value_dim=24, heads=1),
+}
+CASES = (
+    FORWARD
+    | {f"{name}, backward": replace(case, backward=True) for name, case in FORWARD.items()}
+    | {f"{name}, deterministic": replace(case, backward=True, deterministic=True) for name, case in FORWARD.items()}
+)
+
+
+def inputs(case: Case) -> tuple[list[jax.Array], Mask]:
+    """Queries, keys, values, the gradients of the output and of the log-sum-exp, and the mask with its arrays."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    query, key = (case.rows, case.queries, case.heads), (case.rows, case.keys, case.kv_heads)
+    shapes = [(*query, case.head_dim), (*key, case.head_dim), (*key, case.value_dim), (*query, case.value_dim)]
+    arrays = [jax.random.normal(at, shape, case.dtype) for at, shape in zip(keys, shapes, strict=False)]
+    arrays.append(jax.random.normal(keys[4], (case.rows, case.heads, case.queries)))
+    mask = case.mask
+    if case.segments:
+        # the second row's documents end elsewhere
+        ends = np.array(case.segments)[:, None] - 15 * np.arange(case.rows)
+        numbers = [(np.arange(length)[None, None] >= ends[:, :, None]).sum(0) for length in (case.queries, case.keys)]
+        mask = replace(mask, q_segments=jnp.array(numbers[0]), kv_segments=jnp.array(numbers[1]))
+    if case.slopes:
+        mask = replace(mask, slopes=2.0 ** -(1.0 + jnp.arange(case.heads)))
+    return arrays, mask
+
+
+def attention(q: Any, k: Any, v: Any, mask: Mask) -> tuple[jax.Array, jax.Array]:
+    """Output and log-sum-exp in plain float32, by the definition of `Mask`."""
+    k, v = (jnp.repeat(array, q.shape[2] // k.shape[2], axis=2) for array in (k, v))
+    scores = jnp.einsum("bshd,bthd->bhst", q, k) * mask.factor(q.shape[3])
+    if mask.soft_cap is not None:
+        scores = mask.soft_cap * jnp.tanh(scores / mask.soft_cap)
+    distance = (mask.q_offset + np.arange(q.shape[1]))[:, None] - (mask.kv_offset + np.arange(k.shape[1]))[None]
+    if mask.slopes is not None:
+        scores = scores - mask.slopes[:, None, None] * distance
+    counts = np.ones((1, *distance.shape), bool)
+    if mask.causal:
+        counts = counts & (distance >= 0)
+    if mask.window is not None:
+        counts = counts & (distance < mask.window) & (distance > -mask.window)
+    if mask.q_segments is not None:
+        counts = counts & (mask.q_segments[:, :, None] == mask.kv_segments[:, None, :])
+    counts = counts[:, None]
+    highest = jnp.where(counts, scores, -1e30).max(-1, keepdims=True)
+    weights = jnp.where(counts, jnp.exp(jnp.where(counts, scores - highest, 0.0)), 0.0)
+    total = weights.sum(-1)
+    seen = total > 0
+    safe = jnp.where(seen, total, 1.0)
+    out = jnp.einsum("bhst,bthv->bshv", weights / safe[..., None], v)
+    return out, jnp.where(seen, highest[..., 0] + jnp.log(safe), -jnp.inf)
+
+
+def errors_of(case: Case) -> dict[str, float]:
+    """Greatest error of each result, as a share of the greatest value (of the log-sum-exp: absolute)."""
+    (q, k, v, dout, dlse), mask = inputs(case)
+    exact = [array.astype(jnp.float32) for array in (q, k, v)]
+    (out, lse), pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask), *exact)
+    if not case.backward:
+        made, made_lse = mosaic.forward(q, k, v, mask, interpret=INTERPRETER)
+        return {"out": error(made, out), "lse": distance_of(made_lse, lse)}
+    wide = dout.astype(jnp.float32)
+    dlse = jnp.where(jnp.isfinite(lse), dlse, 0.0)
+    delta = jnp.einsum("bshv,bshv->bhs", out, wide) - dlse
+    gradients = mosaic.backward(
+        q, k, v, lse, delta, dout, mask, deterministic=case.deterministic, interpret=INTERPRETER
+    )
+    return {
+        name: error(made, wanted)
+        for name, made, wanted in zip(("dq", "dk", "dv"), gradients, pull((wide, dlse)), strict=True)
+    }
+
+
+def error(made: jax.Array, wanted: jax.Array) -> float:
+    """Greatest error as a share of the greatest value; of an array of zeros the error itself."""
+    greatest = float(jnp.abs(wanted).max())
+    return float(jnp.abs(made.astype(jnp.float32) - wanted).max()) / (greatest or 1.0)
+
+
+def distance_of(made: jax.Array, wanted: jax.Array) -> float:
+    """Greatest error where both are finite; infinite where only one is."""
+    same = np.isneginf(made) == np.isneginf(wanted)
+    gaps = np.where(np.isneginf(wanted), 0.0, np.abs(np.asarray(made) - np.asarray(wanted)))
+    return float(np.max(gaps)) if same.all() else float("inf")
+
+
+def without_fences() -> None:
+    """The forward kernel whose output is copied out before it is known to be in shared memory."""
+    # other modules keep the real one
+    fenceless = {**vars(plgpu), "commit_smem": lambda: None}
+    mosaic_forward.plgpu = SimpleNamespace(**fenceless)
+    try:
+        errors_of(Case(queries=64, keys=64, heads=1))
+    finally:
+        mosaic_forward.plgpu = plgpu
+
+
+def without_wait() -> None:
+    """A copy into shared memory that is read before it was waited for."""
+
+    def body(source: Any, result: Any, shared: Any, ready: Any) -> None:
+        plgpu.copy_gmem_to_smem(source, shared, ready)
+        result[...] = shared[...]
+        plgpu.barrier_wait(ready)
+
+    given = jnp.ones((64, 64), jnp.bfloat16)
+    run = kernel(
+        body,
+        outputs=[jax.ShapeDtypeStruct(given.shape, given.dtype)],
+        grid={"tile": 1},
+        scratch=[plgpu.SMEM(given.shape, given.dtype), plgpu.Barrier()],
+        warpgroups=1,
+        target=Target(INTERPRETER),
+    )
+    jax.block_until_ready(run(given))
+
+
+PLANTED = {"without fences": without_fences, "without wait": without_wait}
+
+
+def main(names: list[str]) -> None:
+    """One line per case: its errors and whether a race was found."""
+    for name in names:
+        # what the case before left behind
+        gpu_callbacks.reset_gpu_interpret_mode_state()
+        errors = PLANTED[name]() if name in PLANTED else errors_of(CASES[name])
+        races = bool(interpret_pallas_call.get_races().races_found)
+        print(json.dumps({"case": name, "errors": errors, "races": races}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
