@@ -97,7 +97,7 @@ def test_any_number_of_devices(method: str, size: int):
     assert_equal(split(METHODS[method], size, Mask(), arrays), whole(Mask(), *arrays))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["ring", *(pytest.param(name, marks=SLOW) for name in METHODS if name != "ring")])
 @pytest.mark.parametrize("causal", [True, pytest.param(False, marks=SLOW)])
 def test_documents_do_not_see_each_other(method: str, causal: bool):
     mask = Mask(causal=causal, q_segments=SEGMENTS, kv_segments=SEGMENTS)

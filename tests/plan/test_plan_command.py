@@ -139,6 +139,7 @@ def test_a_plan_of_a_cluster_that_holds_more_replicas(tmp_path: Path):
     assert (code, err) == (0, "") and out.endswith("\nchanges: none\n")
 
 
+@pytest.mark.slow
 def test_a_plan_calibrated_by_a_run(tmp_path: Path):
     records = [{"step": step, "step_seconds": 0.5, "loss": 1.0} for step in range(1, 6)]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{dumps(record)}\n" for record in records))

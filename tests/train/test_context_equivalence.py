@@ -10,6 +10,7 @@ from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.sharding import ContextConfig
 
 TOLERANCE = 1e-5
+SLOW = pytest.mark.slow
 CHANGES = {
     "llama": {},
     "palm": {"attention_dropout": 0.0},
@@ -31,18 +32,14 @@ def one_device(name: str) -> Result:
     ("name", "mesh", "context", "microbatches"),
     [
         ("llama", {"context": 4, "tensor": 2}, {"method": "ring"}, 1),
-        ("gpt with dropout", {"context": 2, "fsdp": 2}, {"method": "ring"}, 2),
-        ("llama", {"context": 2, "data": 2, "tensor": 2}, {"method": "all_gather"}, 1),
+        pytest.param("gpt with dropout", {"context": 2, "fsdp": 2}, {"method": "ring"}, 2, marks=SLOW),
+        pytest.param("llama", {"context": 2, "data": 2, "tensor": 2}, {"method": "all_gather"}, 1, marks=SLOW),
         ("gpt with dropout", {"context": 2, "tensor": 2}, {"method": "all_to_all"}, 1),
-        pytest.param("llama", {"context": 8}, {"method": "ring"}, 1, marks=pytest.mark.slow),
-        pytest.param("palm", {"context": 2, "tensor": 2, "fsdp": 2}, {"method": "ring"}, 2, marks=pytest.mark.slow),
-        pytest.param(
-            "gpt with dropout", {"context": 4}, {"method": "hierarchical", "inner": 2}, 1, marks=pytest.mark.slow
-        ),
-        pytest.param(
-            "gpt with dropout", {"context": 4, "data": 2}, {"method": "all_to_all"}, 1, marks=pytest.mark.slow
-        ),
-        pytest.param("palm", {"context": 8}, {"method": "all_gather"}, 1, marks=pytest.mark.slow),
+        pytest.param("llama", {"context": 8}, {"method": "ring"}, 1, marks=SLOW),
+        pytest.param("palm", {"context": 2, "tensor": 2, "fsdp": 2}, {"method": "ring"}, 2, marks=SLOW),
+        pytest.param("gpt with dropout", {"context": 4}, {"method": "hierarchical", "inner": 2}, 1, marks=SLOW),
+        pytest.param("gpt with dropout", {"context": 4, "data": 2}, {"method": "all_to_all"}, 1, marks=SLOW),
+        pytest.param("palm", {"context": 8}, {"method": "all_gather"}, 1, marks=SLOW),
     ],
     ids=str,
 )
@@ -57,7 +54,7 @@ def test_loss_and_every_gradient_equal_one_device(name: str, mesh: dict, context
     ("schedule", "mesh"),
     [
         ("1f1b", {"pipe": 2, "context": 2, "tensor": 2}),
-        pytest.param("zero_bubble", {"pipe": 2, "context": 4}, marks=pytest.mark.slow),
+        pytest.param("zero_bubble", {"pipe": 2, "context": 4}, marks=SLOW),
     ],
 )
 def test_with_pipelines(schedule: str, mesh: dict):
@@ -68,7 +65,7 @@ def test_with_pipelines(schedule: str, mesh: dict):
     assert_equal(found.gradients, expected.gradients, TOLERANCE)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("reference", marks=SLOW)])
 def test_an_implementation_equals_whole_scores(implementation: str):
     attention = {"implementation": implementation}
     found = loss_and_gradients(changed(model("llama"), attention=attention), {"tensor": 2}, "optimizer", 1)

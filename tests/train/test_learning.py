@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_a_text_that_repeats_is_learned_by_heart(precision: str, tmp_path: Path):
     (tmp_path / "text.txt").write_text(SENTENCE * 400)
     flags = ["--train.precision", precision, "--train.steps", "250", "--optimizer.learning_rate", "1e-2"]

@@ -57,11 +57,8 @@ class Case(NamedTuple):
 
 
 FULL, SELECTIVE = ({"recompute": level, **SCANNED} for level in ("full", "selective"))
-UNROLLED = {}
 QUICK_CASES = [
-    Case("llama", "gpipe", {"pipe": 2, "fsdp": 2, "data": 2}, 3, changes=FULL),
     Case("gpt with dropout", "1f1b", {"pipe": 2, "tensor": 2, "data": 2}, 3),
-    Case("gpt", "1f1b", {"pipe": 8}, 12),
     Case("llama", "eager_1f1b", {"pipe": 4, "tensor": 2}, 6, changes=SELECTIVE),
     Case("gpt", "interleaved", {"pipe": 2, "fsdp": 2, "tensor": 2}, 6, chunks=3, stage_layers=(1, 2, 1, 2, 1, 1)),
     Case("gpt with dropout", "zero_bubble", {"pipe": 2, "fsdp": 2, "tensor": 2}, 3),
@@ -69,6 +66,8 @@ QUICK_CASES = [
     Case("llama", "dualpipe_v", {"pipe": 4, "fsdp": 2}, 12, chunks=2, zero="parameters", changes=FULL),
 ]
 SLOW_CASES = [
+    Case("llama", "gpipe", {"pipe": 2, "fsdp": 2, "data": 2}, 3, changes=FULL),
+    Case("gpt", "1f1b", {"pipe": 8}, 12),
     Case("llama", "1f1b", {"pipe": 4, "fsdp": 2}, 4, zero="parameters", stage_layers=(1, 3, 3, 1)),
     Case("gpt with dropout", "eager_1f1b", {"pipe": 8}, 3, changes=FULL),
     Case("llama", "interleaved", {"pipe": 4, "data": 2}, 4, chunks=2, zero="parameters", changes=FULL),
@@ -90,10 +89,7 @@ SLOW_CASES = [
     Case("gpt with dropout", "zero_bubble_v", {"pipe": 8}, 12, chunks=2, num_layers=16),
     Case("gpt", "dualpipe_v", {"pipe": 4, "data": 2}, 12, chunks=2, zero="none", changes=SELECTIVE),
     Case("llama", "zero_bubble", {"pipe": 4, "data": 2}, 3, zero="parameters", changes=FULL),
-    # layers that are not looped over
-    Case("llama", "1f1b", {"pipe": 2, "data": 4}, 6, changes=UNROLLED),
-    Case("gpt with dropout", "interleaved", {"pipe": 2, "tensor": 4}, 4, chunks=2, changes=UNROLLED),
-    Case("gpt", "zero_bubble", {"pipe": 2, "tensor": 2}, 4, changes=UNROLLED, num_layers=4),
+    # two layers in an iteration of their loop
     Case("gpt", "eager_interleaved", {"pipe": 2, "tensor": 2}, 4, chunks=2, changes={"unroll": 2}),
     # parallel branches, multi-query, ALiBi, a norm after the embedding
     Case("palm", "1f1b", {"pipe": 4, "tensor": 2}, 8),
