@@ -1,11 +1,12 @@
 """What a layer keeps for its backward, in bytes, from shapes alone."""
 
-import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxtron.config import UserError
 from jaxtron.layers.inputs import row_keys
 from jaxtron.models.decoder import Decoder
 from jaxtron.models.staged import StagedDecoder
@@ -19,40 +20,59 @@ from jaxtron.train.step import DTYPES
 from jaxtron.typing import Array, PyTree
 
 
+class Kept(NamedTuple):
+    """Bytes a device keeps of one row in one period: for backwards, and for weight gradients that were put off."""
+
+    residuals: int
+    pairs: int
+
+
 def layer_bytes(config: Configuration, sizes: dict[str, int]) -> int:
     """Bytes that a device keeps of one microbatch in one layer (a period of the pattern) of a pipeline's stage.
 
-    Traced, never run, on `mesh.tensor` devices of this machine: no other axis splits what is kept, beside the batch.
+    No axis but `mesh.tensor` splits what is kept, beside the batch.
     """
-    mesh = build_mesh(MeshConfig(data=1, tensor=sizes["tensor"]), jax.devices()[: sizes["tensor"]])
     rows = config.train.global_batch // config.train.microbatches // (sizes["data"] * sizes["fsdp"])
+    return rows * kept_bytes(config, sizes["tensor"]).residuals
+
+
+def kept_bytes(config: Configuration, tensor: int) -> Kept:
+    """Bytes kept of one row of a microbatch in one period of the pattern, on each of `tensor` devices.
+
+    Traced, never run, on devices of this machine; `UserError` where it has too few.
+    """
+    if tensor > len(jax.devices()):
+        raise UserError(f"mesh.tensor {tensor} is traced on as many devices, here are {len(jax.devices())}: --devices")
+    mesh = build_mesh(MeshConfig(data=1, tensor=tensor), jax.devices()[:tensor])
     model, dtype = config.model, DTYPES[config.train.precision]
-    kept: list[int] = []
+    found: list[list[int]] = []
     with use(make_rules(mesh, ShardingConfig())):
         plan = blueprint(lambda rngs: Decoder(model, dtype=dtype, rngs=rngs))
 
         def local(params: PyTree, tokens: Array, numbers: Array) -> Array:
-            staged = StagedDecoder(plan, plan.working(params, dtype))
+            working = plan.working(params, dtype)
             drops = model.dropout > 0 or model.attention_dropout > 0
             keys = row_keys(jax.random.key(0), vary(numbers)) if drops else None
-            decoder = plan.module(plan.working(params, dtype))
+            decoder = plan.module(working)
             x = jax.eval_shape(decoder.embed, vary(tokens), keys)
-            layers = staged.parameters.layers
-            layer = decoder.stack.layer()
-            loop = LayerLoop(layer, layers, jnp.arange(model.layout.repeats), 1)
-            kept.extend(map(_bytes, loop.buffer(x, decoder.inputs(tokens.shape[1], keys), 1, 1)))
+            shared = decoder.inputs(tokens.shape[1], keys)
+            layers = StagedDecoder(plan, working).parameters.layers
+            loop = LayerLoop(decoder.stack.layer(), layers, jnp.arange(model.layout.repeats), 1)
+            buffer = loop.buffer(x, shared, 1, 1)
+            pairs = loop.pairs(x, shared, buffer, 1, 1)
+            found.extend([[device_bytes(jax.typeof(array)) for array in part] for part in (buffer, pairs)])
             return jnp.float32(0.0)
 
         scalar = PartitionSpec()
         specs = (manual_specs(plan.specs), scalar, scalar)
         region = jax.shard_map(local, in_specs=specs, out_specs=scalar, axis_names=set(MANUAL_AXES))
-        tokens = jax.ShapeDtypeStruct((rows, config.data.sequence_length), jnp.int32)
-        jax.eval_shape(region, plan.abstract, tokens, jax.ShapeDtypeStruct((rows,), jnp.int32))
-    return sum(kept)
+        tokens = jax.ShapeDtypeStruct((1, config.data.sequence_length), jnp.int32)
+        jax.eval_shape(region, plan.abstract, tokens, jax.ShapeDtypeStruct((1,), jnp.int32))
+    residuals, pairs = found
+    return Kept(sum(residuals), sum(pairs))
 
 
-def _bytes(array: Array) -> int:
-    """Those of a device's part."""
-    abstract = jax.typeof(array)
-    axes = [axis for entry in abstract.sharding.spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
-    return abstract.size * abstract.dtype.itemsize // math.prod(current().mesh.shape[axis] for axis in axes)
+def device_bytes(abstract: Any) -> int:
+    """Those of a device's part of an array inside the manual region, which its sharding splits along `tensor` alone."""
+    entries = ((entry,) if isinstance(entry, str) else entry or () for entry in abstract.sharding.spec)
+    return abstract.size * abstract.dtype.itemsize // current().size(tuple(axis for entry in entries for axis in entry))

@@ -9,35 +9,29 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from jaxtron.config import UserError
 from jaxtron.gpus import Gpu
-from jaxtron.layers.inputs import row_keys
 from jaxtron.layers.loss import CHUNK_ELEMENTS
 from jaxtron.layers.mlp import GATED
 from jaxtron.models.decoder import Decoder
 from jaxtron.models.pattern import ATTENTION, MLP
-from jaxtron.models.staged import StagedDecoder
-from jaxtron.pipeline.layer_loop import LayerLoop
 from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.schedules import make_schedule
+from jaxtron.plan.activations import Kept, kept_bytes
 from jaxtron.plan.memory import NCCL_BUFFERS, RESERVE, MemoryUse
 from jaxtron.sharding import (
     AXES,
-    MANUAL_AXES,
     Rules,
     ShardingConfig,
     blueprint,
     build_mesh,
-    current,
     make_rules,
     use,
-    vary,
 )
 from jaxtron.sharding.mesh import MeshConfig
-from jaxtron.sharding.parameters import manual_specs, working_dtype
+from jaxtron.sharding.parameters import working_dtype
 from jaxtron.train.config import Configuration
 from jaxtron.train.step import DTYPES
-from jaxtron.typing import Array, PyTree, Role
+from jaxtron.typing import Role
 
 FLOAT = COUNTER = 4
 # of a token: itself, its target and its weight
@@ -59,13 +53,6 @@ class Slots(NamedTuple):
     pairs: int
     activations: int
     gradients: int
-
-
-class Kept(NamedTuple):
-    """Bytes a device keeps of one row in one period: for backwards, and for weight gradients that were put off."""
-
-    residuals: int
-    pairs: int
 
 
 @dataclass(frozen=True)
@@ -172,42 +159,6 @@ class Estimator:
         return self._kept[key]
 
 
-def kept_bytes(config: Configuration, tensor: int) -> Kept:
-    """Bytes kept of one row of a microbatch in one period of the pattern, on each of `tensor` devices.
-
-    Traced, never run, on devices of this machine; `UserError` where it has too few.
-    """
-    if tensor > len(jax.devices()):
-        raise UserError(f"mesh.tensor {tensor} is traced on as many devices, here are {len(jax.devices())}: --devices")
-    mesh = build_mesh(MeshConfig(data=1, tensor=tensor), jax.devices()[:tensor])
-    model, dtype = config.model, DTYPES[config.train.precision]
-    found: list[list[int]] = []
-    with use(make_rules(mesh, ShardingConfig())):
-        plan = blueprint(lambda rngs: Decoder(model, dtype=dtype, rngs=rngs))
-
-        def local(params: PyTree, tokens: Array, numbers: Array) -> Array:
-            working = plan.working(params, dtype)
-            drops = model.dropout > 0 or model.attention_dropout > 0
-            keys = row_keys(jax.random.key(0), vary(numbers)) if drops else None
-            decoder = plan.module(working)
-            x = jax.eval_shape(decoder.embed, vary(tokens), keys)
-            shared = decoder.inputs(tokens.shape[1], keys)
-            layers = StagedDecoder(plan, working).parameters.layers
-            loop = LayerLoop(decoder.stack.layer(), layers, jnp.arange(model.layout.repeats), 1)
-            buffer = loop.buffer(x, shared, 1, 1)
-            pairs = loop.pairs(x, shared, buffer, 1, 1)
-            found.extend([list(map(_traced_bytes, buffer)), list(map(_traced_bytes, pairs))])
-            return jnp.float32(0.0)
-
-        scalar = PartitionSpec()
-        specs = (manual_specs(plan.specs), scalar, scalar)
-        region = jax.shard_map(local, in_specs=specs, out_specs=scalar, axis_names=set(MANUAL_AXES))
-        tokens = jax.ShapeDtypeStruct((1, config.data.sequence_length), jnp.int32)
-        jax.eval_shape(region, plan.abstract, tokens, jax.ShapeDtypeStruct((1,), jnp.int32))
-    residuals, pairs = found
-    return Kept(sum(residuals), sum(pairs))
-
-
 def _temporaries(
     config: Configuration,
     sizes: dict[str, int],
@@ -261,12 +212,6 @@ def _transposed(config: Configuration, tensor: int, rows: int, chunk_rows: int) 
 def _groups(sizes: dict[str, int]) -> int:
     """Sets of GPUs that communicate: along every choice of the axes there are."""
     return 2 ** sum(part > 1 for part in sizes.values()) - 1
-
-
-def _traced_bytes(array: Array) -> int:
-    """Those of a device's part."""
-    abstract = jax.typeof(array)
-    return abstract.size * abstract.dtype.itemsize // current().size(_axes(abstract.sharding.spec))
 
 
 def _parameters(config: Configuration) -> tuple[Parameter, ...]:

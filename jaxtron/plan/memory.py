@@ -9,7 +9,7 @@ from jaxtron.gpus import Gpu
 from jaxtron.pipeline.figures import figures
 from jaxtron.pipeline.lowering import lower
 from jaxtron.plan import deviceless
-from jaxtron.sharding import current
+from jaxtron.plan.activations import device_bytes
 from jaxtron.train.step import Batch, Trainer
 from jaxtron.typing import PyTree
 
@@ -131,14 +131,8 @@ def _at_rest(state: PyTree) -> int:
 
 
 def _in_region(types: PyTree) -> int:
-    """Bytes of a device's part of arrays inside the manual region, which shardings split along `tensor` alone."""
-    sizes = current().mesh.shape
-    total = 0
-    for leaf in jax.tree.leaves(types):
-        spec = leaf.sharding.spec
-        axes = [axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
-        total += leaf.size * leaf.dtype.itemsize // math.prod(sizes[axis] for axis in axes)
-    return total
+    """Bytes of a device's part of arrays inside the manual region."""
+    return sum(map(device_bytes, jax.tree.leaves(types)))
 
 
 def _copies(params: PyTree, working: PyTree) -> int:

@@ -11,9 +11,8 @@ from jaxtron.config import UserError, load
 from jaxtron.gpus import gpu_named
 from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.schedules import SCHEDULES, make_schedule
-from jaxtron.plan.activations import layer_bytes
 from jaxtron.plan.deviceless import Memory
-from jaxtron.plan.estimate import Estimator, kept_bytes, shortened
+from jaxtron.plan.estimate import Estimator, shortened
 from jaxtron.plan.memory import memory_use
 from jaxtron.plan.rehearsal import abstract_batch, rehearse
 from jaxtron.plan.search import MARGIN
@@ -77,13 +76,6 @@ def test_one_estimator_serves_all_layouts_of_a_model():
     for flags in ("--model.recompute full", "--sharding.zero none --train.microbatches 4"):
         config = configuration(SMALL + flags)
         assert estimator.memory(config, sizes, A100) == Estimator(config).memory(config, sizes, A100)
-
-
-def test_bytes_of_a_row_are_those_of_a_layer_and_add_up():
-    # a microbatch of four rows keeps four times as much as one of one
-    config = configuration(SMALL + DROPOUT + "--train.microbatches 4 --model.recompute selective")
-    sizes = {"pipe": 1, "data": 1, "fsdp": 1, "context": 1, "tensor": 2}
-    assert layer_bytes(config, sizes) == 4 * kept_bytes(config, 2).residuals
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
