@@ -1,6 +1,7 @@
 """From text to token ids and back."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -9,9 +10,15 @@ from jaxtyping import Integer
 from tokenizers import Tokenizer as FastTokenizer
 
 from jaxtron.config import UserError
+from jaxtron.data.tokenizer_models import ENCODING_NAMES, SentencePieceTokenizer, TiktokenTokenizer
 
 # what the common families call it, most specific first
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eos|>", "</s>", "<eos>", "<EOS>", "[EOS]")
+PAD_NAMES = ("<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<pad>", "<PAD>", "[PAD]")
+TOKENIZER_KINDS = (
+    "bytes, characters (training only: their vocabulary comes from the data), a Hugging Face tokenizer.json or its "
+    "folder, a SentencePiece .model, a .tiktoken file of ranks, or a tiktoken encoding such as cl100k_base"
+)
 
 
 @runtime_checkable
@@ -29,12 +36,21 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def pad(self) -> int | None:
+        """The id that fills up a sequence, where there is one; never the end of document, which is learned."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Equal for two tokenizers exactly when they give the same ids."""
         ...
 
     def encode(self, text: str) -> Integer[np.ndarray, "T"]:
         """Ids of the text, without an end of document."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
+        """Ids of each text as `encode` gives them, by the library's fastest way."""
         ...
 
     def decode(self, ids: Integer[np.ndarray, "T"]) -> str:
@@ -47,10 +63,14 @@ class ByteTokenizer:
 
     vocab_size = 257
     end_of_document = 256
+    pad = None
     fingerprint = "bytes"
 
     def encode(self, text: str) -> Integer[np.ndarray, "T"]:
         return np.frombuffer(text.encode("utf-8"), np.uint8)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Integer[np.ndarray, "T"]) -> str:
         ids = np.asarray(ids)
@@ -62,6 +82,7 @@ class CharacterTokenizer:
     """One id a character, for the characters of a fixed sorted vocabulary; no end of document."""
 
     end_of_document = None
+    pad = None
 
     def __init__(self, vocabulary: str):
         self.vocabulary = "".join(sorted(set(vocabulary)))
@@ -83,6 +104,9 @@ class CharacterTokenizer:
             )
         return ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Integer[np.ndarray, "T"]) -> str:
         ids = np.asarray(ids)
         return "".join(self._characters[ids[(ids >= 0) & (ids < self.vocab_size)]])
@@ -97,16 +121,20 @@ class HuggingFaceTokenizer:
             self._tokenizer = FastTokenizer.from_str(content)
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path} is not a Hugging Face tokenizer.json: {error}") from error
+        padding = self._tokenizer.padding
         # the file may ask for either; here a document keeps its length
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         if end_of_document is not None and end_of_document not in ids:
             raise UserError(
-                f"{path} has no token {end_of_document!r}; set --data.end_of_document to one of its {len(ids)} tokens"
+                f"{path} has no token {end_of_document!r}; set the end of document to one of its {len(ids)} tokens"
             )
         names = END_OF_DOCUMENT_NAMES if end_of_document is None else (end_of_document,)
         self.end_of_document = next((ids[name] for name in names if name in ids), None)
+        pad_names = PAD_NAMES if padding is None else (padding["pad_token"], *PAD_NAMES)
+        pad = next((ids[name] for name in pad_names if name in ids), None)
+        self.pad = None if pad == self.end_of_document else pad
         self.vocab_size = max(ids.values(), default=-1) + 1
         self._meaningful = frozenset(ids.values()) - {self.end_of_document}
         digest = hashlib.sha256(content.encode()).hexdigest()
@@ -115,21 +143,35 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> Integer[np.ndarray, "T"]:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
     def decode(self, ids: Integer[np.ndarray, "T"]) -> str:
         kept = [token for token in np.asarray(ids).tolist() if token in self._meaningful]
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
 
 def load_tokenizer(name: str, *, end_of_document: str | None = None) -> Tokenizer | None:
-    """The tokenizer that `--data.tokenizer` names; None for `characters`, whose vocabulary comes from the data."""
-    if name not in ("bytes", "characters"):
-        return HuggingFaceTokenizer(Path(name).expanduser(), end_of_document=end_of_document)
-    if end_of_document is not None:
-        raise UserError(
-            f"--data.end_of_document {end_of_document} has no effect with the {name} tokenizer; "
-            "leave it out, or set --data.tokenizer to a tokenizer.json"
-        )
-    return ByteTokenizer() if name == "bytes" else None
+    """The tokenizer of that name (TOKENIZER_KINDS); None for `characters`, whose vocabulary comes from the data.
+
+    `end_of_document` is the token that ends a document, where it is not the usual one. `UserError` if the name, the
+    file or the token is not there, or the package that reads the file.
+    """
+    if name in ("bytes", "characters"):
+        if end_of_document is not None:
+            raise UserError(
+                f"the end of document {end_of_document} has no effect with the {name} tokenizer; leave it out, or "
+                "name a tokenizer with such a token"
+            )
+        return ByteTokenizer() if name == "bytes" else None
+    path = Path(name).expanduser()
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path, end_of_document=end_of_document)
+    if name in ENCODING_NAMES or ".tiktoken" in path.suffix:
+        return TiktokenTokenizer(name, end_of_document=end_of_document)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    return HuggingFaceTokenizer(path, end_of_document=end_of_document)
 
 
 def _code_points(text: str) -> Integer[np.ndarray, "T"]:
@@ -138,7 +180,7 @@ def _code_points(text: str) -> Integer[np.ndarray, "T"]:
 
 def _read_tokenizer_file(path: Path) -> str:
     if not path.is_file():
-        raise UserError(f"no tokenizer {path}; --data.tokenizer is bytes, characters or the path of a tokenizer.json")
+        raise UserError(f"no tokenizer {path}; give {TOKENIZER_KINDS}")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

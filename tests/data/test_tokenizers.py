@@ -77,7 +77,7 @@ def test_hugging_face_end_of_document_by_name_or_by_convention(tmp_path):
     assert named.end_of_document == 1
     assert named.fingerprint != HuggingFaceTokenizer(path).fingerprint
     assert HuggingFaceTokenizer(write_tokenizer(tmp_path / "none.json", special=())).end_of_document is None
-    with pytest.raises(UserError, match="has no token '<stop>'; set --data.end_of_document"):
+    with pytest.raises(UserError, match="has no token '<stop>'; set the end of document to one of its"):
         HuggingFaceTokenizer(path, end_of_document="<stop>")
 
 
@@ -88,7 +88,7 @@ def test_hugging_face_truncation_and_padding_of_the_file_are_off(tmp_path):
 
 
 def test_a_wrong_tokenizer_is_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match="no tokenizer byte; --data.tokenizer is bytes, characters or the path"):
+    with pytest.raises(UserError, match="no tokenizer byte; give bytes, characters .* a Hugging Face tokenizer.json"):
         load_tokenizer("byte")
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(UserError, match="tokenizer.json is not a Hugging Face tokenizer.json: "):
@@ -96,5 +96,5 @@ def test_a_wrong_tokenizer_is_one_clear_line(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot read the tokenizer .*tokenizer.json: "):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="--data.end_of_document </s> has no effect with the bytes tokenizer"):
+    with pytest.raises(UserError, match="the end of document </s> has no effect with the bytes tokenizer"):
         load_tokenizer("bytes", end_of_document="</s>")
