@@ -1,0 +1,182 @@
+"""Several datasets as one: which dataset, and which of its samples, comes at each place.
+
+At each place the dataset that lags its share most comes next, the first of those that lag alike. Equal to Megatron's,
+bit for bit: the lag is `weight * max(place, 1) - count` in float64.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64, Int16, Int64
+
+from jaxtron.config import UserError
+
+# share of samples that a dataset holds beyond what the weights ask of it
+SURPLUS = 0.005
+MOST_DATASETS = 32767
+# places that one chain walks through
+CHAIN = 1024
+# steps of a chain between looks at which ones have met
+LOOK = 8
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Place i of the blend is sample `samples[i]` of dataset `datasets[i]`."""
+
+    datasets: Int16[np.ndarray, "N"]
+    samples: Int64[np.ndarray, "N"]
+
+    def __len__(self) -> int:
+        return len(self.datasets)
+
+
+def parse_blend(items: Sequence[str | float]) -> tuple[list[str], list[float] | None]:
+    """Prefixes and weights of a list `weight prefix weight prefix ...`, or of prefixes alone (then weights are None).
+
+    An odd number of items is prefixes alone, and so is an even one whose every second item is no number.
+    """
+    words = [str(item).strip() for item in items]
+    if not words or not all(words):
+        raise UserError(f"the data paths {list(items)} are empty; give prefixes, or weights and prefixes in turn")
+    numbers = [_number(word) for word in words[::2]]
+    weights = [number for number in numbers if number is not None]
+    if len(words) % 2 or not weights:
+        return words, None
+    if len(weights) < len(numbers):
+        wrong = words[2 * numbers.index(None)]
+        raise UserError(f"{wrong!r} is not a weight, but others of the data paths are; give each prefix one, or none")
+    return words[1::2], weights
+
+
+def normalize(weights: Sequence[float]) -> Float64[np.ndarray, "K"]:
+    """The weights as shares of 1; UserError unless each is above 0."""
+    given = np.array(weights, np.float64)
+    if not 1 <= len(given) <= MOST_DATASETS or not (np.isfinite(given).all() and (given > 0).all()):
+        raise UserError(f"the weights {list(weights)[:10]} are not 1 to {MOST_DATASETS} numbers above 0; leave 0 out")
+    return given / given.sum()
+
+
+def component_samples(weights: Sequence[float], samples: int, *, surplus: float = SURPLUS) -> list[int]:
+    """How many samples each dataset must have for a blend of `samples`."""
+    return [math.ceil(math.ceil(samples * weight) * (1 + surplus)) for weight in normalize(weights).tolist()]
+
+
+def build_blend(weights: Sequence[float], samples: int) -> Blend:
+    """The first `samples` places of an endless blend by weight."""
+    shares = normalize(weights)
+    return _numbered(_greedy(shares, samples, None), len(shares))
+
+
+def build_exhaustive_blend(sizes: Sequence[int]) -> Blend:
+    """Every sample of every dataset once, spread evenly."""
+    counts = np.array(sizes, np.int64)
+    if not 1 <= len(counts) <= MOST_DATASETS or (counts < 0).any() or not counts.any():
+        raise UserError(f"the datasets have {list(sizes)[:10]} samples; give 1 to {MOST_DATASETS} that have some")
+    total = int(counts.sum())
+    return _numbered(_greedy(counts / float(total), total, counts), len(counts))
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def _numbered(datasets: Int16[np.ndarray, "N"], num_datasets: int) -> Blend:
+    """Each dataset's places get its samples in turn."""
+    order = np.argsort(datasets, kind="stable")
+    counts = np.bincount(datasets, minlength=num_datasets)
+    samples = np.empty(len(datasets), np.int64)
+    samples[order] = np.arange(len(datasets)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return Blend(datasets=datasets, samples=samples)
+
+
+def _greedy(
+    shares: Float64[np.ndarray, "K"], length: int, sizes: Int64[np.ndarray, "K"] | None
+) -> Int16[np.ndarray, "N"]:
+    """The dataset of each place.
+
+    What is chosen depends on all choices before, so the row is cut into chains that walk side by side, each from a
+    guess of the counts at its start. Chains at one place with different counts draw nearer at every step, so soon
+    they meet, and guesses hardly matter; where a chain began otherwise than the one before ended, it walks again from
+    there until it meets its old path. The result is exact: it stands when every chain begins where the last one ended.
+    """
+    steps = min(CHAIN, max(64, math.isqrt(length)))
+    starts = steps * np.arange(-(-length // steps))
+    begins = _guess(shares, starts)
+    ends = np.empty_like(begins)
+    picks = np.empty((steps, len(starts)), np.int16)
+    drift, again = None, np.arange(len(starts))
+    while len(again):
+        walking = _Chains(shares, sizes, starts[again], begins[again].copy())
+        _walk(walking, picks, ends, again, drift)
+        right = np.concatenate([begins[:1], ends[:-1]])
+        again = np.flatnonzero((right != begins).any(axis=1))
+        drift, begins = (right - begins)[again], right
+    return np.ascontiguousarray(picks.T).reshape(-1)[:length]
+
+
+@dataclass
+class _Chains:
+    """Chains at one step: their places and the counts there."""
+
+    shares: Float64[np.ndarray, "K"]
+    sizes: Int64[np.ndarray, "K"] | None
+    places: Int64[np.ndarray, "C"]
+    counts: Float64[np.ndarray, "C K"]
+
+    def step(self) -> Int64[np.ndarray, "C"]:
+        """The dataset that comes next in each chain."""
+        lag = self.shares * np.maximum(self.places, 1).astype(np.float64)[:, None] - self.counts
+        if self.sizes is not None:
+            lag[self.counts >= self.sizes] = -np.inf
+        picks = lag.argmax(axis=1)
+        self.counts[np.arange(len(picks)), picks] += 1
+        self.places = self.places + 1
+        return picks
+
+    def keep(self, which: np.ndarray) -> None:
+        """Leaves out the chains that `which` does not name."""
+        self.places, self.counts = self.places[which], self.counts[which]
+
+
+def _walk(
+    chains: _Chains,
+    picks: Int16[np.ndarray, "L C"],
+    ends: Float64[np.ndarray, "C K"],
+    columns: Int64[np.ndarray, "A"],
+    drift: Float64[np.ndarray, "A K"] | None,
+) -> None:
+    """Writes what the chains of some columns pick and where they end.
+
+    `drift` is how far the counts are from those of the path in `picks` already; a chain stops where it becomes 0.
+    """
+    for step in range(len(picks)):
+        picked = chains.step()
+        if drift is not None:
+            rows = np.arange(len(columns))
+            drift[rows, picked] += 1
+            drift[rows, picks[step, columns]] -= 1
+        picks[step, columns] = picked
+        if drift is not None and step % LOOK == LOOK - 1:
+            apart = drift.any(axis=1)
+            if not apart.all():
+                columns, drift = columns[apart], drift[apart]
+                chains.keep(apart)
+            if not len(columns):
+                return
+    ends[columns] = chains.counts
+
+
+def _guess(shares: Float64[np.ndarray, "K"], places: Int64[np.ndarray, "C"]) -> Float64[np.ndarray, "C K"]:
+    """Counts near the shares that add up to the place: rounded down, and the largest remainders up."""
+    exact = shares * places[:, None].astype(np.float64)
+    counts = np.floor(exact)
+    missing = places - counts.sum(axis=1)
+    rank = np.argsort(np.argsort(counts - exact, axis=1, kind="stable"), axis=1)
+    counts[rank < missing[:, None]] += 1
+    return counts
