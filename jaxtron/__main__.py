@@ -8,6 +8,7 @@ from jaxtron.command import run_command
 from jaxtron.config import UserError
 
 VERBS = {
+    "preprocess": "text to token files, in parallel; merge and inspect them, prove the order of samples",
     "train": "train a model",
     "plan": "compile and weigh a run, or show its layout, without the machines it is for",
 }

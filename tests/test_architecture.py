@@ -20,7 +20,7 @@ FLOORS = [
     {"pipeline", "data", "optim"},
     {"layers"},
     {"models"},
-    {"checkpoint", "generate"},
+    {"checkpoint", "generate", "preprocess"},
     {"train"},
     {"plan"},
     {"__main__"},

@@ -1,0 +1,48 @@
+"""`python -m jaxtron.preprocess --input *.jsonl --tokenizer NAME --output PREFIX`: text to Megatron's token files."""
+
+import json
+import sys
+from collections.abc import Callable
+
+from jaxtron.command import run_command
+from jaxtron.preprocess.inspect import inspect, text
+from jaxtron.preprocess.merge import merge
+from jaxtron.preprocess.request import parse_inspect, parse_merge, parse_tokenize
+from jaxtron.preprocess.tokenize import tokenize
+
+
+def main(argv: list[str]) -> int:
+    """Tokenizes, or runs the subcommand that the line begins with."""
+    if argv and argv[0] in SUBCOMMANDS:
+        return SUBCOMMANDS[argv[0]](argv[1:])
+    outcome = tokenize(parse_tokenize(argv))
+    left_out = f", {outcome.damaged:,} damaged entries left out" if outcome.damaged else ""
+    print(f"{outcome.documents:,} documents, {outcome.tokens:,} tokens{left_out}")
+    print(f"{outcome.text_bytes / 1e6:,.1f} MB of text in {outcome.seconds:.1f} s", end=", ")
+    print(f"{outcome.text_bytes / 1e6 / outcome.seconds:,.1f} MB/s")
+    for prefix in outcome.prefixes:
+        print(f"written   {prefix}.bin and .idx")
+    return 0
+
+
+def run_merge(argv: list[str]) -> int:
+    """`merge --input PREFIX ... --output PREFIX`."""
+    request = parse_merge(argv)
+    merge(request)
+    print(f"written   {request.output}.bin and .idx")
+    return 0
+
+
+def run_inspect(argv: list[str]) -> int:
+    """`inspect PREFIX [--json]`."""
+    request = parse_inspect(argv)
+    found = inspect(request)
+    print(json.dumps(found, indent=1) if request.json else text(found))
+    return 0
+
+
+SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {"merge": run_merge, "inspect": run_inspect}
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,179 @@
+"""The command's flags: one set for tokenizing, one for each subcommand."""
+
+import argparse
+import os
+import textwrap
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from jaxtron.config import UserError
+from jaxtron.data.tokenizers import TOKENIZER_KINDS
+
+PROGRAM = "python -m jaxtron.preprocess"
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Input to token files; `json_key` has a key for each pair, `language` is None unless sentences are split."""
+
+    input: list[str]
+    tokenizer: str
+    output: str
+    end_of_document: str | None = None
+    json_key: tuple[str, ...] = ("text",)
+    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    append_eod: bool = False
+    split_sentences: bool = False
+    language: str | None = None
+    skip_damaged: bool = False
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Pairs of files into one, in the order given."""
+
+    input: list[str]
+    output: str
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """What a pair of files holds; its first `tokens` ids as text where a tokenizer is named."""
+
+    prefix: str
+    tokenizer: str | None = None
+    tokens: int = 32
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of a train split's samples; 0 samples are one epoch."""
+
+    prefix: str
+    sequence_length: int
+    samples: int
+    seed: int
+    split: str
+    json: bool = False
+
+
+Request = Tokenize | Merge | Inspect | Order
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, subcommand: str, purpose: str):
+        program = f"{PROGRAM} {subcommand}".strip()
+        super().__init__(
+            prog=program,
+            description="\n".join(textwrap.wrap(purpose, WIDTH)),
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=WIDTH),
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; {self.prog} --help lists the flags")
+
+
+def parse_tokenize(argv: list[str]) -> Tokenize:
+    """The request of a command line without a subcommand; a `UserError` for flags that do not go together."""
+    found = Tokenize(**_parse(_tokenize_parser(), argv))
+    repeated = [key for key in found.json_key if found.json_key.count(key) > 1]
+    if repeated:
+        raise UserError(f"--json-key has {repeated[0]!r} twice; name each key once")
+    if found.language is not None and not found.split_sentences:
+        raise UserError(f"--language {found.language} has no effect without --split-sentences; give both or neither")
+    if os.path.isdir(found.output) or found.output.endswith(os.sep):
+        raise UserError(f"--output {found.output} is a folder; give the start of a file's name, such as corpus")
+    return found
+
+
+def parse_merge(argv: list[str]) -> Merge:
+    """The request of `merge`."""
+    parser = _Parser("merge", "Append pairs of token files, in the order given, to one pair.")
+    parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="pairs PREFIX.bin and PREFIX.idx")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
+    return Merge(**_parse(parser, argv))
+
+
+def parse_inspect(argv: list[str]) -> Inspect:
+    """The request of `inspect`."""
+    parser = _Parser("inspect", "Check a pair of token files, and say what it holds.")
+    add = parser.add_argument
+    add("prefix", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
+    add("--tokenizer", metavar="NAME", help="show the first ids as text too")
+    add("--tokens", type=_positive, metavar="N", help=f"ids to show (none: {Inspect.tokens})")
+    add("--json", action="store_true", help="print JSON")
+    return Inspect(**_parse(parser, argv))
+
+
+def parse_order(argv: list[str]) -> Order:
+    """The request of `order`."""
+    parser = _Parser(
+        "order",
+        "Length and SHA-256 (as little-endian int64) of the train split's document, sample and shuffle index: equal to "
+        "those of Megatron's cache files exactly when training reads the same samples in the same order.",
+    )
+    add = parser.add_argument
+    add("prefix", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
+    add("--sequence-length", type=_positive, required=True, metavar="S", help="tokens in a sequence")
+    add("--samples", type=_natural, required=True, metavar="N", help="samples of the whole training; 0: one epoch")
+    add("--seed", type=_natural, required=True, metavar="K", help="of the order (Megatron's default is 1234)")
+    add("--split", required=True, metavar="A,B,C", help="shares of train, validation and test, such as 969,30,1")
+    add("--json", action="store_true", help="print JSON")
+    return Order(**_parse(parser, argv))
+
+
+def _tokenize_parser() -> _Parser:
+    parser = _Parser(
+        "",
+        "Tokenize JSON lines, Parquet or plain text into Megatron's PREFIX.bin and PREFIX.idx, documents in the order "
+        "of the input whatever the number of workers. A command that was stopped goes on when it is run again. "
+        "Subcommands, each with its own --help: merge, inspect, order.",
+    )
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, or folders of them: .jsonl, .ndjson and .json are a JSON object a line, .parquet is a row a "
+        "document, anything else is UTF-8 text, one document a file; .gz and .zst of each but Parquet",
+    )
+    add("--tokenizer", required=True, metavar="NAME", help=TOKENIZER_KINDS)
+    add("--end-of-document", metavar="TOKEN", help="the tokenizer's token that ends a document, if not the usual one")
+    add(
+        "--output",
+        required=True,
+        metavar="PREFIX",
+        help="writes PREFIX.bin and PREFIX.idx; for several keys PREFIX_KEY_document.bin and .idx (or _sentence), as "
+        "Megatron names them",
+    )
+    add("--json-key", nargs="+", metavar="KEY", help="keys or columns of the texts, a pair of files each (none: text)")
+    add("--workers", type=_positive, metavar="N", help="processes that tokenize (none: as many as cores)")
+    add("--append-eod", action="store_true", help="end each document with the tokenizer's end of document")
+    add("--split-sentences", action="store_true", help="a sequence a sentence, found by sentencex, offline")
+    add("--language", metavar="CODE", help="of the sentences, such as de (none: en)")
+    add("--skip-damaged", action="store_true", help="count and leave out lines that are no document, not stop there")
+    return parser
+
+
+def _parse(parser: _Parser, argv: list[str]) -> dict[str, Any]:
+    """The flags that were given."""
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if "json_key" in given:
+        given["json_key"] = tuple(given["json_key"])
+    return given
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or above")
+    return int(text)
