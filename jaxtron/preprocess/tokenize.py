@@ -87,7 +87,7 @@ def tokenize(request: Tokenize, say: Callable[[str], None] = print) -> Outcome:
 
 def _run(work: WorkFolder, results: Iterator[tuple[Chunk, Encoded]], request: Tokenize, progress: Progress) -> None:
     """Appends every result; what is done is saved now and then, and when anything stops it."""
-    saved, journal = time.monotonic(), work.journal
+    saved = -SAVE_SECONDS
     try:
         for chunk, encoded in results:
             if encoded.damages and not request.skip_damaged:
@@ -97,12 +97,16 @@ def _run(work: WorkFolder, results: Iterator[tuple[Chunk, Encoded]], request: To
                 )
             for damage in encoded.damages:
                 progress.message(f"left out: {damage}")
-            work.append(encoded.keys)
-            journal.position, journal.consumed = chunk.end, chunk.consumed
-            journal.documents += len(encoded.keys[0].sequences)
-            journal.text_bytes += encoded.text_bytes
-            journal.damaged += encoded.num_damaged
-            progress.update(journal.consumed, documents=journal.documents, text_bytes=encoded.text_bytes)
+            journal = work.journal
+            work.append(
+                encoded.keys,
+                position=chunk.end,
+                consumed=chunk.consumed,
+                documents=journal.documents + len(encoded.keys[0].sequences),
+                text_bytes=journal.text_bytes + encoded.text_bytes,
+                damaged=journal.damaged + encoded.num_damaged,
+            )
+            progress.update(chunk.consumed, documents=work.journal.documents, text_bytes=encoded.text_bytes)
             if time.monotonic() - saved >= SAVE_SECONDS:
                 work.save()
                 saved = time.monotonic()

@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -30,7 +31,7 @@ PARTS = ("bin", "lengths", "sequences")
 BLOCK = 1 << 20
 
 
-@dataclass
+@dataclass(frozen=True)
 class Journal:
     """What is done: the input's position and bytes, sizes of all files in PARTS order key by key, and counts."""
 
@@ -57,14 +58,16 @@ class WorkFolder:
         self._outputs, self._dtype = outputs, dtype
         self._paths = [self.folder / f"{number}.{part}" for number in range(len(outputs)) for part in PARTS]
         self._files: list[BinaryIO] = []
-        self._lock: BinaryIO | None = None
+        self._open = ExitStack()
 
     def __enter__(self) -> "WorkFolder":
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / "lock").open("wb")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._restore()
+            with ExitStack() as opened:
+                lock = opened.enter_context((self.folder / "lock").open("wb"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._restore(opened)
+                self._open = opened.pop_all()
         except BlockingIOError:
             raise UserError(f"another process is writing {self.folder}; wait for it, or stop it and go on") from None
         except OSError as error:
@@ -72,16 +75,19 @@ class WorkFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        assert self._lock is not None
-        for file in (*self._files, self._lock):
-            file.close()
+        try:
+            self._open.close()
+        except OSError as failure:
+            raise self._unwritable(failure) from failure
 
-    def append(self, keys: Sequence[EncodedKey]) -> None:
-        """Adds documents to each key's files."""
+    def append(self, keys: Sequence[EncodedKey], **changes: Any) -> None:
+        """Adds documents to each key's files, and only then changes what the journal says."""
         arrays = [array for key in keys for array in (key.ids, key.lengths, key.sequences)]
         try:
             for file, array in zip(self._files, arrays, strict=True):
                 file.write(array.data)
+            # at once: an interrupt may come before or after, never half way
+            self.journal = replace(self.journal, sizes=[file.tell() for file in self._files], **changes)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -91,7 +97,6 @@ class WorkFolder:
             for file in self._files:
                 file.flush()
                 os.fsync(file.fileno())
-            self.journal.sizes = [file.tell() for file in self._files]
             self._write_journal()
         except OSError as error:
             raise self._unwritable(error) from error
@@ -103,7 +108,7 @@ class WorkFolder:
                 self.save()
                 for number in range(len(self._outputs)):
                     self._write_index(number)
-                self.journal.complete = True
+                self.journal = replace(self.journal, complete=True)
                 self._write_journal()
             for number, prefix in enumerate(self._outputs.values()):
                 self._publish(number, prefix)
@@ -121,8 +126,8 @@ class WorkFolder:
         if index.exists():
             os.replace(index, f"{prefix}.idx")
 
-    def _restore(self) -> None:
-        """The state of the journal, or a new one."""
+    def _restore(self, opened: ExitStack) -> None:
+        """The state of the journal, or a new one, and the files as long as it says."""
         try:
             saved = json.loads((self.folder / JOURNAL).read_text(encoding="utf-8"))
             self.journal = Journal(**{**saved, "position": Position(**saved["position"])})
@@ -135,7 +140,7 @@ class WorkFolder:
         if self.journal.complete:
             return
         for path, size in zip(self._paths, self.journal.sizes, strict=True):
-            file = path.open("ab", buffering=1 << 20)
+            file = opened.enter_context(path.open("ab", buffering=1 << 20))
             self._files.append(file)
             if file.tell() < size:
                 raise UserError(f"{path} has {file.tell()} bytes of {size} written; delete that folder and start again")
