@@ -23,6 +23,16 @@ class DataConfig(Config):
         description="Token of the tokenizer.json that ends a document; by default its <|endoftext|>, </s> or the like.",
     )
     sequence_length: int = Field(default=256, ge=1, description="Tokens in a sequence.")
+    mask_end_of_document: bool = Field(
+        default=False, description="Predictions made from the end of a document have no loss (Megatron: eod-mask-loss)."
+    )
+    reset_positions: bool = Field(
+        default=False, description="Positions start again after each end of a document (Megatron: reset-position-ids)."
+    )
+    reset_attention: bool = Field(
+        default=False,
+        description="Tokens see those of their own document only (Megatron: reset-attention-mask).",
+    )
     validation_fraction: float = Field(
         default=0.1, ge=0, lt=1, description="Share of the tokens, at the end of the data, kept for validation."
     )

@@ -30,6 +30,8 @@ class LocalBatch:
     tokens: Int32[np.ndarray, "R S"]
     targets: Int32[np.ndarray, "R S"]
     weights: Float32[np.ndarray, "R S"]
+    positions: Int32[np.ndarray, "R S"] | None = None
+    segments: Int32[np.ndarray, "R S"] | None = None
 
 
 class Loader:
@@ -110,11 +112,22 @@ def validation_batches(
 def _read_batch(
     source: Source, samples: Sequence[int | None], *, start: int, size: int, rows: Integer[np.ndarray, "R"]
 ) -> LocalBatch:
-    """The numbered samples as rows; None is a row of padding."""
-    shape = (len(samples), source.sequence_length)
-    tokens, targets, weights = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    for row, index in enumerate(samples):
-        if index is not None:
-            sample = source[index]
-            tokens[row], targets[row], weights[row] = sample.tokens, sample.targets, sample.weights
-    return LocalBatch(start=start, size=size, rows=rows, tokens=tokens, targets=targets, weights=weights)
+    """The numbered samples as rows; None is a row of padding, a sample's copy that weighs nothing."""
+    found = [source[0 if index is None else index] for index in samples]
+    is_sample = np.array([index is not None for index in samples], np.float32)
+    return LocalBatch(
+        start=start,
+        size=size,
+        rows=rows,
+        tokens=np.stack([sample.tokens for sample in found]),
+        targets=np.stack([sample.targets for sample in found]),
+        weights=np.stack([sample.weights for sample in found]) * is_sample[:, None],
+        positions=_stack_given([sample.positions for sample in found]),
+        segments=_stack_given([sample.segments for sample in found]),
+    )
+
+
+def _stack_given(arrays: Sequence[Int32[np.ndarray, "S"] | None]) -> Int32[np.ndarray, "R S"] | None:
+    given = [array for array in arrays if array is not None]
+    assert len(given) in (0, len(arrays)), "a source gives this of all its samples or of none"
+    return np.stack(given) if given else None

@@ -9,11 +9,18 @@ from jaxtyping import Float32, Int32, Integer
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence: ids, the id after each, and what each prediction weighs in the loss (0 for padding)."""
+    """One sequence: ids, the id after each, and what each prediction weighs in the loss (0 for padding).
+
+    A source gives all of its samples positions, or none of them; segments likewise.
+    """
 
     tokens: Int32[np.ndarray, "S"]
     targets: Int32[np.ndarray, "S"]
     weights: Float32[np.ndarray, "S"]
+    positions: Int32[np.ndarray, "S"] | None = None
+    """Places of the tokens, starting again at 0 in each document; none: those in the sequence."""
+    segments: Int32[np.ndarray, "S"] | None = None
+    """Documents by number: tokens see those of their own only; none: one document."""
 
 
 @runtime_checkable

@@ -2,20 +2,25 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn import initializers
 
+from jaxtron.kernels.attention import Mask, allowed
 from jaxtron.layers.inputs import LayerInputs, drop, dropout, dropout_mask
 from jaxtron.layers.keep import kept
 from jaxtron.layers.linear import Linear, project
 from jaxtron.layers.norm import Norm
 from jaxtron.layers.positions import alibi_slopes, rotate
-from jaxtron.sharding import constrain, current, spec
+from jaxtron.sharding import constrain, current, parameter, spec
 from jaxtron.typing import Array, Bool, Float
 
 Core = Callable[..., Float[Array, "B S H D"]]
+
+CAUSAL = Mask()
 
 # axes of what the core computes with, query heads by the key/value head that they share
 QUERIES = ("batch", "full_seq", "kv_heads", "gate", "head_dim")
@@ -41,6 +46,7 @@ class Attention(nnx.Module):
         output_bias: bool,
         qk_norm: Callable[[int], Norm] | None,
         alibi: bool,
+        sinks: bool,
         core: Core,
         std: float,
         output_std: float,
@@ -51,6 +57,7 @@ class Attention(nnx.Module):
         self.core = core
         self.dropout = dropout
         self.slopes = tuple(float(slope) for slope in alibi_slopes(num_heads)) if alibi else None
+        self.sinks = parameter(rngs, initializers.zeros, (num_heads,), axes=("heads",), role="bias") if sinks else None
         heads, kv_heads = {"heads": num_heads}, {"kv_heads": num_kv_heads}
         dims = {"head_dim": head_dim}
         self.query = Linear({"embed": embed}, {**heads, **dims}, bias=qkv_bias, std=std, rngs=rngs)
@@ -67,7 +74,9 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if inputs.rotary is not None:
             query, key = rotate(query, inputs.rotary), rotate(key, inputs.rotary)
-        mixed = kept(self.core(query, key, value, self.slopes, inputs))
+        slopes = None if self.slopes is None else constrain(jnp.asarray(self.slopes, jnp.float32), "heads")
+        sinks = None if self.sinks is None else constrain(self.sinks[...], "heads")
+        mixed = kept(self.core(query, key, value, slopes, sinks, inputs))
         y = self.output(mixed, "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 
@@ -110,62 +119,67 @@ class Attention(nnx.Module):
         return query, heads[0], heads[1]
 
 
-def attention_core(rate: float) -> Core:
-    """Plain causal attention with float32 softmax; `rate` is the dropout of the probabilities.
+def attention_core(rate: float, mask: Mask = CAUSAL) -> Core:
+    """Plain attention with float32 softmax; `rate` is the dropout of the probabilities.
 
-    Memory is quadratic in the sequence: the probabilities of one layer live until its backward unless recomputed.
+    `mask` says who attends to whom, and the scale of scores; it has no soft cap. Memory is quadratic in the sequence:
+    the probabilities of one layer live until its backward unless recomputed.
     """
 
     def core(
         query: Float[Array, "B S H D"],
         key: Float[Array, "B S K D"],
         value: Float[Array, "B S K D"],
-        slopes: tuple[float, ...] | None,
+        slopes: Float[Array, "H"] | None,
+        sinks: None,
         inputs: LayerInputs,
     ) -> Float[Array, "B S H D"]:
+        assert sinks is None and mask.soft_cap is None, "whole scores have neither sinks nor a soft cap"
         rows, length, num_heads, head_dim = query.shape
         num_kv_heads = key.shape[2]
         num_groups = num_heads // num_kv_heads
         grouped = query.reshape(rows, length, num_kv_heads, num_groups, head_dim)
-        grouped = grouped * jnp.asarray(head_dim**-0.5, grouped.dtype)
+        grouped = grouped * jnp.asarray(mask.factor(head_dim), grouped.dtype)
         per_head = None
         if slopes is not None:
-            per_head = constrain(jnp.asarray(slopes, jnp.float32).reshape(num_kv_heads, num_groups), "kv_heads", None)
+            per_head = constrain(slopes.reshape(num_kv_heads, num_groups), "kv_heads", None)
         shape = (rows, num_kv_heads, num_groups, length, length)
-        mask = dropout_mask(shape, rate, inputs.fold(1), *SCORES)
+        drops = dropout_mask(shape, rate, inputs.fold(1), *SCORES)
+        attends = allowed(replace(mask, q_segments=inputs.segments, kv_segments=inputs.segments), length, length)
         # laid out for `mix`, whose backward lays their gradients out so
         grouped, key, value = constrain(grouped, *QUERIES), constrain(key, *KEYS), constrain(value, *KEYS)
-        mixed: Array = mix(grouped, key, value, per_head, mask, rate)
+        mixed: Array = mix(grouped, key, value, per_head, attends[:, None, None], drops, rate)
         return mixed.reshape(rows, length, num_heads, head_dim)
 
     return core
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def mix(
     query: Float[Array, "B S K G D"],
     key: Float[Array, "B T K D"],
     value: Float[Array, "B T K D"],
     slopes: Float[Array, "K G"] | None,
+    attends: Bool[Array, "#B 1 1 S T"],
     mask: Bool[Array, "B K G S T"] | None,
     rate: float,
 ) -> Float[Array, "B S K G D"]:
-    """Values mixed by the causal softmax of `query . key` less ALiBi's `slopes` times distance; `mask` is dropout's.
+    """Values mixed by the softmax of `query . key` less ALiBi's `slopes` times distance; `mask` is dropout's.
 
     Beside its inputs the backward keeps the probabilities in the values' precision, the mask as their sign.
     """
-    return _mix(query, key, value, slopes, mask, rate)[0]
+    return _mix(query, key, value, slopes, attends, mask, rate)[0]
 
 
 def _mix(
-    query: Array, key: Array, value: Array, slopes: Array | None, mask: Array | None, rate: float
+    query: Array, key: Array, value: Array, slopes: Array | None, attends: Array, mask: Array | None, rate: float
 ) -> tuple[Array, Array]:
     """What is mixed, and the probabilities, negative where dropped."""
-    queries, keys = jnp.arange(query.shape[1])[:, None], jnp.arange(key.shape[1])[None, :]
     scores = _score(query, key, jnp.float32)
     if slopes is not None:
+        queries, keys = jnp.arange(query.shape[1])[:, None], jnp.arange(key.shape[1])[None, :]
         scores = scores - slopes[:, :, None, None] * (queries - keys).astype(jnp.float32)
-    scores = jnp.where(keys <= queries, scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(attends, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, -1).astype(value.dtype)
     dropped: Array = weights if mask is None else drop(weights, mask, rate)
     return _weigh(dropped, value), weights if mask is None else jnp.where(mask, weights, -weights)
@@ -180,14 +194,14 @@ def _weigh(weights: Array, value: Array) -> Array:
 
 
 def _mix_forward(
-    query: Array, key: Array, value: Array, slopes: Array | None, mask: Array | None, rate: float
+    query: Array, key: Array, value: Array, slopes: Array | None, attends: Array, mask: Array | None, rate: float
 ) -> tuple[Array, tuple]:
-    mixed, signed = _mix(query, key, value, slopes, mask, rate)
+    mixed, signed = _mix(query, key, value, slopes, attends, mask, rate)
     # an empty tuple stands for a mask: there was one
     return mixed, (query, key, value, kept(signed), None if mask is None else ())
 
 
-def _mix_backward(rate: float, residuals: tuple, cotangent: Array) -> tuple[Array, Array, Array, None, None]:
+def _mix_backward(rate: float, residuals: tuple, cotangent: Array) -> tuple[Array, Array, Array, None, None, None]:
     query, key, value, signed, masked = residuals
     weights = dropped = signed
     mask = None
@@ -203,7 +217,7 @@ def _mix_backward(rate: float, residuals: tuple, cotangent: Array) -> tuple[Arra
     dscores = weights * (pulled - jnp.sum(pulled * weights, -1, keepdims=True))
     score = functools.partial(_score, dtype=query.dtype)
     dquery, dkey = jax.vjp(score, query, key)[1](dscores.astype(query.dtype))
-    return dquery, dkey, dvalue, None, None
+    return dquery, dkey, dvalue, None, None, None
 
 
 mix.defvjp(_mix_forward, _mix_backward)

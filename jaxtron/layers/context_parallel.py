@@ -5,13 +5,12 @@ Runs where `context` and `tensor` are manual: arrays are one device's part, two 
 """
 
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxtron.kernels.attention.mask import Mask
+from jaxtron.kernels.attention import Choice, Mask
 from jaxtron.sharding import current, vary
 from jaxtron.sharding.context import AXIS, ContextConfig
 from jaxtron.typing import Array, Float
@@ -24,7 +23,7 @@ def forward(
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K V"],
     mask: Mask,
-    run: ModuleType,
+    run: Choice,
     config: ContextConfig,
     size: int,
 ) -> tuple[Float[Array, "B S H V"], Float[Array, "B H S"]]:
@@ -48,7 +47,7 @@ def backward(
     delta: Float[Array, "B H S"],
     dout: Float[Array, "B S H V"],
     mask: Mask,
-    run: ModuleType,
+    run: Choice,
     config: ContextConfig,
     size: int,
 ) -> tuple[Float[Array, "B S H D"], Float[Array, "B S K D"], Float[Array, "B S K V"]]:
@@ -194,7 +193,7 @@ def _between(mask: Mask, q_start: Array | int, kv_start: Array | int, q_length: 
     return replace(mask, q_offset=q_start, kv_offset=kv_start)
 
 
-def _forward_ring(way: _Way, q: Array, k: Array, v: Array, run: ModuleType) -> Pair:
+def _forward_ring(way: _Way, q: Array, k: Array, v: Array, run: Choice) -> Pair:
     queries = _halves(q, 1)
     rows, heads = q.shape[0], q.shape[2]
     nothing = (
@@ -223,7 +222,7 @@ def _forward_ring(way: _Way, q: Array, k: Array, v: Array, run: ModuleType) -> P
 
 
 def _backward_ring(
-    way: _Way, q: Array, k: Array, v: Array, lse: Array, delta: Array, dout: Array, run: ModuleType
+    way: _Way, q: Array, k: Array, v: Array, lse: Array, delta: Array, dout: Array, run: Choice
 ) -> tuple[Array, Array, Array]:
     queries, cotangents = _halves(q, 1), _halves(dout, 1)
     normalizers, deltas = _halves(lse, 2), _halves(delta, 2)
@@ -259,14 +258,14 @@ def _backward_ring(
     return dq, dk, dv
 
 
-def _forward_gathered(way: _Way, q: Array, k: Array, v: Array, run: ModuleType) -> Pair:
+def _forward_gathered(way: _Way, q: Array, k: Array, v: Array, run: Choice) -> Pair:
     k, v = way.in_order(k), way.in_order(v)
     found = [run.forward(query, k, v, mask) for query, mask in zip(_halves(q, 1), _rows(way, k.shape[1]), strict=True)]
     return jnp.concatenate([out for out, _ in found], 1), jnp.concatenate([lse for _, lse in found], 2)
 
 
 def _backward_gathered(
-    way: _Way, q: Array, k: Array, v: Array, lse: Array, delta: Array, dout: Array, run: ModuleType
+    way: _Way, q: Array, k: Array, v: Array, lse: Array, delta: Array, dout: Array, run: Choice
 ) -> tuple[Array, Array, Array]:
     k, v = way.in_order(k), way.in_order(v)
     halves = zip(_halves(q, 1), _halves(lse, 2), _halves(delta, 2), _halves(dout, 1), strict=True)

@@ -22,11 +22,13 @@ class Embedding(nnx.Module):
             else None
         )
 
-    def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S E"]:
+    def __call__(self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"] | None = None) -> Float[Array, "B S E"]:
         x = look_up(self.table[...], tokens)
-        if self.positions is not None:
-            x = x + constrain(self._at(tokens.shape[1]), "seq", "embed")
-        return x
+        if self.positions is None:
+            return x
+        if positions is not None:
+            return x + constrain(self.positions[...][positions], "batch", "seq", "embed")
+        return x + constrain(self._at(tokens.shape[1]), "seq", "embed")
 
     def _at(self, length: int) -> Float[Array, "S E"]:
         """Learned positions of the tokens here."""

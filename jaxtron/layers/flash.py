@@ -1,119 +1,203 @@
 """Attention's core by a kernel: scores are never whole, and a sequence may lie on several devices."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from pydantic import Field
 
 from jaxtron.config import Config
-from jaxtron.kernels.attention import Mask, choose
-from jaxtron.kernels.attention.choose import Implementation
+from jaxtron.kernels.attention import Choice, Implementation, Mask, Shapes, choose, with_sinks
 from jaxtron.layers import context_parallel
 from jaxtron.layers.inputs import LayerInputs
 from jaxtron.layers.keep import kept
 from jaxtron.sharding import constrain, current
-from jaxtron.typing import Array, Float
+from jaxtron.typing import Array, Float, Int
 
 # sequences up to which whole scores are affordable where no kernel is at hand
 SHORT = 4096
 
 
 class AttentionConfig(Config):
-    """Who computes attention's core."""
+    """What attention computes beside its product, and who computes it."""
 
     implementation: Implementation = "auto"
     """auto: the fastest that can do what is asked on the mesh's devices; mosaic (Hopper), cudnn, xla (anywhere, memory
     linear in the sequence), reference (plain mathematics). Whole scores where probabilities are dropped."""
+    deterministic: bool = False
+    """The same bits from every run: a slower backward on GPUs, where sums else come in any order."""
+    window: int | None = Field(default=None, ge=1)
+    """Tokens that a `W` layer of the pattern sees, its own among them (Mistral, 2310.06825)."""
+    soft_cap: float | None = Field(default=None, gt=0)
+    """Scores s become cap x tanh(s / cap) (Gemma 2, 2408.00118); none: as they are."""
+    scale: float | None = Field(default=None, gt=0)
+    """Factor of scores (none: 1 / sqrt(head dim))."""
+    sinks: bool = False
+    """A learned logit a head joins each softmax without a value (gpt-oss, 2508.10925)."""
 
 
 # one device's part is [batch, sequence, heads, dim] with its heads; statistics are [batch, heads, sequence]
 HEADS, STATISTICS = PartitionSpec(None, None, "tensor"), PartitionSpec(None, "tensor")
 
 
-def is_whole(implementation: Implementation, rate: float, length: int) -> bool:
-    """Whether scores are formed whole: where they are dropped, and where `auto` has short sequences."""
-    return bool(rate) or (implementation == "auto" and current().context_size == 1 and length <= SHORT)
+def chosen(config: AttentionConfig, mask: Mask, rate: float, shapes: Shapes, *, kind: str, parts: int) -> Choice | None:
+    """Who computes the core for queries, keys and values of these `shapes`; None: whole scores.
+
+    Those are for probabilities dropped at `rate`, and for short sequences where `auto` has no kernel. `kind` is that of
+    the devices (`jax.Device.device_kind`), `parts` how many a sequence lies on. `UserError` where the implementation
+    asked for cannot.
+    """
+    if rate:
+        return None
+    choice = choose(
+        config.implementation,
+        shapes,
+        mask,
+        kind,
+        needs_lse=parts > 1 or config.sinks,
+        deterministic=config.deterministic,
+    )
+    is_plain = parts == 1 and shapes[0].shape[1] <= SHORT and not config.sinks and config.soft_cap is None
+    return None if config.implementation == "auto" and choice.name == "xla" and is_plain else choice
 
 
 def core(
     query: Float[Array, "B S H D"],
     key: Float[Array, "B S K D"],
     value: Float[Array, "B S K D"],
-    slopes: tuple[float, ...] | None,
+    slopes: Float[Array, "H"] | None,
+    sinks: Float[Array, "H"] | None,
     inputs: LayerInputs,
     *,
-    implementation: Implementation,
+    mask: Mask,
+    choice: Choice,
 ) -> Float[Array, "B S H D"]:
     """Causal attention by an implementation of `kernels/attention`, over the whole sequence wherever it lies."""
-    per_head = None if slopes is None else constrain(jnp.asarray(slopes, jnp.float32), "heads")
     query, key, value = (constrain(x, "batch", "full_seq", "heads", "head_dim") for x in (query, key, value))
-    return mix(query, key, value, per_head, implementation)
+    if not choice.has_lse:
+        attended: Array = attend(query, key, value, mask, choice)
+        return attended
+    mixed: tuple[Array, Array] = mix(query, key, value, slopes, inputs.segments, mask, choice)
+    out, lse = mixed
+    return out if sinks is None else with_sinks(out, lse, sinks)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def mix(
     query: Float[Array, "B S H D"],
     key: Float[Array, "B S K D"],
     value: Float[Array, "B S K D"],
     slopes: Float[Array, "H"] | None,
-    implementation: Implementation,
-) -> Float[Array, "B S H D"]:
-    """Values mixed by the causal softmax; beside its inputs the backward keeps the output and the log-sum-exp."""
-    return _mix(query, key, value, slopes, implementation)[0]
+    segments: Int[Array, "B S"] | None,
+    mask: Mask,
+    choice: Choice,
+) -> tuple[Float[Array, "B S H D"], Float[Array, "B H S"]]:
+    """Values mixed by the causal softmax, and the log-sum-exp; the backward keeps both beside its inputs."""
+    return _mix(query, key, value, slopes, segments, mask, choice)
 
 
 def _mix(
-    query: Array, key: Array, value: Array, slopes: Array | None, implementation: Implementation
+    query: Array,
+    key: Array,
+    value: Array,
+    slopes: Array | None,
+    segments: Array | None,
+    mask: Mask,
+    choice: Choice,
 ) -> tuple[Array, Array]:
-    def local(query: Array, key: Array, value: Array, slopes: Array | None) -> tuple[Array, Array]:
-        mask, rules = Mask(slopes=slopes), current()
-        run = choose(implementation, (query, key, value), mask, _device_kind()).module
+    def local(query: Array, key: Array, value: Array, slopes: Array | None, segments: Array | None) -> tuple:
+        own, rules = _with_arrays(mask, slopes, segments), current()
         if rules.context_size == 1:
-            return run.forward(query, key, value, mask)
-        return context_parallel.forward(query, key, value, mask, run, rules.context, rules.context_size)
+            return choice.forward(query, key, value, own)
+        return context_parallel.forward(query, key, value, own, choice, rules.context, rules.context_size)
 
-    return _over_heads(local, (HEADS, STATISTICS))(query, key, value, slopes)
+    return _over_heads(local, (HEADS, STATISTICS))(query, key, value, slopes, segments)
 
 
 def _forward(
-    query: Array, key: Array, value: Array, slopes: Array | None, implementation: Implementation
-) -> tuple[Array, tuple]:
-    out, lse = _mix(query, key, value, slopes, implementation)
-    return out, (query, key, value, slopes, kept(out), kept(lse))
+    query: Array, key: Array, value: Array, slopes: Array | None, segments: Array | None, mask: Mask, choice: Choice
+) -> tuple[tuple[Array, Array], tuple]:
+    out, lse = _mix(query, key, value, slopes, segments, mask, choice)
+    out, lse = kept(out), kept(lse)
+    return (out, lse), (query, key, value, slopes, segments, out, lse)
 
 
-def _backward(implementation: Implementation, residuals: tuple, cotangent: Array) -> tuple[Array, Array, Array, None]:
+def _backward(
+    mask: Mask, choice: Choice, residuals: tuple, cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, Array, None, None]:
     def local(
-        query: Array, key: Array, value: Array, slopes: Array | None, out: Array, lse: Array, cotangent: Array
+        query: Array,
+        key: Array,
+        value: Array,
+        slopes: Array | None,
+        segments: Array | None,
+        out: Array,
+        lse: Array,
+        dout: Array,
+        dlse: Array,
     ) -> tuple[Array, Array, Array]:
-        mask, rules = Mask(slopes=slopes), current()
-        run = choose(implementation, (query, key, value), mask, _device_kind()).module
-        delta = jnp.swapaxes(jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), -1), 1, 2)
-        parts = (query, key, value, lse, delta, cotangent, mask)
+        own, rules = _with_arrays(mask, slopes, segments), current()
+        delta = jnp.swapaxes(jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), -1), 1, 2) - dlse
+        parts = (query, key, value, lse, delta, dout, own)
         if rules.context_size == 1:
-            return run.backward(*parts)
-        return context_parallel.backward(*parts, run, rules.context, rules.context_size)
+            return choice.backward(*parts)
+        return context_parallel.backward(*parts, choice, rules.context, rules.context_size)
 
-    dquery, dkey, dvalue = _over_heads(local, (HEADS, HEADS, HEADS))(*residuals, cotangent)
-    return dquery, dkey, dvalue, None
+    dquery, dkey, dvalue = _over_heads(local, (HEADS, HEADS, HEADS))(*residuals, *cotangents)
+    return dquery, dkey, dvalue, None, None
 
 
 mix.defvjp(_forward, _backward)
 
 
-def _over_heads(local, out_specs):
-    """`local` on each device's heads; a residual of None has no spec."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def attend(
+    query: Float[Array, "B S H D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K D"],
+    mask: Mask,
+    choice: Choice,
+) -> Float[Array, "B S H D"]:
+    """As `mix` by an implementation that tells no log-sum-exp: its own derivative, and so its forward once more."""
 
-    def run(query, key, value, slopes, *rest):
-        specs = (HEADS, HEADS, HEADS, None if slopes is None else PartitionSpec("tensor"))
-        # of the backward: output, log-sum-exp, cotangent
-        specs += (HEADS, STATISTICS, HEADS)[: len(rest)]
+    def local(query: Array, key: Array, value: Array, *_: None) -> Array:
+        return choice.module.attend(query, key, value, mask)
+
+    return _over_heads(local, HEADS)(query, key, value, None, None)
+
+
+def _attend_forward(
+    query: Array, key: Array, value: Array, mask: Mask, choice: Choice
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return attend(query, key, value, mask, choice), (query, key, value)
+
+
+def _attend_backward(mask: Mask, choice: Choice, residuals: tuple, cotangent: Array) -> tuple[Array, Array, Array]:
+    # inside one region: of what a derivative across regions keeps, JAX would name axes that are manual already
+    def local(query: Array, key: Array, value: Array, _slopes: None, _segments: None, cotangent: Array) -> tuple:
+        return jax.vjp(lambda *heads: choice.module.attend(*heads, mask), query, key, value)[1](cotangent)
+
+    return _over_heads(local, (HEADS, HEADS, HEADS))(*residuals, None, None, cotangent)
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _with_arrays(mask: Mask, slopes: Array | None, segments: Array | None) -> Mask:
+    return replace(mask, slopes=slopes, q_segments=segments, kv_segments=segments)
+
+
+def _over_heads(local, out_specs):
+    """`local` on each device's heads; what is None has no spec."""
+
+    def run(query, key, value, slopes, segments, *rest):
+        per_head = None if slopes is None else PartitionSpec("tensor")
+        specs = (HEADS, HEADS, HEADS, per_head, None if segments is None else PartitionSpec())
+        # of backwards: output, log-sum-exp and their cotangents, or the output's cotangent alone
+        specs += (HEADS,) if len(rest) == 1 else (HEADS, STATISTICS, HEADS, STATISTICS)[: len(rest)]
         region = jax.shard_map(local, in_specs=specs, out_specs=out_specs, axis_names={"tensor"})
-        return region(query, key, value, slopes, *rest)
+        return region(query, key, value, slopes, segments, *rest)
 
     return run
-
-
-def _device_kind() -> str:
-    return current().mesh.devices.flat[0].device_kind

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtron.layers.keep import kept
 from jaxtron.sharding import constrain, current, spec
 from jaxtron.sharding.context import part
-from jaxtron.typing import Array, Bool, Float, Key
+from jaxtron.typing import Array, Bool, Float, Int, Key
 
 # logical axes that `mesh.context` splits
 SEQUENCE = ("seq", "full_seq")
@@ -18,10 +18,11 @@ SEQUENCE = ("seq", "full_seq")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerInputs:
-    """Shared inputs of the layers: rotary tables and dropout keys, one key a row of the global batch."""
+    """Shared inputs of the layers: rotary tables, dropout keys (one a row of the global batch), documents by number."""
 
-    rotary: tuple[Float[Array, "S D"], Float[Array, "S D"]] | None = None
+    rotary: tuple[Float[Array, "*B S D"], Float[Array, "*B S D"]] | None = None
     keys: Key[Array, "B"] | None = None
+    segments: Int[Array, "B S"] | None = None
 
     def fold(self, number: int | Array) -> "LayerInputs":
         """The same inputs with keys of their own for the layer (or the site in it) `number`."""

@@ -10,16 +10,16 @@ from jaxtron.layers.flash import AttentionConfig
 from jaxtron.layers.mlp import Activation
 from jaxtron.layers.norm import NormKind
 from jaxtron.layers.positions import PositionKind, RotaryConfig
-from jaxtron.models.pattern import ATTENTION, MLP, SYMBOLS, Pattern, parse
+from jaxtron.models.pattern import ATTENTIONS, MLP, SYMBOLS, WINDOW, Pattern, parse
 
 # What `recompute: selective` drops and computes again (2205.05198): the part quadratic in the sequence.
 SELECTIVE = ("attention_core",)
-# What only one kind of layer reads, or contains.
+# What only layers of one kind read, or contain.
 FIELDS_OF = {
-    ATTENTION: ("num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "attention_dropout", "attention"),
-    MLP: ("mlp_size", "activation"),
+    ATTENTIONS: ("num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "attention_dropout", "attention"),
+    (MLP,): ("mlp_size", "activation"),
 }
-REGIONS_OF = {ATTENTION: ("attention_core", "attention"), MLP: ("mlp",)}
+REGIONS_OF = {ATTENTIONS: ("attention_core", "attention"), (MLP,): ("mlp",)}
 RecomputeName = Literal["attention_core", "attention", "mlp"]
 
 
@@ -27,8 +27,8 @@ class ModelConfig(Config):
     """A decoder-only language model (GPT, Llama, PaLM, BLOOM, Nemotron, ...)."""
 
     pattern: str = "*-"
-    """Residual layers in order: `*` attention, `-` MLP, `(*-)` both in parallel on one norm. `|` cuts all layers into
-    the stages of mesh.pipe (with num_layers 1; one stage runs them all)."""
+    """Residual layers in order: `*` attention, `W` attention in a window, `-` MLP, `(*-)` both in parallel on one norm.
+    `|` cuts all layers into the stages of mesh.pipe (with num_layers 1; one stage runs them all)."""
     num_layers: int = Field(default=12, ge=1)
     """How often the pattern repeats; for `*-` the usual count of transformer layers."""
     hidden_size: int = Field(default=768, ge=1)
@@ -74,7 +74,7 @@ class ModelConfig(Config):
     initial_std: float = Field(default=0.02, gt=0)
     """Standard deviation of initial weights; projections back to the stream use it / sqrt(2 x num_layers)."""
     attention: AttentionConfig = AttentionConfig()
-    """Kernels of attention."""
+    """Scores of attention, and its kernels."""
     z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of log(Z)^2 in the loss (PaLM: 1e-4)."""
     recompute: Literal["none", "selective", "full"] | tuple[RecomputeName, ...] = "none"
@@ -100,29 +100,26 @@ class ModelConfig(Config):
             raise ValueError(f"model.rotary has no effect with model.position {self.position}")
         if self.position != "learned" and self.max_positions is not None:
             raise ValueError(f"model.max_positions has no effect with model.position {self.position}")
-        if self.position in ("rotary", "alibi") and not parsed.count("*"):
+        if self.position in ("rotary", "alibi") and not parsed.count(*ATTENTIONS):
             raise ValueError(f"model.position {self.position} has no effect without attention in {self.pattern!r}")
         return self
 
     @model_validator(mode="after")
     def _refuse_ignored_fields(self) -> "ModelConfig":
-        missing = [symbol for symbol in SYMBOLS if not self.layout.count(symbol)]
-        for symbol in missing:
-            for field in FIELDS_OF[symbol]:
+        missing = [symbols for symbols in FIELDS_OF if not self.layout.count(*symbols)]
+        for symbols in missing:
+            kinds = " or ".join(f"{SYMBOLS[symbol]} ({symbol})" for symbol in symbols)
+            for field in FIELDS_OF[symbols]:
                 # by value: a saved configuration names every field
                 if getattr(self, field) != type(self).model_fields[field].default:
                     raise ValueError(
-                        f"model.{field} {getattr(self, field)} has no effect without {SYMBOLS[symbol]} ({symbol}) "
+                        f"model.{field} {getattr(self, field)} has no effect without {kinds} "
                         f"in model.pattern {self.pattern!r}"
                     )
-        without = {name for symbol in missing for name in REGIONS_OF[symbol]}
+        without = {name for symbols in missing for name in REGIONS_OF[symbols]}
         for name in self.recomputed & without:
             raise ValueError(f"recomputing {name} has no effect: model.pattern {self.pattern!r} has none")
-        if self.attention_dropout and self.attention.implementation != "auto":
-            raise ValueError(
-                f"model.attention.implementation {self.attention.implementation} drops no probabilities: set it to "
-                f"auto, or model.attention_dropout {self.attention_dropout} to 0"
-            )
+        self._check_attention()
         if {"attention", "attention_core"} <= self.recomputed:
             raise ValueError("recomputing attention_core has no effect beside attention, which contains it")
         if self.layout.count(MLP) and not self.mlp_width:
@@ -131,6 +128,20 @@ class ModelConfig(Config):
                 "set model.mlp_size"
             )
         return self
+
+    def _check_attention(self) -> None:
+        attention, fields = self.attention, type(self.attention).model_fields
+        if (attention.window is not None) != bool(self.layout.count(WINDOW)):
+            raise ValueError(
+                f"model.attention.window {attention.window} and model.pattern {self.pattern!r} do not agree: layers "
+                f"with a window are {WINDOW}"
+            )
+        for name in ("implementation", "soft_cap", "sinks", "deterministic"):
+            if self.attention_dropout and getattr(attention, name) != fields[name].default:
+                raise ValueError(
+                    f"model.attention.{name} {getattr(attention, name)} has no dropped probabilities: leave it out, or "
+                    f"set model.attention_dropout {self.attention_dropout} to 0"
+                )
 
     @property
     def layout(self) -> Pattern:
@@ -171,7 +182,7 @@ class ModelConfig(Config):
     @property
     def num_transformer_layers(self) -> int:
         """Layers as Megatron counts them: pairs of attention and MLP."""
-        return max(self.layout.count("*"), self.layout.count("-"))
+        return max(self.layout.count(*ATTENTIONS), self.layout.count(MLP))
 
     @property
     def recomputed(self) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 from jaxtron.layers.mlp import GATED
 from jaxtron.models.config import ModelConfig
-from jaxtron.models.pattern import ATTENTION, MLP
+from jaxtron.models.pattern import ATTENTION, ATTENTIONS, MLP, WINDOW
 
 # What each name in `ModelConfig.recomputed` computes again, of the parts of `_forward_flops`.
 RECOMPUTED_PARTS = {
@@ -24,7 +24,7 @@ def num_parameters(config: ModelConfig, sequence_length: int) -> int:
     if config.position == "learned":
         tables += config.max_positions or sequence_length
     norms = len(layout.layers) + 1 + config.embedding_norm
-    layers = layout.count(ATTENTION) * _attention_parameters(config) + layout.count(MLP) * _mlp_parameters(config)
+    layers = layout.count(*ATTENTIONS) * _attention_parameters(config) + layout.count(MLP) * _mlp_parameters(config)
     return tables * hidden + norms * _norm_parameters(config, hidden) + layers
 
 
@@ -32,7 +32,7 @@ def model_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs of one token's forward and backward without recompute (2205.05198, Eq. 7: 72 l h^2 (1 + s/6h + v/12lh)).
 
     Products count 2 per multiply-add, the backward twice the forward; attention counts the whole square of scores,
-    as the papers do, although half of it is masked.
+    as the papers do, although half of it is masked; in a window, as many scores a token as the window is long.
     """
     head = 2 * config.hidden_size * config.padded_vocab
     return 3.0 * (sum(_forward_flops(config, sequence_length).values()) + head)
@@ -54,10 +54,14 @@ def _forward_flops(config: ModelConfig, sequence_length: int) -> dict[str, int]:
     """FLOPs of one token's forward by part of the layers: attention's projections, its core, the MLP."""
     hidden, heads, head = config.hidden_size, config.num_heads, config.head_size
     projections = 2 * hidden * head * (2 * heads + 2 * config.kv_heads)
-    core = 4 * sequence_length * heads * head
     mlp = 2 * hidden * config.mlp_width * (3 if config.activation in GATED else 2)
-    attentions, mlps = config.layout.count(ATTENTION), config.layout.count(MLP)
-    return {"projections": attentions * projections, "attention_core": attentions * core, "mlp": mlps * mlp}
+    layout, window = config.layout, min(config.attention.window or 0, sequence_length)
+    scores = layout.count(ATTENTION) * sequence_length + layout.count(WINDOW) * window
+    return {
+        "projections": layout.count(*ATTENTIONS) * projections,
+        "attention_core": 4 * scores * heads * head,
+        "mlp": layout.count(MLP) * mlp,
+    }
 
 
 def _norm_parameters(config: ModelConfig, size: int) -> int:
@@ -70,7 +74,7 @@ def _attention_parameters(config: ModelConfig) -> int:
     has_qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
     biases = (queries + 2 * keys if has_qkv_bias else 0) + (hidden if config.bias else 0)
     norms = 2 * _norm_parameters(config, head) if config.qk_norm else 0
-    return 2 * hidden * (queries + keys) + biases + norms
+    return 2 * hidden * (queries + keys) + biases + norms + config.attention.sinks * config.num_heads
 
 
 def _mlp_parameters(config: ModelConfig) -> int:

@@ -45,14 +45,28 @@ class Decoder(nnx.Module):
         self.final_norm = make_norm(config, config.hidden_size, rngs)
         self.head = None if config.tied_head else Head(config, rngs)
 
-    def inputs(self, length: int, keys: Key[Array, "B"] | None = None) -> LayerInputs:
-        """What all layers read beside their input; `keys` (one a row) turn dropout on."""
-        return LayerInputs(rotary=self._rotary(length), keys=keys)
+    def inputs(
+        self,
+        length: int,
+        keys: Key[Array, "B"] | None = None,
+        positions: Int[Array, "B S"] | None = None,
+        segments: Int[Array, "B S"] | None = None,
+    ) -> LayerInputs:
+        """What all layers read beside their input; `keys` (one a row) turn dropout on.
 
-    def embed(self, tokens: Int[Array, "B S"], keys: Key[Array, "B"] | None = None) -> Float[Array, "B S E"]:
+        `positions` are places of the tokens (none: those in the sequence), `segments` their documents (none: one).
+        """
+        return LayerInputs(rotary=self._rotary(length, positions), keys=keys, segments=segments)
+
+    def embed(
+        self,
+        tokens: Int[Array, "B S"],
+        keys: Key[Array, "B"] | None = None,
+        positions: Int[Array, "B S"] | None = None,
+    ) -> Float[Array, "B S E"]:
         """The first layer's input, split over the sequence."""
         config = self.config
-        x = self._whole(self.embedding)(tokens)
+        x = self._whole(self.embedding)(tokens, positions)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         # the site after those of the layers: the embedding's own dropout
@@ -96,11 +110,12 @@ class Decoder(nnx.Module):
         graph, state = nnx.split(module)
         return nnx.merge(graph, gather_at_use(state, self.dtype))
 
-    def _rotary(self, length: int):
+    def _rotary(self, length: int, positions: Int[Array, "B S"] | None):
         config = self.config
         if config.position != "rotary":
             return None
-        return rotary_tables(config.rotary, config.head_size, local_positions(length))
+        places = local_positions(length) if positions is None else positions
+        return rotary_tables(config.rotary, config.head_size, places)
 
 
 class Head(nnx.Module):

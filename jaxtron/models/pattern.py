@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 from jaxtron.config import UserError
 
-ATTENTION, MLP, CUT = "*", "-", "|"
-SYMBOLS = {ATTENTION: "attention", MLP: "MLP"}
+ATTENTION, WINDOW, MLP, CUT = "*", "W", "-", "|"
+SYMBOLS = {ATTENTION: "attention", WINDOW: "attention in a window", MLP: "MLP"}
+ATTENTIONS = (ATTENTION, WINDOW)
 
 # One residual layer: the symbols that read the same normalized input and are added together.
 Branch = tuple[str, ...]
@@ -26,17 +27,17 @@ class Pattern:
         """Every residual layer in order."""
         return self.period * self.repeats
 
-    def count(self, symbol: str) -> int:
-        """How often a symbol occurs in the whole decoder."""
-        return sum(branch.count(symbol) for branch in self.layers)
+    def count(self, *symbols: str) -> int:
+        """How often these symbols occur in the whole decoder."""
+        return sum(branch.count(symbol) for branch in self.layers for symbol in symbols)
 
 
 @functools.cache
 def parse(text: str, repeats: int = 1) -> Pattern:
     """The layers of `text` repeated, reduced to their smallest period; bad text is a `UserError` naming the place.
 
-    `*` attention, `-` MLP, `(*-)` both in parallel on one norm (GPT-J, PaLM); `|` cuts the layers into pipeline stages,
-    between periods.
+    `*` attention, `W` attention in a window, `-` MLP, `(*-)` both in parallel on one norm (GPT-J, PaLM); `|` cuts the
+    layers into pipeline stages, between periods.
     """
     layers: list[Branch] = []
     cuts: list[int] = []
@@ -58,6 +59,8 @@ def parse(text: str, repeats: int = 1) -> Pattern:
                 raise _error(text, place, f"unknown symbol {symbol!r}")
             if symbol in text[index:place]:
                 raise _error(text, place, f"{symbol!r} twice in the group {text[index : end + 1]}")
+        if set(ATTENTIONS) <= set(branch):
+            raise _error(text, index, "two kinds of attention in one group")
         layers.append(branch)
         index = end + is_group
     if not layers or repeats < 1:

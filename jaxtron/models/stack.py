@@ -1,12 +1,14 @@
 """A pattern's residual layers, stacked by period and scanned."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxtron.kernels.attention import Mask
 from jaxtron.layers import flash
 from jaxtron.layers.attention import Attention, Core, attention_core
 from jaxtron.layers.inputs import LayerInputs
@@ -14,11 +16,12 @@ from jaxtron.layers.keep import kept
 from jaxtron.layers.mlp import Mlp
 from jaxtron.layers.norm import Norm
 from jaxtron.models import recompute
+from jaxtron.models.attention_choice import attention_mask
 from jaxtron.models.config import ModelConfig
-from jaxtron.models.pattern import ATTENTION, Branch
+from jaxtron.models.pattern import ATTENTION, MLP, WINDOW, Branch
 from jaxtron.pipeline.layer_loop import LayerFunction
 from jaxtron.pipeline.partition import Partition
-from jaxtron.sharding import gather_at_use
+from jaxtron.sharding import current, gather_at_use
 from jaxtron.typing import Array, Float
 
 
@@ -33,10 +36,12 @@ class Layer(nnx.Module):
     def __init__(self, config: ModelConfig, branch: Branch, rngs: nnx.Rngs) -> None:
         self.recomputed = config.recomputed
         self.norm = make_norm(config, config.hidden_size, rngs)
-        self.names = tuple("attention" if symbol == ATTENTION else "mlp" for symbol in branch)
-        for name, make in (("attention", _attention), ("mlp", _mlp)):
+        self.names = tuple("mlp" if symbol == MLP else "attention" for symbol in branch)
+        mask = attention_mask(config, WINDOW if WINDOW in branch else ATTENTION)
+        made = {"attention": lambda: _attention(config, mask, rngs), "mlp": lambda: _mlp(config, rngs)}
+        for name, make in made.items():
             if name in self.names:
-                setattr(self, name, make(config, rngs))
+                setattr(self, name, make())
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
         normed = self.norm(x)
@@ -53,8 +58,8 @@ class Layer(nnx.Module):
         return functools.partial(run, state)
 
 
-def _attention(config: ModelConfig, rngs: nnx.Rngs) -> Attention:
-    core = recompute.region("attention_core", config.recomputed, _core(config))
+def _attention(config: ModelConfig, mask: Mask, rngs: nnx.Rngs) -> Attention:
+    core = recompute.region("attention_core", config.recomputed, _core(config, mask))
     qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
     return Attention(
         config.hidden_size,
@@ -65,6 +70,7 @@ def _attention(config: ModelConfig, rngs: nnx.Rngs) -> Attention:
         output_bias=config.bias,
         qk_norm=functools.partial(make_norm, config, rngs=rngs) if config.qk_norm else None,
         alibi=config.position == "alibi",
+        sinks=config.attention.sinks,
         core=core,
         std=config.initial_std,
         output_std=config.output_std,
@@ -73,14 +79,18 @@ def _attention(config: ModelConfig, rngs: nnx.Rngs) -> Attention:
     )
 
 
-def _core(config: ModelConfig) -> Core:
+def _core(config: ModelConfig, mask: Mask) -> Core:
     """By whole scores, or by an implementation of `kernels/attention`; which, is known where it is traced."""
-    rate, implementation = config.attention_dropout, config.attention.implementation
-    plain, flash_core = attention_core(rate), functools.partial(flash.core, implementation=implementation)
 
-    def core(query: Array, key: Array, value: Array, slopes: tuple[float, ...] | None, inputs: LayerInputs) -> Array:
-        run = plain if flash.is_whole(implementation, rate, query.shape[1]) else flash_core
-        return run(query, key, value, slopes, inputs)
+    def core(
+        query: Array, key: Array, value: Array, slopes: Array | None, sinks: Array | None, inputs: LayerInputs
+    ) -> Array:
+        given = replace(mask, slopes=slopes, q_segments=inputs.segments, kv_segments=inputs.segments)
+        devices = {"kind": current().device_kind, "parts": current().context_size}
+        choice = flash.chosen(config.attention, given, config.attention_dropout, (query, key, value), **devices)
+        if choice is None:
+            return attention_core(config.attention_dropout, mask)(query, key, value, slopes, sinks, inputs)
+        return flash.core(query, key, value, slopes, sinks, inputs, mask=mask, choice=choice)
 
     return core
 

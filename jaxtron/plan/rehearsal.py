@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxtron.gpus import Gpu, gpu_named
+from jaxtron.models.attention_choice import attention_lines
 from jaxtron.plan import hlo, layout
 from jaxtron.plan.census import Collective, census
 from jaxtron.plan.deviceless import Memory, gpu_devices, memory
@@ -21,6 +23,7 @@ from jaxtron.train.config import Configuration
 from jaxtron.train.runtime import gpu_options
 from jaxtron.train.setup import make_trainer
 from jaxtron.train.step import Batch, Trainer, batch_sharding, jit_step
+from jaxtron.typing import DTypeLike
 
 # Without a GPU there is nothing to tune on, and trying costs half of the compilation. The pass is wrong in JAX 0.10: it
 # turns "take my part of an all-gather" into an empty permute, which is zeros (openxla/xla pull request 45218).
@@ -35,11 +38,12 @@ NO_CONFIGURATION = "default config"
 class Rehearsal:
     """A compiled step: its collectives, memory a device, parameters, and the scheduled program itself.
 
-    `memory` is the compiler's sum, `memory_use` the same by what it is for; `messages` are lines that the compiler
-    printed; `seconds` went into tracing and compiling.
+    `attention` says who computes it; `memory` is the compiler's sum, `memory_use` the same by what it is for;
+    `messages` are lines that the compiler printed; `seconds` went into tracing and compiling.
     """
 
     config: Configuration
+    attention: tuple[str, ...]
     gpu: Gpu
     gpus_per_node: int
     mesh: jax.sharding.Mesh
@@ -58,7 +62,9 @@ def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: i
     """Traces and compiles the configuration's step for `num_gpus` GPUs of that name, on a machine without any."""
     began = time.perf_counter()
     config = config.resolved()
-    config.check_mesh(config.mesh.shape(num_gpus))
+    sizes, kind = config.mesh.shape(num_gpus), gpu_named(gpu).device_kind
+    config.check_mesh(sizes)
+    choices = config.attention_choices(sizes["context"], kind)
     mesh = build_mesh(config.mesh, gpu_devices(gpu, num_gpus, gpus_per_node))
     with use(make_rules(mesh, config.sharding, config.context)):
         trainer = make_trainer(config)
@@ -74,6 +80,7 @@ def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: i
         use_of_memory = memory_use(trainer, batch, planned, gpu_named(gpu), num_groups)
     return Rehearsal(
         config=config,
+        attention=attention_lines(config.model, choices, kind),
         gpu=gpu_named(gpu),
         gpus_per_node=gpus_per_node,
         mesh=mesh,
@@ -106,12 +113,15 @@ def abstract_batch(config: Configuration) -> Batch:
     """Shapes, types and shardings of the global batch, inside `sharding.use(rules)`."""
     shape, sharding = (config.train.global_batch, config.data.sequence_length), batch_sharding()
 
-    def batch() -> Batch:
-        types = (jnp.int32, jnp.int32, jnp.float32)
-        return Batch(*(jnp.zeros(shape, dtype) for dtype in types))
+    def rows(dtype: DTypeLike, is_there: bool = True) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) if is_there else None
 
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(batch)
+    return Batch(
+        tokens=rows(jnp.int32),
+        targets=rows(jnp.int32),
+        weights=rows(jnp.float32),
+        positions=rows(jnp.int32, config.data.reset_positions),
+        segments=rows(jnp.int32, config.data.reset_attention),
     )
 
 

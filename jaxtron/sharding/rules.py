@@ -75,6 +75,11 @@ class Rules:
     """Every device along `context` has whole sequences all the same (sampling)."""
 
     @property
+    def device_kind(self) -> str:
+        """What the mesh's devices are, as `jax.Device.device_kind`."""
+        return self.mesh.devices.flat[0].device_kind
+
+    @property
     def context_size(self) -> int:
         """Parts of a sequence."""
         return 1 if self.whole_sequences else self.size((AXIS,))

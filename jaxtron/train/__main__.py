@@ -10,6 +10,7 @@ import jax
 
 from jaxtron.command import configure, run_command
 from jaxtron.config import UserError, split_arguments
+from jaxtron.models.attention_choice import attention_lines
 from jaxtron.train.config import Configuration
 from jaxtron.train.loop import train
 from jaxtron.train.runtime import start_runtime
@@ -57,6 +58,9 @@ def announce(run) -> None:
     mesh = " x ".join(f"{axis} {size}" for axis, size in run.placement.sharding.mesh.shape.items() if size > 1)
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
     print(f"{sizes:,} parameters on {devices}{f' ({mesh})' if mesh else ''}, run in {run.directory}")
+    kind, parts = jax.devices()[0].device_kind, run.placement.sharding.mesh.shape["context"]
+    for line in attention_lines(run.config.model, run.config.attention_choices(parts, kind), kind):
+        print(line)
     if run.step:
         done = "complete already" if run.step >= run.config.train.steps else "continuing"
         print(f"checkpoint of step {run.step} found: {done}")

@@ -24,7 +24,13 @@ class Placement:
 
     def globalize(self, batch: LocalBatch) -> Batch:
         """The batch as global arrays, each device getting its rows from this process's."""
-        return Batch(*(self._globalize(batch, array) for array in (batch.tokens, batch.targets, batch.weights)))
+        return Batch(
+            tokens=self._globalize(batch, batch.tokens),
+            targets=self._globalize(batch, batch.targets),
+            weights=self._globalize(batch, batch.weights),
+            positions=None if batch.positions is None else self._globalize(batch, batch.positions),
+            segments=None if batch.segments is None else self._globalize(batch, batch.segments),
+        )
 
     def _globalize(self, batch: LocalBatch, array: np.ndarray) -> jax.Array:
         def rows(index: tuple[slice, ...] | None) -> np.ndarray:

@@ -58,7 +58,9 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
     """
     config = config.resolved()
     devices = jax.devices()
-    config.check_mesh(config.mesh.shape(len(devices)))
+    sizes = config.mesh.shape(len(devices))
+    config.check_mesh(sizes)
+    config.attention_choices(sizes["context"], devices[0].device_kind)
     check_records(config)
     mesh = build_mesh(config.mesh, devices)
     data = open_data(config.data, seed=config.seed)

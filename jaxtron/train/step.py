@@ -1,7 +1,7 @@
 """The train step: one manual region for loss and gradients, then the optimizer on global arrays."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -31,21 +31,29 @@ from jaxtron.sharding import BATCH_AXES, MANUAL_AXES, Blueprint, current
 from jaxtron.sharding.collectives import all_reduce, vary
 from jaxtron.sharding.context import part
 from jaxtron.sharding.parameters import manual_specs, reduce_gradients
-from jaxtron.train.config import TrainConfig
+from jaxtron.train.config import DTYPES, TrainConfig
 from jaxtron.typing import Array, Float, Int, Key, PyTree
 
-DTYPES = {"bf16": jnp.dtype(jnp.bfloat16), "fp16": jnp.dtype(jnp.float16), "fp32": jnp.dtype(jnp.float32)}
 BATCH_SPEC = PartitionSpec(BATCH_AXES)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("tokens", "targets", "weights"), meta_fields=())
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("tokens", "targets", "weights", "positions", "segments"),
+    meta_fields=(),
+)
 @dataclass(frozen=True)
 class Batch:
-    """Global arrays of one step, rows split over the batch axes; weight 0 is padding."""
+    """Global arrays of one step, rows split over the batch axes; weight 0 is padding.
+
+    Tokens of packed documents have positions and segments, those of their own document only seeing each other.
+    """
 
     tokens: Int[Array, "B S"]
     targets: Int[Array, "B S"]
     weights: Float[Array, "B S"]
+    positions: Int[Array, "B S"] | None = None
+    segments: Int[Array, "B S"] | None = None
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "optimizer", "loss_scale"), meta_fields=())
@@ -191,8 +199,10 @@ class Trainer:
             return None if key is None else row_keys(key, rows)
 
         model = staged.model(
-            embed=lambda decoder, part: decoder.embed(part[0].tokens, keys(part[1])),
-            inputs=lambda decoder, part: decoder.inputs(part[0].tokens.shape[1], keys(part[1])),
+            embed=lambda decoder, part: decoder.embed(part[0].tokens, keys(part[1]), part[0].positions),
+            inputs=lambda decoder, part: decoder.inputs(
+                part[0].tokens.shape[1], keys(part[1]), part[0].positions, part[0].segments
+            ),
             head=lambda decoder, x, part: decoder.score(x, part[0].targets, part[0].weights),
         )
         return staged, model
@@ -203,7 +213,7 @@ class Trainer:
         shards = current().size(BATCH_AXES)
         size = self.config.global_batch // self.config.microbatches // shards
         rows = jax.lax.axis_index(BATCH_AXES) * num_local + jnp.arange(num_local)
-        batch = _own_part(Batch(batch.tokens, batch.targets, batch.weights * factor))
+        batch = _own_part(replace(batch, weights=batch.weights * factor))
         return jax.tree.map(lambda leaf: leaf.reshape(num_local // size, size, *leaf.shape[1:]), (batch, rows))
 
     def _dropout_key(self, key: Key[Array, ""]) -> Key[Array, ""] | None:

@@ -23,7 +23,13 @@ def shapes(dim=128, value_dim=None, dtype="bfloat16", queries=512, keys=512, hea
 
 
 @pytest.fixture
-def kernels(monkeypatch):
+def installed(monkeypatch):
+    """JAX is told that there is a cuDNN, of version 9.10."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+
+
+@pytest.fixture
+def kernels(monkeypatch, installed):
     """A stand-in for our kernels, which refuses all but Hopper and float32."""
 
     def refusal(q, k, v, mask, device_kind):
@@ -47,16 +53,16 @@ def test_auto_honours_what_the_faster_ones_refuse(mask):
     assert choose("auto", shapes(), mask, AMPERE, needs_lse=False).module is chunked
 
 
-def test_cudnn_serves_only_where_no_log_sum_exp_is_asked_for():
+def test_cudnn_serves_only_where_no_log_sum_exp_is_asked_for(installed):
     assert choose("auto", shapes(), Mask(), AMPERE).module is chunked
     with pytest.raises(UserError, match="cudnn cannot: it returns no log-sum-exp"):
         choose("cudnn", shapes(), Mask(), AMPERE)
 
 
 def test_the_reason_is_one_line_that_says_what_was_passed_over(kernels):
-    module, reason = choose("auto", shapes(), Mask(soft_cap=30.0), AMPERE, needs_lse=False)
-    assert module is chunked and "\n" not in reason
-    assert reason == (
+    choice = choose("auto", shapes(), Mask(soft_cap=30.0), AMPERE, needs_lse=False)
+    assert choice.module is chunked and "\n" not in choice.reason
+    assert choice.reason == (
         f"attention: xla, the fastest that can on {AMPERE}; "
         "not mosaic: it needs Hopper and 16 bits; not cudnn: it knows no soft cap"
     )
@@ -98,17 +104,33 @@ def test_cudnn_refuses(name):
 
 @pytest.mark.parametrize("mask", [Mask(), Mask(causal=False), Mask(window=128), Mask(scale=0.5)], ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_cudnn_accepts(mask, dim):
+def test_cudnn_accepts(mask, dim, installed):
     assert cudnn.refusal(*shapes(dim), mask, HOPPER) is None
 
 
-def test_cudnn_missing_is_an_error_of_the_user():
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="cuDNN is here")
+def test_cudnn_missing_is_said():
     """The device was said to be a GPU, but no cuDNN is installed here."""
     q, k, v = (jnp.zeros(shape.shape, shape.dtype) for shape in shapes())
-    if jax.default_backend() == "gpu":
-        pytest.skip("cuDNN is here")
-    with pytest.raises(UserError, match="attention by cudnn failed: .*; set model.attention.implementation to auto"):
+    with pytest.raises(UserError, match="implementation cudnn cannot: JAX cannot use it here: cuDNN not found"):
         attention(q, k, v, Mask(), implementation="cudnn", device_kind=HOPPER, needs_lse=False)
+    choice = choose("auto", shapes(), Mask(), AMPERE, needs_lse=False)
+    assert choice.module is chunked and "not cudnn: JAX cannot use it here" in choice.reason
+
+
+def test_deterministic_gradients(installed):
+    assert choose("auto", shapes(), Mask(), HOPPER, deterministic=True).name == "mosaic"
+    assert choose("auto", shapes(), Mask(), AMPERE, needs_lse=False, deterministic=True).module is chunked
+    with pytest.raises(UserError, match="cudnn cannot: its backward adds up in any order"):
+        choose("cudnn", shapes(), Mask(), AMPERE, needs_lse=False, deterministic=True)
+
+
+def test_deterministic_reaches_the_kernels(kernels):
+    kernels.backward = lambda *_, **options: options
+    parts = (None,) * 6
+    for deterministic in (False, True):
+        choice = choose("mosaic", shapes(), Mask(), HOPPER, deterministic=deterministic)
+        assert choice.backward(*parts, Mask()) == ({"deterministic": True} if deterministic else {})
 
 
 @pytest.mark.parametrize(
@@ -120,9 +142,8 @@ def test_cudnn_missing_is_an_error_of_the_user():
     ],
     ids=["causal", "full", "window"],
 )
-def test_cudnn_is_told_the_mask(monkeypatch, mask, said):
-    """What is lowered for a GPU, with the installed version of cuDNN said to be 9.10."""
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+def test_cudnn_is_told_the_mask(installed, mask, said):
+    """What is lowered for a GPU."""
 
     def loss(q, k, v):
         out, _ = attention(q, k, v, mask, implementation="cudnn", device_kind=HOPPER, needs_lse=False)

@@ -94,6 +94,14 @@ MODELS = {
         attention_dropout=0.2,
     ),
 }
+# all that scores can be made of: layers with and without a window, capped scores, sinks
+MODELS["gemma"] = changed(
+    MODELS["llama"],
+    pattern="W-*-",
+    num_kv_heads=4,
+    num_layers=1,
+    attention={"window": 5, "soft_cap": 2.0, "scale": 0.5, "sinks": True, "implementation": "xla"},
+)
 ONE_DEVICE, CUBE = {"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}
 SCANNED = {"unroll": 1}
 # Partitioning and collectives are what these tests are about, not machine code: half of the time to compile.
@@ -108,13 +116,21 @@ class Result(NamedTuple):
     gradients: dict[str, np.ndarray]
 
 
-def make_batch(rows: int = ROWS) -> Batch:
-    """Rows with ever fewer tokens and the last five with none: devices and microbatches differ in their counts."""
+def make_batch(rows: int = ROWS, packed: bool = False) -> Batch:
+    """Rows with ever fewer tokens and the last five with none: devices and microbatches differ in their counts.
+
+    `packed`: each row is several documents, cut anywhere.
+    """
     generator = np.random.default_rng(0)
     tokens, targets = generator.integers(0, VOCAB, (2, rows, LENGTH), dtype=np.int32)
     weights = generator.random((rows, LENGTH)) > np.arange(rows)[:, None] / (rows - 5)
     assert weights[0].all() and not weights[-5:].any()
-    return Batch(tokens, targets, weights.astype(np.float32))
+    batch = Batch(tokens, targets, weights.astype(np.float32))
+    if not packed:
+        return batch
+    segments = np.cumsum(generator.random((rows, LENGTH)) < 0.2, 1, dtype=np.int32)
+    starts = np.maximum.accumulate(np.where(np.diff(segments, prepend=-1), np.arange(LENGTH), 0), 1)
+    return dataclasses.replace(batch, positions=(np.arange(LENGTH) - starts).astype(np.int32), segments=segments)
 
 
 def rules_for(mesh: dict[str, int], zero: str = "optimizer", context: ContextConfig | None = None):
@@ -169,11 +185,12 @@ def loss_and_gradients(
     pipeline: PipelineConfig = ONE_STAGE,
     rows: int = ROWS,
     context: ContextConfig | None = None,
+    packed: bool = False,
 ) -> Result:
     with use(rules_for(mesh, zero, context)):
         trainer = make_trainer(model, pipeline=pipeline, microbatches=microbatches, global_batch=rows)
         params = make_params(trainer.blueprint, trainer.partition)
-        batch = jax.device_put(make_batch(rows), batch_sharding())
+        batch = jax.device_put(make_batch(rows, packed), batch_sharding())
         run = jax.jit(trainer.loss_and_gradients, compiler_options=QUICK)
         loss, gradients = run(params, batch, jnp.int32(5), jnp.float32(1.0))
         for gradient, param in zip(jax.tree.leaves(gradients), jax.tree.leaves(params), strict=True):

@@ -13,6 +13,7 @@ TOLERANCE = 1e-5
 SLOW = pytest.mark.slow
 CHANGES = {
     "llama": {},
+    "gemma": {},
     "palm": {"attention_dropout": 0.0},
     # masks of the residual stream, which are of whole sequences; probabilities cannot be dropped
     "gpt with dropout": {"attention_dropout": 0.0},
@@ -63,6 +64,50 @@ def test_with_pipelines(schedule: str, mesh: dict):
     expected = one_device("llama")
     assert found.loss == pytest.approx(expected.loss, rel=TOLERANCE)
     assert_equal(found.gradients, expected.gradients, TOLERANCE)
+
+
+@functools.cache
+def one_device_packed(name: str) -> Result:
+    return loss_and_gradients(model(name), ONE_DEVICE, "none", 1, packed=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "context", "microbatches"),
+    [
+        ("gemma", {"context": 4, "tensor": 2}, {"method": "ring"}, 2),
+        pytest.param("gemma", {"context": 2, "fsdp": 2}, {"method": "all_gather"}, 1, marks=SLOW),
+        pytest.param("gemma", {"context": 2, "tensor": 2}, {"method": "all_to_all"}, 1, marks=SLOW),
+        pytest.param("gpt with dropout", {"context": 4}, {"method": "hierarchical", "inner": 2}, 1, marks=SLOW),
+        pytest.param("palm", {"context": 8}, {"method": "ring"}, 1, marks=SLOW),
+        pytest.param("gemma", {"data": 2, "fsdp": 2, "tensor": 2}, {}, 2, marks=SLOW),
+        pytest.param("llama", {"tensor": 2}, {}, 2, marks=SLOW),
+    ],
+    ids=str,
+)
+def test_packed_documents(name: str, mesh: dict, context: dict, microbatches: int):
+    config = ContextConfig(**context)
+    found = loss_and_gradients(model(name), mesh, "optimizer", microbatches, context=config, packed=True)
+    expected = one_device_packed(name)
+    assert found.loss == pytest.approx(expected.loss, rel=TOLERANCE)
+    assert_equal(found.gradients, expected.gradients, TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "mesh"),
+    [("1f1b", {"pipe": 2, "context": 2, "tensor": 2}), ("zero_bubble", {"pipe": 2, "context": 2})],
+)
+@pytest.mark.slow
+def test_packed_documents_in_pipelines(schedule: str, mesh: dict):
+    pipeline = PipelineConfig(schedule=schedule)
+    found = loss_and_gradients(model("llama"), mesh, "optimizer", 2, pipeline, context=ContextConfig(), packed=True)
+    assert_equal(found.gradients, one_device_packed("llama").gradients, TOLERANCE)
+
+
+def test_documents_matter():
+    """Without their segments or positions the gradients are others, and so are they without windows or sinks."""
+    packed = one_device_packed("llama")
+    assert packed.loss != pytest.approx(loss_and_gradients(model("llama"), ONE_DEVICE, "none", 1).loss, rel=1e-4)
+    assert "sinks" in " ".join(one_device_packed("gemma").gradients)
 
 
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("reference", marks=SLOW)])

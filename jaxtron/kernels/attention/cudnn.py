@@ -4,6 +4,7 @@ JAX's public function does not return the log-sum-exp in float32, and takes no c
 `forward` and `backward` pair but `attend`, differentiated by JAX's own rule, for callers that need the output alone.
 """
 
+import functools
 import re
 
 import jax
@@ -31,7 +32,7 @@ def refusal(q: Array, k: Array, v: Array, mask: Mask, device_kind: str) -> str |
         return f"its head dim is at most {widest} on {device_kind} and a multiple of 8, not {dim}"
     if value_dim != dim:
         return f"its values have the head dim of its queries, {dim}, not {value_dim}"
-    return _refusal_of_mask(q.shape[1], k.shape[1], mask)
+    return _refusal_of_mask(q.shape[1], k.shape[1], mask) or _missing()
 
 
 def _refusal_of_mask(num_queries: int, num_keys: int, mask: Mask) -> str | None:
@@ -50,6 +51,16 @@ def _refusal_of_mask(num_queries: int, num_keys: int, mask: Mask) -> str | None:
         return "its windows are causal"
     if mask.window is not None and num_queries > num_keys:
         return f"its windows need a key at each of the {num_queries} queries' positions, not {num_keys} keys"
+    return None
+
+
+def _missing() -> str | None:
+    """That JAX finds no cuDNN on this machine, in its words; its public function looks when it is traced."""
+    heads = jax.ShapeDtypeStruct((1, 64, 1, 64), "bfloat16")
+    try:
+        jax.eval_shape(functools.partial(jax.nn.dot_product_attention, implementation="cudnn"), heads, heads, heads)
+    except RuntimeError as error:
+        return f"JAX cannot use it here: {' '.join(str(error).split())}"
     return None
 
 

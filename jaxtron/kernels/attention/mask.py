@@ -5,9 +5,10 @@ import math
 from dataclasses import dataclass, field
 
 import jax
+import jax.numpy as jnp
 
 from jaxtron.config import UserError
-from jaxtron.typing import Array, Float, Int
+from jaxtron.typing import Array, Bool, Float, Int
 
 
 @functools.partial(
@@ -51,6 +52,20 @@ class Mask:
     def factor(self, head_dim: int) -> float:
         """The scale in use for queries of `head_dim`."""
         return 1 / math.sqrt(head_dim) if self.scale is None else self.scale
+
+
+def allowed(mask: Mask, num_queries: int, num_keys: int) -> Bool[Array, "#B S T"]:
+    """True where a query attends to a key."""
+    queries = mask.q_offset + jnp.arange(num_queries)[:, None]
+    keys = mask.kv_offset + jnp.arange(num_keys)[None, :]
+    attends = jnp.ones((1, num_queries, num_keys), bool)
+    if mask.causal:
+        attends &= keys <= queries
+    if mask.window is not None:
+        attends &= jnp.abs(queries - keys) < mask.window
+    if mask.q_segments is not None and mask.kv_segments is not None:
+        attends &= mask.q_segments[:, :, None] == mask.kv_segments[:, None, :]
+    return attends
 
 
 def check_shapes(q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None = None) -> None:

@@ -7,8 +7,8 @@ Memory is quadratic in the sequence.
 import jax
 import jax.numpy as jnp
 
-from jaxtron.kernels.attention.mask import Mask
-from jaxtron.typing import Array, Bool, Float
+from jaxtron.kernels.attention.mask import Mask, allowed
+from jaxtron.typing import Array, Float
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -16,20 +16,6 @@ HIGHEST = jax.lax.Precision.HIGHEST
 def refusal(q: Array, k: Array, v: Array, mask: Mask, device_kind: str) -> str | None:
     """Never: it does all that a `Mask` can say, on any device."""
     return None
-
-
-def allowed(mask: Mask, num_queries: int, num_keys: int) -> Bool[Array, "#B S T"]:
-    """True where a query attends to a key."""
-    queries = mask.q_offset + jnp.arange(num_queries)[:, None]
-    keys = mask.kv_offset + jnp.arange(num_keys)[None, :]
-    attends = jnp.ones((1, num_queries, num_keys), bool)
-    if mask.causal:
-        attends &= keys <= queries
-    if mask.window is not None:
-        attends &= jnp.abs(queries - keys) < mask.window
-    if mask.q_segments is not None and mask.kv_segments is not None:
-        attends &= mask.q_segments[:, :, None] == mask.kv_segments[:, None, :]
-    return attends
 
 
 def forward(
