@@ -90,7 +90,7 @@ class BertSource:
 def make_pair(
     sentences: list[Integer[np.ndarray, "..."]], rng: np.random.RandomState
 ) -> tuple[Integer[np.ndarray, "A"], Integer[np.ndarray, "B"], bool]:
-    """The sentences in two parts, cut at a random place and in half of all cases swapped; the third value says which."""
+    """The sentences in two parts, cut at a random place and in half of all cases swapped (the third value)."""
     assert len(sentences) >= 2, "a pair needs two sentences"
     pivot = int(rng.randint(1, len(sentences))) if len(sentences) >= 3 else 1
     is_swapped = bool(rng.random_sample() < 0.5)
