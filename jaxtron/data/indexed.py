@@ -6,7 +6,6 @@ the sequence that each document starts with and N at the end (int64[D]), and for
 """
 
 import os
-import shutil
 import struct
 import uuid
 from array import array
@@ -16,9 +15,10 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Int8, Int32, Int64, Shaped
+from jaxtyping import Int8, Int32, Int64, Shaped, UInt8
 
 from jaxtron.config import UserError
+from jaxtron.data.storage import cache_root, local_copy, open_bytes
 
 MAGIC = b"MMIDIDX\0\0"
 VERSION = 1
@@ -37,6 +37,8 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 HEADER = struct.Struct("<9sQBQQ")
 # elements checked at once: bounds the memory of opening a file
 CHUNK = 1 << 20
+# bytes of another file appended at once
+COPIED = 1 << 24
 
 
 def token_dtype(vocab_size: int | None) -> np.dtype:
@@ -45,9 +47,13 @@ def token_dtype(vocab_size: int | None) -> np.dtype:
 
 
 class IndexedReader:
-    """Sequences of token ids by number, memory-mapped; safe for several threads.
+    """Sequences of token ids by number; safe for several threads.
+
+    Both files are memory-mapped; of a remote prefix (`gs://...`) the .idx is copied below the cache directory first,
+    and the .bin is read by ranges.
 
     Everything the .idx says is checked on opening; `UserError` names the file and the byte that is wrong.
+
     `lengths` are in tokens, `pointers` in bytes of the .bin; document d is the sequences `documents[d]` up to
     `documents[d + 1]`; `modes` is None for plain text.
     """
@@ -57,10 +63,11 @@ class IndexedReader:
     documents: Int64[np.ndarray, "D"]
     modes: Int8[np.ndarray, "N"] | None
 
-    def __init__(self, prefix: str):
+    def __init__(self, prefix: str, cache_directory: str | None = None):
         self.prefix = prefix
-        index_path, tokens_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-        index = _map(index_path)
+        self.cache_directory = cache_directory
+        index_path = f"{prefix}.idx"
+        (index,) = _whole(local_copy(index_path, cache_root(cache_directory)))
         self.dtype, num_sequences, num_documents, multimodal = _read_header(index_path, index)
         starts = HEADER.size + np.cumsum([0, 4 * num_sequences, 8 * num_sequences, 8 * num_documents])
 
@@ -73,19 +80,31 @@ class IndexedReader:
         self.modes = field(3, "i1", num_sequences) if multimodal else None
         num_bytes = self._check_sequences(index_path, starts)
         self._check_documents(index_path, int(starts[2]))
-        self._tokens = _map(tokens_path)
-        if len(self._tokens) != num_bytes:
-            what = "ends too early" if len(self._tokens) < num_bytes else "goes on too long"
+        self.tokens = open_bytes(f"{prefix}.bin")
+        if self.tokens.size != num_bytes:
+            what = "ends too early" if self.tokens.size < num_bytes else "goes on too long"
             raise UserError(
-                f"{tokens_path} {what}: it has {len(self._tokens)} bytes, but {index_path.name} speaks of {num_bytes}; "
+                f"{self.tokens.name} {what}: it has {self.tokens.size} bytes, but its .idx speaks of {num_bytes}; "
                 "copy or make both files again"
             )
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def __reduce__(self):
+        # another process maps the files itself
+        return IndexedReader, (self.prefix, self.cache_directory)
+
     def get(self, index: int, offset: int = 0, length: int | None = None) -> Shaped[np.ndarray, "T"]:
         """Tokens of one sequence from `offset` on, `length` of them or all; read-only; IndexError outside it."""
+        return self.get_parts([(index, offset, length)])[0]
+
+    def get_parts(self, parts: Sequence[tuple[int, int, int | None]]) -> list[Shaped[np.ndarray, "T"]]:
+        """`get` of several (index, offset, length), which a remote file gives in one go."""
+        return [found.view(self.dtype) for found in self.tokens.read([self._range(*part) for part in parts])]
+
+    def _range(self, index: int, offset: int, length: int | None) -> tuple[int, int]:
+        """Where the bytes of tokens lie in the .bin."""
         if not 0 <= index < len(self.lengths):
             raise IndexError(f"sequence {index} of {len(self.lengths)} in {self.prefix}")
         available = int(self.lengths[index]) - offset
@@ -95,9 +114,9 @@ class IndexedReader:
                 f"tokens {offset} to {offset + length} of sequence {index} with {self.lengths[index]} in {self.prefix}"
             )
         start = int(self.pointers[index]) + offset * self.dtype.itemsize
-        return self._tokens[start : start + length * self.dtype.itemsize].view(self.dtype)
+        return start, start + length * self.dtype.itemsize
 
-    def _check_sequences(self, path: Path, starts: Int64[np.ndarray, "4"]) -> int:
+    def _check_sequences(self, path: str, starts: Int64[np.ndarray, "4"]) -> int:
         """Bytes of all sequences; raises unless each has a length and they lie one after the other."""
         expected = 0
         for first in range(0, len(self.lengths), CHUNK):
@@ -120,7 +139,7 @@ class IndexedReader:
             expected = int(ends[-1])
         return expected
 
-    def _check_documents(self, path: Path, start: int) -> None:
+    def _check_documents(self, path: str, start: int) -> None:
         """Raises unless the documents are all sequences in order."""
         bounds = self.documents
         if bounds[0] != 0:
@@ -216,14 +235,8 @@ class IndexedWriter:
         self._lengths.frombytes(other.lengths.astype(np.intc).tobytes())
         self._documents.frombytes((other.documents[1:] + shift).astype(np.int64).tobytes())
         self._modes.frombytes(bytes(len(other)) if other.modes is None else other.modes.tobytes())
-        try:
-            with open(f"{prefix}.bin", "rb") as tokens:
-                shutil.copyfileobj(tokens, self._open_output(), length=1 << 24)
-        except OSError as error:
-            raise UserError(
-                f"cannot append {prefix}.bin to {self.prefix}.bin: {error.strerror or error}; "
-                "make the first readable and the second writable, with room"
-            ) from error
+        for start in range(0, other.tokens.size, COPIED):
+            self._write(*other.tokens.read([(start, min(start + COPIED, other.tokens.size))]))
 
     def _open_output(self) -> BinaryIO:
         assert self._output is not None, "an IndexedWriter is a context manager: with IndexedWriter(...) as writer"
@@ -266,17 +279,12 @@ def _to_disk(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _map(path: Path) -> np.ndarray:
-    """The bytes of a file, read-only and not yet read."""
-    try:
-        # an empty file cannot be mapped
-        return np.asarray(np.memmap(path, np.uint8, mode="r")) if path.stat().st_size else np.empty(0, np.uint8)
-    except OSError as error:
-        hint = "give PREFIX where PREFIX.bin and PREFIX.idx are readable files"
-        raise UserError(f"cannot read {path}: {error.strerror or error}; {hint}") from error
+def _whole(path: str) -> list[UInt8[np.ndarray, "B"]]:
+    content = open_bytes(path)
+    return content.read([(0, content.size)])
 
 
-def _read_header(path: Path, index: np.ndarray) -> tuple[np.dtype, int, int, bool]:
+def _read_header(path: str, index: np.ndarray) -> tuple[np.dtype, int, int, bool]:
     """Type of the tokens, number of sequences and document bounds, and whether modes follow."""
     if len(index) < HEADER.size:
         raise _damaged(path, len(index), f"it ends within the header of {HEADER.size} bytes")
@@ -300,5 +308,5 @@ def _read_header(path: Path, index: np.ndarray) -> tuple[np.dtype, int, int, boo
     return DTYPES[code], num_sequences, num_documents, len(index) > size
 
 
-def _damaged(path: Path, offset: int, what: str) -> UserError:
+def _damaged(path: str, offset: int, what: str) -> UserError:
     return UserError(f"{path} is damaged at byte {offset}: {what}; copy or make it again")

@@ -1,5 +1,7 @@
 """Megatron's mock data: documents of random lengths whose tokens count upwards."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Int32
 
@@ -18,6 +20,10 @@ class MockReader:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def get_parts(self, parts: Sequence[tuple[int, int, int | None]]) -> list[Int32[np.ndarray, "T"]]:
+        """`get` of several (index, offset, length)."""
+        return [self.get(*part) for part in parts]
 
     def get(self, index: int, offset: int = 0, length: int | None = None) -> Int32[np.ndarray, "T"]:
         """Tokens of one document from `offset` on, `length` of them or all; IndexError outside it."""
