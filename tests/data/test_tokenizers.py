@@ -6,7 +6,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxtron.config import UserError
-from jaxtron.data.tokenizers import ByteTokenizer, CharacterTokenizer, HuggingFaceTokenizer, load_tokenizer
+from jaxtron.data.tokenizers import ByteTokenizer, CharacterTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 TEXT = "Grüße, 世界!\r\n\tto be 🙂 or not to be\n"
 
@@ -98,3 +98,38 @@ def test_a_wrong_tokenizer_is_one_clear_line(tmp_path):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="the end of document </s> has no effect with the bytes tokenizer"):
         load_tokenizer("bytes", end_of_document="</s>")
+
+
+def test_a_batch_is_each_text_by_itself(tmp_path):
+    texts = [TEXT, "", "to be", "<|endoftext|>"]
+    tokenizers = [ByteTokenizer(), CharacterTokenizer("".join(texts))]
+    tokenizers.append(HuggingFaceTokenizer(write_tokenizer(tmp_path / "tokenizer.json")))
+    for tokenizer in tokenizers:
+        batch = tokenizer.encode_batch(texts)
+        assert [ids.tolist() for ids in batch] == [tokenizer.encode(text).tolist() for text in texts]
+        assert isinstance(tokenizer, Tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("special", "padding", "expected"),
+    [
+        (("</s>", "<pad>"), None, 1),
+        (("</s>",), None, None),
+        (("</s>",), "</s>", None),  # what many files say: the end of document, which is learned
+        (("</s>", "<fill>"), "<fill>", 1),
+        (("</s>", "<pad>"), "</s>", None),
+        (("</s>", "<pad>"), "[unknown]", 1),
+    ],
+)
+def test_a_pad_is_never_the_end_of_document(special, padding, expected, tmp_path):
+    path = write_tokenizer(tmp_path / "tokenizer.json", special=special)
+    if padding is not None:
+        tokenizer = FastTokenizer.from_file(str(path))
+        tokenizer.enable_padding(pad_token=padding, pad_id=0)
+        tokenizer.save(str(path))
+    assert HuggingFaceTokenizer(path).pad == expected
+
+
+def test_a_folder_means_its_tokenizer_json(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer.json")
+    assert load_tokenizer(str(tmp_path)).fingerprint == load_tokenizer(str(tmp_path / "tokenizer.json")).fingerprint
