@@ -104,12 +104,13 @@ def _open_folder(output: Path, folder: Path, identity: str) -> None:
             _say(f"going on with the curation in {output}")
             for stale in folder.glob("*/*.partial"):
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
-            return
-        if output.exists() and any(path.name != "work" for path in output.iterdir()):
-            raise UserError(f"{output} is not empty and holds no curation; choose another --output")
+        else:
+            if output.exists() and any(path.name != "work" for path in output.iterdir()):
+                raise UserError(f"{output} is not empty and holds no curation; choose another --output")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(settings, {"identity": identity})
         for path in (folder / "dropped", folder / "written", output / "documents"):
-            path.mkdir(parents=True, exist_ok=True)
-        write_json(settings, {"identity": identity})
+            path.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}; choose another --output") from error
 
@@ -152,15 +153,14 @@ def _run_stages(job: Job, engine: Engine) -> Job:
         save(job.path("tasks", "ngrams"), hashes=tasks.hashes, sizes=tasks.sizes)
     stage("scan", scan.scan_part, parts, lambda part: job.path("scan", f"{part.number:05d}"))
     job = replace(job, counts=tuple(write.read_summary(job, part.number)["survivors"] for part in parts))
-    shares = range(group.num_shares(job)) if job.bounds[-1] else range(0)
+    shares = range(group.num_shares(job))
     if "exact" in steps:
         stage("exact duplicates", group.group_equal, shares, lambda share: job.path("equal", f"{share:03d}"))
     if job.bands is not None:
         tasks = [(band, share) for band in range(job.bands.bands) for share in shares]
         if job.config.near.verify == "exact":
             stage("candidates", group.find_candidates, tasks, lambda t: job.path("candidates", group.task_name(t)))
-            scanned = parts if shares else []
-            stage("shingles", group.write_shingles, scanned, lambda part: job.path("shingles", f"{part.number:05d}"))
+            stage("shingles", group.write_shingles, parts, lambda part: job.path("shingles", f"{part.number:05d}"))
         stage("near duplicates", group.link_alike, tasks, lambda task: job.path("alike", group.task_name(task)))
     if not job.path("decisions", "all").exists():
         write.decide(job)
