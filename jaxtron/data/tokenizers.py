@@ -145,7 +145,7 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        return [np.fromiter(encoding.ids, np.int64, len(encoding)) for encoding in encodings]
 
     def decode(self, ids: Integer[np.ndarray, "T"]) -> str:
         kept = [token for token in np.asarray(ids).tolist() if token in self._meaningful]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from jaxtron.command import run_command
 from jaxtron.config import UserError
 from jaxtron.data.gpt_index import order_digest
+from jaxtron.preprocess import curate
 from jaxtron.preprocess.inspect import inspect, text
 from jaxtron.preprocess.merge import merge
 from jaxtron.preprocess.request import parse_inspect, parse_merge, parse_order, parse_tokenize
@@ -63,7 +64,12 @@ def run_order(argv: list[str]) -> int:
     return 0
 
 
-SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {"merge": run_merge, "inspect": run_inspect, "order": run_order}
+SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "merge": run_merge,
+    "inspect": run_inspect,
+    "order": run_order,
+    "curate": curate.main,
+}
 
 
 if __name__ == "__main__":

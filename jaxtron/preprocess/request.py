@@ -130,7 +130,7 @@ def _tokenize_parser() -> _Parser:
         "",
         "Tokenize JSON lines, Parquet or plain text into Megatron's PREFIX.bin and PREFIX.idx, documents in the order "
         "of the input whatever the number of workers. A command that was stopped goes on when it is run again. "
-        "Subcommands, each with its own --help: merge, inspect, order.",
+        "Subcommands, each with its own --help: merge, inspect, order, curate.",
     )
     add = parser.add_argument
     add(

@@ -224,7 +224,10 @@ def test_a_damaged_line_is_named_or_left_out(line, reason, tmp_path, monkeypatch
 
 def test_a_damaged_row_and_a_damaged_text(tmp_path):
     path = write_parquet(tmp_path / "in.parquet", {"text": ["a", None, "c"]})
-    assert f"{path} row 2: 'text' is a null" in run("--input", path, "--tokenizer", "bytes", "--output", "out").err
+    assert (
+        f"{path} row 2: 'text' is a null"
+        in run("--input", path, "--tokenizer", "bytes", "--output", tmp_path / "out").err
+    )
     (tmp_path / "in.txt").write_bytes(b"ab\xff")
     done = run("--input", tmp_path / "in.txt", "--tokenizer", "bytes", "--output", tmp_path / "out")
     assert "in.txt: not UTF-8 text: byte 0xff at offset 2" in done.err
@@ -275,7 +278,7 @@ def test_a_compressed_file_that_is_cut_or_broken(suffix, tmp_path):
             "has no column 'a', only text; set --json-key",
         ),
         ("--input {broken} --tokenizer bytes --output {out}", "is no readable Parquet file"),
-        ("mege --input a", "unknown subcommand 'mege'; give --input for tokenizing, or merge, inspect, order"),
+        ("mege --input a", "unknown subcommand 'mege'; give --input for tokenizing, or merge, inspect, order, curate"),
         (
             "merge --input a",
             "the following arguments are required: --output; python -m jaxtron.preprocess merge --help",
@@ -319,4 +322,4 @@ def test_a_missing_package_is_named_with_its_extra(package, extra, flags, tmp_pa
 
 def test_help_lists_the_subcommands():
     done = subprocess.run([sys.executable, "-m", "jaxtron.preprocess", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "merge, inspect, order" in done.stdout and done.stderr == ""
+    assert done.returncode == 0 and "merge, inspect, order, curate" in done.stdout and done.stderr == ""
