@@ -6,7 +6,7 @@ import pytest
 from jaxtron.config import UserError
 from jaxtron.data.boundaries import Boundaries
 from jaxtron.data.fill_in_middle import FillInMiddle, FillInMiddleSource, fill_in_middle
-from jaxtron.data.source import WindowSource
+from jaxtron.data.source import Source, WindowSource
 from jaxtron.data.tokenizers import ByteTokenizer
 
 PREFIX, MIDDLE, SUFFIX, FILE, END = 301, 302, 303, 304, 256
@@ -156,6 +156,7 @@ def source(*, tokens=None, boundaries=None, pad_last=True, **changes):
 
 def test_samples_keep_their_length_and_their_targets_are_one_ahead():
     wrapped, inner = source(rate=1)
+    assert isinstance(wrapped, Source)
     assert len(wrapped) == len(inner) and wrapped.sequence_length == 64
     for index in range(len(wrapped)):
         sample, before = wrapped[index], inner[index]

@@ -293,3 +293,5 @@ def test_settings_that_cannot_be_are_errors(reader):
         BertSource(reader, rows, sequence_length=64, vocabulary=BERT, seed=1)
     with pytest.raises(UserError, match="room for 62 tokens of text"):
         T5Source(reader, rows, encoder_length=64, decoder_length=64, vocabulary=T5, seed=1)
+    with pytest.raises(UserError, match="a sample of one sentence is no pair"):
+        BertSource(reader, rows_of(reader, max_length=61, min_sentences=1), sequence_length=64, vocabulary=BERT, seed=1)

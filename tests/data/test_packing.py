@@ -7,6 +7,7 @@ import pytest
 
 from jaxtron.config import UserError
 from jaxtron.data.packing import PackedSequence, PackedSource, pack_first_fit, pack_row
+from jaxtron.data.source import Source
 
 
 def plain_first_fit(lengths, capacity):
@@ -101,6 +102,7 @@ def test_every_sequence_is_whole_in_one_row_and_weighs_on_its_answers_only(decre
         # ids that say whose they are
         sequences.append(sequence(number * 100 + np.arange(length), random.rand(length) < 0.4))
     source = PackedSource(Store(sequences), sequence_length=64, decreasing=decreasing)
+    assert isinstance(source, Source)
     seen, used = [], 0
     for index in range(len(source)):
         row = source[index]

@@ -56,6 +56,10 @@ class BertSource:
         if masking.geometric:
             raise UserError("geometric n-grams are for T5; BERT's masking draws n with p(n) ~ 1/n")
         _check_rows(reader, rows, most_tokens=sequence_length - SPECIAL_TOKENS)
+        if pairs and len(rows) and (rows[:, 1] - rows[:, 0]).min() < 2:
+            raise UserError(
+                "a sample of one sentence is no pair; build the mapping with min_sentences 2, or ask for none"
+            )
         self.sequence_length = sequence_length
         self._reader = reader
         self._rows = rows
