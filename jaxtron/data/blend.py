@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64, Int16, Int64
+from jaxtyping import Bool, Float64, Int16, Int64
 
 from jaxtron.config import UserError
 
@@ -112,44 +112,55 @@ def _greedy(
     picks = np.empty((steps, len(starts)), np.int16)
     drift, again = None, np.arange(len(starts))
     while len(again):
-        walking = _Chains(shares, sizes, starts[again], begins[again].copy())
-        _walk(walking, picks, ends, again, drift)
-        right = np.concatenate([begins[:1], ends[:-1]])
-        again = np.flatnonzero((right != begins).any(axis=1))
-        drift, begins = (right - begins)[again], right
+        chains = _Chains(shares, sizes, starts[again], begins.take(again, axis=1))
+        _walk(chains, picks, ends, again, drift)
+        right = np.concatenate([begins[:, :1], ends[:, :-1]], axis=1)
+        again = np.flatnonzero((right != begins).any(axis=0))
+        drift, begins = (right - begins).take(again, axis=1), right
     return np.ascontiguousarray(picks.T).reshape(-1)[:length]
 
 
-@dataclass
 class _Chains:
-    """Chains at one step: their places and the counts there."""
+    """Chains at one step: their places, and the counts there, which are the caller's to give away."""
 
-    shares: Float64[np.ndarray, "K"]
-    sizes: Int64[np.ndarray, "K"] | None
-    places: Int64[np.ndarray, "C"]
-    counts: Float64[np.ndarray, "C K"]
+    def __init__(
+        self,
+        shares: Float64[np.ndarray, "K"],
+        sizes: Int64[np.ndarray, "K"] | None,
+        places: Int64[np.ndarray, "C"],
+        counts: Float64[np.ndarray, "K C"],
+    ):
+        self.shares = shares.tolist()
+        self.sizes = None if sizes is None else sizes.tolist()
+        self.places = places.astype(np.float64)
+        self.counts = counts
 
-    def step(self) -> Int64[np.ndarray, "C"]:
+    def step(self) -> Int16[np.ndarray, "C"]:
         """The dataset that comes next in each chain."""
-        lag = self.shares * np.maximum(self.places, 1).astype(np.float64)[:, None] - self.counts
-        if self.sizes is not None:
-            lag[self.counts >= self.sizes] = -np.inf
-        picks = lag.argmax(axis=1)
-        self.counts[np.arange(len(picks)), picks] += 1
-        self.places = self.places + 1
+        time = np.maximum(self.places, 1)
+        picks, most = np.zeros(len(time), np.int16), np.full(len(time), -np.inf)
+        for number, (share, counts) in enumerate(zip(self.shares, self.counts, strict=True)):
+            lag = share * time
+            lag -= counts
+            if self.sizes is not None:
+                lag[counts >= self.sizes[number]] = -np.inf
+            np.copyto(picks, number, where=lag > most)
+            np.maximum(most, lag, out=most)
+        _add_at(self.counts, picks, 1)
+        self.places += 1
         return picks
 
-    def keep(self, which: np.ndarray) -> None:
+    def keep(self, which: Bool[np.ndarray, "C"]) -> None:
         """Leaves out the chains that `which` does not name."""
-        self.places, self.counts = self.places[which], self.counts[which]
+        self.places, self.counts = self.places[which], np.compress(which, self.counts, axis=1)
 
 
 def _walk(
     chains: _Chains,
     picks: Int16[np.ndarray, "L C"],
-    ends: Float64[np.ndarray, "C K"],
+    ends: Float64[np.ndarray, "K C"],
     columns: Int64[np.ndarray, "A"],
-    drift: Float64[np.ndarray, "A K"] | None,
+    drift: Float64[np.ndarray, "K A"] | None,
 ) -> None:
     """Writes what the chains of some columns pick and where they end.
 
@@ -158,25 +169,31 @@ def _walk(
     for step in range(len(picks)):
         picked = chains.step()
         if drift is not None:
-            rows = np.arange(len(columns))
-            drift[rows, picked] += 1
-            drift[rows, picks[step, columns]] -= 1
+            _add_at(drift, picked, 1)
+            _add_at(drift, picks[step, columns], -1)
         picks[step, columns] = picked
         if drift is not None and step % LOOK == LOOK - 1:
-            apart = drift.any(axis=1)
+            apart = drift.any(axis=0)
             if not apart.all():
-                columns, drift = columns[apart], drift[apart]
+                columns, drift = columns[apart], np.compress(apart, drift, axis=1)
                 chains.keep(apart)
             if not len(columns):
                 return
-    ends[columns] = chains.counts
+    ends[:, columns] = chains.counts
 
 
-def _guess(shares: Float64[np.ndarray, "K"], places: Int64[np.ndarray, "C"]) -> Float64[np.ndarray, "C K"]:
+def _add_at(counts: Float64[np.ndarray, "K C"], rows: Int16[np.ndarray, "C"], amount: int) -> None:
+    """Adds to one row of each column."""
+    assert counts.flags.c_contiguous
+    # one flat index is several times faster than two
+    counts.reshape(-1)[rows * np.int64(counts.shape[1]) + np.arange(counts.shape[1])] += amount
+
+
+def _guess(shares: Float64[np.ndarray, "K"], places: Int64[np.ndarray, "C"]) -> Float64[np.ndarray, "K C"]:
     """Counts near the shares that add up to the place: rounded down, and the largest remainders up."""
-    exact = shares * places[:, None].astype(np.float64)
+    exact = shares[:, None] * places
     counts = np.floor(exact)
-    missing = places - counts.sum(axis=1)
-    rank = np.argsort(np.argsort(counts - exact, axis=1, kind="stable"), axis=1)
-    counts[rank < missing[:, None]] += 1
+    missing = places - counts.sum(axis=0)
+    rank = np.argsort(np.argsort(counts - exact, axis=0, kind="stable"), axis=0)
+    counts[rank < missing] += 1
     return counts

@@ -17,7 +17,7 @@ from jaxtron.data.indexed import IndexedReader
 from jaxtron.data.splits import split_ranges
 
 # sequences handled at once: what is worked on stays in a core's cache
-CHUNK = 1 << 16
+CHUNK = 1 << 17
 INT32_MAX = 2**31 - 1
 # below this part of an epoch, the last one is shuffled for itself
 SEPARATE_FINAL_EPOCH = 0.80
@@ -77,7 +77,7 @@ def build_gpt_index(
     if not num_tokens:
         raise UserError(f"{name} has no tokens in the {len(sequences)} sequences of this split; give it more")
     packed <<= 32
-    packed |= np.arange(sequences.start, sequences.stop)
+    packed |= np.arange(sequences.start, sequences.stop, dtype=np.int32)
     epochs = _epochs(num_tokens, sequence_length=sequence_length, samples=samples, extra=extra)
     random = np.random.RandomState(seed)
     packed = _shuffled_epochs(packed, epochs, random)
@@ -125,7 +125,7 @@ def _shuffled_epochs(
     packed: Integer[np.ndarray, "S"], epochs: Epochs, random: np.random.RandomState
 ) -> Integer[np.ndarray, "D"]:
     """All epochs shuffled together, or all but the last and then the last."""
-    repeated = np.tile(packed, epochs.count)
+    repeated = np.tile(packed, epochs.count) if epochs.count > 1 else packed
     last = len(repeated) if epochs.separate is None else len(repeated) - len(packed)
     for part in (repeated[:last], repeated[last:]) if epochs.separate is not None else (repeated,):
         random.shuffle(part)

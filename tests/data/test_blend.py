@@ -97,8 +97,8 @@ def test_bad_guesses_cost_time_but_change_nothing(monkeypatch):
     rng = np.random.default_rng(2)
 
     def wild(shares, places):
-        counts = rng.integers(0, 50, (len(places), len(shares))).astype(np.float64)
-        counts[0] = 0
+        counts = rng.integers(0, 50, (len(shares), len(places))).astype(np.float64)
+        counts[:, 0] = 0
         return counts
 
     monkeypatch.setattr(blend, "_guess", wild)
