@@ -9,6 +9,7 @@ from jaxtron.preprocess.curate.quality import (
     broken_length,
     broken_rules,
     duplicate_ngram_share,
+    repeated_ngrams,
     top_ngram_share,
 )
 
@@ -98,8 +99,8 @@ def test_shares_of_repeated_ngrams(seed):
     vocabulary = ["a", "bb", "ccc", "dddd"]
     texts = [" ".join(random.choice(vocabulary, random.integers(1, 40))) for _ in range(20)]
     units = words(texts)
-    for size in (2, 3, 5):
-        top, duplicate = top_ngram_share(units, size), duplicate_ngram_share(units, size)
+    for size, repeated in repeated_ngrams(units, [2, 3, 5]).items():
+        top, duplicate = top_ngram_share(units, repeated), duplicate_ngram_share(units, repeated)
         expected = np.array([plain_shares(text, size) for text in texts])
         np.testing.assert_allclose(top, expected[:, 0])
         np.testing.assert_allclose(duplicate, expected[:, 1])

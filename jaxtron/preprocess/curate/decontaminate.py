@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int64, UInt64
 
 from jaxtron.config import UserError
 from jaxtron.preprocess.curate.config import Decontaminate
-from jaxtron.preprocess.curate.hashing import WORD, Units, ngrams, words
+from jaxtron.preprocess.curate.hashing import WORD, Units, ngrams_of_sizes, words
 from jaxtron.preprocess.documents import Damage, read_documents
 from jaxtron.preprocess.inputs import Position, find_inputs, kind_of, read_chunks
 
@@ -48,8 +48,8 @@ def read_tasks(config: Decontaminate) -> TaskNgrams:
     for path in find_inputs(config.tasks):
         units = words(_task_texts(path, config.fields))
         lengths = np.diff(units.bounds)
-        for size in range(config.min_ngram, config.ngram + 1):
-            found, places = ngrams(units, size)
+        sizes_wanted = range(config.min_ngram, config.ngram + 1)
+        for size, (found, places) in ngrams_of_sizes(units, sizes_wanted).items():
             documents = np.searchsorted(units.bounds, places, side="right") - 1
             # tasks that are shorter than the n-gram count as a whole
             wanted = np.full(len(found), True) if size == config.ngram else lengths[documents] == size
@@ -82,8 +82,7 @@ def find_hits(
 ) -> tuple[Int64[np.ndarray, "N"], Int64[np.ndarray, "N"], Int64[np.ndarray, "N"]]:
     """Every n-gram of documents that is a task's: its document, its first word there, and its number in `tasks`."""
     documents, firsts, numbers = [], [], []
-    for size in np.unique(tasks.sizes).tolist():
-        found, places = ngrams(units, size)
+    for size, (found, places) in ngrams_of_sizes(units, np.unique(tasks.sizes).tolist()).items():
         likely = np.flatnonzero(tasks.marks[_low_bits(found)])
         number = np.minimum(np.searchsorted(tasks.hashes, found[likely]), len(tasks.hashes) - 1)
         hit = (tasks.hashes[number] == found[likely]) & (tasks.sizes[number] == size)

@@ -96,29 +96,39 @@ def mixed(values: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
 
 def combined(columns: Sequence[UInt64[np.ndarray, "N"]]) -> UInt64[np.ndarray, "N"]:
     """One hash of each row, in which the order of its columns counts."""
-    total = np.full(len(columns[0]), len(columns), np.uint64)
+    total = np.full(len(columns[0]), _GOLDEN)
     for column in columns:
-        total = (total ^ column) * _FIRST
-        total ^= total >> np.uint64(29)
+        total = _chained(total, column)
     return mixed(total)
 
 
 def ngrams(units: Units, size: int) -> tuple[UInt64[np.ndarray, "N"], Int64[np.ndarray, "N"]]:
     """The hash of every `size` units in a row within a document, and the place of the first of them in `units`."""
-    starts = ngram_starts(units, size)
-    if not len(starts):
-        return np.empty(0, np.uint64), starts
-    length = len(units.hashes) - size + 1
-    return combined([units.hashes[k : k + length] for k in range(size)])[starts], starts
+    return ngrams_of_sizes(units, [size])[size]
 
 
-def ngram_starts(units: Units, size: int) -> Int64[np.ndarray, "N"]:
-    """Where n-grams of so many units begin, none over the end of a document."""
-    room = np.ones(max(len(units.hashes) - size + 1, 0), bool)
-    for offset in range(1, size):
-        late = units.bounds[1:] - offset
-        room[late[(late >= 0) & (late < len(room))]] = False
-    return np.flatnonzero(room)
+def ngrams_of_sizes(
+    units: Units, sizes: Sequence[int]
+) -> dict[int, tuple[UInt64[np.ndarray, "N"], Int64[np.ndarray, "N"]]]:
+    """The n-grams of several sizes, each made from those of one unit less."""
+    found = {}
+    total, fits = np.full(len(units.hashes), _GOLDEN), np.ones(len(units.hashes), bool)
+    for size in range(1, max(sizes) + 1):
+        length = max(len(units.hashes) - size + 1, 0)
+        total, fits = _chained(total[:length], units.hashes[size - 1 :]), fits[:length]
+        # those that begin so many units before the end of a document do not fit in it
+        late = units.bounds[1:] - size + 1
+        fits[late[(late >= 0) & (late < length) & (size > 1)]] = False
+        if size in sizes:
+            starts = np.flatnonzero(fits)
+            found[size] = mixed(total[starts]), starts
+    return found
+
+
+def _chained(total: UInt64[np.ndarray, "N"], column: UInt64[np.ndarray, "N"]) -> UInt64[np.ndarray, "N"]:
+    total = (total ^ column) * _FIRST
+    total ^= total >> np.uint64(29)
+    return total
 
 
 def shingles(units: Units, size: int) -> tuple[UInt64[np.ndarray, "N"], Int64[np.ndarray, "D+1"]]:

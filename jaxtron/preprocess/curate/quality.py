@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from jaxtron.preprocess.curate.config import Length, Quality
-from jaxtron.preprocess.curate.hashing import Units, ngrams
+from jaxtron.preprocess.curate.hashing import Units, mixed, ngrams_of_sizes
 
 BULLETS = ("-", "*", "\u2022", "\u2023", "\u25e6", "\u2043", "\u25cf", "\u25aa")
 ELLIPSES = ("...", "\u2026")
@@ -68,9 +69,9 @@ def _measures(text: str, words: list[str], lines: list[str], rules: Quality) -> 
     yield "max_bullet_lines", _share(line.startswith(BULLETS) for line in lines)
     yield "max_ellipsis_lines", _share(line.endswith(ELLIPSES) for line in lines)
     if rules.min_alphabetic_words is not None:
-        yield "min_alphabetic_words", _share(any(map(str.isalpha, word)) for word in words)
+        yield "min_alphabetic_words", _share(word.isalpha() or any(map(str.isalpha, word)) for word in words)
     if rules.min_stop_words is not None:
-        present = {word.lower() for word in words}
+        present = set(text.lower().split())
         yield "min_stop_words", sum(word in present for word in rules.stop_words)
     repeated, characters = _repeated(lines)
     yield "max_duplicate_lines", repeated
@@ -86,78 +87,85 @@ def _measures(text: str, words: list[str], lines: list[str], rules: Quality) -> 
 
 
 class _Repetition:
-    """How much of each document its repeated n-grams hold, all documents at once, longer n-grams only where needed."""
+    """How much of each document its repeated n-grams hold, all documents and sizes at once."""
 
     def __init__(self, units: Units, rules: Quality):
-        self._limits = [
-            *((f"max_top_ngram[{i}]", SHORTEST_TOP_NGRAM + i, x) for i, x in enumerate(rules.max_top_ngram)),
+        top = [(SHORTEST_TOP_NGRAM + i, limit) for i, limit in enumerate(rules.max_top_ngram)]
+        duplicate = [(SHORTEST_DUPLICATE_NGRAM + i, limit) for i, limit in enumerate(rules.max_duplicate_ngrams)]
+        sizes = sorted({size for size, _ in [*top, *duplicate]})
+        repeated = repeated_ngrams(units, sizes) if sizes else {}
+        self._rules = [
+            *((f"max_top_ngram[{i}]", top_ngram_share(units, repeated[n]), x) for i, (n, x) in enumerate(top)),
             *(
-                (f"max_duplicate_ngrams[{i}]", SHORTEST_DUPLICATE_NGRAM + i, x)
-                for i, x in enumerate(rules.max_duplicate_ngrams)
+                (f"max_duplicate_ngrams[{i}]", duplicate_ngram_share(units, repeated[n]), x)
+                for i, (n, x) in enumerate(duplicate)
             ),
-        ]
-        num_top = len(rules.max_top_ngram)
-        self._shares = [
-            (top_ngram_share if i < num_top else duplicate_ngram_share)(units, size)
-            for i, (_, size, _) in enumerate(self._limits)
         ]
 
     def of(self, document: int) -> Iterator[tuple[str, float, float]]:
         """Name, value and limit of every rule about n-grams."""
-        for (name, _, limit), shares in zip(self._limits, self._shares, strict=True):
+        for name, shares, limit in self._rules:
             yield name, float(shares[document]), limit
 
 
-def top_ngram_share(units: Units, size: int) -> Float64[np.ndarray, "D"]:
+@dataclass(frozen=True)
+class Repeated:
+    """N-grams of one size that occur more than once in their document: place of each, and how often it occurs."""
+
+    size: int
+    places: Int64[np.ndarray, "N"]
+    counts: Int64[np.ndarray, "N"]
+
+
+def repeated_ngrams(units: Units, sizes: Sequence[int]) -> dict[int, Repeated]:
+    """What every document repeats, by size."""
+    found = {}
+    document_hashes = mixed(np.arange(len(units.bounds) - 1, dtype=np.uint64))
+    of_unit = np.repeat(document_hashes, np.diff(units.bounds))
+    for size, (hashes, places) in ngrams_of_sizes(units, sizes).items():
+        # documents are told apart within the hash: one sort does for all of them
+        hashes = hashes ^ of_unit[places]
+        order = np.argsort(hashes)
+        starts = np.flatnonzero(np.diff(hashes[order]))
+        starts = np.concatenate([np.zeros(min(len(order), 1), np.int64), starts + 1])
+        times = np.diff(np.append(starts, len(order)))
+        counts = np.repeat(times, times)
+        found[size] = Repeated(size, places[order][counts > 1], counts[counts > 1])
+    return found
+
+
+def top_ngram_share(units: Units, repeated: Repeated) -> Float64[np.ndarray, "D"]:
     """The share of each document's letters in its most frequent n-gram, if that occurs more than once.
 
     Among equally frequent ones the longest counts, as if occurrences did not overlap, and 1 at most.
     """
-    places, documents, groups, counts = _grouped(units, size)
-    letters = _letters(units, places, size) * counts[groups]
+    before = _letters_before(units)
+    letters = (before[repeated.places + repeated.size] - before[repeated.places]) * repeated.counts
+    documents = np.searchsorted(units.bounds, repeated.places, side="right") - 1
     # the most frequent, then the longest, comes last
-    order = np.lexsort((letters, counts[groups], documents))
-    order = order[counts[groups[order]] > 1]
-    last = np.flatnonzero(np.diff(documents[order], append=-1))
+    order = np.lexsort((letters, repeated.counts, documents))
+    last = order[np.flatnonzero(np.diff(documents[order], append=-1))]
     share = np.zeros(len(units.bounds) - 1)
-    share[documents[order[last]]] = letters[order[last]]
+    share[documents[last]] = letters[last]
     return np.minimum(share / _document_letters(units), 1.0)
 
 
-def duplicate_ngram_share(units: Units, size: int) -> Float64[np.ndarray, "D"]:
+def duplicate_ngram_share(units: Units, repeated: Repeated) -> Float64[np.ndarray, "D"]:
     """The share of each document's letters in n-grams that occur more than once, each letter counted once."""
-    places, _, groups, counts = _grouped(units, size)
-    repeated = places[counts[groups] > 1]
     change = np.zeros(len(units.hashes) + 1, np.int64)
-    np.add.at(change, repeated, 1)
-    np.add.at(change, repeated + size, -1)
+    change[repeated.places] += 1
+    change[repeated.places + repeated.size] -= 1
     covered = np.cumsum(change[:-1]) > 0
     before = np.concatenate([[0], np.cumsum(units.lengths * covered)])
     return np.diff(before[units.bounds]) / _document_letters(units)
 
 
-def _grouped(
-    units: Units, size: int
-) -> tuple[Int64[np.ndarray, "N"], Int64[np.ndarray, "N"], Int64[np.ndarray, "N"], Int64[np.ndarray, "G"]]:
-    """Place, document and group of every n-gram, and how often each group occurs; groups are within a document."""
-    hashes, places = ngrams(units, size)
-    documents = np.searchsorted(units.bounds, places, side="right") - 1
-    order = np.lexsort((hashes, documents))
-    new = np.ones(len(order), bool)
-    new[1:] = (np.diff(hashes[order]) != 0) | (np.diff(documents[order]) != 0)
-    groups = np.empty(len(order), np.int64)
-    groups[order] = np.cumsum(new) - 1
-    return places, documents, groups, np.bincount(groups)
-
-
-def _letters(units: Units, places: Int64[np.ndarray, "N"], size: int) -> Int64[np.ndarray, "N"]:
-    before = np.concatenate([[0], np.cumsum(units.lengths)])
-    return before[places + size] - before[places]
+def _letters_before(units: Units) -> Int64[np.ndarray, "W+1"]:
+    return np.concatenate([[0], np.cumsum(units.lengths)])
 
 
 def _document_letters(units: Units) -> Int64[np.ndarray, "D"]:
-    before = np.concatenate([[0], np.cumsum(units.lengths)])
-    return np.maximum(np.diff(before[units.bounds]), 1)
+    return np.maximum(np.diff(_letters_before(units)[units.bounds]), 1)
 
 
 def _repeated(parts: list[str]) -> tuple[float, float]:
