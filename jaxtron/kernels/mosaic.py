@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
+from jaxtron.kernels.varying import vary_alike
 from jaxtron.typing import Array
 
 # what it exports is typed too narrowly
@@ -154,12 +155,15 @@ def kernel(
     scratch: Sequence[Any],
     warpgroups: int,
     target: Target,
+    name: str,
+    flops: int,
 ) -> Callable[..., Any]:
     """A Mosaic GPU kernel of `body(*inputs, *outputs, *scratch)`.
 
-    `grid` names the axes of the blocks, `warpgroups` counts those of a block, whose axis is `warpgroup`.
+    `grid` names the axes of the blocks, `warpgroups` counts those of a block, whose axis is `warpgroup`. The compiled
+    program carries `name` and the most `flops` of its products, which its text does not show.
     """
-    return plgpu.kernel(
+    run = plgpu.kernel(
         body,
         out_type=list(outputs),
         grid=tuple(grid.values()),
@@ -170,3 +174,10 @@ def kernel(
         interpret=target.interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
+
+    @jax.named_scope(f"mosaic.{name}.flops{flops}")
+    def call(*inputs: Any) -> Any:
+        # a kernel's outputs are typed as the same on all devices, whatever its inputs are
+        return vary_alike((run(*inputs), inputs))[0]
+
+    return call

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxtron.config import UserError
-from jaxtron.models.pattern import ATTENTION
+from jaxtron.models.pattern import ATTENTIONS
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.sharding.mesh import AXES, MeshConfig
 from jaxtron.train.config import Configuration
@@ -124,7 +124,7 @@ def layouts(config: Configuration, num_gpus: int, gpus_per_node: int) -> Iterato
     """
     model, batch = config.model, config.train.global_batch
     recomputes = tuple(dict.fromkeys((model.recompute, "none", "selective", "full")))
-    if not model.layout.count(ATTENTION):
+    if not model.layout.count(*ATTENTIONS):
         recomputes = tuple(name for name in recomputes if name != "selective")
     for tensor in _divisors(min(gpus_per_node, num_gpus)):
         if num_gpus % tensor or not _splits(config, tensor):

@@ -13,7 +13,7 @@ from jaxtron.gpus import Gpu
 from jaxtron.layers.loss import CHUNK_ELEMENTS
 from jaxtron.layers.mlp import GATED
 from jaxtron.models.decoder import Decoder
-from jaxtron.models.pattern import ATTENTION, MLP
+from jaxtron.models.pattern import ATTENTIONS, MLP
 from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.schedules import make_schedule
 from jaxtron.plan.activations import Kept, kept_bytes
@@ -105,9 +105,9 @@ class Estimator:
         slots = _slots(shortened(config, stages), stages)
         chunk_rows, chunks = self._chunk_rows(config, stages), config.pipeline.chunks if stages > 1 else 1
         state = self.state(config, sizes)
-        kept = self._kept_bytes(config, tensor)
+        kept = self._kept_bytes(config, tensor, sizes["context"], gpu.device_kind)
         width = DTYPES[train.precision].itemsize
-        x = rows * config.data.sequence_length * model.hidden_size * width // tensor
+        x = rows * config.data.sequence_length * model.hidden_size * width // (tensor * sizes["context"])
         travels = stages * chunks > 1
         held = (slots.activations + 1 if travels else 0) + slots.gradients + 1 + travels
         used = MemoryUse(
@@ -124,7 +124,8 @@ class Estimator:
             capacity=gpu.memory_bytes,
             stages=(),
         )
-        return replace(used, temporaries=_temporaries(config, sizes, slots, chunk_rows, kept, state, used))
+        temporaries = _temporaries(config, sizes, gpu.device_kind, slots, chunk_rows, kept, state, used)
+        return replace(used, temporaries=temporaries)
 
     def state(self, config: Configuration, sizes: dict[str, int]) -> State:
         """Of all parameters; a `UserError` where one does not divide, or the layers cannot be shared out."""
@@ -152,16 +153,17 @@ class Estimator:
             self._rows[key] = shortened(config, num_stages).partition(num_stages).chunk_rows
         return self._rows[key]
 
-    def _kept_bytes(self, config: Configuration, tensor: int) -> Kept:
-        key = (config.model.recompute, tensor)
+    def _kept_bytes(self, config: Configuration, tensor: int, context: int, kind: str) -> Kept:
+        key = (config.model.recompute, tensor, context, kind)
         if key not in self._kept:
-            self._kept[key] = kept_bytes(config, tensor)
+            self._kept[key] = kept_bytes(config, tensor, context, kind)
         return self._kept[key]
 
 
 def _temporaries(
     config: Configuration,
     sizes: dict[str, int],
+    kind: str,
     slots: Slots,
     chunk_rows: int,
     kept: Kept,
@@ -174,16 +176,17 @@ def _temporaries(
     Gathered at use, the largest array's gradients are transposed once more. With stages, the reductions of the step's
     end run at the same time, each with a transposed copy; without, one after the other.
     """
-    model, tensor, length = config.model, sizes["tensor"], config.data.sequence_length
+    model, tensor, length = config.model, sizes["tensor"], config.data.sequence_length // sizes["context"]
     rows = config.train.global_batch // config.train.microbatches // (sizes["data"] * sizes["fsdp"])
     width = DTYPES[config.train.precision].itemsize
     tokens, matrix = rows * length, model.hidden_size * model.mlp_width // tensor
-    layer = SCORES * FLOAT * tokens * length * model.num_heads / tensor * bool(model.layout.count(ATTENTION))
+    has_scores = None in config.attention_choices(sizes["context"], kind).values()
+    layer = SCORES * FLOAT * tokens * length * model.num_heads / tensor * has_scores
     layer += MATRICES * FLOAT * matrix + HIDDEN * tokens * width * model.mlp_width / tensor
     vocab = model.padded_vocab // tensor
     head = TABLES * FLOAT * vocab * model.hidden_size + LOGITS * FLOAT * min(tokens * vocab, CHUNK_ELEMENTS)
     loop = max(layer, head) + PAIRS * rows * chunk_rows * slots.pairs * kept.pairs
-    loop += slots.residuals * chunk_rows * rows * _transposed(config, tensor, rows, chunk_rows)
+    loop += slots.residuals * chunk_rows * rows * _transposed(config, sizes, rows, chunk_rows)
     if state.gathered:
         loop += state.largest + TABLES * FLOAT * vocab * model.hidden_size
     if config.sharding.zero != "optimizer" or sizes["data"] == 1:
@@ -192,15 +195,15 @@ def _temporaries(
     return round(max(loop, reduced - used.weights - used.activations - used.messages))
 
 
-def _transposed(config: Configuration, tensor: int, rows: int, chunk_rows: int) -> int:
+def _transposed(config: Configuration, sizes: dict[str, int], rows: int, chunk_rows: int) -> int:
     """Bytes of one row of a period that a loop over layers keeps a second time."""
-    model, length = config.model, config.data.sequence_length
+    model, tensor, length = config.model, sizes["tensor"], config.data.sequence_length // sizes["context"]
     width = DTYPES[config.train.precision].itemsize
     if "layer" in model.recomputed:
         return 0
     found = 0
     if "attention" not in model.recomputed:
-        heads = sum(branch.count(ATTENTION) for branch in model.layout.period)
+        heads = sum(branch.count(symbol) for branch in model.layout.period for symbol in ATTENTIONS)
         found += heads * length * width * model.num_heads * model.head_size // tensor
     # of one row and in a loop of several layers only, and where it is kept as it is multiplied
     if rows == 1 and chunk_rows > 1 and "mlp" not in model.recomputed and model.activation not in GATED:

@@ -11,6 +11,8 @@ _OPERAND = re.compile(r"%([\w.\-]+)")
 # of a `dot`, and of a library's product
 _CONTRACTED = re.compile(r'\blhs_contracting_dims=\{([\d,]*)\}|"lhs_contracting_dimensions":\[([\d,"]*)\]')
 _LIBRARY = "__cublas$"
+# a kernel of ours, which says how many it has (`kernels/mosaic.py`)
+_KERNEL = re.compile(r"mosaic\.\w+\.flops(\d+)")
 _BRANCHES = ("false_computation", "true_computation", "branch_computations")
 
 
@@ -40,14 +42,13 @@ class Work:
 def work(module: hlo.Module, computation: str | None = None) -> Work:
     """The products of a computation (none: the program's entry), loops counted by their trips.
 
-    They are `dot`s and calls of cuBLAS. A `ValueError` for a loop whose trips are unknown.
+    They are `dot`s, calls of cuBLAS, and kernels of ours. A `ValueError` for a loop whose trips are unknown.
     """
     name = module.entry if computation is None else computation
     shapes = {instruction.name: instruction.results for instruction in module.computations.get(name, ())}
     flops, choices = 0, []
     for instruction in module.computations.get(name, ()):
-        if _is_product(instruction):
-            flops += _dot(instruction, shapes)
+        flops += _product(instruction, shapes)
         if instruction.opcode == "conditional":
             choices.append(Choice(1, tuple(work(module, branch) for branch in _branches(instruction))))
             continue
@@ -65,8 +66,8 @@ def most(
 
     `shapes` are those of its computation's instructions, `known` the FLOPs of computations already counted.
     """
-    if _is_product(instruction):
-        return _dot(instruction, shapes)
+    if product := _product(instruction, shapes):
+        return product
     if instruction.opcode == "conditional":
         return max((_most_of(module, branch, known) for branch in _branches(instruction)), default=0)
     total = 0
@@ -102,11 +103,13 @@ def _branches(instruction: hlo.Instruction) -> list[str]:
     return [name for wanted in _BRANCHES for role, name in called if role == wanted]
 
 
-def _is_product(instruction: hlo.Instruction) -> bool:
-    return instruction.opcode == "dot" or (instruction.opcode == "custom-call" and _LIBRARY in instruction.attributes)
-
-
-def _dot(instruction: hlo.Instruction, shapes: dict[str, tuple[hlo.Array, ...]]) -> int:
+def _product(instruction: hlo.Instruction, shapes: dict[str, tuple[hlo.Array, ...]]) -> int:
+    """FLOPs of the instruction itself, 0 if it is no product."""
+    is_call = instruction.opcode == "custom-call"
+    if is_call and (match := _KERNEL.search(instruction.attributes)):
+        return int(match[1])
+    if instruction.opcode != "dot" and not (is_call and _LIBRARY in instruction.attributes):
+        return 0
     left = shapes[_OPERAND.findall(instruction.arguments)[0]][0].shape
     match = _CONTRACTED.search(instruction.attributes)
     dims = [int(dim) for dim in re.findall(r"\d+", "".join(filter(None, match.groups())))] if match else []

@@ -5,10 +5,9 @@ A microbatch has n = b * s tokens on a device; the letters are those of 2205.051
 
 from dataclasses import dataclass, field, replace
 
-from jaxtron.layers.flash import SHORT
 from jaxtron.layers.mlp import GATED
 from jaxtron.models.config import ModelConfig
-from jaxtron.models.pattern import ATTENTION, Branch
+from jaxtron.models.pattern import ATTENTIONS, MLP, WINDOW, Branch
 from jaxtron.pipeline.figures import Slot
 from jaxtron.plan.machine import CollectiveKind, Product
 from jaxtron.plan.practice import Practice
@@ -136,12 +135,11 @@ class Shapes:
         return self.model.padded_vocab / self.tensor
 
 
-def shapes_of(config: Configuration, sizes: dict[str, int], practice: Practice) -> Shapes:
-    """The sizes of a configuration on a mesh of these sizes by axis."""
-    shards, length = sizes["data"] * sizes["fsdp"], config.data.sequence_length
-    if practice.attention == "plain" and not config.model.attention_dropout:
-        if sizes["context"] > 1 or length > SHORT or config.model.attention.implementation != "auto":
-            practice = replace(practice, attention="fused")
+def shapes_of(config: Configuration, sizes: dict[str, int], practice: Practice, kind: str) -> Shapes:
+    """The sizes of a configuration on a mesh of these sizes by axis, of GPUs of this kind (`Gpu.device_kind`)."""
+    shards = sizes["data"] * sizes["fsdp"]
+    if practice.attention == "plain" and None not in config.attention_choices(sizes["context"], kind).values():
+        practice = replace(practice, attention="fused")
     return Shapes(
         model=config.model,
         practice=practice,
@@ -170,12 +168,14 @@ def period_parameters(shapes: Shapes) -> float:
     attention = hidden * model.head_size * (2 * shapes.heads + 2 * shapes.kv_heads)
     mlp = hidden * shapes.mlp_width * (3 if model.activation in GATED else 2)
     layout, period_layers = model.layout, len(model.layout.period)
-    count = {symbol: sum(branch.count(symbol) for branch in layout.period) for symbol in "*-"}
+    attentions, mlps = (
+        sum(branch.count(symbol) for branch in layout.period for symbol in symbols) for symbols in (ATTENTIONS, (MLP,))
+    )
     vectors = period_layers * hidden * (2 if model.norm != "rms_norm" and model.bias else 1)
     if model.bias:
-        vectors += count["*"] * (hidden + model.head_size * (shapes.heads + 2 * shapes.kv_heads))
-        vectors += count["-"] * (hidden + shapes.mlp_width * (2 if model.activation in GATED else 1))
-    return count["*"] * attention + count["-"] * mlp + vectors
+        vectors += attentions * (hidden + model.head_size * (shapes.heads + 2 * shapes.kv_heads))
+        vectors += mlps * (hidden + shapes.mlp_width * (2 if model.activation in GATED else 1))
+    return attentions * attention + mlps * mlp + vectors
 
 
 def embedding_parameters(shapes: Shapes) -> float:
@@ -236,7 +236,7 @@ def _branch(shapes: Shapes, branch: Branch) -> Slots:
         weight=Work(collectives=again),
     )
     for symbol in branch:
-        found += _attention(shapes) if symbol == ATTENTION else _mlp(shapes)
+        found += _mlp(shapes) if symbol == MLP else _attention(shapes, symbol == WINDOW)
         found += _residual(shapes)
     return found
 
@@ -255,12 +255,12 @@ def _residual(shapes: Shapes) -> Slots:
     )
 
 
-def _attention(shapes: Shapes) -> Slots:
+def _attention(shapes: Shapes, in_window: bool) -> Slots:
     model, n, d = shapes.model, shapes.tokens, shapes.model.head_size
     heads, kv_heads = shapes.heads, shapes.kv_heads
     projections = _linear(shapes, model.hidden_size, (heads + 2 * kv_heads) * d)
     projections += _linear(shapes, heads * d, model.hidden_size)
-    core = _core(shapes)
+    core = _core(shapes, in_window)
     if model.position == "rotary":
         rotated = Work(stream=2 * n * (heads + kv_heads) * d * shapes.width, kernels=1)
         projections += Slots(forward=rotated, backward=rotated)
@@ -286,8 +286,8 @@ def _travelling(shapes: Shapes) -> Slots:
     return Slots(forward=Work(collectives=(gather,)), backward=Work(collectives=back))
 
 
-def _core(shapes: Shapes) -> Slots:
-    """Scores, softmax, dropout and the mix of values."""
+def _core(shapes: Shapes, in_window: bool) -> Slots:
+    """Scores, softmax, dropout and the mix of values; a kernel leaves out what is outside of a window."""
     model, s, d = shapes.model, shapes.length, shapes.model.head_size
     count, queries = shapes.rows * shapes.heads, s / shapes.parts
     square = count * queries * s
@@ -295,6 +295,12 @@ def _core(shapes: Shapes) -> Slots:
     if shapes.practice.attention == "fused":
         # forward two products of the half below the diagonal; the backward makes the scores again: five
         product = 2.0 * square * d
+        if in_window:
+            # of a window as many scores a query as it is long: the formulas count no more either
+            inside = count * queries * d * min(model.attention.window or s, s)
+            kernel = {"attention_flops": 4.0 * inside, "stream": 4 * count * queries * d * shapes.width, "kernels": 1}
+            again = {"attention_flops": 10.0 * inside, "masked_flops": -2.0 * inside}
+            return Slots(Work(**kernel), Work(**{**kernel, **again}))
         keys = count * queries * d * shapes.width
         return Slots(
             forward=Work(attention_flops=product, masked_flops=product, stream=4 * keys, kernels=1),

@@ -4,6 +4,7 @@ import functools
 import math
 from dataclasses import dataclass, fields
 
+from jaxtron.gpus import gpu_named
 from jaxtron.models.cost import model_flops_per_token
 from jaxtron.pipeline.figures import Slot, Walk, starts, walk
 from jaxtron.pipeline.partition import Partition
@@ -158,7 +159,7 @@ def predict(
     """
     config = config.resolved()
     config.check_mesh(sizes)
-    shapes = operations.shapes_of(config, sizes, practice)
+    shapes = operations.shapes_of(config, sizes, practice, gpu_named(machine.gpu).device_kind)
     timer = Timer(machine, sizes, gpus_per_node, practice, config.sharding.zero)
     table, walked = _walk(config, sizes["pipe"])
     partition = config.partition(sizes["pipe"])

@@ -24,8 +24,6 @@ from jaxtron.plan.table import aligned, duration, size
 from jaxtron.train.config import Configuration
 
 FORMAT = 1
-# how the text of a program names a Pallas kernel
-KERNEL = "mosaic_gpu"
 BAR = 30
 
 
@@ -51,6 +49,7 @@ class Plan:
     messages: tuple[int, int]
     prediction: Prediction
     compiled_flops: int | None
+    attention: tuple[str, ...]
     padding: float
     surprises: list[Surprise]
     advice: str | None
@@ -90,6 +89,7 @@ def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
         messages=message_counts(lower(config.schedule(sizes["pipe"]))),
         prediction=predict(config, sizes, machine, gpus_per_node=rehearsal.gpus_per_node, practice=practice),
         compiled_flops=_executed(rehearsal),
+        attention=rehearsal.attention,
         padding=_padding(config),
         surprises=surprises(rehearsal),
         advice=None if memory.fits else first_change(config, sizes, memory),
@@ -97,9 +97,8 @@ def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
 
 
 def _executed(rehearsal: Rehearsal) -> int | None:
-    """FLOPs of the compiled program's products; None where they depend on a stage's table or on data, or are in kernels
-    of our own, which the program's text does not show."""
-    if rehearsal.mesh.shape["pipe"] > 1 or KERNEL in rehearsal.hlo:
+    """FLOPs of the compiled program's products; None where they depend on a stage's table or on data."""
+    if rehearsal.mesh.shape["pipe"] > 1:
         return None
     try:
         return flops.work(rehearsal.module).most
@@ -131,6 +130,7 @@ def text(plan: Plan, tokens: float | None = None) -> str:
             f"{plan.title}: {_count(plan.parameters)} parameters on {plan.num_gpus} {plan.gpu} "
             f"({nodes} nodes), compiled with JAX {plan.jax_version} in {plan.rehearsal_seconds:.0f} s",
             f"mesh: {mesh}; {plan.schedule}",
+            *plan.attention,
             "",
             *_memory(plan),
             "",

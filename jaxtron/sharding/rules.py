@@ -71,13 +71,15 @@ class Rules:
     gather_once: tuple[str, ...]
     gather_at_use: tuple[str, ...]
     context: ContextConfig = ContextConfig()
+    kind: str | None = None
+    """What the devices are to be taken for, where others stand for them."""
     whole_sequences: bool = False
     """Every device along `context` has whole sequences all the same (sampling)."""
 
     @property
     def device_kind(self) -> str:
         """What the mesh's devices are, as `jax.Device.device_kind`."""
-        return self.mesh.devices.flat[0].device_kind
+        return self.kind or self.mesh.devices.flat[0].device_kind
 
     @property
     def context_size(self) -> int:

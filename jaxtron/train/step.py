@@ -246,10 +246,11 @@ def jit_step(trainer: Trainer) -> Callable[[TrainState, Batch], tuple[TrainState
 
 
 def _compiler_options() -> dict[str, int]:
-    """A pipeline's messages overlap its stages' work, which XLA counts as so many collectives at once: allow them."""
+    """A pipeline's messages, and a ring's blocks, travel beside work and several at once: XLA would allow one."""
     mesh = current().mesh
-    is_pipeline_on_gpu = mesh.shape["pipe"] > 1 and mesh.devices.flat[0].platform != "cpu"
-    return {"xla_gpu_experimental_parallel_collective_overlap_limit": 8} if is_pipeline_on_gpu else {}
+    sends = mesh.shape["pipe"] > 1 or mesh.shape["context"] > 1
+    is_on_gpu = mesh.devices.flat[0].platform != "cpu"
+    return {"xla_gpu_experimental_parallel_collective_overlap_limit": 8} if sends and is_on_gpu else {}
 
 
 def _updates(optimizer: PyTree) -> Int[Array, ""]:

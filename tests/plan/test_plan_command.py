@@ -58,7 +58,7 @@ def configuration(flags: str) -> Configuration:
 def test_bytes_of_a_layer_shrink_with_what_splits_them():
     # no masks and no statistics of whole sequences: what is left is split by tensor
     flags = "--model.hidden_size 64 --model.num_heads 4 --train.microbatches 8 --model.recompute"
-    whole = {"pipe": 2, "data": 1, "fsdp": 1, "tensor": 1}
+    whole = {"pipe": 2, "data": 1, "fsdp": 1, "context": 1, "tensor": 1}
     full, none = (layer_bytes(configuration(f"{flags} {level}"), whole) for level in ("full", "none"))
     # all of its input in bf16: batch 4, sequence, width
     assert full == 4 * configuration(flags + " full").data.sequence_length * 64 * 2 < none / 8

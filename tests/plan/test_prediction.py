@@ -16,6 +16,7 @@ from jaxtron.plan.prediction import Prediction, predict
 from jaxtron.train.config import Configuration
 
 A100 = machine_named("a100")
+KIND = gpu_named("a100").device_kind
 ONE = dict.fromkeys(("pipe", "data", "fsdp", "context", "tensor"), 1)
 NOTHING_HIDDEN = replace(JAXTRON, overlap=Overlap())
 
@@ -34,7 +35,7 @@ def predicted(config: Configuration, machine: Machine = A100, practice=JAXTRON, 
 
 
 def layer_collectives(config: Configuration, slot: str, practice=JAXTRON, **sizes: int) -> list[tuple[str, float]]:
-    work = getattr(period(shapes_of(config, ONE | sizes, practice)), slot)
+    work = getattr(period(shapes_of(config, ONE | sizes, practice, KIND)), slot)
     return sorted((one.kind, one.size * one.count) for one in work.collectives)
 
 
@@ -84,7 +85,7 @@ def test_flops_are_those_of_the_papers():
 
 def test_parameters_are_those_of_the_formula():
     layers, h, s, v = 16, 2048, 1024, 51200
-    shapes = shapes_of(configuration(), ONE, JAXTRON)
+    shapes = shapes_of(configuration(), ONE, JAXTRON, KIND)
     # 2104.04473 Eq. 2, without the final norm's 2h there too
     formula = 12 * layers * h**2 * (1 + 13 / (12 * h) + (v + s) / (12 * layers * h))
     assert layers * period_parameters(shapes) + embedding_parameters(shapes) == pytest.approx(formula, rel=1e-12)
@@ -110,7 +111,7 @@ def test_a_layer_communicates_as_the_compiled_step_does():
 
 def test_weights_are_gathered_at_use_by_fsdp_and_zero_3():
     config = configuration(sharding={"zero": "parameters"})
-    parameters = period_parameters(shapes_of(config, ONE, JAXTRON))
+    parameters = period_parameters(shapes_of(config, ONE, JAXTRON, KIND))
     for slot, kind in (("forward", "all_gather"), ("backward", "all_gather"), ("weight", "reduce_scatter")):
         assert layer_collectives(config, slot, fsdp=4, data=2) == [(kind, pytest.approx(2 * parameters))]
     exposed = predicted(config, practice=NOTHING_HIDDEN, fsdp=4, data=2)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtron.config import UserError
 from jaxtron.typing import Array, Bool, Float, Int
@@ -66,6 +67,20 @@ def allowed(mask: Mask, num_queries: int, num_keys: int) -> Bool[Array, "#B S T"
     if mask.q_segments is not None and mask.kv_segments is not None:
         attends &= mask.q_segments[:, :, None] == mask.kv_segments[:, None, :]
     return attends
+
+
+def most_pairs(mask: Mask, num_queries: int, num_keys: int) -> int:
+    """Pairs of a query and a key that attend, if documents and traced offsets forbid none."""
+    width = num_keys if mask.window is None else mask.window * (1 if mask.causal else 2) - (not mask.causal)
+    if not all(isinstance(offset, int) for offset in (mask.q_offset, mask.kv_offset)):
+        return num_queries * min(num_keys, width)
+    places = np.arange(num_queries) + mask.q_offset - mask.kv_offset
+    last = np.minimum(places, num_keys - 1) if mask.causal else np.full_like(places, num_keys - 1)
+    first = np.zeros_like(places)
+    if mask.window is not None:
+        first = np.maximum(places - mask.window + 1, 0)
+        last = np.minimum(last, places + mask.window - 1)
+    return int(np.maximum(last - first + 1, 0).sum())
 
 
 def check_shapes(q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None = None) -> None:

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxtron.kernels.attention.mask import Mask
+from jaxtron.kernels.attention.mask import Mask, most_pairs
 from jaxtron.kernels.attention.mosaic_tiles import Masked, Scoring, Tile, select, visitors
 from jaxtron.kernels.mosaic import (
     COLUMNS,
@@ -30,6 +30,7 @@ from jaxtron.kernels.mosaic import (
     transposed,
     unhoisted,
 )
+from jaxtron.kernels.varying import vary_alike
 from jaxtron.typing import Array, Float
 
 WARPGROUPS = 2
@@ -50,6 +51,10 @@ class Wanted:
     def ds(self) -> bool:
         """Whether it needs the gradient of the scores."""
         return self.dq or self.dk
+
+    def width(self, head_dim: int, value_dim: int) -> int:
+        """Multiply-adds for a pair of a query and a key: the score again, the gradient's, and what is wanted."""
+        return head_dim * (1 + self.dq + self.dk) + value_dim * (self.dv + self.ds)
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,8 @@ def backward(
         scratch=_scratch(q.dtype, head_dim, value_dim, wanted),
         warpgroups=WARPGROUPS + 1,
         target=target,
+        name="attention_backward",
+        flops=2 * rows * q.shape[2] * most_pairs(mask, *sizes) * wanted.width(head_dim, value_dim),
     )(
         visitors(mask, scoring, sizes[0], sizes[1], (BLOCK_QUERIES, BLOCK_KEYS)),
         (jnp.asarray(mask.q_offset, jnp.int32) - jnp.asarray(mask.kv_offset, jnp.int32))[None],
@@ -174,7 +181,8 @@ def backward(
     )
     made = list(made)
     dk, dv = (made.pop(0) if output is not None else None for output in outputs)
-    return None if total is None else total[...].sum(axis=0), dk, dv
+    # like a kernel's outputs (`kernel`)
+    return None if total is None else vary_alike((total[...].sum(axis=0), q))[0], dk, dv
 
 
 def _scratch(dtype: Any, head_dim: int, value_dim: int, wanted: Wanted) -> list[Any]:

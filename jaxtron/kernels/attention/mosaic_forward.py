@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxtron.kernels.attention.mask import Mask
+from jaxtron.kernels.attention.mask import Mask, most_pairs
 from jaxtron.kernels.attention.mosaic_tiles import Masked, Scoring, Tile, select, visits
 from jaxtron.kernels.mosaic import (
     ROWS,
@@ -118,6 +118,8 @@ def forward(
         scratch=_scratch(shape, q.dtype, head_dim, value_dim),
         warpgroups=shape.warpgroups + 1,
         target=target,
+        name="attention_forward",
+        flops=2 * rows * heads * most_pairs(mask, queries, keys) * (head_dim + value_dim),
     )(
         visits(mask, scoring, queries, keys, (shape.block_queries, shape.block_keys)),
         shift[None],

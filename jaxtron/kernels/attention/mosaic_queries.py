@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxtron.kernels.attention.mask import Mask
+from jaxtron.kernels.attention.mask import Mask, most_pairs
 from jaxtron.kernels.attention.mosaic_forward import Shape, copy_keys
 from jaxtron.kernels.attention.mosaic_tiles import Masked, Scoring, Tile, select, visits
 from jaxtron.kernels.mosaic import (
@@ -107,6 +107,8 @@ def backward(
         scratch=_scratch(shape, q.dtype, head_dim, value_dim),
         warpgroups=shape.warpgroups + 1,
         target=target,
+        name="attention_backward_queries",
+        flops=2 * rows * heads * most_pairs(mask, *sizes) * (2 * head_dim + value_dim),
     )(
         visits(mask, scoring, sizes[0], sizes[1], (shape.block_queries, shape.block_keys)),
         (jnp.asarray(mask.q_offset, jnp.int32) - jnp.asarray(mask.kv_offset, jnp.int32))[None],
