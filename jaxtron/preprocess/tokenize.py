@@ -18,7 +18,7 @@ from jaxtron.preprocess.request import Tokenize
 from jaxtron.preprocess.work import WorkFolder
 
 # what a kill can cost; writing the journal costs milliseconds
-SAVE_SECONDS = 1.0
+SAVE_SECONDS = 2.0
 # chunks that wait in order behind a slow one, a worker
 CHUNKS_AHEAD = 4
 
