@@ -94,7 +94,8 @@ def _first_lines(job: Job) -> np.ndarray:
     """Lines of each part's file before it."""
     before, path, first_lines = 0, None, []
     for part in job.parts:
-        before = before if part.path == path else 0
+        # the same file may be given twice in a row
+        before = before if part.path == path and part.start else 0
         first_lines.append(before)
         path, before = part.path, before + (read_summary(job, part.number)["lines"] or 0)
     return np.array(first_lines, np.int64)
