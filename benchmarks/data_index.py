@@ -174,7 +174,7 @@ def measure_blend(loops: ctypes.CDLL, num_datasets: int, options: argparse.Names
 
 
 def in_turns(parts: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of processor time of each, in turns; all of it is one thread, and other programs count less."""
+    """Median milliseconds of processor time of each, in turns; all is one thread, so other programs count less."""
     seconds = {name: [] for name in parts}
     for _ in range(repeats):
         for name, part in parts.items():
