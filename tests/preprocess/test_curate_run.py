@@ -1,5 +1,6 @@
 """Whole curations from files to files: what goes, what stays, where it is written, and what ends a run."""
 
+import errno
 import gzip
 import json
 import os
@@ -10,11 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxtron.config import UserError, load
 from jaxtron.preprocess.curate import Curation, curate, main
 from jaxtron.preprocess.curate import write as writing
+from jaxtron.preprocess.curate.engine import LocalEngine
 
 VOCABULARY = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "bdfgklmnprst"]
 
@@ -134,7 +137,7 @@ def test_bytes_add_up(corpus, tmp_path):
     "settings",
     [
         {"piece_bytes": 3000},
-        {"group_documents": 5},
+        {"group_documents": 20},
         {"steps": tuple(reversed(STEPS))},
         {"near": {"verify": "exact"}},
         {"workers": 2},
@@ -379,6 +382,55 @@ def test_done_is_done_and_another_curation_needs_another_folder(corpus, tmp_path
         file.write(json.dumps({"text": "new"}) + "\n")
     with pytest.raises(UserError, match="or input has changed"):
         run_corpus(tmp_path / "out", corpus)
+
+
+def test_a_file_given_twice_is_read_twice(tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [{"text": document(i)} for i in range(4)])
+    run(tmp_path / "out", source, source, steps=("exact",), piece_bytes=600)
+    assert len(documents_of(tmp_path / "out")) == 4
+    entries = dropped_of(tmp_path / "out")
+    assert [entry["line"] for entry in entries] == [entry["keeper"]["line"] for entry in entries] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_is_one_clear_line_and_the_run_goes_on(corpus, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", full)
+        with pytest.raises(UserError, match="somewhere: No space left on device; mend that and start the same"):
+            run_corpus(tmp_path / "out", corpus)
+    assert run_corpus(tmp_path / "out", corpus)["documents"] == 48
+
+
+def test_a_task_file_is_read_before_anything_is_written(corpus, tmp_path):
+    with pytest.raises(UserError, match="no key 'question'"):
+        run_corpus(tmp_path / "out", corpus, decontaminate={"tasks": (corpus[2],), "fields": ("question",)})
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_at_once_do_not_mix(corpus, tmp_path, monkeypatch):
+    messages = []
+
+    def second(*_):
+        with pytest.raises(UserError) as error:
+            run_corpus(tmp_path / "out", corpus)
+        messages.append(str(error.value))
+        raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writing, "decide", second)
+        with pytest.raises(Stop):
+            run_corpus(tmp_path / "out", corpus)
+    assert len(messages) == 1 and "another process is at work in" in messages[0]
+    assert run_corpus(tmp_path / "out", corpus)["documents"] == 48
+
+
+def test_a_worker_that_is_killed_is_one_clear_line():
+    engine = LocalEngine(2)
+    with pytest.raises(UserError, match="a worker was killed, perhaps for want of memory; start the same command"):
+        list(engine.run(os._exit, [9]))
+    engine.close()
 
 
 class Stop(Exception):

