@@ -32,7 +32,7 @@ class Length(Config):
 
 
 class Quality(Config):
-    """A document that breaks a rule is dropped; none switches a rule off. Defaults: Gopher (2112.11446, table A1)."""
+    """A document that breaks a rule is dropped; none switches a rule off. Defaults: Gopher (2112.11446, appendix A)."""
 
     min_words: int | None = Field(default=50, ge=0, description="Words, split at white space, a document needs.")
     max_words: int | None = Field(default=100_000, ge=1, description="Words a document may have.")
