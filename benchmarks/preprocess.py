@@ -2,8 +2,8 @@
 
 The texts are cut into documents (at WikiText's titles, or at blank lines) and repeated; a byte-level BPE is trained on
 them unless --tokenizer names a tokenizer.json. Bare is the tokenizer's library on texts in memory until their ids are
-there, as many threads as the command has workers; the command reads JSON lines, and its time is that of the whole process. They take turns.
-On a machine that others use too, the seconds of processor time of one worker tell more than those of the clock.
+there, as many threads as the command has workers. The command reads JSON lines, and its time is that of the whole
+process. They take turns. On a machine that others use too, the processor time of one worker tells more than the clock.
 """
 
 import argparse

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from token_runs import run, same_files, texts, texts_of, write_bpe, write_lines,
 import jaxtron.preprocess.inputs as inputs
 import jaxtron.preprocess.tokenize as tokenize
 import jaxtron.preprocess.work as work
+from jaxtron.preprocess.__main__ import main
 
 
 class Killed(BaseException):
@@ -26,7 +28,7 @@ class Killed(BaseException):
 
 def test_a_killed_command_goes_on(tmp_path):
     """SIGKILL with workers under way: they end too, and the next run does only what is left."""
-    given = texts(1500, most_words=1500)
+    given = texts(800, most_words=1500)
     bpe = write_bpe(tmp_path / "tokenizer.json", given[:20])
     write_lines(tmp_path / "in.jsonl.gz", given)
     flags = ["--input", str(tmp_path / "in.jsonl.gz"), "--tokenizer", str(bpe), "--append-eod"]
@@ -43,7 +45,7 @@ def test_a_killed_command_goes_on(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     done = json.loads(journals[0].read_text())["documents"]
-    assert 0 < done < 1500 and not (tmp_path / "killed.bin").exists()
+    assert 0 < done < 800 and not (tmp_path / "killed.bin").exists()
     while any(is_running(worker) for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -54,9 +56,18 @@ def test_a_killed_command_goes_on(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def children(process: int) -> list[int]:
+    """Processes that any thread of a process started; none where it has ended."""
+    try:
+        return [
+            int(pid) for task in Path(f"/proc/{process}/task").glob("*/children") for pid in task.read_text().split()
+        ]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
 def descendants(process: int) -> list[int]:
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [pid for child in map(int, children) for pid in (child, *descendants(child))]
+    return [pid for child in children(process) for pid in (child, *descendants(child))]
 
 
 def is_running(process: int) -> bool:
@@ -64,6 +75,29 @@ def is_running(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_worker_that_is_killed_is_one_line_and_goes_on(tmp_path):
+    """As the system kills what takes too much memory."""
+    given = texts(1000, most_words=300)
+    write_lines(tmp_path / "in.jsonl", given)
+    bpe = write_bpe(tmp_path / "tokenizer.json", given[:20])
+    flags = ("--input", tmp_path / "in.jsonl", "--tokenizer", bpe, "--output")
+    earlier = set(descendants(os.getpid()))
+
+    def kill():
+        # the server that forks them is a child, they are its children
+        while not (new := {pid for child in descendants(os.getpid()) for pid in children(child)} - earlier):
+            time.sleep(0.01)
+        os.kill(max(new), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    done = run(*flags, tmp_path / "out", "--workers", 2)
+    killer.join()
+    assert done.code == 2 and done.err.startswith("error: a worker was killed, perhaps for want of memory"), done.err
+    assert run(*flags, tmp_path / "out").code == run(*flags, tmp_path / "whole").code == 0
+    assert same_files(tmp_path / "out", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz", "in.jsonl.zst", "in.parquet", "folder"])
@@ -320,6 +354,7 @@ def test_a_missing_package_is_named_with_its_extra(package, extra, flags, tmp_pa
     assert done.code == 2 and f'pip install "jaxtron[{extra}]"' in done.err and done.err.count("\n") == 1
 
 
-def test_help_lists_the_subcommands():
-    done = subprocess.run([sys.executable, "-m", "jaxtron.preprocess", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "merge, inspect, order, curate" in done.stdout and done.stderr == ""
+def test_help_lists_the_subcommands(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0 and "merge, inspect, order, curate" in capsys.readouterr().out
