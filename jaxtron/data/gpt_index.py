@@ -82,10 +82,7 @@ def build_gpt_index(
     random = np.random.RandomState(seed)
     packed = _shuffled_epochs(packed, epochs, random)
     usable = epochs.count * num_tokens - extra
-    if drop_last_partial:
-        num_samples = usable // sequence_length
-    else:
-        num_samples = math.ceil(np.float32(usable) / np.float32(sequence_length))
+    num_samples = _num_samples(usable, sequence_length=sequence_length, drop_last_partial=drop_last_partial)
     return GPTIndex(
         documents=packed.astype(np.int32),
         samples=_sample_index(packed, sequence_length=sequence_length, extra=extra, num_samples=num_samples),
@@ -119,6 +116,12 @@ def _epochs(num_tokens: int, *, sequence_length: int, samples: int | None, extra
     in_one = (num_tokens - extra) // sequence_length
     separate = count > 1 and samples - before_last < int(SEPARATE_FINAL_EPOCH * in_one)
     return Epochs(count=count, separate=before_last if separate else None)
+
+
+def _num_samples(num_targets: int, *, sequence_length: int, drop_last_partial: bool) -> int:
+    if drop_last_partial:
+        return num_targets // sequence_length
+    return math.ceil(np.float32(num_targets) / np.float32(sequence_length))
 
 
 def _shuffled_epochs(

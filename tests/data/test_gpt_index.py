@@ -149,11 +149,18 @@ def test_indices_are_those_of_a_plain_loop(monkeypatch, chunk):
     assert min(seen.values()) > 50
 
 
-@pytest.mark.parametrize(
-    ("tokens", "extra_token", "num_samples"),
-    [(33_554_437, False, 16_777_218), (33_554_438, True, 16_777_218), (33_554_439, True, 16_777_220)],
-)
+FLOAT32 = [(33_554_437, False, 16_777_218), (33_554_438, True, 16_777_218), (33_554_439, True, 16_777_220)]
+
+
+@pytest.mark.parametrize(("tokens", "extra_token", "num_samples"), FLOAT32)
 def test_partial_samples_are_counted_in_float32_as_megatron_does(tokens, extra_token, num_samples):
+    count = gpt_index._num_samples(tokens - extra_token, sequence_length=2, drop_last_partial=False)
+    assert count == num_samples
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tokens", "extra_token", "num_samples"), FLOAT32)
+def test_partial_samples_beyond_float32(tokens, extra_token, num_samples):
     settings = {"sequence_length": 2, "samples": None, "seed": 0, "extra_token": extra_token}
     index = build_gpt_index(np.array([tokens], np.int32), range(1), drop_last_partial=False, **settings)
     assert len(index) == num_samples

@@ -168,13 +168,13 @@ def build_in_process(directory, number, barrier):
 
 def test_processes_share_one_entry(tmp_path):
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(3)
-    workers = [context.Process(target=build_in_process, args=(tmp_path, number, barrier)) for number in range(3)]
+    barrier = context.Barrier(2)
+    workers = [context.Process(target=build_in_process, args=(tmp_path, number, barrier)) for number in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert [worker.exitcode for worker in workers] == [0, 0]
     assert len(list(tmp_path.glob("built-*"))) == 1 and len(entries(tmp_path)) == 1
 
 
