@@ -58,8 +58,9 @@ def backward(
     lse, delta = (_last(way.to_heads(_first(x))) for x in (lse, delta))
     query, key, value, cotangent = (way.to_heads(x) for x in (q, k, v, dout))
     parts = _backward_ring(way, query, key, value, lse, delta, cotangent, run)
-    dq, dk, dv = (way.to_sequence(part) for part in parts)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    # complete, so that the way back needs no more than their own precision
+    dq, dk, dv = (way.to_sequence(part.astype(q.dtype)) for part in parts)
+    return dq, dk, dv
 
 
 @dataclass(frozen=True)
@@ -237,8 +238,12 @@ def _backward_ring(
                 sums[index] = sums[index] + part.astype(jnp.float32)
         return dq, dk, dv
 
-    def add(sums: tuple[Array, Array, Array], source: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    def own(source: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
         dq, dk, dv = (jnp.concatenate(part, 1) for part in compute(source, k, v))
+        return dq, dk, dv
+
+    def add(sums: tuple[Array, Array, Array], source: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        dq, dk, dv = own(source, k, v)
         return sums[0] + dq, sums[1] + dk, sums[2] + dv
 
     def step(carry: tuple, number: Array) -> tuple[tuple, None]:
@@ -247,10 +252,15 @@ def _backward_ring(
         *following, dk, dv = way.pass_on(k, v, dk, dv)
         return (*following, *add((dq, dk, dv), (way.member - number) % way.outer, k, v)), None
 
-    dq, dk, dv = (vary(jnp.zeros(x.shape, jnp.float32)) for x in (q, k, v))
+    k, v = vary(k), vary(v)
     if way.outer == 1:
-        return add((dq, dk, dv), way.member, k, v)
-    (k, v, dq, dk, dv), _ = jax.lax.scan(step, (vary(k), vary(v), dq, dk, dv), jnp.arange(way.outer - 1))
+        return own(way.member, k, v)
+    # by themselves, for there are no sums yet to send
+    following = way.pass_on(k, v)
+    carry = (*following, *own(way.member, k, v))
+    if way.outer > 2:
+        carry, _ = jax.lax.scan(step, carry, jnp.arange(1, way.outer - 1))
+    k, v, dq, dk, dv = carry
     dk, dv = way.pass_on(dk, dv)
     dq, dk, dv = add((dq, dk, dv), (way.member + 1) % way.outer, k, v)
     # home, to whose block it is, complete

@@ -28,13 +28,20 @@ _PAIRS = re.compile(rf'(?:\bsource_target_pairs=|{_SENT_PAIRS}="?)(\{{(?:\{{\d+,
 UNKNOWN_AXES = ("?",)
 
 
+def part_of(axis: str) -> tuple[str, int | None]:
+    """A mesh axis and, where only neighbours along it communicate ("context/8"), how many of them."""
+    name, _, count = axis.partition("/")
+    return name, int(count) if count else None
+
+
 @dataclass(frozen=True)
 class Collective:
     """One communication instruction of the program; several arrays may travel combined in it.
 
     `bytes` is the payload of one execution per device: what an all-gather has gathered, what a reduce-scatter reduces,
     the array of an all-reduce, all-to-all or permutation. `shapes` are the arrays so counted.
-    `axes` are the mesh axes whose groups communicate: `()` if no data leaves the device, `("?",)` if groups match none.
+    `axes` are the mesh axes whose groups communicate: `()` if no data leaves the device, `("?",)` if groups match none,
+    `("context/8",)` if they are eight neighbours along `context`.
     `group_size` is the number of devices of those axes; 0 marks a permutation without pairs, whose result is zeros.
     `loops` are trip counts of the loops around it, outermost first, None where the compiler does not know.
     `source` is the traced operation it came from, or its innermost loop's where XLA lost it; `location` is `file:line`;
@@ -60,6 +67,11 @@ class Collective:
     def operands(self) -> int:
         """How many arrays travel in it."""
         return len(self.shapes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """`axes` without numbers of neighbours."""
+        return tuple(part_of(axis)[0] for axis in self.axes)
 
     @property
     def executions(self) -> int:
@@ -179,6 +191,11 @@ class _Groups:
             expected = self._positions.transpose(*inside, *axes).reshape(-1, math.prod(self._sizes[a] for a in axes))
             if np.array_equal(_canonical(actual), _canonical(expected)):
                 return self._named(axes)
+            for axis in axes if len(axes) == 1 else ():
+                count = actual.shape[1]
+                runs = np.moveaxis(self._positions, axis, -1).reshape(-1, count)
+                if self._sizes[axis] % count == 0 and np.array_equal(_canonical(actual), _canonical(runs)):
+                    return (f"{self._names[axis]}/{count}",), count
         return UNKNOWN_AXES, max(lengths)
 
     def _differing(self, these: np.ndarray, those: np.ndarray) -> tuple[int, ...]:

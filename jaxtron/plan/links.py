@@ -5,6 +5,8 @@ from typing import Literal
 import jax
 import numpy as np
 
+from jaxtron.plan.census import part_of
+
 Link = Literal["NVLink", "network"]
 
 
@@ -15,8 +17,11 @@ def link(mesh: jax.sharding.Mesh, axes: tuple[str, ...], gpus_per_node: int) -> 
     """
     if not axes:
         return None
-    if not set(axes) <= set(mesh.axis_names):
+    parts = [part_of(axis) for axis in axes]
+    if not {name for name, _ in parts} <= set(mesh.axis_names):
         return "network"
     nodes = (np.arange(mesh.size) // gpus_per_node).reshape(tuple(mesh.shape.values()))
-    along = tuple(mesh.axis_names.index(axis) for axis in axes)
+    along = tuple(mesh.axis_names.index(name) for name, _ in parts)
+    if count := parts[0][1]:
+        nodes, along = np.moveaxis(nodes, along[0], -1).reshape(-1, count), (1,)
     return "NVLink" if (nodes.max(along) == nodes.min(along)).all() else "network"

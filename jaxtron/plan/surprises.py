@@ -76,7 +76,7 @@ def _resharding(rehearsal: Rehearsal) -> Iterator[Surprise]:
 
 
 def _is_expected(entry: Collective) -> bool:
-    return all(entry.kind in EXPECTED.get(axis, ()) for axis in entry.axes)
+    return all(entry.kind in EXPECTED.get(axis, ()) for axis in entry.names)
 
 
 def _replicated(rehearsal: Rehearsal) -> Iterator[Surprise]:
@@ -105,5 +105,5 @@ def _could_split(row: layout.Row, axis: str, sizes: Mapping[str, int]) -> bool:
 def _missing(rehearsal: Rehearsal) -> Iterator[Surprise]:
     """Axes of the mesh over which nothing is communicated."""
     for axis, parts in rehearsal.mesh.shape.items():
-        if parts > 1 and not any(axis in entry.axes for entry in rehearsal.collectives):
+        if parts > 1 and not any(axis in entry.names for entry in rehearsal.collectives):
             yield Surprise(f"mesh.{axis} is {parts}, but the compiled step communicates nothing over it")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxtron.pipeline.lowering import lower, reached
-from jaxtron.plan.census import Collective
+from jaxtron.plan.census import Collective, part_of
 from jaxtron.plan.links import Link, link
 from jaxtron.plan.machine import CollectiveKind, Group, Machine, axes_group
 from jaxtron.plan.practice import Overlap
@@ -65,7 +65,7 @@ def overlap(rehearsal: Rehearsal, machine: Machine) -> Overlap:
     once = [entry for entry in rehearsal.collectives if not entry.loops and set(entry.axes) & batch]
     at_use = [entry for entry in rehearsal.collectives if entry.loops and set(entry.axes) & batch]
     tensor = [entry for entry in rehearsal.collectives if entry.axes == ("tensor",)]
-    split = [entry for entry in rehearsal.collectives if entry.loops and entry.axes == ("context",)]
+    split = [entry for entry in rehearsal.collectives if entry.loops and entry.names == ("context",)]
     pipe = [entry for entry in rehearsal.collectives if entry.kind == "collective_permute" and entry.axes == ("pipe",)]
 
     def part(entries: Sequence[Collective]) -> float:
@@ -108,8 +108,13 @@ def _weigher(rehearsal: Rehearsal, machine: Machine) -> Weigher:
     def weigh(entry: Collective) -> tuple[float, float]:
         if entry.group_size <= 1:
             return 0.0, 0.0
-        known = set(entry.axes) <= set(sizes)
-        group = axes_group(sizes, entry.axes, rehearsal.gpus_per_node) if known else Group(entry.group_size, 1)
+        neighbours = {name: count for name, count in map(part_of, entry.axes) if count}
+        known = set(entry.names) <= set(sizes)
+        group = (
+            axes_group(sizes | neighbours, entry.names, rehearsal.gpus_per_node)
+            if known
+            else Group(entry.group_size, 1)
+        )
         if entry.kind in _KINDS:
             seconds = machine.collective_seconds(_KINDS[entry.kind], entry.bytes, group)
         else:

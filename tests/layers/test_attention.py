@@ -205,7 +205,9 @@ def test_gradients_of_the_core(rules_for, num_kv_heads, alibi, rate):
     with use(rules_for(data=1)):
         inputs = LayerInputs(keys=row_keys(jax.random.key(0), np.arange(ROWS)))
         core = attention_core(rate)
-        found, mixed = gradients(lambda *heads: core(*heads, None if slopes is None else jnp.asarray(slopes), None, inputs))
+        found, mixed = gradients(
+            lambda *heads: core(*heads, None if slopes is None else jnp.asarray(slopes), None, inputs)
+        )
         shape, names = (ROWS, num_kv_heads, HEADS // num_kv_heads, LENGTH, LENGTH), ("batch", None, None, None, None)
         mask = dropout_mask(shape, rate, inputs.fold(1), *names)
     keep = 1.0 if mask is None else np.asarray(mask).reshape(ROWS, HEADS, LENGTH, LENGTH) / (1 - rate)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from jaxtron.config import UserError
 from jaxtron.kernels.attention import Mask, chunked, reference
+from jaxtron.kernels.attention.mosaic_tiles import Scoring, visits
 from jaxtron.layers import context_parallel
 from jaxtron.sharding import AXES, MeshConfig, ShardingConfig, build_mesh, make_rules, use
 from jaxtron.sharding.context import ContextConfig, part, positions, starts
@@ -126,6 +127,35 @@ def test_pieces_are_the_whole_and_causal_work_is_even(config: ContextConfig, siz
     for rank, own in enumerate(pieces):
         work[rank // inner] += sum(start + place + 1 for start in own for place in range(length // 2))
     assert max(work) <= 1.05 * min(work)
+
+
+class _Counting:
+    """Instead of attention, the tiles that our kernels would visit, as an output that merges to their mean."""
+
+    @staticmethod
+    def forward(q, k, v, mask):
+        block = (128, 128)
+        scoring = Scoring.of(mask, mask.factor(q.shape[3]), k.shape[1], block[1])
+        bounds = visits(mask, scoring, q.shape[1], k.shape[1], block)
+        count = jnp.sum(bounds[..., 1] - bounds[..., 0]) * q.shape[2]
+        return jnp.full(q.shape, count, jnp.float32), jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
+
+
+@pytest.mark.parametrize("method", ["ring", "all_gather"])
+def test_every_device_visits_as_many_tiles(method: str):
+    """Where heads are split, devices of a group visit the same, and groups are a ring."""
+    size, length, config = 8, 16384, METHODS[method]
+
+    def count(q):
+        out, _ = context_parallel.forward(q, q, q, Mask(), _Counting, config, size)
+        return out[0, :, 0, 0]
+
+    with use(make_rules(build_mesh(MeshConfig(data=1), jax.devices()[:1]), ShardingConfig(), config)):
+        parts = jax.vmap(count, axis_name="context")(jnp.zeros((size, 1, length // size, 2, 1)))
+    # a first half meets one block of each member of the ring, a second half two; all at once if gathered
+    weights = (1, 1) if method == "all_gather" else (size, 2 * size)
+    tiles = np.asarray(parts).reshape(size, 2, -1).mean(-1) @ np.array(weights)
+    assert tiles.min() > 0 and tiles.max() <= 1.05 * tiles.min(), tiles
 
 
 def test_groups_that_do_not_fit_are_refused():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxtron.config import UserError
+from jaxtron.gpus import gpu_named
 from jaxtron.plan.calibrate import calibrate, measured_seconds
 from jaxtron.plan.machine import Machine, machine_named
 from jaxtron.plan.operations import embedding_parameters, period, period_parameters, shapes_of
