@@ -1,26 +1,89 @@
 """What to train on, and how it becomes token ids."""
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from jaxtron.config import Config, UserError
 
 PYTHON_STDLIB = "python:stdlib"
+Format = Literal["auto", "text", "tokens", "chat", "mock"]
+# prefixes, weights and prefixes in turn, pairs of both, or a file of such words
+Blend = str | tuple[tuple[float, str], ...] | tuple[str, ...]
+# what only these formats read
+FIELDS_OF: dict[str, tuple[str, ...]] = {
+    "train": ("tokens",),
+    "validation": ("tokens",),
+    "test": ("tokens",),
+    "split": ("tokens", "mock"),
+    "samples": ("tokens", "mock"),
+    "validation_fraction": ("text", "chat"),
+    "fill_in_middle": ("text", "tokens", "mock"),
+    "chat": ("chat",),
+    "mask_end_of_document": ("text", "tokens", "mock"),
+    "reset_positions": ("text", "tokens", "mock"),
+    "reset_attention": ("text", "tokens", "mock"),
+}
+
+
+class FillInMiddleConfig(Config):
+    """Documents rearranged as prefix, suffix, middle (2207.14255); tokens are given by id."""
+
+    prefix: int = Field(ge=0, description="Token before what comes first in the document.")
+    middle: int = Field(ge=0, description="Token before what is to be filled in.")
+    suffix: int = Field(ge=0, description="Token before what comes last.")
+    rate: float = Field(default=0.5, ge=0, le=1, description="Share of the documents that are rearranged.")
+    spm_rate: float = Field(default=0.5, ge=0, le=1, description="Share of those whose suffix is written first.")
+    fragment: int | None = Field(default=None, description="Token between parts of a document, cut one by one.")
+    fragment_rate: float | None = Field(default=None, ge=0, le=1, description="Share of the parts that are cut.")
+    characters: bool = Field(default=True, description="Cut between characters; else between tokens, which is faster.")
+
+
+class ChatConfig(Config):
+    """Conversations, `{"messages": [{"role": ..., "content": ...}]}` a line; answers have loss, the rest none."""
+
+    template: str | None = Field(default=None, description="File of a Jinja chat template; none: ChatML.")
+    markers: tuple[str, ...] = Field(
+        default=(), description="Texts that the template writes and messages may not contain."
+    )
+    too_long: Literal["drop", "truncate"] = Field(
+        default="drop", description="What happens to a conversation longer than a sequence."
+    )
 
 
 class DataConfig(Config):
-    """Text, tokenizer, windows and loading."""
+    """Text or tokens, tokenizer, sequences and loading."""
 
-    path: str | tuple[str, ...] = Field(
+    path: Blend = Field(
         default=PYTHON_STDLIB,
-        description=f"Files or folders of UTF-8 text; {PYTHON_STDLIB} is the source of Python's own standard library.",
+        description="Files or folders of UTF-8 text, or prefixes of Megatron's .bin/.idx files (here, gs://, s3://), "
+        f"with weights to blend: 0.7 a 0.3 b. {PYTHON_STDLIB} is the source of Python's own library.",
+    )
+    format: Format = Field(
+        default="auto",
+        description="text, tokens (.bin/.idx), chat (JSON lines of conversations) or mock (Megatron's counted tokens); "
+        "auto: tokens if there is a .idx, else text.",
+    )
+    train: Blend | None = Field(default=None, description="Prefixes to train on alone, instead of a split of the path.")
+    validation: Blend | None = Field(default=None, description="Prefixes to validate on, beside data.train.")
+    test: Blend | None = Field(default=None, description="Prefixes for the loss at the end, beside data.train.")
+    split: str = Field(
+        default="969,30,1", description="Shares of each file to train on, to validate on, to test on (Megatron's)."
+    )
+    samples: int | None = Field(
+        default=None, ge=1, description="Samples that the order is made for; none: those of train.steps (Megatron's)."
+    )
+    skip: tuple[tuple[int, int], ...] = Field(
+        default=(), description="Samples left out: from the first of each pair to before the second, by their order."
     )
     tokenizer: str = Field(
         default="bytes",
-        description="bytes, characters (vocabulary from the data) or a Hugging Face tokenizer.json file.",
+        description="bytes, characters (vocabulary from the data), a Hugging Face tokenizer.json, a SentencePiece "
+        ".model, or tiktoken's ranks or encoding.",
     )
     end_of_document: str | None = Field(
         default=None,
-        description="Token of the tokenizer.json that ends a document; by default its <|endoftext|>, </s> or the like.",
+        description="Token of the tokenizer that ends a document; by default its <|endoftext|>, </s> or the like.",
     )
     sequence_length: int = Field(default=256, ge=1, description="Tokens in a sequence.")
     mask_end_of_document: bool = Field(
@@ -33,20 +96,50 @@ class DataConfig(Config):
         default=False,
         description="Tokens see those of their own document only (Megatron: reset-attention-mask).",
     )
+    fill_in_middle: FillInMiddleConfig | None = Field(default=None, description="Documents with the middle last.")
+    chat: ChatConfig = Field(default=ChatConfig(), description="Conversations.")
     validation_fraction: float = Field(
-        default=0.1, ge=0, lt=1, description="Share of the tokens, at the end of the data, kept for validation."
+        default=0.1, ge=0, lt=1, description="Share of the text, at its end, kept for validation."
     )
     cache_directory: str | None = Field(
-        default=None, description="Where token ids are kept; by default $XDG_CACHE_HOME/jaxtron or ~/.cache/jaxtron."
+        default=None,
+        description="Where token ids and orders are kept; by default $XDG_CACHE_HOME/jaxtron or ~/.cache/jaxtron.",
     )
-    workers: int = Field(default=1, ge=1, description="Threads that read batches ahead of the step.")
+    workers: int = Field(default=1, ge=1, description="Threads (of each process) that read batches ahead of the step.")
+    processes: int = Field(default=0, ge=0, description="Processes that read batches; 0: threads of this one.")
     prefetch: int = Field(default=4, ge=1, description="Batches read ahead of the step; at least as many as workers.")
 
     @model_validator(mode="after")
-    def _every_worker_has_a_batch(self) -> "DataConfig":
+    def _check(self) -> "DataConfig":
         if self.workers > self.prefetch:
             raise UserError(
                 f"data.workers {self.workers} is more than data.prefetch {self.prefetch}, the batches they read ahead; "
                 "lower workers or raise prefetch"
             )
+        if self.train is not None and self.path != PYTHON_STDLIB:
+            raise UserError("data.path and data.train are both given; keep one: data.train has no split")
+        if self.train is None and (self.validation is not None or self.test is not None):
+            raise UserError("data.validation and data.test need data.train; with data.path give data.split instead")
+        bounds = [bound for pair in self.skip for bound in pair]
+        if bounds != sorted(set(bounds)) or any(bound < 0 for bound in bounds):
+            raise UserError(
+                f"data.skip {[list(pair) for pair in self.skip]} must be pairs of sample numbers that rise throughout"
+            )
         return self
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether samples come with positions of their own."""
+        return self.reset_positions or self.format == "chat"
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether samples say which document each token is of."""
+        return self.reset_attention or self.format == "chat"
+
+    def check_format(self, name: str) -> None:
+        """`UserError` for a setting that data of this format does not read."""
+        for field, formats in FIELDS_OF.items():
+            # by value: a saved configuration names every field
+            if name not in formats and getattr(self, field) != type(self).model_fields[field].default:
+                raise UserError(f"data.{field} {getattr(self, field)} has no effect on {name}; leave it out")

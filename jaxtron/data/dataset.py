@@ -1,21 +1,35 @@
 """From the data settings to samples, their tokenizer and the loader."""
 
 import hashlib
+import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Integer
 
 from jaxtron.config import UserError
-from jaxtron.data.config import DataConfig
-from jaxtron.data.files import find_files
-from jaxtron.data.loader import Loader, LocalRows
-from jaxtron.data.source import Source, WindowSource
+from jaxtron.data.boundaries import Boundaries
+from jaxtron.data.chat_source import ChatSource
+from jaxtron.data.chat_template import ChatMl, JinjaTemplate
+from jaxtron.data.config import PYTHON_STDLIB, Blend, DataConfig
+from jaxtron.data.files import find_files, read_document
+from jaxtron.data.fill_in_middle import FillInMiddle, FillInMiddleSource
+from jaxtron.data.gpt_source import SPLITS, BlendedSource, GPTSource, open_blend
+from jaxtron.data.indexed import IndexedReader
+from jaxtron.data.loader import BatchSize, Loader, LocalRows
+from jaxtron.data.mock import MockReader
+from jaxtron.data.source import NO_SAMPLES, PartSource, Source
+from jaxtron.data.splits import split_ranges
+from jaxtron.data.storage import cache_root, is_remote
 from jaxtron.data.text import open_tokens
 from jaxtron.data.tokenizers import Tokenizer, load_tokenizer
+from jaxtron.data.window_source import WindowSource
+
+TOKEN_FILES = (".idx", ".bin")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,7 +37,8 @@ class Data:
     """Everything a run reads.
 
     `fingerprint` is equal for two runs exactly when sample number i has the same tokens and place in the order in both,
-    so that a position saved by one means the same in the other.
+    so that a position saved by one means the same in the other. `is_ordered`: samples are numbered in the order of
+    training; else they are shuffled anew each epoch.
     """
 
     config: DataConfig
@@ -32,40 +47,221 @@ class Data:
     validation: Source
     tokenizer: Tokenizer
     fingerprint: str
+    test: Source = field(default=NO_SAMPLES)
+    is_ordered: bool = False
 
-    def train_loader(self, *, batch_size: Callable[[int], int], local_rows: LocalRows, position: int = 0) -> Loader:
+    def train_loader(self, *, batch_size: BatchSize, local_rows: LocalRows, position: int = 0) -> Loader:
         """Batches of the training part, as the settings say; the arguments are those of `Loader`."""
         return Loader(
             self.train,
-            seed=self.seed,
+            seed=None if self.is_ordered else self.seed,
             batch_size=batch_size,
             local_rows=local_rows,
             position=position,
+            skip=self.config.skip,
             workers=self.config.workers,
+            processes=self.config.processes,
             prefetch=self.config.prefetch,
         )
 
 
-def open_data(config: DataConfig, *, seed: int) -> Data:
-    """The data that the settings name, tokenized now unless the cache has it; UserError for bad input."""
-    paths = (config.path,) if isinstance(config.path, str) else config.path
+def open_data(config: DataConfig, *, seed: int, train_samples: int | None = None) -> Data:
+    """The data that the settings name, tokenized now unless the cache has it; UserError for bad input.
+
+    `train_samples` is how many the run trains on, by which Megatron orders its epochs (none: one epoch).
+    """
+    name = _format(config)
+    config.check_format(name)
+    return {"text": _open_text, "tokens": _open_tokens, "mock": _open_tokens, "chat": _open_chat}[name](
+        config, seed, config.samples or train_samples
+    )
+
+
+def _format(config: DataConfig) -> str:
+    if config.format != "auto":
+        return config.format
+    if config.train is not None:
+        return "tokens"
+    first = _words(config.path)[-1:]
+    has_index = any(is_remote(word) or os.path.exists(_prefix(word) + ".idx") for word in first)
+    return "tokens" if has_index and first != [PYTHON_STDLIB] else "text"
+
+
+def _open_text(config: DataConfig, seed: int, _samples: int | None) -> Data:
+    paths = _words(config.path)
     if not paths or not all(paths):
         raise UserError("--data.path is empty; give files or folders of text")
     stream = open_tokens(
         find_files(paths),
         tokenizer=load_tokenizer(config.tokenizer, end_of_document=config.end_of_document),
-        cache_directory=_cache_directory(config),
+        cache_directory=cache_root(config.cache_directory),
     )
     train, validation = _split(stream.tokens, config)
+    boundaries = _source_boundaries(config, stream.tokenizer)
+    source_settings = {"sequence_length": config.sequence_length, "boundaries": boundaries}
     identity = f"{stream.fingerprint} {config.sequence_length} {len(train)} {seed}"
     return Data(
         config=config,
         seed=seed,
-        train=WindowSource(train, sequence_length=config.sequence_length, pad_last=False),
-        validation=WindowSource(validation, sequence_length=config.sequence_length, pad_last=True),
+        train=_filled(WindowSource(train, pad_last=False, **source_settings), config, seed, stream.tokenizer),
+        validation=_filled(WindowSource(validation, pad_last=True, **source_settings), config, seed, stream.tokenizer),
         tokenizer=stream.tokenizer,
-        fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+        fingerprint=_identity(identity, config),
     )
+
+
+def _open_tokens(config: DataConfig, seed: int, samples: int | None) -> Data:
+    """Megatron's files, samples and order."""
+    tokenizer = _tokenizer(config)
+    blends = {"train": config.train, "validation": config.validation, "test": config.test}
+    sources: dict[str, Source] = {}
+    identity = ""
+    if config.train is None and not len(split_ranges(config.split, 1_000_000)[0]):
+        raise UserError(f"data.split {config.split!r} has no share to train on; give it one, such as 969,30,1")
+    for part in SPLITS:
+        blend = config.path if config.train is None else blends[part]
+        split = config.split if config.train is None else ",".join("1" if name == part else "0" for name in SPLITS)
+        if blend is None or not len(split_ranges(split, 1_000_000)[SPLITS.index(part)]):
+            sources[part] = NO_SAMPLES
+            continue
+        found = _open_part(config, blend, split, part, samples if part == "train" else None, seed, tokenizer)
+        sources[part] = NO_SAMPLES if found is None else _filled(found, config, seed, tokenizer)
+        if part == "train" and found is not None:
+            identity = found.fingerprint
+    return Data(
+        config=config,
+        seed=seed,
+        **sources,
+        tokenizer=tokenizer,
+        fingerprint=_identity(identity, config),
+        is_ordered=True,
+    )
+
+
+def _open_part(
+    config: DataConfig, blend: Blend, split: str, part: str, samples: int | None, seed: int, tokenizer: Tokenizer
+) -> GPTSource | BlendedSource | None:
+    """One part of a split; None where a part that is not trained on makes no sample."""
+    settings = {
+        "sequence_length": config.sequence_length,
+        "samples": samples,
+        "seed": seed,
+        "boundaries": _source_boundaries(config, tokenizer),
+        "vocab_size": tokenizer.vocab_size,
+    }
+    if config.format == "mock":
+        if tokenizer.end_of_document is None:
+            raise UserError(f"mock data end documents, and the {config.tokenizer} tokenizer has no token for it")
+        reader = MockReader(vocab_size=tokenizer.vocab_size, end_of_document=tokenizer.end_of_document)
+        return GPTSource(reader, split_ranges(split, len(reader))[SPLITS.index(part)], **settings)
+    cache = cache_root(config.cache_directory)
+    words = [_prefix(word) for word in _words(blend)]
+    if part != "train":
+        # looked at only now and then: all that each has, without weights
+        words = words[1::2] if len(words) > 1 and _is_number(words[0]) else words
+        words = [word for word in words if _has_sample(word, split, part, config.sequence_length, cache)]
+        if not words:
+            return None
+    return open_blend(words, split=split, part=part, cache_directory=cache, **settings)
+
+
+def _has_sample(prefix: str, split: str, part: str, sequence_length: int, cache_directory: Path) -> bool:
+    """Whether a part of the file makes one sample; it is said where it does not."""
+    lengths = IndexedReader(prefix, str(cache_directory)).lengths
+    share = split_ranges(split, len(lengths))[SPLITS.index(part)]
+    count = int(lengths[share.start : share.stop].sum(dtype=np.int64))
+    if count <= sequence_length:
+        logger.warning("%s has %d tokens for %s, too few for a sample: there is none of it", prefix, count, part)
+    return count > sequence_length
+
+
+def _open_chat(config: DataConfig, seed: int, _samples: int | None) -> Data:
+    tokenizer = _tokenizer(config)
+    template = ChatMl()
+    if config.chat.template is not None:
+        source = read_document(Path(config.chat.template).expanduser())
+        template = JinjaTemplate(source, markers=config.chat.markers)
+    whole = ChatSource(
+        find_files(_words(config.path)),
+        sequence_length=config.sequence_length,
+        tokenizer=tokenizer,
+        cache_directory=cache_root(config.cache_directory),
+        template=template,
+        too_long=config.chat.too_long,
+    )
+    num_train = round(len(whole) * (1 - config.validation_fraction))
+    if not num_train or (config.validation_fraction and num_train == len(whole)):
+        raise UserError(
+            f"{len(whole)} sequences of conversations are too few to keep {config.validation_fraction} of them for "
+            "validation; give more, or set --data.validation_fraction 0"
+        )
+    return Data(
+        config=config,
+        seed=seed,
+        train=PartSource(whole, range(num_train)),
+        validation=PartSource(whole, range(num_train, len(whole))),
+        tokenizer=tokenizer,
+        fingerprint=_identity(f"{whole.fingerprint} {num_train} {config.chat.too_long} {seed}", config),
+    )
+
+
+def _tokenizer(config: DataConfig) -> Tokenizer:
+    tokenizer = load_tokenizer(config.tokenizer, end_of_document=config.end_of_document)
+    if tokenizer is None:
+        raise UserError("data.tokenizer characters makes its vocabulary from text: give the tokenizer of these tokens")
+    return tokenizer
+
+
+def _boundaries(config: DataConfig, tokenizer: Tokenizer) -> Boundaries:
+    return Boundaries(
+        tokenizer.end_of_document,
+        mask_loss=config.mask_end_of_document,
+        reset_positions=config.reset_positions,
+        reset_attention=config.reset_attention,
+    )
+
+
+def _source_boundaries(config: DataConfig, tokenizer: Tokenizer) -> Boundaries:
+    """Those of a source, which leaves them alone where the middle of documents moves afterwards."""
+    return Boundaries() if config.fill_in_middle else _boundaries(config, tokenizer)
+
+
+def _filled(source: Source, config: DataConfig, seed: int, tokenizer: Tokenizer) -> Source:
+    asked = config.fill_in_middle
+    if asked is None:
+        return source
+    settings = FillInMiddle(end_of_document=tokenizer.end_of_document, **asked.model_dump(exclude={"characters"}))
+    boundaries = _boundaries(config, tokenizer)
+    cutter = tokenizer if asked.characters else None
+    return FillInMiddleSource(source, settings, seed=seed, boundaries=boundaries, tokenizer=cutter)
+
+
+def _identity(text: str, config: DataConfig) -> str:
+    """A hash of what the samples are, with the settings that change them; skipped ones keep their number."""
+    changed = [config.mask_end_of_document, config.reset_positions, config.reset_attention, config.fill_in_middle]
+    return hashlib.sha256((text if not any(changed) else f"{text} {changed}").encode()).hexdigest()
+
+
+def _words(blend: Blend) -> list[str]:
+    """Paths, or weights and paths in turn; of a file that is no prefix and holds such words, its words."""
+    if isinstance(blend, str):
+        blend = (blend,)
+    words = [str(part) for item in blend for part in ((item,) if isinstance(item, str) else item)]
+    is_list = len(words) == 1 and words[0].endswith((".blend", ".list")) and os.path.isfile(words[0])
+    return read_document(Path(words[0])).split() if is_list else words
+
+
+def _prefix(word: str) -> str:
+    """A path without the ending of one of its two files."""
+    return word[:-4] if word.endswith(TOKEN_FILES) else word
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _split(
@@ -85,9 +281,3 @@ def _split(
             "to validate on, but 2 are needed; raise it, or set it to 0 for no validation"
         )
     return tokens[:num_train], tokens[num_train:]
-
-
-def _cache_directory(config: DataConfig) -> Path:
-    if config.cache_directory is not None:
-        return Path(config.cache_directory).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtron"

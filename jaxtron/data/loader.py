@@ -1,7 +1,7 @@
 """The rows of each global batch that this process needs, read ahead of the step.
 
-The global order of samples depends on the source, the seed and nothing else, and a position in it is one number: how
-many samples all processes together have consumed. So a run resumes exactly, on any number of hosts.
+The global order of samples depends on the source, the seed and nothing else, and a position in it is one number: that
+of the first sample which no process has consumed. So a run resumes exactly, on any number of hosts.
 """
 
 import sys
@@ -9,12 +9,17 @@ import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 from jaxtyping import Float32, Int32, Integer
 
 from jaxtron.data.source import Source
+
+BatchSize = Callable[[int], int]
+"""From the number of the sample that begins a global batch to the size of that batch; a pure function."""
 
 LocalRows = Callable[[int], Integer[np.ndarray, "R"]]
 """From a global batch size B to the sorted row numbers (0..B-1) that this process needs."""
@@ -22,9 +27,10 @@ LocalRows = Callable[[int], Integer[np.ndarray, "R"]]
 
 @dataclass(frozen=True)
 class LocalBatch:
-    """This process's rows of the global batch whose samples are number `start` to `start + size - 1`."""
+    """This process's rows of the global batch of `size` samples from number `start` on, to before `end`."""
 
     start: int
+    end: int
     size: int
     rows: Integer[np.ndarray, "R"]
     tokens: Int32[np.ndarray, "R S"]
@@ -37,32 +43,36 @@ class LocalBatch:
 class Loader:
     """Endless batches in an order shuffled anew each epoch; a context manager, or `close()` it.
 
-    `batch_size` maps the number of samples consumed to the size of the next global batch; it must be a pure function.
-    `position` is that number: give back the one of a saved loader to resume exactly.
+    `seed` None takes the samples in their own order instead. `position` is the number in the order of the next sample:
+    give back the one of a saved loader to resume exactly. Numbers in `skip`, ranges from the first of a pair to before
+    the second, are passed over. `processes` read instead of `workers` threads of this process; what reads must then
+    pickle.
     """
 
     def __init__(
         self,
         source: Source,
         *,
-        seed: int,
-        batch_size: Callable[[int], int],
+        seed: int | None,
+        batch_size: BatchSize,
         local_rows: LocalRows,
         position: int = 0,
+        skip: Sequence[tuple[int, int]] = (),
         workers: int = 1,
+        processes: int = 0,
         prefetch: int = 4,
     ):
         self.position = position
-        self._source = source
-        self._batch_size = batch_size
-        self._local_rows = local_rows
-        self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-        # start of every batch so far; grain's threads ask for batches roughly in order, so only the end ever grows
-        self._starts = array("q", [position])
-        self._starts_lock = threading.Lock()
-        batches = grain.MapDataset.range(sys.maxsize).map(self._read)
+        reader = _Reader(source, seed, batch_size, local_rows, position, tuple(skip))
         options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=prefetch)
-        self._batches = iter(batches.to_iter_dataset(options))
+        batches = grain.MapDataset.range(sys.maxsize).map(reader).to_iter_dataset(options)
+        if processes:
+            if not flags.FLAGS.is_parsed():
+                # Grain asks for flags of its own, which no command line of ours has
+                flags.FLAGS.mark_as_parsed()
+            shared = grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=prefetch)
+            batches = batches.mp_prefetch(shared)
+        self._batches = iter(batches)
         self._batches.start_prefetch()
 
     def __iter__(self) -> Iterator[LocalBatch]:
@@ -70,7 +80,7 @@ class Loader:
 
     def __next__(self) -> LocalBatch:
         batch = next(self._batches)
-        self.position = batch.start + batch.size
+        self.position = batch.end
         return batch
 
     def __enter__(self) -> "Loader":
@@ -83,14 +93,51 @@ class Loader:
         """Stop reading ahead; `next` is an error afterwards."""
         self._batches.close()
 
-    def _read(self, step: int) -> LocalBatch:
+
+class _Reader:
+    """Batch number `step` from a position on, read by any thread, or any process that it was pickled to."""
+
+    def __init__(
+        self,
+        source: Source,
+        seed: int | None,
+        batch_size: BatchSize,
+        local_rows: LocalRows,
+        position: int,
+        skip: tuple[tuple[int, int], ...],
+    ):
+        self._settings = (source, seed, batch_size, local_rows, position, skip)
+        self._source = source
+        self._batch_size = batch_size
+        self._local_rows = local_rows
+        self._skip = skip
+        order: Any = grain.MapDataset.range(len(source))
+        self._order = (order if seed is None else order.seed(seed).shuffle()).repeat()
+        # start of every batch so far; batches are asked for roughly in order, so only the end ever grows
+        self._starts = array("q", [position])
+        self._starts_lock = threading.Lock()
+
+    def __reduce__(self) -> tuple:
+        return type(self), self._settings
+
+    def __call__(self, step: int) -> LocalBatch:
         with self._starts_lock:
             while len(self._starts) <= step + 1:
-                self._starts.append(self._starts[-1] + self._batch_size(self._starts[-1]))
+                start = self._starts[-1]
+                self._starts.append(self._after(start, self._batch_size(start)))
             start, end = self._starts[step], self._starts[step + 1]
-        rows = self._local_rows(end - start)
-        samples = [int(self._order[start + row]) for row in rows.tolist()]
-        return _read_batch(self._source, samples, start=start, size=end - start, rows=rows)
+        size = self._batch_size(start)
+        rows = self._local_rows(size)
+        samples = [int(self._order[self._after(start, row + 1) - 1]) for row in rows.tolist()]
+        return _read_batch(self._source, samples, start=start, end=end, size=size, rows=rows)
+
+    def _after(self, start: int, count: int) -> int:
+        """The number that follows `count` samples from `start` on."""
+        end = start + count
+        for first, stop in self._skip:
+            if stop > start and first < end:
+                end += stop - max(first, start)
+        return end
 
 
 def validation_batches(
@@ -106,17 +153,18 @@ def validation_batches(
     for start in range(0, count, batch_size):
         # spread in integers, so that every process picks the same samples
         samples = [i * total // count if i < count else None for i in (start + rows).tolist()]
-        yield _read_batch(source, samples, start=start, size=batch_size, rows=rows)
+        yield _read_batch(source, samples, start=start, end=start + batch_size, size=batch_size, rows=rows)
 
 
 def _read_batch(
-    source: Source, samples: Sequence[int | None], *, start: int, size: int, rows: Integer[np.ndarray, "R"]
+    source: Source, samples: Sequence[int | None], *, start: int, end: int, size: int, rows: Integer[np.ndarray, "R"]
 ) -> LocalBatch:
     """The numbered samples as rows; None is a row of padding, a sample's copy that weighs nothing."""
     found = [source[0 if index is None else index] for index in samples]
     is_sample = np.array([index is not None for index in samples], np.float32)
     return LocalBatch(
         start=start,
+        end=end,
         size=size,
         rows=rows,
         tokens=np.stack([sample.tokens for sample in found]),

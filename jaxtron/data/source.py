@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int32, Integer
+from jaxtyping import Float32, Int32
 
 
 @dataclass(frozen=True)
@@ -35,27 +35,33 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-class WindowSource:
-    """Windows of a token stream that do not overlap; the last one is padded when `pad_last`, dropped otherwise."""
+class PartSource:
+    """Some samples of a source, as a source."""
 
-    def __init__(self, tokens: Integer[np.ndarray, "T"], *, sequence_length: int, pad_last: bool):
-        self.sequence_length = sequence_length
-        self._tokens = tokens
-        # the last token has no successor, so it is only ever a target
-        num_targets = max(len(tokens) - 1, 0)
-        self._length = -(-num_targets // sequence_length) if pad_last else num_targets // sequence_length
+    def __init__(self, source: Source, part: range):
+        self.sequence_length = source.sequence_length
+        self._source = source
+        self._part = part
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._part)
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self._length:
-            raise IndexError(f"sample {index} of {self._length}")
-        start = index * self.sequence_length
-        window = self._tokens[start : start + self.sequence_length + 1].astype(np.int32)
-        missing = self.sequence_length + 1 - len(window)
-        weights = np.ones(self.sequence_length, np.float32)
-        if missing:
-            window = np.pad(window, (0, missing))
-            weights[-missing:] = 0
-        return Sample(tokens=window[:-1], targets=window[1:], weights=weights)
+        if not 0 <= index < len(self._part):
+            raise IndexError(f"sample {index} of {len(self._part)}")
+        return self._source[self._part[index]]
+
+
+class NoSamples:
+    """A source of nothing."""
+
+    sequence_length = 0
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: int) -> Sample:
+        raise IndexError(f"sample {index} of none")
+
+
+NO_SAMPLES = NoSamples()

@@ -120,8 +120,8 @@ def abstract_batch(config: Configuration) -> Batch:
         tokens=rows(jnp.int32),
         targets=rows(jnp.int32),
         weights=rows(jnp.float32),
-        positions=rows(jnp.int32, config.data.reset_positions),
-        segments=rows(jnp.int32, config.data.reset_attention),
+        positions=rows(jnp.int32, config.data.has_positions),
+        segments=rows(jnp.int32, config.data.has_segments),
     )
 
 

@@ -12,7 +12,7 @@ from jaxtron.data.config import DataConfig
 from jaxtron.kernels.attention import Choice
 from jaxtron.models.attention_choice import attention_choices
 from jaxtron.models.config import ModelConfig
-from jaxtron.optim import BatchRampConfig, LossScaleConfig, OptimizerConfig, check_batch_ramp
+from jaxtron.optim import BatchRampConfig, LossScaleConfig, OptimizerConfig, batch_size, check_batch_ramp
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.partition import Partition, partition
 from jaxtron.pipeline.schedule import Schedule
@@ -99,9 +99,18 @@ class Configuration(Config):
 
     def attention_choices(self, parts: int, kind: str) -> dict[str, Choice | None]:
         """By the pattern's symbol, who computes attention with mesh.context `parts` on devices of this kind."""
-        packed = self.data.reset_attention
+        packed = self.data.has_segments
         length, dtype = self.data.sequence_length, DTYPES[self.train.precision]
         return attention_choices(self.model, length, dtype, kind=kind, parts=parts, packed=packed)
+
+    def train_samples(self) -> int:
+        """Samples of the whole run, growing batches included."""
+        train, consumed = self.train, 0
+        for done in range(train.steps):
+            if train.batch_ramp is None or consumed >= train.batch_ramp.samples:
+                return consumed + (train.steps - done) * train.global_batch
+            consumed += batch_size(train.batch_ramp, train.global_batch, consumed)
+        return consumed
 
     def schedule(self, num_stages: int, num_microbatches: int | None = None) -> Schedule:
         """The pipeline's table for mesh.pipe stages (microbatches: those of the whole batch); a `UserError` if none."""

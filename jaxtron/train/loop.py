@@ -13,7 +13,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from jaxtron.config import UserError
-from jaxtron.data import validation_batches
+from jaxtron.data import Source, validation_batches
 from jaxtron.gpus import peak_flops
 from jaxtron.models.cost import model_flops_per_token
 from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
@@ -48,9 +48,7 @@ def train(run: Run) -> Outcome:
     step = jit_step(run.trainer)
     with ExitStack() as stack:
         stop = stack.enter_context(_StopSignals())
-        loader = stack.enter_context(
-            run.data.train_loader(batch_size=run.batch_size, local_rows=run.placement.local_rows, position=run.position)
-        )
+        loader = stack.enter_context(run.train_loader())
         saver = Saver(run, loader)
         hooks = _hooks(run, saver, throughput, outcome, stack)
         for number in range(run.step + 1, total + 1):
@@ -92,12 +90,13 @@ def check_finite(run: Run, info: StepInfo) -> None:
         )
 
 
-def validate(run: Run, state: TrainState) -> float:
-    """Mean negative log-likelihood, in nats a token, over the validation batches; NaN where there are none."""
+def validate(run: Run, state: TrainState, source: Source | None = None) -> float:
+    """Mean negative log-likelihood, in nats a token, over batches of the validation data or of another source; NaN
+    where there are none."""
     train = run.config.train
     size = train.global_batch // train.microbatches
     batches = validation_batches(
-        run.data.validation,
+        run.data.validation if source is None else source,
         batch_size=size,
         local_rows=run.placement.local_rows,
         max_batches=train.validation_batches,

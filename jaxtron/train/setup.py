@@ -12,9 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtron.checkpoint.layer_order import LayerOrder, layer_order
 from jaxtron.checkpoint.manager import Checkpoints
 from jaxtron.config import UserError, dump
-from jaxtron.data import Data, open_data
+from jaxtron.data import Data, Loader, open_data
 from jaxtron.models.decoder import Decoder
-from jaxtron.optim import batch_size
+from jaxtron.optim import batch_size, check_batch_ramp
 from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding import blueprint, build_mesh, current, make_rules, use
 from jaxtron.train.batches import Placement
@@ -45,9 +45,16 @@ class Run:
         extra = {"position": position, "data": self.data.fingerprint, "seed": self.config.seed}
         self.checkpoints.save(step, self.layer_order.in_model_order(state), extra)
 
-    def batch_size(self, position: int) -> int:
-        """Size of the global batch that begins at this sample."""
-        return batch_size(self.config.train.batch_ramp, self.config.train.global_batch, position)
+    def train_loader(self) -> Loader:
+        """Batches from the run's position on."""
+        train = self.config.train
+        # plain data and functions of modules, which processes that read can be sent
+        size = partial(batch_size, train.batch_ramp, train.global_batch)
+        rows = {
+            found: self.placement.local_rows(found)
+            for found in check_batch_ramp(train.batch_ramp, train.global_batch, 1)
+        }
+        return self.data.train_loader(batch_size=size, local_rows=rows.__getitem__, position=self.position)
 
 
 @contextlib.contextmanager
@@ -63,7 +70,7 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
     config.attention_choices(sizes["context"], devices[0].device_kind)
     check_records(config)
     mesh = build_mesh(config.mesh, devices)
-    data = open_data(config.data, seed=config.seed)
+    data = open_data(config.data, seed=config.seed, train_samples=config.train_samples())
     check_vocabulary(config, data)
     with use(make_rules(mesh, config.sharding, config.context)):
         trainer = make_trainer(config)

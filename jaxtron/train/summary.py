@@ -25,6 +25,7 @@ def finish(run: Run, outcome: Outcome) -> None:
     validation_loss = outcome.validation_loss
     if validation_loss is None and len(run.data.validation):
         validation_loss = validate(run, outcome.state)
+    test_loss = validate(run, outcome.state, run.data.test) if len(run.data.test) else None
     if jax.process_index() != 0:
         return
     metrics = run.directory / "metrics.jsonl"
@@ -37,6 +38,8 @@ def finish(run: Run, outcome: Outcome) -> None:
         rows.append(("speed", f"{records[-1]['tokens_per_second']:,.0f} tokens/s"))
     if validation_loss is not None:
         rows.append(("validation loss", f"{validation_loss:.4f}"))
+    if test_loss is not None:
+        rows.append(("test loss", f"{test_loss:.4f}"))
     for what, name in FILES.items():
         if (run.directory / name).exists():
             rows.append((what, str(run.directory / name)))

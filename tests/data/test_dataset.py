@@ -8,7 +8,7 @@ from tokenizers import models, pre_tokenizers
 
 from jaxtron.config import UserError
 from jaxtron.data import DataConfig, open_data, validation_batches
-from jaxtron.data.source import WindowSource
+from jaxtron.data.window_source import WindowSource
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import pytest
 from jaxtron.config import UserError
 from jaxtron.data.boundaries import Boundaries
 from jaxtron.data.fill_in_middle import FillInMiddle, FillInMiddleSource, fill_in_middle
-from jaxtron.data.source import Source, WindowSource
+from jaxtron.data.source import Source
 from jaxtron.data.tokenizers import ByteTokenizer
+from jaxtron.data.window_source import WindowSource
 
 PREFIX, MIDDLE, SUFFIX, FILE, END = 301, 302, 303, 304, 256
 

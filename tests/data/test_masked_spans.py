@@ -8,7 +8,7 @@ import pytest
 from jaxtron.config import UserError
 from jaxtron.data.masked.spans import SpanVocabulary, fitting_spans, put_back, random_spans, take_out
 from jaxtron.data.masked.ul2 import Denoiser, Ul2Source, ul2_denoisers
-from jaxtron.data.source import WindowSource
+from jaxtron.data.window_source import WindowSource
 
 VOCABULARY = SpanVocabulary(begin=1, end=2, pad=0, sentinels=tuple(range(500, 600)))
 REGULAR, EXTREME, SEQUENTIAL = 3, 4, 5
