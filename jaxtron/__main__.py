@@ -10,6 +10,7 @@ from jaxtron.config import UserError
 VERBS = {
     "preprocess": "text to token files, in parallel; merge and inspect them, prove the order of samples",
     "train": "train a model",
+    "evaluate": "perplexity of a trained model on a text",
     "plan": "compile and weigh a run, or show its layout, without the machines it is for",
 }
 

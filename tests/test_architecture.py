@@ -22,7 +22,7 @@ FLOORS = [
     {"models"},
     {"checkpoint", "generate", "preprocess"},
     {"train"},
-    {"plan"},
+    {"plan", "evaluate"},
     {"__main__"},
 ]
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}

@@ -66,10 +66,49 @@ def restore_newest(directory: Path, abstract_state: PyTree) -> Restored | None:
     `abstract_state` has a `jax.ShapeDtypeStruct` with a sharding, of any mesh, for each array. All processes call this.
     A `UserError` if every checkpoint is damaged, or the newest whole one is of another model.
     """
+    found, skipped = _newest_whole(directory)
+    if found is not None:
+        step, record = found
+        path = step_path(directory, step)
+        _check_model(path, record, abstract_state)
+        return Restored(step, read_arrays(path, abstract_state), record.extra, skipped)
+    if committed_steps(directory):
+        raise UserError(
+            f"every checkpoint in {directory} is damaged ({_reasons(skipped)}); "
+            "bring back a good copy, or start anew in another --run.directory"
+        )
+    return None
+
+
+def restore_part(directory: Path, abstract_part: dict[str, PyTree], *, step: int | None = None) -> Restored:
+    """Restore some of a state, such as `{"params": ...}` whole, of the newest whole checkpoint or that of `step`.
+
+    `abstract_part` and the callers are as in `restore_newest`. A `UserError` if there is no such checkpoint, it is
+    damaged, or this part of it is of another model.
+    """
+    committed = committed_steps(directory)
+    if step is not None and step not in committed:
+        there = f"there are those of {', '.join(map(str, committed))}" if committed else "there is none at all"
+        raise UserError(f"no finished checkpoint of step {step} in {directory}; {there}")
+    found, skipped = _newest_whole(directory, only=step)
+    if found is None:
+        reasons = f" ({_reasons(skipped)})" if skipped else ""
+        raise UserError(f"no checkpoint in {directory} can be used{reasons}; train first, or bring back a good copy")
+    newest, record = found
+    path = step_path(directory, newest)
+    stored = {name: array for name, array in record.arrays.items() if name.partition(".")[0] in abstract_part}
+    difference = first_difference(stored, signature(abstract_part))
+    if difference:
+        raise UserError(f"checkpoint {path} is of another model than the configuration here: {difference}")
+    return Restored(newest, read_arrays(path, abstract_part), record.extra, skipped)
+
+
+def _newest_whole(directory: Path, *, only: int | None = None) -> tuple[tuple[int, Record] | None, tuple[Skipped, ...]]:
+    """Step and record of the newest whole checkpoint (`only`: if it is this one's), and the newer ones that are not."""
     committed = committed_steps(directory)
     unfinished = _matching_steps(directory, _UNFINISHED)
     skipped: list[Skipped] = []
-    for step in sorted({*committed, *unfinished}, reverse=True):
+    for step in sorted({*committed, *unfinished} if only is None else {only}, reverse=True):
         if step in unfinished:
             _skip(skipped, step_path(directory, step), "unfinished, the run ended while writing it")
         if step not in committed:
@@ -79,15 +118,12 @@ def restore_newest(directory: Path, abstract_state: PyTree) -> Restored | None:
         if record is None or damage:
             _skip(skipped, path, damage)
             continue
-        _check_model(path, record, abstract_state)
-        return Restored(step, read_arrays(path, abstract_state), record.extra, tuple(skipped))
-    if committed:
-        reasons = "; ".join(f"{one.path.name}: {one.reason}" for one in skipped)
-        raise UserError(
-            f"every checkpoint in {directory} is damaged ({reasons}); "
-            "bring back a good copy, or start anew in another --run.directory"
-        )
-    return None
+        return (step, record), tuple(skipped)
+    return None, tuple(skipped)
+
+
+def _reasons(skipped: tuple[Skipped, ...]) -> str:
+    return "; ".join(f"{one.path.name}: {one.reason}" for one in skipped)
 
 
 def _examine(path: Path) -> tuple[Record | None, str]:

@@ -82,9 +82,11 @@ def save_arguments(state: PyTree, record: Record) -> SaveRecorded:
 
 
 def read_arrays(directory: Path, abstract_state: PyTree) -> PyTree:
-    """Read the arrays of a verified checkpoint, sharded as `abstract_state` says."""
+    """Read those arrays of a verified checkpoint that are in `abstract_state`, sharded as it says."""
     wanted = nest(jax.tree.map(plain_abstract, abstract_state))
-    arguments = RestoreRecorded(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
+    arguments = RestoreRecorded(
+        wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+    )
     with ocp.Checkpointer(RecordingHandler()) as reader:
         nested = reader.restore(directory, args=arguments)
     return jax.tree.map(from_plain, unnest(nested, abstract_state), abstract_state)

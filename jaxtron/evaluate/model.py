@@ -1,0 +1,126 @@
+"""The model of a run, restored on the devices here, whatever mesh it was trained on."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+
+from jaxtron.checkpoint.layer_order import layer_order
+from jaxtron.checkpoint.restore import restore_part
+from jaxtron.config import UserError, load, split_arguments
+from jaxtron.data import DataConfig, Source, Tokenizer, open_data, validation_batches
+from jaxtron.data.tokenizers import load_tokenizer
+from jaxtron.evaluate.request import SECTIONS, Request
+from jaxtron.sharding import AXES, BATCH_AXES, build_mesh, make_rules, use
+from jaxtron.train.batches import Placement
+from jaxtron.train.config import Configuration
+from jaxtron.train.setup import make_trainer
+from jaxtron.train.step import Trainer, batch_sharding
+from jaxtron.typing import PyTree
+
+WINDOWS_PER_PART = 8
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model on a mesh; made by `open_model`, used inside it."""
+
+    trainer: Trainer
+    params: PyTree
+    tokenizer: Tokenizer
+    step: int
+    batch: int
+    sequence_length: int
+    num_devices: int
+
+    def nll(self, source: Source) -> float:
+        """Sum of the negative log-likelihood, in nats, of all targets of a source, each times its weight."""
+        placement = Placement(batch_sharding())
+        evaluate = jax.jit(self.trainer.evaluate)
+        total, earlier = 0.0, None
+        for batch in validation_batches(source, batch_size=self.batch, local_rows=placement.local_rows):
+            nll, _ = evaluate(self.params, placement.globalize(batch))
+            # read a step late, so that devices need not wait and batches do not pile up
+            total += 0.0 if earlier is None else float(earlier)
+            earlier = nll
+        return total if earlier is None else total + float(earlier)
+
+
+def read_configuration(request: Request) -> tuple[Configuration, Configuration]:
+    """The configuration that the run was trained with, and what of it holds here; `UserError` if there is no run."""
+    path = request.run / "config.yaml"
+    if not path.is_file():
+        what = f"{request.run} has no config.yaml" if request.run.is_dir() else f"no directory {request.run}"
+        raise UserError(f"{what}; give the --run.directory of a training, such as runs/gpt_tiny")
+    trained = load(Configuration, path).resolved()
+    config = load(Configuration, path, request.overrides).resolved()
+    # layouts are not the training's but those asked for
+    given = load(Configuration, None, request.overrides)
+    mesh = given.mesh
+    _, flags = split_arguments(Configuration, request.overrides)
+    if "mesh.data" not in dict(flags) and given.devices is None:
+        mesh = mesh.model_copy(update={"data": 1})
+    data = DataConfig(
+        tokenizer=config.data.tokenizer,
+        end_of_document=config.data.end_of_document,
+        sequence_length=config.data.sequence_length,
+    )
+    layout = {name: getattr(given, name) for name in SECTIONS} | {"mesh": mesh, "devices": given.devices}
+    model = config.model.model_copy(update={"dropout": 0.0, "attention_dropout": 0.0})
+    return trained, config.model_copy(update={**layout, "data": data, "model": model})
+
+
+@contextlib.contextmanager
+def open_model(request: Request, trained: Configuration, config: Configuration) -> Iterator[Model]:
+    """The model of `read_configuration`, with the parameters of the checkpoint that is asked for."""
+    devices = jax.devices()
+    known = [getattr(config.mesh, axis) for axis in AXES]
+    if -1 not in known and config.devices is None and jax.process_count() == 1:
+        # too few devices are an error below
+        devices = devices[: math.prod(known)]
+    sizes = config.mesh.shape(len(devices))
+    parts = math.prod(sizes[axis] for axis in BATCH_AXES)
+    batch = request.batch or WINDOWS_PER_PART * parts
+    if batch % parts:
+        axes = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in BATCH_AXES)
+        raise UserError(f"--batch {batch} does not divide by {axes} = {parts}")
+    # a pipeline's stages want a microbatch each, though here one goes through all of them
+    counts = {"global_batch": batch * sizes["pipe"], "microbatches": sizes["pipe"], "batch_ramp": None}
+    config = config.model_copy(update={"train": config.train.model_copy(update=counts)})
+    config.check_mesh(sizes)
+    config.attention_choices(sizes["context"], devices[0].device_kind)
+    with use(make_rules(build_mesh(config.mesh, devices), config.sharding, config.context)):
+        trainer = make_trainer(config)
+        order = layer_order(trainer.partition, trainer.blueprint)
+        abstract = {"params": trainer.blueprint.abstract}
+        restored = restore_part((request.run / "checkpoints").absolute(), order.abstract(abstract), step=request.step)
+        yield Model(
+            trainer=trainer,
+            params=order.in_stage_order(restored.state, abstract)["params"],
+            tokenizer=_open_tokenizer(trained, config, restored.extra["data"]),
+            step=restored.step,
+            batch=batch,
+            sequence_length=config.data.sequence_length,
+            num_devices=len(devices),
+        )
+
+
+def _open_tokenizer(trained: Configuration, config: Configuration, fingerprint: str) -> Tokenizer:
+    """The tokenizer of the training; one of characters has its vocabulary from the data of the training."""
+    tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
+    if tokenizer is None:
+        data = open_data(trained.data, seed=trained.seed)
+        if data.fingerprint != fingerprint:
+            raise UserError(
+                "the data of the training has changed, and with it the vocabulary of its characters: bring back "
+                f"data.path {trained.data.path}"
+            )
+        tokenizer = data.tokenizer
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, more than the model's "
+            f"{config.model.vocab_size}; give the training's with --data.tokenizer"
+        )
+    return tokenizer

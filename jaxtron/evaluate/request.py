@@ -1,0 +1,119 @@
+"""The command's own flags, and which of training's settings it takes beside them."""
+
+import argparse
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from jaxtron.config import UserError, settings, split_arguments
+from jaxtron.evaluate.detokenize import DETOKENIZERS
+from jaxtron.train.config import Configuration
+
+PROGRAM = "python -m jaxtron.evaluate"
+WIDTH = 100
+# the others are the checkpoint's
+SECTIONS = ("mesh", "context", "pipeline", "sharding", "runtime")
+SETTINGS = (
+    "devices",
+    "train.precision",
+    "data.tokenizer",
+    "data.end_of_document",
+    "data.sequence_length",
+    "model.attention.implementation",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run, the texts to score in order, how windows overlap, and settings as words of a command line.
+
+    `batch` counts windows of a step over all devices (none: eight for each part of the batch), `step` is the
+    checkpoint's (none: the newest).
+    """
+
+    run: Path
+    text: tuple[Path, ...]
+    overrides: tuple[str, ...] = ()
+    stride: int | None = None
+    batch: int | None = None
+    step: int | None = None
+    detokenize: str = "none"
+    json: Path | None = None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; {PROGRAM} --help lists the flags")
+
+
+def parse(argv: list[str]) -> Request:
+    """The request of a command line; a `UserError` for what is missing, or a setting that is the checkpoint's."""
+    found, rest = _parser().parse_known_args(argv)
+    words, flags = split_arguments(Configuration, rest)
+    if not words:
+        raise UserError(f"no run directory; give it first: {PROGRAM} RUN_DIRECTORY --text FILE")
+    if len(words) > 1:
+        raise UserError(f"unexpected argument {words[1]!r}: one run directory, then flags")
+    known = settings(Configuration)
+    for name, _ in flags:
+        if name in known and name not in SETTINGS and name.partition(".")[0] not in SECTIONS:
+            raise UserError(f"--{name} is the checkpoint's own: leave it out, only {_taken()} can be set")
+    rest.remove(words[0])
+    given = {name: value for name, value in vars(found).items() if value is not None}
+    return Request(**given | {"run": Path(words[0]), "text": tuple(found.text), "overrides": tuple(rest)})
+
+
+def _taken() -> str:
+    return ", ".join([*(f"--{section}.*" for section in SECTIONS), *(f"--{name}" for name in SETTINGS)])
+
+
+def _parser() -> _Parser:
+    purpose = (
+        "Perplexity of a trained model on a text: of tokens, of words with Megatron's adjustment, and bits per byte. "
+        "Several files are scored as one text, one after the other."
+    )
+    further = (
+        f"Of training's settings it takes {_taken()} (python -m jaxtron.train --help). The mesh need not be that of "
+        "the training; by default it is one device, and with --devices all of those."
+    )
+    parser = _Parser(
+        prog=PROGRAM,
+        usage=f"{PROGRAM} RUN_DIRECTORY --text FILE [FILE ...] [--flag value ...]",
+        description="\n".join(textwrap.wrap(purpose, WIDTH)),
+        epilog="\n".join(textwrap.wrap(further, WIDTH, break_on_hyphens=False)),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=WIDTH),
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--text", nargs="+", type=Path, required=True, metavar="FILE", help="UTF-8 text to score")
+    add(
+        "--stride",
+        type=_positive,
+        metavar="N",
+        help="tokens that a window scores, those before them being context (Megatron: overlapping-eval; none: all, "
+        "windows do not overlap)",
+    )
+    add("--batch", type=_positive, metavar="B", help="windows at a time, over all devices (none: 8 for each part)")
+    add("--step", type=_natural, metavar="STEP", help="of the checkpoint (none: the newest)")
+    add(
+        "--detokenize",
+        choices=sorted(DETOKENIZERS),
+        metavar="NAME",
+        help="wikitext: undo WikiText's spaces before tokenizing, as Megatron does; words and bytes are those of the "
+        "text as it is (none: nothing is changed)",
+    )
+    add("--json", type=Path, metavar="FILE", help="write all figures")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or above")
+    return int(text)
