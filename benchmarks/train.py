@@ -106,7 +106,7 @@ def random_batch(config: Configuration) -> Batch:
     generator = np.random.default_rng(config.seed)
     tokens = generator.integers(config.model.vocab_size, size=(size, length + 1), dtype=np.int32)[rows]
     weights = np.ones((len(rows), length), np.float32)
-    return placement.globalize(LocalBatch(0, size, rows, tokens[:, :-1], tokens[:, 1:], weights))
+    return placement.globalize(LocalBatch(0, size, size, rows, tokens[:, :-1], tokens[:, 1:], weights))
 
 
 def time_steps(

@@ -83,7 +83,7 @@ class Score:
 
 
 def num_words(text: str) -> int:
-    """Words as Megatron counts them: what single spaces separate, so that an end of line does not."""
+    """Words as Megatron counts them: what single spaces separate, line ends only where they stand between spaces."""
     return len(text.strip().split(" "))
 
 

@@ -182,6 +182,8 @@ def without_wait() -> None:
         scratch=[plgpu.SMEM(given.shape, given.dtype), plgpu.Barrier()],
         warpgroups=1,
         target=Target(INTERPRETER),
+        name="without_wait",
+        flops=0,
     )
     jax.block_until_ready(run(given))
 
