@@ -78,7 +78,7 @@ def build_gpt_index(
         raise UserError(f"{name} has no tokens in the {len(sequences)} sequences of this split; give it more")
     packed <<= 32
     packed |= np.arange(sequences.start, sequences.stop, dtype=np.int32)
-    epochs = _epochs(num_tokens, sequence_length=sequence_length, samples=samples, extra=extra)
+    epochs = count_epochs(num_tokens, sequence_length=sequence_length, samples=samples, extra=extra)
     random = np.random.RandomState(seed)
     packed = _shuffled_epochs(packed, epochs, random)
     usable = epochs.count * num_tokens - extra
@@ -108,7 +108,8 @@ def order_digest(prefix: str, *, sequence_length: int, samples: int, seed: int, 
     return {name: {"length": len(values), "sha256": _sha256(values)} for name, values in arrays.items()}
 
 
-def _epochs(num_tokens: int, *, sequence_length: int, samples: int | None, extra: int) -> Epochs:
+def count_epochs(num_tokens: int, *, sequence_length: int, samples: int | None, extra: int = 1) -> Epochs:
+    """The epochs that so many samples take, all that their number has to say about the order."""
     if samples is None:
         return Epochs(count=1, separate=None)
     count = max(-(-(samples * sequence_length + extra) // num_tokens), 1)

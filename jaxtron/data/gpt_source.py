@@ -12,6 +12,7 @@ from jaxtyping import Int32, Shaped
 from jaxtron.config import UserError
 from jaxtron.data.blend import component_samples, parse_blend
 from jaxtron.data.boundaries import Boundaries, make_sample
+from jaxtron.data.gpt_index import count_epochs
 from jaxtron.data.index_cache import cached_blend, cached_gpt_index, lengths_digest
 from jaxtron.data.indexed import IndexedReader
 from jaxtron.data.source import Sample
@@ -78,7 +79,11 @@ class GPTSource:
                 f"this split, too few for one sample of {sequence_length} + {self._extra}; "
                 "give more, or lower the sequence length"
             )
-        identity = [lengths_digest(reader.lengths), reader.dtype.str, sequences.start, sequences.stop, settings]
+        # the same epochs are the same order, however many of their samples are asked for
+        num_tokens = int(reader.lengths[sequences.start : sequences.stop].sum(dtype=np.int64))
+        epochs = count_epochs(num_tokens, sequence_length=sequence_length, samples=samples, extra=self._extra)
+        order = {**settings, "samples": [epochs.count, epochs.separate]}
+        identity = [lengths_digest(reader.lengths), reader.dtype.str, sequences.start, sequences.stop, order]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -159,7 +164,8 @@ class BlendedSource:
                     f"the blend asks data path {number} for {need} samples, but it has {size}; give it more samples "
                     "(a surplus), or a lower weight"
                 )
-        identity = [source.fingerprint for source in sources], list(weights or []), samples
+        # a longer blend by weight begins with the shorter one
+        identity = [source.fingerprint for source in sources], list(weights or [])
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def __len__(self) -> int:

@@ -157,6 +157,6 @@ def _placed(abstract: TrainState, mesh: Mesh) -> TrainState:
 def _check_data(data: Data, extra: dict, directory: Path) -> None:
     if extra["data"] != data.fingerprint:
         raise UserError(
-            f"{directory} was trained on other data (text, tokenizer, data settings or seed differ), so its position "
-            "means nothing here; restore those settings or choose another --run.directory"
+            f"{directory} was trained on other data (text, tokenizer, data settings, epochs or seed differ), so its "
+            "position means nothing here; restore those settings or choose another --run.directory"
         )

@@ -1,6 +1,7 @@
 """Samples of token files: Megatron's rules for one sample, blends, ids that do not belong, several threads."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,8 +198,27 @@ def test_fingerprints_tell_orders_apart(prefixes):
     one, two = prefixes[:1], ["1", prefixes[0], "1", prefixes[1]]
     assert fingerprint(one) == fingerprint(one) and fingerprint(two) == fingerprint(two)
     found = [fingerprint(one), fingerprint(two), fingerprint(prefixes), fingerprint(["1", *one, "2", *prefixes[1:]])]
-    found += [fingerprint(one, **change) for change in ({"seed": 6}, {"samples": 21}, {"split": "1,1"})]
+    found += [fingerprint(one, **change) for change in ({"seed": 6}, {"samples": 2000}, {"split": "1,1"})]
     assert len(set(found)) == len(found)
+
+
+def test_as_many_epochs_are_the_same_order(prefixes):
+    """A run that is prolonged within its epochs goes on; one that needs another order is other data."""
+    reader = write(Path(prefixes[0]).parent / "epochs", [3, 7, 5, 9, 11, 2])
+    orders: dict[str, set[tuple]] = {}
+    for samples in range(1, 40):
+        source = GPTSource(reader, range(6), sequence_length=4, samples=samples, seed=5)
+        arrays = source.index.documents, source.index.samples, source.index.shuffle
+        orders.setdefault(source.fingerprint, set()).add(tuple(str(values.tolist()) for values in arrays))
+    assert all(len(found) == 1 for found in orders.values())
+    assert len(orders) == len(set.union(*orders.values())) < 12
+    for items, pairs in ((prefixes[:1], (1, 10)), (["1", prefixes[0], "3", prefixes[1]], (7, 12))):
+        few, many = (
+            open_blend(items, split="1", part="train", sequence_length=4, seed=5, samples=samples) for samples in pairs
+        )
+        assert few.fingerprint == many.fingerprint
+        for place in range(pairs[0]):
+            np.testing.assert_array_equal(few[place].tokens, many[place].tokens)
 
 
 def test_threads_read_the_same(prefixes):

@@ -219,7 +219,7 @@ def test_a_run_directory_of_something_else_is_left_alone(finished: FinishedRun, 
         ("--optimizer.name sgd", "is of another model: "),
         (f"--data.path {other}", "was trained on other data"),
         ("--data.sequence_length 16 --model.max_positions 32", "was trained on other data"),
-        ("--seed 7", "was trained on other data (text, tokenizer, data settings or seed differ)"),
+        ("--seed 7", "was trained on other data (text, tokenizer, data settings, epochs or seed differ)"),
         ("--checkpoint.resume false", "--checkpoint.resume is off"),
     ):
         assert_one_line(run_here(*finished.flags, *flags.split()), message, str(finished.directory))
