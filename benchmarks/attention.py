@@ -1,83 +1,437 @@
-"""`python -m benchmarks.attention`: cuDNN's attention as JAX offers it, forward and backward, as JSON."""
+"""`python -m benchmarks.attention`: our attention kernels beside cuDNN's and Tokamax's on the same cases, as JSON."""
 
+import argparse
+import functools
+import gc
+import importlib
+import importlib.util
 import json
-from collections.abc import Callable
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from benchmarks.ceilings import device_seconds
+from jaxtron.kernels.attention import Mask, attention
 
-Implementation = Literal["cudnn", "xla"]
+DIRECTIONS = ("forward", "backward")
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# told who runs next: whoever ends or hangs the process is then known
+Begins = Callable[[str], None]
+# of these the first is judged
+OURS = ("mosaic", "mosaic_deterministic")
+# what is aimed at: so many times the fastest of the others
+AIM = 1.05
+# relative norm of the difference that two implementations' roundings to bf16 can make, several times over: a result
+# further from the others' is wrong, and its speed no figure
+AGREEMENT = 0.02
+# seconds without a sign of life after which a kernel hangs: compiling a case's programs is the longest step
+PATIENCE = 90.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """Self-attention over `tokens` in sequences of `length`, heads of `head_dim` filling `hidden`."""
+    """Self-attention over `tokens` in sequences of `length`; targets are TFLOP/s on one H200."""
 
     length: int
     head_dim: int
-    causal: bool
+    causal: bool = True
+    heads: int = 16
+    kv_heads: int = 16
+    window: int | None = None
+    documents: int = 1
     tokens: int = 16384
-    hidden: int = 2048
+    forward_target: float | None = None
+    backward_target: float | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Rows, sequence, heads, head dimension."""
-        return self.tokens // self.length, self.length, self.hidden // self.head_dim, self.head_dim
+    def rows(self) -> int:
+        """Sequences."""
+        return self.tokens // self.length
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of the documents in each sequence, cut at random places."""
+        cuts = np.random.default_rng(0).choice(np.arange(1, self.length), self.documents - 1, replace=False)
+        return tuple(int(size) for size in np.diff([0, *np.sort(cuts), self.length]))
 
     @property
     def flops(self) -> float:
-        """Of the forward, half of the scores where causal; the backward has 5 products for its 2."""
-        return 4.0 * self.tokens * self.length * self.hidden * (0.5 if self.causal else 1.0)
+        """Of the forward: two products for each pair that attends, of causal pairs half; the backward has five."""
+        pairs = sum(self._pairs(length) for length in self.lengths)
+        return 4.0 * self.rows * self.heads * self.head_dim * pairs
+
+    def _pairs(self, length: int) -> float:
+        if not self.causal:
+            return length**2
+        seen = min(length, self.window or length)
+        return seen * length - seen**2 / 2
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of queries, keys, values and the output's cotangent: row, position, head, head dimension."""
+        query, key = ((self.rows, self.length, heads, self.head_dim) for heads in (self.heads, self.kv_heads))
+        return query, key, key, query
+
+    def mask(self) -> Mask:
+        """Who attends to whom."""
+        segments = None
+        if self.documents > 1:
+            row = np.repeat(np.arange(self.documents, dtype=np.int32), self.lengths)
+            segments = jnp.broadcast_to(row, (self.rows, self.length))
+        return Mask(causal=self.causal, window=self.window, q_segments=segments, kv_segments=segments)
 
 
-CASES = tuple(
-    Case(length, head_dim, causal)
-    for length, causal in ((4096, True), (16384, True), (4096, False))
-    for head_dim in (64, 128)
+CASES = (
+    Case(4096, 128, forward_target=600),
+    Case(8192, 128, backward_target=500),
+    Case(16384, 128, forward_target=640),
+    Case(16384, 128, causal=False, forward_target=690, backward_target=560),
+    Case(16384, 64, heads=32, kv_heads=32, forward_target=500),
+    Case(16384, 64, heads=32, kv_heads=32, causal=False, backward_target=470),
+    Case(16384, 256, heads=8, kv_heads=8, forward_target=650, backward_target=350),
+    Case(4096, 128, heads=32, kv_heads=8),
+    Case(16384, 128, window=4096),
+    Case(16384, 128, documents=8),
 )
 
 
-def main() -> None:
-    """Prints every case with cuDNN."""
-    print(json.dumps(report({"cudnn": partial(measure, implementation="cudnn")}), indent=1))
+def ours(case: Case, device_kind: str, *, implementation: str = "mosaic", deterministic: bool = False) -> Attend:
+    """One of `jaxtron.kernels.attention`, which raises for what it cannot do."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        options = {"implementation": implementation, "device_kind": device_kind, "deterministic": deterministic}
+        return attention(q, k, v, case.mask(), needs_lse=False, **options)[0]
+
+    return attend
 
 
-def report(implementations: dict[str, Callable[[Case], tuple[float, float]]]) -> dict[str, Any]:
-    """Every case of every implementation: milliseconds and TFLOP/s, or why the library refused it."""
-    return {
-        "cases": [asdict(case) | _outcome(name, run, case) for name, run in implementations.items() for case in CASES]
-    }
+def tokamax(case: Case, device_kind: str) -> Attend:
+    """Tokamax's Hopper kernels."""
+    if case.documents > 1:
+        raise NotImplementedError("its public function knows no documents")
+    window = None if case.window is None else (case.window - 1, 0)
+    function = importlib.import_module("tokamax").dot_product_attention
+    return functools.partial(function, is_causal=case.causal, local_window_size=window, implementation="mosaic")
 
 
-def _outcome(name: str, run: Callable[[Case], tuple[float, float]], case: Case) -> dict[str, Any]:
+IMPLEMENTATIONS: dict[str, Callable[[Case, str], Attend]] = {
+    "mosaic": ours,
+    "mosaic_deterministic": functools.partial(ours, deterministic=True),
+    "cudnn": functools.partial(ours, implementation="cudnn"),
+    "tokamax": tokamax,
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the result anew after every case, so that the last line is whole whenever it is stopped."""
+    if serves(argv, __doc__):
+        kind = jax.devices()[0].device_kind
+        serve(lambda case, names, begins: measure(case, {name: IMPLEMENTATIONS[name] for name in names}, kind, begins))
+        return
+    missing = [name for name in ("tokamax",) if importlib.util.find_spec(name) is None]
+    names = [name for name in IMPLEMENTATIONS if name not in missing]
+    with Worker([sys.executable, "-m", "benchmarks.attention", "serve"], names) as worker:
+        report(CASES, worker.measure, dict.fromkeys(missing, "not installed"))
+
+
+def report(cases: Sequence[Case], run: Callable[[Case], Mapping[str, Any]], absent: Mapping[str, str]) -> dict:
+    """Prints and returns every case with, of each implementation, what `run` measured or why there is nothing."""
+    result: dict[str, Any] = {"absent_implementations": dict(absent), "cases": []}
+    for case in cases:
+        found = dict(run(case))
+        entry = {**asdict(case), "flops": case.flops, "implementations": found}
+        result["cases"].append({**entry, "judged": judge(entry)})
+        print(json.dumps(result), flush=True)
+    return result
+
+
+def judge(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether our result agrees with another's, and for each direction our TFLOP/s against the others' and the target.
+
+    None is what is not known: a wrong result has no speed.
+    """
+    found = entry["implementations"]
+    ours, others = found.get(OURS[0], {}), {name: made for name, made in found.items() if name not in OURS}
+    distances = ours.get("differs", {}).values()
+    # not-a-number agrees with nothing
+    agrees = all(distance <= AGREEMENT for distance in distances) if distances else None
+    judged: dict[str, Any] = {"agrees": agrees}
+    for direction in DIRECTIONS:
+        speed = None if agrees is False else _tflops(ours, direction)
+        speeds = {name: tflops for name, made in others.items() if (tflops := _tflops(made, direction)) is not None}
+        best = max(speeds, key=speeds.__getitem__, default=None)
+        ratio = None if speed is None or best is None else speed / speeds[best]
+        target = entry[f"{direction}_target"]
+        judged[direction] = {
+            "tflops": speed,
+            "best_of_others": best,
+            "ratio": ratio,
+            "aim_met": None if ratio is None else ratio >= AIM,
+            "target": target,
+            "target_met": None if speed is None or target is None else speed >= target,
+        }
+    return judged
+
+
+def _tflops(made: Mapping[str, Any], direction: str) -> float | None:
+    return made.get(direction, {}).get("tflops")
+
+
+def merged(sections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The cases of several processes' reports, each with all implementations, judged anew."""
+    cases: dict[Case, dict[str, Any]] = {}
+    for entry in (entry for section in sections for entry in section["cases"]):
+        case = Case(**{name: entry[name] for name in Case.__dataclass_fields__})
+        one = cases.setdefault(case, {**entry, "implementations": {}})
+        one["implementations"] |= entry["implementations"]
+    return [{**entry, "judged": judge(entry)} for entry in cases.values()]
+
+
+class Worker:
+    """Measures cases in another process: one that a kernel ends or hangs is replaced, and the others still count."""
+
+    def __init__(self, command: Sequence[str], names: Sequence[str], *, patience: float = PATIENCE) -> None:
+        self.command, self.names, self.patience = command, names, patience
+        self.process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
+
+    def measure(self, case: Case) -> dict[str, Any]:
+        """Figures of each implementation; where one ended the process, that one's end and the others' figures."""
+        refused: dict[str, Any] = {}
+        while left := [name for name in self.names if name not in refused]:
+            found, began, why = self._ask(json.dumps({"case": asdict(case), "implementations": left}))
+            if found is not None:
+                return refused | found
+            # while all were compiled, or timed in turns: whoever it was
+            refused |= dict.fromkeys([began] if began in left else left, {"error": why})
+        return refused
+
+    def _ask(self, question: str) -> tuple[dict[str, Any] | None, str | None, str]:
+        """The answer, or None with who was running last and what happened."""
+        if self.process is not None and self.process.poll() is not None:
+            self._stop()
+        if self.process is None:
+            pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+            self.process = subprocess.Popen(self.command, **pipes)
+        process, began, why, hung = self.process, None, "", threading.Event()
+        assert process.stdin is not None and process.stdout is not None
+
+        def end() -> None:
+            hung.set()
+            process.kill()
+
+        timer = _started(self.patience, end)
+        try:
+            process.stdin.write(question + "\n")
+            for line in process.stdout:
+                said = _said(line)
+                began, why = said.get("begins", began), said.get("ended", why)
+                if "measured" in said:
+                    return said["measured"], None, ""
+                timer.cancel()
+                timer = _started(self.patience, end)
+        finally:
+            timer.cancel()
+        code = process.wait()
+        self._stop()
+        if hung.is_set():
+            return None, began, f"no sign of life for {self.patience:.0f} s"
+        return None, began, f"its process ended with code {code} {why}".rstrip()
+
+    def _stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            # closes the pipes, and waits
+            self.process.communicate()
+            self.process = None
+
+
+def _started(seconds: float, end: Callable[[], None]) -> threading.Timer:
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def _said(line: str) -> dict[str, Any]:
+    """What a worker says; libraries may print too."""
     try:
-        forward, backward = run(case)
-    # a library may refuse a case in its own way; the others still count
-    except Exception as error:
-        return {"implementation": name, "error": f"{type(error).__name__}: {error}"[:300]}
-    return {
-        "implementation": name,
-        "forward_milliseconds": 1e3 * forward,
-        "forward_tflops": 1e-12 * case.flops / forward,
-        "backward_milliseconds": 1e3 * backward,
-        "backward_tflops": 2.5e-12 * case.flops / backward,
-    }
+        said = json.loads(line)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
-def measure(case: Case, implementation: Implementation) -> tuple[float, float]:
-    """Seconds of the forward, and of the backward alone, in bf16 on random normal numbers."""
+def serves(argv: Sequence[str], purpose: str | None) -> bool:
+    """Whether the command line is a worker's."""
+    parser = argparse.ArgumentParser(description=purpose)
+    parser.add_argument("serve", nargs="?", choices=["serve"], help="measure the cases that come on standard input")
+    return parser.parse_args(argv).serve is not None
+
+
+def serve(measure: Callable[[Case, Sequence[str], Begins], Mapping[str, Any]]) -> None:
+    """A worker's end of the conversation: a case a line, until there are no more or a failure cannot be survived."""
+
+    def say(**said: Any) -> None:
+        print(json.dumps(said), flush=True)
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            found = measure(Case(**asked["case"]), asked["implementations"], lambda name: say(begins=name))
+        except Exception as error:
+            say(ended=_words(error))
+            raise
+        say(measured=found)
+        # an error's traceback holds arrays in a cycle
+        gc.collect()
+
+
+def measure(
+    case: Case,
+    implementations: Mapping[str, Callable[[Case, str], Attend]],
+    kind: str,
+    begins: Begins = lambda name: None,
+) -> dict[str, Any]:
+    """Times of each implementation in bf16 on random normal numbers, forward and backward alone.
+
+    The implementations take turns, so that a clock that falls falls for all. Raises where the device is lost.
+    """
+    refused: dict[str, Any] = {}
+    lowered = {}
+    for name, make in implementations.items():
+        with recorded(name, refused):
+            lowered[name] = lower(case, make(case, kind))
     keys = jax.random.split(jax.random.key(0), 4)
-    query, key, value, cotangent = (jax.random.normal(k, case.shape, jnp.bfloat16) for k in keys)
-    attend = partial(jax.nn.dot_product_attention, is_causal=case.causal, implementation=implementation)
-    forward = device_seconds(jax.jit(attend), query, key, value)
-    _, pull = jax.jit(partial(jax.vjp, attend))(query, key, value)
-    return forward, device_seconds(jax.jit(lambda pull, cotangent: pull(cotangent)), pull, cotangent)
+    numbers = [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, case.shapes, strict=True)]
+    calls: dict[str, dict[str, Callable[[], Any]]] = {direction: {} for direction in DIRECTIONS}
+    made = {}
+    # XLA compiles outside Python: at once for all
+    with ThreadPoolExecutor() as pool:
+        compiled = {name: pool.submit(lambda stages: [s.compile() for s in stages], s) for name, s in lowered.items()}
+    for name, future in compiled.items():
+        begins(name)
+        with recorded(name, refused):
+            forward, forward_kept, backward = future.result()
+            out, kept = forward_kept(*numbers[:3])
+            made[name] = jax.block_until_ready((out, *backward(kept, numbers[3])))
+            calls["forward"][name] = functools.partial(forward, *numbers[:3])
+            calls["backward"][name] = functools.partial(backward, kept, numbers[3])
+        # after a fault in a kernel nothing runs in this process any more
+        jax.block_until_ready(numbers[0] + 1)
+    begins("all in turns")
+    seconds = {direction: interleaved(calls[direction], jax.block_until_ready) for direction in DIRECTIONS}
+    return refused | {name: figures(case, name, seconds) | differences(made, name) for name in made}
+
+
+class recorded:
+    """Keeps why an implementation has no figures: a library refuses in its own way, and the others still count."""
+
+    def __init__(self, name: str, refused: dict[str, Any]) -> None:
+        self.name, self.refused = name, refused
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if isinstance(error, Exception):
+            self.refused[self.name] = {"error": _words(error)}
+        return isinstance(error, Exception)
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+def lower(case: Case, attend: Attend, sharding: jax.sharding.Sharding | None = None) -> tuple[jax.stages.Lowered, ...]:
+    """The forward, the forward that keeps what the backward needs, and the backward."""
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in case.shapes]
+    structure = None
+
+    def forward_kept(*heads: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        nonlocal structure
+        out, pull = jax.vjp(attend, *heads)
+        kept, structure = jax.tree.flatten(pull)
+        return out, kept
+
+    def backward(kept: list[jax.Array], cotangent: jax.Array) -> Any:
+        return jax.tree.unflatten(structure, kept)(cotangent)
+
+    forward, first = (jax.jit(function).lower(*arrays[:3]) for function in (attend, forward_kept))
+    _, kept = jax.eval_shape(forward_kept, *arrays[:3])
+    kept = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf in kept]
+    return forward, first, jax.jit(backward).lower(kept, arrays[3])
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]],
+    wait: Callable[[Any], Any],
+    *,
+    rounds: int = 10,
+    round_seconds: float = 0.04,
+) -> dict[str, list[float]]:
+    """Seconds of a call of each, one for every round; calls are in flight together, so that no dispatch is timed."""
+    calls = {}
+    for name, function in functions.items():
+        for _ in range(2):
+            wait(function())
+        start = time.perf_counter()
+        wait(function())
+        calls[name] = min(max(math.ceil(round_seconds / (time.perf_counter() - start)), 1), 200)
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                last = function()
+            wait(last)
+            seconds[name].append((time.perf_counter() - start) / calls[name])
+    return seconds
+
+
+def figures(case: Case, name: str, seconds: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
+    """Of each direction median, fastest and slowest round, and TFLOP/s at the median."""
+    found = {}
+    for direction, flops in zip(DIRECTIONS, (case.flops, 2.5 * case.flops), strict=True):
+        times = seconds[direction][name]
+        median = float(np.median(times))
+        found[direction] = {
+            "milliseconds": {"median": 1e3 * median, "min": 1e3 * min(times), "max": 1e3 * max(times)},
+            "tflops": 1e-12 * flops / median,
+        }
+    return found
+
+
+@jax.jit
+def _differences(made: Sequence[jax.Array], first: Sequence[jax.Array]) -> list[jax.Array]:
+    wide = [(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in zip(made, first, strict=True)]
+    return [jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in wide]
+
+
+def differences(made: Mapping[str, Sequence[jax.Array]], name: str) -> dict[str, Any]:
+    """How far output and gradients are from another's, relative to their norm: the first that is not ours, if any."""
+    other = next((other for other in made if other != name and other not in OURS), None)
+    if other is None:
+        other = next((other for other in made if other != name), None)
+    if other is None:
+        return {}
+    distances = map(float, _differences(made[name], made[other]))
+    return {"differs_from": other, "differs": dict(zip(("out", "dq", "dk", "dv"), distances, strict=True))}
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,7 +1,9 @@
 """`python -m benchmarks.gpu`: everything worth measuring on a machine with NVIDIA GPUs, in one JSON."""
 
+import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,15 +13,32 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from benchmarks import record
+from benchmarks import attention, record
 from jaxtron.command import configure, run_command
 from jaxtron.config import Config, UserError
 from jaxtron.train.runtime import expects_gpu
 
-Section = Literal["ceilings", "train", "attention_jax", "attention_torch", "tests"]
+Section = Literal["tests", "ceilings", "attention_jax", "attention_torch", "train"]
 
-# the most seconds of each; together they may not outlast GpuBenchmark.minutes
-LIMITS: dict[Section, int] = {"ceilings": 90, "train": 300, "attention_jax": 150, "attention_torch": 120, "tests": 240}
+# seconds of each in the default nine minutes, right answers first; of more or less time each has its share, and what
+# one leaves over is shared among those after it
+SHARES: dict[Section, int] = {
+    "tests": 180,
+    "ceilings": 30,
+    "attention_jax": 160,
+    "attention_torch": 50,
+    "train": 120,
+}
+# seconds in which a section whose time is over may still say what it has
+GRACE = 10.0
+# beyond these, processes wait for each other on the one GPU
+MOST_TEST_PROCESSES = 8
+OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")
+_ANY = "|".join(OUTCOMES)
+# a line of pytest -v, in several processes and in one
+_OUTCOME = re.compile(rf"^(?:\[gw\d+\] \[ *\d+%\] ({_ANY}) (.+)|(\S+::.+) ({_ANY})(?: \(.*\))? +\[ *\d+%\])$")
+# how many tests it runs, in the order of preference
+_SELECTED = (r"/ (\d+) selected", r"\[(\d+) items?\]", r"collected (\d+) items?")
 
 
 class GpuBenchmark(Config):
@@ -27,10 +46,10 @@ class GpuBenchmark(Config):
 
     config: str = "configs/gpt_1b.yaml"
     """The run whose train step is measured."""
-    sections: tuple[Section, ...] = tuple(LIMITS)
+    sections: tuple[Section, ...] = tuple(SHARES)
     """Which parts, in this order; each has a process of its own, so that one crash does not lose the rest."""
     minutes: float = Field(9.0, gt=0)
-    """All sections end within this; those that did not begin are recorded as skipped."""
+    """All sections end within this, each with its share; what was measured until a section's end is kept."""
     output: str | None = None
     """A .json file, or a folder that gets <date>-<device>-gpu.json (none: $OUT, else benchmarks/results)."""
 
@@ -47,68 +66,145 @@ def main(argv: list[str]) -> int:
     path = record.destination(config.output or os.environ.get("OUT") or str(record.RESULTS), "gpu", names[0])
     result = {"benchmark": "gpu", **record.circumstances("gpu", names[0], len(names)), "sections": {}}
     deadline = time.monotonic() + 60 * config.minutes
-    for section in config.sections:
-        seconds = min(LIMITS[section], deadline - time.monotonic())
+    for number, section in enumerate(config.sections):
+        seconds = share(config.sections[number:], deadline - time.monotonic())
         outcome = run_section(command(section, config), seconds)
         result["sections"][section] = outcome
+        result["attention"] = attention.merged(attention_sections(result))
         record.write(path, result)
         print(f"{section}: {outcome['status']} {outcome.get('reason', '')}".strip(), flush=True)
     print(f"written to {path}")
     return int(any(outcome["status"] in ("failed", "timeout") for outcome in result["sections"].values()))
 
 
+def share(sections: Sequence[Section], seconds: float) -> float:
+    """Of the seconds left, what the first of these sections may take."""
+    return seconds * SHARES[sections[0]] / sum(SHARES[section] for section in sections)
+
+
+def attention_sections(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a GPU's result has of attention, complete or not."""
+    found = (result.get("sections", {}).get(name, {}).get("result") for name in ("attention_jax", "attention_torch"))
+    return [section for section in found if section]
+
+
 def command(section: Section, config: GpuBenchmark) -> list[str]:
     """What a section runs."""
     module = {
+        "tests": ["pytest", *_pytest_words()],
         "ceilings": ["benchmarks.ceilings"],
-        "train": ["benchmarks.train", config.config],
         "attention_jax": ["benchmarks.attention"],
         "attention_torch": ["benchmarks.attention_torch"],
-        "tests": ["pytest", "-q", "-m", "gpu", "tests"],
+        "train": ["benchmarks.train", config.config],
     }[section]
     return [sys.executable, "-m", *module]
 
 
+def _pytest_words() -> list[str]:
+    """All tests that are marked for a GPU: most of their time is compilation, which more processes share."""
+    files = sorted(path for path in (record.ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
+    processes = min(os.cpu_count() or 1, MOST_TEST_PROCESSES)
+    parallel = ["-n", str(processes)] if importlib.util.find_spec("xdist") and processes > 1 else []
+    # one file that cannot be imported does not keep the others from running
+    options = ["-v", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider", *parallel]
+    return ["-m", "gpu", *options, *(str(path.relative_to(record.ROOT)) for path in files)]
+
+
 def run_section(words: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Runs a command for at most `seconds`; its JSON as `result`, or a status that says what is missing and why."""
+    """Runs a command for at most `seconds`; its JSON as `result`, or a status that says what is missing and why.
+
+    What it printed before its time was over is kept, as `incomplete`.
+    """
     if seconds < 1:
         return {"status": "skipped", "reason": "no time was left"}
     start = time.monotonic()
-    environment = os.environ | {"JAXTRON_TEST_PLATFORM": "cuda"}
     process = subprocess.Popen(
         words,
         cwd=record.ROOT,
-        env=environment,
+        env=os.environ | _environment(words),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        errors="replace",
         start_new_session=True,
     )
+    grace = min(GRACE, seconds / 4)
     try:
-        stdout, stderr = process.communicate(timeout=seconds)
+        stdout, stderr = process.communicate(timeout=seconds - grace)
+        outcome = _read(words, process.returncode, stdout, stderr)
     except subprocess.TimeoutExpired:
-        # the session that it leads: also what it started itself
-        os.killpg(process.pid, signal.SIGKILL)
-        _, stderr = process.communicate()
-        return {"status": "timeout", "reason": f"ended after {seconds:.0f} s", "stderr": _tail(stderr)}
-    outcome = _read(words, process.returncode, stdout, stderr)
+        stdout, stderr = _end(process, grace)
+        outcome = {"status": "timeout", "reason": f"ended after {seconds - grace:.0f} s", "stderr": _tail(stderr)}
+        found = _printed(words, stdout)
+        if found is not None:
+            outcome |= {"incomplete": True, "result": found}
     return {**outcome, "seconds": round(time.monotonic() - start, 1)}
 
 
+def _environment(words: Sequence[str]) -> dict[str, str]:
+    if "pytest" not in words:
+        return {"PYTHONUNBUFFERED": "1"}
+    # several processes on one GPU: none may take most of its memory for itself
+    return {
+        "PYTHONUNBUFFERED": "1",
+        "JAXTRON_TEST_PLATFORM": "cuda",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+
+
+def _end(process: subprocess.Popen[str], grace: float) -> tuple[str, str]:
+    """Interrupts a process, so that pytest tells of failures, then kills it with all that it started."""
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        return process.communicate(timeout=grace)
+    except subprocess.TimeoutExpired:
+        # the session that it leads
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()
+
+
 def _read(words: Sequence[str], code: int, stdout: str, stderr: str) -> dict[str, Any]:
+    found = _printed(words, stdout)
     if "pytest" in words:
         if code == 5:
             return {"status": "absent", "reason": "there are no tests marked gpu"}
-        return {"status": "failed" if code else "ok", "result": {"report": _tail(stdout)}}
+        return {"status": "failed" if code else "ok", "result": found}
+    kept = {} if found is None else {"incomplete": True, "result": found}
     if code:
-        return {"status": "failed", "reason": f"exit code {code}", "stderr": _tail(stderr)}
-    try:
-        result, _ = json.JSONDecoder().raw_decode(stdout[max(stdout.find("{"), 0) :])
-    except ValueError:
+        return {"status": "failed", "reason": f"exit code {code}", "stderr": _tail(stderr), **kept}
+    if found is None:
         return {"status": "failed", "reason": "it printed no JSON", "stderr": _tail(stderr)}
-    if "absent" in result:
-        return {"status": "absent", "reason": result["absent"]}
-    return {"status": "ok", "result": result}
+    if "absent" in found:
+        return {"status": "absent", "reason": found["absent"]}
+    return {"status": "ok", "result": found}
+
+
+def _printed(words: Sequence[str], stdout: str) -> dict[str, Any] | None:
+    """What a section measured according to its output: pytest's outcomes, else the last whole JSON object."""
+    if "pytest" in words:
+        return outcomes(stdout)
+    for start in reversed([match.start() for match in re.finditer(r"^\{", stdout, re.MULTILINE)]):
+        try:
+            return json.JSONDecoder().raw_decode(stdout, start)[0]
+        except ValueError:
+            # cut off where the section ended
+            continue
+    return None
+
+
+def outcomes(report: str) -> dict[str, Any]:
+    """Of pytest's verbose report, whole or not: how many tests there are of each outcome, and which failed."""
+    found: dict[str, str] = {}
+    for line in report.splitlines():
+        if match := _OUTCOME.match(line):
+            found[(match[2] or match[3]).strip()] = match[1] or match[4]
+    selected = next((match for pattern in _SELECTED if (match := re.search(pattern, report))), None)
+    return {
+        "selected": int(selected[1]) if selected else None,
+        **{outcome.lower(): list(found.values()).count(outcome) for outcome in OUTCOMES},
+        "not_passed": sorted(name for name, outcome in found.items() if outcome in ("FAILED", "ERROR")),
+        "report": _tail(report, 80),
+    }
 
 
 def _tail(text: str, lines: int = 15) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record
+from benchmarks import attention, gpu, record
 from jaxtron.command import configure, run_command
 from jaxtron.config import Config, UserError
 
@@ -47,13 +47,16 @@ def training_table(results: Sequence[dict[str, Any]]) -> str:
     runs = sorted((run for run in runs if run), key=lambda run: run["date"], reverse=True)
     header = (
         *("date", "configuration", "devices", "parameters", "tokens a step", "ms a step", "tokens/s", "MFU"),
-        *("peak memory (predicted), GiB", "compile, s", "JAX"),
+        *("planned ms", "peak memory (planned), GiB", "attention", "compile, s", "JAX"),
     )
     return _table(header, [_training_row(run) for run in runs])
 
 
 def _training_row(run: dict[str, Any]) -> tuple[str, ...]:
-    peak = run.get("device_peak_bytes")
+    peak, plan = run.get("device_peak_bytes"), run.get("plan") or {}
+    # results of before there were plans: the compiler's own sum for the step that ran
+    planned = plan.get("program_bytes", run["predicted_peak_bytes"])
+    who = [line.removeprefix("attention: ").split(",")[0].split(" (")[0] for line in run.get("attention", ())]
     mesh = " x ".join(f"{axis} {size}" for axis, size in run["mesh"].items() if size > 1)
     return (
         run["date"],
@@ -64,7 +67,9 @@ def _training_row(run: dict[str, Any]) -> tuple[str, ...]:
         f"{run['step_milliseconds']['median']:,.1f}",
         f"{run['tokens_per_second']:,.0f}",
         "-" if run["mfu"] is None else f"{100 * run['mfu']:.1f} %",
-        f"{f'{peak / GIB:.1f}' if peak else '-'} ({run['predicted_peak_bytes'] / GIB:.1f})",
+        f"{plan['step_milliseconds']:,.1f}" if "step_milliseconds" in plan else "-",
+        f"{f'{peak / GIB:.1f}' if peak else '-'} ({planned / GIB:.1f})",
+        ", ".join(who) or "-",
         f"{run['compile_seconds']:.0f}",
         run["versions"]["jax"],
     )
@@ -77,23 +82,38 @@ def attention_tables(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _attention_table(result: dict[str, Any]) -> list[str]:
-    ceilings, rows = _section(result, "ceilings"), {}
-    sections = [_section(result, name) for name in ("attention_jax", "attention_torch")]
-    cases = [case for section in sections if section for case in section["cases"]]
-    names = list(dict.fromkeys(case["implementation"] for case in cases))
-    for case in cases:
-        mask = "causal" if case["causal"] else "full"
-        row = rows.setdefault((mask, str(case["head_dim"]), f"{case['length']:,}"), dict.fromkeys(names, "-"))
-        if "error" not in case:
-            row[case["implementation"]] = f"{case['forward_tflops']:.0f} / {case['backward_tflops']:.0f}"
+    ceilings, cases = _section(result, "ceilings"), attention.merged(gpu.attention_sections(result))
+    names = list(dict.fromkeys(name for case in cases for name in case["implementations"]))
     line = f"{result['device']}, {result['date']}"
     if ceilings:
         line += f": bf16 product of {ceilings['matmul_size']} squared {ceilings['matmul_tflops']:.0f} TFLOP/s, "
         line += f"copy {ceilings['copy_gigabytes_per_second']:,.0f} GB/s"
-    if rows:
-        line += ". Attention, forward / backward in TFLOP/s:"
-    table = _table(("mask", "head dimension", "sequence", *names), [(*key, *row.values()) for key, row in rows.items()])
-    return [part for part in (line if ceilings or rows else "", table) if part]
+    if cases:
+        line += f". Attention, forward / backward in TFLOP/s; the last column is {attention.OURS[0]}'s over the "
+        line += "fastest of the others'"
+        unfinished = [name for name, section in result["sections"].items() if section.get("incomplete")]
+        line += f" ({', '.join(unfinished)} did not finish):" if unfinished else ":"
+    header = ("mask", "head dimension", "heads / key-value heads", "sequence", *names, "ratio")
+    table = _table(header, [_attention_row(case, names) for case in cases])
+    return [part for part in (line if ceilings or cases else "", table) if part]
+
+
+def _attention_row(case: dict[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+    mask = "causal" if case["causal"] else "full"
+    mask += f", window {case['window']:,}" if case["window"] else ""
+    mask += f", {case['documents']} documents" if case["documents"] > 1 else ""
+    found, judged = case["implementations"], case["judged"]
+    speeds = [_pair(found.get(name, {}), "tflops", ".0f") for name in names]
+    heads = f"{case['heads']} / {case['kv_heads']}"
+    return mask, str(case["head_dim"]), heads, f"{case['length']:,}", *speeds, _pair(judged, "ratio", ".2f")
+
+
+def _pair(found: dict[str, Any], field: str, form: str) -> str:
+    """A figure of the forward and of the backward; a dash for what there is not."""
+    numbers = [found.get(direction, {}).get(field) for direction in attention.DIRECTIONS]
+    if numbers == [None, None]:
+        return "-"
+    return " / ".join("-" if number is None else format(number, form) for number in numbers)
 
 
 def _section(result: dict[str, Any], name: str) -> dict[str, Any] | None:

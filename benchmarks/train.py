@@ -1,8 +1,11 @@
 """`python -m benchmarks.train CONFIG.yaml [--setting value ...]`: the real train step on random tokens, as JSON."""
 
 import json
+import os
 import resource
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,10 @@ from pydantic import Field
 
 from benchmarks import record
 from jaxtron.command import configure, run_command
-from jaxtron.config import Config
+from jaxtron.config import Config, dump
 from jaxtron.data import LocalBatch
-from jaxtron.gpus import peak_flops
+from jaxtron.gpus import GPUS, peak_flops
+from jaxtron.models.attention_choice import attention_lines
 from jaxtron.models.cost import model_flops_per_token
 from jaxtron.plan.deviceless import memory
 from jaxtron.sharding import build_mesh, make_rules, use
@@ -24,6 +28,9 @@ from jaxtron.train.config import Configuration
 from jaxtron.train.runtime import start_runtime
 from jaxtron.train.setup import make_trainer
 from jaxtron.train.step import Batch, TrainState, batch_sharding, jit_step
+
+# seconds after which a plan is given up: a billion parameters take 15 on two cores
+PLAN_SECONDS = 90
 
 
 class BenchmarkConfig(Config):
@@ -56,6 +63,7 @@ def main(argv: list[str]) -> int:
     path = record.destination(output, name, jax.devices()[0].device_kind) if output else None
     result = measure(config, name)
     if jax.process_index() == 0:
+        result["plan"] = plan(config, result["device"], result["device_count"])
         print(json.dumps(result, indent=1))
         if path is not None:
             record.write(path, result)
@@ -78,13 +86,15 @@ def measure(config: TrainBenchmark, name: str) -> dict[str, Any]:
         compiled_at = time.perf_counter()
         seconds, loss = time_steps(compiled, state, batch, config.benchmark)
     tokens = run.train.global_batch * run.data.sequence_length
+    kind = devices[0].device_kind
     return {
         "benchmark": "train",
         "name": name,
-        **record.circumstances(devices[0].platform, devices[0].device_kind, len(devices)),
+        **record.circumstances(devices[0].platform, kind, len(devices)),
         "runtime": devices[0].client.platform_version.splitlines(),
         "mesh": sizes,
         "precision": run.train.precision,
+        "attention": attention_lines(run.model, run.attention_choices(sizes["context"], kind), kind),
         "recompute": run.model.recompute,
         "microbatches": run.train.microbatches,
         "parameters": trainer.blueprint.num_parameters,
@@ -151,6 +161,41 @@ def memory_use(compiled: jax.stages.Compiled) -> dict[str, Any]:
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     known = [peak for peak in peaks if peak is not None]
     return {**result, "device_peak_bytes": max(known) if known else None}
+
+
+def plan(config: Configuration, kind: str, count: int) -> dict[str, Any] | None:
+    """What `jaxtron.plan` says of this run on so many GPUs of this kind; None for a kind that it does not know.
+
+    In a process of its own without any GPU, as it runs before there are any. `program_bytes` compares with the
+    allocator's peak; `total_bytes` has the reserve for libraries and communication too.
+    """
+    gpu = next((gpu.name for gpu in GPUS.values() if gpu.device_kind == kind), None)
+    if gpu is None:
+        return None
+    plain: dict[str, Any] = {name: getattr(config, name) for name in Configuration.model_fields} | {"devices": None}
+    with tempfile.TemporaryDirectory() as folder:
+        settings, output = Path(folder) / "run.yaml", Path(folder) / "plan.json"
+        settings.write_text(dump(Configuration(**plain)), encoding="utf-8")
+        words = [str(settings), "--gpu", gpu, "--gpus", str(count), "--json", str(output)]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "XLA_FLAGS": ""}
+        options: Any = {"cwd": record.ROOT, "env": environment, "capture_output": True, "text": True}
+        try:
+            done = subprocess.run([sys.executable, "-m", "jaxtron.plan", *words], timeout=PLAN_SECONDS, **options)
+        except subprocess.TimeoutExpired:
+            return {"error": f"it took more than {PLAN_SECONDS} s"}
+        if done.returncode:
+            return {"error": (done.stderr.strip().splitlines() or ["it failed"])[-1][:300]}
+        made = json.loads(output.read_text(encoding="utf-8"))
+    memory, prediction = made["memory"], made["prediction"]
+    return {
+        "gpu": gpu,
+        "program_bytes": memory["total"] - memory["communication"] - memory["reserve"],
+        "total_bytes": memory["total"],
+        "fits": memory["fits"],
+        "step_milliseconds": round(1e3 * prediction["step_seconds"], 3),
+        "mfu": round(prediction["mfu"], 4),
+        "attention": made["attention"],
+    }
 
 
 if __name__ == "__main__":

@@ -1,16 +1,22 @@
 """The benchmarks' commands: what they print and write, and what they make of sections that fail."""
 
+import contextlib
+import functools
 import importlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxtron.config import UserError, load
 from jaxtron.gpus import gpu_named
+from jaxtron.plan.machine import machine_named
+from jaxtron.plan.prediction import predict
 from jaxtron.plan.rehearsal import rehearse
 from jaxtron.train.config import Configuration
 
@@ -43,8 +49,9 @@ def test_the_train_step_on_two_devices(tmp_path: Path):
     times = result["step_milliseconds"]
     assert 0 < times["min"] <= times["median"] <= times["p90"] and times["steps"] == 3
     assert result["tokens_per_second"] == pytest.approx(128 / times["median"] * 1e3, rel=1e-2)
-    # a CPU has neither: not zero, not a number of something else
-    assert result["mfu"] is None and "device_peak_bytes" not in result
+    # a CPU has none of these: not zero, not a number of something else
+    assert result["mfu"] is None and "device_peak_bytes" not in result and result["plan"] is None
+    assert [line.split(" (")[0] for line in result["attention"]] == ["attention: whole scores"]
     assert 0 < result["predicted_peak_bytes"] < result["process_max_rss_bytes"]
     assert 0 < result["loss_after"] < 6
 
@@ -68,46 +75,389 @@ def test_a_section_that_fails_is_recorded_as_that(benchmark):
     assert section("", seconds=0)["status"] == "skipped"
 
 
-def test_a_case_that_a_library_refuses_has_no_number(benchmark):
+def test_what_a_section_printed_before_its_end_is_kept(benchmark):
+    def section(code: str, seconds: float = 30) -> dict:
+        return benchmark("gpu").run_section([sys.executable, "-c", code], seconds)
+
+    many_lines = 'print(\'{\\n "a": {\\n  "b": 3\\n }\\n}\')'
+    assert section(f"print('{{\"a\": 1}}'); {many_lines}")["result"] == {"a": {"b": 3}}
+    ended = section("print('{\"a\": 1}'); print('{\"a\": 2}'); print('{\"a\"'); import time; time.sleep(60)", seconds=3)
+    assert (ended["status"], ended["incomplete"], ended["result"]) == ("timeout", True, {"a": 2})
+    crashed = section("print('{\"a\": 1}'); import os; os.abort()")
+    assert (crashed["status"], crashed["incomplete"], crashed["result"]) == ("failed", True, {"a": 1})
+    assert "incomplete" not in section("print('{\"a\": 1}')")
+
+
+def test_tests_that_ran_before_the_end_are_counted(benchmark, tmp_path: Path):
+    (tmp_path / "test_it.py").write_text(
+        "import time, pytest\n"
+        "@pytest.mark.parametrize('name', ['full, 64', '(40, 24)', 'a PASSED one'])\n"
+        "def test_right(name): pass\n"
+        "def test_wrong(): assert 1 == 2, 'one is not two'\n"
+        "def test_left_out(): pytest.skip('not here')\n"
+        "def test_broken(nothing): pass\n"
+        "@pytest.mark.gpu\n"
+        "def test_not_selected(): pass\n"
+        "def test_hangs(): time.sleep(60)\n"
+        "def test_never(): pass\n"
+    )
+    options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-m", "not gpu"]
+    words = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
+    ended = benchmark("gpu").run_section(words, 10)
+    assert (ended["status"], ended["incomplete"]) == ("timeout", True)
+    found = ended["result"]
+    assert {name: found[name] for name in COUNTS} == COUNTS
+    assert [name.split("::")[1] for name in found["not_passed"]] == ["test_broken", "test_wrong"]
+    # interrupted, it still says why
+    assert any("one is not two" in line for line in found["report"])
+
+
+COUNTS = {"selected": 8, "passed": 3, "failed": 1, "error": 1, "skipped": 1}
+# of pytest 9.2 with xdist 3.8, cut off
+TWO_PROCESSES = """\
+2 workers [8 items]
+scheduling tests via LoadScheduling
+
+test_it.py::test_right[full, 64]
+[gw0] [ 12%] PASSED test_it.py::test_right[full, 64]
+test_it.py::test_right[(40, 24)]
+[gw0] [ 25%] PASSED test_it.py::test_right[(40, 24)]
+test_it.py::test_right[a PASSED one]
+test_it.py::test_left_out
+[gw0] [ 37%] SKIPPED test_it.py::test_left_out
+test_it.py::test_hangs
+[gw1] [ 50%] PASSED test_it.py::test_right[a PASSED one]
+test_it.py::test_wrong
+[gw1] [ 62%] FAILED test_it.py::test_wrong
+test_it.py::test_broken
+[gw1] [ 75%] ERROR test_it.py::test_broken
+=========================== short test summary info ============================
+FAILED test_it.py::test_wrong - AssertionError: one is not two
+"""
+
+
+def test_tests_of_several_processes_are_counted_once(benchmark):
+    found = benchmark("gpu").outcomes(TWO_PROCESSES)
+    assert {name: found[name] for name in COUNTS} == COUNTS
+    assert found["not_passed"] == ["test_it.py::test_broken", "test_it.py::test_wrong"]
+
+
+def test_sections_share_what_time_there_is(benchmark):
+    gpu = benchmark("gpu")
+    sections, limits, left = tuple(gpu.SHARES), [], 60 * gpu.GpuBenchmark().minutes
+    for number in range(len(sections)):
+        limits.append(gpu.share(sections[number:], left))
+        left -= limits[-1]
+    assert limits == pytest.approx(list(gpu.SHARES.values())) and left == pytest.approx(0)
+    # what the tests leave over is for the others
+    assert gpu.share(sections[1:], 540 - 60) > gpu.SHARES["ceilings"]
+    assert gpu.share(("train",), 300) == 300
+    words = gpu.command("tests", gpu.GpuBenchmark())
+    assert "tests/kernels/test_attention_gpu.py" in words and "tests/test_config.py" not in words
+
+
+def test_attention_is_measured_and_what_refuses_has_no_number(benchmark, capfd):
     attention = benchmark("attention")
+    case = attention.Case(48, 16, heads=4, kv_heads=2, tokens=96, documents=3, window=20)
+    plain = {name: functools.partial(attention.ours, implementation=name) for name in ("reference", "xla")}
 
-    def refuse(case):
-        raise NotImplementedError("not this one")
+    def measure(case):
+        return attention.measure(case, {"mosaic": attention.ours, **plain}, "cpu")
 
-    cases = attention.report({"cudnn": lambda case: (1.0, 2.0), "other": refuse})["cases"]
-    assert len(cases) == 2 * len(attention.CASES)
-    # 2 x 2 x S^2 / 2 x D a head, 5 products backward for 2 forward
-    assert cases[0]["forward_tflops"] == pytest.approx(2e-12 * 4 * 32 * 4096**2 * 64)
-    assert cases[0]["backward_tflops"] == pytest.approx(1.25 * cases[0]["forward_tflops"])
-    assert cases[-1]["error"] == "NotImplementedError: not this one" and "forward_tflops" not in cases[-1]
+    (entry,) = attention.report([case], measure, {"tokamax": "not installed"})["cases"]
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["cases"] == [entry]
+    made = entry["implementations"]
+    assert "Hopper" in made["mosaic"]["error"] and "forward" not in made["mosaic"]
+    for direction, products in (("forward", 2), ("backward", 5)):
+        times = made["xla"][direction]["milliseconds"]
+        assert 0 < times["min"] <= times["median"] <= times["max"]
+        flops = made["xla"][direction]["tflops"] * times["median"] * 1e9
+        assert flops == pytest.approx(entry["flops"] * products / 2)
+    # both right, rounded each in its own way; the reference of other inputs would be far
+    assert made["xla"]["differs_from"] == "reference" and set(made["xla"]["differs"]) == {"out", "dq", "dk", "dv"}
+    assert all(0 < distance < attention.AGREEMENT for distance in made["xla"]["differs"].values())
+    assert entry["judged"]["forward"]["tflops"] is None and entry["judged"]["agrees"] is None
 
 
-def test_tables_between_the_marks_of_a_readme(tmp_path: Path):
+def test_flops_are_those_of_the_pairs_that_attend(benchmark):
+    case = benchmark("attention").Case
+    assert case(4096, 64, heads=32, tokens=4096, causal=False).flops == 4 * 32 * 4096**2 * 64
+    assert case(4096, 64, heads=32, tokens=8192).flops == 2 * (4 * 32 * 4096**2 / 2 * 64)
+    # a window of all is causal; of one eighth, 1/8 less half its square of the whole square
+    assert case(4096, 64, window=4096).flops == case(4096, 64).flops
+    assert case(4096, 64, window=512).flops == pytest.approx(case(4096, 64).flops * 2 * (1 / 8 - 1 / 128))
+    packed = case(4096, 64, documents=4, tokens=4096)
+    assert sum(packed.lengths) == 4096 and len(packed.lengths) == 4
+    assert packed.flops == pytest.approx(sum(case(n, 64, tokens=n).flops for n in packed.lengths))
+
+
+def figure(tflops: float, distance: float = 0.004) -> dict:
+    return {
+        "forward": {"tflops": tflops},
+        "backward": {"tflops": tflops / 2},
+        "differs": {"out": distance},
+    }
+
+
+def test_targets_are_judged_by_what_was_measured(benchmark):
+    attention = benchmark("attention")
+    fields = asdict(attention.Case(4096, 128, forward_target=600, backward_target=500))
+
+    def judge(**found: dict) -> dict:
+        return attention.judge({**fields, "implementations": found})
+
+    # the deterministic one is ours too: no rival
+    judged = judge(mosaic=figure(620), mosaic_deterministic=figure(900), cudnn=figure(580), tokamax={"error": "no"})
+    assert judged["agrees"] and judged["forward"]["best_of_others"] == "cudnn"
+    assert judged["forward"]["ratio"] == pytest.approx(620 / 580)
+    assert (judged["forward"]["aim_met"], judged["forward"]["target_met"]) == (True, True)
+    assert (judged["backward"]["aim_met"], judged["backward"]["target_met"]) == (True, False)
+    slower = judge(mosaic=figure(620), cudnn=figure(600))["forward"]
+    assert (slower["aim_met"], slower["target_met"]) == (False, True)
+    # neither a failure nor a wrong result is a speed
+    for mosaic in ({"error": "no"}, figure(900, 0.5), figure(900, float("nan"))):
+        nothing = judge(mosaic=mosaic, cudnn=figure(580))["forward"]
+        assert [nothing[name] for name in ("tflops", "ratio", "aim_met", "target_met")] == [None] * 4
+    alone = judge(mosaic=figure(620))["forward"]
+    assert (alone["best_of_others"], alone["aim_met"], alone["target_met"]) == (None, None, True)
+
+
+def test_the_targets_that_were_set(benchmark):
+    """TFLOP/s on one H200, as the issue of the kernels has them."""
+    found = {}
+    for case in benchmark("attention").CASES:
+        key = (case.head_dim, "causal" if case.causal else "full", case.length)
+        for direction in ("forward", "backward"):
+            target = getattr(case, f"{direction}_target")
+            if target is not None:
+                found[direction, *key] = target
+    assert found == {
+        ("forward", 128, "causal", 4096): 600,
+        ("forward", 128, "causal", 16384): 640,
+        ("forward", 128, "full", 16384): 690,
+        ("forward", 64, "causal", 16384): 500,
+        ("forward", 256, "causal", 16384): 650,
+        ("backward", 128, "full", 16384): 560,
+        ("backward", 128, "causal", 8192): 500,
+        ("backward", 64, "full", 16384): 470,
+        ("backward", 256, "causal", 16384): 350,
+    }
+
+
+# a worker whose kernels end it, hang it, or are fine
+WORKER = """
+import json, os, sys, time
+def say(**said): print(json.dumps(said), flush=True)
+print("noise of a library")
+for line in sys.stdin:
+    asked = json.loads(line)
+    found = {}
+    for name in asked["implementations"]:
+        say(begins=name)
+        if (name, asked["case"]["length"]) == ("crashes", 4096): os.abort()
+        if (name, asked["case"]["length"]) == ("hangs", 4096): time.sleep(60)
+        found[name] = os.getpid()
+    say(begins="all in turns")
+    if asked["case"]["length"] == 8192: say(ended="device lost"); sys.exit(3)
+    say(measured=found)
+    if asked["case"]["length"] == 1024: sys.exit()
+"""
+
+
+def test_a_kernel_that_ends_its_process_does_not_take_the_others_along(benchmark):
+    attention = benchmark("attention")
+    names = ("fine", "crashes", "hangs", "last")
+    with attention.Worker([sys.executable, "-c", WORKER], names, patience=3) as worker:
+        first = worker.measure(attention.Case(4096, 64))
+        assert first["crashes"]["error"].startswith("its process ended with code -6")
+        assert first["hangs"]["error"] == "no sign of life for 3 s"
+        assert first["fine"] == first["last"] and isinstance(first["fine"], int)
+        # lost while all took turns: nobody has a figure
+        second = worker.measure(attention.Case(8192, 64))
+        assert {entry["error"] for entry in second.values()} == {"its process ended with code 3 device lost"}
+        assert set(second) == set(names)
+        # and each gets its chance again in the next case, which the same process goes on with
+        third, fourth = (worker.measure(attention.Case(length, 64)) for length in (2048, 16384))
+        assert set(third.values()) == set(fourth.values()) and third["crashes"] != first["fine"]
+        worker.measure(attention.Case(1024, 64))
+        worker.process.wait(10)
+        assert isinstance(worker.measure(attention.Case(2048, 64))["fine"], int)
+    assert worker.process is None
+
+
+def test_a_worker_answers_with_what_it_measured(benchmark, monkeypatch, capsys):
+    attention = benchmark("attention")
+    case = attention.Case(64, 16, window=8)
+    question = json.dumps({"case": asdict(case), "implementations": ["xla"]})
+    monkeypatch.setattr("sys.stdin", [question, question])
+    asked = []
+
+    def measure(case, names, begins):
+        asked.append((case, names))
+        begins("xla")
+        if len(asked) > 1:
+            raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+        return {"xla": {"forward": 1}}
+
+    with pytest.raises(RuntimeError):
+        attention.serve(measure)
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert asked == [(case, ["xla"])] * 2
+    assert said[:3] == [{"begins": "xla"}, {"measured": {"xla": {"forward": 1}}}, {"begins": "xla"}]
+    assert said[3] == {"ended": "RuntimeError: CUDA_ERROR_ILLEGAL_ADDRESS"}
+
+
+class Torch:
+    """The calls of PyTorch 2.11 that the benchmark makes, by its signatures: tests have no PyTorch."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+        self.int32, self.nn = "int32", self
+        self.functional = self.attention = self
+        self.SDPBackend = self
+        self.FLASH_ATTENTION, self.CUDNN_ATTENTION = "flash", "cudnn"
+
+    def tensor(self, data, *, dtype=None, device=None, requires_grad=False):
+        return np.asarray(data, dtype)
+
+    @contextlib.contextmanager
+    def sdpa_kernel(self, backends, set_priority=False):
+        self.calls.append(("sdpa_kernel", backends))
+        yield
+
+    def scaled_dot_product_attention(
+        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
+        self.calls.append(("sdpa", query.shape, key.shape, is_causal, enable_gqa))
+        return query
+
+    def varlen_attn(
+        self,
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        *,
+        return_aux=None,
+        scale=None,
+        window_size=(-1, -1),
+    ):
+        self.calls.append(("varlen", query.shape, cu_seq_q.tolist(), max_q, window_size))
+        return query
+
+
+class Heads(np.ndarray):
+    """An array with what is asked of a tensor."""
+
+    device = "cuda"
+
+    def transpose(self, first, second):
+        return np.swapaxes(self, first, second)
+
+    def flatten(self, first, last):
+        assert (first, last) == (0, 1)
+        return self.reshape(-1, *self.shape[2:])
+
+    def view(self, shape):
+        return self.reshape(shape)
+
+
+def test_pytorchs_functions_are_called_as_they_are_declared(benchmark, monkeypatch):
+    module, case = benchmark("attention_torch"), benchmark("attention").Case
+    torch = Torch()
+    monkeypatch.setattr(module.importlib, "import_module", lambda name: torch)
+
+    def call(backend: str, asked) -> list[tuple]:
+        torch.calls.clear()
+        parts = [np.zeros(shape).view(Heads) for shape in asked.shapes]
+        assert module.attention(asked, torch, backend, parts[:3])().shape == asked.shapes[3]
+        return list(torch.calls)
+
+    chosen, made = call("CUDNN_ATTENTION", case(32, 8, heads=4, kv_heads=2, tokens=64))
+    assert chosen == ("sdpa_kernel", "cudnn") and made == ("sdpa", (2, 4, 32, 8), (2, 2, 32, 8), True, True)
+    assert call("FLASH_ATTENTION", case(32, 8, tokens=64, causal=False))[1][3:] == (False, False)
+    # keys before a query: of a window of 5, 4
+    (window,) = call("FLASH_ATTENTION", case(32, 8, tokens=64, window=5))
+    assert window == ("varlen", (64, 16, 8), [0, 32, 64], 32, (4, 0))
+    packed = case(32, 8, tokens=64, documents=3)
+    ((_, shape, ends, longest, causal),) = call("FLASH_ATTENTION", packed)
+    assert shape == (64, 16, 8) and np.diff(ends).tolist() == [*packed.lengths] * 2
+    assert longest == max(packed.lengths) and causal == (-1, 0)
+    for unknown in (case(32, 8, window=5), packed):
+        with pytest.raises(NotImplementedError, match="neither windows nor documents"):
+            call("CUDNN_ATTENTION", unknown)
+
+
+def test_the_plan_of_a_run_is_told_beside_it(benchmark):
+    train = benchmark("train")
+    config = load(train.TrainBenchmark, ROOT / "configs" / "gpt_tiny.yaml")
+    config = config.model_copy(update={"model": config.model.model_copy(update={"num_layers": 1, "hidden_size": 64})})
+    assert train.plan(config, "NVIDIA RTX 5090", 1) is None
+    plan = train.plan(config, "NVIDIA H200", 1)
+    assert plan["gpu"] == "h200" and plan["fits"]
+    # master weights and two moments in float32 at the least, and what the compiled step needs beside them
+    parameters = config.model.num_layers * 12 * 64**2
+    assert 12 * parameters < plan["program_bytes"] < plan["total_bytes"] < 2**32
+    expected = predict(config, config.mesh.shape(1), machine_named("h200"))
+    assert plan["step_milliseconds"] == pytest.approx(1e3 * expected.step_seconds, rel=1e-2)
+    assert plan["attention"][0].startswith("attention: ")
+
+
+def test_a_plan_that_fails_is_told_as_that(benchmark, monkeypatch):
+    train = benchmark("train")
+    config = load(train.TrainBenchmark, ROOT / "configs" / "gpt_tiny.yaml")
+    impossible = config.model_copy(update={"mesh": config.mesh.model_copy(update={"tensor": 3})})
+    assert "tensor" in train.plan(impossible, "NVIDIA H200", 1)["error"]
+    monkeypatch.setattr(train, "PLAN_SECONDS", 0.1)
+    assert train.plan(config, "NVIDIA H200", 1) == {"error": "it took more than 0.1 s"}
+
+
+def test_tables_between_the_marks_of_a_readme(benchmark, tmp_path: Path):
     train = {
         **{"benchmark": "train", "name": "gpt", "date": "2026-01-02", "device": "NVIDIA H200", "device_count": 2},
         **{"mesh": {"data": 1, "tensor": 2}, "parameters": 1.3e9, "tokens_per_step": 65536, "mfu": 0.4},
         **{"step_milliseconds": {"median": 1500.0}, "tokens_per_second": 43690.7, "compile_seconds": 60.2},
         **{"device_peak_bytes": 80 * 2**30, "predicted_peak_bytes": 83 * 2**30, "versions": {"jax": "0.11.2"}},
     }
-    ceilings = {"matmul_size": 8192, "matmul_tflops": 780.4, "copy_gigabytes_per_second": 4300.2}
-    case = {"causal": True, "head_dim": 64, "length": 4096}
-    cudnn = {**case, "implementation": "cudnn", "forward_tflops": 500.2, "backward_tflops": 400.0}
-    attention = {"cases": [cudnn, {**case, "implementation": "other", "error": "no"}]}
-    sections = {"ceilings": {"result": ceilings}, "attention_jax": {"result": attention}, "train": {"status": "failed"}}
+    planned = {
+        **{**train, "name": "planned", "plan": {"program_bytes": 81 * 2**30, "step_milliseconds": 1450.0}},
+        "attention": ["attention: mosaic, the fastest that can on NVIDIA H200"],
+    }
+    case = benchmark("attention").Case
+    plain, packed = case(4096, 64, forward_target=600), case(16384, 128, kv_heads=4, window=4096, documents=8)
+    ours = [
+        {**asdict(plain), "implementations": {"mosaic": figure(600), "cudnn": figure(500.2)}},
+        {**asdict(packed), "implementations": {"mosaic": figure(300), "cudnn": {"error": "no"}}},
+    ]
+    torch = [{**asdict(plain), "implementations": {"torch_flash": {"forward": {"tflops": 400}}}}]
+    sections = {
+        "ceilings": {"result": {"matmul_size": 8192, "matmul_tflops": 780.4, "copy_gigabytes_per_second": 4300.2}},
+        "attention_jax": {"result": {"cases": ours}},
+        "attention_torch": {"status": "timeout", "incomplete": True, "result": {"cases": torch}},
+        "train": {"status": "failed"},
+    }
     gpu = {"benchmark": "gpu", "date": "2026-01-02", "device": "NVIDIA H200", "sections": sections}
     readme, results = tmp_path / "README.md", tmp_path / "results"
     results.mkdir()
-    (results / "a.json").write_text(json.dumps(train))
-    (results / "b.json").write_text(json.dumps(gpu))
+    for name, result in {"a": train, "b": gpu, "c": planned}.items():
+        (results / f"{name}.json").write_text(json.dumps(result))
     readme.write_text("before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nafter\n")
     command = ("benchmarks.table", "--results", str(results), "--readme", str(readme))
     assert run(*command).returncode == 0
     text = readme.read_text()
     assert run(*command).returncode == 0 and readme.read_text() == text
     assert text.startswith("before\n<!-- benchmarks -->\n| date |") and text.endswith("\n<!-- /benchmarks -->\nafter\n")
-    row = "| 2 NVIDIA H200 (tensor 2) | 1,300.0M | 65,536 | 1,500.0 | 43,691 | 40.0 % | 80.0 (83.0) | 60 | 0.11.2 |"
-    assert f"| 2026-01-02 | gpt {row}" in text and text.count("| 2026-01-02 |") == 1
-    assert "| causal | 64 | 4,096 | 500 / 400 | - |" in text and "780 TFLOP/s" in text and "old" not in text
+    row = "| 2 NVIDIA H200 (tensor 2) | 1,300.0M | 65,536 | 1,500.0 | 43,691 | 40.0 % |"
+    assert f"| 2026-01-02 | gpt {row} - | 80.0 (83.0) | - | 60 | 0.11.2 |" in text
+    assert f"| 2026-01-02 | planned {row} 1,450.0 | 80.0 (81.0) | mosaic | 60 | 0.11.2 |" in text
+    assert text.count("| 2026-01-02 |") == 2 and "780 TFLOP/s" in text and "old" not in text
+    # of all processes' figures: the ratio to the fastest of the others
+    assert "| causal | 64 | 16 / 16 | 4,096 | 600 / 300 | 500 / 250 | 400 / - | 1.20 / 1.20 |" in text
+    assert "| causal, window 4,096, 8 documents | 128 | 16 / 4 | 16,384 | 300 / 150 | - | - | - |" in text
+    assert "(attention_torch did not finish)" in text
     readme.write_text("no marks")
     assert run(*command).returncode == 2
 
