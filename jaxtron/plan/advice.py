@@ -15,9 +15,11 @@ def first_change(config: Configuration, sizes: dict[str, int], memory: MemoryUse
 
 def _smaller_state(config: Configuration, sizes: dict[str, int]) -> str:
     why = "weights, gradients and optimizer take most"
-    if sizes["data"] > 1 and config.sharding.zero != "parameters":
+    sharing = [axis for axis in ("data", "context") if sizes[axis] > 1]
+    if sharing and config.sharding.zero != "parameters":
         level = "optimizer" if config.sharding.zero == "none" else "parameters"
-        return f"--sharding.zero {level} ({why}, and mesh.data {sizes['data']} can share them)"
+        axes = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in sharing)
+        return f"--sharding.zero {level} ({why}, and {axes} can share them)"
     if sizes["tensor"] < 8 and config.model.num_heads % (2 * sizes["tensor"]) == 0:
         return f"--mesh.tensor {2 * sizes['tensor']} ({why})"
     return f"more of mesh.pipe or mesh.fsdp, on more GPUs ({why})"

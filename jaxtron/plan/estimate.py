@@ -189,7 +189,7 @@ def _temporaries(
     loop += slots.residuals * chunk_rows * rows * _transposed(config, sizes, rows, chunk_rows)
     if state.gathered:
         loop += state.largest + TABLES * FLOAT * vocab * model.hidden_size
-    if config.sharding.zero != "optimizer" or sizes["data"] == 1:
+    if config.sharding.zero != "optimizer" or sizes["data"] * sizes["context"] == 1:
         return round(loop)
     reduced = state.master + (state.gradients if sizes["pipe"] > 1 else state.largest)
     return round(max(loop, reduced - used.weights - used.activations - used.messages))

@@ -146,7 +146,7 @@ def shapes_of(config: Configuration, sizes: dict[str, int], practice: Practice, 
         sizes=sizes,
         rows=config.train.global_batch // (config.train.microbatches * shards),
         length=config.data.sequence_length,
-        gathered=sizes["fsdp"] * (sizes["data"] if config.sharding.zero == "parameters" else 1),
+        gathered=sizes["fsdp"] * (sizes["data"] * sizes["context"] if config.sharding.zero == "parameters" else 1),
         width=4 if config.train.precision == "fp32" else 2,
     )
 
@@ -399,13 +399,14 @@ class Once:
 def once(config: Configuration, shapes: Shapes, periods: int) -> Once:
     """The step's end on a stage with so many periods: gradients in float32, weights in the step's precision."""
     zero, sizes = config.sharding.zero, shapes.sizes
-    data = sizes["data"]
+    # what sums gradients at the end of a step shares the state too
+    data = sizes["data"] * shapes.parts
     local = (periods * period_parameters(shapes) + table_parameters(shapes)) / shapes.gathered
     tables = ()
     if sizes["pipe"] > 1:
         rest = table_parameters(shapes) / shapes.gathered / (data if zero == "optimizer" else 1)
         tables = (Collective("all_reduce", 4 * rest, "pipe"),)
-    if zero == "parameters" or data * shapes.parts == 1:
+    if zero == "parameters" or data == 1:
         return Once(local, tables=tables)
     if zero == "none":
         return Once(local, (Collective("all_reduce", 4 * local, "data"),), tables=tables)

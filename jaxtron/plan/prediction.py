@@ -14,7 +14,7 @@ from jaxtron.plan import operations
 from jaxtron.plan.machine import Group, Machine, axes_group
 from jaxtron.plan.operations import OPTIMIZER_BYTES, Collective, Once, Shapes, Work
 from jaxtron.plan.practice import JAXTRON, Practice
-from jaxtron.sharding import AXES, BATCH_AXES
+from jaxtron.sharding import AXES, SHARD_AXES
 from jaxtron.train.config import Configuration
 
 SLOTS: tuple[Slot, ...] = ("forward", "backward", "weight")
@@ -100,7 +100,7 @@ class Timer:
             inner = axes_group(self.sizes, ("context",), self.gpus_per_node)
             return Group(inner.size * self.sizes["data"], inner.local)
         if purpose == "fsdp" and self.zero == "parameters":
-            return axes_group(self.sizes, BATCH_AXES, self.gpus_per_node)
+            return axes_group(self.sizes, SHARD_AXES, self.gpus_per_node)
         return axes_group(self.sizes, ("tensor" if purpose == "regather" else purpose,), self.gpus_per_node)
 
     def cost(self, work: Work) -> Cost:

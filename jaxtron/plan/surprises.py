@@ -87,7 +87,7 @@ def _replicated(rehearsal: Rehearsal) -> Iterator[Surprise]:
         if saved >= NOTABLE * rehearsal.gpu.memory_bytes:
             whole.sort(key=lambda row: -row.bytes)
             names = ", ".join(row.name for row in whole[:3]) + (", ..." if len(whole) > 3 else "")
-            is_unshared = axis == "data" and rehearsal.config.sharding.zero == "none"
+            is_unshared = axis in ("data", "context") and rehearsal.config.sharding.zero == "none"
             fix = "; --sharding.zero optimizer shares them" if is_unshared else ""
             yield Surprise(f"whole on all {number} of {axis}: the state of {names}, {size(saved)} a GPU{fix}", saved)
 

@@ -3,7 +3,7 @@
 from jaxtron.sharding.blueprint import Blueprint, blueprint
 from jaxtron.sharding.collectives import manual_axes, vary
 from jaxtron.sharding.context import ContextConfig
-from jaxtron.sharding.mesh import AXES, BATCH_AXES, MANUAL_AXES, MeshConfig, build_mesh
+from jaxtron.sharding.mesh import AXES, BATCH_AXES, MANUAL_AXES, SHARD_AXES, MeshConfig, build_mesh
 from jaxtron.sharding.parameters import gather_at_use, parameter
 from jaxtron.sharding.rules import Rules, ShardingConfig, constrain, current, make_rules, spec, use
 
@@ -15,6 +15,7 @@ __all__ = [
     "MANUAL_AXES",
     "MeshConfig",
     "Rules",
+    "SHARD_AXES",
     "ShardingConfig",
     "blueprint",
     "build_mesh",

@@ -12,6 +12,8 @@ from jaxtron.typing import Device
 
 AXES = ("pipe", "data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
+# those that may share a parameter and its state: gradients are summed over them
+SHARD_AXES = (*BATCH_AXES, "context")
 MANUAL_AXES = ("pipe", "data", "fsdp", "context")
 
 

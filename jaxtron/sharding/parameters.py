@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtron.sharding.collectives import Gathers, all_gather, all_reduce, manual_axes, reduce_scatter, vary
-from jaxtron.sharding.mesh import BATCH_AXES, MANUAL_AXES
+from jaxtron.sharding.mesh import MANUAL_AXES, SHARD_AXES
 from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, PyTree, Role
 
@@ -65,7 +65,7 @@ def manual_specs(specs: PyTree) -> PyTree:
 
 
 def gather_at_use(state: nnx.State, dtype: jnp.dtype) -> nnx.State:
-    """The state of a module with its weights whole over the batch axes, matrices in `dtype`.
+    """The state of a module with its weights whole over the axes of ZeRO, matrices in `dtype`.
 
     Called where a module is about to run, so that one layer's weights are whole at a time (ZeRO-3). The backward
     reduce-scatters their gradients in the type of what was gathered.
@@ -120,7 +120,7 @@ def _gather(value: Array, spec: PartitionSpec, axes: tuple[str, ...], dtype: jnp
     if manual_axes():
         return all_gather(value, _along(spec, axes), dtype) if value.dtype != dtype or _along(spec, axes) else value
     # outside the train step the axes are Explicit, and a change of layout is the gather
-    whole = PartitionSpec(*(tuple(a for a in _tuple(entry) if a not in BATCH_AXES) for entry in spec))
+    whole = PartitionSpec(*(tuple(a for a in _tuple(entry) if a not in SHARD_AXES) for entry in spec))
     return jax.sharding.reshard(value.astype(dtype), whole)
 
 

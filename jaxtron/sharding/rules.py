@@ -12,13 +12,13 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxtron.config import Config, UserError
 from jaxtron.sharding.context import AXIS, ContextConfig
-from jaxtron.sharding.mesh import BATCH_AXES
+from jaxtron.sharding.mesh import BATCH_AXES, SHARD_AXES
 from jaxtron.typing import Array
 
 Zero = Literal["none", "optimizer", "parameters"]
 Table = Mapping[str, tuple[str, ...]]
 
-# Parameters, gradients and optimizer state at rest. `embed` is on every matrix: batch axes shard along it.
+# Parameters, gradients and optimizer state at rest. `embed` is on every matrix: the axes of ZeRO shard along it.
 PARAMETERS: Table = {
     "layers": ("pipe",),
     "embed": ("fsdp",),
@@ -52,10 +52,10 @@ REPLICABLE = frozenset({"kv_heads"})
 
 
 class ShardingConfig(Config):
-    """What the batch axes do beyond splitting the batch."""
+    """What the axes of batch and sequence do beyond splitting them."""
 
     zero: Zero = "optimizer"
-    """What `mesh.data` shards (ZeRO): none; optimizer: states and master weights; parameters: weights at use too."""
+    """What `mesh.data` and `mesh.context` shard (ZeRO): none; optimizer: states and master weights; parameters: all."""
 
 
 @dataclass(frozen=True)
@@ -93,18 +93,19 @@ class Rules:
     def parameter_spec(self, logical: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
         """Spec at rest of a parameter with these logical axes; indivisible sizes and collisions are `UserError`s.
 
-        A batch axis that does not divide `embed` moves to the first other dimension that it divides.
+        An axis of ZeRO that does not divide `embed` moves to the first other dimension that it divides; where there is
+        none, `context` leaves the parameter whole.
         """
         table = {name: self._lookup(self.parameters, name) for name in logical}
         spec: list[tuple[str, ...]] = []
         for name, size in zip(logical, shape, strict=True):
-            axes = tuple(axis for axis in table[name] if axis not in BATCH_AXES)
+            axes = tuple(axis for axis in table[name] if axis not in SHARD_AXES)
             if size % self.size(axes) and self._replicable(name, size, axes):
                 axes = ()
             spec.append(axes)
         self._check(logical, shape, spec)
         for name in logical:
-            for axis in (axis for axis in table[name] if axis in BATCH_AXES):
+            for axis in (axis for axis in table[name] if axis in SHARD_AXES):
                 self._place(axis, logical.index(name), logical, shape, spec)
         return PartitionSpec(*spec)
 
@@ -138,12 +139,15 @@ class Rules:
     def _place(self, axis: str, home: int, logical: tuple[str, ...], shape: tuple[int, ...], spec: list) -> None:
         others = [dim for dim in range(len(shape)) if dim != home]
         for dim in [home, *others]:
-            batch = (*(used for used in spec[dim] if used in BATCH_AXES), axis)
-            rest = tuple(used for used in spec[dim] if used not in BATCH_AXES)
+            batch = (*(used for used in spec[dim] if used in SHARD_AXES), axis)
+            rest = tuple(used for used in spec[dim] if used not in SHARD_AXES)
             # manual axes are outermost: on a dimension that tensor splits, each part would be scattered rows
             if self.size(rest) == 1 and shape[dim] % self.size(batch) == 0:
                 spec[dim] = (*batch, *rest)
                 return
+        if axis == AXIS:
+            # sharing is a gain here and not what the axis is for: whole on all its devices
+            return
         raise UserError(
             f"no dimension of a parameter with {', '.join(f'{n} {s}' for n, s in zip(logical, shape, strict=True))} "
             f"divides by mesh.{axis} {self.size((axis,))}; lower mesh.{axis}, or choose sizes that do "
@@ -164,13 +168,13 @@ class Rules:
 
 def make_rules(mesh: Mesh, config: ShardingConfig, context: ContextConfig | None = None) -> Rules:
     """The tables for `mesh`, edited for the ZeRO level (Rajbhandari et al., 1910.02054)."""
-    embed = {"none": ("fsdp",), "optimizer": ("fsdp", "data"), "parameters": ("fsdp", "data")}[config.zero]
+    shared = () if config.zero == "none" else ("data", AXIS)
     return Rules(
         mesh=mesh,
-        parameters={**PARAMETERS, "embed": embed},
+        parameters={**PARAMETERS, "embed": ("fsdp", *shared)},
         activations=ACTIVATIONS,
-        gather_once=("data",) if config.zero == "optimizer" else (),
-        gather_at_use=("fsdp", "data") if config.zero == "parameters" else ("fsdp",),
+        gather_once=shared if config.zero == "optimizer" else (),
+        gather_at_use=("fsdp", *shared) if config.zero == "parameters" else ("fsdp",),
         context=context or ContextConfig(),
     )
 

@@ -46,6 +46,8 @@ def configuration(flags: str, path: Path | None = None) -> Configuration:
         "--mesh.tensor 2 --sharding.zero parameters --model.recompute selective",
         "--mesh.fsdp 2 --mesh.tensor 2 --train.precision fp32 --model.recompute full",
         "--mesh.fsdp 4 --train.microbatches 2 --optimizer.name sgd " + GATED,
+        "--mesh.context 2 --mesh.tensor 2 --train.microbatches 2",
+        "--mesh.data 2 --mesh.fsdp 2 --mesh.context 2 --sharding.zero parameters --model.recompute full",
         "--mesh.tensor 4 --optimizer.name sgd --optimizer.momentum 0 " + GATED,
         "--mesh.pipe 2 --mesh.tensor 2 --train.microbatches 8 " + DROPOUT,
         "--mesh.pipe 2 --mesh.fsdp 2 --train.microbatches 4 --pipeline.schedule interleaved --pipeline.chunks 3",

@@ -95,6 +95,18 @@ def test_zero_optimizer_scatters_gradients_and_gathers_weights_once() -> None:
     assert not large(rehearsal, "all_reduce", "data")
 
 
+def test_devices_of_a_sequence_share_the_state_too() -> None:
+    """Of the context's 4 and the data's 2: gradients go to the part that each keeps, weights come back, once."""
+    rehearsal = step(zero="optimizer", microbatches=2, data=2, context=4)
+    once = [entry for entry in rehearsal.collectives if not entry.loops and entry.bytes >= SMALL]
+    scattered = [entry for entry in once if entry.kind == "reduce_scatter"]
+    gathered = [entry for entry in once if entry.kind == "all_gather"]
+    assert {entry.axes for entry in (*scattered, *gathered)} == {("data", "context")}
+    assert total_bytes(scattered) == 4 * matrix_elements(rehearsal)
+    assert total_bytes(gathered) == 2 * matrix_elements(rehearsal)
+    assert not [entry for entry in once if entry.kind == "all_reduce"]
+
+
 @pytest.mark.parametrize("axis", ["fsdp", "data"])
 def test_sharded_weights_are_gathered_by_layer_forward_and_backward(axis: str) -> None:
     """ZeRO-3: each matrix gathered twice and its gradient scattered once, for each microbatch; 2 and 4 bytes each."""

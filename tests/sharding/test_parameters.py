@@ -1,5 +1,7 @@
 """Parameters on a mesh: the same values everywhere, gathered and reduced without loss."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtron.sharding import MANUAL_AXES, blueprint, gather_at_use, parameter, use, vary
 from jaxtron.sharding.parameters import gather_once, manual_specs, reduce_gradients, shardings
 
-MESHES = [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+MESHES = [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "context": 4}]
 LEVELS = ["none", "optimizer", "parameters"]
 
 
@@ -55,7 +57,7 @@ def test_a_blueprint_knows_every_parameter_without_making_any(rules_for):
         "table": ("vocab", "embed"),
         "layers": {"up": ("layers", "embed", "mlp"), "bias": ("layers", "mlp")},
     }
-    batch, tensor = ("fsdp", "data"), ("tensor",)
+    batch, tensor = ("fsdp", "data", "context"), ("tensor",)
     # the axis over layers is split over the stages, here one
     pipe = ("pipe",)
     assert plan.specs == {"table": P(tensor, batch), "layers": {"up": P(pipe, batch, tensor), "bias": P(pipe, tensor)}}
@@ -96,17 +98,18 @@ def test_gathers_make_parameters_whole_and_reductions_sum_their_gradients(rules_
                 whole = gather_at_use(nnx.state(plan.module(working)), jnp.dtype(jnp.float32))
                 whole = nnx.to_pure_dict(whole)
                 shapes.append(jax.tree.map(jnp.shape, whole))
-                # each device has a factor of its own, as it would have its own rows
+                # each device has a factor of its own, as it would have its own rows or part of a sequence
                 return sum(factor[0] * jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(whole))
 
             return reduce_gradients(jax.grad(loss)(jax.tree.map(vary, working)), plan.specs)
 
-        shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
+        axes = ("data", "fsdp", "context")
+        shards = math.prod(mesh.get(axis, 1) for axis in axes)
         factors = np.arange(1, shards + 1, dtype=np.float32)
-        found = region(plan, gradients, P(("data", "fsdp")))(params, factors)
+        found = region(plan, gradients, P(axes))(params, factors)
         for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
             assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
-    # whole over the batch axes; what tensor splits is still one array to the type system
+    # whole over these axes; what tensor splits is still one array to the type system
     assert shapes[0] == jax.tree.map(lambda leaf: leaf.shape, values)
     jax.tree.map(
         lambda one, value: np.testing.assert_allclose(one, 2 * factors.sum() * value, rtol=1e-5), found, values

@@ -10,6 +10,7 @@ from jaxtron.config import UserError
 from jaxtron.sharding import MANUAL_AXES, constrain, current, spec, use
 
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
+SHARED = ("fsdp", "data", "context")
 # logical axes and shapes of a decoder's parameters
 KERNELS = {
     "query": (("embed", "heads", "head_dim"), (32, 8, 4)),
@@ -34,7 +35,7 @@ def specs(rules, parameters):
 
 @pytest.mark.parametrize(
     ("zero", "batch"),
-    [("none", ("fsdp",)), ("optimizer", ("fsdp", "data")), ("parameters", ("fsdp", "data"))],
+    [("none", ("fsdp",)), ("optimizer", SHARED), ("parameters", SHARED)],
 )
 def test_parameters_at_rest(rules_for, zero, batch):
     rules = rules_for(zero=zero, **CUBE)
@@ -55,7 +56,7 @@ def test_parameters_at_rest(rules_for, zero, batch):
 
 @pytest.mark.parametrize(
     ("zero", "once", "at_use"),
-    [("none", (), {"fsdp"}), ("optimizer", ("data",), {"fsdp"}), ("parameters", (), {"fsdp", "data"})],
+    [("none", (), {"fsdp"}), ("optimizer", ("data", "context"), {"fsdp"}), ("parameters", (), set(SHARED))],
 )
 def test_when_parameters_are_gathered(rules_for, zero, once, at_use):
     rules = rules_for(zero=zero, **CUBE)
@@ -96,15 +97,23 @@ def test_a_batch_axis_moves_where_embed_does_not_divide(rules_for):
     rules = rules_for(data=2, fsdp=4)
     # 36 divides by fsdp 4 and not by 8: data goes to the other dimension, whose tensor is of size 1
     # (of size 1 there is nothing to scatter, and manual axes are named first)
-    assert rules.parameter_spec(("embed", "mlp"), (36, 64)) == P("fsdp", ("data", "tensor"))
-    assert rules.parameter_spec(("positions", "embed"), (16, 35)) == P(("fsdp", "data"), ())
-    assert rules.parameter_spec(("embed", "heads", "head_dim"), (35, 3, 8)) == P((), "tensor", ("fsdp", "data"))
+    assert rules.parameter_spec(("embed", "mlp"), (36, 64)) == P(("fsdp", "context"), ("data", "tensor"))
+    assert rules.parameter_spec(("positions", "embed"), (16, 35)) == P(("fsdp", "data"), "context")
+    found = rules.parameter_spec(("embed", "heads", "head_dim"), (35, 3, 8))
+    assert found == P("context", "tensor", ("fsdp", "data"))
+
+
+def test_context_shares_what_it_divides_and_leaves_the_rest_whole(rules_for):
+    rules = rules_for(data=2, context=2, tensor=2)
+    assert rules.parameter_spec(("embed", "mlp"), (36, 64)) == P(SHARED, "tensor")
+    assert rules.parameter_spec(("embed", "mlp"), (34, 64)) == P(("fsdp", "data"), "tensor")
+    assert rules_for(zero="none", context=2).parameter_spec(("embed", "mlp"), (36, 64)) == P("fsdp", "tensor")
 
 
 def test_a_batch_axis_never_joins_tensor_on_a_dimension(rules_for):
     # manual axes are the outer ones of a dimension: gathered over data, each tensor part would hold scattered rows
     rules = rules_for(data=2, tensor=4)
-    assert rules.parameter_spec(("embed", "heads", "head_dim"), (35, 8, 4)) == P("fsdp", "tensor", "data")
+    assert rules.parameter_spec(("embed", "heads", "head_dim"), (35, 8, 4)) == P(("fsdp", "context"), "tensor", "data")
     with pytest.raises(UserError, match="no dimension of .*vocab 64, embed 35 divides by mesh.data 2"):
         rules.parameter_spec(("vocab", "embed"), (64, 35))
 
