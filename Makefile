@@ -9,8 +9,9 @@ PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 # the short lane on the oldest JAX
 OLDEST := 0.10.2
 OLDEST_TESTS ?= tests/test_config.py tests/train/test_mesh_equivalence.py tests/pipeline/test_executor.py
-# for `make gpu`: the CUDA that the driver can run, cuda12 or cuda13
-CUDA ?= cuda12
+# for `make gpu`: the CUDA that the driver can run, cuda12 or cuda13; with cuda12 our kernels do not compile, for JAX 0.11
+# writes PTX that only CUDA 13's ptxas reads
+CUDA ?= cuda13
 
 .PHONY: help train test test-all test-oldest check gpu clean
 
@@ -40,8 +41,8 @@ check: ## format, lint, types, then the suite
 	@.venv/bin/pyright
 	@.venv/bin/python -m pytest -q $(PARALLEL) $(ARGS)
 
-gpu: ## benchmark on this machine's NVIDIA GPUs (CUDA=cuda13)
-	@tools/setup .venv $(CUDA)
+gpu: ## test the kernels and benchmark on this machine's NVIDIA GPUs (CUDA=cuda12, ARGS="--minutes 30")
+	@tools/setup .venv $(CUDA) pytest pytest-xdist beartype
 	@.venv/bin/python -m benchmarks.gpu $(ARGS)
 
 clean: ## remove the environments and caches (runs/ stays)

@@ -168,7 +168,11 @@ def _read(words: Sequence[str], code: int, stdout: str, stderr: str) -> dict[str
     if "pytest" in words:
         if code == 5:
             return {"status": "absent", "reason": "there are no tests marked gpu"}
-        return {"status": "failed" if code else "ok", "result": found}
+        return (
+            {"status": "failed", "stderr": _tail(stderr), "result": found}
+            if code
+            else {"status": "ok", "result": found}
+        )
     kept = {} if found is None else {"incomplete": True, "result": found}
     if code:
         return {"status": "failed", "reason": f"exit code {code}", "stderr": _tail(stderr), **kept}

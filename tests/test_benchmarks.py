@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtron.config import UserError, load
 from jaxtron.gpus import gpu_named
+from jaxtron.plan.deviceless import gpu_devices
 from jaxtron.plan.machine import machine_named
 from jaxtron.plan.prediction import predict
 from jaxtron.plan.rehearsal import rehearse
@@ -156,6 +158,29 @@ def test_sections_share_what_time_there_is(benchmark):
     assert "tests/kernels/test_attention_gpu.py" in words and "tests/test_config.py" not in words
 
 
+def test_all_sections_in_one_file_judged_by_all(benchmark, monkeypatch, tmp_path: Path):
+    gpu, attention = benchmark("gpu"), benchmark("attention")
+    case = asdict(attention.Case(4096, 64, forward_target=600))
+    ours = {"cases": [{**case, "implementations": {"mosaic": figure(620), "cudnn": figure(500)}}]}
+    torch = {"cases": [{**case, "implementations": {"torch_flash": figure(640)}}]}
+    ceilings, sleep = {"matmul_tflops": 780}, "import time; time.sleep(60)"
+    printed = {"ceilings": ceilings, "attention_jax": ours, "attention_torch": torch}
+    scripts = {section: f"print({json.dumps(json.dumps(result))})" for section, result in printed.items()}
+    scripts |= {"attention_torch": f"{scripts['attention_torch']}; {sleep}", "train": "raise SystemExit(3)"}
+    monkeypatch.setattr(gpu, "expects_gpu", lambda: True)
+    monkeypatch.setattr(gpu, "command", lambda section, config: [sys.executable, "-uc", scripts[section]])
+    monkeypatch.setattr(gpu, "SHARES", {**gpu.SHARES, "attention_torch": 40, "train": 40})
+    file = tmp_path / "result.json"
+    assert gpu.main(["--sections", str([*scripts]), "--minutes", "0.2", "--output", str(file)]) == 1
+    result = json.loads(file.read_text())
+    states = {section: outcome["status"] for section, outcome in result["sections"].items()}
+    assert states == {"ceilings": "ok", "attention_jax": "ok", "attention_torch": "timeout", "train": "failed"}
+    assert result["sections"]["ceilings"]["result"] == ceilings
+    (judged,) = [entry["judged"]["forward"] for entry in result["attention"]]
+    assert (judged["best_of_others"], judged["target_met"]) == ("torch_flash", True)
+    assert judged["ratio"] == pytest.approx(620 / 640)
+
+
 def test_attention_is_measured_and_what_refuses_has_no_number(benchmark, capfd):
     attention = benchmark("attention")
     case = attention.Case(48, 16, heads=4, kv_heads=2, tokens=96, documents=3, window=20)
@@ -189,6 +214,18 @@ def test_flops_are_those_of_the_pairs_that_attend(benchmark):
     packed = case(4096, 64, documents=4, tokens=4096)
     assert sum(packed.lengths) == 4096 and len(packed.lengths) == 4
     assert packed.flops == pytest.approx(sum(case(n, 64, tokens=n).flops for n in packed.lengths))
+
+
+def test_the_kernels_of_a_case_compile_for_an_h200(benchmark):
+    """As the benchmark lowers them: by documents, which no other case has."""
+    attention = benchmark("attention")
+    (case,) = [case for case in attention.CASES if case.documents > 1]
+    gpu = NamedSharding(Mesh(np.array(gpu_devices("h200", 1)), ("x",)), PartitionSpec())
+    stages = attention.lower(case, attention.ours(case, "NVIDIA H200"), gpu)
+    forward, kept, backward = (stage.compile().as_text() for stage in stages)
+    kernel = 'custom_call_target="mosaic_gpu'
+    # the backward is timed alone: nothing of the forward is in it again
+    assert [text.count(kernel) for text in (forward, kept, backward)] == [1, 1, 1]
 
 
 def figure(tflops: float, distance: float = 0.004) -> dict:

@@ -192,7 +192,8 @@ ROWS, LENGTH = 4, 300
 
 def train(implementation, precision):
     """Loss and gradients of the first step, and the losses of two."""
-    model = MODEL.model_copy(update={"attention": MODEL.attention.model_copy(update={"implementation": implementation})})
+    chosen = MODEL.attention.model_copy(update={"implementation": implementation})
+    model = MODEL.model_copy(update={"attention": chosen})
     config, pipeline = TrainConfig(global_batch=ROWS, precision=precision), PipelineConfig()
     generator = np.random.default_rng(0)
     tokens = generator.integers(model.vocab_size, size=(ROWS, LENGTH + 1), dtype=np.int32)
