@@ -1,10 +1,12 @@
-"""What every command shares: CONFIG.yaml and flags on its line, `--help`, and one line for an error."""
+"""What every command shares: CONFIG.yaml and flags on its line, `--help`, files it writes, one line for an error."""
 
+import argparse
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from pydantic_core import PydanticUndefined
 
@@ -82,6 +84,51 @@ def _entry(setting: Setting, source: Source) -> list[str]:
     if len(name) >= NAME_COLUMN:
         return [name, *(" " * NAME_COLUMN + line for line in text)]
     return [name.ljust(NAME_COLUMN) + text[0], *(" " * NAME_COLUMN + line for line in text[1:])]
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors, that takes no abbreviations, and whose help is as wide as ours."""
+
+    def __init__(self, program: str, purpose: str, *, usage: str | None = None, further: str | None = None):
+        super().__init__(
+            prog=program,
+            usage=usage,
+            description=_wrapped(purpose),
+            epilog=None if further is None else _wrapped(further),
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=WIDTH),
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; {self.prog} --help lists the flags")
+
+
+def positive(text: str) -> int:
+    """A flag's whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """A flag's whole number, 0 or above."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or above")
+    return int(text)
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, WIDTH, break_on_hyphens=False))
+
+
+def write_whole(path: Path, text: str, *, advice: str = "") -> None:
+    """Writes a file whole or not at all, whenever the command is killed; a UserError, with the advice, if it cannot."""
+    replacement = path.with_name(path.name + ".new")
+    try:
+        replacement.write_text(text, encoding="utf-8")
+        replacement.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}{advice and '; '}{advice}") from None
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:

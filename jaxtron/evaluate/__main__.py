@@ -1,10 +1,7 @@
 """`python -m jaxtron.evaluate RUN_DIRECTORY --text FILE`: perplexity of a trained model on a text."""
 
 import json
-import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +9,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtron.command import run_command
+from jaxtron.command import run_command, write_whole
 from jaxtron.config import UserError
 from jaxtron.data import Tokenizer
 from jaxtron.evaluate.detokenize import DETOKENIZERS
 from jaxtron.evaluate.model import Model, open_model, read_configuration
 from jaxtron.evaluate.perplexity import OverlappingWindows, Score, num_words, unknown_characters
 from jaxtron.evaluate.request import Request, parse
-from jaxtron.train.runtime import start_runtime
+from jaxtron.train.runtime import out_of_memory_as_user_error, start_runtime
+
+ROOM = "Lower --batch, or raise --mesh.fsdp or --mesh.tensor"
 
 
 @dataclass(frozen=True)
@@ -93,12 +92,12 @@ def main(argv: list[str]) -> int:
             "be scored; lower it"
         )
     start_runtime(config.runtime, devices=config.devices)
-    with out_of_memory_as_user_error(), open_model(request, trained, config) as model:
+    with out_of_memory_as_user_error(ROOM), open_model(request, trained, config) as model:
         report = evaluate(model, request, raw, stride)
     if jax.process_index() == 0:
         print(report.text())
         if request.json is not None:
-            write_json(report, request.json)
+            write_whole(request.json, json.dumps(report.json(), indent=1) + "\n")
             print(f"{'written':<19}{request.json}")
     return 0
 
@@ -143,28 +142,6 @@ def encode(tokenizer: Tokenizer, text: str, paths: tuple[Path, ...]) -> np.ndarr
         return tokenizer.encode(text)
     except UserError as error:
         raise UserError(f"{_names(paths)}: {error}") from None
-
-
-def write_json(report: Report, path: Path) -> None:
-    """All figures as JSON, the file replaced whole."""
-    replacement = path.with_name(path.name + ".new")
-    try:
-        replacement.write_text(json.dumps(report.json(), indent=1) + "\n", encoding="utf-8")
-        replacement.replace(path)
-    except OSError as error:
-        raise UserError(f"--json {path} cannot be written: {error.strerror}") from None
-
-
-@contextmanager
-def out_of_memory_as_user_error() -> Iterator[None]:
-    """One line, a `UserError`, where a model and its windows do not fit."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        reason = re.search("out of memory[^.]*", str(error), re.IGNORECASE)
-        if reason is None:
-            raise
-        raise UserError(f"{reason[0]}. Lower --batch, or raise --mesh.fsdp or --mesh.tensor") from None
 
 
 def _names(paths: tuple[Path, ...]) -> str:

@@ -1,17 +1,14 @@
 """The command's own flags, and which of training's settings it takes beside them."""
 
-import argparse
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
+from jaxtron.command import FlagParser, natural, positive
 from jaxtron.config import UserError, settings, split_arguments
 from jaxtron.evaluate.detokenize import DETOKENIZERS
 from jaxtron.train.config import Configuration
 
 PROGRAM = "python -m jaxtron.evaluate"
-WIDTH = 100
 # the others are the checkpoint's
 SECTIONS = ("mesh", "context", "pipeline", "sharding", "runtime")
 SETTINGS = (
@@ -42,11 +39,6 @@ class Request:
     json: Path | None = None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')}; {PROGRAM} --help lists the flags")
-
-
 def parse(argv: list[str]) -> Request:
     """The request of a command line; a `UserError` for what is missing, or a setting that is the checkpoint's."""
     found, rest = _parser().parse_known_args(argv)
@@ -68,7 +60,7 @@ def _taken() -> str:
     return ", ".join([*(f"--{section}.*" for section in SECTIONS), *(f"--{name}" for name in SETTINGS)])
 
 
-def _parser() -> _Parser:
+def _parser() -> FlagParser:
     purpose = (
         "Perplexity of a trained model on a text: of tokens, of words with Megatron's adjustment, and bits per byte. "
         "Several files are scored as one text, one after the other."
@@ -77,25 +69,19 @@ def _parser() -> _Parser:
         f"Of training's settings it takes {_taken()} (python -m jaxtron.train --help). The mesh need not be that of "
         "the training; by default it is one device, and with --devices all of those."
     )
-    parser = _Parser(
-        prog=PROGRAM,
-        usage=f"{PROGRAM} RUN_DIRECTORY --text FILE [FILE ...] [--flag value ...]",
-        description="\n".join(textwrap.wrap(purpose, WIDTH)),
-        epilog="\n".join(textwrap.wrap(further, WIDTH, break_on_hyphens=False)),
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=WIDTH),
-        allow_abbrev=False,
-    )
+    usage = f"{PROGRAM} RUN_DIRECTORY --text FILE [FILE ...] [--flag value ...]"
+    parser = FlagParser(PROGRAM, purpose, usage=usage, further=further)
     add = parser.add_argument
     add("--text", nargs="+", type=Path, required=True, metavar="FILE", help="UTF-8 text to score")
     add(
         "--stride",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tokens that a window scores, those before them being context (Megatron: overlapping-eval; none: all, "
         "windows do not overlap)",
     )
-    add("--batch", type=_positive, metavar="B", help="windows at a time, over all devices (none: 8 for each part)")
-    add("--step", type=_natural, metavar="STEP", help="of the checkpoint (none: the newest)")
+    add("--batch", type=positive, metavar="B", help="windows at a time, over all devices (none: 8 for each part)")
+    add("--step", type=natural, metavar="STEP", help="of the checkpoint (none: the newest)")
     add(
         "--detokenize",
         choices=sorted(DETOKENIZERS),
@@ -105,15 +91,3 @@ def _parser() -> _Parser:
     )
     add("--json", type=Path, metavar="FILE", help="write all figures")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
-    return int(text)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or above")
-    return int(text)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxtron.config import UserError
+from jaxtron.command import write_whole
 from jaxtron.models.cost import model_flops_per_token
 from jaxtron.pipeline.lowering import lower, message_counts
 from jaxtron.plan import flops, traffic
@@ -113,12 +113,12 @@ def _padding(config: Configuration) -> float:
 
 def write_json(plan: Plan, path: Path) -> None:
     """The plan as JSON, the file replaced whole."""
-    _write(path, json.dumps(plan.json(), indent=1) + "\n")
+    write_whole(path, json.dumps(plan.json(), indent=1) + "\n")
 
 
 def write_hlo(rehearsal: Rehearsal, path: Path) -> None:
     """The compiled, scheduled, partitioned program."""
-    _write(path, rehearsal.hlo)
+    write_whole(path, rehearsal.hlo)
 
 
 def text(plan: Plan, tokens: float | None = None) -> str:
@@ -247,12 +247,3 @@ def _surprises(plan: Plan) -> list[str]:
         place = f" ({surprise.location})" if surprise.location else ""
         lines.append(f"  {surprise.what}{place}")
     return lines
-
-
-def _write(path: Path, content: str) -> None:
-    replacement = path.with_name(path.name + ".new")
-    try:
-        replacement.write_text(content)
-        replacement.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from jaxtron.command import write_whole
 from jaxtron.config import UserError
 from jaxtron.plan.candidates import Layout, layouts, own_layout
 from jaxtron.plan.estimate import Estimator
@@ -344,12 +345,7 @@ def write_json(found: Search, title: str, path: Path) -> None:
         "candidates": [_plain(found, one, rank) for rank, one in enumerate(found.candidates, 1)],
         "unfit": [_plain(found, one, None) for one in found.unfit],
     }
-    replacement = path.with_name(path.name + ".new")
-    try:
-        replacement.write_text(json.dumps(content, indent=1) + "\n")
-        replacement.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def _plain(found: Search, one: Candidate, rank: int | None) -> dict[str, Any]:

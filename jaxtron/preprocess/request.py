@@ -1,16 +1,14 @@
 """The command's flags: one set for tokenizing, one for each subcommand."""
 
-import argparse
 import os
-import textwrap
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
+from jaxtron.command import FlagParser, natural, positive
 from jaxtron.config import UserError
 from jaxtron.data.tokenizers import TOKENIZER_KINDS
 
 PROGRAM = "python -m jaxtron.preprocess"
-WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -62,20 +60,6 @@ class Order:
 Request = Tokenize | Merge | Inspect | Order
 
 
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, subcommand: str, purpose: str):
-        program = f"{PROGRAM} {subcommand}".strip()
-        super().__init__(
-            prog=program,
-            description="\n".join(textwrap.wrap(purpose, WIDTH)),
-            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=WIDTH),
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')}; {self.prog} --help lists the flags")
-
-
 def parse_tokenize(argv: list[str]) -> Tokenize:
     """The request of a command line without a subcommand; a `UserError` for flags that do not go together."""
     found = Tokenize(**_parse(_tokenize_parser(), argv))
@@ -91,7 +75,7 @@ def parse_tokenize(argv: list[str]) -> Tokenize:
 
 def parse_merge(argv: list[str]) -> Merge:
     """The request of `merge`."""
-    parser = _Parser("merge", "Append pairs of token files, in the order given, to one pair.")
+    parser = FlagParser(f"{PROGRAM} merge", "Append pairs of token files, in the order given, to one pair.")
     parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="pairs PREFIX.bin and PREFIX.idx")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
     return Merge(**_parse(parser, argv))
@@ -99,35 +83,35 @@ def parse_merge(argv: list[str]) -> Merge:
 
 def parse_inspect(argv: list[str]) -> Inspect:
     """The request of `inspect`."""
-    parser = _Parser("inspect", "Check a pair of token files, and say what it holds.")
+    parser = FlagParser(f"{PROGRAM} inspect", "Check a pair of token files, and say what it holds.")
     add = parser.add_argument
     add("prefix", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
     add("--tokenizer", metavar="NAME", help="show the first ids as text too")
-    add("--tokens", type=_positive, metavar="N", help=f"ids to show (none: {Inspect.tokens})")
+    add("--tokens", type=positive, metavar="N", help=f"ids to show (none: {Inspect.tokens})")
     add("--json", action="store_true", help="print JSON")
     return Inspect(**_parse(parser, argv))
 
 
 def parse_order(argv: list[str]) -> Order:
     """The request of `order`."""
-    parser = _Parser(
-        "order",
+    parser = FlagParser(
+        f"{PROGRAM} order",
         "Length and SHA-256 (as little-endian int64) of the train split's document, sample and shuffle index: equal to "
         "those of Megatron's cache files exactly when training reads the same samples in the same order.",
     )
     add = parser.add_argument
     add("prefix", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
-    add("--sequence-length", type=_positive, required=True, metavar="S", help="tokens in a sequence")
-    add("--samples", type=_natural, required=True, metavar="N", help="samples of the whole training; 0: one epoch")
-    add("--seed", type=_natural, required=True, metavar="K", help="of the order (Megatron's default is 1234)")
+    add("--sequence-length", type=positive, required=True, metavar="S", help="tokens in a sequence")
+    add("--samples", type=natural, required=True, metavar="N", help="samples of the whole training; 0: one epoch")
+    add("--seed", type=natural, required=True, metavar="K", help="of the order (Megatron's default is 1234)")
     add("--split", required=True, metavar="A,B,C", help="shares of train, validation and test, such as 969,30,1")
     add("--json", action="store_true", help="print JSON")
     return Order(**_parse(parser, argv))
 
 
-def _tokenize_parser() -> _Parser:
-    parser = _Parser(
-        "",
+def _tokenize_parser() -> FlagParser:
+    parser = FlagParser(
+        PROGRAM,
         "Tokenize JSON lines, Parquet or plain text into Megatron's PREFIX.bin and PREFIX.idx, documents in the order "
         "of the input whatever the number of workers. A command that was stopped goes on when it is run again. "
         "Subcommands, each with its own --help: merge, inspect, order, curate.",
@@ -151,7 +135,7 @@ def _tokenize_parser() -> _Parser:
         "Megatron names them",
     )
     add("--json-key", nargs="+", metavar="KEY", help="keys or columns of the texts, a pair of files each (none: text)")
-    add("--workers", type=_positive, metavar="N", help="processes that tokenize (none: as many as cores)")
+    add("--workers", type=positive, metavar="N", help="processes that tokenize (none: as many as cores)")
     add("--append-eod", action="store_true", help="end each document with the tokenizer's end of document")
     add("--split-sentences", action="store_true", help="a sequence a sentence, found by sentencex, offline")
     add("--language", metavar="CODE", help="of the sentences, such as de (none: en)")
@@ -159,21 +143,9 @@ def _tokenize_parser() -> _Parser:
     return parser
 
 
-def _parse(parser: _Parser, argv: list[str]) -> dict[str, Any]:
+def _parse(parser: FlagParser, argv: list[str]) -> dict[str, Any]:
     """The flags that were given."""
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     if "json_key" in given:
         given["json_key"] = tuple(given["json_key"])
     return given
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
-    return int(text)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or above")
-    return int(text)

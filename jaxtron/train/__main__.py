@@ -1,21 +1,20 @@
 """`python -m jaxtron.train [CONFIG.yaml] [--setting value ...]`: train a model, or continue a run."""
 
-import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 
 from jaxtron.command import configure, run_command
-from jaxtron.config import UserError, split_arguments
+from jaxtron.config import split_arguments
 from jaxtron.models.attention_choice import attention_lines
 from jaxtron.train.config import Configuration
 from jaxtron.train.loop import train
-from jaxtron.train.runtime import start_runtime
+from jaxtron.train.runtime import out_of_memory_as_user_error, start_runtime
 from jaxtron.train.setup import open_run
 from jaxtron.train.summary import finish
+
+ROOM = "Raise --train.microbatches or --mesh.fsdp, set --model.recompute full, or choose a smaller model"
 
 
 def main(argv: list[str]) -> int:
@@ -25,7 +24,7 @@ def main(argv: list[str]) -> int:
         return 0
     start_runtime(config.runtime, devices=config.devices)
     files, _ = split_arguments(Configuration, argv)
-    with out_of_memory_as_user_error(), open_run(config, Path(files[0]).stem if files else "train") as run:
+    with out_of_memory_as_user_error(ROOM), open_run(config, Path(files[0]).stem if files else "train") as run:
         if jax.process_index() == 0:
             announce(run)
         outcome = train(run)
@@ -35,21 +34,6 @@ def main(argv: list[str]) -> int:
             return 130
         finish(run, outcome)
     return 0
-
-
-@contextmanager
-def out_of_memory_as_user_error() -> Iterator[None]:
-    """One line, a `UserError`, where a model and its batch do not fit."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        reason = re.search("out of memory[^.]*", str(error), re.IGNORECASE)
-        if reason is None:
-            raise
-        raise UserError(
-            f"{reason[0]}. Raise --train.microbatches or --mesh.fsdp, set --model.recompute full, or choose a "
-            "smaller model"
-        ) from None
 
 
 def announce(run) -> None:

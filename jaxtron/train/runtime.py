@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -354,3 +354,15 @@ def _write_verdicts(file: Path, verdicts: dict[str, str]) -> None:
     except OSError:
         # without the file the next run tries again, which costs a second
         return
+
+
+@contextlib.contextmanager
+def out_of_memory_as_user_error(advice: str) -> Iterator[None]:
+    """One line, a `UserError` with the advice, where what runs does not fit the devices."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = re.search("out of memory[^.]*", str(error), re.IGNORECASE)
+        if reason is None:
+            raise
+        raise UserError(f"{reason[0]}. {advice}") from None

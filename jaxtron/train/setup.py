@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtron.checkpoint.layer_order import LayerOrder, layer_order
 from jaxtron.checkpoint.manager import Checkpoints
+from jaxtron.command import write_whole
 from jaxtron.config import UserError, dump
 from jaxtron.data import Data, Loader, open_data
 from jaxtron.models.decoder import Decoder
@@ -135,13 +136,7 @@ def _remove_empty(*folders: Path) -> None:
 
 
 def _write_config(path: Path, config: Configuration) -> None:
-    # whole or not at all, whenever the run is killed
-    replacement = path.with_name(path.name + ".new")
-    try:
-        replacement.write_text(dump(config), encoding="utf-8")
-        replacement.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; choose another --run.directory") from None
+    write_whole(path, dump(config), advice="choose another --run.directory")
 
 
 def _placed(abstract: TrainState, mesh: Mesh) -> TrainState:

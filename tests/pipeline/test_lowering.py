@@ -293,8 +293,15 @@ def test_the_simulator_notices_a_closed_way_and_a_buffer_too_small():
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_messages_sent_over_needed(name):
-    for num_stages, rounds in [*itertools.product((2, 4, 8), (2, 4)), (8, 8), (64, 8)]:
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param([*itertools.product((2, 4, 8), (2, 4)), (8, 8)], id="up to 8 stages"),
+        pytest.param([(64, 8)], id="64 stages", marks=pytest.mark.slow),
+    ],
+)
+def test_messages_sent_over_needed(name, sizes):
+    for num_stages, rounds in sizes:
         chunks = 2 if name in MANY_CHUNKS + TWO_CHUNKS else 1
         schedule = make_schedule(name, num_stages, rounds * num_stages, chunks)
         sent = sum(loop.num_sent for loop in segments(lower(schedule)))

@@ -81,6 +81,7 @@ def test_memory_does_not_grow_with_microbatches() -> None:
     assert many - few <= tokens
 
 
+@pytest.mark.slow
 def test_tensor_traffic_of_a_stage_is_that_of_its_layers() -> None:
     """In each tick's work: 2 all-gathers and 2 reduce-scatters a layer forward, 4 and 2 backward (2205.05198)."""
     entries = [entry for entry in step().collectives if entry.axes == ("tensor",) and entry.bytes >= MESSAGE]

@@ -77,7 +77,7 @@ def largest(program: Work, flops: int) -> Work:
     return next(branch for choice in program.choices for branch in choice.branches if branch.most == flops)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", pytest.param("full", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("schedule", "chunks"), [("zero_bubble", 1), pytest.param("zero_bubble_v", 2, marks=pytest.mark.slow)]
 )

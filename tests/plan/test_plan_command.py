@@ -127,6 +127,7 @@ SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_cluster_that_holds_more_replicas(tmp_path: Path):
     json, hlo = tmp_path / "plan.json", tmp_path / "step.hlo"
     command = f"--gpu h100 --nodes 2 --mesh.data 1 --mesh.tensor 2 --train.global_batch 4 {SMALL} --tokens 1e9"

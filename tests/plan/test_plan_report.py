@@ -69,6 +69,7 @@ def test_activations_are_those_of_the_stages() -> None:
     assert use.stages[0].bytes == use.activations == 2 * use.stages[1].bytes
 
 
+@pytest.mark.slow
 def test_sharing_the_optimizer_halves_it() -> None:
     whole, shared = step().memory_use, step("optimizer").memory_use
     # the norms are not shared

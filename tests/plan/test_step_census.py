@@ -77,7 +77,7 @@ def test_tensor_parallelism_costs_what_megatron_says() -> None:
     assert {entry.axes for entry in rehearsal.collectives} == {("tensor",)}
 
 
-@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_data_parallel_gradients_are_reduced_once_a_step(microbatches: int) -> None:
     """ZeRO none: one float32 all-reduce of every gradient, outside all loops, whatever the number of microbatches."""
     rehearsal = step(zero="none", microbatches=microbatches, data=8)
@@ -95,6 +95,7 @@ def test_zero_optimizer_scatters_gradients_and_gathers_weights_once() -> None:
     assert not large(rehearsal, "all_reduce", "data")
 
 
+@pytest.mark.slow
 def test_devices_of_a_sequence_share_the_state_too() -> None:
     """Of the context's 4 and the data's 2: gradients go to the part that each keeps, weights come back, once."""
     rehearsal = step(zero="optimizer", microbatches=2, data=2, context=4)
@@ -107,7 +108,7 @@ def test_devices_of_a_sequence_share_the_state_too() -> None:
     assert not [entry for entry in once if entry.kind == "all_reduce"]
 
 
-@pytest.mark.parametrize("axis", ["fsdp", "data"])
+@pytest.mark.parametrize("axis", ["fsdp", pytest.param("data", marks=pytest.mark.slow)])
 def test_sharded_weights_are_gathered_by_layer_forward_and_backward(axis: str) -> None:
     """ZeRO-3: each matrix gathered twice and its gradient scattered once, for each microbatch; 2 and 4 bytes each."""
     microbatches = 2

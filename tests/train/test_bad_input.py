@@ -11,7 +11,8 @@ from command_runs import Ended, FinishedRun, contents, end, run_here, small, sta
 from jaxtron.config import UserError
 from jaxtron.pipeline.schedules import make_schedule
 from jaxtron.pipeline.table_file import write_csv
-from jaxtron.train.__main__ import out_of_memory_as_user_error
+from jaxtron.train.__main__ import ROOM
+from jaxtron.train.runtime import out_of_memory_as_user_error
 
 
 def assert_one_line(ended: Ended, *fragments: str):
@@ -236,7 +237,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path):
 def test_out_of_memory_is_one_line_and_other_errors_are_not_hidden():
     text = "INTERNAL: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes. [stack]\nframe"
     with pytest.raises(UserError, match="^Out of memory while trying to allocate 9 bytes. Raise --train.microbatches"):
-        with out_of_memory_as_user_error():
+        with out_of_memory_as_user_error(ROOM):
             raise jax.errors.JaxRuntimeError(text)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: no"), out_of_memory_as_user_error():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: no"), out_of_memory_as_user_error(ROOM):
         raise jax.errors.JaxRuntimeError("INTERNAL: no")

@@ -35,7 +35,7 @@ def one_device(name: str) -> Result:
         ("llama", {"context": 4, "tensor": 2}, {"method": "ring"}, 1),
         pytest.param("gpt with dropout", {"context": 2, "fsdp": 2}, {"method": "ring"}, 2, marks=SLOW),
         pytest.param("llama", {"context": 2, "data": 2, "tensor": 2}, {"method": "all_gather"}, 1, marks=SLOW),
-        ("gpt with dropout", {"context": 2, "tensor": 2}, {"method": "all_to_all"}, 1),
+        pytest.param("gpt with dropout", {"context": 2, "tensor": 2}, {"method": "all_to_all"}, 1, marks=SLOW),
         pytest.param("llama", {"context": 8}, {"method": "ring"}, 1, marks=SLOW),
         pytest.param("palm", {"context": 2, "tensor": 2, "fsdp": 2}, {"method": "ring"}, 2, marks=SLOW),
         pytest.param("gpt with dropout", {"context": 4}, {"method": "hierarchical", "inner": 2}, 1, marks=SLOW),
