@@ -8,6 +8,8 @@ import pytest
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXTRON_TEST_PLATFORM", "cpu")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"])
+# as `simulate_devices` has it: eight devices that wait for each other want more threads than a small machine has cores
+os.environ.setdefault("PJRT_NPROC", "32")
 
 
 @pytest.fixture

@@ -23,6 +23,11 @@ from jaxtron.config import Config, UserError
 
 JAXLIB = importlib.metadata.version("jaxlib")
 
+# Collectives that do not depend on each other begin in any order on a simulated device, and each holds a thread until
+# all have come to it. XLA's pool has a thread a core: on two cores eight devices with a pipeline waited for each other
+# for ever, within a minute. This many a device were enough for them.
+THREADS_A_DEVICE = 4
+
 Preset = Literal["auto", "none", "latency", "collective_matmul"]
 
 _SCHEDULER = "--xla_gpu_enable_latency_hiding_scheduler=true"
@@ -150,6 +155,8 @@ def simulate_devices(count: int) -> None:
         return
     jax.config.update("jax_platforms", "cpu")
     os.environ["XLA_FLAGS"] = flags.strip()
+    if count > 1:
+        os.environ.setdefault("PJRT_NPROC", str(max(THREADS_A_DEVICE * count, os.cpu_count() or 1)))
 
 
 def expects_gpu(environment: Mapping[str, str] = os.environ) -> bool:
