@@ -7,7 +7,10 @@ from collections.abc import Callable
 import pytest
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXTRON_TEST_PLATFORM", "cpu")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"])
+# most of the time goes into LLVM, for programs that run once; processes that tests start have XLA's own settings
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), DEVICES, QUICK])
 # as `simulate_devices` has it: eight devices that wait for each other want more threads than a small machine has cores
 os.environ.setdefault("PJRT_NPROC", "32")
 

@@ -428,6 +428,7 @@ def test_pytorchs_functions_are_called_as_they_are_declared(benchmark, monkeypat
             call("CUDNN_ATTENTION", unknown)
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_run_is_told_beside_it(benchmark):
     train = benchmark("train")
     config = load(train.TrainBenchmark, ROOT / "configs" / "gpt_tiny.yaml")

@@ -62,7 +62,14 @@ def test_one_stage_does_what_the_model_costs() -> None:
     assert program("1f1b", 1) == Work(MICROBATCHES * (3 * LAYERS * (WEIGHTS + ATTENTION) + HEAD), ())
 
 
-@pytest.mark.parametrize(("schedule", "chunks"), [("gpipe", 1), ("1f1b", 1), ("eager_1f1b", 1), ("interleaved", 2)])
+@pytest.mark.parametrize(
+    ("schedule", "chunks"),
+    [
+        ("1f1b", 1),
+        ("interleaved", 2),
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("gpipe", "eager_1f1b")),
+    ],
+)
 def test_a_stage_computes_its_entries_and_nothing_when_idle(schedule: str, chunks: int) -> None:
     forward = LAYERS // (2 * chunks) * (WEIGHTS + ATTENTION)
     found = program(schedule, 2, chunks)

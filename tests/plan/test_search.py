@@ -106,6 +106,7 @@ def test_flags_undo_a_pipeline():
     assert own_layout(configuration(SMALL + words + one.flags(base)), 4) == one
 
 
+@pytest.mark.slow
 def test_an_own_layout_that_does_not_run_or_fit_is_told():
     found = search(configuration(SMALL + "--mesh.data 1 --mesh.tensor 8"), A100, num_gpus=4, gpus_per_node=4)
     assert found.own is None and "needs 8 devices, there are 4" in text(found, "small")

@@ -32,7 +32,8 @@ def one_device(name: str) -> Result:
 @pytest.mark.parametrize(
     ("name", "mesh", "context", "microbatches"),
     [
-        ("llama", {"context": 4, "tensor": 2}, {"method": "ring"}, 1),
+        pytest.param("llama", {"context": 4, "tensor": 2}, {"method": "ring"}, 1, marks=SLOW),
+        ("gpt with dropout", {"context": 2}, {"method": "all_to_all"}, 1),
         pytest.param("gpt with dropout", {"context": 2, "fsdp": 2}, {"method": "ring"}, 2, marks=SLOW),
         pytest.param("llama", {"context": 2, "data": 2, "tensor": 2}, {"method": "all_gather"}, 1, marks=SLOW),
         pytest.param("gpt with dropout", {"context": 2, "tensor": 2}, {"method": "all_to_all"}, 1, marks=SLOW),
