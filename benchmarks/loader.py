@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record
+from jaxtron.command import run_command
 from jaxtron.data import DataConfig, open_data
 from jaxtron.data.indexed import IndexedWriter
 from jaxtron.data.tokenizers import load_tokenizer
@@ -83,4 +84,4 @@ def measure(prefix: str, settings: dict[str, Any], cache: str, batches: int) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main))

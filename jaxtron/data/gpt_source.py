@@ -73,14 +73,13 @@ class GPTSource:
         self.index = cached_gpt_index(
             reader.lengths, sequences, directory=index_directory, name=reader.prefix, **settings
         )
+        num_tokens = int(reader.lengths[sequences.start : sequences.stop].sum(dtype=np.int64))
         if not len(self):
             raise UserError(
-                f"{reader.prefix} has {reader.lengths[sequences.start : sequences.stop].sum(dtype=np.int64)} tokens in "
-                f"this split, too few for one sample of {sequence_length} + {self._extra}; "
-                "give more, or lower the sequence length"
+                f"{reader.prefix} has {num_tokens} tokens in this split, too few for one sample of {sequence_length} + "
+                f"{self._extra}; give more, or lower the sequence length"
             )
         # the same epochs are the same order, however many of their samples are asked for
-        num_tokens = int(reader.lengths[sequences.start : sequences.stop].sum(dtype=np.int64))
         epochs = count_epochs(num_tokens, sequence_length=sequence_length, samples=samples, extra=self._extra)
         order = {**settings, "samples": [epochs.count, epochs.separate]}
         identity = [lengths_digest(reader.lengths), reader.dtype.str, sequences.start, sequences.stop, order]
