@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXTRON_TEST_PLATFORM", "cpu")
-# most of the time goes into LLVM, for programs that run once; processes that tests start have XLA's own settings
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-DEVICES = "--xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), DEVICES, QUICK])
+FLAGS = ["--xla_force_host_platform_device_count=8"]
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # most of the time goes into LLVM, for programs that run once; a GPU's are tested as they are used
+    FLAGS += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 # as `simulate_devices` has it: eight devices that wait for each other want more threads than a small machine has cores
 os.environ.setdefault("PJRT_NPROC", "32")
 

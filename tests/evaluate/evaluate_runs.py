@@ -1,13 +1,11 @@
 """Runs of the train and evaluate commands in this process, for the tests beside it."""
 
-import io
 import json
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxtron.command import run_command
+from commands import Ended, run_main
+
 from jaxtron.evaluate import __main__ as evaluate
 from jaxtron.train import __main__ as training
 
@@ -19,15 +17,6 @@ SMALL = (
     *("--train.global_batch", "16", "--train.precision", "fp32", "--train.sample_tokens", "0"),
     *("--train.steps", "4", "--train.validation_batches", "none", "--checkpoint.every", "2"),
 )
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A command that ended: exit code and what it wrote."""
-
-    code: int
-    out: str
-    err: str
 
 
 @dataclass(frozen=True)
@@ -44,7 +33,7 @@ def train(folder: Path, text: str) -> TrainedRun:
     (folder / "text.txt").write_text(text)
     places = {"run.directory": "run", "data.path": "text.txt", "data.cache_directory": "tokens"}
     flags = [word for name, place in places.items() for word in (f"--{name}", str(folder / place))]
-    ended = _run(training.main, [*SMALL, "--mesh.tensor", "2", *flags])
+    ended = run_main(training.main, [*SMALL, "--mesh.tensor", "2", *flags])
     assert ended.code == 0, ended
     held_out = folder / "held_out.txt"
     held_out.write_text(text[int(len(text) * 0.9) :])
@@ -54,7 +43,7 @@ def train(folder: Path, text: str) -> TrainedRun:
 
 def run(*arguments: object) -> Ended:
     """`python -m jaxtron.evaluate` with these words."""
-    return _run(evaluate.main, [str(argument) for argument in arguments])
+    return run_main(evaluate.main, arguments)
 
 
 def figures(folder: Path, *arguments: object) -> dict:
@@ -62,10 +51,3 @@ def figures(folder: Path, *arguments: object) -> dict:
     ended = run(*arguments, "--json", folder / "figures.json")
     assert (ended.code, ended.err) == (0, ""), ended
     return json.loads((folder / "figures.json").read_text())
-
-
-def _run(main: Callable[[list[str]], int], arguments: list[str]) -> Ended:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = run_command(main, arguments)
-    return Ended(code, out.getvalue(), err.getvalue())

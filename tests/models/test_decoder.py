@@ -13,8 +13,6 @@ from jaxtron.sharding.collectives import all_reduce
 from jaxtron.sharding.parameters import shardings
 
 ROWS, LENGTH = 2, 8
-# less optimized machine code, half of the time to compile
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 GPT2 = ModelConfig(
     num_layers=3,
     hidden_size=16,
@@ -71,7 +69,7 @@ def in_region(function):
 
     whole = PartitionSpec()
     region = jax.shard_map(region, in_specs=whole, out_specs=whole, axis_names=set(MANUAL_AXES))
-    return jax.jit(region, compiler_options=QUICK)
+    return jax.jit(region)
 
 
 def causal_attention(query, key, value):

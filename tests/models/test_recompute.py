@@ -56,7 +56,7 @@ def measure(recompute, **mesh) -> Cost:
         region = jax.shard_map(region, in_specs=(specs, PartitionSpec()), out_specs=specs, axis_names=set(MANUAL_AXES))
         tokens = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
         program = jax.jit(region).lower(plan.abstract, tokens)
-        program = program.compile(compiler_options={"xla_backend_optimization_level": 0})
+        program = program.compile()
     return Cost(program.as_text().count(" dot("), program.memory_analysis().temp_size_in_bytes)
 
 

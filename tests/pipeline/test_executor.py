@@ -18,8 +18,6 @@ from jaxtron.pipeline.schedules import SCHEDULES, make_schedule
 from jaxtron.sharding import MANUAL_AXES, use, vary
 
 ROWS, WIDTH, HIDDEN = 3, 6, 5
-# order and places are what these tests are about, not machine code
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def layer(weights, x, number, shared):
@@ -97,7 +95,7 @@ def on_stages(rules, schedule: Schedule, stages: Partition, model: Model, params
         specs = Parameters(P("pipe"), P())
         region = jax.shard_map(local, in_specs=(specs, P()), out_specs=P(MANUAL_AXES), axis_names=set(MANUAL_AXES))
         placed = jax.device_put((arranged, batch), jax.sharding.NamedSharding(rules.mesh, P()))
-        layers, (ends, reports) = jax.tree.map(np.asarray, jax.jit(region, compiler_options=QUICK)(*placed))
+        layers, (ends, reports) = jax.tree.map(np.asarray, jax.jit(region)(*placed))
     for leaf in jax.tree.leaves(layers):
         assert leaf.dtype == np.float32 and not leaf[stages.rows < 0].any()
     return jax.tree.map(stages.restore, layers), ends, reports

@@ -21,9 +21,6 @@ ATTENTION = 2 * 2 * LENGTH * HIDDEN * TOKENS
 # the loss's gradient is formed in the forward: three products with the table
 HEAD = 3 * 2 * HIDDEN * VOCAB * TOKENS
 
-# the machine code does not matter here, and takes most of the time
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 @functools.cache
 def program(schedule: str, pipe: int, chunks: int = 1, recompute: str = "none") -> Work:
@@ -50,7 +47,7 @@ def program(schedule: str, pipe: int, chunks: int = 1, recompute: str = "none") 
         lowered = jax.jit(trainer.loss_and_gradients).lower(
             trainer.abstract_state().params, abstract_batch(config), *scalars
         )
-        return work(hlo.parse(lowered.compile(compiler_options=QUICK).as_text()))
+        return work(hlo.parse(lowered.compile().as_text()))
 
 
 def branches(program: Work) -> set[tuple[int, ...]]:

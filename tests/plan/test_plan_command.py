@@ -1,14 +1,12 @@
 """`python -m jaxtron.plan` as a user types it."""
 
-import io
 import re
-from contextlib import redirect_stderr, redirect_stdout
 from json import dumps
 from pathlib import Path
 
 import pytest
+from commands import run_main
 
-from jaxtron.command import run_command
 from jaxtron.config import load
 from jaxtron.pipeline.partition import Partition
 from jaxtron.pipeline.schedules import make_schedule
@@ -23,10 +21,8 @@ PIPE += "--model.num_heads 4"
 
 
 def plan(arguments: str) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = run_command(main, arguments.split())
-    return code, out.getvalue(), err.getvalue()
+    ended = run_main(main, arguments.split())
+    return ended.code, ended.out, ended.err
 
 
 def test_a_schedule_drawn_and_written(tmp_path: Path):

@@ -1,21 +1,18 @@
 """Runs of the preprocess command, small tokenizers, and the documents of a pair of files, for the tests beside it."""
 
 import gzip
-import io
 import json
 import random
 from collections.abc import Iterable
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import zstandard
+from commands import Ended, run_main
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxtron.command import run_command
 from jaxtron.data.indexed import IndexedReader
 from jaxtron.preprocess.__main__ import main
 
@@ -23,24 +20,12 @@ END = 256
 WORDS = "the cat sat on a mät and then ran off to see what it was that made such noise 🙂\n".split(" ")
 
 
-@dataclass(frozen=True)
-class Ended:
-    """A command that ended: exit code and what it wrote."""
-
-    code: int
-    out: str
-    err: str
-
-
 def run(*arguments: object) -> Ended:
     """The command in this process, on one worker unless it says otherwise."""
     words = [str(argument) for argument in arguments]
     if words[0].startswith("-") and "--workers" not in words:
         words += ["--workers", "1"]
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = run_command(main, words)
-    return Ended(code, out.getvalue(), err.getvalue())
+    return run_main(main, words)
 
 
 def texts(count: int, *, seed: int = 0, most_words: int = 60) -> list[str]:

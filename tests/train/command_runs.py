@@ -1,6 +1,5 @@
 """Runs of the real command for the tests beside it: a small text, a small model, here or in a process of its own."""
 
-import io
 import json
 import os
 import random
@@ -8,14 +7,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+from commands import Ended, run_main
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxtron.command import run_command
 from jaxtron.train.__main__ import main
 
 SMALL = (
@@ -27,15 +26,6 @@ SMALL = (
 EXACT = ("step", "loss", "gradient_norm", "learning_rate", "loss_scale", "validation_loss")
 
 started: list[subprocess.Popen[str]] = []
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A command that ended: exit code and what it wrote."""
-
-    code: int
-    out: str
-    err: str
 
 
 @dataclass(frozen=True)
@@ -70,10 +60,8 @@ def small(folder: Path, *, run: str = "run") -> list[str]:
 
 def run_here(*arguments: str) -> Ended:
     """The command in this process, on its eight devices."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err), own_programs():
-        code = run_command(main, arguments)
-    return Ended(code, out.getvalue(), err.getvalue())
+    with own_programs():
+        return run_main(main, arguments)
 
 
 @contextmanager

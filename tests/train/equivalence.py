@@ -104,8 +104,6 @@ MODELS["gemma"] = changed(
 )
 ONE_DEVICE, CUBE = {"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}
 SCANNED = {"unroll": 1}
-# Partitioning and collectives are what these tests are about, not machine code: half of the time to compile.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 ONE_STAGE = PipelineConfig()
@@ -191,7 +189,7 @@ def loss_and_gradients(
         trainer = make_trainer(model, pipeline=pipeline, microbatches=microbatches, global_batch=rows)
         params = make_params(trainer.blueprint, trainer.partition)
         batch = jax.device_put(make_batch(rows, packed), batch_sharding())
-        run = jax.jit(trainer.loss_and_gradients, compiler_options=QUICK)
+        run = jax.jit(trainer.loss_and_gradients)
         loss, gradients = run(params, batch, jnp.int32(5), jnp.float32(1.0))
         for gradient, param in zip(jax.tree.leaves(gradients), jax.tree.leaves(params), strict=True):
             assert gradient.sharding == param.sharding
@@ -209,7 +207,7 @@ def evaluate(model: ModelConfig, mesh: dict[str, int], pipeline: PipelineConfig 
     with use(rules_for(mesh)):
         trainer = make_trainer(model, pipeline=pipeline, global_batch=rows)
         batch = jax.device_put(make_batch(rows), batch_sharding())
-        run = jax.jit(trainer.evaluate, compiler_options=QUICK)
+        run = jax.jit(trainer.evaluate)
         nll, count = run(make_params(trainer.blueprint, trainer.partition), batch)
     assert count == batch.weights.sum()
     return float(nll / count)
@@ -251,7 +249,7 @@ def take_steps(
         trainer = make_trainer(model, ADAMW, pipeline, **train)
         state = jax.jit(trainer._around)(make_params(trainer.blueprint, trainer.partition))
         batch = jax.device_put(make_batch(trainer.config.global_batch), batch_sharding())
-        run = jax.jit(trainer.step, compiler_options=QUICK)
+        run = jax.jit(trainer.step)
         states, metrics = [state], []
         for scale in scales:
             if scale:

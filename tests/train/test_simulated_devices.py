@@ -16,7 +16,7 @@ from jaxtron.train.runtime import simulate_devices
 simulate_devices(8)
 import jax, jax.numpy as jnp
 from equivalence import (
-    MODELS, QUICK, SCANNED, batch_sharding, changed, make_batch, make_params, make_trainer, rules_for, use
+    MODELS, SCANNED, batch_sharding, changed, make_batch, make_params, make_trainer, rules_for, use
 )
 from jaxtron.pipeline.config import PipelineConfig
 
@@ -26,7 +26,7 @@ with use(rules_for({"pipe": 2, "fsdp": 2, "tensor": 2}, "optimizer", None)):
     trainer = make_trainer(model, pipeline=pipeline, microbatches=3, global_batch=24)
     params = make_params(trainer.blueprint, trainer.partition)
     batch = jax.device_put(make_batch(24, False), batch_sharding())
-    run = jax.jit(trainer.loss_and_gradients, compiler_options=QUICK)
+    run = jax.jit(trainer.loss_and_gradients)
     end = None
     while end is None or time.monotonic() < end:
         jax.block_until_ready(run(params, batch, jnp.int32(5), jnp.float32(1.0)))
