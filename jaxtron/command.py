@@ -1,10 +1,12 @@
 """What every command shares: CONFIG.yaml and flags on its line, `--help`, files it writes, one line for an error."""
 
 import argparse
+import difflib
 import os
+import re
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,6 +27,8 @@ from jaxtron.config import (
 
 WIDTH = 100
 NAME_COLUMN = 36
+# not a negative number
+FLAG = re.compile("--?[A-Za-z]")
 
 
 def configure(config_type: type[ConfigType], argv: Sequence[str], *, program: str, purpose: str) -> ConfigType | None:
@@ -87,9 +91,20 @@ def _entry(setting: Setting, source: Source) -> list[str]:
 
 
 class FlagParser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors, that takes no abbreviations, and whose help is as wide as ours."""
+    """argparse whose complaints are UserErrors, that takes no abbreviations, and whose help is as wide as ours.
 
-    def __init__(self, program: str, purpose: str, *, usage: str | None = None, further: str | None = None):
+    A flag is known if it was added or is `--` and one of `others`, which `parse_known_args` leaves for another parser.
+    """
+
+    def __init__(
+        self,
+        program: str,
+        purpose: str,
+        *,
+        usage: str | None = None,
+        further: str | None = None,
+        others: Collection[str] = (),
+    ):
         super().__init__(
             prog=program,
             usage=usage,
@@ -98,6 +113,31 @@ class FlagParser(argparse.ArgumentParser):
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=WIDTH),
             allow_abbrev=False,
         )
+        self._others = others
+
+    def parse_known_args(self, args=None, namespace=None):
+        # before argparse, which would speak of what is missing because a flag was misspelt
+        self._check_flags(list(args or ()))
+        return super().parse_known_args(args, namespace)
+
+    def _check_flags(self, words: Sequence[str]) -> None:
+        """Refuses flags that nobody knows, and a flag of one value that is given twice."""
+        known = [flag for action in self._actions for flag in action.option_strings]
+        several = {flag for action in self._actions if action.nargs == "+" for flag in action.option_strings}
+        seen: set[str] = set()
+        for word in words:
+            flag = word.partition("=")[0]
+            if word == "--":
+                return
+            if not FLAG.match(flag) or flag[2:] in self._others:
+                continue
+            if flag not in known:
+                near = difflib.get_close_matches(flag, [*known, *(f"--{other}" for other in self._others)], n=1)
+                hint = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists the flags"
+                raise UserError(f"unknown flag {flag}; {hint}")
+            if flag in seen - several:
+                raise UserError(f"{flag} is given twice; keep one")
+            seen.add(flag)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')}; {self.prog} --help lists the flags")

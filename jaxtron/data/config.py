@@ -83,7 +83,8 @@ class DataConfig(Config):
     )
     end_of_document: str | None = Field(
         default=None,
-        description="Token of the tokenizer that ends a document; by default its <|endoftext|>, </s> or the like.",
+        description="Token of the tokenizer that ends a document; by default what its files declare (eos_token), or "
+        "its special token <|endoftext|>, </s> or the like.",
     )
     sequence_length: int = Field(default=256, ge=1, description="Tokens in a sequence.")
     mask_end_of_document: bool = Field(

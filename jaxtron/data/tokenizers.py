@@ -1,6 +1,7 @@
 """From text to token ids and back."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -122,6 +123,7 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path} is not a Hugging Face tokenizer.json: {error}") from error
         padding = self._tokenizer.padding
+        declared = _read_declared(path)
         # the file may ask for either; here a document keeps its length
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -130,11 +132,12 @@ class HuggingFaceTokenizer:
             raise UserError(
                 f"{path} has no token {end_of_document!r}; set the end of document to one of its {len(ids)} tokens"
             )
-        names = END_OF_DOCUMENT_NAMES if end_of_document is None else (end_of_document,)
-        self.end_of_document = next((ids[name] for name in names if name in ids), None)
-        pad_names = PAD_NAMES if padding is None else (padding["pad_token"], *PAD_NAMES)
-        pad = next((ids[name] for name in pad_names if name in ids), None)
-        self.pad = None if pad == self.end_of_document else pad
+        if end_of_document is None:
+            end_of_document = _find_token(self._tokenizer, [declared.get("eos_token")], END_OF_DOCUMENT_NAMES)
+        self.end_of_document = None if end_of_document is None else ids[end_of_document]
+        told_pads = [None if padding is None else padding["pad_token"], declared.get("pad_token")]
+        pad = _find_token(self._tokenizer, told_pads, PAD_NAMES)
+        self.pad = None if pad is None or ids[pad] == self.end_of_document else ids[pad]
         self.vocab_size = max(ids.values(), default=-1) + 1
         self._meaningful = frozenset(ids.values()) - {self.end_of_document}
         digest = hashlib.sha256(content.encode()).hexdigest()
@@ -176,6 +179,32 @@ def load_tokenizer(name: str, *, end_of_document: str | None = None) -> Tokenize
 
 def _code_points(text: str) -> Integer[np.ndarray, "T"]:
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
+
+
+def _find_token(tokenizer: FastTokenizer, told: Sequence[str | None], names: Sequence[str]) -> str | None:
+    """The first of the tokens that the tokenizer's files tell of, else the first special one of a usual name."""
+    known = tokenizer.get_vocab(with_added_tokens=True)
+    added = tokenizer.get_added_tokens_decoder().values()
+    special = {token.content for token in added if token.special}
+    # a piece of text may spell `</s>`, as HTML does: beside special tokens it is text, whatever its name
+    candidates = special or {token.content for token in added} or set(known)
+    named = [name for name in names if name in candidates]
+    return next((name for name in [*told, *named] if name is not None and name in known), None)
+
+
+def _read_declared(path: Path) -> dict[str, str]:
+    """The token of each role (`eos_token`, `pad_token`) that tokenizer_config.json beside a tokenizer.json declares."""
+    config = path.with_name("tokenizer_config.json")
+    if not config.is_file():
+        return {}
+    try:
+        entries = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {config}: {error}; mend it, or remove it from beside {path.name}") from error
+    entries = entries if isinstance(entries, dict) else {}
+    # a token is its text, or an object with the text
+    tokens = {role: entry.get("content") if isinstance(entry, dict) else entry for role, entry in entries.items()}
+    return {role: token for role, token in tokens.items() if role.endswith("_token") and isinstance(token, str)}
 
 
 def _read_tokenizer_file(path: Path) -> str:

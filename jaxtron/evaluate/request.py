@@ -70,9 +70,9 @@ def _parser() -> FlagParser:
         "the training; by default it is one device, and with --devices all of those."
     )
     usage = f"{PROGRAM} RUN_DIRECTORY --text FILE [FILE ...] [--flag value ...]"
-    parser = FlagParser(PROGRAM, purpose, usage=usage, further=further)
+    parser = FlagParser(PROGRAM, purpose, usage=usage, further=further, others=settings(Configuration))
     add = parser.add_argument
-    add("--text", nargs="+", type=Path, required=True, metavar="FILE", help="UTF-8 text to score")
+    add("--text", nargs="+", action="extend", type=Path, required=True, metavar="FILE", help="UTF-8 text to score")
     add(
         "--stride",
         type=positive,

@@ -76,8 +76,9 @@ def parse_tokenize(argv: list[str]) -> Tokenize:
 def parse_merge(argv: list[str]) -> Merge:
     """The request of `merge`."""
     parser = FlagParser(f"{PROGRAM} merge", "Append pairs of token files, in the order given, to one pair.")
-    parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="pairs PREFIX.bin and PREFIX.idx")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
+    add = parser.add_argument
+    add("--input", nargs="+", action="extend", required=True, metavar="PREFIX", help="pairs PREFIX.bin and PREFIX.idx")
+    add("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
     return Merge(**_parse(parser, argv))
 
 
@@ -120,6 +121,7 @@ def _tokenize_parser() -> FlagParser:
     add(
         "--input",
         nargs="+",
+        action="extend",
         required=True,
         metavar="PATH",
         help="files, or folders of them: .jsonl, .ndjson and .json are a JSON object a line, .parquet is a row a "
@@ -134,7 +136,13 @@ def _tokenize_parser() -> FlagParser:
         help="writes PREFIX.bin and PREFIX.idx; for several keys PREFIX_KEY_document.bin and .idx (or _sentence), as "
         "Megatron names them",
     )
-    add("--json-key", nargs="+", metavar="KEY", help="keys or columns of the texts, a pair of files each (none: text)")
+    add(
+        "--json-key",
+        nargs="+",
+        action="extend",
+        metavar="KEY",
+        help="keys or columns of the texts, a pair of files each (none: text)",
+    )
     add("--workers", type=positive, metavar="N", help="processes that tokenize (none: as many as cores)")
     add("--append-eod", action="store_true", help="end each document with the tokenizer's end of document")
     add("--split-sentences", action="store_true", help="a sequence a sentence, found by sentencex, offline")

@@ -1,9 +1,11 @@
 """Tokenizers: round trips, ends of documents, and what they refuse."""
 
+import json
+
 import numpy as np
 import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxtron.config import UserError
 from jaxtron.data.tokenizers import ByteTokenizer, CharacterTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
@@ -79,6 +81,49 @@ def test_hugging_face_end_of_document_by_name_or_by_convention(tmp_path):
     assert HuggingFaceTokenizer(write_tokenizer(tmp_path / "none.json", special=())).end_of_document is None
     with pytest.raises(UserError, match="has no token '<stop>'; set the end of document to one of its"):
         HuggingFaceTokenizer(path, end_of_document="<stop>")
+
+
+def write_marked(path, *, special=(), added=(), ordinary=(), declared=None):
+    """A tokenizer.json of words with special tokens, added ones that are not, and some of the vocabulary by names."""
+    words = [*ordinary, "to", "be", *added, *special]
+    tokenizer = FastTokenizer(models.WordLevel({word: number for number, word in enumerate(words)}))
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in added])
+    tokenizer.save(str(path))
+    if declared is not None:
+        path.with_name("tokenizer_config.json").write_text(json.dumps(declared))
+    return HuggingFaceTokenizer(path), words
+
+
+@pytest.mark.parametrize(
+    ("tokens", "end", "pad"),
+    [
+        ({"special": ["<eos>"], "ordinary": ["</s>"]}, "<eos>", None),
+        ({"special": ["<eos>", "</s>"], "ordinary": ["<|endoftext|>"]}, "</s>", None),
+        ({"special": ["<stop>"], "ordinary": ["</s>", "<pad>"]}, None, None),
+        ({"special": ["<eos>", "<PAD>"], "ordinary": ["<pad>"]}, "<eos>", "<PAD>"),
+        ({"added": ["<eos>"], "ordinary": ["</s>"]}, "<eos>", None),
+        ({"ordinary": ["<eos>"]}, "<eos>", None),
+        # what the tokenizer itself says goes before any name, in both spellings
+        ({"special": ["<stop>", "</s>"], "declared": {"eos_token": "<stop>"}}, "<stop>", None),
+        ({"special": ["<stop>", "</s>"], "declared": {"eos_token": {"content": "<stop>"}}}, "<stop>", None),
+        ({"special": ["<stop>", "<a>"], "declared": {"pad_token": "<a>", "eos_token": "<stop>"}}, "<stop>", "<a>"),
+        ({"special": ["</s>"], "declared": {"eos_token": "</s>", "pad_token": "</s>"}}, "</s>", None),
+        ({"special": ["</s>"], "declared": {"eos_token": "<gone>", "model_max_length": 9}}, "</s>", None),
+        ({"special": ["</s>"], "declared": ["no", "object"]}, "</s>", None),
+    ],
+    ids=str,
+)
+def test_ends_and_pads_are_special_tokens_not_text_that_looks_like_them(tokens, end, pad, tmp_path):
+    tokenizer, words = write_marked(tmp_path / "tokenizer.json", **tokens)
+    names = [None if token is None else words[token] for token in (tokenizer.end_of_document, tokenizer.pad)]
+    assert names == [end, pad]
+
+
+def test_a_damaged_tokenizer_config_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*tokenizer_config.json: .*; mend it, or remove it"):
+        (tmp_path / "tokenizer_config.json").write_text('{"eos_token": ')
+        write_marked(tmp_path / "tokenizer.json", special=["</s>"])
 
 
 def test_hugging_face_truncation_and_padding_of_the_file_are_off(tmp_path):

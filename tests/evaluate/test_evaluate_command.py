@@ -140,7 +140,7 @@ def one_line(*arguments: object) -> str:
         ("--step 3", "no finished checkpoint of step 3 in"),
         ("--mesh.data 16", "mesh data 16 needs 16 devices, there are 8"),
         ("--mesh.tensor 4", "model.num_heads 2 does not divide by mesh.tensor 4"),
-        ("--mesh.tenor 4", "unknown setting mesh.tenor (--mesh.tenor); did you mean mesh.tensor?"),
+        ("--mesh.tenor 4", "unknown flag --mesh.tenor; did you mean --mesh.tensor?"),
         ("--model.num_layers 3", "--model.num_layers is the checkpoint's own: leave it out"),
         ("--data.sequence_length 64", "data.sequence_length 64 is longer than model.max_positions 32"),
         ("--data.tokenizer nowhere.json", "no tokenizer nowhere.json"),
@@ -173,6 +173,7 @@ def test_bad_texts(trained: TrainedRun, tmp_path: Path):
 
 def test_bad_runs(trained: TrainedRun, text: Path, tmp_path: Path):
     assert "no run directory; give it first" in one_line("--text", text)
+    assert "unknown flag --textt; did you mean --text?" in one_line("run", "--textt", text)
     assert "unexpected argument 'b'" in one_line("a", "b", "--text", text)
     assert "no directory nowhere; give the --run.directory" in one_line("nowhere", "--text", text)
     assert f"{tmp_path} has no config.yaml" in one_line(tmp_path, "--text", text)

@@ -240,3 +240,9 @@ def test_the_order_that_is_printed_is_the_library_s(tmp_path):
     np.random.RandomState(1234).shuffle(shuffled)
     assert printed["document_index"]["sha256"] == hashlib.sha256(shuffled.astype("<i8").tobytes()).hexdigest()
     assert printed["sample_index"]["sha256"] in run("order", tmp_path / "out", *flags).out
+
+
+def test_a_list_given_in_parts_is_whole(tmp_path):
+    one, two = (write_lines(tmp_path / f"{name}.jsonl", [name]) for name in ("one", "two"))
+    run("--input", one, "--tokenizer", "bytes", "--input", two, "--output", tmp_path / "out")
+    assert texts_of(tmp_path / "out") == ["one", "two"]

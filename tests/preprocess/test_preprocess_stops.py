@@ -294,7 +294,14 @@ def test_a_compressed_file_that_is_cut_or_broken(suffix, tmp_path):
     ("flags", "message"),
     [
         ("--input {in} --tokenizer bytes", "required: --output"),
-        ("--input {in} --tokenizer bytes --output {out} --colour", "unrecognized arguments: --colour"),
+        ("--input {in} --tokenizer bytes --output {out} --colour", "unknown flag --colour; python -m jaxtron.prep"),
+        ("--inputt {in} --tokenizer bytes --output {out}", "unknown flag --inputt; did you mean --input?"),
+        ("--input {in} --tokeniser=bytes --output {out}", "unknown flag --tokeniser; did you mean --tokenizer?"),
+        ("--input {in} --json_key a --tokenizer bytes", "unknown flag --json_key; did you mean --json-key?"),
+        ("--input {in} -o {out} --tokenizer bytes", "unknown flag -o; python -m jaxtron.preprocess --help lists"),
+        ("--input {in} --tokenizer bytes --output {out} --output {in}", "--output is given twice; keep one"),
+        ("merge --inputs a --output {out}", "unknown flag --inputs; did you mean --input?"),
+        ("inspect --tokenz 5", "unknown flag --tokenz; did you mean --tokens?"),
         ("--input {in} --tokenizer bytes --output {out} --workers 0", "--workers: '0' must be a whole number above 0"),
         ("--input {in} --tokenizer bytes --output {folder}", "is a folder; give the start of a file's name"),
         ("--input {folder}/none --tokenizer bytes --output {out}", "no such file or folder"),
@@ -339,9 +346,9 @@ def test_bad_input_is_one_line(flags, message, tmp_path):
 @pytest.mark.parametrize(
     ("package", "extra", "flags"),
     [
-        ("pyarrow.parquet", "parquet", "--input {}/in.parquet"),
-        ("zstandard", "zstd", "--input {}/in.jsonl.zst"),
-        ("sentencex", "sentences", "--input {}/in.jsonl.zst --split-sentences"),
+        ("pyarrow.parquet", "parquet", "--tokenizer bytes --input {}/in.parquet"),
+        ("zstandard", "zstd", "--tokenizer bytes --input {}/in.jsonl.zst"),
+        ("sentencex", "sentences", "--tokenizer bytes --input {}/in.jsonl.zst --split-sentences"),
         ("sentencepiece", "sentencepiece", "--input {0}/in.jsonl.zst --tokenizer {0}/in.model"),
     ],
 )
@@ -350,7 +357,7 @@ def test_a_missing_package_is_named_with_its_extra(package, extra, flags, tmp_pa
     write_parquet(tmp_path / "in.parquet", {"text": ["a"]})
     (tmp_path / "in.model").touch()
     monkeypatch.setitem(sys.modules, package, None)
-    done = run("--tokenizer", "bytes", "--output", tmp_path / "out", *flags.format(tmp_path).split())
+    done = run("--output", tmp_path / "out", *flags.format(tmp_path).split())
     assert done.code == 2 and f'pip install "jaxtron[{extra}]"' in done.err and done.err.count("\n") == 1
 
 
