@@ -93,15 +93,29 @@ def partition(num_layers: int, schedule: Schedule, config: PipelineConfig) -> Pa
     return Partition(tuple(lengths), schedule.num_stages, schedule.placement)
 
 
-def forward_only(partition: Partition) -> Schedule:
-    """One microbatch forward through all stages, for evaluation."""
+def forward_only(partition: Partition, num_microbatches: int = 1) -> Schedule:
+    """Microbatches forward through all stages, each as early as it can be, the older ones first; for evaluation."""
     num_virtual = len(partition.lengths)
-    table = [[Entry()] * partition.num_stages for _ in range(num_virtual)]
-    for virtual in range(num_virtual):
-        stage, chunk = place(virtual, partition.num_stages, partition.placement)
-        table[virtual][stage] = Entry(forward=Work(chunk, 0))
+    places = [place(virtual, partition.num_stages, partition.placement) for virtual in range(num_virtual)]
+    table = []
+    # how many virtual stages each microbatch on its way has passed, the oldest first
+    passed: dict[int, int] = {}
+    started = 0
+    while passed or started < num_microbatches:
+        row = [Entry()] * partition.num_stages
+        next_one = [(started, 0)] if started < num_microbatches else []
+        for microbatch, virtual in [*passed.items(), *next_one]:
+            stage, chunk = places[virtual]
+            if not row[stage].is_idle:
+                continue
+            row[stage] = Entry(forward=Work(chunk, microbatch))
+            started = max(started, microbatch + 1)
+            passed[microbatch] = virtual + 1
+            if passed[microbatch] == num_virtual:
+                del passed[microbatch]
+        table.append(tuple(row))
     return Schedule(
-        "forward", tuple(map(tuple, table)), 1, num_chunks=partition.num_chunks, placement=partition.placement
+        "forward", tuple(table), num_microbatches, num_chunks=partition.num_chunks, placement=partition.placement
     )
 
 

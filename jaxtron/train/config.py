@@ -42,7 +42,7 @@ class TrainConfig(Config):
     validate_every: int = Field(default=100, ge=0)
     """Steps between validations; the last step is always validated (0: only then)."""
     validation_batches: int | None = Field(default=16, ge=1)
-    """Batches of a validation, spread over the data (none: all of it)."""
+    """Global batches of a validation, spread over the data (none: all of it)."""
     sample_tokens: int = Field(default=200, ge=0)
     """Tokens generated after training, for a look at what was learned."""
 

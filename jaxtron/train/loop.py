@@ -13,7 +13,6 @@ import jax
 from jax.experimental import multihost_utils
 
 from jaxtron.config import UserError
-from jaxtron.data import Source, validation_batches
 from jaxtron.gpus import peak_flops
 from jaxtron.models.cost import model_flops_per_token
 from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
@@ -23,6 +22,7 @@ from jaxtron.train.setup import Run
 from jaxtron.train.step import TrainState, jit_step
 from jaxtron.train.throughput import Throughput
 from jaxtron.train.trackers import make_trackers
+from jaxtron.train.validation import validate
 
 
 @dataclass
@@ -88,22 +88,6 @@ def check_finite(run: Run, info: StepInfo) -> None:
             f"step {info.step}: loss {loss}, gradient norm {norm}; lower --optimizer.learning_rate or raise "
             f"--optimizer.warmup_steps ({since})"
         )
-
-
-def validate(run: Run, state: TrainState, source: Source | None = None) -> float:
-    """Mean negative log-likelihood, in nats a token, over batches of the validation data or of another source; NaN
-    where there are none."""
-    train = run.config.train
-    size = train.global_batch // train.microbatches
-    batches = validation_batches(
-        run.data.validation if source is None else source,
-        batch_size=size,
-        local_rows=run.placement.local_rows,
-        max_batches=train.validation_batches,
-    )
-    sums = [run.evaluate(state.params, run.placement.globalize(batch)) for batch in batches]
-    weight = sum(float(weight) for _, weight in sums)
-    return sum(float(nll) for nll, _ in sums) / weight if weight else math.nan
 
 
 def _hooks(run: Run, saver: Saver, throughput: Throughput, outcome: Outcome, stack: ExitStack) -> list[Hook]:

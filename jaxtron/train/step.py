@@ -128,15 +128,17 @@ class Trainer:
         return region(params, batch, step_key, scale)
 
     def evaluate(self, params: PyTree, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Sums over a batch: negative log-likelihood in nats, and the weight of its tokens."""
+        """Sums over a batch: negative log-likelihood in nats, and the weight of its tokens.
+
+        Rows go through the model in microbatches as large as those of a step; a smaller batch is one.
+        """
 
         def local(params: PyTree, batch: Batch) -> tuple[Array, Array]:
             working = self.blueprint.working(params, DTYPES[self.config.precision])
             count = all_reduce(batch.weights.sum(), BATCH_AXES)
-            batch = _own_part(jax.tree.map(vary, batch))
-            rows = vary(jnp.zeros(batch.tokens.shape[:1], jnp.int32))
-            whole = jax.tree.map(lambda leaf: leaf[None], (batch, rows))
-            _, nll = self._run(forward_only(self.partition), working, whole, key=None)
+            microbatches = jax.tree.map(vary, self._cut(batch, vary(jnp.float32(1.0))))
+            table = forward_only(self.partition, microbatches[1].shape[0])
+            _, nll = self._run(table, working, microbatches, key=None)
             return all_reduce(nll, MANUAL_AXES), count
 
         specs = manual_specs(self.blueprint.specs)
@@ -211,7 +213,7 @@ class Trainer:
         """The local batch as [microbatch, row, ...] with weights times `factor`, and its global row numbers."""
         num_local = batch.tokens.shape[0]
         shards = current().size(BATCH_AXES)
-        size = self.config.global_batch // self.config.microbatches // shards
+        size = min(num_local, self.config.global_batch // self.config.microbatches // shards)
         rows = jax.lax.axis_index(BATCH_AXES) * num_local + jnp.arange(num_local)
         batch = _own_part(replace(batch, weights=batch.weights * factor))
         return jax.tree.map(lambda leaf: leaf.reshape(num_local // size, size, *leaf.shape[1:]), (batch, rows))

@@ -195,12 +195,12 @@ def test_gradients_are_summed_in_float32(rules_for, name, num_stages):
 
 @pytest.mark.parametrize("lengths", [(3,), (2, 3), (1, 2, 0, 2), (2, 1, 1, 2)], ids=str)
 def test_a_table_without_backwards_has_reports_and_no_gradients(rules_for, lengths):
-    params, batch, _, reports = toy(sum(lengths), 1)
+    params, batch, _, reports = toy(sum(lengths), 5)
     for num_stages, placement in itertools.product((len(lengths), len(lengths) // 2), ("loop", "vee")):
         if num_stages == 0 or (placement == "vee") != (2 * num_stages == len(lengths)):
             continue
         stages = Partition(lengths, num_stages, placement)
         rules = rules_for(pipe=num_stages)
-        layers, ends, found = on_stages(rules, forward_only(stages), stages, TOY, params, batch)
+        layers, ends, found = on_stages(rules, forward_only(stages, 5), stages, TOY, params, batch)
         assert layers is ends is None
         assert_close(jax.tree.map(lambda leaf: leaf.sum(0), found), reports)

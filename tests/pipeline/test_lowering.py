@@ -196,6 +196,11 @@ def test_evaluation(placement):
         program = lower(forward_only(Partition((1,) * (2 * num_stages), num_stages, placement)))
         simulate(program)
         assert (program.num_activations, program.num_residuals, program.num_gradients) == (1, 0, 0)
+        for count in (2, 9):
+            program = lower(forward_only(Partition((1,) * (2 * num_stages), num_stages, placement), count))
+            simulate(program)
+            # inputs wait on a stage while another of its chunks runs, not for every microbatch
+            assert program.num_activations <= num_stages and program.num_residuals == program.num_gradients == 0
 
 
 def test_a_table_of_ones_own():

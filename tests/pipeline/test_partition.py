@@ -109,3 +109,24 @@ def test_evaluation_runs_one_virtual_stage_after_the_other(stages: Partition):
     places = [table.place(virtual) for virtual in range(len(stages.lengths))]
     assert works == [(stage, Work(chunk, 0)) for stage, chunk in places]
     assert all(entry.backward is entry.weight is None for row in table.table for entry in row)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 16])
+@pytest.mark.parametrize("stages", PARTITIONS, ids=str)
+def test_microbatches_of_an_evaluation_fill_the_stages(stages: Partition, count: int):
+    table = forward_only(stages, count)
+    ticks = {}
+    for tick, row in enumerate(table.table):
+        for stage, entry in enumerate(row):
+            assert entry.backward is entry.weight is None
+            if entry.forward is not None:
+                key = table.virtual(stage, entry.forward.chunk), entry.forward.microbatch
+                assert key not in ticks
+                ticks[key] = tick
+    num_virtual = len(stages.lengths)
+    assert ticks.keys() == set(itertools.product(range(num_virtual), range(count)))
+    assert all(ticks[virtual - 1, index] < tick for (virtual, index), tick in ticks.items() if virtual)
+    # the first one and the last pass all stages; between them no stage that has work is idle for long
+    assert table.num_ticks <= stages.num_chunks * count + 2 * num_virtual
+    if stages.num_chunks == 1:
+        assert table.num_ticks == count + num_virtual - 1

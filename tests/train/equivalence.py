@@ -202,10 +202,16 @@ def one_device(name: str, num_layers: int | None = None, rows: int = ROWS) -> Re
     return loss_and_gradients(changed(MODELS[name], **SCANNED, **depth), ONE_DEVICE, "none", 1, rows=rows)
 
 
-def evaluate(model: ModelConfig, mesh: dict[str, int], pipeline: PipelineConfig = ONE_STAGE, rows: int = ROWS) -> float:
+def evaluate(
+    model: ModelConfig,
+    mesh: dict[str, int],
+    pipeline: PipelineConfig = ONE_STAGE,
+    rows: int = ROWS,
+    microbatches: int = 1,
+) -> float:
     """Mean negative log-likelihood of the batch by the step of validation."""
     with use(rules_for(mesh)):
-        trainer = make_trainer(model, pipeline=pipeline, global_batch=rows)
+        trainer = make_trainer(model, pipeline=pipeline, global_batch=rows, microbatches=microbatches)
         batch = jax.device_put(make_batch(rows), batch_sharding())
         run = jax.jit(trainer.evaluate)
         nll, count = run(make_params(trainer.blueprint, trainer.partition), batch)

@@ -146,9 +146,9 @@ def test_a_table_of_ones_own(tmp_path: Path):
 
 
 EVALUATED = [
-    Case("gpt with dropout", "1f1b", {"pipe": 4, "tensor": 2}, 1, stage_layers=(1, 3, 2, 2)),
-    Case("llama", "interleaved", {"pipe": 2, "fsdp": 2, "data": 2}, 1, chunks=3),
-    Case("llama", "zero_bubble_v", {"pipe": 4, "tensor": 2}, 1, chunks=2),
+    Case("gpt with dropout", "1f1b", {"pipe": 4, "tensor": 2}, 8, stage_layers=(1, 3, 2, 2)),
+    Case("llama", "interleaved", {"pipe": 2, "fsdp": 2, "data": 2}, 2, chunks=3),
+    Case("llama", "zero_bubble_v", {"pipe": 4, "tensor": 2}, 4, chunks=2),
 ]
 
 
@@ -161,7 +161,7 @@ def loss_without_dropout(name: str, num_layers: int) -> float:
 @pytest.mark.parametrize("case", EVALUATED, ids=str)
 def test_evaluation_equals_one_device(case: Case):
     model = changed(MODELS[case.model], num_layers=case.num_layers, **case.changes)
-    nll = evaluate(model, case.mesh, case.pipeline, ROWS)
+    nll = evaluate(model, case.mesh, case.pipeline, ROWS, case.microbatches)
     assert nll == pytest.approx(loss_without_dropout(case.model, case.num_layers), rel=TOLERANCE)
 
 
