@@ -112,7 +112,7 @@ def census(text: str | hlo.Module, mesh: jax.sharding.Mesh) -> tuple[Collective,
 
 def _collective(module: hlo.Module, site: hlo.Site, groups: "_Groups", beside: dict[str, int]) -> Collective | None:
     instruction = site.instruction
-    opcode = instruction.opcode.removesuffix("-start")
+    opcode = instruction.operation
     # a permutation may be compiled to a send and a receive
     if opcode == "send" and _SENT_PAIRS in instruction.attributes:
         opcode = "collective-permute"

@@ -42,12 +42,15 @@ class Work:
 def work(module: hlo.Module, computation: str | None = None) -> Work:
     """The products of a computation (none: the program's entry), loops counted by their trips.
 
-    They are `dot`s, calls of cuBLAS, and kernels of ours. A `ValueError` for a loop whose trips are unknown.
+    They are `dot`s, calls of cuBLAS, and kernels of ours, run at once or between a start and an end, in whatever
+    computation they lie. A `ValueError` for a loop whose trips are unknown.
     """
     name = module.entry if computation is None else computation
     shapes = {instruction.name: instruction.results for instruction in module.computations.get(name, ())}
     flops, choices = 0, []
     for instruction in module.computations.get(name, ()):
+        if instruction.is_end:
+            continue
         flops += _product(instruction, shapes)
         if instruction.opcode == "conditional":
             choices.append(Choice(1, tuple(work(module, branch) for branch in _branches(instruction))))
@@ -66,6 +69,8 @@ def most(
 
     `shapes` are those of its computation's instructions, `known` the FLOPs of computations already counted.
     """
+    if instruction.is_end:
+        return 0
     if product := _product(instruction, shapes):
         return product
     if instruction.opcode == "conditional":
@@ -104,13 +109,19 @@ def _branches(instruction: hlo.Instruction) -> list[str]:
 
 
 def _product(instruction: hlo.Instruction, shapes: dict[str, tuple[hlo.Array, ...]]) -> int:
-    """FLOPs of the instruction itself, 0 if it is no product."""
-    is_call = instruction.opcode == "custom-call"
-    if is_call and (match := _KERNEL.search(instruction.attributes)):
-        return int(match[1])
-    if instruction.opcode != "dot" and not (is_call and _LIBRARY in instruction.attributes):
+    """FLOPs of the instruction itself, 0 if it is no product; a start has those of the pair."""
+    operation = instruction.operation
+    if operation not in ("dot", "custom-call"):
         return 0
-    left = shapes[_OPERAND.findall(instruction.arguments)[0]][0].shape
+    if operation == "custom-call":
+        if match := _KERNEL.search(instruction.attributes):
+            return int(match[1])
+        if _LIBRARY not in instruction.attributes:
+            return 0
+    operands = [shapes[name] for name in _OPERAND.findall(instruction.arguments)]
+    left = operands[0][0].shape
+    # the type of a start lists its operands before its results
+    before = sum(map(len, operands)) if operation != instruction.opcode else 0
     match = _CONTRACTED.search(instruction.attributes)
     dims = [int(dim) for dim in re.findall(r"\d+", "".join(filter(None, match.groups())))] if match else []
-    return 2 * math.prod(instruction.results[0].shape) * math.prod(left[dim] for dim in dims)
+    return 2 * math.prod(instruction.results[before].shape) * math.prod(left[dim] for dim in dims)

@@ -43,6 +43,16 @@ class Instruction:
     attributes: str
 
     @property
+    def operation(self) -> str:
+        """What it does, whether at once or as the start of an asynchronous pair, such as `custom-call`."""
+        return self.opcode.removesuffix("-start")
+
+    @property
+    def is_end(self) -> bool:
+        """Whether it only waits for what a start began, whose computations it may name again."""
+        return self.opcode.endswith(("-done", "-update"))
+
+    @property
     def num_operands(self) -> int:
         """How many instructions it reads."""
         return self.arguments.count("%")
@@ -126,9 +136,7 @@ def walk(module: Module) -> Iterator[Site]:
 
 def _walk(module: Module, name: str, loops: tuple[Loop, ...], conditional: bool, asynchronous: bool) -> Iterator[Site]:
     for instruction in module.computations.get(name, ()):
-        opcode = instruction.opcode
-        # the end of a pair names the computation of its start again
-        if opcode.endswith(("-done", "-update")):
+        if instruction.is_end:
             continue
         yield Site(instruction, loops, conditional, asynchronous)
         for role, called in instruction.called():
@@ -139,7 +147,7 @@ def _walk(module: Module, name: str, loops: tuple[Loop, ...], conditional: bool,
                 trips = trips + 1 if role == "condition" and trips is not None else trips
                 inner = (*loops, Loop(trips, instruction.source))
             branch = conditional or role in _BRANCHES
-            yield from _walk(module, called, inner, branch, asynchronous or opcode.endswith("-start"))
+            yield from _walk(module, called, inner, branch, asynchronous or instruction.opcode.endswith("-start"))
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
