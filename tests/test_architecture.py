@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxtron.config import dump, load
+from jaxtron.config import dump, load, settings
 from jaxtron.train.config import Configuration
+from jaxtron.train.history import CHANGES, KINDS
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(ROOT.glob("jaxtron/**/*.py"))
@@ -93,3 +94,18 @@ def test_recipes_load_and_survive_saving(path: Path, tmp_path: Path) -> None:
     saved = tmp_path / "config.yaml"
     saved.write_text(dump(config))
     assert load(Configuration, saved) == config
+
+
+def test_every_setting_says_whether_a_run_may_go_on_with_another_value() -> None:
+    known = {name for name, setting in settings(Configuration).items() if not setting.is_section}
+    named = [
+        f"{section}.{name}".removeprefix(".")
+        for section, kinds in CHANGES.items()
+        for names in kinds.values()
+        for name in names.split()
+    ]
+    assert len(named) == len(set(named)) == len(KINDS), "a setting is named twice in CHANGES of train/history.py"
+    assert set(named) <= known, "CHANGES of train/history.py names what is no setting"
+    # one of an optional section, such as train.batch_ramp.start, is as the section
+    forgotten = [name for name in known if not any(name == own or name.startswith(f"{own}.") for own in named)]
+    assert not forgotten, f"add {forgotten} to CHANGES of train/history.py"

@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 from jaxtron.checkpoint.config import CheckpointConfig
 from jaxtron.checkpoint.names import signature
 from jaxtron.checkpoint.record import Record
-from jaxtron.checkpoint.restore import Restored, committed_steps, restore_newest, step_path
+from jaxtron.checkpoint.restore import Check, Restored, committed_steps, restore_newest, step_path
 from jaxtron.checkpoint.storage import RecordingHandler, save_arguments
 from jaxtron.config import UserError
 
@@ -76,8 +76,8 @@ class Checkpoints:
         if not self.config.asynchronous:
             self.wait()
 
-    def restore(self, abstract_state: PyTree) -> Restored | None:
-        """Restore the newest whole checkpoint, or None where there is none; see `restore_newest`.
+    def restore(self, abstract_state: PyTree, check: Check = lambda _: None) -> Restored | None:
+        """Restore the newest whole checkpoint, or None where there is none; `check` is that of `restore_newest`.
 
         A `UserError` if the directory has checkpoints and `resume` is off: they would be overwritten.
         """
@@ -89,7 +89,7 @@ class Checkpoints:
                     "turn it on, or choose another --run.directory"
                 )
             return None
-        restored = restore_newest(self.directory, abstract_state)
+        restored = restore_newest(self.directory, abstract_state, check)
         if restored:
             self._good = {step for step in self._good if step <= restored.step}
         return restored

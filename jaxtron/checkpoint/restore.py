@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 _COMMITTED = re.compile(r"step_(\d{8,})")
 _UNFINISHED = re.compile(r"step_(\d{8,})\.orbax-checkpoint-tmp.*")
+
+Check = Callable[[dict[str, Any]], None]
+# what else than the model differs, by the first part of an array's name
+_PARTS = {"optimizer": "optimizer", "loss_scale": "train.precision"}
 
 
 @dataclass(frozen=True)
@@ -60,16 +65,18 @@ def _matching_steps(directory: Path, pattern: re.Pattern[str]) -> list[int]:
     return json.loads(gather_texts(json.dumps(steps))[0])
 
 
-def restore_newest(directory: Path, abstract_state: PyTree) -> Restored | None:
+def restore_newest(directory: Path, abstract_state: PyTree, check: Check = lambda _: None) -> Restored | None:
     """Restore the newest whole checkpoint of a directory, or None where none was ever finished.
 
     `abstract_state` has a `jax.ShapeDtypeStruct` with a sharding, of any mesh, for each array. All processes call this.
-    A `UserError` if every checkpoint is damaged, or the newest whole one is of another model.
+    `check` sees what was saved beside the arrays before these are read, and may refuse it. A `UserError` if every
+    checkpoint is damaged, or the newest whole one is of another model or optimizer.
     """
     found, skipped = _newest_whole(directory)
     if found is not None:
         step, record = found
         path = step_path(directory, step)
+        check(record.extra)
         _check_model(path, record, abstract_state)
         return Restored(step, read_arrays(path, abstract_state), record.extra, skipped)
     if committed_steps(directory):
@@ -80,11 +87,13 @@ def restore_newest(directory: Path, abstract_state: PyTree) -> Restored | None:
     return None
 
 
-def restore_part(directory: Path, abstract_part: dict[str, PyTree], *, step: int | None = None) -> Restored:
+def restore_part(
+    directory: Path, abstract_part: dict[str, PyTree], *, step: int | None = None, check: Check = lambda _: None
+) -> Restored:
     """Restore some of a state, such as `{"params": ...}` whole, of the newest whole checkpoint or that of `step`.
 
-    `abstract_part` and the callers are as in `restore_newest`. A `UserError` if there is no such checkpoint, it is
-    damaged, or this part of it is of another model.
+    `abstract_part`, `check` and the callers are as in `restore_newest`. A `UserError` if there is no such checkpoint,
+    it is damaged, or this part of it is of another model.
     """
     committed = committed_steps(directory)
     if step is not None and step not in committed:
@@ -96,6 +105,7 @@ def restore_part(directory: Path, abstract_part: dict[str, PyTree], *, step: int
         raise UserError(f"no checkpoint in {directory} can be used{reasons}; train first, or bring back a good copy")
     newest, record = found
     path = step_path(directory, newest)
+    check(record.extra)
     stored = {name: array for name, array in record.arrays.items() if name.partition(".")[0] in abstract_part}
     difference = first_difference(stored, signature(abstract_part))
     if difference:
@@ -144,9 +154,16 @@ def _skip(skipped: list[Skipped], path: Path, reason: str) -> None:
 
 
 def _check_model(path: Path, record: Record, abstract_state: PyTree) -> None:
-    difference = first_difference(record.arrays, signature(abstract_state))
+    wanted = signature(abstract_state)
+    difference = first_difference(record.arrays, wanted)
     if difference:
+        differing = {
+            name.partition(".")[0]
+            for name in record.arrays.keys() | wanted.keys()
+            if record.arrays.get(name) != wanted.get(name)
+        }
+        what = "model" if differing - _PARTS.keys() else " and ".join(_PARTS[part] for part in sorted(differing))
         raise UserError(
-            f"checkpoint {path} is of another model: {difference}; "
+            f"checkpoint {path} is of another {what}: {difference}; "
             "choose another --run.directory, or the configuration that wrote it"
         )

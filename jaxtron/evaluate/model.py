@@ -4,6 +4,9 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -16,6 +19,7 @@ from jaxtron.evaluate.request import SECTIONS, Request
 from jaxtron.sharding import AXES, BATCH_AXES, build_mesh, make_rules, use
 from jaxtron.train.batches import Placement
 from jaxtron.train.config import Configuration
+from jaxtron.train.history import CONFIG_FILE, FIXED, changes, listed, recorded_settings
 from jaxtron.train.setup import make_trainer
 from jaxtron.train.step import Trainer, batch_sharding
 from jaxtron.typing import PyTree
@@ -95,11 +99,16 @@ def open_model(request: Request, trained: Configuration, config: Configuration) 
         trainer = make_trainer(config)
         order = layer_order(trainer.partition, trainer.blueprint)
         abstract = {"params": trainer.blueprint.abstract}
-        restored = restore_part((request.run / "checkpoints").absolute(), order.abstract(abstract), step=request.step)
+        restored = restore_part(
+            (request.run / "checkpoints").absolute(),
+            order.abstract(abstract),
+            step=request.step,
+            check=partial(_check_record, trained=trained, path=request.run / CONFIG_FILE),
+        )
         yield Model(
             trainer=trainer,
             params=order.in_stage_order(restored.state, abstract)["params"],
-            tokenizer=_open_tokenizer(trained, config, restored.extra["data"]),
+            tokenizer=_open_tokenizer(trained, config, restored.extra),
             step=restored.step,
             batch=batch,
             sequence_length=config.data.sequence_length,
@@ -107,17 +116,35 @@ def open_model(request: Request, trained: Configuration, config: Configuration) 
         )
 
 
-def _open_tokenizer(trained: Configuration, config: Configuration, fingerprint: str) -> Tokenizer:
+def _check_record(extra: dict[str, Any], trained: Configuration, path: Path) -> None:
+    """`UserError` unless the run's `config.yaml` says what the checkpoint was trained with."""
+    recorded = recorded_settings(extra, path.parent)
+    found = [] if recorded is None else [change for change in changes(recorded, trained) if change.kind == FIXED]
+    if found:
+        raise UserError(
+            f"{path} was changed since the checkpoint was trained: {listed(found)}; put the old values back there"
+        )
+
+
+def _open_tokenizer(trained: Configuration, config: Configuration, extra: dict[str, Any]) -> Tokenizer:
     """The tokenizer of the training; one of characters has its vocabulary from the data of the training."""
     tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
     if tokenizer is None:
         data = open_data(trained.data, seed=trained.seed)
-        if data.fingerprint != fingerprint:
+        if data.fingerprint != extra["data"]:
             raise UserError(
                 "the data of the training has changed, and with it the vocabulary of its characters: bring back "
                 f"data.path {trained.data.path}"
             )
         tokenizer = data.tokenizer
+    same_settings = all(
+        getattr(config.data, name) == getattr(trained.data, name) for name in ("tokenizer", "end_of_document")
+    )
+    if same_settings and extra.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise UserError(
+            f"data.tokenizer {config.data.tokenizer} has changed since the training; bring back the file of then, or "
+            "give it with --data.tokenizer"
+        )
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, more than the model's "

@@ -46,8 +46,7 @@ def announce(run) -> None:
     for line in attention_lines(run.config.model, run.config.attention_choices(parts, kind), kind):
         print(line)
     if run.step:
-        done = "complete already" if run.step >= run.config.train.steps else "continuing"
-        print(f"checkpoint of step {run.step} found: {done}")
+        print(run.continuation.text(run.step, run.config.train.steps))
 
 
 if __name__ == "__main__":

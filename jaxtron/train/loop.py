@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jaxtron.config import UserError
 from jaxtron.gpus import peak_flops
 from jaxtron.models.cost import model_flops_per_token
+from jaxtron.train.history import Recorder
 from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
 from jaxtron.train.metrics import MetricsWriter
 from jaxtron.train.progress import Progress
@@ -100,6 +101,7 @@ def _hooks(run: Run, saver: Saver, throughput: Throughput, outcome: Outcome, sta
     every = config.train.validate_every or total
     hooks = [Hook(partial(check_finite, run), every=config.run.log_every), Hook(validation, every=every, excluded=True)]
     if jax.process_index() == 0:
+        hooks.append(Hook(Recorder(run.directory, config, run.continuation.changes, first_step=run.step)))
         log = _metrics_log(run, throughput)
         stack.callback(log.close)
         hooks.append(Hook(log))
@@ -117,7 +119,7 @@ def _metrics_log(run: Run, throughput: Throughput) -> MetricsLog:
     flops = model_flops_per_token(config.model, config.data.sequence_length)
     return MetricsLog(
         MetricsWriter(run.directory / "metrics.jsonl", resume_step=run.step),
-        Progress(config.train.steps, shown=True, print_seconds=config.run.print_seconds),
+        Progress(config.train.steps, shown=True, first_step=run.step, print_seconds=config.run.print_seconds),
         throughput,
         every=config.run.log_every,
         trackers=make_trackers(config.run, run.directory, config.model_dump(mode="json"), resume_step=run.step),

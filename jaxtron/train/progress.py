@@ -4,18 +4,27 @@ import time
 from collections.abc import Callable, Mapping
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.progress import ProgressColumn, Task
+from rich.text import Text
+
+MOST_BAR, LEAST_BAR = 40, 5
+# which figures leave a narrow terminal first
+DROPPED = ("mfu", "validation_loss", "tokens_per_second", "step_seconds", "loss")
 
 
 class Progress:
-    """Shows step, loss, tokens/s, MFU where known and the time left; silent unless `shown` (process 0)."""
+    """Shows step, loss, tokens/s, MFU where known and the time left; silent unless `shown` (process 0).
+
+    A run that continues begins at `first_step`, the steps done before.
+    """
 
     def __init__(
         self,
         total_steps: int,
         *,
         shown: bool,
+        first_step: int = 0,
         print_seconds: float = 10.0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -29,10 +38,11 @@ class Progress:
         self._metrics: dict[str, float] = {}
         self._bar: RichProgress | None = None
         if shown and self._console.is_terminal:
-            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
             # drawing takes the processor from the training it shows
-            self._bar = RichProgress(*columns, console=self._console, refresh_per_second=4)
-            self._task = self._bar.add_task("compiling", total=total_steps)
+            self._bar = RichProgress(_Line(self._console), console=self._console, refresh_per_second=4)
+            self._task = self._bar.add_task(
+                "", total=total_steps, completed=first_step, figures={"step_seconds": "compiling"}
+            )
             self._bar.start()
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
@@ -41,10 +51,11 @@ class Progress:
         if not self._shown:
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=self._describe(step) or "running")
+            figures = self._figures(step) or {"step_seconds": "running"}
+            self._bar.update(self._task, completed=step, figures=figures)
         elif metrics and self._is_due(step):
             self._last_print = self._clock()
-            self.message(f"step {step}/{self._total_steps}  {self._describe(step)}")
+            self.message("  ".join([f"step {step}/{self._total_steps}", *self._figures(step).values()]))
 
     def message(self, text: str) -> None:
         """Print a line of its own, above the bar where there is one."""
@@ -63,17 +74,41 @@ class Progress:
             return True
         return self._clock() - self._last_print >= self._print_seconds
 
-    def _describe(self, step: int) -> str:
+    def _figures(self, step: int) -> dict[str, str]:
+        """By the metric's name, what is shown of each."""
         formats = {
             "loss": "loss {:.4f}",
             "validation_loss": "validation {:.4f}",
             "tokens_per_second": "{:,.0f} tokens/s",
             "mfu": "MFU {:.1%}",
         }
-        parts = [text.format(self._metrics[name]) for name, text in formats.items() if name in self._metrics]
+        shown = {name: text.format(self._metrics[name]) for name, text in formats.items() if name in self._metrics}
         if "step_seconds" in self._metrics:
-            parts.append(f"{format_seconds((self._total_steps - step) * self._metrics['step_seconds'])} left")
-        return "  ".join(parts)
+            seconds = (self._total_steps - step) * self._metrics["step_seconds"]
+            shown["step_seconds"] = f"{format_seconds(seconds)} left"
+        return shown
+
+
+class _Line(ProgressColumn):
+    """The step, a bar and the figures in one line of the terminal: a narrow one loses figures, never the step."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self._console = console
+
+    def render(self, task: Task) -> Text:
+        """The line for the terminal's width of now."""
+        step, figures = f"step {task.completed:.0f}/{task.total:.0f}", dict(task.fields["figures"])
+        for name in DROPPED:
+            room = self._console.width - len("  ".join([step, *figures.values()]))
+            if room >= 0:
+                break
+            figures.pop(name, None)
+        room = self._console.width - len("  ".join([step, *figures.values()])) - 1
+        width = min(MOST_BAR, room) if room >= LEAST_BAR else 0
+        done = round(width * (task.percentage / 100))
+        bar = (" " if width else "", ("━" * done, "bar.complete"), ("━" * (width - done), "bar.back"))
+        return Text.assemble(step, *bar, "".join(f"  {text}" for text in figures.values()), no_wrap=True)
 
 
 def format_seconds(seconds: float) -> str:

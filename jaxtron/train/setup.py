@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtron.checkpoint.layer_order import LayerOrder, layer_order
 from jaxtron.checkpoint.manager import Checkpoints
-from jaxtron.command import write_whole
-from jaxtron.config import UserError, dump
+from jaxtron.config import UserError
 from jaxtron.data import Data, Loader, open_data
 from jaxtron.models.decoder import Decoder
 from jaxtron.optim import batch_size, check_batch_ramp
@@ -20,6 +20,7 @@ from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding import blueprint, build_mesh, current, make_rules, use
 from jaxtron.train.batches import Placement
 from jaxtron.train.config import Configuration
+from jaxtron.train.history import Continuation, changes, check_changes, listed, recorded_settings
 from jaxtron.train.step import DTYPES, Batch, Trainer, TrainState, batch_sharding
 from jaxtron.train.trackers import import_tracker
 from jaxtron.typing import Array, PyTree
@@ -40,10 +41,17 @@ class Run:
     state: TrainState
     step: int
     position: int
+    continuation: Continuation
 
     def save(self, step: int, state: TrainState, position: int) -> None:
         """Save a checkpoint of the state after this step, with the position of the data after it."""
-        extra = {"position": position, "data": self.data.fingerprint, "seed": self.config.seed}
+        extra = {
+            "position": position,
+            "data": self.data.fingerprint,
+            "tokenizer": self.data.tokenizer.fingerprint,
+            "seed": self.config.seed,
+            "settings": self.config.model_dump(mode="json"),
+        }
         self.checkpoints.save(step, self.layer_order.in_model_order(state), extra)
 
     def train_loader(self) -> Loader:
@@ -81,18 +89,28 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
         is_new = not directory.exists()
         checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint)
         try:
-            restored = checkpoints.restore(order.abstract(abstract))
+            check = partial(check_record, config=config, data=data, directory=directory)
+            restored = checkpoints.restore(order.abstract(abstract), check)
             if restored is None:
-                state, step, position = trainer.initial_state(), 0, 0
+                state, step, position, continuation = trainer.initial_state(), 0, 0, Continuation()
             else:
-                _check_data(data, restored.extra, directory)
                 state = order.in_stage_order(restored.state, abstract)
                 step, position = restored.step, restored.extra["position"]
-            if jax.process_index() == 0:
-                _write_config(directory / "config.yaml", config)
-            placement = Placement(batch_sharding())
-            evaluate = jax.jit(trainer.evaluate)
-            yield Run(config, directory, data, trainer, placement, checkpoints, order, evaluate, state, step, position)
+                continuation = Continuation.of(restored.extra, config, directory, step=step)
+            yield Run(
+                config=config,
+                directory=directory,
+                data=data,
+                trainer=trainer,
+                placement=Placement(batch_sharding()),
+                checkpoints=checkpoints,
+                layer_order=order,
+                evaluate=jax.jit(trainer.evaluate),
+                state=state,
+                step=step,
+                position=position,
+                continuation=continuation,
+            )
         finally:
             checkpoints.close()
             if is_new:
@@ -124,6 +142,25 @@ def check_records(config: Configuration) -> None:
         raise UserError(f"run.profile_steps {first} {last} ends after train.steps {config.train.steps}; end it earlier")
 
 
+def check_record(extra: dict[str, Any], config: Configuration, data: Data, directory: Path) -> None:
+    """`UserError` unless what a checkpoint of the directory was trained with is what this configuration trains."""
+    recorded = recorded_settings(extra, directory)
+    found = [] if recorded is None else changes(recorded, config)
+    check_changes(found, str(directory))
+    if extra["data"] != data.fingerprint:
+        causes = [change for change in found if change.name.startswith("data.") or change.name == "train.steps"]
+        raise UserError(
+            f"{directory} was trained on other data ({listed(causes) or 'the text itself has changed'}), so its "
+            "position means nothing here; bring that back, or choose another --run.directory"
+        )
+    if extra.get("tokenizer", data.tokenizer.fingerprint) != data.tokenizer.fingerprint:
+        causes = [change for change in found if change.name in ("data.tokenizer", "data.end_of_document")]
+        raise UserError(
+            f"{directory} was trained with another tokenizer ({listed(causes) or 'its file has changed'}); bring that "
+            "back, or choose another --run.directory"
+        )
+
+
 def _build(config: Configuration, stages: Partition, rngs) -> Decoder:
     return Decoder(config.model, dtype=DTYPES[config.train.precision], partition=stages, rngs=rngs)
 
@@ -135,10 +172,6 @@ def _remove_empty(*folders: Path) -> None:
             folder.rmdir()
 
 
-def _write_config(path: Path, config: Configuration) -> None:
-    write_whole(path, dump(config), advice="choose another --run.directory")
-
-
 def _placed(abstract: TrainState, mesh: Mesh) -> TrainState:
     """The abstract state with its shardings on the mesh's devices, where arrays can be restored to."""
 
@@ -147,11 +180,3 @@ def _placed(abstract: TrainState, mesh: Mesh) -> TrainState:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(place, abstract)
-
-
-def _check_data(data: Data, extra: dict, directory: Path) -> None:
-    if extra["data"] != data.fingerprint:
-        raise UserError(
-            f"{directory} was trained on other data (text, tokenizer, data settings, epochs or seed differ), so its "
-            "position means nothing here; restore those settings or choose another --run.directory"
-        )

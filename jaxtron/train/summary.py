@@ -31,9 +31,10 @@ def finish(run: Run, outcome: Outcome) -> None:
         return
     metrics = run.directory / "metrics.jsonl"
     records = read_metrics(metrics) if metrics.exists() else []
-    if records:
+    # a command that took no step leaves the run as it is
+    if records and outcome.step > run.step:
         plot_losses(metrics, run.directory / "loss.png", run.directory.name)
-    rows = [("steps", f"{outcome.step} of {run.config.train.steps}")]
+    rows = [("steps", f"{outcome.step} of {max(outcome.step, run.config.train.steps)}")]
     if records:
         rows.append(("training loss", f"{records[-1]['loss']:.4f}"))
         rows.append(("speed", f"{records[-1]['tokens_per_second']:,.0f} tokens/s"))

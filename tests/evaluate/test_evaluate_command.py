@@ -184,8 +184,13 @@ def test_bad_runs(trained: TrainedRun, text: Path, tmp_path: Path):
     assert "there is none at all" in one_line(bare, "--text", text, "--step", 2)
     shutil.copytree(trained.directory, tmp_path / "copy")
     saved = tmp_path / "copy" / "config.yaml"
-    saved.write_text(saved.read_text().replace("hidden_size: 32", "hidden_size: 64"))
-    assert "is of another model than the configuration here: params." in one_line(saved.parent, "--text", text)
+    for old, new in (("hidden_size: 32", "hidden_size: 64"), ("activation: gelu_tanh", "activation: relu")):
+        before = saved.read_text()
+        saved.write_text(before.replace(old, new))
+        (name, was), (_, now) = old.split(": "), new.split(": ")
+        message = f"{saved} was changed since the checkpoint was trained: model.{name} {was} -> {now}; put the old"
+        assert message in one_line(saved.parent, "--text", text)
+        saved.write_text(before)
 
 
 def test_a_damaged_checkpoint_is_passed_over(trained: TrainedRun, text: Path, tmp_path: Path, caplog):

@@ -36,6 +36,11 @@ class FinishedRun:
     directory: Path
     ended: Ended
 
+    @property
+    def text(self) -> Path:
+        """What it was trained on."""
+        return self.directory.parent / "text.txt"
+
 
 def write_text(path: Path, *, num_words: int = 4000, seed: int = 0) -> Path:
     """A file of words in random order."""
@@ -104,6 +109,11 @@ def records(directory: Path) -> list[dict]:
     """What `metrics.jsonl` has of each step and does not depend on the clock."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{name: line[name] for name in EXACT if name in line} for line in lines]
+
+
+def history(directory: Path) -> list[dict]:
+    """Which commands trained the run."""
+    return [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -215,12 +215,18 @@ def test_a_run_directory_of_something_else_is_left_alone(finished: FinishedRun, 
     before = contents(finished.directory)
     other = write_text(tmp_path / "other.txt", seed=1)
     for flags, message in (
-        ("--model.hidden_size 64", "is of another model: "),
-        ("--model.num_layers 2", "is of another model: "),
-        ("--optimizer.name sgd", "is of another model: "),
-        (f"--data.path {other}", "was trained on other data"),
-        ("--data.sequence_length 16 --model.max_positions 32", "was trained on other data"),
-        ("--seed 7", "was trained on other data (text, tokenizer, data settings, epochs or seed differ)"),
+        ("--model.hidden_size 64", "was trained with other settings: model.hidden_size 32 -> 64; give the old ones"),
+        ("--model.num_layers 2", "other settings: model.num_layers 1 -> 2"),
+        ("--model.activation relu", "other settings: model.activation gelu_tanh -> relu"),
+        ("--model.norm_epsilon 1e-3 --model.z_loss 0.1", "model.norm_epsilon 1e-05 -> 0.001, model.z_loss 0.0 -> 0.1"),
+        ("--optimizer.name sgd", "other settings: optimizer.name adamw -> sgd"),
+        (
+            f"--data.path {other}",
+            f"was trained on other data (data.path {finished.text} -> [{finished.text}, {other}])",
+        ),
+        ("--data.sequence_length 16 --model.max_positions 32", "other settings: data.sequence_length 32 -> 16"),
+        ("--seed 7", "other settings: seed 1234 -> 7"),
+        ("--train.precision fp16", "is of another train.precision: it has no loss_scale."),
         ("--checkpoint.resume false", "--checkpoint.resume is off"),
     ):
         assert_one_line(run_here(*finished.flags, *flags.split()), message, str(finished.directory))

@@ -4,8 +4,9 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import pytest
-from command_runs import FinishedRun, contents, records, run_here
+from command_runs import FinishedRun, contents, history, records, run_here
 
 from jaxtron.config import load, settings
 from jaxtron.train.config import Configuration
@@ -42,12 +43,21 @@ def test_what_a_run_prints(finished: FinishedRun):
 
 
 def test_a_finished_run_started_again_trains_no_more(finished: FinishedRun):
-    before = contents(finished.directory / "checkpoints"), (finished.directory / "metrics.jsonl").read_bytes()
-    ended = run_here(*finished.flags)
-    assert ended.code == 0 and ended.err == ""
-    assert "checkpoint of step 6 found: complete already" in ended.out
-    assert ended.out.partition("Sample")[2] == finished.ended.out.partition("Sample")[2]
-    assert before == (contents(finished.directory / "checkpoints"), (finished.directory / "metrics.jsonl").read_bytes())
+    before = contents(finished.directory)
+    # not even what may change is written down, for nothing was trained with it
+    for flags, said in (
+        ((), "complete already"),
+        (
+            ("--train.microbatches", "1", "--checkpoint.every", "5", "--optimizer.learning_rate", "1"),
+            "complete already",
+        ),
+        (("--train.steps", "5"), "beyond train.steps 5: nothing to train; to go on, give more"),
+    ):
+        ended = run_here(*finished.flags, *flags)
+        assert ended.code == 0 and ended.err == ""
+        assert f"checkpoint of step 6 found{',' if 'beyond' in said else ':'} {said}" in ended.out
+        assert ended.out.partition("Sample")[2] == finished.ended.out.partition("Sample")[2]
+        assert contents(finished.directory) == before
 
 
 def test_its_configuration_starts_the_same_run_and_more_steps_continue_it(finished: FinishedRun, tmp_path: Path):
@@ -58,9 +68,20 @@ def test_its_configuration_starts_the_same_run_and_more_steps_continue_it(finish
     again += ["--optimizer.decay_steps", "6"]
     assert run_here(*again).code == 0
     assert records(tmp_path / "run") == records(finished.directory)
-    ended = run_here(*again, "--train.steps", "8")
+    ended = run_here(*again[:-2], "--train.steps", "8", "--model.mlp_size", "128")
     assert ended.code == 0 and ended.err == ""
-    assert "checkpoint of step 6 found: continuing" in ended.out and "steps            8 of 8" in ended.out
+    # the width spelled out is the same width
+    assert (
+        "checkpoint of step 6 found: continuing with train.steps 6 -> 8, optimizer.decay_steps 6 -> none\n"
+        "learning rate of step 7: 0 by the earlier settings, 4.39e-05 now\n"
+    ) in ended.out
+    assert "steps            8 of 8" in ended.out
+    begun, continued = history(tmp_path / "run")
+    assert (begun["step"], begun["changes"]) == (0, {})
+    assert continued["step"] == 6 and continued["changes"]["train.steps"] == [6, 8]
+    assert continued["versions"]["jax"] == jax.__version__
+    assert continued["devices"] == {"kind": "cpu", "count": 8, "processes": 1}
+    assert load(Configuration, tmp_path / "run" / "config.yaml").train.steps == 8
     assert records(tmp_path / "run")[:6] == records(finished.directory)
     assert [line["step"] for line in records(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7, 8]
 

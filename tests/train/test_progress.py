@@ -1,6 +1,7 @@
 """Progress in a terminal and in a log file."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -55,6 +56,23 @@ def test_terminal_gets_a_bar(monkeypatch):
     output = stream.getvalue()
     for part in ("300/600", "loss 2.3457", "24,123 tokens/s", "MFU 41.2%", "2:30 left", "checkpoint saved"):
         assert part in output
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 160])
+def test_a_narrow_terminal_loses_figures_and_never_the_step(width):
+    stream = Terminal()
+    console = Console(file=stream, width=width, color_system=None, force_terminal=True)
+    progress = Progress(600_000, shown=True, first_step=1234, console=console)
+    progress.update(300_000, METRICS | {"validation_loss": 2.5})
+    progress.close()
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).replace("\r", "\n").split("\n")
+    lines = [line for line in lines if line]
+    # a run that continues begins where it was
+    assert lines[0].startswith("step 1234/600000")
+    assert lines[-1].startswith("step 300000/600000")
+    assert all(len(line) <= width and "…" not in line for line in lines)
+    figures = ("loss 2.3457", "1 day 17:40:00 left", "24,123 tokens/s", "validation 2.5000", "MFU 41.2%")
+    assert [text in lines[-1] for text in figures] == [width >= least for least in (40, 60, 80, 160, 160)]
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
