@@ -1,4 +1,6 @@
 """Speed and memory of real steps, as JSON: `python -m benchmarks.train`, `benchmarks.gpu`, `benchmarks.table`."""
 
-# before any module here imports JAX, which jaxtron keeps quiet on a machine without a GPU
-import jaxtron  # noqa: F401
+from jaxtron.quiet import import_jax
+
+# before any module here imports it loudly, on a machine with its CUDA plugin and without a GPU
+import_jax()

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtron.kernels.attention import Mask, attention
+from jaxtron.kernels.attention.attention import attention
+from jaxtron.kernels.attention.mask import Mask
 
 DIRECTIONS = ("forward", "backward")
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

@@ -12,7 +12,8 @@ import numpy as np
 
 from benchmarks import record
 from jaxtron.command import run_command
-from jaxtron.data import DataConfig, open_data
+from jaxtron.data.config import DataConfig
+from jaxtron.data.dataset import open_data
 from jaxtron.data.indexed import IndexedWriter
 from jaxtron.data.tokenizers import load_tokenizer
 

@@ -17,12 +17,14 @@ from pydantic import Field
 from benchmarks import record
 from jaxtron.command import configure, run_command
 from jaxtron.config import Config, dump
-from jaxtron.data import LocalBatch
+from jaxtron.data.loader import LocalBatch
 from jaxtron.gpus import GPUS, peak_flops
 from jaxtron.models.attention_choice import attention_lines
 from jaxtron.models.cost import model_flops_per_token
 from jaxtron.plan.deviceless import memory
-from jaxtron.sharding import build_mesh, make_rules, use
+from jaxtron.sharding.mesh import build_mesh
+from jaxtron.sharding.rules import make_rules, use
+from jaxtron.train.attention import choose_attention
 from jaxtron.train.batches import Placement
 from jaxtron.train.config import Configuration
 from jaxtron.train.runtime import start_runtime
@@ -94,7 +96,7 @@ def measure(config: TrainBenchmark, name: str) -> dict[str, Any]:
         "runtime": devices[0].client.platform_version.splitlines(),
         "mesh": sizes,
         "precision": run.train.precision,
-        "attention": attention_lines(run.model, run.attention_choices(sizes["context"], kind), kind),
+        "attention": attention_lines(run.model, choose_attention(run, sizes["context"], kind), kind),
         "recompute": run.model.recompute,
         "microbatches": run.train.microbatches,
         "parameters": trainer.blueprint.num_parameters,

@@ -2,12 +2,14 @@
 
 import argparse
 import difflib
+import importlib
 import os
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 from pydantic_core import PydanticUndefined
@@ -24,6 +26,7 @@ from jaxtron.config import (
     settings,
     split_arguments,
 )
+from jaxtron.quiet import import_jax
 
 WIDTH = 100
 NAME_COLUMN = 36
@@ -169,6 +172,12 @@ def write_whole(path: Path, text: str, *, advice: str = "") -> None:
         replacement.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}{advice and '; '}{advice}") from None
+
+
+def hand_over(module: str) -> ModuleType:
+    """The module that does a verb's work, imported once its command line was read: JAX takes seconds to import."""
+    import_jax()
+    return importlib.import_module(module)
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ D  head dimension             G  query heads per K          I, O  inputs, output
 F  MLP width                  M  microbatches               ...  any leading axes
 """
 
-from typing import Any, Literal
+from typing import Any
 
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -15,6 +15,5 @@ from jaxtyping import Array, Bool, Float, Int, Key
 PyTree = Any
 # to a type checker `jax.Device` is a variable
 Device = Any
-Role = Literal["kernel", "embedding", "position", "bias", "scale"]
 
-__all__ = ["Array", "Bool", "DTypeLike", "Device", "Float", "Int", "Key", "PyTree", "Role"]
+__all__ = ["Array", "Bool", "DTypeLike", "Device", "Float", "Int", "Key", "PyTree"]

@@ -23,7 +23,9 @@ def rules_for() -> Callable:
     # here and not above: JAX starts only once the environment is set, and typed imports once their hook is
     import jax
 
-    from jaxtron.sharding import MeshConfig, ShardingConfig, build_mesh, make_rules
+    from jaxtron.sharding.config import MeshConfig, ShardingConfig
+    from jaxtron.sharding.mesh import build_mesh
+    from jaxtron.sharding.rules import make_rules
 
     def rules(zero: str = "optimizer", **mesh: int):
         devices = jax.devices()[: math.prod(mesh.values())]

@@ -11,7 +11,9 @@ import pytest
 
 from jaxtron.config import dump, load
 from jaxtron.plan.layout import text
-from jaxtron.sharding import MeshConfig, build_mesh, make_rules, use
+from jaxtron.sharding.config import MeshConfig
+from jaxtron.sharding.mesh import build_mesh
+from jaxtron.sharding.rules import make_rules, use
 from jaxtron.train.config import Configuration
 from jaxtron.train.setup import make_trainer
 

@@ -14,8 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 
 from jaxtron.checkpoint.names import parts
+from jaxtron.pipeline.layer_rows import arrange, restore
 from jaxtron.pipeline.partition import Partition
-from jaxtron.sharding import Blueprint
+from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.typing import Array, PyTree
 
 HOST = "pinned_host"
@@ -109,7 +110,7 @@ def _mover(
     partition: Partition, to_model_order: bool, where_whole: PartitionSpec, wanted: PartitionSpec
 ) -> Callable[[Array], Array]:
     """Compiled: change the layout, reorder the rows where every device has all of them, change the layout."""
-    reorder = partition.restore if to_model_order else partition.arrange
+    reorder = functools.partial(restore if to_model_order else arrange, partition)
 
     def move(leaf: Array) -> Array:
         whole = jax.sharding.reshard(leaf, where_whole)

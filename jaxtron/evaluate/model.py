@@ -12,11 +12,16 @@ import jax
 
 from jaxtron.checkpoint.layer_order import layer_order
 from jaxtron.checkpoint.restore import restore_part
-from jaxtron.config import UserError, load, split_arguments
-from jaxtron.data import DataConfig, Source, Tokenizer, open_data, validation_batches
-from jaxtron.data.tokenizers import load_tokenizer
-from jaxtron.evaluate.request import SECTIONS, Request
-from jaxtron.sharding import AXES, BATCH_AXES, build_mesh, make_rules, use
+from jaxtron.config import UserError
+from jaxtron.data.dataset import open_data
+from jaxtron.data.loader import validation_batches
+from jaxtron.data.source import Source
+from jaxtron.data.tokenizers import Tokenizer, load_tokenizer
+from jaxtron.evaluate.request import Request
+from jaxtron.sharding.config import AXES, BATCH_AXES
+from jaxtron.sharding.mesh import build_mesh
+from jaxtron.sharding.rules import make_rules, use
+from jaxtron.train.attention import choose_attention
 from jaxtron.train.batches import Placement
 from jaxtron.train.config import Configuration
 from jaxtron.train.history import CONFIG_FILE, FIXED, changes, listed, recorded_settings
@@ -52,30 +57,6 @@ class Model:
         return total if earlier is None else total + float(earlier)
 
 
-def read_configuration(request: Request) -> tuple[Configuration, Configuration]:
-    """The configuration that the run was trained with, and what of it holds here; `UserError` if there is no run."""
-    path = request.run / "config.yaml"
-    if not path.is_file():
-        what = f"{request.run} has no config.yaml" if request.run.is_dir() else f"no directory {request.run}"
-        raise UserError(f"{what}; give the --run.directory of a training, such as runs/gpt_tiny")
-    trained = load(Configuration, path).resolved()
-    config = load(Configuration, path, request.overrides).resolved()
-    # layouts are not the training's but those asked for
-    given = load(Configuration, None, request.overrides)
-    mesh = given.mesh
-    _, flags = split_arguments(Configuration, request.overrides)
-    if "mesh.data" not in dict(flags) and given.devices is None:
-        mesh = mesh.model_copy(update={"data": 1})
-    data = DataConfig(
-        tokenizer=config.data.tokenizer,
-        end_of_document=config.data.end_of_document,
-        sequence_length=config.data.sequence_length,
-    )
-    layout = {name: getattr(given, name) for name in SECTIONS} | {"mesh": mesh, "devices": given.devices}
-    model = config.model.model_copy(update={"dropout": 0.0, "attention_dropout": 0.0})
-    return trained, config.model_copy(update={**layout, "data": data, "model": model})
-
-
 @contextlib.contextmanager
 def open_model(request: Request, trained: Configuration, config: Configuration) -> Iterator[Model]:
     """The model of `read_configuration`, with the parameters of the checkpoint that is asked for."""
@@ -94,7 +75,7 @@ def open_model(request: Request, trained: Configuration, config: Configuration) 
     counts = {"global_batch": batch * sizes["pipe"], "microbatches": sizes["pipe"], "batch_ramp": None}
     config = config.model_copy(update={"train": config.train.model_copy(update=counts)})
     config.check_mesh(sizes)
-    config.attention_choices(sizes["context"], devices[0].device_kind)
+    choose_attention(config, sizes["context"], devices[0].device_kind)
     with use(make_rules(build_mesh(config.mesh, devices), config.sharding, config.context)):
         trainer = make_trainer(config)
         order = layer_order(trainer.partition, trainer.blueprint)

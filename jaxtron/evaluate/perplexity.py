@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Integer
 
-from jaxtron.data import Sample, Tokenizer
-from jaxtron.data.tokenizers import CharacterTokenizer
+from jaxtron.data.source import Sample
+from jaxtron.data.tokenizers import CharacterTokenizer, Tokenizer
 
 # Megatron's bound on the exponent of a perplexity
 MOST_NATS = 20.0

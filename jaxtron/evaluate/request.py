@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxtron.command import FlagParser, natural, positive
-from jaxtron.config import UserError, settings, split_arguments
+from jaxtron.config import UserError, load, settings, split_arguments
+from jaxtron.data.config import DataConfig
 from jaxtron.evaluate.detokenize import DETOKENIZERS
 from jaxtron.train.config import Configuration
 
@@ -54,6 +55,43 @@ def parse(argv: list[str]) -> Request:
     rest.remove(words[0])
     given = {name: value for name, value in vars(found).items() if value is not None}
     return Request(**given | {"run": Path(words[0]), "text": tuple(found.text), "overrides": tuple(rest)})
+
+
+def read_configuration(request: Request) -> tuple[Configuration, Configuration]:
+    """The configuration that the run was trained with, and what of it holds here; `UserError` if there is no run."""
+    path = request.run / "config.yaml"
+    if not path.is_file():
+        what = f"{request.run} has no config.yaml" if request.run.is_dir() else f"no directory {request.run}"
+        raise UserError(f"{what}; give the --run.directory of a training, such as runs/gpt_tiny")
+    trained = load(Configuration, path).resolved()
+    config = load(Configuration, path, request.overrides).resolved()
+    # layouts are not the training's but those asked for
+    given = load(Configuration, None, request.overrides)
+    mesh = given.mesh
+    _, flags = split_arguments(Configuration, request.overrides)
+    if "mesh.data" not in dict(flags) and given.devices is None:
+        mesh = mesh.model_copy(update={"data": 1})
+    data = DataConfig(
+        tokenizer=config.data.tokenizer,
+        end_of_document=config.data.end_of_document,
+        sequence_length=config.data.sequence_length,
+    )
+    layout = {name: getattr(given, name) for name in SECTIONS} | {"mesh": mesh, "devices": given.devices}
+    model = config.model.model_copy(update={"dropout": 0.0, "attention_dropout": 0.0})
+    return trained, config.model_copy(update={**layout, "data": data, "model": model})
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, its line ends untouched; a `UserError` if it is not there or not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read --text {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--text {path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {error.start}; "
+            "convert it"
+        ) from None
 
 
 def _taken() -> str:

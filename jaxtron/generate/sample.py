@@ -13,9 +13,11 @@ from jaxtron.models.decoder import Decoder
 from jaxtron.models.staged import StagedDecoder
 from jaxtron.pipeline import executor
 from jaxtron.pipeline.partition import Partition, forward_only
-from jaxtron.sharding import MANUAL_AXES, Blueprint, constrain, current, use
+from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.sharding.collectives import all_reduce, largest, vary
+from jaxtron.sharding.config import MANUAL_AXES
 from jaxtron.sharding.parameters import manual_specs
+from jaxtron.sharding.rules import constrain, current, use
 from jaxtron.typing import Array, DTypeLike, Float, Int, Key, PyTree
 
 

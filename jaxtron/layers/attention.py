@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from jaxtron.kernels.attention import Mask, allowed
+from jaxtron.kernels.attention.mask import Mask, allowed
 from jaxtron.layers.inputs import LayerInputs, drop, dropout, dropout_mask
 from jaxtron.layers.keep import kept
 from jaxtron.layers.linear import Linear, project
 from jaxtron.layers.norm import Norm
 from jaxtron.layers.positions import alibi_slopes, rotate
-from jaxtron.sharding import constrain, current, parameter, spec
+from jaxtron.sharding.parameters import parameter
+from jaxtron.sharding.rules import constrain, current, spec
 from jaxtron.typing import Array, Bool, Float
 
 Core = Callable[..., Float[Array, "B S H D"]]

@@ -10,9 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtron.kernels.attention import Choice, Mask
-from jaxtron.sharding import current, vary
-from jaxtron.sharding.context import AXIS, ContextConfig
+from jaxtron.kernels.attention.choose import Choice
+from jaxtron.kernels.attention.mask import Mask
+from jaxtron.sharding.collectives import vary
+from jaxtron.sharding.config import AXIS, ContextConfig
+from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, Float
 
 Pair = tuple[Array, Array]

@@ -7,7 +7,9 @@ from jax.sharding import PartitionSpec
 
 from jaxtron.layers.linear import normal
 from jaxtron.layers.positions import local_positions
-from jaxtron.sharding import constrain, current, parameter, vary
+from jaxtron.sharding.collectives import vary
+from jaxtron.sharding.parameters import parameter
+from jaxtron.sharding.rules import constrain, current
 from jaxtron.typing import Array, Float, Int
 
 

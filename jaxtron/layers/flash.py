@@ -6,36 +6,19 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from pydantic import Field
 
-from jaxtron.config import Config
-from jaxtron.kernels.attention import Choice, Implementation, Mask, Shapes, choose, with_sinks
+from jaxtron.kernels.attention.attention import with_sinks
+from jaxtron.kernels.attention.choose import Choice, Shapes, choose
+from jaxtron.kernels.attention.mask import Mask
 from jaxtron.layers import context_parallel
+from jaxtron.layers.config import AttentionConfig
 from jaxtron.layers.inputs import LayerInputs
 from jaxtron.layers.keep import kept
-from jaxtron.sharding import constrain, current
+from jaxtron.sharding.rules import constrain, current
 from jaxtron.typing import Array, Float, Int
 
 # sequences up to which whole scores are affordable where no kernel is at hand
 SHORT = 4096
-
-
-class AttentionConfig(Config):
-    """What attention computes beside its product, and who computes it."""
-
-    implementation: Implementation = "auto"
-    """auto: the fastest that can do what is asked on the mesh's devices; mosaic (Hopper), cudnn, xla (anywhere, memory
-    linear in the sequence), reference (plain mathematics). Whole scores where probabilities are dropped."""
-    deterministic: bool = False
-    """The same bits from every run: a slower backward on GPUs, where sums else come in any order."""
-    window: int | None = Field(default=None, ge=1)
-    """Tokens that a `W` layer of the pattern sees, its own among them (Mistral, 2310.06825)."""
-    soft_cap: float | None = Field(default=None, gt=0)
-    """Scores s become cap x tanh(s / cap) (Gemma 2, 2408.00118); none: as they are."""
-    scale: float | None = Field(default=None, gt=0)
-    """Factor of scores (none: 1 / sqrt(head dim))."""
-    sinks: bool = False
-    """A learned logit a head joins each softmax without a value (gpt-oss, 2508.10925)."""
 
 
 # one device's part is [batch, sequence, heads, dim] with its heads; statistics are [batch, heads, sequence]

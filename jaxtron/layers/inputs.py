@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxtron.layers.keep import kept
-from jaxtron.sharding import constrain, current, spec
 from jaxtron.sharding.context import part
+from jaxtron.sharding.rules import constrain, current, spec
 from jaxtron.typing import Array, Bool, Float, Int, Key
 
 # logical axes that `mesh.context` splits

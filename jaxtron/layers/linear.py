@@ -5,7 +5,8 @@ from flax import nnx
 from jax.nn import initializers
 from jax.sharding import PartitionSpec
 
-from jaxtron.sharding import current, parameter, spec
+from jaxtron.sharding.parameters import parameter
+from jaxtron.sharding.rules import current, spec
 from jaxtron.typing import Array, Float
 
 

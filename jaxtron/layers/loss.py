@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxtron.sharding import current, vary
+from jaxtron.sharding.collectives import vary
+from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, Float, Int
 
 # Most logits alive at once on a device, in elements: 256 MiB of float32.

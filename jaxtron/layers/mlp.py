@@ -3,20 +3,17 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxtron.layers.config import GATED, Activation
 from jaxtron.layers.inputs import LayerInputs, dropout
 from jaxtron.layers.keep import keeping_inputs
 from jaxtron.layers.linear import Linear
-from jaxtron.sharding import constrain
+from jaxtron.sharding.rules import constrain
 from jaxtron.typing import Array, Float
-
-Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "swiglu", "geglu"]
-GATED = frozenset({"swiglu", "geglu"})
 
 
 def gelu(x: Array) -> Array:

@@ -1,17 +1,15 @@
 """Normalization, in float32 whatever the precision of its input."""
 
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from jaxtron.sharding import parameter
+from jaxtron.layers.config import NormKind
+from jaxtron.sharding.parameters import parameter
 from jaxtron.typing import Array, Float
-
-NormKind = Literal["layer_norm", "layer_norm_1p", "rms_norm"]
 
 
 class Norm(nnx.Module):

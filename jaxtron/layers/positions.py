@@ -1,53 +1,14 @@
 """Positions that act inside attention: rotary embeddings and ALiBi slopes. (Learned ones: `embedding.py`.)"""
 
 import math
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from pydantic import Field, model_validator
 
-from jaxtron.config import Config
-from jaxtron.sharding import current
+from jaxtron.layers.config import RotaryConfig
 from jaxtron.sharding.context import positions
+from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, Float, Int
-
-PositionKind = Literal["learned", "rotary", "alibi", "none"]
-
-
-class RotaryScaling(Config):
-    """Llama 3's stretching of low rotary frequencies (2407.21783)."""
-
-    factor: float = Field(default=8.0, gt=0)
-    """How many times longer the sequences become."""
-    low_frequency_factor: float = Field(default=1.0, gt=0)
-    """Wavelengths above `original_length / this` are stretched whole."""
-    high_frequency_factor: float = 4.0
-    """Wavelengths below `original_length / this` stay."""
-    original_length: int = Field(default=8192, ge=1)
-    """Sequence length of the training before the stretch, in tokens."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "RotaryScaling":
-        low, high = self.low_frequency_factor, self.high_frequency_factor
-        if low >= high:
-            raise ValueError(f"low_frequency_factor {low} must be below high_frequency_factor {high}")
-        return self
-
-
-class RotaryConfig(Config):
-    """Rotary position embedding (RoFormer, 2104.09864)."""
-
-    fraction: float = Field(default=1.0, gt=0, le=1)
-    """Part of each head's dimensions that is rotated."""
-    base: float = Field(default=10000.0, gt=1)
-    """Base of the geometric series of wavelengths."""
-    scaling: RotaryScaling | None = None
-    """Llama 3's frequency scaling, or none."""
-
-    def dimensions(self, head_dim: int) -> int:
-        """Rotated dimensions of a head, an even number."""
-        return int(head_dim * self.fraction) // 2 * 2
 
 
 def local_positions(length: int) -> Int[Array, "S"]:

@@ -5,7 +5,8 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from jaxtron.kernels.attention import Choice, Mask
+from jaxtron.kernels.attention.choose import Choice
+from jaxtron.kernels.attention.mask import Mask
 from jaxtron.layers import flash
 from jaxtron.models.config import ModelConfig
 from jaxtron.models.pattern import ATTENTIONS, WINDOW

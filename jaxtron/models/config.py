@@ -6,10 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from jaxtron.config import Config, UserError
-from jaxtron.layers.flash import AttentionConfig
-from jaxtron.layers.mlp import Activation
-from jaxtron.layers.norm import NormKind
-from jaxtron.layers.positions import PositionKind, RotaryConfig
+from jaxtron.layers.config import Activation, AttentionConfig, NormKind, PositionKind, RotaryConfig
 from jaxtron.models.pattern import ATTENTIONS, MLP, SYMBOLS, WINDOW, Pattern, parse
 
 # What `recompute: selective` drops and computes again (2205.05198): the part quadratic in the sequence.

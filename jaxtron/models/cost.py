@@ -1,6 +1,6 @@
 """What a decoder costs: parameters and floating-point operations, as the papers count them."""
 
-from jaxtron.layers.mlp import GATED
+from jaxtron.layers.config import GATED
 from jaxtron.models.config import ModelConfig
 from jaxtron.models.pattern import ATTENTION, ATTENTIONS, MLP, WINDOW
 

@@ -14,7 +14,8 @@ from jaxtron.layers.positions import local_positions, rotary_tables
 from jaxtron.models.config import ModelConfig
 from jaxtron.models.stack import Stack, make_norm
 from jaxtron.pipeline.partition import Partition
-from jaxtron.sharding import constrain, gather_at_use, parameter, spec
+from jaxtron.sharding.parameters import gather_at_use, parameter
+from jaxtron.sharding.rules import constrain, spec
 from jaxtron.typing import Array, DTypeLike, Float, Int, Key
 
 ModuleType = TypeVar("ModuleType", bound=nnx.Module)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtron.kernels.attention import Mask
+from jaxtron.kernels.attention.mask import Mask
 from jaxtron.layers import flash
 from jaxtron.layers.attention import Attention, Core, attention_core
 from jaxtron.layers.inputs import LayerInputs
@@ -21,7 +21,8 @@ from jaxtron.models.config import ModelConfig
 from jaxtron.models.pattern import ATTENTION, MLP, WINDOW, Branch
 from jaxtron.pipeline.layer_loop import LayerFunction
 from jaxtron.pipeline.partition import Partition
-from jaxtron.sharding import current, gather_at_use
+from jaxtron.sharding.parameters import gather_at_use
+from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, Float
 
 
@@ -133,7 +134,7 @@ class Stack(nnx.Module):
         graph = nnx.split(nnx.eval_shape(lambda: Period(config, nnx.Rngs(0))))[0]
         keys = jax.random.split(rngs.params(), config.layout.repeats)
         # keys are put in the rows' order, not values: so each device makes only its own
-        keys = keys if partition.is_in_order else keys[np.maximum(partition.rows, 0)]
+        keys = keys if partition.is_in_order else keys[np.maximum(np.asarray(partition.rows), 0)]
         states = jax.vmap(lambda key: nnx.split(Period(config, nnx.Rngs(key)))[1])(keys)
         self.periods = nnx.merge(graph, jax.tree.map(functools.partial(_empty_as_zeros, partition), states))
 
@@ -167,5 +168,5 @@ class Stack(nnx.Module):
 
 
 def _empty_as_zeros(partition: Partition, rows: Array) -> Array:
-    filled = (partition.rows >= 0).reshape(-1, *(1,) * (rows.ndim - 1))
+    filled = (np.asarray(partition.rows) >= 0).reshape(-1, *(1,) * (rows.ndim - 1))
     return rows if filled.all() else jnp.where(filled, rows, 0)

@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtron.layers.inputs import LayerInputs
 from jaxtron.models.decoder import Decoder
 from jaxtron.pipeline.executor import Model, Parameters
-from jaxtron.sharding import Blueprint
+from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.typing import Array, PyTree
 
 # where the layers are in a decoder's parameters; the rest is the ends

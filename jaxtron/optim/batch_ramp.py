@@ -1,16 +1,7 @@
 """Batch-size ramp: the global batch grows in equal steps over the first samples (Megatron's `rampup_batch_size`)."""
 
-from pydantic import Field
-
-from jaxtron.config import Config, UserError
-
-
-class BatchRampConfig(Config):
-    """From `start` to the global batch, `increment` at a time, over `samples`."""
-
-    start: int = Field(gt=0, description="global batch of the first step")
-    increment: int = Field(gt=0, description="what each stage adds to the global batch")
-    samples: int = Field(gt=0, description="samples after which the global batch is whole")
+from jaxtron.config import UserError
+from jaxtron.optim.config import BatchRampConfig
 
 
 def batch_size(config: BatchRampConfig | None, global_batch: int, samples_consumed: int) -> int:

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from jaxtron.config import Config, UserError
-from jaxtron.typing import Role
+from jaxtron.roles import Role
 
 Schedule = Literal["constant", "linear", "cosine", "inverse_square_root", "warmup_stable_decay"]
 AnnealStyle = Literal["linear", "cosine", "exponential", "minus_square_root"]
@@ -85,3 +85,30 @@ class OptimizerConfig(Config):
     def _is_changed(self, field: str) -> bool:
         # by value and not by `model_fields_set`, so that a saved configuration, which names every field, loads again
         return getattr(self, field) != type(self).model_fields[field].default
+
+
+class LossScaleConfig(Config):
+    """When the loss scale grows and when it backs off."""
+
+    initial: float = Field(
+        default=2.0**16, gt=0, description="first scale; Megatron's 2**32 skips its first dozen steps"
+    )
+    minimum: float = Field(default=1.0, gt=0, description="smallest scale")
+    growth: float = Field(default=2.0, gt=1, description="factor of growth after a window without overflow")
+    backoff: float = Field(default=0.5, gt=0, lt=1, description="factor on overflow, once hysteresis is used up")
+    window: int = Field(default=1000, gt=0, description="consecutive finite steps before the scale grows")
+    hysteresis: int = Field(default=2, gt=0, description="overflows before the scale backs off, renewed when it grows")
+
+    @model_validator(mode="after")
+    def _check_minimum(self) -> "LossScaleConfig":
+        if self.minimum > self.initial:
+            raise UserError(f"minimum={self.minimum} is above initial={self.initial}: lower it")
+        return self
+
+
+class BatchRampConfig(Config):
+    """From `start` to the global batch, `increment` at a time, over `samples`."""
+
+    start: int = Field(gt=0, description="global batch of the first step")
+    increment: int = Field(gt=0, description="what each stage adds to the global batch")
+    samples: int = Field(gt=0, description="samples after which the global batch is whole")

@@ -5,29 +5,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from pydantic import Field, model_validator
 
-from jaxtron.config import Config, UserError
+from jaxtron.optim.config import LossScaleConfig
 from jaxtron.typing import Array, Bool, Float, Int
-
-
-class LossScaleConfig(Config):
-    """When the loss scale grows and when it backs off."""
-
-    initial: float = Field(
-        default=2.0**16, gt=0, description="first scale; Megatron's 2**32 skips its first dozen steps"
-    )
-    minimum: float = Field(default=1.0, gt=0, description="smallest scale")
-    growth: float = Field(default=2.0, gt=1, description="factor of growth after a window without overflow")
-    backoff: float = Field(default=0.5, gt=0, lt=1, description="factor on overflow, once hysteresis is used up")
-    window: int = Field(default=1000, gt=0, description="consecutive finite steps before the scale grows")
-    hysteresis: int = Field(default=2, gt=0, description="overflows before the scale backs off, renewed when it grows")
-
-    @model_validator(mode="after")
-    def _check_minimum(self) -> "LossScaleConfig":
-        if self.minimum > self.initial:
-            raise UserError(f"minimum={self.minimum} is above initial={self.initial}: lower it")
-        return self
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("scale", "finite_steps", "overflows_left"), meta_fields=())

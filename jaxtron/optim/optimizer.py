@@ -8,7 +8,8 @@ import optax
 
 from jaxtron.optim.config import OptimizerConfig
 from jaxtron.optim.schedule import learning_rate_schedule
-from jaxtron.typing import Array, Float, PyTree, Role
+from jaxtron.roles import Role
+from jaxtron.typing import Array, Float, PyTree
 
 # Megatron's and PyTorch's: keeps a zero gradient from dividing by zero
 CLIP_EPSILON = 1e-6

@@ -108,10 +108,10 @@ class _Executor:
         self.num_stages = program.schedule.num_stages
         self.trains = program.num_residuals > 0
         self.stage = jax.lax.axis_index(PIPE) if self.num_stages > 1 else 0
-        numbers = np.maximum(partition.rows, 0).reshape(self.num_stages, -1)
+        numbers = np.maximum(np.asarray(partition.rows, np.int32), 0).reshape(self.num_stages, -1)
         self.loop = LayerLoop(model.layer, params.layers, jnp.asarray(numbers)[self.stage], model.unroll)
-        lengths = partition.chunk_lengths
-        self.lengths = tuple(sorted(set(lengths.flat)))
+        lengths = np.asarray(partition.chunk_lengths, np.int32)
+        self.lengths = tuple(sorted(set(lengths.reshape(-1).tolist())))
         self.x = jax.eval_shape(model.embed, params.ends, jax.tree.map(lambda leaf: leaf[0], batch))
         self.length_index = jnp.asarray(np.searchsorted(self.lengths, lengths))[self.stage]
 

@@ -3,14 +3,9 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Int32
-
 from jaxtron.config import UserError
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.schedule import Entry, Placement, Schedule, Work, place
-from jaxtron.typing import Array
 
 
 @dataclass(frozen=True)
@@ -42,37 +37,30 @@ class Partition:
         return max(self.lengths)
 
     @cached_property
-    def rows(self) -> Int32[np.ndarray, "rows"]:
+    def rows(self) -> tuple[int, ...]:
         """The number of the layer in each row of all stages' stacked parameters, -1 in an empty one."""
-        table = np.full((self.num_stages, self.num_chunks, self.chunk_rows), -1, np.int32)
+        rows = [-1] * (self.num_stages * self.num_chunks * self.chunk_rows)
         first = 0
         for virtual, length in enumerate(self.lengths):
             stage, chunk = place(virtual, self.num_stages, self.placement)
-            table[stage, chunk, :length] = np.arange(first, first + length)
+            start = (stage * self.num_chunks + chunk) * self.chunk_rows
+            rows[start : start + length] = range(first, first + length)
             first += length
-        return table.reshape(-1)
+        return tuple(rows)
 
     @cached_property
-    def chunk_lengths(self) -> Int32[np.ndarray, "P chunks"]:
-        """Layers by [stage, chunk]."""
-        return (self.rows >= 0).reshape(self.num_stages, self.num_chunks, self.chunk_rows).sum(-1, dtype=np.int32)
+    def chunk_lengths(self) -> tuple[tuple[int, ...], ...]:
+        """Layers by [stage][chunk]."""
+        lengths = [[0] * self.num_chunks for _ in range(self.num_stages)]
+        for virtual, length in enumerate(self.lengths):
+            stage, chunk = place(virtual, self.num_stages, self.placement)
+            lengths[stage][chunk] = length
+        return tuple(map(tuple, lengths))
 
     @property
     def is_in_order(self) -> bool:
         """Whether the rows are the layers in order, none empty."""
-        return bool(np.array_equal(self.rows, np.arange(self.num_layers)))
-
-    def arrange(self, layers: Array) -> Array:
-        """Stacked layers in the model's order, as the rows of all stages; empty rows are zeros."""
-        if self.is_in_order:
-            return layers
-        rows = jnp.asarray(self.rows)
-        filled = (rows >= 0).reshape(-1, *(1,) * (layers.ndim - 1))
-        return jnp.where(filled, layers[jnp.maximum(rows, 0)], jnp.zeros((), layers.dtype))
-
-    def restore(self, rows: Array) -> Array:
-        """The inverse of `arrange`."""
-        return rows if self.is_in_order else rows[np.argsort(self.rows)[-self.num_layers :]]
+        return self.rows == tuple(range(self.num_layers))
 
 
 def partition(num_layers: int, schedule: Schedule, config: PipelineConfig) -> Partition:

@@ -1,28 +1,10 @@
 """`python -m jaxtron.plan CONFIG.yaml --gpu h100 --nodes 384`: a run weighed before anything runs."""
 
-import math
-import shutil
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
-import jax
-
-from jaxtron.command import configure, run_command
-from jaxtron.config import UserError
-from jaxtron.gpus import GPUS
-from jaxtron.pipeline.table_file import write_csv
-from jaxtron.plan import compare, layout, report, schedule, search
-from jaxtron.plan.activations import layer_bytes
-from jaxtron.plan.calibrate import calibrate, write_machine
-from jaxtron.plan.machine import Machine, machine_named, read_machine
-from jaxtron.plan.rehearsal import rehearse
-from jaxtron.plan.request import PROGRAM, Request, help_text, parse
-from jaxtron.sharding import build_mesh, make_rules, use
-from jaxtron.sharding.mesh import AXES
+from jaxtron.command import configure, hand_over, run_command
+from jaxtron.plan.request import PROGRAM, help_text, parse
 from jaxtron.train.config import Configuration
-from jaxtron.train.runtime import simulate_devices, start_compiler, start_runtime
-from jaxtron.train.setup import make_trainer
 
 
 def main(argv: list[str]) -> int:
@@ -34,149 +16,8 @@ def main(argv: list[str]) -> int:
     config = configure(Configuration, request.words, program=PROGRAM, purpose=purpose)
     if config is None:
         return 0
-    SHOW[request.kind](config.resolved(), request)
+    hand_over("jaxtron.plan.show").SHOW[request.kind](config.resolved(), request)
     return 0
-
-
-def show_plan(config: Configuration, request: Request) -> None:
-    """The step compiled for the GPUs, and what it takes of them."""
-    if request.gpu is None:
-        known = ", ".join(GPUS)
-        raise UserError(f"say for which GPU: --gpu {known} or a target's file; or --layout, --schedule")
-    earlier = None if request.compare is None else compare.read_plan(request.compare)
-    machine = _machine(request)
-    start_compiler(config.runtime)
-    num_gpus = request.num_gpus(_known(config))
-    config = _fill(config, num_gpus)
-    node_size = min(request.node_size, num_gpus)
-    rehearsal = rehearse(config, gpu=request.gpu, num_gpus=num_gpus, gpus_per_node=node_size)
-    fitted = None
-    if request.calibrate is not None:
-        practice, sizes = report.practice_of(rehearsal, machine), dict(rehearsal.mesh.shape)
-        machine = calibrate(request.calibrate, config, sizes, machine, gpus_per_node=node_size, practice=practice)
-        fitted = request.calibrate.with_name("machine.yaml")
-        write_machine(machine, fitted)
-    plan = report.make_plan(rehearsal, machine, _title(request))
-    print(report.text(plan, request.tokens))
-    if earlier is not None:
-        print()
-        print(compare.text(earlier, plan))
-    if request.json is not None:
-        report.write_json(plan, request.json)
-    if request.hlo is not None:
-        report.write_hlo(rehearsal, request.hlo)
-    if request.png is not None:
-        schedule.png(config.schedule(plan.mesh["pipe"]), request.png, seconds=plan.prediction.slot_seconds)
-    _tell_written(request.json, request.hlo, request.png, fitted)
-
-
-def show_layout(config: Configuration, request: Request) -> None:
-    """Every parameter's layout on the machine's devices, or simulated ones."""
-    start_runtime(config.runtime, devices=config.devices)
-    devices = jax.devices()
-    config.check_mesh(config.mesh.shape(len(devices)))
-    with use(make_rules(build_mesh(config.mesh, devices), config.sharding, config.context)):
-        print(layout.text(make_trainer(config).blueprint))
-
-
-def show_schedule(config: Configuration, request: Request) -> None:
-    """The schedule drawn, without devices: simulated ones tell the bytes of a layer."""
-    sizes = config.mesh.shape(config.devices or _known(config))
-    config.check_mesh(sizes)
-    table, partition = config.schedule(sizes["pipe"]), config.partition(sizes["pipe"])
-    start_runtime(config.runtime, devices=config.devices or sizes["tensor"])
-    each = layer_bytes(config, sizes)
-    mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
-    width, color = shutil.get_terminal_size((120, 24)).columns, sys.stdout.isatty()
-    if request.csv is not None:
-        _write(write_csv, table, request.csv)
-    if request.png is not None:
-        schedule.png(table, request.png)
-    print(f"mesh: {mesh}")
-    print(schedule.text(table, width=width, color=color, chunk_bytes=partition.chunk_rows * each))
-    print(f"layers    {_lengths(partition.lengths)}; one keeps {each:,} bytes of a microbatch on a device")
-    if partition.num_stages > 1:
-        print("memory    one program runs on all stages, so every device makes room for the fullest one's activations")
-    _tell_written(request.csv, request.png)
-
-
-def show_search(config: Configuration, request: Request) -> None:
-    """Layouts for the GPUs, ranked by formula and the best of them compiled."""
-    if request.gpu is None:
-        raise UserError(f"say for which GPU: --gpu {', '.join(GPUS)}")
-    machine, num_gpus = _machine(request), request.num_gpus(_known(config))
-    start_compiler(config.runtime)
-    # tensor parallelism is traced on as many devices
-    simulate_devices(max(8, request.node_size))
-    found = search.search(config, machine, num_gpus=num_gpus, gpus_per_node=min(request.node_size, num_gpus))
-
-    def compiled(config: Configuration) -> report.Plan:
-        assert request.gpu is not None
-        rehearsal = rehearse(config, gpu=request.gpu, num_gpus=num_gpus, gpus_per_node=found.gpus_per_node)
-        return report.make_plan(rehearsal, machine, _title(request))
-
-    found = search.compile_best(found, request.top or 3, compiled)
-    print(search.text(found, _title(request), request.tokens))
-    if request.json is not None:
-        search.write_json(found, _title(request), request.json)
-    _tell_written(request.json)
-
-
-SHOW: dict[str, Callable[[Configuration, Request], None]] = {
-    "plan": show_plan,
-    "layout": show_layout,
-    "schedule": show_schedule,
-    "search": show_search,
-}
-
-
-def _known(config: Configuration) -> int:
-    """Devices that the mesh asks for, axes left open counting as one."""
-    return math.prod(size for size in (getattr(config.mesh, axis) for axis in AXES) if size != -1)
-
-
-def _fill(config: Configuration, num_gpus: int) -> Configuration:
-    """The configuration with as many replicas of its mesh as the GPUs hold; the batch grows with them."""
-    known = _known(config)
-    is_open = -1 in (getattr(config.mesh, axis) for axis in AXES)
-    if is_open or num_gpus <= known or num_gpus % known:
-        return config
-    mesh = config.mesh.model_copy(update={"data": config.mesh.data * num_gpus // known})
-    train = config.train.model_copy(update={"global_batch": config.train.global_batch * num_gpus // known})
-    print(f"{num_gpus} GPUs hold {num_gpus // known} of this mesh: --mesh.data {mesh.data}", end=" ")
-    print(f"--train.global_batch {train.global_batch}")
-    return config.model_copy(update={"mesh": mesh, "train": train})
-
-
-def _machine(request: Request) -> Machine:
-    if request.machine is not None:
-        return read_machine(request.machine)
-    assert request.gpu is not None
-    return machine_named(request.gpu)
-
-
-def _title(request: Request) -> str:
-    path = next((word for word in request.words if word.endswith((".yaml", ".yml"))), None)
-    return Path(path).stem if path else "the default configuration"
-
-
-def _lengths(lengths: tuple[int, ...]) -> str:
-    if len(set(lengths)) == 1:
-        return f"{lengths[0]} in each of {len(lengths)} parts"
-    return f"{', '.join(map(str, lengths))} in the parts"
-
-
-def _tell_written(*paths: Path | None) -> None:
-    for path in paths:
-        if path is not None:
-            print(f"written   {path}")
-
-
-def _write(write: Callable, table, path: Path) -> None:
-    try:
-        write(table, path)
-    except OSError as error:
-        raise UserError(f"cannot write the schedule into {path}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

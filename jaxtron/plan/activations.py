@@ -12,13 +12,15 @@ from jaxtron.layers.inputs import row_keys
 from jaxtron.models.decoder import Decoder
 from jaxtron.models.staged import StagedDecoder
 from jaxtron.pipeline.layer_loop import LayerLoop
-from jaxtron.sharding import MANUAL_AXES, ShardingConfig, blueprint, build_mesh, current, make_rules, use
+from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.collectives import vary
+from jaxtron.sharding.config import MANUAL_AXES, MeshConfig, ShardingConfig
 from jaxtron.sharding.context import part
-from jaxtron.sharding.mesh import MeshConfig
+from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.parameters import manual_specs
+from jaxtron.sharding.rules import current, make_rules, use
 from jaxtron.train.config import Configuration
-from jaxtron.train.step import DTYPES
+from jaxtron.train.dtypes import DTYPES
 from jaxtron.typing import Array, PyTree
 
 

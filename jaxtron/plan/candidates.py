@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jaxtron.config import UserError
 from jaxtron.models.pattern import ATTENTIONS
 from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.sharding.mesh import AXES, MeshConfig
+from jaxtron.sharding.config import AXES, MeshConfig
 from jaxtron.train.config import Configuration
 
 # Rows of a microbatch on a device. More only fill memory: products of so many tokens are large enough.

@@ -10,28 +10,23 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from jaxtron.gpus import Gpu
+from jaxtron.layers.config import GATED
 from jaxtron.layers.loss import CHUNK_ELEMENTS
-from jaxtron.layers.mlp import GATED
 from jaxtron.models.decoder import Decoder
 from jaxtron.models.pattern import ATTENTIONS, MLP
 from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.schedules import make_schedule
 from jaxtron.plan.activations import Kept, kept_bytes
 from jaxtron.plan.memory import NCCL_BUFFERS, RESERVE, MemoryUse
-from jaxtron.sharding import (
-    AXES,
-    Rules,
-    ShardingConfig,
-    blueprint,
-    build_mesh,
-    make_rules,
-    use,
-)
-from jaxtron.sharding.mesh import MeshConfig
+from jaxtron.roles import Role
+from jaxtron.sharding.blueprint import blueprint
+from jaxtron.sharding.config import AXES, MeshConfig, ShardingConfig
+from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.parameters import working_dtype
+from jaxtron.sharding.rules import Rules, make_rules, use
+from jaxtron.train.attention import choose_attention
 from jaxtron.train.config import Configuration
-from jaxtron.train.step import DTYPES
-from jaxtron.typing import Role
+from jaxtron.train.dtypes import DTYPES
 
 FLOAT = COUNTER = 4
 # of a token: itself, its target and its weight
@@ -180,7 +175,7 @@ def _temporaries(
     rows = config.train.global_batch // config.train.microbatches // (sizes["data"] * sizes["fsdp"])
     width = DTYPES[config.train.precision].itemsize
     tokens, matrix = rows * length, model.hidden_size * model.mlp_width // tensor
-    has_scores = None in config.attention_choices(sizes["context"], kind).values()
+    has_scores = None in choose_attention(config, sizes["context"], kind).values()
     layer = SCORES * FLOAT * tokens * length * model.num_heads / tensor * has_scores
     layer += MATRICES * FLOAT * matrix + HIDDEN * tokens * width * model.mlp_width / tensor
     vocab = model.padded_vocab // tensor

@@ -7,7 +7,8 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtron.plan.table import aligned
-from jaxtron.sharding import Blueprint, current
+from jaxtron.sharding.blueprint import Blueprint
+from jaxtron.sharding.rules import current
 
 STATE_BYTES = 4
 

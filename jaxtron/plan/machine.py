@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from jaxtron.config import Config, UserError, load
 from jaxtron.gpus import GPUS, Gpu, gpu_named
-from jaxtron.sharding.mesh import AXES
+from jaxtron.sharding.config import AXES
 
 CONSTANTS = Path(__file__).with_name("machines.yaml")
 CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce"]

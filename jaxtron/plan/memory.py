@@ -112,10 +112,10 @@ def _stages(trainer: Trainer, kept: int) -> tuple[Stage, ...]:
     table = trainer.schedule(trainer.config.microbatches)
     program, partition = lower(table), trainer.partition
     slots = (program.num_residuals + program.num_pairs) * partition.chunk_rows
-    layers = partition.chunk_lengths.sum(1)
+    layers = [sum(chunks) for chunks in partition.chunk_lengths]
     held = [stage.held for stage in figures(table).stages]
     return tuple(
-        Stage(int(count), most, min(kept, kept * most * int(count) // (partition.num_chunks * slots)))
+        Stage(count, most, min(kept, kept * most * count // (partition.num_chunks * slots)))
         for count, most in zip(layers, held, strict=True)
     )
 

@@ -5,12 +5,13 @@ A microbatch has n = b * s tokens on a device; the letters are those of 2205.051
 
 from dataclasses import dataclass, field, replace
 
-from jaxtron.layers.mlp import GATED
+from jaxtron.layers.config import GATED
 from jaxtron.models.config import ModelConfig
 from jaxtron.models.pattern import ATTENTIONS, MLP, WINDOW, Branch
 from jaxtron.pipeline.figures import Slot
 from jaxtron.plan.machine import CollectiveKind, Product
 from jaxtron.plan.practice import Practice
+from jaxtron.train.attention import choose_attention
 from jaxtron.train.config import Configuration
 
 MASK_BYTES = 1
@@ -138,7 +139,7 @@ class Shapes:
 def shapes_of(config: Configuration, sizes: dict[str, int], practice: Practice, kind: str) -> Shapes:
     """The sizes of a configuration on a mesh of these sizes by axis, of GPUs of this kind (`Gpu.device_kind`)."""
     shards = sizes["data"] * sizes["fsdp"]
-    if practice.attention == "plain" and None not in config.attention_choices(sizes["context"], kind).values():
+    if practice.attention == "plain" and None not in choose_attention(config, sizes["context"], kind).values():
         practice = replace(practice, attention="fused")
     return Shapes(
         model=config.model,

@@ -14,7 +14,7 @@ from jaxtron.plan import operations
 from jaxtron.plan.machine import Group, Machine, axes_group
 from jaxtron.plan.operations import OPTIMIZER_BYTES, Collective, Once, Shapes, Work
 from jaxtron.plan.practice import JAXTRON, Practice
-from jaxtron.sharding import AXES, SHARD_AXES
+from jaxtron.sharding.config import AXES, SHARD_AXES
 from jaxtron.train.config import Configuration
 
 SLOTS: tuple[Slot, ...] = ("forward", "backward", "weight")

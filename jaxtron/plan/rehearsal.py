@@ -18,7 +18,9 @@ from jaxtron.plan import hlo, layout
 from jaxtron.plan.census import Collective, census
 from jaxtron.plan.deviceless import Memory, gpu_devices, memory
 from jaxtron.plan.memory import MemoryUse, memory_use
-from jaxtron.sharding import build_mesh, make_rules, use
+from jaxtron.sharding.mesh import build_mesh
+from jaxtron.sharding.rules import make_rules, use
+from jaxtron.train.attention import choose_attention
 from jaxtron.train.config import Configuration
 from jaxtron.train.runtime import gpu_options
 from jaxtron.train.setup import make_trainer
@@ -64,7 +66,7 @@ def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: i
     config = config.resolved()
     sizes, kind = config.mesh.shape(num_gpus), gpu_named(gpu).device_kind
     config.check_mesh(sizes)
-    choices = config.attention_choices(sizes["context"], kind)
+    choices = choose_attention(config, sizes["context"], kind)
     mesh = build_mesh(config.mesh, gpu_devices(gpu, num_gpus, gpus_per_node))
     with use(make_rules(mesh, config.sharding, config.context)):
         trainer = make_trainer(config)

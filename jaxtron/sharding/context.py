@@ -1,39 +1,10 @@
 """How a sequence lies over `mesh.context`: every device has two pieces of it, so that causal work is even."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
-from pydantic import Field
 
-from jaxtron.config import Config, UserError
+from jaxtron.sharding.config import AXIS, ContextConfig
 from jaxtron.typing import Array, Int
-
-AXIS = "context"
-Method = Literal["ring", "all_gather", "all_to_all", "hierarchical"]
-
-
-class ContextConfig(Config):
-    """How attention sees the rest of a sequence that `mesh.context` splits."""
-
-    method: Method = "ring"
-    """ring: keys and values go round, a block a step; all_gather: they are gathered; all_to_all: heads are split
-    instead of the sequence; hierarchical: all_to_all among `inner` neighbours, a ring across."""
-    inner: int = Field(default=8, ge=2)
-    """Neighbours of the hierarchical method, such as the GPUs of a node."""
-
-    def groups(self, size: int) -> tuple[int, int]:
-        """Devices that split heads, and devices of the ring, of so many along `mesh.context`."""
-        if self.method == "all_to_all":
-            return size, 1
-        if self.method != "hierarchical":
-            return 1, size
-        if size % self.inner or size == self.inner:
-            raise UserError(
-                f"context.inner {self.inner} must divide mesh.context {size} and be smaller; "
-                "use context.method all_to_all or ring for one group or groups of one"
-            )
-        return self.inner, size // self.inner
 
 
 def starts(

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxtron.roles import Role
 from jaxtron.sharding.collectives import Gathers, all_gather, all_reduce, manual_axes, reduce_scatter, vary
-from jaxtron.sharding.mesh import MANUAL_AXES, SHARD_AXES
+from jaxtron.sharding.config import MANUAL_AXES, SHARD_AXES
 from jaxtron.sharding.rules import current
-from jaxtron.typing import Array, PyTree, Role
+from jaxtron.typing import Array, PyTree
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], Array]
 

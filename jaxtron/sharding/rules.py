@@ -5,17 +5,14 @@ import contextvars
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxtron.config import Config, UserError
-from jaxtron.sharding.context import AXIS, ContextConfig
-from jaxtron.sharding.mesh import BATCH_AXES, SHARD_AXES
+from jaxtron.config import UserError
+from jaxtron.sharding.config import AXIS, BATCH_AXES, SHARD_AXES, ContextConfig, ShardingConfig
 from jaxtron.typing import Array
 
-Zero = Literal["none", "optimizer", "parameters"]
 Table = Mapping[str, tuple[str, ...]]
 
 # Parameters, gradients and optimizer state at rest. `embed` is on every matrix: the axes of ZeRO shard along it.
@@ -49,13 +46,6 @@ ACTIVATIONS: Table = {
 
 # A key/value head is copied to the devices that share it when there are fewer of them than tensor parts.
 REPLICABLE = frozenset({"kv_heads"})
-
-
-class ShardingConfig(Config):
-    """What the axes of batch and sequence do beyond splitting them."""
-
-    zero: Zero = "optimizer"
-    """What `mesh.data` and `mesh.context` shard (ZeRO): none; optimizer: states and master weights; parameters: all."""
 
 
 @dataclass(frozen=True)

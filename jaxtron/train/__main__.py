@@ -1,52 +1,27 @@
-"""`python -m jaxtron.train [CONFIG.yaml] [--setting value ...]`: train a model, or continue a run."""
+"""`python -m jaxtron.train CONFIG.yaml [--setting value ...]`: train a model, or continue a run."""
 
 import sys
 from pathlib import Path
 
-import jax
-
-from jaxtron.command import configure, run_command
+from jaxtron.command import configure, hand_over, run_command
 from jaxtron.config import split_arguments
-from jaxtron.models.attention_choice import attention_lines
 from jaxtron.train.config import Configuration
-from jaxtron.train.loop import train
-from jaxtron.train.runtime import out_of_memory_as_user_error, start_runtime
-from jaxtron.train.setup import open_run
-from jaxtron.train.summary import finish
+from jaxtron.train.machine import is_first_process, known_devices
 
-ROOM = "Raise --train.microbatches or --mesh.fsdp, set --model.recompute full, or choose a smaller model"
+PROGRAM = "python -m jaxtron.train"
 
 
 def main(argv: list[str]) -> int:
     """Trains as the command line asks; 130 if a signal ended the run early, with a checkpoint."""
-    config = configure(Configuration, argv, program="python -m jaxtron.train", purpose="Train a decoder.")
+    config = configure(Configuration, argv, program=PROGRAM, purpose="Train a decoder.")
     if config is None:
         return 0
-    start_runtime(config.runtime, devices=config.devices)
+    if (devices := known_devices(config)) is not None:
+        config.check_mesh(config.mesh.shape(devices))
+    if is_first_process(config):
+        print("starting JAX", flush=True)
     files, _ = split_arguments(Configuration, argv)
-    with out_of_memory_as_user_error(ROOM), open_run(config, Path(files[0]).stem if files else "train") as run:
-        if jax.process_index() == 0:
-            announce(run)
-        outcome = train(run)
-        if outcome.stopped:
-            if jax.process_index() == 0:
-                print(f"stopped after step {outcome.step}; the same command continues from its checkpoint")
-            return 130
-        finish(run, outcome)
-    return 0
-
-
-def announce(run) -> None:
-    """One line of what is about to run, and one if it continues."""
-    sizes = run.trainer.blueprint.num_parameters
-    mesh = " x ".join(f"{axis} {size}" for axis, size in run.placement.sharding.mesh.shape.items() if size > 1)
-    devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
-    print(f"{sizes:,} parameters on {devices}{f' ({mesh})' if mesh else ''}, run in {run.directory}")
-    kind, parts = jax.devices()[0].device_kind, run.placement.sharding.mesh.shape["context"]
-    for line in attention_lines(run.config.model, run.config.attention_choices(parts, kind), kind):
-        print(line)
-    if run.step:
-        print(run.continuation.text(run.step, run.config.train.steps))
+    return hand_over("jaxtron.train.run").run(config, Path(files[0]).stem if files else "train")
 
 
 if __name__ == "__main__":

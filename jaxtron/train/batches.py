@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxtron.data import LocalBatch
+from jaxtron.data.loader import LocalBatch
 from jaxtron.train.step import Batch
 
 

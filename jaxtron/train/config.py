@@ -3,25 +3,21 @@
 import difflib
 from typing import Literal
 
-import jax.numpy as jnp
 from pydantic import Field, model_validator
 
 from jaxtron.checkpoint.config import CheckpointConfig
 from jaxtron.config import Config, UserError, format_value
 from jaxtron.data.config import DataConfig
-from jaxtron.kernels.attention import Choice
-from jaxtron.models.attention_choice import attention_choices
 from jaxtron.models.config import ModelConfig
-from jaxtron.optim import BatchRampConfig, LossScaleConfig, OptimizerConfig, batch_size, check_batch_ramp
+from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
+from jaxtron.optim.config import BatchRampConfig, LossScaleConfig, OptimizerConfig
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.partition import Partition, partition
 from jaxtron.pipeline.schedule import Schedule
 from jaxtron.pipeline.schedules import SCHEDULES, make_schedule
-from jaxtron.sharding import BATCH_AXES, ContextConfig, MeshConfig, ShardingConfig
+from jaxtron.sharding.config import BATCH_AXES, ContextConfig, MeshConfig, ShardingConfig
 from jaxtron.train.run_config import RunConfig
-from jaxtron.train.runtime import RuntimeConfig
-
-DTYPES = {"bf16": jnp.dtype(jnp.bfloat16), "fp16": jnp.dtype(jnp.float16), "fp32": jnp.dtype(jnp.float32)}
+from jaxtron.train.runtime_config import RuntimeConfig
 
 
 class TrainConfig(Config):
@@ -96,12 +92,6 @@ class Configuration(Config):
             return self
         model = self.model.model_copy(update={"max_positions": self.data.sequence_length})
         return self.model_copy(update={"model": model})
-
-    def attention_choices(self, parts: int, kind: str) -> dict[str, Choice | None]:
-        """By the pattern's symbol, who computes attention with mesh.context `parts` on devices of this kind."""
-        packed = self.data.has_segments
-        length, dtype = self.data.sequence_length, DTYPES[self.train.precision]
-        return attention_choices(self.model, length, dtype, kind=kind, parts=parts, packed=packed)
 
     def train_samples(self) -> int:
         """Samples of the whole run, growing batches included."""

@@ -14,12 +14,12 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 
 import jax
-from pydantic import Field, model_validator
 
-from jaxtron.config import Config, UserError
+from jaxtron.config import UserError
+from jaxtron.train.machine import find_launcher, has_driver
+from jaxtron.train.runtime_config import Preset, RuntimeConfig
 
 JAXLIB = importlib.metadata.version("jaxlib")
 
@@ -28,7 +28,6 @@ JAXLIB = importlib.metadata.version("jaxlib")
 # for ever, within a minute. This many a device were enough for them.
 THREADS_A_DEVICE = 4
 
-Preset = Literal["auto", "none", "latency", "collective_matmul"]
 
 _SCHEDULER = "--xla_gpu_enable_latency_hiding_scheduler=true"
 # By the first JAX that they are for; a newer one gets the nearest row before it. On an 8B step for 512 H100
@@ -62,55 +61,6 @@ XLA_FIXES: dict[tuple[int, int], tuple[str, ...]] = {
     (0, 10): ("--xla_disable_hlo_passes=all-gather-to-collective-permute-simplifier",),
     (0, 11): (),
 }
-COORDINATES = ("coordinator_address", "num_processes", "process_id")
-
-
-class RuntimeConfig(Config):
-    """Processes, XLA's flags and its compilation cache."""
-
-    launcher: Literal["auto", "none"] = Field(
-        default="auto",
-        description="auto: join the processes that Slurm, Open MPI or Kubernetes started; none: run alone",
-    )
-    coordinator_address: str | None = Field(
-        default=None, description="host:port of process 0, with num_processes and process_id, where no launcher tells"
-    )
-    num_processes: int | None = Field(default=None, ge=1, description="processes of the run, with coordinator_address")
-    process_id: int | None = Field(default=None, ge=0, description="which of them this one is, from 0")
-    connect_seconds: int = Field(
-        default=300, ge=1, description="how long the processes wait for each other at the start"
-    )
-    xla_preset: Preset = Field(
-        default="auto",
-        description="XLA flags for GPUs: auto (latency-hiding scheduler), latency (also pipelined collectives and "
-        "double-buffered loops), collective_matmul (tensor-parallel products in overlapped parts), none",
-    )
-    xla_flags: str = Field(
-        default="", description="further XLA flags, '--xla_a=1 --xla_b=2'; they win over the preset's"
-    )
-    compilation_cache: str | None = Field(
-        default=None, description="directory where compiled programs are kept for later runs; none: not kept"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> "RuntimeConfig":
-        missing = [name for name in COORDINATES if getattr(self, name) is None]
-        if missing and len(missing) < len(COORDINATES):
-            raise UserError(f"{' and '.join(missing)} missing: give {', '.join(COORDINATES)} together, or none of them")
-        if self.coordinator_address is not None and not re.fullmatch(r"\S+:\d{1,5}", self.coordinator_address):
-            raise UserError(f"coordinator_address={self.coordinator_address!r} is not host:port, such as node001:12345")
-        if self.process_id is not None and self.num_processes is not None and self.process_id >= self.num_processes:
-            raise UserError(
-                f"process_id={self.process_id} is not below num_processes={self.num_processes}: they count from 0"
-            )
-        try:
-            words = shlex.split(self.xla_flags)
-        except ValueError as error:
-            raise UserError(f"xla_flags={self.xla_flags!r} does not read: {error}") from None
-        for word in words:
-            if not word.startswith("--"):
-                raise UserError(f"xla_flags: {word!r} does not begin with --, and XLA would ignore it")
-        return self
 
 
 def start_runtime(config: RuntimeConfig, *, devices: int | None = None) -> None:
@@ -166,11 +116,6 @@ def expects_gpu(environment: Mapping[str, str] = os.environ) -> bool:
         return platforms.split(",")[0] in ("cuda", "gpu")
     plugin = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
     return plugin and has_driver()
-
-
-def has_driver() -> bool:
-    """Whether this machine has an NVIDIA driver, its own or that of Windows below it."""
-    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
 
 
 def prepare_without_driver() -> None:
@@ -272,19 +217,6 @@ def initialize_distributed(config: RuntimeConfig) -> None:
         ) from error
     finally:
         watchdog.cancel()
-
-
-def find_launcher(environment: Mapping[str, str] = os.environ) -> str | None:
-    """What started this process as one of several: Slurm, Open MPI, Kubernetes, or None for a process on its own."""
-    # in an interactive allocation SLURM_NTASKS speaks of the allocation, SLURM_STEP_NUM_TASKS of what really runs
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
-    if "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment and tasks != "1":
-        return "Slurm"
-    if environment.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
-        return "Open MPI"
-    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
-        return "Kubernetes"
-    return None
 
 
 def _check_port(address: str) -> None:

@@ -13,15 +13,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtron.checkpoint.layer_order import LayerOrder, layer_order
 from jaxtron.checkpoint.manager import Checkpoints
 from jaxtron.config import UserError
-from jaxtron.data import Data, Loader, open_data
+from jaxtron.data.dataset import Data, open_data
+from jaxtron.data.loader import Loader
 from jaxtron.models.decoder import Decoder
-from jaxtron.optim import batch_size, check_batch_ramp
+from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
 from jaxtron.pipeline.partition import Partition
-from jaxtron.sharding import blueprint, build_mesh, current, make_rules, use
+from jaxtron.sharding.blueprint import blueprint
+from jaxtron.sharding.mesh import build_mesh
+from jaxtron.sharding.rules import current, make_rules, use
+from jaxtron.train.attention import choose_attention
 from jaxtron.train.batches import Placement
 from jaxtron.train.config import Configuration
+from jaxtron.train.dtypes import DTYPES
 from jaxtron.train.history import Continuation, changes, check_changes, listed, recorded_settings
-from jaxtron.train.step import DTYPES, Batch, Trainer, TrainState, batch_sharding
+from jaxtron.train.step import Batch, Trainer, TrainState, batch_sharding
 from jaxtron.train.trackers import import_tracker
 from jaxtron.typing import Array, PyTree
 
@@ -76,7 +81,7 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
     devices = jax.devices()
     sizes = config.mesh.shape(len(devices))
     config.check_mesh(sizes)
-    config.attention_choices(sizes["context"], devices[0].device_kind)
+    choose_attention(config, sizes["context"], devices[0].device_kind)
     check_records(config)
     mesh = build_mesh(config.mesh, devices)
     data = open_data(config.data, seed=config.seed, train_samples=config.train_samples())

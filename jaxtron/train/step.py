@@ -13,25 +13,23 @@ from jaxtron.layers.inputs import row_keys
 from jaxtron.models.config import ModelConfig
 from jaxtron.models.decoder import Decoder
 from jaxtron.models.staged import StagedDecoder
-from jaxtron.optim import (
-    LossScale,
-    OptimizerConfig,
-    clip_by_global_norm,
-    initial_loss_scale,
-    learning_rate_schedule,
-    make_optimizer,
-    update_loss_scale,
-)
+from jaxtron.optim.config import OptimizerConfig
+from jaxtron.optim.loss_scale import LossScale, initial_loss_scale, update_loss_scale
+from jaxtron.optim.optimizer import clip_by_global_norm, make_optimizer
+from jaxtron.optim.schedule import learning_rate_schedule
 from jaxtron.pipeline import executor
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.partition import Partition, forward_only
 from jaxtron.pipeline.schedule import Schedule
 from jaxtron.pipeline.schedules import make_schedule
-from jaxtron.sharding import BATCH_AXES, MANUAL_AXES, Blueprint, current
+from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.sharding.collectives import all_reduce, vary
+from jaxtron.sharding.config import BATCH_AXES, MANUAL_AXES
 from jaxtron.sharding.context import part
 from jaxtron.sharding.parameters import manual_specs, reduce_gradients
-from jaxtron.train.config import DTYPES, TrainConfig
+from jaxtron.sharding.rules import current
+from jaxtron.train.config import TrainConfig
+from jaxtron.train.dtypes import DTYPES
 from jaxtron.typing import Array, Float, Int, Key, PyTree
 
 BATCH_SPEC = PartitionSpec(BATCH_AXES)

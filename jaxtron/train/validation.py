@@ -2,7 +2,8 @@
 
 import math
 
-from jaxtron.data import Source, validation_batches
+from jaxtron.data.loader import validation_batches
+from jaxtron.data.source import Source
 from jaxtron.train.setup import Run
 from jaxtron.train.step import TrainState
 

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtron.checkpoint.layer_order import LayerOrder
+from jaxtron.pipeline.layer_rows import arrange
 from jaxtron.pipeline.partition import Partition
 
 STACKED = frozenset({("stack", "w"), ("stack", "b")})
@@ -29,7 +30,7 @@ def make_state(partition: Partition, rules):
     def place(values):
         return jax.tree.map(lambda value, spec: jax.device_put(value, NamedSharding(rules.mesh, spec)), values, specs)
 
-    rows = {"stack": jax.tree.map(lambda leaf: np.asarray(partition.arrange(jnp.asarray(leaf))), model["stack"])}
+    rows = {"stack": jax.tree.map(lambda leaf: np.asarray(arrange(partition, jnp.asarray(leaf))), model["stack"])}
     rows["table"] = model["table"]
     negative = jax.tree.map(np.negative, rows)
     state = {"params": place(rows), "optimizer": [{"mu": place(negative)}, jnp.int32(3)]}

@@ -7,7 +7,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, pre_tokenizers
 
 from jaxtron.config import UserError
-from jaxtron.data import DataConfig, open_data, validation_batches
+from jaxtron.data.config import DataConfig
+from jaxtron.data.dataset import open_data
+from jaxtron.data.loader import validation_batches
 from jaxtron.data.window_source import WindowSource
 
 

@@ -9,8 +9,9 @@ import pytest
 from pydantic import ValidationError
 
 from jaxtron.config import UserError
-from jaxtron.data import DataConfig, open_data
 from jaxtron.data.boundaries import Boundaries
+from jaxtron.data.config import DataConfig
+from jaxtron.data.dataset import open_data
 from jaxtron.data.gpt_source import GPTSource
 from jaxtron.data.indexed import IndexedReader, IndexedWriter
 from jaxtron.data.splits import split_ranges

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import pytest
 from evaluate_runs import TrainedRun, figures, run
 
-from jaxtron.evaluate.model import open_model, read_configuration
-from jaxtron.evaluate.request import parse
+from jaxtron.evaluate.model import open_model
+from jaxtron.evaluate.request import parse, read_configuration
 from jaxtron.train.step import Batch
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from jaxtron.data import Source
+from jaxtron.data.source import Source
 from jaxtron.data.tokenizers import ByteTokenizer, CharacterTokenizer, HuggingFaceTokenizer
 from jaxtron.evaluate.perplexity import OverlappingWindows, Score, num_words, unknown_characters
 

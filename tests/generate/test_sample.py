@@ -10,7 +10,10 @@ from jaxtron.generate.sample import sample
 from jaxtron.models.config import ModelConfig
 from jaxtron.models.decoder import Decoder
 from jaxtron.pipeline.partition import Partition
-from jaxtron.sharding import MeshConfig, ShardingConfig, blueprint, build_mesh, make_rules, use
+from jaxtron.sharding.blueprint import blueprint
+from jaxtron.sharding.config import MeshConfig, ShardingConfig
+from jaxtron.sharding.mesh import build_mesh
+from jaxtron.sharding.rules import make_rules, use
 
 WINDOW, VOCAB = 16, 50
 # large weights: text that depends on the prompt and the layers

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.kernels.attention import Mask, attention, choose, chunked, cudnn, reference
-from jaxtron.kernels.attention.choose import IMPLEMENTATIONS
+from jaxtron.kernels.attention import chunked, cudnn, reference
+from jaxtron.kernels.attention.attention import attention
+from jaxtron.kernels.attention.choose import IMPLEMENTATIONS, choose
+from jaxtron.kernels.attention.mask import Mask
 
 CPU, AMPERE, HOPPER = "cpu", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"
 

@@ -14,18 +14,23 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from test_attention_implementations import DEVICE_KIND, FEATURES, UNITS, check, make_case, widened
 
-from jaxtron.kernels.attention import Mask, attention
+from jaxtron.kernels.attention.attention import attention
 from jaxtron.kernels.attention.choose import IMPLEMENTATIONS
+from jaxtron.kernels.attention.mask import Mask
 from jaxtron.models.attention_choice import attention_choices
 from jaxtron.models.config import ModelConfig
 from jaxtron.models.decoder import Decoder
-from jaxtron.optim import OptimizerConfig
+from jaxtron.optim.config import OptimizerConfig
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.partition import partition
 from jaxtron.pipeline.schedules import make_schedule
-from jaxtron.sharding import MeshConfig, ShardingConfig, blueprint, build_mesh, make_rules, use
+from jaxtron.sharding.blueprint import blueprint
+from jaxtron.sharding.config import MeshConfig, ShardingConfig
+from jaxtron.sharding.mesh import build_mesh
+from jaxtron.sharding.rules import make_rules, use
 from jaxtron.train.config import TrainConfig
-from jaxtron.train.step import DTYPES, Batch, Trainer, batch_sharding, jit_step
+from jaxtron.train.dtypes import DTYPES
+from jaxtron.train.step import Batch, Trainer, batch_sharding, jit_step
 
 IMPLEMENTATION = os.environ.get("JAXTRON_TEST_ATTENTION", "mosaic")
 _PLAIN = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxtron.kernels.attention import Mask, attention, chunked, reference
+from jaxtron.kernels.attention import chunked, reference
+from jaxtron.kernels.attention.attention import attention
 from jaxtron.kernels.attention.choose import IMPLEMENTATIONS
+from jaxtron.kernels.attention.mask import Mask
 
 DEVICE_KIND = jax.devices()[0].device_kind
 _PLAIN = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)

@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from jaxtron.kernels.attention import Mask, allowed
-from jaxtron.kernels.attention.mask import most_pairs
+from jaxtron.kernels.attention.mask import Mask, allowed, most_pairs
 
 MASKS = [
     Mask(),

@@ -6,8 +6,8 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxtron.sharding import MANUAL_AXES, vary
-from jaxtron.sharding.collectives import all_reduce
+from jaxtron.sharding.collectives import all_reduce, vary
+from jaxtron.sharding.config import MANUAL_AXES
 
 
 @pytest.fixture

@@ -10,12 +10,14 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxtron.kernels.attention import Mask, attention
+from jaxtron.kernels.attention.attention import attention
+from jaxtron.kernels.attention.mask import Mask
 from jaxtron.layers.attention import Attention, attention_core
+from jaxtron.layers.config import RotaryConfig
 from jaxtron.layers.inputs import LayerInputs, dropout_mask, row_keys
 from jaxtron.layers.norm import Norm
-from jaxtron.layers.positions import RotaryConfig, alibi_slopes, rotary_tables
-from jaxtron.sharding import constrain, use
+from jaxtron.layers.positions import alibi_slopes, rotary_tables
+from jaxtron.sharding.rules import constrain, use
 
 ROWS, LENGTH, EMBED, HEADS, HEAD_DIM = 2, 7, 24, 4, 8
 

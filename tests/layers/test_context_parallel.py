@@ -10,11 +10,14 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxtron.config import UserError
-from jaxtron.kernels.attention import Mask, chunked, reference
+from jaxtron.kernels.attention import chunked, reference
+from jaxtron.kernels.attention.mask import Mask
 from jaxtron.kernels.attention.mosaic_tiles import Scoring, visits
 from jaxtron.layers import context_parallel
-from jaxtron.sharding import AXES, MeshConfig, ShardingConfig, build_mesh, make_rules, use
-from jaxtron.sharding.context import ContextConfig, part, positions, starts
+from jaxtron.sharding.config import AXES, ContextConfig, MeshConfig, ShardingConfig
+from jaxtron.sharding.context import part, positions, starts
+from jaxtron.sharding.mesh import build_mesh
+from jaxtron.sharding.rules import make_rules, use
 
 ROWS, LENGTH, HEADS, KV_HEADS, DIM = 2, 64, 8, 8, 8
 METHODS = {

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtron.layers.embedding import Embedding, look_up
-from jaxtron.sharding import use
+from jaxtron.sharding.rules import use
 
 VOCAB, EMBED, ROWS, LENGTH = 12, 6, 3, 8
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtron.layers.inputs import LayerInputs, dropout, row_keys
-from jaxtron.sharding import use
+from jaxtron.sharding.rules import use
 
 AXES = ("batch", "seq", "embed")
 

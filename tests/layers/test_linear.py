@@ -7,8 +7,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtron.layers.linear import Linear, project
-from jaxtron.sharding import use
 from jaxtron.sharding.parameters import layouts, roles
+from jaxtron.sharding.rules import use
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtron.layers import loss
 from jaxtron.layers.loss import cross_entropy
-from jaxtron.sharding import use
+from jaxtron.sharding.rules import use
 
 ROWS, LENGTH, EMBED, VOCAB, PADDED = 3, 8, 6, 13, 16
 

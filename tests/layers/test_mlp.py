@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxtron.layers.inputs import LayerInputs
 from jaxtron.layers.mlp import Mlp
-from jaxtron.sharding import use
+from jaxtron.sharding.rules import use
 
 EMBED, WIDTH = 6, 10
 

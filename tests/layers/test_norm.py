@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxtron.layers.norm import Norm
-from jaxtron.sharding import use
+from jaxtron.sharding.rules import use
 
 SIZE, EPSILON = 16, 1e-3
 

@@ -6,14 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtron.layers.positions import (
-    RotaryConfig,
-    RotaryScaling,
-    alibi_slopes,
-    rotary_frequencies,
-    rotary_tables,
-    rotate,
-)
+from jaxtron.layers.config import RotaryConfig, RotaryScaling
+from jaxtron.layers.positions import alibi_slopes, rotary_frequencies, rotary_tables, rotate
 
 
 def test_frequencies_are_a_geometric_series():

@@ -13,8 +13,11 @@ from jaxtron.models.config import ModelConfig
 from jaxtron.models.decoder import Decoder
 from jaxtron.models.staged import StagedDecoder
 from jaxtron.pipeline.layer_loop import LayerLoop
-from jaxtron.sharding import MANUAL_AXES, blueprint, use, vary
+from jaxtron.sharding.blueprint import blueprint
+from jaxtron.sharding.collectives import vary
+from jaxtron.sharding.config import MANUAL_AXES
 from jaxtron.sharding.parameters import manual_specs
+from jaxtron.sharding.rules import use
 
 LENGTH, TENSOR = 2048, 8
 # heads, hidden size and rows of a microbatch (2205.05198, Table 3)

@@ -5,7 +5,8 @@ import pytest
 from jaxtron.models.config import ModelConfig
 from jaxtron.models.cost import hardware_flops_per_token, model_flops_per_token, num_parameters
 from jaxtron.models.decoder import Decoder
-from jaxtron.sharding import blueprint, use
+from jaxtron.sharding.blueprint import blueprint
+from jaxtron.sharding.rules import use
 
 
 @pytest.mark.parametrize(

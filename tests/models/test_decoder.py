@@ -8,9 +8,11 @@ from jax.sharding import PartitionSpec
 
 from jaxtron.models.config import ModelConfig
 from jaxtron.models.decoder import Decoder
-from jaxtron.sharding import MANUAL_AXES, blueprint, use, vary
-from jaxtron.sharding.collectives import all_reduce
+from jaxtron.sharding.blueprint import blueprint
+from jaxtron.sharding.collectives import all_reduce, vary
+from jaxtron.sharding.config import MANUAL_AXES
 from jaxtron.sharding.parameters import shardings
+from jaxtron.sharding.rules import use
 
 ROWS, LENGTH = 2, 8
 GPT2 = ModelConfig(

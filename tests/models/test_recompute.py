@@ -11,17 +11,12 @@ from jax.sharding import PartitionSpec
 
 from jaxtron.models.config import ModelConfig
 from jaxtron.models.decoder import Decoder
-from jaxtron.sharding import (
-    MANUAL_AXES,
-    MeshConfig,
-    ShardingConfig,
-    blueprint,
-    build_mesh,
-    make_rules,
-    use,
-    vary,
-)
+from jaxtron.sharding.blueprint import blueprint
+from jaxtron.sharding.collectives import vary
+from jaxtron.sharding.config import MANUAL_AXES, MeshConfig, ShardingConfig
+from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.parameters import manual_specs, reduce_gradients
+from jaxtron.sharding.rules import make_rules, use
 
 LENGTH = 128
 # the layers stay a loop: unrolled, the compiler may merge what is computed again with what was

@@ -4,7 +4,8 @@ import pytest
 from pydantic import ValidationError
 
 from jaxtron.config import UserError
-from jaxtron.optim import BatchRampConfig, batch_size, check_batch_ramp
+from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
+from jaxtron.optim.config import BatchRampConfig
 
 
 def test_ramp_of_megatrons_530b_recipe():

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from pydantic import ValidationError
 
-from jaxtron.optim import LossScale, LossScaleConfig, initial_loss_scale, update_loss_scale
+from jaxtron.optim.config import LossScaleConfig
+from jaxtron.optim.loss_scale import LossScale, initial_loss_scale, update_loss_scale
 
 
 def reference(config, outcomes):

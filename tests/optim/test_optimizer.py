@@ -8,7 +8,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtron.optim import OptimizerConfig, clip_by_global_norm, decay_mask, learning_rate_schedule, make_optimizer
+from jaxtron.optim.config import OptimizerConfig
+from jaxtron.optim.optimizer import clip_by_global_norm, decay_mask, make_optimizer
+from jaxtron.optim.schedule import learning_rate_schedule
 
 ROLES = {
     "embed": {"table": "embedding", "positions": "position"},

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from jaxtron.optim import OptimizerConfig
+from jaxtron.optim.config import OptimizerConfig
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.optim import OptimizerConfig, learning_rate_schedule
+from jaxtron.optim.config import OptimizerConfig
+from jaxtron.optim.schedule import learning_rate_schedule
 
 PEAK, MINIMUM = 0.1, 0.001
 

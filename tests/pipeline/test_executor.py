@@ -12,10 +12,13 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.executor import Model, Parameters, run
+from jaxtron.pipeline.layer_rows import arrange, restore
 from jaxtron.pipeline.partition import Partition, forward_only, partition
 from jaxtron.pipeline.schedule import Entry, Schedule, Work, one_stage
 from jaxtron.pipeline.schedules import SCHEDULES, make_schedule
-from jaxtron.sharding import MANUAL_AXES, use, vary
+from jaxtron.sharding.collectives import vary
+from jaxtron.sharding.config import MANUAL_AXES
+from jaxtron.sharding.rules import use
 
 ROWS, WIDTH, HIDDEN = 3, 6, 5
 
@@ -91,14 +94,14 @@ def on_stages(rules, schedule: Schedule, stages: Partition, model: Model, params
         return layers, jax.tree.map(lambda leaf: leaf[None], (ends, reports))
 
     with use(rules), jax.set_mesh(rules.mesh):
-        arranged = Parameters(jax.tree.map(stages.arrange, params.layers), params.ends)
+        arranged = Parameters(jax.tree.map(functools.partial(arrange, stages), params.layers), params.ends)
         specs = Parameters(P("pipe"), P())
         region = jax.shard_map(local, in_specs=(specs, P()), out_specs=P(MANUAL_AXES), axis_names=set(MANUAL_AXES))
         placed = jax.device_put((arranged, batch), jax.sharding.NamedSharding(rules.mesh, P()))
         layers, (ends, reports) = jax.tree.map(np.asarray, jax.jit(region)(*placed))
     for leaf in jax.tree.leaves(layers):
-        assert leaf.dtype == np.float32 and not leaf[stages.rows < 0].any()
-    return jax.tree.map(stages.restore, layers), ends, reports
+        assert leaf.dtype == np.float32 and not leaf[np.asarray(stages.rows) < 0].any()
+    return jax.tree.map(functools.partial(restore, stages), layers), ends, reports
 
 
 def sizes(name: str) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ import pytest
 
 from jaxtron.config import UserError
 from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.pipeline.layer_rows import arrange, restore
 from jaxtron.pipeline.partition import Partition, forward_only, partition
 from jaxtron.pipeline.schedule import Work
 from jaxtron.pipeline.schedules import make_schedule
@@ -29,17 +30,17 @@ def even(num_layers: int, num_stages: int, num_chunks: int = 1, **settings) -> P
 
 
 def test_rows_by_hand():
-    assert Partition((3,)).rows.tolist() == [0, 1, 2]
+    assert Partition((3,)).rows == (0, 1, 2)
     # round and round: stage 0 has the parts 0 and 2; each part has as many rows as the longest
-    assert Partition((2, 1, 1, 2), 2).rows.tolist() == [0, 1, 3, -1, 2, -1, 4, 5]
+    assert Partition((2, 1, 1, 2), 2).rows == (0, 1, 3, -1, 2, -1, 4, 5)
     # there and back: stage 0 has the first and the last
-    assert Partition((2, 1, 1, 2), 2, "vee").rows.tolist() == [0, 1, 4, 5, 2, -1, 3, -1]
+    assert Partition((2, 1, 1, 2), 2, "vee").rows == (0, 1, 4, 5, 2, -1, 3, -1)
 
 
 @pytest.mark.parametrize("stages", PARTITIONS, ids=str)
 def test_rows_have_every_layer_once_where_the_schedule_looks_for_it(stages: Partition):
-    assert sorted(stages.rows[stages.rows >= 0]) == list(range(stages.num_layers))
-    by_place = stages.rows.reshape(stages.num_stages, stages.num_chunks, stages.chunk_rows)
+    assert sorted(row for row in stages.rows if row >= 0) == list(range(stages.num_layers))
+    by_place = np.asarray(stages.rows).reshape(stages.num_stages, stages.num_chunks, stages.chunk_rows)
     table = forward_only(stages)
     order = []
     for virtual, length in enumerate(stages.lengths):
@@ -47,7 +48,7 @@ def test_rows_have_every_layer_once_where_the_schedule_looks_for_it(stages: Part
         here = by_place[stage, chunk].tolist()
         # the layers first, then the empty rows
         assert here[length:] == [-1] * (stages.chunk_rows - length)
-        assert stages.chunk_lengths[stage, chunk] == length
+        assert stages.chunk_lengths[stage][chunk] == length
         order += here[:length]
     assert order == list(range(stages.num_layers))
 
@@ -55,11 +56,11 @@ def test_rows_have_every_layer_once_where_the_schedule_looks_for_it(stages: Part
 @pytest.mark.parametrize("stages", PARTITIONS, ids=str)
 def test_arranging_and_restoring(stages: Partition):
     layers = 1 + np.arange(2 * stages.num_layers, dtype=np.float32).reshape(-1, 2)
-    rows = np.asarray(stages.arrange(layers))
+    rows = np.asarray(arrange(stages, layers))
     assert rows.shape == (len(stages.rows), 2)
     for row, number in zip(rows, stages.rows, strict=True):
         np.testing.assert_array_equal(row, layers[number] if number >= 0 else np.zeros(2))
-    np.testing.assert_array_equal(stages.restore(rows), layers)
+    np.testing.assert_array_equal(restore(stages, rows), layers)
     assert stages.is_in_order == (rows.shape == layers.shape and bool((rows == layers).all()))
 
 

@@ -15,8 +15,11 @@ from jaxtron.models.decoder import Decoder
 from jaxtron.models.staged import StagedDecoder
 from jaxtron.pipeline.layer_loop import LayerLoop
 from jaxtron.pipeline.residuals import take_apart
-from jaxtron.sharding import MANUAL_AXES, blueprint, use, vary
+from jaxtron.sharding.blueprint import blueprint
+from jaxtron.sharding.collectives import vary
+from jaxtron.sharding.config import MANUAL_AXES
 from jaxtron.sharding.parameters import manual_specs
+from jaxtron.sharding.rules import use
 
 
 def layer(weights, x, scale):

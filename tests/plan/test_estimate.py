@@ -16,7 +16,8 @@ from jaxtron.plan.estimate import Estimator, shortened
 from jaxtron.plan.memory import memory_use
 from jaxtron.plan.rehearsal import abstract_batch, rehearse
 from jaxtron.plan.search import MARGIN
-from jaxtron.sharding import build_mesh, make_rules, use
+from jaxtron.sharding.mesh import build_mesh
+from jaxtron.sharding.rules import make_rules, use
 from jaxtron.train.config import Configuration
 from jaxtron.train.setup import make_trainer
 

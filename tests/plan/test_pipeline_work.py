@@ -9,7 +9,8 @@ import pytest
 from jaxtron.plan import hlo
 from jaxtron.plan.flops import Choice, Work, work
 from jaxtron.plan.rehearsal import abstract_batch
-from jaxtron.sharding import build_mesh, make_rules, use
+from jaxtron.sharding.mesh import build_mesh
+from jaxtron.sharding.rules import make_rules, use
 from jaxtron.train.config import Configuration
 from jaxtron.train.setup import make_trainer
 

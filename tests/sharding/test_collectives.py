@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxtron.sharding import MANUAL_AXES, manual_axes, use, vary
-from jaxtron.sharding.collectives import all_gather, all_reduce, largest, reduce_scatter
+from jaxtron.sharding.collectives import all_gather, all_reduce, largest, manual_axes, reduce_scatter, vary
+from jaxtron.sharding.config import MANUAL_AXES
+from jaxtron.sharding.rules import use
 
 BATCH = ("data", "fsdp")
 # rows over all manual axes, most of them of one part

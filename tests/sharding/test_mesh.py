@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxtron.config import UserError, load
-from jaxtron.sharding import AXES, MeshConfig, build_mesh
+from jaxtron.sharding.config import AXES, MeshConfig
+from jaxtron.sharding.mesh import build_mesh
 
 
 def test_axes_go_from_least_to_most_communication():

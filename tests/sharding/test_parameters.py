@@ -10,8 +10,11 @@ from flax import nnx
 from jax.nn import initializers
 from jax.sharding import PartitionSpec as P
 
-from jaxtron.sharding import MANUAL_AXES, blueprint, gather_at_use, parameter, use, vary
-from jaxtron.sharding.parameters import gather_once, manual_specs, reduce_gradients, shardings
+from jaxtron.sharding.blueprint import blueprint
+from jaxtron.sharding.collectives import vary
+from jaxtron.sharding.config import MANUAL_AXES
+from jaxtron.sharding.parameters import gather_at_use, gather_once, manual_specs, parameter, reduce_gradients, shardings
+from jaxtron.sharding.rules import use
 
 MESHES = [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "context": 4}]
 LEVELS = ["none", "optimizer", "parameters"]

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxtron.config import UserError
-from jaxtron.sharding import MANUAL_AXES, constrain, current, spec, use
+from jaxtron.sharding.config import MANUAL_AXES
+from jaxtron.sharding.rules import constrain, current, spec, use
 
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 SHARED = ("fsdp", "data", "context")

@@ -16,24 +16,19 @@ import pytest
 
 from jaxtron.models.config import ModelConfig
 from jaxtron.models.decoder import Decoder
-from jaxtron.optim import OptimizerConfig
+from jaxtron.optim.config import OptimizerConfig
 from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.pipeline.layer_rows import arrange, restore
 from jaxtron.pipeline.partition import Partition, partition
 from jaxtron.pipeline.schedules import make_schedule
-from jaxtron.sharding import (
-    Blueprint,
-    ContextConfig,
-    MeshConfig,
-    ShardingConfig,
-    blueprint,
-    build_mesh,
-    current,
-    make_rules,
-    use,
-)
+from jaxtron.sharding.blueprint import Blueprint, blueprint
+from jaxtron.sharding.config import ContextConfig, MeshConfig, ShardingConfig
+from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.parameters import shardings
+from jaxtron.sharding.rules import current, make_rules, use
 from jaxtron.train.config import TrainConfig
-from jaxtron.train.step import DTYPES, Batch, Trainer, TrainState, batch_sharding
+from jaxtron.train.dtypes import DTYPES
+from jaxtron.train.step import Batch, Trainer, TrainState, batch_sharding
 
 ROWS, LENGTH, VOCAB = 32, 16, 60
 TOLERANCE = 1e-5
@@ -153,7 +148,7 @@ def make_params(plan: Blueprint, stages: Partition):
     def values(path, leaf, role: str) -> np.ndarray:
         shape = (stages.num_layers, *leaf.shape[1:]) if is_stacked(path) else leaf.shape
         value = 0.2 * generator.standard_normal(shape, np.float32) + (role == "scale")
-        return np.asarray(stages.arrange(value)) if is_stacked(path) else value
+        return np.asarray(arrange(stages, value)) if is_stacked(path) else value
 
     return jax.device_put(jax.tree.map_with_path(values, plan.shapes, plan.roles), shardings(plan.specs))
 
@@ -169,8 +164,8 @@ def by_name(tree, stages: Partition) -> dict[str, np.ndarray]:
     for path, leaf in jax.tree.leaves_with_path(tree):
         value = np.asarray(leaf)
         if is_stacked(path):
-            assert not value[stages.rows < 0].any(), "an empty row is not zero"
-            value = np.asarray(stages.restore(value))
+            assert not value[np.asarray(stages.rows) < 0].any(), "an empty row is not zero"
+            value = np.asarray(restore(stages, value))
         leaves[jax.tree_util.keystr(path)] = value
     return leaves
 

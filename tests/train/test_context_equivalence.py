@@ -7,7 +7,7 @@ from equivalence import MODELS, ONE_DEVICE, SCANNED, Result, assert_equal, chang
 
 from jaxtron.models.config import ModelConfig
 from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.sharding import ContextConfig
+from jaxtron.sharding.config import ContextConfig
 
 TOLERANCE = 1e-5
 SLOW = pytest.mark.slow

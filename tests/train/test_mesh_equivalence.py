@@ -26,7 +26,7 @@ from equivalence import (
     take_steps,
 )
 
-from jaxtron.optim import LossScaleConfig
+from jaxtron.optim.config import LossScaleConfig
 
 # model, what is changed in it, mesh, ZeRO level, microbatches
 CASES = [

@@ -13,23 +13,24 @@ import jax
 import pytest
 
 from jaxtron.config import UserError, load
+from jaxtron.train.machine import find_launcher
 from jaxtron.train.runtime import (
     JAXLIB,
     XLA_PRESETS,
-    RuntimeConfig,
     expects_gpu,
-    find_launcher,
     preset_flags,
     set_xla_flags,
     simulate_devices,
     start_runtime,
 )
+from jaxtron.train.runtime_config import RuntimeConfig
 
 PROGRAM = """
 import os, sys
 from jaxtron.command import run_command
 from jaxtron.config import load
-from jaxtron.train.runtime import RuntimeConfig, start_runtime
+from jaxtron.train.runtime import start_runtime
+from jaxtron.train.runtime_config import RuntimeConfig
 
 def main(argv):
     devices, *flags = argv

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtron.kernels.attention.choose import Choice, Implementation, choose
+from jaxtron.kernels.attention.choose import Choice, choose
+from jaxtron.kernels.attention.config import Implementation
 from jaxtron.kernels.attention.mask import Mask, check_shapes
 from jaxtron.kernels.varying import vary_alike
 from jaxtron.typing import Array, Float

@@ -8,7 +8,6 @@
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
 
 import jax
 
@@ -17,7 +16,6 @@ from jaxtron.kernels.attention import chunked, cudnn, mosaic, reference
 from jaxtron.kernels.attention.mask import Mask
 from jaxtron.typing import Array, Float
 
-Implementation = Literal["auto", "mosaic", "cudnn", "xla", "reference"]
 Shapes = tuple[Array | jax.ShapeDtypeStruct, Array | jax.ShapeDtypeStruct, Array | jax.ShapeDtypeStruct]
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"mosaic": mosaic, "cudnn": cudnn, "xla": chunked, "reference": reference}

@@ -1,0 +1,5 @@
+"""Names of the implementations of attention."""
+
+from typing import Literal
+
+Implementation = Literal["auto", "mosaic", "cudnn", "xla", "reference"]

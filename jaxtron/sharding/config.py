@@ -1,0 +1,89 @@
+"""The mesh's axes, and the settings of what they split: devices, sequences, parameters and their state."""
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from jaxtron.config import Config, UserError
+
+AXES = ("pipe", "data", "fsdp", "context", "tensor")
+BATCH_AXES = ("data", "fsdp")
+# those that may share a parameter and its state: gradients are summed over them
+SHARD_AXES = (*BATCH_AXES, "context")
+MANUAL_AXES = ("pipe", "data", "fsdp", "context")
+AXIS = "context"
+Method = Literal["ring", "all_gather", "all_to_all", "hierarchical"]
+Zero = Literal["none", "optimizer", "parameters"]
+
+
+class MeshConfig(Config):
+    """Devices along each axis of the mesh; the product is the number of devices, and one `-1` fills it."""
+
+    data: int = -1
+    """Replicas of the model, each on its own part of the batch (`-1`: as many as fit)."""
+    fsdp: int = 1
+    """Parts of every parameter, gathered where it is used; splits the batch too."""
+    tensor: int = 1
+    """Parts of every layer's heads, MLP width and vocabulary; the sequence is split between them."""
+    pipe: int = 1
+    """Pipeline stages, each with its part of the layers."""
+    context: int = 1
+    """Parts of every sequence, each on its own devices; attention sees the others (settings: context)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "MeshConfig":
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        for axis, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(f"mesh.{axis} must be a positive number or -1, not {size}")
+        if list(sizes.values()).count(-1) > 1:
+            filled = ", ".join(f"mesh.{axis}" for axis, size in sizes.items() if size == -1)
+            raise ValueError(f"only one mesh axis can be -1 (fill), not {filled}")
+        return self
+
+    def shape(self, num_devices: int) -> dict[str, int]:
+        """Sizes by axis with `-1` filled; a `UserError` if they do not multiply to `num_devices`."""
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        known = math.prod(size for size in sizes.values() if size != -1)
+        text = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "data 1"
+        if -1 in sizes.values():
+            if num_devices % known:
+                raise UserError(f"mesh {text}: {known} does not divide the {num_devices} devices")
+            sizes = {axis: num_devices // known if size == -1 else size for axis, size in sizes.items()}
+        elif known != num_devices:
+            raise UserError(
+                f"mesh {text} needs {known} devices, there are {num_devices}; "
+                "change the mesh, set one axis to -1, or simulate them with --devices"
+            )
+        return sizes
+
+
+class ContextConfig(Config):
+    """How attention sees the rest of a sequence that `mesh.context` splits."""
+
+    method: Method = "ring"
+    """ring: keys and values go round, a block a step; all_gather: they are gathered; all_to_all: heads are split
+    instead of the sequence; hierarchical: all_to_all among `inner` neighbours, a ring across."""
+    inner: int = Field(default=8, ge=2)
+    """Neighbours of the hierarchical method, such as the GPUs of a node."""
+
+    def groups(self, size: int) -> tuple[int, int]:
+        """Devices that split heads, and devices of the ring, of so many along `mesh.context`."""
+        if self.method == "all_to_all":
+            return size, 1
+        if self.method != "hierarchical":
+            return 1, size
+        if size % self.inner or size == self.inner:
+            raise UserError(
+                f"context.inner {self.inner} must divide mesh.context {size} and be smaller; "
+                "use context.method all_to_all or ring for one group or groups of one"
+            )
+        return self.inner, size // self.inner
+
+
+class ShardingConfig(Config):
+    """What the axes of batch and sequence do beyond splitting them."""
+
+    zero: Zero = "optimizer"
+    """What `mesh.data` and `mesh.context` shard (ZeRO): none; optimizer: states and master weights; parameters: all."""

@@ -1,0 +1,41 @@
+"""A run from its configuration to its summary, once JAX may be imported."""
+
+import jax
+
+from jaxtron.models.attention_choice import attention_lines
+from jaxtron.train.attention import choose_attention
+from jaxtron.train.config import Configuration
+from jaxtron.train.loop import train
+from jaxtron.train.runtime import out_of_memory_as_user_error, start_runtime
+from jaxtron.train.setup import open_run
+from jaxtron.train.summary import finish
+
+ROOM = "Raise --train.microbatches or --mesh.fsdp, set --model.recompute full, or choose a smaller model"
+
+
+def run(config: Configuration, name: str) -> int:
+    """Trains to the last step; 130 if a signal ended the run early, with a checkpoint. `name` names its directory."""
+    start_runtime(config.runtime, devices=config.devices)
+    with out_of_memory_as_user_error(ROOM), open_run(config, name) as run:
+        if jax.process_index() == 0:
+            announce(run)
+        outcome = train(run)
+        if outcome.stopped:
+            if jax.process_index() == 0:
+                print(f"stopped after step {outcome.step}; the same command continues from its checkpoint")
+            return 130
+        finish(run, outcome)
+    return 0
+
+
+def announce(run) -> None:
+    """One line of what is about to run, and one if it continues."""
+    sizes = run.trainer.blueprint.num_parameters
+    mesh = " x ".join(f"{axis} {size}" for axis, size in run.placement.sharding.mesh.shape.items() if size > 1)
+    devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+    print(f"{sizes:,} parameters on {devices}{f' ({mesh})' if mesh else ''}, run in {run.directory}")
+    kind, parts = jax.devices()[0].device_kind, run.placement.sharding.mesh.shape["context"]
+    for line in attention_lines(run.config.model, choose_attention(run.config, parts, kind), kind):
+        print(line)
+    if run.step:
+        print(run.continuation.text(run.step, run.config.train.steps))

@@ -1,0 +1,60 @@
+"""Settings of what must happen before JAX starts its devices."""
+
+import re
+import shlex
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from jaxtron.config import Config, UserError
+
+Preset = Literal["auto", "none", "latency", "collective_matmul"]
+COORDINATES = ("coordinator_address", "num_processes", "process_id")
+
+
+class RuntimeConfig(Config):
+    """Processes, XLA's flags and its compilation cache."""
+
+    launcher: Literal["auto", "none"] = Field(
+        default="auto",
+        description="auto: join the processes that Slurm, Open MPI or Kubernetes started; none: run alone",
+    )
+    coordinator_address: str | None = Field(
+        default=None, description="host:port of process 0, with num_processes and process_id, where no launcher tells"
+    )
+    num_processes: int | None = Field(default=None, ge=1, description="processes of the run, with coordinator_address")
+    process_id: int | None = Field(default=None, ge=0, description="which of them this one is, from 0")
+    connect_seconds: int = Field(
+        default=300, ge=1, description="how long the processes wait for each other at the start"
+    )
+    xla_preset: Preset = Field(
+        default="auto",
+        description="XLA flags for GPUs: auto (latency-hiding scheduler), latency (also pipelined collectives and "
+        "double-buffered loops), collective_matmul (tensor-parallel products in overlapped parts), none",
+    )
+    xla_flags: str = Field(
+        default="", description="further XLA flags, '--xla_a=1 --xla_b=2'; they win over the preset's"
+    )
+    compilation_cache: str | None = Field(
+        default=None, description="directory where compiled programs are kept for later runs; none: not kept"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "RuntimeConfig":
+        missing = [name for name in COORDINATES if getattr(self, name) is None]
+        if missing and len(missing) < len(COORDINATES):
+            raise UserError(f"{' and '.join(missing)} missing: give {', '.join(COORDINATES)} together, or none of them")
+        if self.coordinator_address is not None and not re.fullmatch(r"\S+:\d{1,5}", self.coordinator_address):
+            raise UserError(f"coordinator_address={self.coordinator_address!r} is not host:port, such as node001:12345")
+        if self.process_id is not None and self.num_processes is not None and self.process_id >= self.num_processes:
+            raise UserError(
+                f"process_id={self.process_id} is not below num_processes={self.num_processes}: they count from 0"
+            )
+        try:
+            words = shlex.split(self.xla_flags)
+        except ValueError as error:
+            raise UserError(f"xla_flags={self.xla_flags!r} does not read: {error}") from None
+        for word in words:
+            if not word.startswith("--"):
+                raise UserError(f"xla_flags: {word!r} does not begin with --, and XLA would ignore it")
+        return self
