@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 
+from jaxtron.checkpoint.finite import first_not_finite
 from jaxtron.checkpoint.layer_order import layer_order
-from jaxtron.checkpoint.restore import restore_part
+from jaxtron.checkpoint.restore import committed_steps, restore_part
 from jaxtron.config import UserError
 from jaxtron.data.dataset import open_data
 from jaxtron.data.loader import validation_batches
@@ -39,13 +40,17 @@ class Model:
     trainer: Trainer
     params: PyTree
     tokenizer: Tokenizer
+    checkpoints: Path
     step: int
     batch: int
     sequence_length: int
     num_devices: int
 
     def nll(self, source: Source) -> float:
-        """Sum of the negative log-likelihood, in nats, of all targets of a source, each times its weight."""
+        """Sum of the negative log-likelihood, in nats, of all targets of a source, each times its weight.
+
+        A `UserError` where it is not finite.
+        """
         placement = Placement(batch_sharding())
         evaluate = jax.jit(self.trainer.evaluate)
         total, earlier = 0.0, None
@@ -54,7 +59,17 @@ class Model:
             # read a step late, so that devices need not wait and batches do not pile up
             total += 0.0 if earlier is None else float(earlier)
             earlier = nll
-        return total if earlier is None else total + float(earlier)
+        total += 0.0 if earlier is None else float(earlier)
+        if not math.isfinite(total):
+            raise diverged(self.checkpoints, self.step, f"its loss is {total}")
+        return total
+
+
+def diverged(checkpoints: Path, step: int, what: str) -> UserError:
+    """The error for a checkpoint that is of no use, which names the one before it."""
+    earlier = [found for found in committed_steps(checkpoints) if found < step]
+    way = f"go back to the one before with --step {earlier[-1]}" if earlier else "there is no earlier one, train again"
+    return UserError(f"the checkpoint of step {step} in {checkpoints} has diverged, {what}; {way}")
 
 
 @contextlib.contextmanager
@@ -80,16 +95,18 @@ def open_model(request: Request, trained: Configuration, config: Configuration) 
         trainer = make_trainer(config)
         order = layer_order(trainer.partition, trainer.blueprint)
         abstract = {"params": trainer.blueprint.abstract}
-        restored = restore_part(
-            (request.run / "checkpoints").absolute(),
-            order.abstract(abstract),
-            step=request.step,
-            check=partial(_check_record, trained=trained, path=request.run / CONFIG_FILE),
-        )
+        checkpoints = (request.run / "checkpoints").absolute()
+        check = partial(_check_record, trained=trained, path=request.run / CONFIG_FILE)
+        restored = restore_part(checkpoints, order.abstract(abstract), step=request.step, check=check)
+        state = order.in_stage_order(restored.state, abstract)
+        name = first_not_finite(state)
+        if name is not None:
+            raise diverged(checkpoints, restored.step, f"{name} has numbers that are not finite")
         yield Model(
             trainer=trainer,
-            params=order.in_stage_order(restored.state, abstract)["params"],
+            params=state["params"],
             tokenizer=_open_tokenizer(trained, config, restored.extra),
+            checkpoints=checkpoints,
             step=restored.step,
             batch=batch,
             sequence_length=config.data.sequence_length,

@@ -13,7 +13,7 @@ from jaxtron.config import UserError
 from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.evaluate.detokenize import DETOKENIZERS
 from jaxtron.evaluate.model import Model, open_model
-from jaxtron.evaluate.perplexity import OverlappingWindows, Score, num_words, unknown_characters
+from jaxtron.evaluate.perplexity import MOST_NATS, OverlappingWindows, Score, num_words, unknown_characters
 from jaxtron.evaluate.request import Request
 from jaxtron.train.config import Configuration
 from jaxtron.train.runtime import out_of_memory_as_user_error, start_runtime
@@ -68,7 +68,7 @@ class Report:
             ("tokens", f"{score.tokens:,}"),
             ("words", f"{score.words:,}"),
             ("loss", f"{score.nll_per_token:.4f} nats a token"),
-            ("perplexity", f"{score.perplexity:,.3f} a token"),
+            ("perplexity", f"{'over ' if score.nll_per_token > MOST_NATS else ''}{score.perplexity:,.3f} a token"),
             ("bits per byte", f"{score.bits_per_byte:.4f}"),
         ]
         if score.token_ratio is not None and score.word_perplexity is not None:

@@ -20,6 +20,9 @@ from jaxtron.sharding.parameters import manual_specs
 from jaxtron.sharding.rules import constrain, current, use
 from jaxtron.typing import Array, DTypeLike, Float, Int, Key, PyTree
 
+# drawn from logits that are not finite
+NO_TOKEN = -1
+
 
 def sample(
     blueprint: Blueprint[Decoder],
@@ -36,7 +39,8 @@ def sample(
 ) -> Int32[np.ndarray, "N"]:
     """`num_tokens` tokens after `prompt`, drawn at `temperature`; the model sees the last `window` tokens.
 
-    Every device computes the same, but for its stage of a pipeline; there is no cache of keys and values.
+    Every device computes the same, but for its stage of a pipeline; there is no cache of keys and values. A
+    `FloatingPointError` where the model's logits are not finite.
     """
     prompt = prompt[-window:]
     start = np.zeros(window, np.int32)
@@ -56,7 +60,10 @@ def sample(
     # a row is short, and whole on every device
     with use(replace(current(), whole_sequences=True)):
         region = jax.shard_map(local, in_specs=(specs, scalar, scalar), out_specs=scalar, axis_names=set(MANUAL_AXES))
-        return np.asarray(jax.jit(region)(params, jnp.asarray(start), jax.random.key(seed)))
+        tokens = np.asarray(jax.jit(region)(params, jnp.asarray(start), jax.random.key(seed)))
+    if (tokens == NO_TOKEN).any():
+        raise FloatingPointError(f"the logits of token {np.argmax(tokens == NO_TOKEN) + 1} are not finite")
+    return tokens
 
 
 def _local(
@@ -77,8 +84,11 @@ def _local(
     def step(carry: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], Array]:
         tokens, filled = carry
         logits = _next_logits(staged, partition, tokens, filled).astype(jnp.float32)
-        logits = jnp.where(jnp.arange(logits.shape[0]) < vocab, logits / temperature, -jnp.inf)
+        is_known = jnp.arange(logits.shape[0]) < vocab
+        is_finite = (jnp.isfinite(logits) | ~is_known).all()
+        logits = jnp.where(is_known, logits / temperature, -jnp.inf)
         token = jax.random.categorical(jax.random.fold_in(key, number), logits).astype(jnp.int32)
+        token = jnp.where(is_finite, token, NO_TOKEN)
         # the same on every device: the largest of equals says so to the type system
         token = largest(vary(token), MANUAL_AXES)
         is_full = filled == tokens.shape[0]

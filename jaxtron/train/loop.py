@@ -1,20 +1,19 @@
 """The training loop: batch, step, hooks."""
 
-import math
 import os
 import signal
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
-from jaxtron.config import UserError
+from jaxtron.data.loader import Loader
 from jaxtron.gpus import peak_flops
 from jaxtron.models.cost import model_flops_per_token
+from jaxtron.train.divergence import Watch, check_state
 from jaxtron.train.history import Recorder
 from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
 from jaxtron.train.metrics import MetricsWriter
@@ -23,14 +22,14 @@ from jaxtron.train.setup import Run
 from jaxtron.train.step import TrainState, jit_step
 from jaxtron.train.throughput import Throughput
 from jaxtron.train.trackers import make_trackers
-from jaxtron.train.validation import validate
+from jaxtron.train.validation import check_loss, validate
 
 
 @dataclass
 class Outcome:
     """Where a loop ended: the last state, the step it is of, and whether a signal asked for the stop.
 
-    `validation_loss` is that of the last state, None where the loop did not measure it.
+    `validation_loss` is that of the last state, None where the loop did not measure it or there are no such data.
     """
 
     state: TrainState
@@ -50,8 +49,9 @@ def train(run: Run) -> Outcome:
     with ExitStack() as stack:
         stop = stack.enter_context(_StopSignals())
         loader = stack.enter_context(run.train_loader())
-        saver = Saver(run, loader)
-        hooks = _hooks(run, saver, throughput, outcome, stack)
+        watch = Watch(run.checkpoints, every=run.config.run.log_every, has_loss_scale=run.state.loss_scale is not None)
+        saver = Saver(run, loader, watch)
+        hooks = [Hook(watch), *_hooks(run, saver, throughput, outcome, stack)]
         for number in range(run.step + 1, total + 1):
             batch = next(loader)
             outcome.state, metrics = step(outcome.state, run.placement.globalize(batch))
@@ -59,7 +59,7 @@ def train(run: Run) -> Outcome:
             throughput.finish_step(batch.size * run.config.data.sequence_length, metrics)
             run_hooks(hooks, StepInfo(number, total, outcome.state, metrics), throughput)
             if stop.is_due(number) and number < total:
-                saver(StepInfo(number, total, outcome.state, metrics))
+                saver.save(StepInfo(number, total, outcome.state, metrics))
                 outcome.stopped = True
                 break
         run.checkpoints.wait()
@@ -67,39 +67,39 @@ def train(run: Run) -> Outcome:
 
 
 class Saver:
-    """Saves a checkpoint; a state whose loss is not finite is an error instead, so that it is never resumed from."""
+    """Saves a checkpoint; a state that is not finite, or whose loss is not, is an error, so that none is resumed from.
 
-    def __init__(self, run: Run, loader) -> None:
+    Calls other than the hook's are for a run that is to stop at once: they do not wait for a loss.
+    """
+
+    def __init__(self, run: Run, loader: Loader, watch: Watch) -> None:
         self._run = run
         self._loader = loader
+        self._watch = watch
 
     def __call__(self, info: StepInfo) -> None:
         """Save the state that the step left, and the position of the data after it."""
-        check_finite(self._run, info)
+        if "validation_loss" not in info.metrics:
+            check_loss(self._run, info.state)
+        self.save(info)
+
+    def save(self, info: StepInfo) -> None:
+        """The same, with a loss that would take long to compile left out."""
+        self._watch.check()
+        check_state(self._run.checkpoints, info.step, info.state)
         self._run.save(info.step, info.state, self._loader.position)
-
-
-def check_finite(run: Run, info: StepInfo) -> None:
-    """`UserError` if the step's loss is NaN or infinite; with fp16 an overflow is the loss scale's to handle."""
-    loss, norm = float(info.metrics["loss"]), float(info.metrics["gradient_norm"])
-    if not math.isfinite(loss) or not (math.isfinite(norm) or run.config.train.precision == "fp16"):
-        newest = run.checkpoints.latest_step()
-        since = "no checkpoint was saved" if newest is None else f"the checkpoint of step {newest} is kept"
-        raise UserError(
-            f"step {info.step}: loss {loss}, gradient norm {norm}; lower --optimizer.learning_rate or raise "
-            f"--optimizer.warmup_steps ({since})"
-        )
 
 
 def _hooks(run: Run, saver: Saver, throughput: Throughput, outcome: Outcome, stack: ExitStack) -> list[Hook]:
     config, total = run.config, run.config.train.steps
 
     def validation(info: StepInfo) -> None:
-        if len(run.data.validation):
-            outcome.validation_loss = info.metrics["validation_loss"] = validate(run, info.state)
+        loss = validate(run, info.state)
+        if loss is not None:
+            outcome.validation_loss = info.metrics["validation_loss"] = loss
 
     every = config.train.validate_every or total
-    hooks = [Hook(partial(check_finite, run), every=config.run.log_every), Hook(validation, every=every, excluded=True)]
+    hooks = [Hook(validation, every=every, excluded=True)]
     if jax.process_index() == 0:
         hooks.append(Hook(Recorder(run.directory, config, run.continuation.changes, first_step=run.step)))
         log = _metrics_log(run, throughput)

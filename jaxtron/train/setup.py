@@ -24,6 +24,7 @@ from jaxtron.sharding.rules import current, make_rules, use
 from jaxtron.train.attention import choose_attention
 from jaxtron.train.batches import Placement
 from jaxtron.train.config import Configuration
+from jaxtron.train.divergence import check_state
 from jaxtron.train.dtypes import DTYPES
 from jaxtron.train.history import Continuation, changes, check_changes, listed, recorded_settings
 from jaxtron.train.step import Batch, Trainer, TrainState, batch_sharding
@@ -100,6 +101,7 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
                 state, step, position, continuation = trainer.initial_state(), 0, 0, Continuation()
             else:
                 state = order.in_stage_order(restored.state, abstract)
+                check_state(checkpoints, restored.step, state)
                 step, position = restored.step, restored.extra["position"]
                 continuation = Continuation.of(restored.extra, config, directory, step=step)
             yield Run(

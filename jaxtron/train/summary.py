@@ -5,6 +5,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxtron.generate.sample import sample
+from jaxtron.train.divergence import diverged
 from jaxtron.train.dtypes import DTYPES
 from jaxtron.train.loop import Outcome
 from jaxtron.train.loss_plot import plot_losses
@@ -24,9 +25,9 @@ def finish(run: Run, outcome: Outcome) -> None:
     """Draw `loss.png` and print the summary (process 0); every process takes part in validating and sampling."""
     text = generate(run, outcome)
     validation_loss = outcome.validation_loss
-    if validation_loss is None and len(run.data.validation):
+    if validation_loss is None:
         validation_loss = validate(run, outcome.state)
-    test_loss = validate(run, outcome.state, run.data.test) if len(run.data.test) else None
+    test_loss = validate(run, outcome.state, "test")
     if jax.process_index() != 0:
         return
     metrics = run.directory / "metrics.jsonl"
@@ -60,21 +61,27 @@ def printable(text: str) -> str:
 
 
 def generate(run: Run, outcome: Outcome) -> str:
-    """A sample of text after a few tokens of the validation data; empty where none is asked for."""
+    """A sample of text after a few tokens of the validation data; empty where none is asked for.
+
+    A `UserError` where the state cannot predict any token.
+    """
     source = run.data.validation if len(run.data.validation) else run.data.train
     if run.config.train.sample_tokens == 0:
         return ""
     length = run.config.data.sequence_length
     prompt = np.asarray(source[0].tokens[: min(16, length)])
-    tokens = sample(
-        run.trainer.blueprint,
-        outcome.state.params,
-        prompt,
-        partition=run.trainer.partition,
-        num_tokens=run.config.train.sample_tokens,
-        window=length,
-        dtype=DTYPES[run.config.train.precision],
-        vocab=run.data.tokenizer.vocab_size,
-        seed=run.config.seed,
-    )
+    try:
+        tokens = sample(
+            run.trainer.blueprint,
+            outcome.state.params,
+            prompt,
+            partition=run.trainer.partition,
+            num_tokens=run.config.train.sample_tokens,
+            window=length,
+            dtype=DTYPES[run.config.train.precision],
+            vocab=run.data.tokenizer.vocab_size,
+            seed=run.config.seed,
+        )
+    except FloatingPointError as error:
+        raise diverged(run.checkpoints, outcome.step, f"no text after step {outcome.step}, {error}") from None
     return run.data.tokenizer.decode(np.concatenate([prompt, tokens]))

@@ -1,26 +1,43 @@
 """The loss of a state on data that it does not train on."""
 
 import math
+from typing import Literal
 
 from jaxtron.data.loader import validation_batches
 from jaxtron.data.source import Source
+from jaxtron.train.divergence import diverged
 from jaxtron.train.setup import Run
 from jaxtron.train.step import TrainState
 
 
-def validate(run: Run, state: TrainState, source: Source | None = None) -> float:
-    """Mean negative log-likelihood, in nats a token, over batches of the validation data or of another source; NaN
-    where there are none.
+def validate(run: Run, state: TrainState, part: Literal["validation", "test"] = "validation") -> float | None:
+    """Mean negative log-likelihood, in nats a token, over batches of a part of the data; None where it has no tokens.
 
     What is read follows from train.global_batch and train.validation_batches alone: it is the same on every mesh, in
-    any number of microbatches and processes.
+    any number of microbatches and processes. A `UserError` where the loss is not finite.
     """
+    source = run.data.validation if part == "validation" else run.data.test
+    return _loss(run, state, source, run.config.train.validation_batches, f"{part} loss")
+
+
+def check_loss(run: Run, state: TrainState) -> None:
+    """`UserError` if the state gives a loss that is not finite on a batch of the validation data, or of training's."""
+    source = run.data.validation if len(run.data.validation) else run.data.train
+    _loss(run, state, source, 1, "loss")
+
+
+def _loss(run: Run, state: TrainState, source: Source, max_batches: int | None, name: str) -> float | None:
     batches = validation_batches(
-        run.data.validation if source is None else source,
+        source,
         batch_size=run.config.train.global_batch,
         local_rows=run.placement.local_rows,
-        max_batches=run.config.train.validation_batches,
+        max_batches=max_batches,
     )
     sums = [run.evaluate(state.params, run.placement.globalize(batch)) for batch in batches]
-    weight = sum(float(weight) for _, weight in sums)
-    return sum(float(nll) for nll, _ in sums) / weight if weight else math.nan
+    nll, weight = (sum(float(number) for number in numbers) for numbers in zip(*sums, strict=True)) if sums else (0, 0)
+    if weight == 0:
+        return None
+    if not math.isfinite(nll):
+        step = int(state.step)
+        raise diverged(run.checkpoints, step, f"the {name} is {nll / weight} after step {step}")
+    return nll / weight
