@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtron.checkpoint.finite import first_not_finite
-from jaxtron.sharding import use
+from jaxtron.sharding.rules import use
 
 
 def state(rules, bad: float, place: tuple[int, int]):
