@@ -49,11 +49,15 @@ class TrainConfig(Config):
         return self
 
 
+# JAX without 64-bit numbers makes a key of the low 32 bits, and NumPy's generator takes no more
+MAX_SEED = 2**32 - 1
+
+
 class Configuration(Config):
     """A run: `python -m jaxtron.train CONFIG.yaml [--setting value ...]`."""
 
-    seed: int = Field(default=1234, ge=0, le=2**63 - 1)
-    """Of initial weights, the order of the data and dropout."""
+    seed: int = Field(default=1234, ge=0, le=MAX_SEED)
+    """Of initial weights, the order of the data and dropout: 32 bits."""
     devices: int | None = Field(default=None, ge=1)
     """Simulate this many CPU devices, to try a layout on any machine (none: the machine's own devices)."""
     model: ModelConfig = ModelConfig()
