@@ -22,17 +22,13 @@ from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import make_rules, use
 from jaxtron.train.attention import choose_attention
 from jaxtron.train.config import Configuration
-from jaxtron.train.runtime import gpu_options
 from jaxtron.train.setup import make_trainer
 from jaxtron.train.step import Batch, Trainer, batch_sharding, jit_step
+from jaxtron.train.xla_flags import gpu_options, refused_option
 from jaxtron.typing import DTypeLike
 
-# Without a GPU there is nothing to tune on, and trying costs half of the compilation. The pass is wrong in JAX 0.10: it
-# turns "take my part of an all-gather" into an empty permute, which is zeros (openxla/xla pull request 45218).
-COMPILER_OPTIONS = {
-    "xla_gpu_autotune_level": 0,
-    "xla_disable_hlo_passes": "all-gather-to-collective-permute-simplifier",
-}
+# Without a GPU there is nothing to tune on, and trying costs half of the compilation. Everything else is as in a run.
+COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
 NO_CONFIGURATION = "default config"
 
 
@@ -101,11 +97,14 @@ def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: i
 def _compile(lowered: jax.stages.Lowered, options: dict[str, bool | int | str]) -> jax.stages.Compiled:
     """The compiled step; once more with library calls for products where XLA's own fusions find no configuration.
 
+    A `UserError` for a flag that the compiler does not take.
     Such fusions, of a concatenation into a product for one, are configured by trying them out on a GPU.
     """
     try:
         return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
+        if (refused := refused_option(error)) is not None:
+            raise refused from None
         if NO_CONFIGURATION not in str(error):
             raise
     return lowered.compile(compiler_options={**options, "xla_gpu_enable_triton_gemm": False})

@@ -2,14 +2,10 @@
 
 import contextlib
 import ctypes
-import importlib.metadata
 import importlib.util
-import json
 import os
 import re
-import shlex
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,48 +15,13 @@ import jax
 
 from jaxtron.config import UserError
 from jaxtron.train.machine import find_launcher, has_driver
-from jaxtron.train.runtime_config import Preset, RuntimeConfig
-
-JAXLIB = importlib.metadata.version("jaxlib")
+from jaxtron.train.runtime_config import RuntimeConfig
+from jaxtron.train.xla_flags import set_xla_flags
 
 # Collectives that do not depend on each other begin in any order on a simulated device, and each holds a thread until
 # all have come to it. XLA's pool has a thread a core: on two cores eight devices with a pipeline waited for each other
 # for ever, within a minute. This many a device were enough for them.
 THREADS_A_DEVICE = 4
-
-
-_SCHEDULER = "--xla_gpu_enable_latency_hiding_scheduler=true"
-# By the first JAX that they are for; a newer one gets the nearest row before it. On an 8B step for 512 H100
-# (JAX 0.12.0.1, 2026-11) `latency` took the overlapped all-gathers from 8 to 35, reduce-scatters from 7 to 24 and
-# temporary memory from 1.17 to 1.10 GiB; `collective_matmul` cut the tensor-parallel ones into 12 permutes.
-# Left out: JAX_OPTIMIZATION_LEVEL=O1 (crashed the compiler), combine_by_dim, highest_priority_async_stream, an empty
-# command_buffer and no rematerialization pass (all without effect).
-XLA_PRESETS: dict[Preset, dict[tuple[int, int], tuple[str, ...]]] = {
-    "none": {(0, 10): ()},
-    "auto": {(0, 10): (_SCHEDULER,)},
-    "latency": {
-        (0, 10): (
-            _SCHEDULER,
-            "--xla_gpu_enable_pipelined_all_gather=true",
-            "--xla_gpu_enable_pipelined_reduce_scatter=true",
-            "--xla_gpu_enable_pipelined_all_reduce=true",
-            "--xla_gpu_enable_while_loop_double_buffering=true",
-        )
-    },
-    "collective_matmul": {
-        (0, 10): (
-            _SCHEDULER,
-            "--xla_gpu_threshold_for_windowed_einsum_mib=0",
-            "--xla_gpu_multi_streamed_windowed_einsum=true",
-        )
-    },
-}
-# Whatever the preset: flags without which a JAX computes wrong. 0.10's compiler turns "take my part of an all-gather"
-# into an empty permute, which is zeros, in tensor-parallel steps on GPUs (openxla/xla pull request 45218).
-XLA_FIXES: dict[tuple[int, int], tuple[str, ...]] = {
-    (0, 10): ("--xla_disable_hlo_passes=all-gather-to-collective-permute-simplifier",),
-    (0, 11): (),
-}
 
 
 def start_runtime(config: RuntimeConfig, *, devices: int | None = None) -> None:
@@ -139,54 +100,6 @@ def prepare_without_driver() -> None:
         os.close(stderr)
 
 
-def set_xla_flags(config: RuntimeConfig, *, gpu: bool, cache_directory: Path | None = None) -> None:
-    """Puts the preset's and the user's flags into XLA_FLAGS, having tried that this jaxlib starts with them.
-
-    Raises `UserError` for a flag that it does not know, and for a preset that the run's devices would ignore.
-    """
-    if not gpu and config.xla_preset in ("latency", "collective_matmul"):
-        raise UserError(
-            f"runtime.xla_preset={config.xla_preset} is for GPUs and this run has none: set it to auto or none"
-        )
-    inherited, chosen = os.environ.get("XLA_FLAGS", "").strip(), config.xla_flags.strip()
-    named = re.findall(r"--\w+", f"{inherited} {chosen}")
-    preset = " ".join(f for f in preset_flags(config.xla_preset) if f.partition("=")[0] not in named) if gpu else ""
-    if not preset and not chosen:
-        return
-    if inherited and not inherited.startswith("--"):
-        raise UserError(f"XLA_FLAGS={inherited} in the environment is a file, which cannot be added to: unset it")
-    if complaint := _complaint(chosen, cache_directory):
-        raise UserError(f"runtime.xla_flags: jaxlib {JAXLIB} does not start with them: {complaint}")
-    if complaint := _complaint(preset, cache_directory):
-        raise UserError(
-            f"runtime.xla_preset={config.xla_preset}: jaxlib {JAXLIB} does not start with it: {complaint}; "
-            "set it to none"
-        )
-    os.environ["XLA_FLAGS"] = " ".join(part for part in (preset, inherited, chosen) if part)
-
-
-def preset_flags(preset: Preset, version: str = jax.__version__) -> tuple[str, ...]:
-    """The flags of a preset for a JAX version, with those that the version always needs."""
-    major, minor = (int(part) for part in version.split(".")[:2])
-    fixes, rows = (
-        table[max(first for first in table if first <= (major, minor))] for table in (XLA_FIXES, XLA_PRESETS[preset])
-    )
-    return fixes + rows
-
-
-def gpu_options(config: RuntimeConfig) -> dict[str, bool | int | str]:
-    """The preset's and the user's flags as options of one compilation, for GPUs that this process does not have."""
-    words = [*preset_flags(config.xla_preset), *shlex.split(config.xla_flags)]
-    flags = (word.removeprefix("--").partition("=") for word in words)
-    return {name: _option(text) for name, _, text in flags}
-
-
-def _option(text: str) -> bool | int | str:
-    if text in ("", "true", "false"):
-        return text != "false"
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
-
-
 def initialize_distributed(config: RuntimeConfig) -> None:
     """Joins the run's other processes: those of the coordinator settings, else of the launcher, else there are none.
 
@@ -251,48 +164,6 @@ def _set_compilation_cache(directory: Path) -> None:
     if not os.access(directory, os.W_OK):
         raise UserError(f"runtime.compilation_cache={directory} cannot be written to")
     jax.config.update("jax_compilation_cache_dir", str(directory))
-
-
-def _complaint(flags: str, cache_directory: Path | None = None) -> str:
-    """What this jaxlib has against flags, or nothing; tried in a process of its own, once for each set of flags.
-
-    A flag that XLA does not know ends the process that starts a device, so they cannot be tried in this one.
-    """
-    if not flags:
-        return ""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    file = (cache_directory or home / "jaxtron") / "xla_flags.json"
-    key = f"{JAXLIB} {flags}"
-    try:
-        verdicts = json.loads(file.read_text())
-    except (OSError, ValueError):
-        verdicts = {}
-    if key not in verdicts:
-        verdicts[key] = _try_flags(flags)
-        _write_verdicts(file, verdicts)
-    return verdicts[key]
-
-
-def _try_flags(flags: str) -> str:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-c", "import jax; jax.devices()"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if result.returncode == 0:
-        return ""
-    # such as `F1121 02:04:01.5 23365 file.cc:63] Unknown flag in XLA_FLAGS: --xla_foo=1`
-    logged = re.findall(r"^[EF]\d{4} .*?\] (.*)", result.stderr, flags=re.MULTILINE)
-    return logged[0] if logged else f"exit code {result.returncode}"
-
-
-def _write_verdicts(file: Path, verdicts: dict[str, str]) -> None:
-    scratch = file.with_suffix(f".{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(verdicts, indent=1))
-        scratch.replace(file)
-    except OSError:
-        # without the file the next run tries again, which costs a second
-        return
 
 
 @contextlib.contextmanager

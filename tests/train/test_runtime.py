@@ -14,15 +14,7 @@ import pytest
 
 from jaxtron.config import UserError, load
 from jaxtron.train.machine import find_launcher
-from jaxtron.train.runtime import (
-    JAXLIB,
-    XLA_PRESETS,
-    expects_gpu,
-    preset_flags,
-    set_xla_flags,
-    simulate_devices,
-    start_runtime,
-)
+from jaxtron.train.runtime import expects_gpu, simulate_devices, start_runtime
 from jaxtron.train.runtime_config import RuntimeConfig
 
 PROGRAM = """
@@ -165,46 +157,6 @@ def test_platform(monkeypatch: pytest.MonkeyPatch):
     assert expects_gpu({})
     monkeypatch.setattr(Path, "exists", lambda path: False)
     assert not expects_gpu({})
-
-
-@pytest.mark.parametrize("preset", [preset for preset in XLA_PRESETS if preset != "none"])
-def test_this_jaxlib_starts_with_every_preset(preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false")
-    set_xla_flags(RuntimeConfig(xla_preset=preset), gpu=True, cache_directory=tmp_path)
-    flags = os.environ["XLA_FLAGS"].split()
-    inherited = "--xla_gpu_enable_latency_hiding_scheduler=false"
-    # what the user set in the environment wins over the preset
-    assert flags == [*(f for f in preset_flags(preset) if "latency_hiding" not in f), inherited]
-
-
-def test_presets_by_version():
-    assert preset_flags("none", "0.11.2") == ()
-    # without it JAX 0.10 computes wrong on GPUs, so even `none` has it
-    assert preset_flags("none", "0.10.2") == ("--xla_disable_hlo_passes=all-gather-to-collective-permute-simplifier",)
-    assert preset_flags("latency", "0.10.2") == preset_flags("none", "0.10.2") + preset_flags("latency", "0.11.2")
-
-
-def test_flags_are_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
-    config = RuntimeConfig(xla_flags="--xla_no_such_flag=1")
-    expected = f"runtime.xla_flags: jaxlib {JAXLIB} does not start with them: .*--xla_no_such_flag"
-    with pytest.raises(UserError, match=expected):
-        set_xla_flags(config, gpu=False, cache_directory=tmp_path)
-    monkeypatch.setattr(subprocess, "run", None)
-    with pytest.raises(UserError, match=expected):
-        set_xla_flags(config, gpu=False, cache_directory=tmp_path)
-    assert os.environ["XLA_FLAGS"] == ""
-
-
-def test_flags_that_cannot_take_effect(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
-    with pytest.raises(UserError, match="xla_preset=latency is for GPUs"):
-        set_xla_flags(RuntimeConfig(xla_preset="latency"), gpu=False)
-    set_xla_flags(RuntimeConfig(xla_preset="auto"), gpu=False)
-    assert os.environ["XLA_FLAGS"] == ""
-    monkeypatch.setenv("XLA_FLAGS", "flags.txt")
-    with pytest.raises(UserError, match="XLA_FLAGS=flags.txt in the environment is a file"):
-        set_xla_flags(RuntimeConfig(), gpu=True)
 
 
 def test_a_valid_flag_reaches_xla_after_the_inherited_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
