@@ -1,12 +1,48 @@
 """The GPUs Jaxtron knows by name: what the compiler, the memory check and MFU need of each."""
 
 import functools
+import math
+import os
 import re
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jaxtron.config import UserError
+
+# The part of a GPU's memory that JAX's pool may take; by itself JAX takes three quarters. The rest is for what is
+# beside the pool: CUDA's context, kernels, workspaces of libraries and NCCL's buffers, 6 GiB of an H100's 79.
+POOL_FRACTION = 0.92
+# the second is the first's new name; JAX refuses to have both
+POOL_VARIABLES = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+
+
+def pool_fraction(environment: Mapping[str, str] = os.environ) -> float:
+    """The part of a GPU's memory that JAX's pool may take in a run: the user's, by JAX's own variable, or ours.
+
+    Raises `UserError` for what JAX would not start with.
+    """
+    given = [name for name in POOL_VARIABLES if environment.get(name)]
+    if not given:
+        return POOL_FRACTION
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are both in the environment, and JAX takes one: unset the first")
+    text = environment[given[0]]
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = math.nan
+    if not 0 < fraction < math.inf:
+        raise UserError(f"{given[0]}={text} in the environment is not a part of the memory: unset it, or take 0.9")
+    return fraction
+
+
+def set_pool_fraction(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Lets JAX's pool take so much of each GPU, unless the user decided otherwise; before JAX starts on the GPUs."""
+    fraction = pool_fraction(environment)
+    if not any(environment.get(name) for name in POOL_VARIABLES):
+        environment[POOL_VARIABLES[0]] = str(fraction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +65,11 @@ class Gpu:
     network_bandwidth: float
     target_file: str | None = None
     """The text of a target description that was read, instead of one made of these figures."""
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of the memory that JAX's pool may take."""
+        return round(min(1.0, pool_fraction()) * self.memory_bytes)
 
     @property
     def target_config(self) -> str:

@@ -17,7 +17,7 @@ from jaxtron.models.pattern import ATTENTIONS, MLP
 from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.schedules import make_schedule
 from jaxtron.plan.activations import Kept, kept_bytes
-from jaxtron.plan.memory import NCCL_BUFFERS, RESERVE, MemoryUse
+from jaxtron.plan.memory import NCCL_BUFFERS, MemoryUse, reserved
 from jaxtron.roles import Role
 from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.config import AXES, MeshConfig, ShardingConfig
@@ -105,6 +105,7 @@ class Estimator:
         x = rows * config.data.sequence_length * model.hidden_size * width // (tensor * sizes["context"])
         travels = stages * chunks > 1
         held = (slots.activations + 1 if travels else 0) + slots.gradients + 1 + travels
+        communication = NCCL_BUFFERS * _groups(sizes)
         used = MemoryUse(
             master_weights=state.master,
             optimizer=state.optimizer,
@@ -114,8 +115,8 @@ class Estimator:
             messages=held * x,
             batch=rows * train.microbatches * config.data.sequence_length * BATCH_BYTES,
             temporaries=0,
-            communication=NCCL_BUFFERS * _groups(sizes),
-            reserve=RESERVE,
+            communication=communication,
+            reserve=reserved(gpu, communication),
             capacity=gpu.memory_bytes,
             stages=(),
         )

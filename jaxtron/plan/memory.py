@@ -15,7 +15,8 @@ from jaxtron.typing import PyTree
 
 GIB = 2**30
 # Estimates, not of the program: what the driver and libraries take once a process (CUDA's context, loaded kernels,
-# cuBLAS's workspaces), and NCCL's buffers and proxies for each set of devices that communicates.
+# cuBLAS's workspaces), and NCCL's buffers and proxies for each set of devices that communicates. Both are beside JAX's
+# pool, and what they leave of the memory beside it is of no use to the program.
 RESERVE = round(1.5 * GIB)
 NCCL_BUFFERS = round(0.25 * GIB)
 
@@ -33,7 +34,8 @@ class Stage:
 class MemoryUse:
     """Bytes of one GPU, the same on all: one program runs everywhere, with room for the fullest stage.
 
-    `temporaries` is what the compiled program needs beside the classes that its shapes explain.
+    `temporaries` is what the compiled program needs beside the classes that its shapes explain, `reserve` what is left
+    for others beside JAX's pool, so that a program that fits the GPU fits the pool.
     """
 
     master_weights: int
@@ -81,6 +83,11 @@ class MemoryUse:
         return self.total <= self.capacity
 
 
+def reserved(gpu: Gpu, communication: int) -> int:
+    """Bytes of a GPU that neither JAX's pool nor `communication` may fill; at least what driver and libraries take."""
+    return max(RESERVE, gpu.memory_bytes - gpu.pool_bytes - communication)
+
+
 def memory_use(trainer: Trainer, batch: Batch, compiled: deviceless.Memory, gpu: Gpu, num_groups: int) -> MemoryUse:
     """Bytes a GPU by class of a compiled step, inside `sharding.use(rules)`; `num_groups` sets of GPUs communicate."""
     state = trainer.abstract_state()
@@ -91,6 +98,7 @@ def memory_use(trainer: Trainer, batch: Batch, compiled: deviceless.Memory, gpu:
     weights = _copies(state.params, working)
     gradients = _in_region(buffers.sums)
     inputs = compiled.arguments - master - optimizer
+    communication = NCCL_BUFFERS * num_groups
     return MemoryUse(
         master_weights=master,
         optimizer=optimizer,
@@ -100,8 +108,8 @@ def memory_use(trainer: Trainer, batch: Batch, compiled: deviceless.Memory, gpu:
         messages=messages,
         batch=inputs,
         temporaries=compiled.peak - compiled.arguments - weights - gradients - kept - messages,
-        communication=NCCL_BUFFERS * num_groups,
-        reserve=RESERVE,
+        communication=communication,
+        reserve=reserved(gpu, communication),
         capacity=gpu.memory_bytes,
         stages=_stages(trainer, kept),
     )

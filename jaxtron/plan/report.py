@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from jaxtron.command import write_whole
+from jaxtron.gpus import pool_fraction
 from jaxtron.models.cost import model_flops_per_token
 from jaxtron.pipeline.lowering import lower, message_counts
 from jaxtron.plan import flops, traffic
@@ -158,7 +159,8 @@ def _memory(plan: Plan) -> list[str]:
     ]
     lines = [
         f"memory of a GPU: {verdict}, {size(memory.total)} of {size(memory.capacity)} "
-        f"({memory.total / memory.capacity:.0%}); communication buffers and reserve are estimates",
+        f"({memory.total / memory.capacity:.0%}); JAX's pool may take {min(1.0, pool_fraction()):.0%}, communication "
+        "buffers and reserve are the rest",
         *aligned(rows, right=(1, 2)),
     ]
     if len(memory.stages) > 1:

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 
 from jaxtron.config import UserError
+from jaxtron.gpus import set_pool_fraction
 from jaxtron.train.machine import find_launcher, has_driver
 from jaxtron.train.runtime_config import RuntimeConfig
 from jaxtron.train.xla_flags import set_xla_flags
@@ -34,6 +35,7 @@ def start_runtime(config: RuntimeConfig, *, devices: int | None = None) -> None:
     if not has_driver():
         prepare_without_driver()
     set_xla_flags(config, gpu=devices is None and expects_gpu())
+    set_pool_fraction()
     if config.compilation_cache is not None:
         _set_compilation_cache(Path(config.compilation_cache).expanduser())
     initialize_distributed(config)

@@ -69,7 +69,9 @@ def test_classes_are_those_of_the_real_step(flags: str):
         real = memory_use(trainer, batch, compiled, A100, 1)
     found = Estimator(config).memory(config, dict(mesh.shape), A100)
     assert {name: getattr(found, name) for name in SHAPED} == {name: getattr(real, name) for name in SHAPED}
-    assert found.reserve == real.reserve and found.capacity == real.capacity and found.temporaries > 0
+    # how many sets of GPUs communicate is not known before, but what there is beside JAX's pool is
+    assert found.reserve + found.communication == real.reserve + real.communication
+    assert found.capacity == real.capacity and found.temporaries > 0
 
 
 def test_one_estimator_serves_all_layouts_of_a_model():
