@@ -29,13 +29,14 @@ class Checkpoints:
     """The checkpoints in one directory, which only this run writes; every process of the run has one.
 
     `close` it in the end: Python may exit without finishing a save in the background. A `UserError` if the directory
-    cannot be written.
+    cannot be written; without `writes` it is not tried, nor the directory made.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig):
+    def __init__(self, directory: Path, config: CheckpointConfig, *, writes: bool = True):
         self.directory = directory.absolute()
         self.config = config
-        _check_writable(self.directory)
+        if writes:
+            _check_writable(self.directory)
         # directories are made at once, so that a full or read-only disk is noticed in `save`
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(RecordingHandler(), async_options=options)

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 _COMMITTED = re.compile(r"step_(\d{8,})")
 _UNFINISHED = re.compile(r"step_(\d{8,})\.orbax-checkpoint-tmp.*")
 
+MOST_TRIES = 5
 Check = Callable[[dict[str, Any]], None]
 # what else than the model differs, by the first part of an array's name
 _PARTS = {"optimizer": "optimizer", "loss_scale": "train.precision"}
@@ -95,7 +96,23 @@ def restore_part(
     `abstract_part`, `check` and the callers are as in `restore_newest`. A `UserError` if there is no such checkpoint,
     it is damaged, or this part of it is of another model.
     """
-    committed = committed_steps(directory)
+    for _ in range(MOST_TRIES):
+        committed = committed_steps(directory)
+        try:
+            return _restore_part(directory, abstract_part, committed, step, check)
+        except (OSError, ValueError):
+            # a run that goes on may have replaced the checkpoint by a newer one while it was read; of several
+            # processes others may have read it
+            if step is not None or jax.process_count() > 1 or committed_steps(directory) == committed:
+                raise
+    raise UserError(
+        f"checkpoints in {directory} are replaced faster than one can be read; raise --checkpoint.keep there"
+    )
+
+
+def _restore_part(
+    directory: Path, abstract_part: dict[str, PyTree], committed: list[int], step: int | None, check: Check
+) -> Restored:
     if step is not None and step not in committed:
         there = f"there are those of {', '.join(map(str, committed))}" if committed else "there is none at all"
         raise UserError(f"no finished checkpoint of step {step} in {directory}; {there}")
@@ -120,11 +137,14 @@ def _newest_whole(directory: Path, *, only: int | None = None) -> tuple[tuple[in
     skipped: list[Skipped] = []
     for step in sorted({*committed, *unfinished} if only is None else {only}, reverse=True):
         if step in unfinished:
-            _skip(skipped, step_path(directory, step), "unfinished, the run ended while writing it")
+            _skip(skipped, step_path(directory, step), "unfinished: a run ended while writing it, or is writing it")
         if step not in committed:
             continue
         path = step_path(directory, step)
         record, damage = _examine(path)
+        if damage and not path.exists():
+            # a run that goes on replaced it by a newer one
+            continue
         if record is None or damage:
             _skip(skipped, path, damage)
             continue

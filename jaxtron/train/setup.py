@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtron.checkpoint.layer_order import LayerOrder, layer_order
 from jaxtron.checkpoint.manager import Checkpoints
+from jaxtron.checkpoint.restore import committed_steps
 from jaxtron.config import UserError
 from jaxtron.data.dataset import Data, open_data
 from jaxtron.data.loader import Loader
@@ -27,6 +28,7 @@ from jaxtron.train.config import Configuration
 from jaxtron.train.divergence import check_state
 from jaxtron.train.dtypes import DTYPES
 from jaxtron.train.history import Continuation, changes, check_changes, listed, recorded_settings
+from jaxtron.train.run_lock import run_lock
 from jaxtron.train.step import Batch, Trainer, TrainState, batch_sharding
 from jaxtron.train.trackers import import_tracker
 from jaxtron.typing import Array, PyTree
@@ -76,7 +78,8 @@ class Run:
 def open_run(config: Configuration, name: str) -> Iterator[Run]:
     """A run on all devices, resumed from its directory's newest checkpoint where there is one.
 
-    Nothing is written before everything that can be checked was: a `UserError` leaves no half-made directory.
+    Nothing is written before everything that can be checked was: a `UserError` leaves no half-made directory. Where
+    there are steps to take, the directory is locked.
     """
     config = config.resolved()
     devices = jax.devices()
@@ -87,41 +90,47 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
     mesh = build_mesh(config.mesh, devices)
     data = open_data(config.data, seed=config.seed, train_samples=config.train_samples())
     check_vocabulary(config, data)
-    with use(make_rules(mesh, config.sharding, config.context)):
+    with use(make_rules(mesh, config.sharding, config.context)), contextlib.ExitStack() as stack:
         trainer = make_trainer(config)
         abstract = _placed(trainer.abstract_state(), mesh)
         order = layer_order(trainer.partition, trainer.blueprint)
         directory = Path(config.run.directory or f"runs/{name}")
-        is_new = not directory.exists()
-        checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint)
-        try:
-            check = partial(check_record, config=config, data=data, directory=directory)
-            restored = checkpoints.restore(order.abstract(abstract), check)
-            if restored is None:
-                state, step, position, continuation = trainer.initial_state(), 0, 0, Continuation()
-            else:
-                state = order.in_stage_order(restored.state, abstract)
-                check_state(checkpoints, restored.step, state)
-                step, position = restored.step, restored.extra["position"]
-                continuation = Continuation.of(restored.extra, config, directory, step=step)
-            yield Run(
-                config=config,
-                directory=directory,
-                data=data,
-                trainer=trainer,
-                placement=Placement(batch_sharding()),
-                checkpoints=checkpoints,
-                layer_order=order,
-                evaluate=jax.jit(trainer.evaluate),
-                state=state,
-                step=step,
-                position=position,
-                continuation=continuation,
-            )
-        finally:
-            checkpoints.close()
-            if is_new:
-                _remove_empty(directory / "checkpoints", directory)
+        if not directory.exists():
+            stack.callback(_remove_empty, directory / "checkpoints", directory)
+        lock = stack.enter_context(contextlib.ExitStack())
+        newest = max(committed_steps(directory / "checkpoints"), default=0)
+        # a complete run is only looked at, even while another command goes on with it
+        is_complete = newest >= config.train.steps
+        if not is_complete:
+            lock.enter_context(run_lock(directory))
+        checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint, writes=not is_complete)
+        stack.callback(checkpoints.close)
+        check = partial(check_record, config=config, data=data, directory=directory)
+        restored = checkpoints.restore(order.abstract(abstract), check)
+        if restored is None:
+            state, step, position, continuation = trainer.initial_state(), 0, 0, Continuation()
+        else:
+            state = order.in_stage_order(restored.state, abstract)
+            check_state(checkpoints, restored.step, state)
+            step, position = restored.step, restored.extra["position"]
+            continuation = Continuation.of(restored.extra, config, directory, step=step)
+        if is_complete and step < config.train.steps:
+            # the newest was damaged
+            lock.enter_context(run_lock(directory))
+        yield Run(
+            config=config,
+            directory=directory,
+            data=data,
+            trainer=trainer,
+            placement=Placement(batch_sharding()),
+            checkpoints=checkpoints,
+            layer_order=order,
+            evaluate=jax.jit(trainer.evaluate),
+            state=state,
+            step=step,
+            position=position,
+            continuation=continuation,
+        )
 
 
 def make_trainer(config: Configuration) -> Trainer:

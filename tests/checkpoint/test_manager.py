@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxtron.checkpoint import record as records
 from jaxtron.checkpoint.config import CheckpointConfig
 from jaxtron.checkpoint.manager import Checkpoints
+from jaxtron.checkpoint.restore import restore_part
 from jaxtron.checkpoint.storage import RecordingHandler
 from jaxtron.config import UserError
 
@@ -153,6 +155,33 @@ def test_resume_off_never_overwrites(checkpoints, make_state, abstract, one_devi
     checkpoints(asynchronous=False).save(1, state, {})
     with pytest.raises(UserError, match="up to step 1 and --checkpoint.resume is off"):
         checkpoints(resume=False).restore(wanted)
+
+
+def test_a_checkpoint_that_a_run_replaces_while_it_is_read_is_read_anew(
+    checkpoints, make_state, abstract, assert_same, one_device, monkeypatch, caplog
+):
+    written = checkpoints(keep=1, asynchronous=False)
+    written.save(1, make_state(one_device, seed=1), {})
+    verify = records.verify
+
+    def slow(directory, files, **shares):
+        if directory.name == "step_00000001":
+            # the run goes on meanwhile
+            written.save(2, make_state(one_device, seed=2), {})
+        verify(directory, files, **shares)
+
+    monkeypatch.setattr(records, "verify", slow)
+    wanted = {"parameters": abstract(make_state(one_device), one_device)["parameters"]}
+    found = restore_part(written.directory, wanted)
+    assert found.step == 2 and found.skipped == () and caplog.text == ""
+    assert_same(found.state["parameters"], make_state(one_device, seed=2)["parameters"])
+
+
+def test_without_writes_no_directory_is_made(tmp_path, make_state, abstract, one_device):
+    looked_at = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(), writes=False)
+    assert looked_at.restore(abstract(make_state(one_device), one_device)) is None
+    looked_at.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_due_steps(checkpoints):

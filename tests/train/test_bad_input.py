@@ -189,7 +189,7 @@ def test_places_that_cannot_be_written(tmp_path: Path):
     file = write_text(tmp_path / "file")
     for place in ("/dev/null/run", f"{file}", f"{file}/run"):
         ended = run_here(*small(tmp_path), "--run.directory", place)
-        assert_one_line(ended, f"checkpoints cannot be written to {place}/checkpoints: Not a directory")
+        assert_one_line(ended, f"run.directory {place} cannot be written to: Not a directory")
     ended = run_here(*small(tmp_path), "--data.cache_directory", "/dev/null/cache")
     assert_one_line(ended, "cannot write the token cache in /dev/null/cache")
     ended = run_here(*small(tmp_path), "--runtime.compilation_cache", "/dev/null/cache")
