@@ -1,32 +1,21 @@
-"""Packed rows of conversations, tokenized once.
+"""Rows of whole conversations to train on and to validate on, and what was left out of them."""
 
-A cache entry is a folder named by the hash of what it was made from, written under another name and renamed when whole,
-as in `text.py`.
-"""
-
-import hashlib
-import json
 import logging
-import shutil
-import uuid
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Int64, Integer
+from jaxtyping import Int64
 
 from jaxtron.config import UserError
-from jaxtron.data.chat import encode_conversations, read_conversations
-from jaxtron.data.chat_template import ChatMl, ChatTemplate, Message, Piece
+from jaxtron.data.chat import NO_ROLES
+from jaxtron.data.chat_cache import ChatEntry, Reason, open_entry
+from jaxtron.data.chat_template import ChatMl, ChatTemplate
 from jaxtron.data.packing import PackedSequence, PackedSource
+from jaxtron.data.source import NO_SAMPLES, Source
 from jaxtron.data.tokenizers import Tokenizer
-
-FORMAT_VERSION = 1
-BATCH = 512
-"""Conversations that are encoded together."""
 
 logger = logging.getLogger(__name__)
 
@@ -36,20 +25,40 @@ class ChatCounts:
     """What became of the conversations of the files."""
 
     read: int
-    without_answer: int
-    """Dropped: there is no answer to learn from."""
-    with_markers: int
-    """Dropped: a message contains a marker of the template, which would forge a turn."""
-    too_long: int = 0
-    """Dropped: longer than a row, and to be dropped then, or cut before the first answer."""
-    truncated: int = 0
+    left_out: Mapping[str, Reason]
+    """By the reason."""
+    truncated: int
     """Cut to the length of a row."""
+    unread: Mapping[str, int]
+    """Lines that have a key which nothing reads, by key."""
+
+    @property
+    def dropped(self) -> int:
+        """Conversations left out."""
+        return sum(reason.count for reason in self.left_out.values())
+
+    def reasons(self) -> list[str]:
+        """Why conversations were left out, most first."""
+        most_first = sorted(self.left_out.items(), key=lambda item: -item[1].count)
+        return [f"{found.count:,} {reason} ({found.first})" for reason, found in most_first]
+
+    def lines(self) -> list[str]:
+        """What a user wants to know before training."""
+        lines = [f"conversations: {self.read:,} read, {self.read - self.dropped:,} kept"]
+        if self.truncated:
+            lines[0] += f", {self.truncated:,} of them cut to the length of a sequence"
+        lines += [f"left out: {reason}" for reason in self.reasons()]
+        if self.unread:
+            keys = ", ".join(f"{key} ({count:,})" for key, count in self.unread.items())
+            lines.append(f"keys that nothing reads, and lines that have them: {keys}")
+        return lines
 
 
-class ChatSource(PackedSource):
-    """First-fit rows of whole conversations, weights on answers only; `counts` says what was left out.
+class Conversations:
+    """All conversations of the files that fit into rows of `sequence_length`; `split` packs them.
 
     `too_long` says what happens to a conversation of more than `sequence_length` + 1 ids: "drop" or "truncate" it.
+    `UserError` if more than a share `max_dropped` of the conversations is left out, for whatever reasons.
     """
 
     def __init__(
@@ -60,43 +69,84 @@ class ChatSource(PackedSource):
         tokenizer: Tokenizer,
         cache_directory: Path,
         template: ChatTemplate | None = None,
+        roles: Mapping[str, str] = NO_ROLES,
         too_long: Literal["drop", "truncate"] = "drop",
+        max_dropped: float = 1.0,
     ):
-        if too_long not in ("drop", "truncate"):
-            raise UserError(f"conversations that are too long: {too_long!r}; choose drop or truncate")
-        entry = _open_entry(files, tokenizer, ChatMl() if template is None else template, cache_directory)
+        assert too_long in ("drop", "truncate")
+        self._sequence_length = sequence_length
+        self._entry = open_entry(
+            files,
+            tokenizer=tokenizer,
+            template=ChatMl() if template is None else template,
+            roles=roles,
+            cache_directory=cache_directory,
+        )
         limit = sequence_length + 1
-        is_long = entry.lengths > limit
-        is_kept = ~is_long if too_long == "drop" else entry.first_answers < limit
-        self.counts = replace(entry.counts, too_long=int((~is_kept).sum()), truncated=int((is_long & is_kept).sum()))
-        self.fingerprint = entry.fingerprint
-        kept = np.flatnonzero(is_kept)
-        if not len(kept):
+        is_long = self._entry.lengths > limit
+        is_kept = ~is_long if too_long == "drop" else self._entry.first_answers < limit
+        self._lengths = np.minimum(self._entry.lengths, limit)
+        self._kept = np.flatnonzero(is_kept)
+        self.counts = ChatCounts(
+            read=self._entry.read,
+            left_out={**self._entry.left_out, **_too_long(self._entry, ~is_kept, too_long, sequence_length)},
+            truncated=int((is_long & is_kept).sum()),
+            unread=self._entry.unread,
+        )
+        self.fingerprint = f"{self._entry.fingerprint} {sequence_length} {too_long}"
+        for line in self.counts.lines():
+            logger.info("%s", line)
+        _check_dropped(self.counts, max_dropped, files)
+
+    def split(self, validation_fraction: float) -> tuple[Source, Source]:
+        """Rows to train on, and rows to validate on: conversations are divided first, then packed, each part by itself.
+
+        What a conversation says decides where it goes, so that validation has conversations of all lengths from all
+        over the files, whatever their order, the tokenizer and the seed.
+        """
+        kept = self._kept
+        num_validation = round(len(kept) * validation_fraction)
+        if num_validation == len(kept) or (validation_fraction and not num_validation):
             raise UserError(
-                f"no conversation of {', '.join(map(str, files))} is left of {self.counts.read}: {self.counts}; "
-                "raise the sequence length or give other files"
+                f"{len(kept):,} conversations are too few to keep data.validation_fraction {validation_fraction} of "
+                "them for validation; give more, or set --data.validation_fraction 0"
             )
-        super().__init__(_Kept(entry, kept, np.minimum(entry.lengths[kept], limit)), sequence_length=sequence_length)
+        order = np.argsort(self._entry.digests[kept], kind="stable")
+        validation, train = np.sort(kept[order[:num_validation]]), np.sort(kept[order[num_validation:]])
+        return self._pack(train), self._pack(validation) if num_validation else NO_SAMPLES
+
+    def _pack(self, numbers: Int64[np.ndarray, "K"]) -> PackedSource:
+        return PackedSource(_Kept(self._entry, numbers, self._lengths[numbers]), sequence_length=self._sequence_length)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Every conversation with an answer, as memory-mapped arrays."""
+def _too_long(entry: ChatEntry, is_dropped: np.ndarray, too_long: str, sequence_length: int) -> dict[str, Reason]:
+    if not is_dropped.any():
+        return {}
+    what = "longer than" if too_long == "drop" else "whose first answer is beyond"
+    longest = f"the longest has {entry.lengths[is_dropped].max():,} tokens"
+    return {f"{what} data.sequence_length {sequence_length}": Reason(int(is_dropped.sum()), longest)}
 
-    ids: Integer[np.ndarray, "T"]
-    is_answer: Bool[np.ndarray, "T"]
-    lengths: Int64[np.ndarray, "N"]
-    starts: Int64[np.ndarray, "N"]
-    first_answers: Int64[np.ndarray, "N"]
-    """The place of the first id to predict in each conversation, at least 1."""
-    counts: ChatCounts
-    fingerprint: str
+
+def _check_dropped(counts: ChatCounts, max_dropped: float, files: Sequence[Path]) -> None:
+    if not counts.read:
+        raise UserError(f"no conversation in {', '.join(map(str, files))}; give JSON lines of conversations")
+    if counts.dropped < counts.read and counts.dropped <= max_dropped * counts.read:
+        return
+    advice = "mend the lines"
+    if any("data.sequence_length" in reason for reason in counts.left_out):
+        advice += ", raise --data.sequence_length, set --data.chat.too_long truncate"
+    if counts.dropped < counts.read:
+        # a share with two digits that allows it
+        advice += f", or allow it with --data.chat.max_dropped {-(-100 * counts.dropped // counts.read) / 100}"
+    more = "" if counts.dropped == counts.read else f", more than data.chat.max_dropped {max_dropped}"
+    left_out = "1 conversation is" if counts.dropped == 1 else f"{counts.dropped:,} conversations are"
+    raise UserError(f"{left_out} left out of {counts.read:,}{more}: {'; '.join(counts.reasons())}: {advice}")
 
 
 class _Kept:
     """Some conversations of an entry, some of them cut."""
 
-    def __init__(self, entry: _Entry, numbers: Int64[np.ndarray, "K"], lengths: Int64[np.ndarray, "K"]):
+    def __init__(self, entry: ChatEntry, numbers: Int64[np.ndarray, "K"], lengths: Int64[np.ndarray, "K"]):
         self.lengths = lengths
         self._entry = entry
         self._numbers = numbers
@@ -105,106 +155,3 @@ class _Kept:
         start = int(self._entry.starts[self._numbers[index]])
         end = start + int(self.lengths[index])
         return PackedSequence(self._entry.ids[start:end].astype(np.int32), self._entry.is_answer[start:end])
-
-
-def _open_entry(files: Sequence[Path], tokenizer: Tokenizer, template: ChatTemplate, cache_directory: Path) -> _Entry:
-    """The conversations from the cache, put there first if need be."""
-    try:
-        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}; give readable JSON lines") from error
-    key = json.dumps(["chat", FORMAT_VERSION, tokenizer.fingerprint, template.fingerprint, stats])
-    entry = cache_directory / hashlib.sha256(key.encode()).hexdigest()[:32]
-    if not entry.is_dir():
-        logger.info("tokenizing %d files of conversations into %s", len(files), entry)
-        try:
-            _write_entry(entry, files, tokenizer, template)
-        except OSError as error:
-            raise UserError(
-                f"cannot write the token cache in {cache_directory}: {error.strerror or error}; "
-                "give a writable folder with room"
-            ) from error
-    return _read_entry(entry)
-
-
-def _write_entry(entry: Path, files: Sequence[Path], tokenizer: Tokenizer, template: ChatTemplate) -> None:
-    partial = entry.with_name(f"{entry.name}.{uuid.uuid4().hex}.partial")
-    partial.mkdir(parents=True)
-    try:
-        description = _write_tokens(partial, files, tokenizer, template)
-        (partial / "description.json").write_text(json.dumps(description), encoding="utf-8")
-        try:
-            partial.rename(entry)
-        except OSError:
-            # another process was first, and its entry is the same as ours
-            if not entry.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_tokens(folder: Path, files: Sequence[Path], tokenizer: Tokenizer, template: ChatTemplate) -> dict:
-    """Write the ids, answers, lengths and first answers; what describes them is returned."""
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    digest, lengths, first_answers = hashlib.sha256(), [], []
-    read = without_answer = with_markers = 0
-    with (folder / "ids.bin").open("wb") as ids_file, (folder / "answers.bin").open("wb") as answers_file:
-        for file in files:
-            conversations = read_conversations(file)
-            while batch := list(islice(conversations, BATCH)):
-                honest = [(line, turns) for line, turns in batch if not _has_marker(turns, template.markers)]
-                read, with_markers = read + len(batch), with_markers + len(batch) - len(honest)
-                pieces = [_render(file, line, turns, template) for line, turns in honest]
-                for sequence in encode_conversations(pieces, tokenizer=tokenizer):
-                    if not sequence.is_answer[1:].any():
-                        without_answer += 1
-                        continue
-                    ids, answers = sequence.ids.astype(dtype).tobytes(), sequence.is_answer.tobytes()
-                    ids_file.write(ids)
-                    answers_file.write(answers)
-                    digest.update(ids + answers)
-                    lengths.append(len(sequence.ids))
-                    first_answers.append(1 + int(np.argmax(sequence.is_answer[1:])))
-    np.save(folder / "lengths.npy", np.array(lengths, np.int64))
-    np.save(folder / "first_answers.npy", np.array(first_answers, np.int64))
-    digest.update(np.array(lengths, "<i8").tobytes())
-    counts = ChatCounts(read=read, without_answer=without_answer, with_markers=with_markers)
-    return {"dtype": dtype.str, "fingerprint": digest.hexdigest(), "counts": asdict(counts)}
-
-
-def _render(file: Path, line: int, messages: Sequence[Message], template: ChatTemplate) -> list[Piece]:
-    try:
-        return template.render(messages)
-    except ValueError as error:
-        raise UserError(f"{file}, line {line}: {error}") from error
-
-
-def _has_marker(messages: Sequence[Message], markers: Sequence[str]) -> bool:
-    return any(marker in text for message in messages for text in (message.role, message.content) for marker in markers)
-
-
-def _read_entry(entry: Path) -> _Entry:
-    try:
-        description = json.loads((entry / "description.json").read_text(encoding="utf-8"))
-        lengths, first_answers = np.load(entry / "lengths.npy"), np.load(entry / "first_answers.npy")
-        ids = _map(entry / "ids.bin", np.dtype(description["dtype"]))
-        is_answer = _map(entry / "answers.bin", np.dtype(bool))
-        if not len(ids) == len(is_answer) == lengths.sum():
-            raise UserError(f"{len(ids)} ids, {len(is_answer)} marks, but {lengths.sum()} in all conversations")
-        counts = ChatCounts(**description["counts"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise UserError(f"the token cache {entry} is damaged ({error}); delete that folder and start again") from error
-    return _Entry(
-        ids=ids,
-        is_answer=is_answer,
-        lengths=lengths,
-        starts=np.cumsum(lengths) - lengths,
-        first_answers=first_answers,
-        counts=counts,
-        fingerprint=description["fingerprint"],
-    )
-
-
-def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    """A plain view of the mapped file: slices of a memmap are several times slower."""
-    return np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.empty(0, dtype)

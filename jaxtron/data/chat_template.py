@@ -1,15 +1,17 @@
-"""How a conversation is written out, and which of its characters the model is to write itself.
-
-Each piece of text is encoded by itself, so an answer's ids are those the model gives when it writes after the prompt.
-"""
+"""How a conversation is written out, and which of its characters the model is to write itself."""
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
 from jaxtron.config import UserError
+from jaxtron.data.config import ChatConfig
+from jaxtron.data.files import read_document
+from jaxtron.data.tokenizers import Tokenizer
 
 try:
     import jinja2
@@ -18,6 +20,10 @@ except ImportError:
     jinja2 = None
 
 ASSISTANT = "assistant"
+# what `{% generation %}` becomes in the text written, and is taken out of it again
+_BEGIN, _END = "\0generation\0", "\0endgeneration\0"
+_GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+_MARKS = re.compile(f"({_BEGIN}|{_END})")
 
 
 @dataclass(frozen=True)
@@ -26,18 +32,37 @@ class Message:
 
     role: str
     content: str
+    is_learned: bool = True
+    """Whether this turn, if it is an answer, has loss."""
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """What else the turn comes with, such as `tool_calls`, for templates that write it."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns in order."""
+
+    messages: Sequence[Message]
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """What else came with them, such as `tools`, for templates that write it."""
+    unread: tuple[str, ...] = ()
+    """Keys that came with it and that nothing reads."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that is an answer, with the mark that ends it, or text that is none."""
+    """Text that is to be learned, with the mark that ends it, or text that is not."""
 
     text: str
     is_answer: bool
 
 
+class Refusal(ValueError):
+    """A template does not write this conversation, and says why."""
+
+
 class ChatTemplate(Protocol):
-    """From messages to pieces of text."""
+    """From conversations to pieces of text."""
 
     @property
     def fingerprint(self) -> str:
@@ -49,8 +74,20 @@ class ChatTemplate(Protocol):
         """What no message may contain, since it would forge a turn."""
         ...
 
-    def render(self, messages: Sequence[Message]) -> list[Piece]:
-        """The conversation's text in pieces; ValueError says why it cannot be written."""
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Texts that are each one token of the tokenizer where it has such a token."""
+        ...
+
+    def reads(self, name: str) -> bool:
+        """Whether what a conversation or a turn has under this name may be written."""
+        ...
+
+    def render(self, conversation: Conversation) -> list[Piece]:
+        """The text in pieces, up to the last answer or beyond.
+
+        `Refusal` if the template wants none of this conversation; `UserError` if the template itself is at fault.
+        """
         ...
 
 
@@ -62,13 +99,17 @@ class ChatMl:
 
     fingerprint = "chatml"
     markers = ("<|im_start|>", "<|im_end|>")
+    tokens = markers
 
-    def render(self, messages: Sequence[Message]) -> list[Piece]:
+    def reads(self, name: str) -> bool:
+        return False
+
+    def render(self, conversation: Conversation) -> list[Piece]:
         start, end = self.markers
         pieces, prompt = [], ""
-        for message in messages:
+        for message in conversation.messages:
             prompt += f"{start}{message.role}\n"
-            if message.role == ASSISTANT:
+            if message.role == ASSISTANT and message.is_learned:
                 pieces += [Piece(prompt, False), Piece(message.content + end, True)]
                 prompt = "\n"
             else:
@@ -79,54 +120,174 @@ class ChatMl:
 class JinjaTemplate:
     """A Jinja template as `tokenizer_config.json` files have it; needs `pip install "jaxtron[chat]"`.
 
-    It is given `messages`, `add_generation_prompt` and `tokens` such as `bos_token` and `eos_token`. What it writes up
-    to an answer must be how it writes the conversation before it with `add_generation_prompt`; the answer is what it
-    writes after that, less white space at the end. A template that rewrites earlier turns is an error.
+    It is given `messages`, `add_generation_prompt`, the conversation's extras (`tools`) and `variables` (`eos_token`).
+    Other names may be tested, as in `{% if tools %}`; to write one is a `UserError`.
+
+    With `{% generation %}` in it, what is written inside is an answer. Else, what it writes up to an answer must be how
+    it writes the conversation before it with `add_generation_prompt`, and the answer is what it writes after that, less
+    white space at the end; a template that rewrites earlier turns is then a `UserError`.
     """
 
-    def __init__(self, source: str, *, tokens: Mapping[str, str] | None = None, markers: Sequence[str] = ()):
+    def __init__(self, source: str, *, variables: Mapping[str, Any] | None = None, markers: Sequence[str] = ()):
         if jinja2 is None:
             raise UserError('a Jinja chat template needs the package jinja2: pip install "jaxtron[chat]"')
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _raise
+        environment = _environment()
+        marked, num_tags = _GENERATION.subn(_as_call, source)
         try:
-            self._template = environment.from_string(source)
+            parsed = environment.parse(marked)
+            self._template = environment.from_string(marked)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"line {error.lineno} of the chat template: {error.message}; mend the template") from error
-        self._tokens = dict(tokens or {})
-        self._error = jinja2.TemplateError
-        self.markers = tuple(markers)
-        description = json.dumps([source, sorted(self._tokens.items()), self.markers])
+        kinds = ((jinja2.nodes.Name, "name"), (jinja2.nodes.Getattr, "attr"), (jinja2.nodes.Const, "value"))
+        self._words = {getattr(node, field) for kind, field in kinds for node in parsed.find_all(kind)}
+        self._marks_answers = num_tags > 0
+        self._variables = {name: value for name, value in (variables or {}).items() if self.reads(name)}
+        texts = [value for name, value in self._variables.items() if name.endswith("_token")]
+        self.tokens = tuple(text for text in texts if isinstance(text, str) and text)
+        self.markers = tuple(dict.fromkeys([*markers, *self.tokens, _BEGIN, _END]))
+        description = json.dumps([source, sorted(self._variables.items()), markers], default=str)
         self.fingerprint = f"jinja:{hashlib.sha256(description.encode()).hexdigest()}"
 
-    def render(self, messages: Sequence[Message]) -> list[Piece]:
+    def reads(self, name: str) -> bool:
+        return name in self._words
+
+    def render(self, conversation: Conversation) -> list[Piece]:
+        answers = [message for message in conversation.messages if message.role == ASSISTANT]
+        if self._marks_answers:
+            return self._render_marked(conversation, answers)
         pieces, written = [], ""
-        for number, message in enumerate(messages):
+        for number, message in enumerate(conversation.messages):
             if message.role != ASSISTANT:
                 continue
-            prompt = self._write(messages[:number], prompting=True)
-            whole = self._write(messages[: number + 1], prompting=False)
+            prompt = self._prompt(conversation, number)
+            whole = self._write(conversation, number + 1, prompting=False)
             if not (prompt.startswith(written) and whole.startswith(prompt)):
-                raise ValueError(
-                    f"the template writes the conversation before message {number} in another way than with it; "
-                    "use a template that only appends"
+                raise UserError(
+                    f"the template writes the conversation before message {number} in another way than with it; use a "
+                    "template that only appends, or mark its answers with {% generation %} and {% endgeneration %}"
                 )
             answer = whole[len(prompt) :].rstrip()
-            pieces += [Piece(prompt[len(written) :], False), Piece(answer, True)]
+            pieces += [Piece(prompt[len(written) :], False), Piece(answer, message.is_learned)]
             written = prompt + answer
         return pieces
 
-    def _write(self, messages: Sequence[Message], *, prompting: bool) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+    def _render_marked(self, conversation: Conversation, answers: Sequence[Message]) -> list[Piece]:
+        text = self._write(conversation, len(conversation.messages), prompting=False)
+        # text, mark, text, mark ...: every other text is inside
+        parts = _MARKS.split(text)
+        inside = len(parts) // 4
+        if inside != len(answers) and not all(answer.is_learned for answer in answers):
+            raise UserError(
+                f"the chat template marks {inside} answers of {len(answers)}: which have weight 0 is unknown"
+            )
+        is_learned = [answer.is_learned for answer in answers] if inside == len(answers) else [True] * inside
+        return [Piece(part, bool(place % 2) and is_learned[place // 2]) for place, part in enumerate(parts[::2])]
+
+    def _prompt(self, conversation: Conversation, count: int) -> str:
         try:
-            return self._template.render(messages=turns, add_generation_prompt=prompting, **self._tokens)
-        except self._error as error:
-            raise ValueError(f"the chat template cannot write it: {error}") from error
+            return self._write(conversation, count, prompting=True)
+        except UserError as error:
+            if count:
+                raise
+            # many templates look at the first message, whatever it is
+            raise Refusal(f"it begins with an answer ({error})") from error
+
+    def _write(self, conversation: Conversation, count: int, *, prompting: bool) -> str:
+        """The first `count` messages as the template writes them."""
+        assert jinja2 is not None
+        turns = [
+            {"role": message.role, "content": message.content, **message.extras}
+            for message in conversation.messages[:count]
+        ]
+        # transformers gives these two names to every template
+        names = {"tools": None, "documents": None, **self._variables, **conversation.extras}
+        try:
+            return self._template.render(names, messages=turns, add_generation_prompt=prompting)
+        except Refusal:
+            raise
+        except jinja2.UndefinedError as error:
+            raise UserError(
+                f"the chat template writes what has no value: {error.message}; give such a name as "
+                "--data.chat.variables.NAME VALUE, or mend the template"
+            ) from error
+        # a template is a program, and may fail like one
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+            raise UserError(f"the chat template cannot write it: {error}; mend the template") from error
 
 
-def _raise(message: str) -> None:
-    """What templates call when a conversation is not as they want it."""
+def open_template(config: ChatConfig, tokenizer: Tokenizer) -> ChatTemplate:
+    """The template that the settings name, with the special tokens of the tokenizer; `UserError` for bad settings."""
+    if config.template is None:
+        for name in ("variables", "markers"):
+            if getattr(config, name):
+                raise UserError(f"data.chat.{name} has no effect on ChatML; leave it out, or give data.chat.template")
+        return ChatMl()
+    path = Path(config.template).expanduser()
+    source = read_document(path)
+    if path.suffix == ".json":
+        source = _declared_template(path, source)
+    template = JinjaTemplate(source, variables={**tokenizer.special_tokens, **config.variables}, markers=config.markers)
+    for name, value in config.variables.items():
+        if not template.reads(name):
+            raise UserError(f"data.chat.variables.{name} has no effect: {path} does not name it; leave it out")
+        if name.endswith("_token") and value and tokenizer.token_id(str(value)) is None:
+            raise UserError(
+                f"data.chat.variables.{name} {value} is no token of the tokenizer; give the text of one that it has"
+            )
+    return template
+
+
+def _declared_template(path: Path, content: str) -> str:
+    """`chat_template` of a tokenizer_config.json: a text, or a list of texts with names."""
+    try:
+        found = json.loads(content)["chat_template"]
+        if isinstance(found, list):
+            found = next(entry["template"] for entry in found if entry["name"] == "default")
+    except (ValueError, LookupError, TypeError, StopIteration, RecursionError):
+        found = None
+    if not isinstance(found, str):
+        raise UserError(f"{path} has no chat_template; give a file that is a Jinja template, or has one")
+    return found
+
+
+def _environment():
+    """Hugging Face's: its filters and tags, but to write what has no value is an error."""
     assert jinja2 is not None
-    raise jinja2.TemplateError(message)
+
+    class Missing(jinja2.Undefined):
+        """False and empty where it is tested, as in `{% if tools %}`."""
+
+        __slots__ = ()
+        __str__ = jinja2.StrictUndefined.__str__
+
+        def __iter__(self):
+            # turns lack keys that others have; a name that nobody gave is a slip
+            is_name = self._undefined_obj is jinja2.utils.missing
+            return jinja2.StrictUndefined.__iter__(self) if is_name else iter(())
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], undefined=Missing
+    )
+    environment.globals |= {"raise_exception": _refuse, "generation": _mark}
+    environment.filters["tojson"] = _to_json
+    return environment
+
+
+def _refuse(message: str) -> None:
+    """What templates call when a conversation is not as they want it."""
+    raise Refusal(message)
+
+
+def _mark(caller) -> str:
+    return f"{_BEGIN}{caller()}{_END}"
+
+
+def _as_call(tag: re.Match) -> str:
+    """`{% generation %}` and its end as the tags of a call, with their control of white space."""
+    before, end, after = tag.groups()
+    return f"{{%{before} {'endcall' if end else 'call generation()'} {after}%}}"
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """JSON as it is: Jinja's own filter writes it for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)

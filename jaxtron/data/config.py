@@ -42,12 +42,26 @@ class FillInMiddleConfig(Config):
 class ChatConfig(Config):
     """Conversations, `{"messages": [{"role": ..., "content": ...}]}` a line; answers have loss, the rest none."""
 
-    template: str | None = Field(default=None, description="File of a Jinja chat template; none: ChatML.")
+    template: str | None = Field(
+        default=None,
+        description="File of a Jinja chat template, or a tokenizer_config.json that has one; none: ChatML.",
+    )
+    variables: dict[str, str | bool | int | float] = Field(
+        default={},
+        description="Values of names in the template, as variables.enable_thinking false; bos_token, eos_token and the "
+        "like are the tokenizer's by default.",
+    )
     markers: tuple[str, ...] = Field(
         default=(), description="Texts that the template writes and messages may not contain."
     )
+    roles: dict[str, str] = Field(
+        default={}, description="What further names of roles mean, as roles.Bob assistant; or themselves."
+    )
     too_long: Literal["drop", "truncate"] = Field(
         default="drop", description="What happens to a conversation longer than a sequence."
+    )
+    max_dropped: float = Field(
+        default=0.1, ge=0, le=1, description="Share of the conversations that may be left out, for all reasons."
     )
 
 
@@ -100,7 +114,10 @@ class DataConfig(Config):
     fill_in_middle: FillInMiddleConfig | None = Field(default=None, description="Documents with the middle last.")
     chat: ChatConfig = Field(default=ChatConfig(), description="Conversations.")
     validation_fraction: float = Field(
-        default=0.1, ge=0, lt=1, description="Share of the text, at its end, kept for validation."
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Share of the text, at its end, or of the conversations, kept for validation.",
     )
     cache_directory: str | None = Field(
         default=None,

@@ -11,8 +11,8 @@ from jaxtyping import Integer
 
 from jaxtron.config import UserError
 from jaxtron.data.boundaries import Boundaries
-from jaxtron.data.chat_source import ChatSource
-from jaxtron.data.chat_template import ChatMl, JinjaTemplate
+from jaxtron.data.chat_source import Conversations
+from jaxtron.data.chat_template import open_template
 from jaxtron.data.config import PYTHON_STDLIB, Blend, DataConfig
 from jaxtron.data.files import find_files, read_document
 from jaxtron.data.fill_in_middle import FillInMiddle, FillInMiddleSource
@@ -20,7 +20,7 @@ from jaxtron.data.gpt_source import SPLITS, BlendedSource, GPTSource, open_blend
 from jaxtron.data.indexed import IndexedReader
 from jaxtron.data.loader import BatchSize, Loader, LocalRows
 from jaxtron.data.mock import MockReader
-from jaxtron.data.source import NO_SAMPLES, PartSource, Source
+from jaxtron.data.source import NO_SAMPLES, Source
 from jaxtron.data.splits import split_ranges
 from jaxtron.data.storage import cache_root, is_remote
 from jaxtron.data.text import open_tokens
@@ -38,7 +38,7 @@ class Data:
 
     `fingerprint` is equal for two runs exactly when sample number i has the same tokens and place in the order in both,
     so that a position saved by one means the same in the other. `is_ordered`: samples are numbered in the order of
-    training; else they are shuffled anew each epoch.
+    training; else they are shuffled anew each epoch. `notes` are lines to print before training.
     """
 
     config: DataConfig
@@ -49,6 +49,7 @@ class Data:
     fingerprint: str
     test: Source = field(default=NO_SAMPLES)
     is_ordered: bool = False
+    notes: tuple[str, ...] = ()
 
     def train_loader(self, *, batch_size: BatchSize, local_rows: LocalRows, position: int = 0) -> Loader:
         """Batches of the training part, as the settings say; the arguments are those of `Loader`."""
@@ -177,31 +178,25 @@ def _has_sample(prefix: str, split: str, part: str, sequence_length: int, cache_
 
 def _open_chat(config: DataConfig, seed: int, _samples: int | None) -> Data:
     tokenizer = _tokenizer(config)
-    template = ChatMl()
-    if config.chat.template is not None:
-        source = read_document(Path(config.chat.template).expanduser())
-        template = JinjaTemplate(source, markers=config.chat.markers)
-    whole = ChatSource(
+    talks = Conversations(
         find_files(_words(config.path)),
         sequence_length=config.sequence_length,
         tokenizer=tokenizer,
         cache_directory=cache_root(config.cache_directory),
-        template=template,
+        template=open_template(config.chat, tokenizer),
+        roles=config.chat.roles,
         too_long=config.chat.too_long,
+        max_dropped=config.chat.max_dropped,
     )
-    num_train = round(len(whole) * (1 - config.validation_fraction))
-    if not num_train or (config.validation_fraction and num_train == len(whole)):
-        raise UserError(
-            f"{len(whole)} sequences of conversations are too few to keep {config.validation_fraction} of them for "
-            "validation; give more, or set --data.validation_fraction 0"
-        )
+    train, validation = talks.split(config.validation_fraction)
     return Data(
         config=config,
         seed=seed,
-        train=PartSource(whole, range(num_train)),
-        validation=PartSource(whole, range(num_train, len(whole))),
+        train=train,
+        validation=validation,
         tokenizer=tokenizer,
-        fingerprint=_identity(f"{whole.fingerprint} {num_train} {config.chat.too_long} {seed}", config),
+        fingerprint=_identity(f"{talks.fingerprint} {config.validation_fraction} {seed}", config),
+        notes=tuple(talks.counts.lines()),
     )
 
 

@@ -35,23 +35,6 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-class PartSource:
-    """Some samples of a source, as a source."""
-
-    def __init__(self, source: Source, part: range):
-        self.sequence_length = source.sequence_length
-        self._source = source
-        self._part = part
-
-    def __len__(self) -> int:
-        return len(self._part)
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self._part):
-            raise IndexError(f"sample {index} of {len(self._part)}")
-        return self._source[self._part[index]]
-
-
 class NoSamples:
     """A source of nothing."""
 

@@ -52,7 +52,19 @@ class SentencePieceTokenizer:
         self.end_of_document = self._end_of_document(path, end_of_document)
         pad = self._processor.pad_id()
         self.pad = None if pad in (-1, self.end_of_document) else pad
+        self.special_tokens = self._special_tokens()
         self.fingerprint = f"sentencepiece:{hashlib.sha256(content).hexdigest()}:{self.end_of_document}"
+
+    def _special_tokens(self) -> dict[str, str]:
+        model = self._processor
+        ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "pad_token": model.pad_id()}
+        if ids["eos_token"] < 0 and self.end_of_document is not None:
+            ids["eos_token"] = self.end_of_document
+        return {role: model.id_to_piece(token) for role, token in ids.items() if token >= 0}
+
+    def token_id(self, text: str) -> int | None:
+        token = self._processor.piece_to_id(text)
+        return token if self._processor.id_to_piece(token) == text else None
 
     def _end_of_document(self, path: Path, name: str | None) -> int | None:
         if name is None:
@@ -112,7 +124,14 @@ class TiktokenTokenizer:
             content = f"{hashlib.sha256(_read(path)).hexdigest()}:{pattern}"
         self.vocab_size: int = self._encoding.max_token_value + 1
         self.end_of_document: int = self._encoding.encode_single_token(end)
+        self.special_tokens = {"eos_token": end}
         self.fingerprint = f"tiktoken:{content}:{self.end_of_document}"
+
+    def token_id(self, text: str) -> int | None:
+        try:
+            return self._encoding.encode_single_token(text)
+        except KeyError:
+            return None
 
     def encode(self, text: str) -> Integer[np.ndarray, "T"]:
         # text that looks like a special token is text

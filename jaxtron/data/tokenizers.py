@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -11,10 +12,11 @@ from jaxtyping import Integer
 from tokenizers import Tokenizer as FastTokenizer
 
 from jaxtron.config import UserError
-from jaxtron.data.tokenizer_models import ENCODING_NAMES, SentencePieceTokenizer, TiktokenTokenizer
+from jaxtron.data.tokenizer_models import ENCODING_NAMES, END_OF_TEXT, SentencePieceTokenizer, TiktokenTokenizer
 
 # what the common families call it, most specific first
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eos|>", "</s>", "<eos>", "<EOS>", "[EOS]")
+BEGIN_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<BOS>", "[BOS]")
 PAD_NAMES = ("<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<pad>", "<PAD>", "[PAD]")
 TOKENIZER_KINDS = (
     "bytes, characters (training only: their vocabulary comes from the data), a Hugging Face tokenizer.json or its "
@@ -46,6 +48,15 @@ class Tokenizer(Protocol):
         """Equal for two tokenizers exactly when they give the same ids."""
         ...
 
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The text of special tokens by their role: `bos_token`, `eos_token` and others that there are."""
+        ...
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token of exactly this text; one that `encode` takes for text is an id here."""
+        ...
+
     def encode(self, text: str) -> Integer[np.ndarray, "T"]:
         """Ids of the text, without an end of document."""
         ...
@@ -66,6 +77,10 @@ class ByteTokenizer:
     end_of_document = 256
     pad = None
     fingerprint = "bytes"
+    special_tokens = MappingProxyType({"eos_token": END_OF_TEXT})
+
+    def token_id(self, text: str) -> int | None:
+        return self.end_of_document if text == END_OF_TEXT else None
 
     def encode(self, text: str) -> Integer[np.ndarray, "T"]:
         return np.frombuffer(text.encode("utf-8"), np.uint8)
@@ -84,6 +99,7 @@ class CharacterTokenizer:
 
     end_of_document = None
     pad = None
+    special_tokens = MappingProxyType({})
 
     def __init__(self, vocabulary: str):
         self.vocabulary = "".join(sorted(set(vocabulary)))
@@ -91,6 +107,9 @@ class CharacterTokenizer:
         self.fingerprint = f"characters:{hashlib.sha256(self.vocabulary.encode()).hexdigest()}"
         self._codes = _code_points(self.vocabulary)
         self._characters = np.array(list(self.vocabulary), dtype=object)
+
+    def token_id(self, text: str) -> int | None:
+        return self.vocabulary.index(text) if len(text) == 1 and text in self.vocabulary else None
 
     def encode(self, text: str) -> Integer[np.ndarray, "T"]:
         codes = _code_points(text)
@@ -139,9 +158,15 @@ class HuggingFaceTokenizer:
         pad = _find_token(self._tokenizer, told_pads, PAD_NAMES)
         self.pad = None if pad is None or ids[pad] == self.end_of_document else ids[pad]
         self.vocab_size = max(ids.values(), default=-1) + 1
+        special = {role: token for role, token in declared.items() if token in ids}
+        found = {"bos_token": _find_token(self._tokenizer, [], BEGIN_NAMES), "eos_token": end_of_document}
+        self.special_tokens = {role: token for role, token in found.items() if token is not None} | special
         self._meaningful = frozenset(ids.values()) - {self.end_of_document}
         digest = hashlib.sha256(content.encode()).hexdigest()
         self.fingerprint = f"tokenizer.json:{digest}:{self.end_of_document}"
+
+    def token_id(self, text: str) -> int | None:
+        return self._tokenizer.token_to_id(text)
 
     def encode(self, text: str) -> Integer[np.ndarray, "T"]:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)

@@ -37,5 +37,7 @@ def announce(run) -> None:
     kind, parts = jax.devices()[0].device_kind, run.placement.sharding.mesh.shape["context"]
     for line in attention_lines(run.config.model, choose_attention(run.config, parts, kind), kind):
         print(line)
+    for line in run.data.notes:
+        print(line)
     if run.step:
         print(run.continuation.text(run.step, run.config.train.steps))

@@ -9,12 +9,13 @@ import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, pre_tokenizers
 
-import jaxtron.data.chat_source as chat_source
+import jaxtron.data.chat_cache as chat_cache
 import jaxtron.data.chat_template as chat_template
 from jaxtron.config import UserError
 from jaxtron.data.chat import parse_conversation, read_conversations
-from jaxtron.data.chat_source import ChatSource
-from jaxtron.data.chat_template import ChatMl, JinjaTemplate, Message, Piece
+from jaxtron.data.chat_cache import FORGED, NO_ANSWER, REFUSED, Reason
+from jaxtron.data.chat_source import Conversations
+from jaxtron.data.chat_template import ChatMl, Conversation, JinjaTemplate, Message, Piece
 from jaxtron.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
 
 # as the tokenizer_config.json of ChatML models has it
@@ -44,9 +45,14 @@ def talk(number, words):
 
 def open_chat(path, **settings):
     cache = path.parent / "cache"
-    return ChatSource(
+    return Conversations(
         [path], **{"sequence_length": 256, "tokenizer": ByteTokenizer(), "cache_directory": cache} | settings
     )
+
+
+def rows(path, **settings):
+    """All of it, to train on."""
+    return open_chat(path, **settings).split(0)[0]
 
 
 def answers_of(row):
@@ -73,7 +79,7 @@ def answers_of(row):
     ],
 )
 def test_three_forms_are_told_apart(line, messages):
-    assert parse_conversation(line) == messages
+    assert parse_conversation(line).messages == messages
 
 
 @pytest.mark.parametrize(
@@ -98,7 +104,7 @@ def test_a_line_that_is_no_conversation_is_named(tmp_path, line, message):
 def test_packed_files_are_read_and_broken_ones_named(tmp_path):
     content = gzip.compress((json.dumps(as_line(TALK)) + "\n").encode())
     (tmp_path / "whole.jsonl.gz").write_bytes(content)
-    assert list(read_conversations(tmp_path / "whole.jsonl.gz")) == [(1, TALK)]
+    assert list(read_conversations(tmp_path / "whole.jsonl.gz")) == [(1, Conversation(TALK))]
     (tmp_path / "half.jsonl.gz").write_bytes(content[:-12])
     with pytest.raises(UserError, match="half.jsonl.gz ends within its compressed data"):
         list(read_conversations(tmp_path / "half.jsonl.gz"))
@@ -107,7 +113,7 @@ def test_packed_files_are_read_and_broken_ones_named(tmp_path):
 
 
 def test_chatml_marks_answers_with_their_end():
-    assert ChatMl().render(LONGER) == [
+    assert ChatMl().render(Conversation(LONGER)) == [
         Piece(
             "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nTwo and two?<|im_end|>\n"
             "<|im_start|>assistant\n",
@@ -123,9 +129,9 @@ def test_chatml_marks_answers_with_their_end():
 def test_a_jinja_template_gives_the_same_pieces():
     template = JinjaTemplate(CHATML_JINJA)
     # it stops after the last answer, as the tokens do
-    assert template.render(LONGER) == ChatMl().render(LONGER)[:-1]
+    assert template.render(Conversation(LONGER)) == ChatMl().render(Conversation(LONGER))[:-1]
     assert template.fingerprint != JinjaTemplate(CHATML_JINJA + " ").fingerprint
-    assert JinjaTemplate("{{ eos_token }}", tokens={"eos_token": "</s>"}).fingerprint != template.fingerprint
+    assert JinjaTemplate("{{ eos_token }}", variables={"eos_token": "</s>"}).fingerprint != template.fingerprint
 
 
 def test_jinja_templates_that_cannot_be_used_say_why(tmp_path, monkeypatch):
@@ -133,14 +139,14 @@ def test_jinja_templates_that_cannot_be_used_say_why(tmp_path, monkeypatch):
         JinjaTemplate("{% for %}")
     rewriting = "{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match="the conversation before message 2 in another way"):
-        JinjaTemplate(rewriting).render(TALK)
+        JinjaTemplate(rewriting).render(Conversation(TALK))
     path = write(tmp_path / "talks.jsonl", as_line(TALK[1:]), as_line(TALK))
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML_JINJA
-    with pytest.raises(UserError, match="talks.jsonl, line 2: the chat template cannot write it: no system"):
-        open_chat(path, template=JinjaTemplate(refusing))
+    counts = open_chat(path, template=JinjaTemplate(refusing)).counts
+    assert counts.left_out == {REFUSED: Reason(1, f"{path}, line 2: no system")}
     # it runs in a sandbox
     with pytest.raises(ValueError, match="unsafe"):
-        JinjaTemplate("{{ messages.__class__.__mro__ }}").render(TALK)
+        JinjaTemplate("{{ messages.__class__.__mro__ }}").render(Conversation(TALK))
     monkeypatch.setattr(chat_template, "jinja2", None)
     with pytest.raises(UserError, match=r'pip install "jaxtron\[chat\]"'):
         JinjaTemplate(CHATML_JINJA)
@@ -148,11 +154,11 @@ def test_jinja_templates_that_cannot_be_used_say_why(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("template", [ChatMl(), JinjaTemplate(CHATML_JINJA)])
 def test_weights_are_on_the_answers_and_nothing_else(tmp_path, template):
-    source = open_chat(write(tmp_path / "talks.jsonl", as_line(LONGER)), template=template)
+    source = rows(write(tmp_path / "talks.jsonl", as_line(LONGER)), template=template)
     row = source[0]
     assert answers_of(row) == b"4<|im_end|>Yes.<|im_end|>"
     # from the first token to the last before the one that nothing follows
-    written = "".join(piece.text for piece in ChatMl().render(LONGER)[:-1]).encode()
+    written = "".join(piece.text for piece in ChatMl().render(Conversation(LONGER))[:-1]).encode()
     assert bytes(row.tokens[row.segments == 0].tolist()) == written[:-1]
     assert set(row.weights.tolist()) == {0, 1}
 
@@ -165,14 +171,15 @@ def test_an_end_of_turn_that_is_a_token_is_learned(tmp_path):
     fast.save(str(tmp_path / "tokenizer.json"))
     messages = [Message("user", "hi"), Message("assistant", "ho")]
     path = write(tmp_path / "talks.jsonl", as_line(messages))
-    row = open_chat(path, tokenizer=HuggingFaceTokenizer(tmp_path / "tokenizer.json"))[0]
+    row = rows(path, tokenizer=HuggingFaceTokenizer(tmp_path / "tokenizer.json"))[0]
     assert row.targets[row.weights > 0].tolist() == [7, 14, 29]
 
 
 def test_conversations_are_packed_whole(tmp_path):
     random = np.random.RandomState(0)
     talks = [talk(1000 + number, int(random.randint(1, 150))) for number in range(200)]
-    source = open_chat(write(tmp_path / "talks.jsonl", *map(as_line, talks)))
+    talks_read = open_chat(write(tmp_path / "talks.jsonl", *map(as_line, talks)))
+    source = talks_read.split(0)[0]
     seen = []
     for index in range(len(source)):
         row = source[index]
@@ -182,14 +189,17 @@ def test_conversations_are_packed_whole(tmp_path):
             text = bytes(row.tokens[inside].tolist())
             if text.strip(b"\0"):
                 number = int(answer.removesuffix("<|im_end|>"))
-                assert text == "".join(p.text for p in ChatMl().render(talks[number - 1000])[:-1]).encode()[:-1]
+                assert (
+                    text
+                    == "".join(p.text for p in ChatMl().render(Conversation(talks[number - 1000]))[:-1]).encode()[:-1]
+                )
                 assert row.positions[inside].tolist() == list(range(len(text)))
                 seen.append(number)
             else:
                 assert not answer
     assert sorted(seen) == list(range(1000, 1200))
     assert source.density > 0.9
-    assert source.counts == chat_source.ChatCounts(read=200, without_answer=0, with_markers=0)
+    assert talks_read.counts.read == 200 and not talks_read.counts.left_out
 
 
 def test_what_is_left_out_is_counted(tmp_path):
@@ -204,30 +214,42 @@ def test_what_is_left_out_is_counted(tmp_path):
         as_line(talk(2, 300)),
     )
     dropped = open_chat(path, sequence_length=128)
-    assert dropped.counts == chat_source.ChatCounts(read=6, without_answer=2, with_markers=1, too_long=2)
+    told = {
+        NO_ANSWER: Reason(2, f"{path}, line 2"),
+        FORGED: Reason(1, f"{path}, line 4: <|im_start|>"),
+    }
+    long = {"longer than data.sequence_length 128": Reason(2, "the longest has 361 tokens")}
+    assert dropped.counts.read == 6 and dropped.counts.left_out == told | long and dropped.counts.truncated == 0
     cut = open_chat(path, sequence_length=128, too_long="truncate")
     # of one the answer's beginning is kept, the other has none left
-    assert cut.counts == chat_source.ChatCounts(read=6, without_answer=2, with_markers=1, too_long=1, truncated=1)
-    assert sorted(answers_of(cut[row])[:1] for row in range(len(cut))) == [b"1", b"x"]
-    assert len(dropped) == 1 and answers_of(dropped[0]) == b"1<|im_end|>"
-    with pytest.raises(UserError, match="no conversation of .* is left of 6"):
+    beyond = {"whose first answer is beyond data.sequence_length 128": Reason(1, "the longest has 361 tokens")}
+    assert cut.counts.left_out == told | beyond and cut.counts.truncated == 1
+    (source, _), (whole, _) = cut.split(0), dropped.split(0)
+    assert sorted(answers_of(source[row])[:1] for row in range(len(source))) == [b"1", b"x"]
+    assert len(whole) == 1 and answers_of(whole[0]) == b"1<|im_end|>"
+    assert dropped.counts.lines() == [
+        "conversations: 6 read, 1 kept",
+        f"left out: 2 {NO_ANSWER} ({path}, line 2)",
+        "left out: 2 longer than data.sequence_length 128 (the longest has 361 tokens)",
+        f"left out: 1 {FORGED} ({path}, line 4: <|im_start|>)",
+    ]
+    with pytest.raises(UserError, match="6 conversations are left out of 6: 3 longer than .*: mend the lines, raise "):
         open_chat(path, sequence_length=20)
-    with pytest.raises(UserError, match="choose drop or truncate"):
-        open_chat(path, too_long="split")
 
 
 def test_conversations_are_tokenized_once_until_something_changes(tmp_path, monkeypatch):
     written = []
-    write_tokens = chat_source._write_tokens
-    monkeypatch.setattr(chat_source, "_write_tokens", lambda *given: written.append(1) or write_tokens(*given))
+    write_entry = chat_cache._write_entry
+    monkeypatch.setattr(chat_cache, "_write_entry", lambda *given: written.append(1) or write_entry(*given))
     path = write(tmp_path / "talks.jsonl", as_line(LONGER))
     first, again = open_chat(path), open_chat(path, sequence_length=512)
-    assert len(written) == 1 and first.fingerprint == again.fingerprint
+    assert len(written) == 1 and first.fingerprint != again.fingerprint
     assert not list((tmp_path / "cache").glob("*.partial"))
     open_chat(path, template=JinjaTemplate(CHATML_JINJA))
+    open_chat(path, roles={"Bob": "assistant"})
     write(path, as_line(LONGER), as_line(TALK))
     assert open_chat(path).fingerprint != first.fingerprint
-    assert len(written) == 3
+    assert len(written) == 4
 
 
 def test_writers_of_the_cache_at_once_agree(tmp_path):
@@ -247,7 +269,7 @@ def test_writers_of_the_cache_at_once_agree(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-@pytest.mark.parametrize("name", ["ids.bin", "answers.bin", "lengths.npy", "description.json"])
+@pytest.mark.parametrize("name", ["ids.bin", "answers.bin", "lengths.npy", "digests.npy", "description.json"])
 def test_a_damaged_cache_is_a_clear_error(tmp_path, name):
     path = write(tmp_path / "talks.jsonl", as_line(LONGER))
     open_chat(path)

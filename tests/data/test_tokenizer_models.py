@@ -24,11 +24,7 @@ def write_model(path, **options):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([SAMPLE] * 5),
         model_writer=written,
-        vocab_size=320,
-        model_type="bpe",
-        byte_fallback=True,
-        minloglevel=2,
-        **options,
+        **{"vocab_size": 320, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2} | options,
     )
     path.write_bytes(written.getvalue())
     return path
