@@ -46,8 +46,8 @@ CHANGES: dict[str, dict[str, str]] = {
     "data": {
         FIXED: "sequence_length mask_end_of_document reset_positions reset_attention fill_in_middle chat.too_long",
         CONTENT: "path format train split samples tokenizer end_of_document validation_fraction chat.template "
-        "chat.markers",
-        FREE: "validation test skip cache_directory workers processes prefetch",
+        "chat.markers chat.variables chat.roles",
+        FREE: "validation test skip chat.max_dropped cache_directory workers processes prefetch",
     },
     "train": {
         FREE: "steps global_batch microbatches batch_ramp precision loss_scale.initial loss_scale.minimum "
