@@ -87,11 +87,18 @@ class OptimizerConfig(Config):
         return getattr(self, field) != type(self).model_fields[field].default
 
 
+# float16's smallest number times this is far from its largest, and float32 has room for any loss times this
+LARGEST_LOSS_SCALE = 2.0**64
+
+
 class LossScaleConfig(Config):
     """When the loss scale grows and when it backs off."""
 
     initial: float = Field(
-        default=2.0**16, gt=0, description="first scale; Megatron's 2**32 skips its first dozen steps"
+        default=2.0**16,
+        gt=0,
+        le=LARGEST_LOSS_SCALE,
+        description="first scale; Megatron's 2**32 skips its first dozen steps",
     )
     minimum: float = Field(default=1.0, gt=0, description="smallest scale")
     growth: float = Field(default=2.0, gt=1, description="factor of growth after a window without overflow")

@@ -6,14 +6,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxtron.optim.config import LossScaleConfig
+from jaxtron.optim.config import LARGEST_LOSS_SCALE, LossScaleConfig
 from jaxtron.typing import Array, Bool, Float, Int
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("scale", "finite_steps", "overflows_left"), meta_fields=())
 @dataclass(frozen=True)
 class LossScale:
-    """The scale, the finite steps since it last changed or overflowed, and the overflows left before it backs off."""
+    """The scale, its steps in a row, and the overflows left before it backs off.
+
+    `finite_steps` are those in a row since the scale last changed; below zero they are overflows in a row.
+    """
 
     scale: Float[Array, ""]
     finite_steps: Int[Array, ""]
@@ -31,14 +34,20 @@ def initial_loss_scale(config: LossScaleConfig) -> LossScale:
 
 def update_loss_scale(state: LossScale, finite: Bool[Array, ""], config: LossScaleConfig) -> LossScale:
     """Return the state after a step whose gradients were `finite` or not; pure and traceable."""
-    finite_steps = jnp.where(finite, state.finite_steps + 1, 0)
+    row = state.finite_steps
+    row = jnp.where(finite, jnp.maximum(row, 0) + 1, jnp.minimum(row, 0) - 1)
     overflows_left = jnp.where(finite, state.overflows_left, jnp.maximum(state.overflows_left - 1, 0))
-    grows = finite_steps == config.window
+    grows = row == config.window
     backs_off = ~finite & (overflows_left == 0)
-    scale = jnp.where(grows, state.scale * config.growth, state.scale)
+    scale = jnp.where(grows, jnp.minimum(state.scale * config.growth, LARGEST_LOSS_SCALE), state.scale)
     scale = jnp.where(backs_off, jnp.maximum(scale * config.backoff, config.minimum), scale)
     return LossScale(
         scale=scale,
-        finite_steps=jnp.where(grows, 0, finite_steps),
+        finite_steps=jnp.where(grows | (scale != state.scale), 0, row),
         overflows_left=jnp.where(grows, config.hysteresis, overflows_left),
     )
+
+
+def overflows_in_a_row(state: LossScale) -> int:
+    """Steps up to the last that overflowed one after the other, since the scale last changed."""
+    return max(0, -int(state.finite_steps))

@@ -49,7 +49,8 @@ def train(run: Run) -> Outcome:
     with ExitStack() as stack:
         stop = stack.enter_context(_StopSignals())
         loader = stack.enter_context(run.train_loader())
-        watch = Watch(run.checkpoints, every=run.config.run.log_every, has_loss_scale=run.state.loss_scale is not None)
+        loss_scale = None if run.state.loss_scale is None else run.config.train.loss_scale
+        watch = Watch(run.checkpoints, every=run.config.run.log_every, loss_scale=loss_scale)
         saver = Saver(run, loader, watch)
         hooks = [Hook(watch), *_hooks(run, saver, throughput, outcome, stack)]
         for number in range(run.step + 1, total + 1):

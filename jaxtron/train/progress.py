@@ -83,6 +83,8 @@ class Progress:
             "mfu": "MFU {:.1%}",
         }
         shown = {name: text.format(self._metrics[name]) for name, text in formats.items() if name in self._metrics}
+        if self._metrics.get("skipped_steps"):
+            shown["skipped_steps"] = f"skipped {self._metrics['skipped_steps']:,.0f}"
         if "step_seconds" in self._metrics:
             seconds = (self._total_steps - step) * self._metrics["step_seconds"]
             shown["step_seconds"] = f"{format_seconds(seconds)} left"

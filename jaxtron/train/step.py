@@ -104,7 +104,7 @@ class Trainer:
         kept = TrainState(state.step + 1, state.params, state.optimizer, None)
         chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), done, kept)
         loss_scale = update_loss_scale(state.loss_scale, finite, self.config.loss_scale)
-        metrics["loss_scale"] = scale
+        metrics |= {"loss_scale": scale, "skipped_steps": chosen.step - _updates(chosen.optimizer)}
         return TrainState(chosen.step, chosen.params, chosen.optimizer, loss_scale), metrics
 
     def loss_and_gradients(

@@ -36,6 +36,8 @@ def finish(run: Run, outcome: Outcome) -> None:
     if records and outcome.step > run.step:
         plot_losses(metrics, run.directory / "loss.png", run.directory.name)
     rows = [("steps", f"{outcome.step} of {max(outcome.step, run.config.train.steps)}")]
+    if records and records[-1].get("skipped_steps"):
+        rows.append(("skipped steps", f"{records[-1]['skipped_steps']:,.0f} (their gradients overflowed float16)"))
     if records:
         rows.append(("training loss", f"{records[-1]['loss']:.4f}"))
         rows.append(("speed", f"{records[-1]['tokens_per_second']:,.0f} tokens/s"))

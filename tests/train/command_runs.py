@@ -23,7 +23,7 @@ SMALL = (
     *("--run.log_every", "1"),
 )
 # what a run measures that does not depend on the clock
-EXACT = ("step", "loss", "gradient_norm", "learning_rate", "loss_scale", "validation_loss")
+EXACT = ("step", "loss", "gradient_norm", "learning_rate", "loss_scale", "skipped_steps", "validation_loss")
 
 started: list[subprocess.Popen[str]] = []
 

@@ -1,5 +1,6 @@
 """A training that diverges leaves nothing of it, and says where to go back to."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -15,11 +16,14 @@ from jaxtron.checkpoint.config import CheckpointConfig
 from jaxtron.checkpoint.manager import Checkpoints
 from jaxtron.config import UserError, dump, load
 from jaxtron.evaluate import __main__ as evaluate
+from jaxtron.optim.config import LossScaleConfig
+from jaxtron.optim.loss_scale import LossScale
 from jaxtron.train.config import Configuration
 from jaxtron.train.divergence import Watch
 from jaxtron.train.hooks import StepInfo
 from jaxtron.train.loop import Saver
 from jaxtron.train.setup import open_run
+from jaxtron.train.step import TrainState
 
 ADVICE = "lower --optimizer.learning_rate or raise --optimizer.warmup_steps"
 
@@ -31,7 +35,7 @@ def assert_one_line(ended: Ended, *parts: str) -> None:
 
 
 def test_the_last_update_counts_too(tmp_path: Path):
-    # the losses of both steps are those of the first weights: the learning rate begins at 0
+    # the loss of the second step, from before its update, is finite still
     flags = ["--train.steps", "2", "--optimizer.learning_rate", "1e9", "--optimizer.warmup_steps", "1"]
     ended = run_here(*small(tmp_path), *flags)
     assert_one_line(ended, f"{ADVICE} (no checkpoint was saved)")
@@ -75,7 +79,7 @@ def test_a_state_that_is_not_finite_is_never_saved(saved: Path):
     config = load(Configuration, None, flags(saved, "unsaved"))
     with open_run(config, "run") as run:
         run.save(1, run.state, 8)
-        saver = Saver(run, None, Watch(run.checkpoints, every=10, has_loss_scale=False))
+        saver = Saver(run, None, Watch(run.checkpoints, every=10, loss_scale=None))
         for factor, message in ((np.nan, r"params\.\S+ has numbers that are not finite"), (1e20, "the loss is nan")):
             state = scaled(run.state, 2, factor)
             with pytest.raises(
@@ -131,7 +135,7 @@ def checkpoints(tmp_path: Path):
 
 
 def test_the_first_step_that_is_not_finite_is_named(checkpoints: Checkpoints):
-    watch = Watch(checkpoints, every=5, has_loss_scale=False)
+    watch = Watch(checkpoints, every=5, loss_scale=None)
     losses(watch, *[(2.0, 1.0)] * 6)
     checkpoints.save(6, {"a": jnp.ones(2)}, {})
     message = rf"^step 8: loss nan, gradient norm 1\.0; {ADVICE} \(the checkpoint of step 6 is kept\)$"
@@ -147,10 +151,50 @@ def test_a_checkpoint_whose_next_step_is_not_finite_is_no_place_to_go_back_to(ch
         r"^step 5: loss .*: the checkpoint of step 4 has diverged; delete \S+/step_00000004 to go back to .* step 3"
     )
     with pytest.raises(UserError, match=message):
-        losses(Watch(checkpoints, every=5, has_loss_scale=False), bad, first=5)
+        losses(Watch(checkpoints, every=5, loss_scale=None), bad, first=5)
+
+
+def overflow(watch: Watch, steps: range, row: int, *, scale: float, skipped: int) -> None:
+    """The steps overflow; after each, so many steps in a row have (below zero) or have not."""
+    state = LossScale(jnp.float32(scale), jnp.int32(row), jnp.int32(0))
+    for step in steps:
+        metrics = {"loss": jnp.float32(2), "gradient_norm": jnp.float32(np.inf), "skipped_steps": jnp.int32(skipped)}
+        watch(StepInfo(step, 60, TrainState(jnp.int32(step), {}, (), state), metrics))
 
 
 def test_an_overflow_of_gradients_is_the_loss_scales_to_handle(checkpoints: Checkpoints):
-    losses(Watch(checkpoints, every=1, has_loss_scale=True), (2.0, np.inf), (2.0, np.nan))
+    config = LossScaleConfig(minimum=2.0, hysteresis=3)
+    watch = Watch(checkpoints, every=1, loss_scale=config)
+    overflow(watch, range(1, 40), -22, scale=2.0, skipped=39)
+    overflow(watch, range(40, 61), 5, scale=2.0, skipped=59)
     with pytest.raises(UserError, match="^step 1: loss nan"):
-        losses(Watch(checkpoints, every=1, has_loss_scale=True), (np.nan, 1.0))
+        losses(Watch(checkpoints, every=1, loss_scale=config), (np.nan, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("step", "row", "scale", "message"),
+    [
+        (50, -23, 2.0, r"^the 23 steps up to step 50 were skipped: .* of 2; lower --train.loss_scale.minimum 2, or"),
+        (
+            50,
+            -23,
+            0.5,
+            rf"^the 23 steps up to step 50 were skipped: .* of 0.5; {ADVICE}, or set --train",
+        ),
+        (60, -4, 2.0, r"^all steps up to step 60 were skipped: .*\(no checkpoint was saved\)$"),
+    ],
+)
+def test_overflows_without_end_are_an_error(checkpoints: Checkpoints, step: int, row: int, scale: float, message: str):
+    watch = Watch(checkpoints, every=5, loss_scale=LossScaleConfig(minimum=2.0, hysteresis=3))
+    with pytest.raises(UserError, match=message):
+        overflow(watch, range(step, step + 1), row, scale=scale, skipped=60)
+
+
+def test_a_run_whose_every_step_is_skipped(tmp_path: Path):
+    flags = "--train.steps 30 --train.precision fp16 --train.loss_scale.initial 1e12 --train.loss_scale.minimum 1e12"
+    ended = run_here(*small(tmp_path), *flags.split(), "--train.validate_every", "0")
+    assert_one_line(ended, "the 22 steps up to step 22 were skipped", "lower --train.loss_scale.minimum 1e+12")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in lines] == list(range(1, 22))
+    assert "loss 5." in ended.out and "skipped 1 " in ended.out
+    assert not list(tmp_path.glob("run/checkpoints/*"))

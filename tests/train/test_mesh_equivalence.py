@@ -94,6 +94,7 @@ def test_fp16_steps_equal_one_device_and_an_overflow_changes_only_the_scale():
         for part in ("params", "optimizer"):
             skipped, done = (jax.tree.leaves(getattr(result.states[number], part)) for number in (after, 1))
             assert all(map(np.array_equal, skipped, done))
+    assert [numbers["skipped_steps"] for numbers in result.metrics] == [0, 1, 2, 2]
     # the second overflow in a row uses up the hysteresis
     assert [float(state.loss_scale.scale) for state in result.states[1:4]] == [1024.0, 2.0**40, 2.0**39]
     assert [int(state.step) for state in result.states] == [0, 1, 2, 3, 4]
