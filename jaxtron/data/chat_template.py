@@ -178,7 +178,8 @@ class JinjaTemplate:
         inside = len(parts) // 4
         if inside != len(answers) and not all(answer.is_learned for answer in answers):
             raise UserError(
-                f"the chat template marks {inside} answers of {len(answers)}: which have weight 0 is unknown"
+                f"turns of the assistant: {len(answers)}, but the chat template marks {inside} as answers, so that it is "
+                "unknown which have weight 0; mark each turn once"
             )
         is_learned = [answer.is_learned for answer in answers] if inside == len(answers) else [True] * inside
         return [Piece(part, bool(place % 2) and is_learned[place // 2]) for place, part in enumerate(parts[::2])]

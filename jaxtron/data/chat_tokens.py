@@ -22,6 +22,9 @@ from jaxtron.data.tokenizers import Tokenizer
 ANCHORS = ("\n", "a", "0", ".")
 """Texts to continue where the true one merges with what follows: one of them seldom does."""
 
+LEFT = 64
+"""Characters on the left with which a text is encoded: many tokens, and not the whole conversation again."""
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -93,9 +96,9 @@ def _encode_parts(parts: Sequence[_Part], tokenizer: Tokenizer) -> list[Integer[
     for number, found in zip(first, tokenizer.encode_batch([parts[number].text for number in first]), strict=True):
         ids[number] = found
     pending = [number for number, part in enumerate(parts) if part.follows]
-    # its own left side first: what is before that makes no difference to where the two meet
+    # the text on its left first: what is far from where they meet makes no difference there
     for anchor in (None, *ANCHORS):
-        lefts = [parts[number - 1].text if anchor is None else anchor for number in pending]
+        lefts = [parts[number - 1].text[-LEFT:] if anchor is None else anchor for number in pending]
         found = _continue(lefts, [parts[number].text for number in pending], tokenizer)
         ids_by_number = dict(zip(pending, found, strict=True))
         for number, continued in ids_by_number.items():

@@ -221,11 +221,21 @@ def _learning_rates(recorded: Mapping[str, Any], config: Configuration, step: in
 class Recorder:
     """Writes `config.yaml` and a line of `history.jsonl` after the first step, before anything else of it is kept.
 
-    A command that takes no step leaves the record as it is. `found` are the changes, `first_step` the step before.
+    A command that takes no step leaves the record as it is. `found` are the changes, `first_step` the step before,
+    `notes` what was said of the data.
     """
 
-    def __init__(self, directory: Path, config: Configuration, found: Sequence[Change], *, first_step: int):
+    def __init__(
+        self,
+        directory: Path,
+        config: Configuration,
+        found: Sequence[Change],
+        *,
+        first_step: int,
+        notes: Sequence[str] = (),
+    ):
         self._directory, self._config, self._changes, self._step = directory, config, found, first_step
+        self._notes = notes
         self._is_done = False
 
     def __call__(self, _info: Any = None) -> None:
@@ -248,6 +258,7 @@ class Recorder:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "step": self._step,
             "changes": {change.name: [change.old, change.new] for change in self._changes},
+            "data": list(self._notes),
             "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
             "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
         }

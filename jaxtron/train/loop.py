@@ -102,7 +102,8 @@ def _hooks(run: Run, saver: Saver, throughput: Throughput, outcome: Outcome, sta
     every = config.train.validate_every or total
     hooks = [Hook(validation, every=every, excluded=True)]
     if jax.process_index() == 0:
-        hooks.append(Hook(Recorder(run.directory, config, run.continuation.changes, first_step=run.step)))
+        found, notes = run.continuation.changes, run.data.notes
+        hooks.append(Hook(Recorder(run.directory, config, found, first_step=run.step, notes=notes)))
         log = _metrics_log(run, throughput)
         stack.callback(log.close)
         hooks.append(Hook(log))

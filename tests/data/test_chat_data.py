@@ -2,16 +2,19 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 from jaxtron.config import UserError, load
 from jaxtron.data.config import DataConfig
 from jaxtron.data.dataset import open_data
 from jaxtron.train.__main__ import main as train
+from jaxtron.train.config import Configuration
+from jaxtron.train.run import announce
 from tests.commands import run_main
 from tests.data.test_tokenizer_models import write_model, write_ranks
 
@@ -83,6 +86,21 @@ def test_the_end_that_a_template_writes_is_the_tokenizers_and_is_learned(make, t
     ids = answers_of(data)
     assert said(data).replace(" ", "") == "yo" and ids[-1] == data.tokenizer.end_of_document
     assert data.tokenizer.end_of_document not in ids[:-1]
+
+
+def test_a_beginning_is_written_once_and_an_end_that_pads_too_is_learned(make, tmp_path):
+    folder = write_fast(tmp_path / "fast", {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"})
+    path = Path(folder) / "tokenizer.json"
+    fast = FastTokenizer.from_file(str(path))
+    # as Llama's: the library itself would put a beginning before every text
+    fast.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", fast.token_to_id("<s>"))]
+    )
+    fast.save(str(path))
+    data = make([talk("hi", "yo")], template="{{ bos_token }}" + PROMPTED, tokenizer=folder)
+    tokens = data.train[0].tokens.tolist()
+    assert tokens[0] == fast.token_to_id("<s>") and tokens.count(tokens[0]) == 1
+    assert answers_of(data)[-1] == fast.token_to_id("</s>")
 
 
 def test_special_tokens_of_a_template_can_be_set(make, tmp_path):
@@ -172,7 +190,7 @@ def test_a_template_may_mark_its_answers(make):
     data = make([{"messages": turns}], template=template)
     assert answers_of(data) == [*b"gh", 256]
     assert data.train[0].tokens[:7].tolist() == [*b"<user>a"]
-    with pytest.raises(UserError, match="marks 1 answers of 2: which have weight 0 is unknown"):
+    with pytest.raises(UserError, match="turns of the assistant: 2, but the chat template marks 1 as answers"):
         make([{"messages": turns}], template="{% generation %}a{% endgeneration %}")
 
 
@@ -233,6 +251,23 @@ def test_training_that_would_leave_too_much_out_does_not_begin(tmp_path):
     assert (
         "error: 1 conversation is left out of 2, more than data.chat.max_dropped 0.1: 1 longer than data" in ended.err
     )
+
+
+def test_what_is_said_of_the_data_is_printed_before_training(make, capsys):
+    mesh = SimpleNamespace(shape={"data": 1, "context": 1})
+    run = SimpleNamespace(
+        trainer=SimpleNamespace(blueprint=SimpleNamespace(num_parameters=1)),
+        placement=SimpleNamespace(sharding=SimpleNamespace(mesh=mesh)),
+        directory="run",
+        config=Configuration().resolved(),
+        data=make([talk("q", "a", id=1)]),
+        step=0,
+    )
+    announce(run)
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "conversations: 1 read, 1 kept",
+        "keys that nothing reads, and lines that have them: id (1)",
+    ]
 
 
 @pytest.mark.parametrize("name", ["assistant", "Assistant", "gpt", "model", "bot"])

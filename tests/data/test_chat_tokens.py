@@ -144,7 +144,7 @@ def test_random_conversations_by_templates_with_and_without_clean_borders(make, 
         )
         pieces = []
         for _ in range(random.randint(1, 4)):
-            question, answer = (" ".join(random.choice(WORDS, random.randint(1, 5))) for _ in range(2))
+            question, answer = (" ".join(random.choice(WORDS, random.choice([2, 5, 40]))) for _ in range(2))
             answer = random.choice(["", " ", "\n", "\n\n"]) + answer
             pieces += [Piece(f"user: {question}\nassistant{before}", False), Piece(answer + after, True)]
         sequence = encode(pieces, tokenizer)

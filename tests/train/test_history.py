@@ -104,14 +104,15 @@ def test_what_is_said_of_a_continuation(tmp_path: Path):
 def test_the_history_grows_and_a_line_cut_short_does_not_spoil_the_next(tmp_path: Path):
     found = changes(config().model_dump(mode="json"), config("--train.steps", "7"))
     for first_step in (0, 5):
-        recorder = Recorder(tmp_path, config("--train.steps", "7"), found, first_step=first_step)
+        notes = ["conversations: 9 read, 8 kept"]
+        recorder = Recorder(tmp_path, config("--train.steps", "7"), found, first_step=first_step, notes=notes)
         recorder()
         recorder()
         with (tmp_path / "history.jsonl").open("a") as file:
             file.write('{"time": "2026')
     first, cut, second, _ = (tmp_path / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in (first, second)] == [0, 5] and cut == '{"time": "2026'
-    assert json.loads(second)["changes"] == {"train.steps": [1000, 7]}
+    assert json.loads(second)["changes"] == {"train.steps": [1000, 7]} and json.loads(second)["data"] == notes
     assert load(Configuration, tmp_path / "config.yaml").train.steps == 7
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "history.jsonl"]
 
