@@ -163,8 +163,8 @@ class JinjaTemplate:
             whole = self._write(conversation, number + 1, prompting=False)
             if not (prompt.startswith(written) and whole.startswith(prompt)):
                 raise UserError(
-                    f"the template writes the conversation before message {number} in another way than with it; use a "
-                    "template that only appends, or mark its answers with {% generation %} and {% endgeneration %}"
+                    f"the template writes the conversation before message {number + 1} in another way than with it; "
+                    "use a template that only appends, or mark its answers with {% generation %}"
                 )
             answer = whole[len(prompt) :].rstrip()
             pieces += [Piece(prompt[len(written) :], False), Piece(answer, message.is_learned)]
@@ -178,8 +178,8 @@ class JinjaTemplate:
         inside = len(parts) // 4
         if inside != len(answers) and not all(answer.is_learned for answer in answers):
             raise UserError(
-                f"turns of the assistant: {len(answers)}, but the chat template marks {inside} as answers, so that it is "
-                "unknown which have weight 0; mark each turn once"
+                f"turns of the assistant: {len(answers)}, but the chat template marks {inside} as answers, so that "
+                "it is unknown which have weight 0; mark each turn once"
             )
         is_learned = [answer.is_learned for answer in answers] if inside == len(answers) else [True] * inside
         return [Piece(part, bool(place % 2) and is_learned[place // 2]) for place, part in enumerate(parts[::2])]

@@ -86,7 +86,8 @@ def test_three_forms_are_told_apart(line, messages):
     ("line", "message"),
     [
         ("{", "line 3: Expecting property name"),
-        ("[1]", "line 3: not a JSON object"),
+        ("[1]", "line 3: a JSON array, not an object: write one conversation a line"),
+        ("1", "line 3: not a JSON object"),
         ('{"text": "a"}', "line 3: neither messages, nor conversations, nor instruction and output, but text"),
         ('{"messages": "a"}', "line 3: messages is not a list of objects"),
         ('{"messages": [{"role": "user", "content": null}]}', "line 3: content is null, not text"),
@@ -138,7 +139,7 @@ def test_jinja_templates_that_cannot_be_used_say_why(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="line 1 of the chat template"):
         JinjaTemplate("{% for %}")
     rewriting = "{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}"
-    with pytest.raises(ValueError, match="the conversation before message 2 in another way"):
+    with pytest.raises(ValueError, match="the conversation before message 3 in another way"):
         JinjaTemplate(rewriting).render(Conversation(TALK))
     path = write(tmp_path / "talks.jsonl", as_line(TALK[1:]), as_line(TALK))
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML_JINJA
