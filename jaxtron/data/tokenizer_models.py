@@ -185,6 +185,15 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             ) from None
     if not ranks:
         raise UserError(f"{path} has no ranks; give a tiktoken file")
+    # without these tiktoken panics, some only when a text needs them
+    missing = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
+    if missing is not None:
+        raise UserError(f"{path} is damaged: it has no rank for the byte 0x{missing:02x}; copy or download it again")
+    token_of: dict[int, bytes] = {}
+    for token, rank in ranks.items():
+        if rank < 0 or token_of.setdefault(rank, token) != token:
+            other = f", which {token_of[rank]!r} has" if rank >= 0 else ""
+            raise UserError(f"{path} is damaged: {token!r} has the rank {rank}{other}; copy or download it again")
     return ranks
 
 

@@ -138,12 +138,14 @@ def _check_port(address: str) -> None:
     # jaxlib 0.11.2 crashes, one time in three, where it cannot have the port
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     port = int(address.rpartition(":")[2])
+    if not 0 < port < 2**16:
+        raise UserError(f"runtime.coordinator_address {address}: ports go from 1 to 65535, and {port} is none")
     try:
         socket.create_server(("", port), family=family, dualstack_ipv6=family is socket.AF_INET6).close()
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(
-            f"runtime.coordinator_address={address}: process 0 cannot listen on port {port} "
-            f"({getattr(error, 'strerror', None) or error}): choose another"
+            f"runtime.coordinator_address {address}: process 0 cannot listen on port {port} ({error.strerror}): choose "
+            "another"
         ) from None
 
 

@@ -15,6 +15,7 @@ from jaxtron.data.tokenizer_models import ENCODING_NAMES, PATTERNS, SentencePiec
 from jaxtron.data.tokenizers import Tokenizer, load_tokenizer
 
 SAMPLE = "to be or not to be that is the question whether tis nobler in the mind to suffer " * 3
+EVERY_BYTE = "".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
 TEXT = "to be or not to be: Grüße 世界 🙂"
 
 
@@ -130,6 +131,10 @@ def test_files_that_are_no_tokenizer(tmp_path):
         ("YQ== 0\nrubbish\n", "line 2 is b'rubbish', not the base64 of a token and its rank"),
         ("YQ== x\n", "line 1 is"),
         ("", "has no ranks"),
+        # whole lines, but not all: cut where a line ends
+        ("YQ== 0\nYg== 1\n", "damaged: it has no rank for the byte 0x00"),
+        (EVERY_BYTE + "dG8= 255\n", "damaged: b'to' has the rank 255, which b'\\\\xff' has"),
+        (EVERY_BYTE + "dG8= -1\n", "damaged: b'to' has the rank -1;"),
     ):
         (tmp_path / "r.tiktoken").write_text(content)
         with pytest.raises(UserError, match=message):

@@ -14,7 +14,7 @@ import pytest
 
 from jaxtron.config import UserError, load
 from jaxtron.train.machine import find_launcher
-from jaxtron.train.runtime import expects_gpu, simulate_devices, start_runtime
+from jaxtron.train.runtime import expects_gpu, initialize_distributed, simulate_devices, start_runtime
 from jaxtron.train.runtime_config import RuntimeConfig
 
 PROGRAM = """
@@ -100,7 +100,13 @@ def test_a_port_in_use_is_one_line():
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         process = start(None, "--coordinator_address", address, "--num_processes", "1", "--process_id", "0")
         code, _, error = finish(process)
-    assert code == 2 and f"coordinator_address={address}: process 0 cannot listen on port" in error
+    assert code == 2 and f"coordinator_address {address}: process 0 cannot listen on port" in error
+
+
+@pytest.mark.parametrize("port", [0, 65536, 99999])
+def test_a_port_that_no_machine_has_is_one_line(port):
+    with pytest.raises(UserError, match=f"node:{port}: ports go from 1 to 65535, and {port} is none"):
+        initialize_distributed(RuntimeConfig(coordinator_address=f"node:{port}", num_processes=1, process_id=0))
 
 
 @pytest.mark.parametrize(
