@@ -1,8 +1,10 @@
 """What every command shares: CONFIG.yaml and flags on its line, `--help`, files it writes, one line for an error."""
 
 import argparse
+import contextlib
 import difflib
 import importlib
+import importlib.metadata
 import os
 import re
 import sys
@@ -12,85 +14,54 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from pydantic_core import PydanticUndefined
-
-from jaxtron.config import (
-    Config,
-    ConfigType,
-    Setting,
-    Source,
-    UserError,
-    format_value,
-    gather,
-    load,
-    settings,
-    split_arguments,
-)
+from jaxtron.config import FILE_ENDINGS, ConfigType, UserError, dump, expand_home, load, take_file
+from jaxtron.help import WIDTH, help_text
 from jaxtron.quiet import import_jax
 
-WIDTH = 100
-NAME_COLUMN = 36
 # not a negative number
 FLAG = re.compile("--?[A-Za-z]")
+# of a flag; what Python, NumPy and files of indices can hold
+WHOLE = re.compile("[0-9]{1,19}")
+LARGEST = 2**63 - 1
+# of an error line
+LONGEST_WORD = 160
+
+
+HELP = ("-h", "--help")
+PRINT = ("--print_config", "--print-config")
 
 
 def configure(config_type: type[ConfigType], argv: Sequence[str], *, program: str, purpose: str) -> ConfigType | None:
-    """The configuration that a command line `[CONFIG.yaml] [--name value ...]` asks for, or None: help was printed."""
-    options = [argument for argument in argv if argument not in ("-h", "--help")]
-    words, _ = split_arguments(config_type, options)
-    if len(words) > 1:
-        raise UserError(f"unexpected argument {words[1]!r}: one CONFIG.yaml, then settings as --name value")
-    path = Path(words[0]) if words else None
-    for word in words:
-        options.remove(word)
-    if len(options) + len(words) < len(argv):
-        print(help_text(config_type, path, options, program=program, purpose=purpose))
+    """The configuration that a command line `[CONFIG.yaml] [--name value ...]` asks for.
+
+    None where it was only printed, or help: `--print_config`, `--help`, `--help SECTION ...`. What was left out of it,
+    for flags make it useless, is printed.
+    """
+    line = list(argv)
+    topics = _take_topics(line)
+    shows = any(word in PRINT for word in line)
+    path, options = take_file(config_type, [word for word in line if word not in PRINT])
+    if topics is not None:
+        print(help_text(config_type, path, options, program=program, purpose=purpose, topics=topics))
         return None
-    return load(config_type, path, options)
+    config = load(config_type, path, options, tell=lambda line: print(line, file=sys.stderr if shows else sys.stdout))
+    if shows:
+        print(dump(config.resolved()), end="")
+        return None
+    return config
 
 
-def help_text(
-    config_type: type[Config], path: Path | None, overrides: Sequence[str] = (), *, program: str, purpose: str
-) -> str:
-    """Every setting with its meaning, type and default (in the given file, where there is one), by section."""
-    source = gather(config_type, path, overrides)
-    lines = [f"usage: {program} [CONFIG.yaml] [--name value ...]", "", *textwrap.wrap(purpose, WIDTH), ""]
-    lines += textwrap.wrap(
-        "Lists: --name a b, or --name '[a, b]'. Switches: --name, or --name false. "
-        f"Defaults shown are {f'those of {path}' if path else 'those without a CONFIG.yaml'}.",
-        WIDTH,
-    )
-    known = settings(config_type)
-    lines += ["", "settings"]
-    lines += [line for s in known.values() if "." not in s.name and not s.is_section for line in _entry(s, source)]
-    for section in known.values():
-        contents = [s for s in known.values() if s.name.startswith(f"{section.name}.") and not s.is_section]
-        if "." in section.name or not contents:
-            continue
-        lines += ["", *textwrap.wrap(f"{section.name}: {_about(section)}", WIDTH, subsequent_indent="  ")]
-        lines += [line for setting in contents for line in _entry(setting, source)]
-    return "\n".join(lines)
-
-
-def _about(section: Setting) -> str:
-    documentation = next((m.__doc__ for m in section.members if getattr(m, "__doc__", None)), "")
-    return section.meaning or documentation.strip().split("\n\n")[0]
-
-
-def _entry(setting: Setting, source: Source) -> list[str]:
-    value = source.get(setting.name)
-    default = setting.default if value is PydanticUndefined else value
-    shown = "required" if default is PydanticUndefined else f"default {format_value(default) or 'empty'}"
-    kind = f"({setting.type_text}; {shown})"
-    room = WIDTH - NAME_COLUMN
-    if len(setting.meaning) + 1 + len(kind) <= room:
-        text = [f"{setting.meaning} {kind}".strip()]
-    else:
-        text = [line for part in (setting.meaning, kind) for line in textwrap.wrap(part, room, break_on_hyphens=False)]
-    name = f"  --{setting.name}"
-    if len(name) >= NAME_COLUMN:
-        return [name, *(" " * NAME_COLUMN + line for line in text)]
-    return [name.ljust(NAME_COLUMN) + text[0], *(" " * NAME_COLUMN + line for line in text[1:])]
+def _take_topics(line: list[str]) -> list[str] | None:
+    """Removes `--help` and the sections after it from a line; None where it is not asked for."""
+    place = next((place for place, word in enumerate(line) if word in HELP), None)
+    if place is None:
+        return None
+    end = place + 1
+    while end < len(line) and not line[end].startswith("-") and not line[end].endswith(FILE_ENDINGS):
+        end += 1
+    topics = line[place + 1 : end]
+    del line[place:end]
+    return topics
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -128,10 +99,14 @@ class FlagParser(argparse.ArgumentParser):
         known = [flag for action in self._actions for flag in action.option_strings]
         several = {flag for action in self._actions if action.nargs == "+" for flag in action.option_strings}
         seen: set[str] = set()
+        earlier = ""
         for word in words:
             flag = word.partition("=")[0]
             if word == "--":
                 return
+            if not word and earlier in known or flag in known and word == f"{flag}=":
+                raise UserError(f"{flag or earlier} needs a value; {self.prog} --help lists the flags")
+            earlier = word
             if not FLAG.match(flag) or flag[2:] in self._others:
                 continue
             if flag not in known:
@@ -148,16 +123,21 @@ class FlagParser(argparse.ArgumentParser):
 
 def positive(text: str) -> int:
     """A flag's whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
+    if not WHOLE.fullmatch(text) or not 1 <= int(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0, at most {LARGEST:,}")
     return int(text)
 
 
 def natural(text: str) -> int:
     """A flag's whole number, 0 or above."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or above")
+    if not WHOLE.fullmatch(text) or int(text) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or above, at most {LARGEST:,}")
     return int(text)
+
+
+def file_path(text: str) -> Path:
+    """A flag's file or folder; `~` is the home directory."""
+    return Path(expand_home(text))
 
 
 def _wrapped(text: str) -> str:
@@ -180,14 +160,33 @@ def hand_over(module: str) -> ModuleType:
     return importlib.import_module(module)
 
 
+def version_text() -> str:
+    """Jaxtron's version, and those of what computes."""
+    versions = {}
+    for package in ("jaxtron", "jax", "jaxlib", "flax"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return ", ".join(f"{package} {version}" for package, version in versions.items())
+
+
+def _shortened(word: str) -> str:
+    """A word as it is, or one that nobody can read by its beginning and end."""
+    return word if len(word) <= LONGEST_WORD else f"{word[: LONGEST_WORD // 2]}...{word[-LONGEST_WORD // 4 :]}"
+
+
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs a command's `main`; bad input is `error: ...` and 2, Ctrl-C is a line and 130, a defect a traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = main(list(sys.argv[1:] if argv is None else argv)) or 0
+        if "--version" in words:
+            print(version_text())
+            return 0
+        code = main(words) or 0
         sys.stdout.flush()
         return code
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        words = (_shortened(word) for word in str(error).split())
+        print("error:", " ".join(words), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -219,7 +219,7 @@ def test_required_setting():
     class Needy(Config):
         path: str = Field(description="what to read")
 
-    with pytest.raises(UserError, match=r"^path has no value \(text: what to read\): give it in the file or as --path"):
+    with pytest.raises(UserError, match=r"^path has no value \(text: what to read\): give it in a file or as --path"):
         load(Needy, None)
 
 

@@ -4,12 +4,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from jaxtron.config import Config, UserError
+from jaxtron.config import Config, FileName, NoEffect, UserError
 
 PYTHON_STDLIB = "python:stdlib"
 Format = Literal["auto", "text", "tokens", "chat", "mock"]
 # prefixes, weights and prefixes in turn, pairs of both, or a file of such words
-Blend = str | tuple[tuple[float, str], ...] | tuple[str, ...]
+Blend = FileName | tuple[tuple[float, FileName], ...] | tuple[FileName, ...]
 # what only these formats read
 FIELDS_OF: dict[str, tuple[str, ...]] = {
     "train": ("tokens",),
@@ -42,7 +42,7 @@ class FillInMiddleConfig(Config):
 class ChatConfig(Config):
     """Conversations, `{"messages": [{"role": ..., "content": ...}]}` a line; answers have loss, the rest none."""
 
-    template: str | None = Field(
+    template: FileName | None = Field(
         default=None,
         description="File of a Jinja chat template, or a tokenizer_config.json that has one; none: ChatML.",
     )
@@ -90,7 +90,7 @@ class DataConfig(Config):
     skip: tuple[tuple[int, int], ...] = Field(
         default=(), description="Samples left out: from the first of each pair to before the second, by their order."
     )
-    tokenizer: str = Field(
+    tokenizer: FileName = Field(
         default="bytes",
         description="bytes, characters (vocabulary from the data), a Hugging Face tokenizer.json, a SentencePiece "
         ".model, or tiktoken's ranks or encoding.",
@@ -119,7 +119,7 @@ class DataConfig(Config):
         lt=1,
         description="Share of the text, at its end, or of the conversations, kept for validation.",
     )
-    cache_directory: str | None = Field(
+    cache_directory: FileName | None = Field(
         default=None,
         description="Where token ids and orders are kept; by default $XDG_CACHE_HOME/jaxtron or ~/.cache/jaxtron.",
     )
@@ -138,6 +138,8 @@ class DataConfig(Config):
             raise UserError("data.path and data.train are both given; keep one: data.train has no split")
         if self.train is None and (self.validation is not None or self.test is not None):
             raise UserError("data.validation and data.test need data.train; with data.path give data.split instead")
+        if self.format != "auto":
+            self.check_format(self.format)
         bounds = [bound for pair in self.skip for bound in pair]
         if bounds != sorted(set(bounds)) or any(bound < 0 for bound in bounds):
             raise UserError(
@@ -160,4 +162,4 @@ class DataConfig(Config):
         for field, formats in FIELDS_OF.items():
             # by value: a saved configuration names every field
             if name not in formats and getattr(self, field) != type(self).model_fields[field].default:
-                raise UserError(f"data.{field} {getattr(self, field)} has no effect on {name}; leave it out")
+                raise NoEffect(f"data.{field}", getattr(self, field), {"data.format": name})

@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxtron.command import FlagParser, natural, positive
+from jaxtron.command import FlagParser, file_path, natural, positive
 from jaxtron.config import UserError, load, settings, split_arguments
 from jaxtron.data.config import DataConfig
-from jaxtron.data.file_kind import file_kind
-from jaxtron.data.files import decode_text, read_content
 from jaxtron.evaluate.detokenize import DETOKENIZERS
 from jaxtron.train.config import Configuration
 
@@ -46,6 +44,10 @@ def parse(argv: list[str]) -> Request:
     """The request of a command line; a `UserError` for what is missing, or a setting that is the checkpoint's."""
     found, rest = _parser().parse_known_args(argv)
     words, flags = split_arguments(Configuration, rest)
+    if not words and len(found.text) > 1 and found.text[-1].is_dir():
+        # `--text FILE RUN_DIRECTORY`
+        words = [str(found.text.pop())]
+        rest.append(words[0])
     if not words:
         raise UserError(f"no run directory; give it first: {PROGRAM} RUN_DIRECTORY --text FILE")
     if len(words) > 1:
@@ -56,7 +58,7 @@ def parse(argv: list[str]) -> Request:
             raise UserError(f"--{name} is the checkpoint's own: leave it out, only {_taken()} can be set")
     rest.remove(words[0])
     given = {name: value for name, value in vars(found).items() if value is not None}
-    return Request(**given | {"run": Path(words[0]), "text": tuple(found.text), "overrides": tuple(rest)})
+    return Request(**given | {"run": file_path(words[0]), "text": tuple(found.text), "overrides": tuple(rest)})
 
 
 def read_configuration(request: Request) -> tuple[Configuration, Configuration]:
@@ -84,18 +86,16 @@ def read_configuration(request: Request) -> tuple[Configuration, Configuration]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, decompressed, its line ends untouched; a `UserError` if it is not there or no text."""
+    """The text of a file, its line ends untouched; a `UserError` if it is not there or not UTF-8."""
     try:
-        content = read_content(path)
-        if file_kind(path).kind == "lines":
-            raise UserError(f"--text {path} is JSON lines, not text; write the texts of its documents to a file")
-        return decode_text(content)
+        return path.read_bytes().decode("utf-8")
     except OSError as error:
-        raise UserError(f"cannot read --text {path}: {error.strerror or error}") from None
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"--text {path} is {error}; convert it") from None
+        raise UserError(f"cannot read --text {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--text {path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {error.start}; "
+            "convert it"
+        ) from None
 
 
 def _taken() -> str:
@@ -114,7 +114,7 @@ def _parser() -> FlagParser:
     usage = f"{PROGRAM} RUN_DIRECTORY --text FILE [FILE ...] [--flag value ...]"
     parser = FlagParser(PROGRAM, purpose, usage=usage, further=further, others=settings(Configuration))
     add = parser.add_argument
-    add("--text", nargs="+", action="extend", type=Path, required=True, metavar="FILE", help="UTF-8 text to score")
+    add("--text", nargs="+", action="extend", type=file_path, required=True, metavar="FILE", help="UTF-8 text to score")
     add(
         "--stride",
         type=positive,
@@ -131,5 +131,5 @@ def _parser() -> FlagParser:
         help="wikitext: undo WikiText's spaces before tokenizing, as Megatron does; words and bytes are those of the "
         "text as it is (none: nothing is changed)",
     )
-    add("--json", type=Path, metavar="FILE", help="write all figures")
+    add("--json", type=file_path, metavar="FILE", help="write all figures")
     return parser

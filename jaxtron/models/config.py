@@ -1,11 +1,11 @@
 """A decoder's configuration: its pattern and what its layers are made of."""
 
 import math
-from typing import Literal
+from typing import Literal, NoReturn
 
 from pydantic import Field, model_validator
 
-from jaxtron.config import Config, UserError
+from jaxtron.config import Config, NoEffect, UserError
 from jaxtron.layers.config import Activation, AttentionConfig, NormKind, PositionKind, RotaryConfig
 from jaxtron.models.pattern import ATTENTIONS, MLP, SYMBOLS, WINDOW, Pattern, parse
 
@@ -26,7 +26,7 @@ class ModelConfig(Config):
     pattern: str = "*-"
     """Residual layers in order: `*` attention, `W` attention in a window, `-` MLP, `(*-)` both in parallel on one norm.
     `|` cuts all layers into the stages of mesh.pipe (with num_layers 1; one stage runs them all)."""
-    num_layers: int = Field(default=12, ge=1, le=2**16)
+    num_layers: int = Field(default=12, ge=1)
     """How often the pattern repeats; for `*-` the usual count of transformer layers."""
     hidden_size: int = Field(default=768, ge=1)
     """Width of the residual stream."""
@@ -87,18 +87,20 @@ class ModelConfig(Config):
             raise ValueError(str(error)) from None
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
-                f"model.hidden_size {self.hidden_size} does not divide by model.num_heads {self.num_heads}; "
+                f"model.hidden_size {self.hidden_size} is not a multiple of model.num_heads {self.num_heads}; "
                 "change one or set model.head_dim"
             )
         if self.num_heads % self.kv_heads:
-            raise ValueError(f"model.num_heads {self.num_heads} is no multiple of model.num_kv_heads {self.kv_heads}")
+            raise ValueError(
+                f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.kv_heads}"
+            )
         given = self.model_fields_set
         if self.position != "rotary" and "rotary" in given and self.rotary != RotaryConfig():
-            raise ValueError(f"model.rotary has no effect with model.position {self.position}")
+            self._refuse("rotary", "position")
         if self.position != "learned" and self.max_positions is not None:
-            raise ValueError(f"model.max_positions has no effect with model.position {self.position}")
+            self._refuse("max_positions", "position")
         if self.position in ("rotary", "alibi") and not parsed.count(*ATTENTIONS):
-            raise ValueError(f"model.position {self.position} has no effect without attention in {self.pattern!r}")
+            self._refuse("position", "pattern", "it has no attention; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -109,22 +111,22 @@ class ModelConfig(Config):
             for field in FIELDS_OF[symbols]:
                 # by value: a saved configuration names every field
                 if getattr(self, field) != type(self).model_fields[field].default:
-                    raise ValueError(
-                        f"model.{field} {getattr(self, field)} has no effect without {kinds} "
-                        f"in model.pattern {self.pattern!r}"
-                    )
+                    self._refuse(field, "pattern", f"leave it out, or add {kinds} to the pattern")
         without = {name for symbols in missing for name in REGIONS_OF[symbols]}
         for name in self.recomputed & without:
-            raise ValueError(f"recomputing {name} has no effect: model.pattern {self.pattern!r} has none")
+            self._refuse("recompute", "pattern", f"it has no {name}; leave that out")
         self._check_attention()
         if {"attention", "attention_core"} <= self.recomputed:
-            raise ValueError("recomputing attention_core has no effect beside attention, which contains it")
+            raise ValueError("model.recompute attention_core has no effect beside attention, which contains it")
         if self.layout.count(MLP) and not self.mlp_width:
             raise ValueError(
                 f"model.hidden_size {self.hidden_size} is too small for the default width of a gated MLP; "
                 "set model.mlp_size"
             )
         return self
+
+    def _refuse(self, field: str, choice: str, mend: str = "leave it out") -> NoReturn:
+        raise NoEffect(f"model.{field}", getattr(self, field), {f"model.{choice}": getattr(self, choice)}, mend)
 
     def _check_attention(self) -> None:
         attention, fields = self.attention, type(self.attention).model_fields
@@ -135,9 +137,11 @@ class ModelConfig(Config):
             )
         for name in ("implementation", "soft_cap", "sinks", "deterministic"):
             if self.attention_dropout and getattr(attention, name) != fields[name].default:
-                raise ValueError(
-                    f"model.attention.{name} {getattr(attention, name)} has no dropped probabilities: leave it out, or "
-                    f"set model.attention_dropout {self.attention_dropout} to 0"
+                raise NoEffect(
+                    f"model.attention.{name}",
+                    getattr(attention, name),
+                    {"model.attention_dropout": self.attention_dropout},
+                    "leave it out, or set model.attention_dropout to 0",
                 )
 
     @property

@@ -1,10 +1,10 @@
 """The optimizer's configuration: the rule, the learning-rate schedule, weight decay and clipping."""
 
-from typing import Literal
+from typing import Literal, NoReturn
 
 from pydantic import Field, model_validator
 
-from jaxtron.config import Config, UserError
+from jaxtron.config import Config, NoEffect, UserError
 from jaxtron.roles import Role
 
 Schedule = Literal["constant", "linear", "cosine", "inverse_square_root", "warmup_stable_decay"]
@@ -58,26 +58,27 @@ class OptimizerConfig(Config):
             for field in dict.fromkeys(field for names in fields.values() for field in names):
                 users = " or ".join(value for value, names in fields.items() if field in names)
                 if field not in used and self._is_changed(field):
-                    raise UserError(
-                        f"{field}={getattr(self, field)!r} has no effect with {choice}={getattr(self, choice)}: "
-                        f"leave it out, or choose {choice}={users}"
-                    )
+                    self._refuse(field, choice, f"leave it out, or choose optimizer.{choice} {users}")
         if self.weight_decay == 0 and self._is_changed("decay_roles"):
-            raise UserError(f"decay_roles={self.decay_roles} has no effect with weight_decay=0: leave it out")
+            self._refuse("decay_roles", "weight_decay", "leave it out")
         if self.nesterov and self.momentum == 0:
-            raise UserError("nesterov=True has no effect with momentum=0: set a momentum such as 0.9")
+            self._refuse("nesterov", "momentum", "leave it out, or set a momentum such as 0.9")
         return self
+
+    def _refuse(self, field: str, choice: str, mend: str) -> NoReturn:
+        because = {f"optimizer.{choice}": getattr(self, choice)}
+        raise NoEffect(f"optimizer.{field}", getattr(self, field), because, mend)
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "OptimizerConfig":
         if self.minimum_learning_rate > self.learning_rate:
             raise UserError(
-                f"minimum_learning_rate={self.minimum_learning_rate} is above learning_rate={self.learning_rate}: "
-                "lower it"
+                f"optimizer.minimum_learning_rate {self.minimum_learning_rate} is above optimizer.learning_rate "
+                f"{self.learning_rate}: lower it"
             )
         if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
             raise UserError(
-                f"decay_steps={self.decay_steps} must be above warmup_steps={self.warmup_steps}, "
+                f"optimizer.decay_steps {self.decay_steps} must be above optimizer.warmup_steps {self.warmup_steps}, "
                 "which it includes: raise it or warm up for less"
             )
         return self
@@ -109,7 +110,9 @@ class LossScaleConfig(Config):
     @model_validator(mode="after")
     def _check_minimum(self) -> "LossScaleConfig":
         if self.minimum > self.initial:
-            raise UserError(f"minimum={self.minimum} is above initial={self.initial}: lower it")
+            raise UserError(
+                f"train.loss_scale.minimum {self.minimum} is above train.loss_scale.initial {self.initial}: lower it"
+            )
         return self
 
 

@@ -2,14 +2,15 @@
 
 from pydantic import Field
 
-from jaxtron.config import Config
+from jaxtron.config import Config, FileName
 
 
 class PipelineConfig(Config):
     """How microbatches go through the stages of mesh.pipe, and which layers each stage has."""
 
-    schedule: str = "1f1b"
-    """Order of the stages' work (only with mesh.pipe above 1); see --help of `python -m jaxtron.plan --schedule`."""
+    schedule: FileName = "1f1b"
+    """Order of the stages' work, only with mesh.pipe above 1: gpipe, 1f1b, eager_1f1b, interleaved, eager_interleaved,
+    zero_bubble, zero_bubble_v, dualpipe_v, or your own FILE.csv. `python -m jaxtron.plan --schedule` draws it."""
     chunks: int = Field(default=1, ge=1)
     """Parts of the model on each stage, for the schedules that go round more than once."""
     stage_layers: tuple[int, ...] | None = None

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from jaxtron.config import Config, UserError
+from jaxtron.words import plural
 
 AXES = ("pipe", "data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -46,15 +47,18 @@ class MeshConfig(Config):
         """Sizes by axis with `-1` filled; a `UserError` if they do not multiply to `num_devices`."""
         sizes = {axis: getattr(self, axis) for axis in AXES}
         known = math.prod(size for size in sizes.values() if size != -1)
-        text = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "data 1"
+        text = " x ".join(f"mesh.{axis} {size}" for axis, size in sizes.items() if size != 1) or "mesh.data 1"
+        there = f"there {'is' if num_devices == 1 else 'are'} {num_devices:,}"
+        simulate = f"simulate them: --devices {known}"
         if -1 in sizes.values():
             if num_devices % known:
-                raise UserError(f"mesh {text}: {known} does not divide the {num_devices} devices")
+                raise UserError(
+                    f"{text} needs a multiple of {plural(known, 'device')}, {there}; change the mesh, or {simulate}"
+                )
             sizes = {axis: num_devices // known if size == -1 else size for axis, size in sizes.items()}
         elif known != num_devices:
             raise UserError(
-                f"mesh {text} needs {known} devices, there are {num_devices}; "
-                "change the mesh, set one axis to -1, or simulate them with --devices"
+                f"{text} needs {plural(known, 'device')}, {there}; change the mesh, set one axis to -1, or {simulate}"
             )
         return sizes
 

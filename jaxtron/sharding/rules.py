@@ -116,7 +116,7 @@ class Rules:
             return True
         if self._replicable(name, size, axes):
             return False
-        raise UserError(f"{name} {size} does not divide by {_text(axes)} = {self.size(axes)}")
+        raise UserError(f"{name} {size} is not a multiple of {_text(axes)} = {self.size(axes)}")
 
     def _replicable(self, name: str, size: int, axes: tuple[str, ...]) -> bool:
         return name in REPLICABLE and self.size(axes) % size == 0
@@ -151,7 +151,7 @@ class Rules:
         for name, size, axes in zip(logical, shape or (), spec, strict=False):
             if size % self.size(axes):
                 raise UserError(
-                    f"{name} {size} does not divide by {_text(axes)} = {self.size(axes)}, "
+                    f"{name} {size} is not a multiple of {_text(axes)} = {self.size(axes)}, "
                     f"as {PartitionSpec(*spec)} asks"
                 )
 

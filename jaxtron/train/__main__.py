@@ -1,18 +1,26 @@
 """`python -m jaxtron.train CONFIG.yaml [--setting value ...]`: train a model, or continue a run."""
 
 import sys
-from pathlib import Path
 
 from jaxtron.command import configure, hand_over, run_command
-from jaxtron.config import split_arguments
+from jaxtron.config import take_file
 from jaxtron.train.config import Configuration
 from jaxtron.train.machine import is_first_process, known_devices
 
 PROGRAM = "python -m jaxtron.train"
+USAGE = f"""usage: {PROGRAM} CONFIG.yaml [--name value ...]
+
+  {PROGRAM} configs/gpt_tiny.yaml    a small GPT on Python's own source code, minutes on a CPU
+
+--help lists every setting, --help SECTION (mesh, model.attention, ...) those of one section,
+--print_config prints the configuration that would run."""
 
 
 def main(argv: list[str]) -> int:
     """Trains as the command line asks; 130 if a signal ended the run early, with a checkpoint."""
+    if not argv:
+        print(USAGE)
+        return 2
     config = configure(Configuration, argv, program=PROGRAM, purpose="Train a decoder.")
     if config is None:
         return 0
@@ -20,8 +28,8 @@ def main(argv: list[str]) -> int:
         config.check_mesh(config.mesh.shape(devices))
     if is_first_process(config):
         print("starting JAX", flush=True)
-    files, _ = split_arguments(Configuration, argv)
-    return hand_over("jaxtron.train.run").run(config, Path(files[0]).stem if files else "train")
+    path, _ = take_file(Configuration, argv)
+    return hand_over("jaxtron.train.run").run(config, path.stem if path else "train")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from jaxtron.checkpoint.config import CheckpointConfig
-from jaxtron.config import Config, UserError, format_value
+from jaxtron.config import Config, NoEffect, UserError
 from jaxtron.data.config import DataConfig
 from jaxtron.models.config import ModelConfig
-from jaxtron.models.cost import num_parameters
 from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
 from jaxtron.optim.config import BatchRampConfig, LossScaleConfig, OptimizerConfig
 from jaxtron.pipeline.config import PipelineConfig
@@ -19,9 +18,6 @@ from jaxtron.pipeline.schedules import SCHEDULES, make_schedule
 from jaxtron.sharding.config import BATCH_AXES, ContextConfig, MeshConfig, ShardingConfig
 from jaxtron.train.run_config import RunConfig
 from jaxtron.train.runtime_config import RuntimeConfig
-
-# a thousand times the largest models and batches there are
-PARAMETERS_MOST, TOKENS_MOST = 10**15, 10**12
 
 
 class TrainConfig(Config):
@@ -49,7 +45,7 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
         if self.precision != "fp16" and self.loss_scale != LossScaleConfig():
-            raise UserError(f"train.loss_scale has no effect with train.precision {self.precision}: leave it out")
+            raise NoEffect("train.loss_scale", self.loss_scale, {"train.precision": self.precision})
         return self
 
 
@@ -92,25 +88,12 @@ class Configuration(Config):
         length, positions = self.data.sequence_length, self.model.max_positions
         if positions is not None and positions < length:
             raise UserError(f"data.sequence_length {length} is longer than model.max_positions {positions}")
-        self._check_sizes()
+        # where the axis is filled, `check_mesh` knows more
+        if self.mesh.pipe == 1 and self.pipeline != PipelineConfig():
+            raise NoEffect("pipeline", self.pipeline, {"mesh.pipe": 1}, "leave it out, or set --mesh.pipe")
+        if self.mesh.context == 1 and self.context != ContextConfig():
+            raise NoEffect("context", self.context, {"mesh.context": 1}, "leave it out, or set --mesh.context")
         return self
-
-    def _check_sizes(self) -> None:
-        """`UserError` for products whose bytes a 64-bit number cannot count, far beyond every machine."""
-        model, tokens = self.model, self.train.global_batch * self.data.sequence_length
-        parameters = num_parameters(model, self.data.sequence_length)
-        if parameters > PARAMETERS_MOST:
-            raise UserError(
-                f"model.num_layers {model.num_layers}, model.hidden_size {model.hidden_size:,}, model.mlp_size "
-                f"{model.mlp_width:,} and model.vocab_size {model.vocab_size:,} make {parameters:.2g} parameters, more "
-                f"than the {PARAMETERS_MOST:.0e} that can be counted: lower them"
-            )
-        if tokens > TOKENS_MOST:
-            raise UserError(
-                f"train.global_batch {self.train.global_batch:,} x data.sequence_length "
-                f"{self.data.sequence_length:,} is {tokens:.2g} tokens a step, more than the {TOKENS_MOST:.0e} "
-                "that can be counted: lower one"
-            )
 
     def resolved(self) -> "Configuration":
         """The same with defaults that follow from other settings filled in."""
@@ -166,7 +149,7 @@ class Configuration(Config):
         if train.global_batch % (shards * train.microbatches):
             axes = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in BATCH_AXES)
             raise UserError(
-                f"train.global_batch {train.global_batch} does not divide by {axes} x train.microbatches "
+                f"train.global_batch {train.global_batch} is not a multiple of {axes} x train.microbatches "
                 f"{train.microbatches} = {shards * train.microbatches}"
             )
         microbatch = train.global_batch // train.microbatches
@@ -178,7 +161,7 @@ class Configuration(Config):
             ("the padded vocabulary (model.vocab_multiple)", model.padded_vocab),
         ):
             if size % tensor:
-                raise UserError(f"{name} {size} does not divide by mesh.tensor {tensor}")
+                raise UserError(f"{name} {size} is not a multiple of mesh.tensor {tensor}; change one of them")
         self._check_context(sizes)
         self._check_pipeline(sizes["pipe"], [batch // microbatch for batch in batches])
 
@@ -187,14 +170,12 @@ class Configuration(Config):
         context, parts, model = self.context, sizes["context"], self.model
         if parts == 1:
             if context != ContextConfig():
-                raise UserError(
-                    f"context.method {context.method} has no effect with mesh.context 1; set --mesh.context"
-                )
+                raise NoEffect("context", context, {"mesh.context": 1}, "leave it out, or set --mesh.context")
             return
         pieces = 2 * parts * sizes["tensor"]
         if self.data.sequence_length % pieces:
             raise UserError(
-                f"data.sequence_length {self.data.sequence_length} does not divide by 2 x mesh.context {parts} x "
+                f"data.sequence_length {self.data.sequence_length} is not a multiple of 2 x mesh.context {parts} x "
                 f"mesh.tensor {sizes['tensor']} = {pieces}, for every device has two pieces of a sequence"
             )
         if model.attention_dropout:
@@ -207,19 +188,15 @@ class Configuration(Config):
             if heads % (inner * sizes["tensor"]):
                 raise UserError(
                     f"context.method {context.method} splits heads {inner} ways beside mesh.tensor {sizes['tensor']}, "
-                    f"and model.{name} {heads} does not divide by {inner * sizes['tensor']}; use context.method ring"
+                    f"and model.{name} {heads} is not a multiple of {inner * sizes['tensor']}; use context.method ring"
                 )
 
     def _check_pipeline(self, num_stages: int, microbatches: list[int]) -> None:
         """`UserError` for settings without effect, and unless the schedule runs every number of microbatches."""
         pipeline, cuts = self.pipeline, self.model.layout.parts
-        fields = PipelineConfig.model_fields
         if num_stages == 1:
-            # by value: a saved configuration names every field
-            changed = [name for name in fields if getattr(pipeline, name) != fields[name].default]
-            if changed:
-                value = format_value(getattr(pipeline, changed[0]))
-                raise UserError(f"pipeline.{changed[0]} {value} has no effect with mesh.pipe 1; set --mesh.pipe")
+            if pipeline != PipelineConfig():
+                raise NoEffect("pipeline", pipeline, {"mesh.pipe": 1}, "leave it out, or set --mesh.pipe")
             return
         if cuts is not None and pipeline.stage_layers is not None:
             raise UserError(
@@ -229,8 +206,9 @@ class Configuration(Config):
         if cuts is not None or pipeline.stage_layers is not None:
             for name in ("embedding_weight", "loss_weight"):
                 if getattr(pipeline, name):
-                    given = "the cuts of model.pattern" if cuts is not None else "pipeline.stage_layers"
-                    raise UserError(f"pipeline.{name} {getattr(pipeline, name)} has no effect beside {given}")
+                    given = {"model.pattern": self.model.pattern} if cuts is not None else {}
+                    given |= {"pipeline.stage_layers": pipeline.stage_layers} if cuts is None else {}
+                    raise NoEffect(f"pipeline.{name}", getattr(pipeline, name), given)
         self.partition(num_stages)
         for count in microbatches:
             try:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from jaxtron.config import Config, UserError
+from jaxtron.config import Config, FileName, NoEffect, UserError
 
 TrackerName = Literal["tensorboard", "wandb"]
 
@@ -12,8 +12,8 @@ TrackerName = Literal["tensorboard", "wandb"]
 class RunConfig(Config):
     """Where a run lies, and what it records and prints."""
 
-    directory: str | None = Field(
-        default=None, description="directory of the run; None: runs/<name of the configuration>"
+    directory: FileName | None = Field(
+        default=None, description="directory of the run; none: runs/<name of the configuration>"
     )
     log_every: int = Field(default=10, ge=1, description="steps between logged steps; the last one is always logged")
     print_seconds: float = Field(
@@ -22,17 +22,24 @@ class RunConfig(Config):
     trackers: tuple[TrackerName, ...] = Field(default=(), description="also log to these: tensorboard, wandb")
     wandb_project: str = Field(default="jaxtron", description="project at Weights & Biases")
     profile_steps: tuple[int, int] | None = Field(
-        default=None, description="first and last step of a jax.profiler trace in <run>/profile; None: no trace"
+        default=None, description="first and last step of a jax.profiler trace in <run>/profile; none: no trace"
     )
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         if "wandb" not in self.trackers and self.wandb_project != type(self).model_fields["wandb_project"].default:
-            raise UserError(f"wandb_project={self.wandb_project!r} has no effect without wandb in trackers: add it")
+            raise NoEffect(
+                "run.wandb_project",
+                self.wandb_project,
+                {"run.trackers": self.trackers},
+                "leave it out, or add wandb to run.trackers",
+            )
         if len(set(self.trackers)) < len(self.trackers):
-            raise UserError(f"trackers={','.join(self.trackers)} names one twice: name each once")
+            raise UserError(f"run.trackers {' '.join(self.trackers)} names one twice: name each once")
         if self.profile_steps is not None:
             first, last = self.profile_steps
             if not 2 <= first <= last:
-                raise UserError(f"profile_steps={first} {last} is no range of steps: give first and last, from 2 on")
+                raise UserError(
+                    f"run.profile_steps {first} {last} is no range of steps: give first and last, from 2 on"
+                )
         return self

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from jaxtron.config import Config, UserError
+from jaxtron.config import Config, FileName, UserError
 
 Preset = Literal["auto", "none", "latency", "collective_matmul"]
 COORDINATES = ("coordinator_address", "num_processes", "process_id")
@@ -35,26 +35,30 @@ class RuntimeConfig(Config):
     xla_flags: str = Field(
         default="", description="further XLA flags, '--xla_a=1 --xla_b=2'; they win over the preset's"
     )
-    compilation_cache: str | None = Field(
+    compilation_cache: FileName | None = Field(
         default=None, description="directory where compiled programs are kept for later runs; none: not kept"
     )
 
     @model_validator(mode="after")
     def _check(self) -> "RuntimeConfig":
-        missing = [name for name in COORDINATES if getattr(self, name) is None]
+        missing = [f"runtime.{name}" for name in COORDINATES if getattr(self, name) is None]
         if missing and len(missing) < len(COORDINATES):
-            raise UserError(f"{' and '.join(missing)} missing: give {', '.join(COORDINATES)} together, or none of them")
+            names = ", ".join(f"runtime.{name}" for name in COORDINATES)
+            raise UserError(f"{' and '.join(missing)} missing: give {names} together, or none of them")
         if self.coordinator_address is not None and not re.fullmatch(r"\S+:\d{1,5}", self.coordinator_address):
-            raise UserError(f"coordinator_address={self.coordinator_address!r} is not host:port, such as node001:12345")
+            raise UserError(
+                f"runtime.coordinator_address {self.coordinator_address!r} is not host:port, such as node001:12345"
+            )
         if self.process_id is not None and self.num_processes is not None and self.process_id >= self.num_processes:
             raise UserError(
-                f"process_id={self.process_id} is not below num_processes={self.num_processes}: they count from 0"
+                f"runtime.process_id {self.process_id} is not below runtime.num_processes {self.num_processes}: they "
+                "count from 0"
             )
         try:
             words = shlex.split(self.xla_flags)
         except ValueError as error:
-            raise UserError(f"xla_flags={self.xla_flags!r} does not read: {error}") from None
+            raise UserError(f"runtime.xla_flags {self.xla_flags!r} does not read: {error}") from None
         for word in words:
             if not word.startswith("--"):
-                raise UserError(f"xla_flags: {word!r} does not begin with --, and XLA would ignore it")
+                raise UserError(f"runtime.xla_flags: {word!r} does not begin with --, and XLA would ignore it")
         return self

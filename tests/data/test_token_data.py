@@ -186,8 +186,8 @@ def test_mock_data(make):
 
 def test_conversations(make, tmp_path):
     path = tmp_path / "chat.jsonl"
-    talks = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "b"}] for n in range(40)]
-    path.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in talks))
+    turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+    path.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(40)))
     data = make(path=str(path), format="chat", sequence_length=128, validation_fraction=0.25)
     sample = data.train[0]
     assert not data.is_ordered and len(data.train) > len(data.validation) > 0
@@ -198,7 +198,7 @@ def test_conversations(make, tmp_path):
 
 def test_the_middle_is_filled_in(make, prefix):
     asked = {"prefix": 300, "middle": 301, "suffix": 302, "rate": 1.0, "characters": False}
-    with pytest.raises(UserError, match="fill_in_middle .* has no effect on chat"):
+    with pytest.raises(ValidationError, match="fill_in_middle .* has no effect with data.format chat"):
         make(path=prefix, format="chat", fill_in_middle=asked)
     asked |= {"rate": 1.0}
     data = make(path=prefix, fill_in_middle=asked, reset_attention=True)
@@ -210,7 +210,10 @@ def test_the_middle_is_filled_in(make, prefix):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"path": "{prefix}", "validation_fraction": 0.2}, "validation_fraction 0.2 has no effect on tokens"),
+        (
+            {"path": "{prefix}", "validation_fraction": 0.2},
+            "validation_fraction 0.2 has no effect with data.format tokens",
+        ),
         ({"path": "{prefix}", "tokenizer": "characters"}, "makes its vocabulary from text"),
         ({"path": "{prefix}", "split": "0,1,0"}, "no share to train on"),
         ({"path": "{prefix}", "sequence_length": 100_000}, "too few for one sample of 100000"),
@@ -218,7 +221,7 @@ def test_the_middle_is_filled_in(make, prefix):
         ({"validation": "x"}, "need data.train"),
         ({"train": "/nowhere/at/all"}, "/nowhere/at/all.idx"),
         ({"skip": ((5, 3),)}, "pairs of sample numbers that rise"),
-        ({"samples": 5}, "samples 5 has no effect on text"),
+        ({"samples": 5}, "samples 5 has no effect with data.format text"),
     ],
     ids=str,
 )

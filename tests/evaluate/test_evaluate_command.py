@@ -136,10 +136,10 @@ def one_line(*arguments: object) -> str:
     [
         ("--stride 33", "--stride 33 is longer than a sequence of 32 tokens"),
         ("--stride 0", "--stride: '0' must be a whole number above 0"),
-        ("--batch 3 --mesh.data 2", "--batch 3 does not divide by mesh.data 2 x mesh.fsdp 1 = 2"),
+        ("--batch 3 --mesh.data 2", "--batch 3 is not a multiple of mesh.data 2 x mesh.fsdp 1 = 2"),
         ("--step 3", "no finished checkpoint of step 3 in"),
-        ("--mesh.data 16", "mesh data 16 needs 16 devices, there are 8"),
-        ("--mesh.tensor 4", "model.num_heads 2 does not divide by mesh.tensor 4"),
+        ("--mesh.data 16", "mesh.data 16 needs 16 devices, there are 8"),
+        ("--mesh.tensor 4", "model.num_heads 2 is not a multiple of mesh.tensor 4"),
         ("--mesh.tenor 4", "unknown flag --mesh.tenor; did you mean --mesh.tensor?"),
         ("--model.num_layers 3", "--model.num_layers is the checkpoint's own: leave it out"),
         ("--data.sequence_length 64", "data.sequence_length 64 is longer than model.max_positions 32"),
@@ -159,15 +159,12 @@ def test_bad_flags(trained: TrainedRun, text: Path, flags: str, message: str):
 
 def test_bad_texts(trained: TrainedRun, tmp_path: Path):
     paths = {name: tmp_path / f"{name}.txt" for name in ("missing", "latin", "one", "none", "foreign")}
-    paths["lines"] = tmp_path / "part-00000"
-    paths["lines"].write_text('{"text": "the cat"}\n{"text": "sat"}\n')
     for name, content in (("latin", b"caf\xe9"), ("one", b"a"), ("none", b""), ("foreign", "a ß".encode())):
         paths[name].write_bytes(content)
     for name, message in {
         "missing": f"cannot read --text {paths['missing']}: No such file or directory",
         "latin": f"--text {paths['latin']} is not UTF-8 text: byte 0xe9 at offset 3",
         "one": f"{paths['one']} has 1 tokens, and the first is not scored",
-        "lines": f"--text {paths['lines']} is JSON lines, not text; write the texts of its documents to a file",
         "none": f"{paths['none']} has 0 tokens",
         "foreign": f"{paths['foreign']}: the character 'ß' (U+00DF) is not among the",
     }.items():

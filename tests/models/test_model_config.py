@@ -64,13 +64,19 @@ def test_recomputed_regions(recompute, names):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--hidden_size", "100", "--num_heads", "12"], "hidden_size 100 does not divide by model.num_heads 12"),
-        (["--num_kv_heads", "5"], "num_heads 12 is no multiple of model.num_kv_heads 5"),
+        (["--hidden_size", "100", "--num_heads", "12"], "hidden_size 100 is not a multiple of model.num_heads 12"),
+        (["--num_kv_heads", "5"], "num_heads 12 is not a multiple of model.num_kv_heads 5"),
         (["--pattern", "*-x"], "symbol 3: unknown symbol 'x'"),
         (["--num_layers", "0"], "num_layers"),
-        (["--position", "alibi", "--rotary.base", "5e5"], "rotary has no effect with model.position alibi"),
-        (["--position", "none", "--max_positions", "8"], "max_positions has no effect with model.position none"),
-        (["--position", "alibi", "--pattern", "-"], "alibi has no effect without attention"),
+        (
+            ["--position", "alibi", "--rotary.base", "5e5"],
+            "model.rotary.base 500000.0 has no effect with model.position alibi",
+        ),
+        (
+            ["--position", "none", "--max_positions", "8"],
+            "model.max_positions 8 has no effect with model.position none",
+        ),
+        (["--position", "alibi", "--pattern", "-"], "model.position alibi has no effect with model.pattern -"),
         (["--activation", "gelu_fast"], "activation"),
         (["--dropout", "1.0"], "dropout"),
         (["--recompute", "everything"], "recompute"),

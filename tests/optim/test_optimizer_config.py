@@ -9,20 +9,41 @@ from jaxtron.optim.config import OptimizerConfig
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "sgd", "beta1": 0.8}, "beta1=0.8 has no effect with name=sgd: leave it out, or choose name=adamw"),
-        ({"name": "sgd", "beta2": 0.99}, "beta2=0.99 has no effect with name=sgd"),
-        ({"name": "sgd", "epsilon": 1e-6}, "epsilon=1e-06 has no effect with name=sgd"),
-        ({"momentum": 0.5}, "momentum=0.5 has no effect with name=adamw: leave it out, or choose name=sgd"),
-        ({"nesterov": True}, "nesterov=True has no effect with name=adamw"),
-        ({"name": "sgd", "nesterov": True, "momentum": 0}, "nesterov=True has no effect with momentum=0"),
-        ({"schedule": "constant", "decay_steps": 5}, "choose schedule=linear or cosine or warmup_stable_decay"),
-        ({"schedule": "constant", "minimum_learning_rate": 1e-5}, "minimum_learning_rate=1e-05 has no effect"),
-        ({"schedule": "inverse_square_root", "decay_steps": 5}, "decay_steps=5 has no effect"),
-        ({"schedule": "cosine", "anneal_steps": 5}, "anneal_steps=5 has no effect with schedule=cosine"),
-        ({"schedule": "linear", "anneal_style": "cosine"}, "anneal_style='cosine' has no effect"),
-        ({"weight_decay": 0, "decay_roles": ["kernel"]}, "decay_roles=('kernel',) has no effect with weight_decay=0"),
-        ({"minimum_learning_rate": 1.0}, "minimum_learning_rate=1.0 is above learning_rate=0.0003"),
-        ({"decay_steps": 10, "warmup_steps": 10}, "decay_steps=10 must be above warmup_steps=10"),
+        (
+            {"name": "sgd", "beta1": 0.8},
+            "optimizer.beta1 0.8 has no effect with optimizer.name sgd: leave it out, or choose optimizer.name adamw",
+        ),
+        ({"name": "sgd", "beta2": 0.99}, "optimizer.beta2 0.99 has no effect with optimizer.name sgd"),
+        ({"name": "sgd", "epsilon": 1e-6}, "optimizer.epsilon 1e-06 has no effect with optimizer.name sgd"),
+        (
+            {"momentum": 0.5},
+            "optimizer.momentum 0.5 has no effect with optimizer.name adamw: leave it out, or choose",
+        ),
+        ({"nesterov": True}, "optimizer.nesterov true has no effect with optimizer.name adamw"),
+        (
+            {"name": "sgd", "nesterov": True, "momentum": 0},
+            "optimizer.nesterov true has no effect with optimizer.momentum 0",
+        ),
+        (
+            {"schedule": "constant", "decay_steps": 5},
+            "choose optimizer.schedule linear or cosine or warmup_stable_decay",
+        ),
+        (
+            {"schedule": "constant", "minimum_learning_rate": 1e-5},
+            "optimizer.minimum_learning_rate 1e-05 has no effect",
+        ),
+        ({"schedule": "inverse_square_root", "decay_steps": 5}, "optimizer.decay_steps 5 has no effect"),
+        (
+            {"schedule": "cosine", "anneal_steps": 5},
+            "optimizer.anneal_steps 5 has no effect with optimizer.schedule cosine",
+        ),
+        ({"schedule": "linear", "anneal_style": "cosine"}, "optimizer.anneal_style cosine has no effect"),
+        (
+            {"weight_decay": 0, "decay_roles": ["kernel"]},
+            "optimizer.decay_roles [kernel] has no effect with optimizer.weight_decay 0.0",
+        ),
+        ({"minimum_learning_rate": 1.0}, "optimizer.minimum_learning_rate 1.0 is above optimizer.learning_rate 0.0003"),
+        ({"decay_steps": 10, "warmup_steps": 10}, "optimizer.decay_steps 10 must be above optimizer.warmup_steps 10"),
     ],
 )
 def test_setting_without_effect_is_refused_in_one_line(settings, message):

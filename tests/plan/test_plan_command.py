@@ -93,7 +93,7 @@ def test_layout_counts_layers_and_not_empty_rows():
         ("--gpu h100 --nodes 1 --gpus 8", "--nodes 1 and --gpus 8: give one of them"),
         ("--gpu h100 --gpus 12 --mesh.tensor 4 --train.global_batch 12", "12 GPUs do not fill nodes of 8"),
         ("--gpu h100 --gpus 8 --mesh.tensor 3 --mesh.data 1", "mesh tensor 3 needs 3 devices, there are 8"),
-        ("--gpu h100 --gpus 8 --mesh.tensor 8", "does not divide by"),
+        ("--gpu h100 --gpus 8 --mesh.tensor 8", "is not a multiple of"),
         ("--gpu h100 --compare /dev/null", "/dev/null is no plan"),
         ("--gpu h100 --compare none.json", "cannot read the plan none.json: No such file or directory"),
         ("--gpu h100 --machine none.yaml", "none.yaml does not exist"),

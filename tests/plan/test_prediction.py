@@ -272,7 +272,7 @@ def test_a_run_that_cannot_be_is_refused(tmp_path: Path):
 
 
 def test_what_does_not_fit_the_mesh_is_refused():
-    with pytest.raises(UserError, match="model.num_heads 16 does not divide by mesh.tensor 32"):
+    with pytest.raises(UserError, match="model.num_heads 16 is not a multiple of mesh.tensor 32"):
         predicted(configuration(), tensor=32)
     with pytest.raises(UserError, match="too few for mesh.pipe 32"):
         predicted(configuration(train={"microbatches": 32}), pipe=32)

@@ -47,10 +47,10 @@ def test_minus_one_fills(config, num_devices, filled):
     ("config", "num_devices", "message"),
     [
         ({"data": 4}, 8, "data 4 needs 4 devices, there are 8"),
-        ({"data": 2, "tensor": 8}, 8, "data 2 x tensor 8 needs 16 devices, there are 8"),
-        ({"tensor": 3}, 8, "3 does not divide the 8 devices"),
-        ({"data": 1}, 8, "data 1 needs 1 devices, there are 8"),
-        ({"pipe": 3}, 8, "mesh pipe 3 x data -1: 3 does not divide the 8 devices"),
+        ({"data": 2, "tensor": 8}, 8, "mesh.data 2 x mesh.tensor 8 needs 16 devices, there are 8"),
+        ({"tensor": 3}, 8, "mesh.data -1 x mesh.tensor 3 needs a multiple of 3 devices, there are 8"),
+        ({"data": 1}, 8, "data 1 needs 1 device, there are 8"),
+        ({"pipe": 3}, 8, "mesh.pipe 3 x mesh.data -1 needs a multiple of 3 devices"),
     ],
 )
 def test_sizes_that_do_not_fit_the_devices(config, num_devices, message):

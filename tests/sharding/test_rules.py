@@ -121,10 +121,10 @@ def test_a_batch_axis_never_joins_tensor_on_a_dimension(rules_for):
 
 def test_sizes_that_do_not_divide_show_the_spec(rules_for):
     rules = rules_for(tensor=8)
-    with pytest.raises(UserError, match="heads 6 does not divide by mesh.tensor = 8, as .*'tensor'.* asks") as error:
+    with pytest.raises(UserError, match="heads 6 is not a multiple of mesh.tensor = 8, as .*'tensor'.* asks") as error:
         rules.parameter_spec(("embed", "heads", "head_dim"), (32, 6, 4))
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="vocab 60 does not divide by mesh.tensor = 8"):
+    with pytest.raises(UserError, match="vocab 60 is not a multiple of mesh.tensor = 8"):
         rules.parameter_spec(("vocab", "embed"), (60, 32))
 
 
@@ -141,11 +141,11 @@ def test_key_value_heads_are_copied_where_there_are_fewer_than_parts(rules_for):
     assert rules.splits("kv_heads", 16) and not rules.splits("kv_heads", 2) and not rules.splits("kv_heads", 1)
     # neither copied nor split evenly
     for size in (3, 12):
-        with pytest.raises(UserError, match=f"kv_heads {size} does not divide by mesh.tensor = 8"):
+        with pytest.raises(UserError, match=f"kv_heads {size} is not a multiple of mesh.tensor = 8"):
             rules.splits("kv_heads", size)
-        with pytest.raises(UserError, match=f"kv_heads {size} does not divide by mesh.tensor = 8"):
+        with pytest.raises(UserError, match=f"kv_heads {size} is not a multiple of mesh.tensor = 8"):
             rules.parameter_spec(axes, (32, size, 4))
-    with pytest.raises(UserError, match="heads 2 does not divide"):
+    with pytest.raises(UserError, match="heads 2 is not a multiple"):
         rules.splits("heads", 2)
 
 

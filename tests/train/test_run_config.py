@@ -9,9 +9,12 @@ from jaxtron.train.run_config import RunConfig
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"wandb_project": "mine"}, "wandb_project='mine' has no effect without wandb in trackers"),
-        ({"trackers": ["wandb", "wandb"]}, "trackers=wandb,wandb names one twice"),
-        ({"profile_steps": [5, 4]}, "profile_steps=5 4 is no range of steps"),
+        (
+            {"wandb_project": "mine"},
+            "run.wandb_project mine has no effect with run.trackers .*: leave it out, or add wandb",
+        ),
+        ({"trackers": ["wandb", "wandb"]}, "run.trackers wandb wandb names one twice"),
+        ({"profile_steps": [5, 4]}, "run.profile_steps 5 4 is no range of steps"),
         ({"profile_steps": [1, 4]}, "from 2 on"),
         ({"trackers": ["mlflow"]}, "tensorboard"),
         ({"log_every": 0}, "greater than or equal to 1"),

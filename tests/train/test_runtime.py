@@ -112,9 +112,12 @@ def test_a_port_that_no_machine_has_is_one_line(port):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--num_processes 2", "coordinator_address and process_id missing"),
+        ("--num_processes 2", "runtime.coordinator_address and runtime.process_id missing"),
         ("--coordinator_address node1 --num_processes 2 --process_id 0", "'node1' is not host:port"),
-        ("--coordinator_address a:1 --num_processes 2 --process_id 2", "process_id=2 is not below num_processes=2"),
+        (
+            "--coordinator_address a:1 --num_processes 2 --process_id 2",
+            "runtime.process_id 2 is not below runtime.num_processes 2",
+        ),
         ("--xla_flags=xla_a=1", "'xla_a=1' does not begin with --"),
         ("--xla_flags=--xla_a='1", "does not read: No closing quotation"),
     ],

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from jaxtron.config import Config, UserError
+from jaxtron.config import Config, FileName, UserError
 
 Step = Literal["length", "quality", "language", "exact", "near", "decontaminate"]
 STEPS: dict[str, str] = {
@@ -111,7 +111,7 @@ class Near(Config):
 class Decontaminate(Config):
     """Text around words that also occur in task files is cut, as for GPT-3 and Megatron's corpora."""
 
-    tasks: tuple[str, ...] = Field(default=(), description="JSONL files of tasks.")
+    tasks: tuple[FileName, ...] = Field(default=(), description="JSONL files of tasks.")
     fields: tuple[str, ...] = Field(default=("text",), min_length=1, description="Fields of a task that hold text.")
     ngram: int = Field(default=13, ge=1, description="Words that count as a hit.")
     min_ngram: int = Field(default=8, ge=1, description="A task of fewer words than ngram, but so many, counts whole.")
@@ -134,11 +134,10 @@ class Decontaminate(Config):
 class Curation(Config):
     """Everything `python -m jaxtron.preprocess curate` takes."""
 
-    input: tuple[str, ...] = Field(
-        default=(),
-        description="Files or folders of JSON lines (also .gz, .bz2, .xz, .zst) or Parquet, a document a line or row.",
+    input: tuple[FileName, ...] = Field(
+        default=(), description="Files with a document a line or row: .jsonl, .jsonl.gz, .jsonl.zst, .parquet."
     )
-    output: str = Field(default="", description="Folder for documents/, dropped.jsonl and report.json.")
+    output: FileName = Field(default="", description="Folder for documents/, dropped.jsonl and report.json.")
     steps: tuple[Step, ...] = Field(
         default=(), description="What to do; always done in the order of this list, whatever the order given."
     )

@@ -1,0 +1,27 @@
+"""Configurations: strictly validated models, filled from a YAML file, its `extends:` parents and dotted flags."""
+
+from jaxtron.config.arguments import FILE_ENDINGS, split_arguments, take_file
+from jaxtron.config.base import Config, ConfigType, FileName, NoEffect, UserError, expand_home, format_value
+from jaxtron.config.load import dump, gather, load
+from jaxtron.config.settings import Setting, nearest, settings
+from jaxtron.config.source import Source
+
+__all__ = [
+    "FILE_ENDINGS",
+    "Config",
+    "ConfigType",
+    "FileName",
+    "NoEffect",
+    "Setting",
+    "Source",
+    "UserError",
+    "dump",
+    "expand_home",
+    "format_value",
+    "gather",
+    "load",
+    "nearest",
+    "settings",
+    "split_arguments",
+    "take_file",
+]
