@@ -15,7 +15,9 @@ from jaxtron.data.tokenizers import Tokenizer
 
 try:
     import jinja2
+    import jinja2.nodes
     import jinja2.sandbox
+    import jinja2.utils
 except ImportError:
     jinja2 = None
 
@@ -197,7 +199,7 @@ class JinjaTemplate:
         """The first `count` messages as the template writes them."""
         assert jinja2 is not None
         turns = [
-            {"role": message.role, "content": message.content, **message.extras}
+            {**message.extras, "role": message.role, "content": message.content}
             for message in conversation.messages[:count]
         ]
         # transformers gives these two names to every template
@@ -254,6 +256,7 @@ def _declared_template(path: Path, content: str) -> str:
 def _environment():
     """Hugging Face's: its filters and tags, but to write what has no value is an error."""
     assert jinja2 is not None
+    absent = jinja2.utils.missing
 
     class Missing(jinja2.Undefined):
         """False and empty where it is tested, as in `{% if tools %}`."""
@@ -263,8 +266,9 @@ def _environment():
 
         def __iter__(self):
             # turns lack keys that others have; a name that nobody gave is a slip
-            is_name = self._undefined_obj is jinja2.utils.missing
-            return jinja2.StrictUndefined.__iter__(self) if is_name else iter(())
+            if self._undefined_obj is absent:
+                self._fail_with_undefined_error()
+            return iter(())
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], undefined=Missing

@@ -132,7 +132,9 @@ def _open_tokens(config: DataConfig, seed: int, samples: int | None) -> Data:
     return Data(
         config=config,
         seed=seed,
-        **sources,
+        train=sources["train"],
+        validation=sources["validation"],
+        test=sources["test"],
         tokenizer=tokenizer,
         fingerprint=_identity(identity, config),
         is_ordered=True,

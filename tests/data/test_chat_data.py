@@ -361,7 +361,11 @@ def test_an_answer_of_weight_0_is_context_only(make, template, unlearned):
 
 
 def test_sharegpt_has_weights_and_a_system(make):
-    turns = [{"from": "human", "value": "a", "weight": None}, {"from": "gpt", "value": "one", "weight": 0}]
+    # what other keys say of a turn is not what it says
+    turns = [
+        {"from": "human", "value": "a", "weight": None, "role": None},
+        {"from": "gpt", "value": "one", "weight": 0},
+    ]
     turns += [{"from": "human", "value": "b", "weight": 1}, {"from": "gpt", "value": "two", "weight": 1}]
     data = make([{"conversations": turns, "system": "Be brief."}])
     assert (
