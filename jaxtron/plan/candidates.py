@@ -6,20 +6,24 @@ from dataclasses import dataclass
 from jaxtron.config import UserError
 from jaxtron.models.pattern import ATTENTIONS
 from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.sharding.config import AXES, MeshConfig
+from jaxtron.sharding.config import AXES, ContextConfig, MeshConfig
 from jaxtron.train.config import Configuration
 
 # Rows of a microbatch on a device. More only fill memory: products of so many tokens are large enough.
 ROWS = (1, 2, 4, 8, 16)
 # Empty rows of the longest part's length, over all layers, that a cut which does not divide them may have.
 MOST_EMPTY = 0.1
+# Tokens of a sequence that a device has at least where a search splits it over mesh.context: as many as Llama 3 had of
+# its longest, 16 parts of 131,072 (2407.21783, Table 4). The configuration's own number of parts is always tried.
+LEAST_PART = 8192
 # All that have a use: gpipe takes the time of 1f1b and more memory.
 ONE_CHUNK = ("1f1b", "eager_1f1b", "zero_bubble")
 TWO_CHUNKS = ("zero_bubble_v", "dualpipe_v")
 MORE_CHUNKS = ("interleaved", "eager_interleaved")
 # Settings that a layout decides, by section; of the pipeline an own layout may have more.
 FLAGS = {
-    "mesh": ("data", "fsdp", "tensor", "pipe"),
+    "mesh": ("data", "fsdp", "context", "tensor", "pipe"),
+    "context": ("method", "inner"),
     "pipeline": ("schedule", "chunks", "embedding_weight", "loss_weight"),
     "train": ("microbatches",),
     "model": ("recompute",),
@@ -39,11 +43,19 @@ class Layout:
     rows: int
     recompute: str | tuple[str, ...]
     zero: str
+    context: int = 1
+    attention: ContextConfig = ContextConfig()
+    """How attention sees the other parts of a sequence, where `context` is above 1."""
 
     @property
     def sizes(self) -> dict[str, int]:
         """The mesh by axis."""
-        return {axis: getattr(self, axis, 1) for axis in AXES}
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def has_shared_state(self) -> bool:
+        """Whether several devices sum the same gradients, so that the ZeRO level has an effect."""
+        return self.data * self.context > 1
 
     def microbatches(self, global_batch: int) -> int:
         """Microbatches of a step."""
@@ -55,6 +67,7 @@ class Layout:
         return base.model_copy(
             update={
                 "mesh": MeshConfig(**self.sizes),
+                "context": self.attention,
                 "pipeline": self.pipeline,
                 "model": base.model.model_copy(update={"recompute": self.recompute}),
                 "train": base.train.model_copy(update={"microbatches": microbatches}),
@@ -68,8 +81,9 @@ class Layout:
         words = []
         for section, names in FLAGS.items():
             for name in names:
-                value = getattr(getattr(config, section), name)
-                if value != getattr(getattr(base, section), name):
+                value, before = (getattr(getattr(one, section), name) for one in (config, base))
+                # an axis left open is filled with what the others leave
+                if value != before and not (section == "mesh" and before == -1):
                     words.append(f"--{section}.{name} {' '.join(value) if isinstance(value, tuple) else value}")
         return " ".join(words)
 
@@ -84,12 +98,14 @@ class Layout:
         words |= {"rows": str(self.rows), "recompute": self.recompute_text}
         if self.pipe > 1:
             words["schedule"] = self.order_text
-        return words | ({"zero": self.zero} if self.data > 1 else {})
+        if self.context > 1:
+            words["context.method"] = self.attention.method
+        return words | ({"zero": self.zero} if self.has_shared_state else {})
 
     @property
     def zero_text(self) -> str:
         """The ZeRO level, where it has an effect."""
-        return self.zero if self.data > 1 else "-"
+        return self.zero if self.has_shared_state else "-"
 
     @property
     def mesh_text(self) -> str:
@@ -107,7 +123,7 @@ class Layout:
         """All of it in a line."""
         parts = [self.mesh_text, self.order_text if self.pipe > 1 else "", f"rows {self.rows}"]
         parts += [f"{self.microbatches(global_batch)} microbatches", f"recompute {self.recompute_text}"]
-        parts.append(f"zero {self.zero}" if self.data > 1 else "")
+        parts.append(f"zero {self.zero}" if self.has_shared_state else "")
         return ", ".join(part for part in parts if part)
 
     @property
@@ -119,27 +135,25 @@ class Layout:
 def layouts(config: Configuration, num_gpus: int, gpus_per_node: int) -> Iterator[Layout]:
     """All layouts worth a look: the mesh, schedule, chunks, rows, recompute and ZeRO level, model and batch as given.
 
-    `tensor` stays inside a node. `sharding.zero parameters` is left out: it lays out what the same number as
-    `mesh.fsdp` does.
+    `tensor` stays inside a node. `sharding.zero parameters` is left out where `mesh.fsdp` does the same: there is no
+    `mesh.context` whose devices share the state too.
     """
     model, batch = config.model, config.train.global_batch
     recomputes = tuple(dict.fromkeys((model.recompute, "none", "selective", "full")))
     if not model.layout.count(*ATTENTIONS):
         recomputes = tuple(name for name in recomputes if name != "selective")
-    for tensor in _divisors(min(gpus_per_node, num_gpus)):
-        if num_gpus % tensor or not _splits(config, tensor):
-            continue
-        for pipe in _divisors(num_gpus // tensor):
-            shards = num_gpus // (tensor * pipe)
+    for tensor, context, attention in _within(config, num_gpus, gpus_per_node):
+        for pipe in _divisors(num_gpus // (tensor * context)):
+            shards = num_gpus // (tensor * context * pipe)
             if batch % shards:
                 continue
             for pipeline in _pipelines(config, pipe):
                 for rows in (rows for rows in ROWS if batch // shards % rows == 0):
                     if not _feeds(pipeline, pipe, batch // shards // rows):
                         continue
-                    for data, fsdp, zero in _shardings(config, shards):
+                    for data, fsdp, zero in _shardings(config, shards, context):
                         for recompute in recomputes:
-                            yield Layout(data, fsdp, tensor, pipe, pipeline, rows, recompute, zero)
+                            yield Layout(data, fsdp, tensor, pipe, pipeline, rows, recompute, zero, context, attention)
 
 
 def own_layout(config: Configuration, num_gpus: int) -> Layout:
@@ -156,6 +170,8 @@ def own_layout(config: Configuration, num_gpus: int) -> Layout:
         rows=config.train.global_batch // (config.train.microbatches * shards),
         recompute=config.model.recompute,
         zero=config.sharding.zero,
+        context=sizes["context"],
+        attention=config.context,
     )
 
 
@@ -163,16 +179,34 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _splits(config: Configuration, tensor: int) -> bool:
-    """Whether heads, MLP, vocabulary and sequence divide: what `check_mesh` says of one stage and one replica."""
-    alone = config.model_copy(
-        update={"pipeline": PipelineConfig(), "train": config.train.model_copy(update={"batch_ramp": None})}
-    )
-    try:
-        alone.check_mesh({axis: tensor if axis == "tensor" else 1 for axis in AXES})
-    except UserError:
-        return False
-    return True
+def splits_sequences(config: Configuration) -> bool:
+    """Whether a search tries `mesh.context` above 1, so that two parts of a sequence must be traced."""
+    return config.mesh.context != 1 or config.data.sequence_length >= 2 * LEAST_PART
+
+
+def _within(config: Configuration, num_gpus: int, gpus_per_node: int) -> Iterator[tuple[int, int, ContextConfig]]:
+    """Ways to split a layer and its sequences: `mesh.tensor`, `mesh.context`, and attention over its parts."""
+    length, own = config.data.sequence_length, config.mesh.context
+    for tensor in _divisors(min(gpus_per_node, num_gpus)):
+        for context in _divisors(num_gpus // tensor) if num_gpus % tensor == 0 else ():
+            if context in (1, own) or length >= context * LEAST_PART:
+                for attention in _attention(config, tensor, context):
+                    yield tensor, context, attention
+
+
+def _attention(config: Configuration, tensor: int, context: int) -> Iterator[ContextConfig]:
+    """Attention as configured, or by a ring where that needs another size; none where heads, MLP, vocabulary or
+    sequence do not divide: what `check_mesh` says of one stage and one replica."""
+    train = config.train.model_copy(update={"batch_ramp": None, "microbatches": 1})
+    alone = config.model_copy(update={"pipeline": PipelineConfig(), "train": train})
+    sizes = {axis: 1 for axis in AXES} | {"tensor": tensor, "context": context}
+    for attention in dict.fromkeys((config.context, ContextConfig())):
+        try:
+            alone.model_copy(update={"context": attention}).check_mesh(sizes)
+        except UserError:
+            continue
+        yield attention
+        return
 
 
 def _pipelines(config: Configuration, num_stages: int) -> Iterator[PipelineConfig]:
@@ -209,10 +243,12 @@ def _feeds(pipeline: PipelineConfig, num_stages: int, num_microbatches: int) -> 
     return pipeline.schedule != "dualpipe_v" or num_microbatches >= 2 * num_stages
 
 
-def _shardings(config: Configuration, shards: int) -> Iterator[tuple[int, int, str]]:
-    """Ways to split so many replicas: data, fsdp and the ZeRO level, which is of no effect without data."""
+def _shardings(config: Configuration, shards: int, context: int) -> Iterator[tuple[int, int, str]]:
+    """Ways to split so many replicas: data, fsdp and the ZeRO level, which has an effect with data or context only."""
     for fsdp in _divisors(shards):
         data = shards // fsdp
-        levels = ("none", "optimizer") if data > 1 else (config.sharding.zero,)
+        levels = ("none", "optimizer") if data * context > 1 else (config.sharding.zero,)
+        if data == 1 < context:
+            levels = (*levels, "parameters")
         for zero in levels:
             yield data, fsdp, zero

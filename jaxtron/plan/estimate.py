@@ -150,10 +150,17 @@ class Estimator:
         return self._rows[key]
 
     def _kept_bytes(self, config: Configuration, tensor: int, context: int, kind: str) -> Kept:
-        key = (config.model.recompute, tensor, context, kind)
+        """Of one row. All that is kept has a device's tokens and no more, so that a whole sequence tells what is kept
+        of a part, where the same implementation computes its attention."""
+
+        def names(parts: int) -> tuple[str | None, ...]:
+            return tuple(choice and choice.name for choice in config.attention_choices(parts, kind).values())
+
+        parts = 1 if names(1) == names(context) else 2
+        key = (config.model.recompute, tensor, parts, names(context), kind)
         if key not in self._kept:
-            self._kept[key] = kept_bytes(config, tensor, context, kind)
-        return self._kept[key]
+            self._kept[key] = kept_bytes(config, tensor, parts, kind)
+        return Kept(*(size * parts // context for size in self._kept[key]))
 
 
 def _temporaries(

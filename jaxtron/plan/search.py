@@ -1,33 +1,22 @@
 """`python -m jaxtron.plan CONFIG.yaml --search`: layouts for so many GPUs, those that fit ranked by predicted time."""
 
-import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-import jax
-
-from jaxtron.command import write_whole
 from jaxtron.config import UserError
 from jaxtron.plan.candidates import Layout, layouts, own_layout
 from jaxtron.plan.estimate import Estimator
 from jaxtron.plan.machine import Machine
 from jaxtron.plan.memory import MemoryUse
-from jaxtron.plan.prediction import Breakdown, Prediction, predict
+from jaxtron.plan.prediction import Prediction, predict
 from jaxtron.plan.report import Plan
-from jaxtron.plan.table import aligned, duration, size
+from jaxtron.plan.table import size
 from jaxtron.train.config import Configuration
 
-FORMAT = 1
 # Memory by formula may be so far off: what is this little above the GPU's is left to the compiler.
 MARGIN = 0.05
 # A search compiles at most so many layouts for each that it was asked for: some turn out not to fit.
 MOST_COMPILED = 3
-# Rows of the table; the file that --json writes has all.
-SHOWN = 10
-NAMES = {"products": "products", "memory": "passes over memory", "optimizer": "optimizer", "bubble": "bubble"}
 
 
 @dataclass(frozen=True)
@@ -52,9 +41,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Search:
-    """Candidates in the order of their rank: first those that were compiled, then by formula, the fastest first.
+    """Two rankings, for what a compiled step takes says nothing beside what a formula says of another.
 
-    `unfit` were compiled and found too big. `own` is the configuration's own layout, whether it fits or not, and
+    `compiled` were compiled and fit, the fastest first; `unfit` were compiled and do not. `candidates` are the others
+    that fit by formula, the fastest first. `own` is the configuration's own layout, whether it fits or not, and
     `own_problem` why there is none.
     """
 
@@ -68,17 +58,27 @@ class Search:
     num_too_big: int
     own: Candidate | None
     own_problem: str | None
+    compiled: tuple[Candidate, ...] = ()
     unfit: tuple[Candidate, ...] = ()
+
+    @property
+    def ranked(self) -> tuple[Candidate, ...]:
+        """Those that are compared with each other: the compiled ones, or all by formula where none was compiled."""
+        return self.compiled or self.candidates
 
     @property
     def best(self) -> Candidate:
         """The first."""
-        return self.candidates[0]
+        return self.ranked[0]
 
     def rank(self, layout: Layout) -> int | None:
-        """Of a layout, 1 for the first; None where it is not among the candidates."""
-        ranks = (number for number, one in enumerate(self.candidates, 1) if one.layout == layout)
+        """Of a layout among `ranked`, 1 for the first; None where it is not there."""
+        ranks = (number for number, one in enumerate(self.ranked, 1) if one.layout == layout)
         return next(ranks, None)
+
+    def is_own(self, candidate: Candidate) -> bool:
+        """Whether it is the configuration's own layout."""
+        return self.own is not None and candidate.layout == self.own.layout
 
 
 def search(config: Configuration, machine: Machine, *, num_gpus: int, gpus_per_node: int) -> Search:
@@ -104,6 +104,8 @@ def search(config: Configuration, machine: Machine, *, num_gpus: int, gpus_per_n
             needed, candidate = weigh(layout, limit=None if layout == own else (1 + MARGIN) * capacity)
         except UserError as error:
             refused.append(str(error))
+            if layout == own:
+                own_problem = str(error)
             continue
         least = min(least, (needed, layout.text(batch)))
         if layout == own:
@@ -114,9 +116,18 @@ def search(config: Configuration, machine: Machine, *, num_gpus: int, gpus_per_n
         raise UserError(_nothing(config, machine, num_gpus, refused, *least))
     candidates.sort(key=lambda one: (one.formula.step_seconds, one.estimate.total))
     too_big = len(found) - len(refused) - len(candidates)
-    counts = (len(found), len(refused), too_big)
-    where = (config, machine.gpu, num_gpus, gpus_per_node)
-    return Search(*where, tuple(candidates), *counts, own_candidate, own_problem)
+    return Search(
+        config=config,
+        gpu=machine.gpu,
+        num_gpus=num_gpus,
+        gpus_per_node=gpus_per_node,
+        candidates=tuple(candidates),
+        num_layouts=len(found),
+        num_refused=len(refused),
+        num_too_big=too_big,
+        own=own_candidate,
+        own_problem=own_problem,
+    )
 
 
 class _Weigher:
@@ -141,13 +152,20 @@ class _Weigher:
 
 
 def compile_best(found: Search, top: int, compile_layout: Callable[[Configuration], Plan]) -> Search:
-    """The search with the best `top` candidates compiled and ranked anew by their plans; one of each mesh.
+    """The search with the own layout and the best `top` candidates compiled, one of each mesh, ranked by their plans.
 
     What does not fit when compiled is dropped, and the next taken: of the same mesh, one that fits if its estimate is
-    as wrong. Raises `UserError` where none of the compiled ones fits.
+    as wrong. The own layout is compiled whatever its formula says, so that what is gained over it is known. Raises
+    `UserError` where none of the compiled ones fits.
     """
     compiled: list[Candidate] = []
     unfit: list[Candidate] = []
+
+    def compile_one(candidate: Candidate) -> Candidate:
+        candidate = replace(candidate, plan=compile_layout(candidate.layout.config(found.config)))
+        (compiled if candidate.memory.fits else unfit).append(candidate)
+        return candidate
+
     for candidate in found.candidates:
         if len(compiled) == top or len(compiled) + len(unfit) == MOST_COMPILED * top:
             break
@@ -156,17 +174,21 @@ def compile_best(found: Search, top: int, compile_layout: Callable[[Configuratio
             continue
         if any(one.layout.sizes == mesh and not _corrected(candidate, one) for one in unfit):
             continue
-        candidate = replace(candidate, plan=compile_layout(candidate.layout.config(found.config)))
-        (compiled if candidate.memory.fits else unfit).append(candidate)
+        compile_one(candidate)
+    own = found.own
+    if own is not None:
+        done = (one for one in (*compiled, *unfit) if one.layout == own.layout)
+        own = next(done, None) or compile_one(own)
     if not compiled:
         raise UserError(
             f"none of the {len(unfit)} best layouts fits when compiled: they need "
             f"{size(min(one.memory.total for one in unfit))} and more a GPU; use a larger --top, or more GPUs"
         )
-    compiled.sort(key=lambda one: one.prediction.step_seconds)
+    # of two that take the same time the own comes first: then there is nothing to change
+    compiled.sort(key=lambda one: (one.prediction.step_seconds, not found.is_own(one)))
     seen = {one.layout for one in (*compiled, *unfit)}
-    rest = [one for one in found.candidates if one.layout not in seen]
-    return replace(found, candidates=(*compiled, *rest), unfit=tuple(unfit))
+    rest = tuple(one for one in found.candidates if one.layout not in seen)
+    return replace(found, candidates=rest, compiled=tuple(compiled), unfit=tuple(unfit), own=own)
 
 
 def _corrected(candidate: Candidate, wrong: Candidate) -> bool:
@@ -199,173 +221,3 @@ def _nothing(
         f"tensor the {model.num_heads} heads, and pipe is at most the {model.layout.repeats} layers; change --gpus or "
         "--train.global_batch"
     )
-
-
-def text(found: Search, title: str, tokens: float | None = None) -> str:
-    """The ranking for a reader, and why the first is the first; `tokens` is a budget whose days are told."""
-    best = found.best
-    lines = [
-        f"{title}: layouts of {found.num_gpus} {found.gpu} in nodes of {found.gpus_per_node}, "
-        f"{found.config.train.global_batch} sequences a step",
-        _counted(found),
-        "",
-        *_table(found),
-        "",
-        f"type: {best.layout.flags(found.config) or 'nothing, it is the configuration as it is'}",
-    ]
-    if tokens is not None:
-        lines.append(f"  {tokens:.3g} tokens take {best.prediction.days_for(tokens):,.1f} days")
-    return "\n".join([*lines, *_reasons(found)])
-
-
-def _counted(found: Search) -> str:
-    others = found.num_layouts - found.num_refused
-    parts = [f"{found.num_layouts:,} layouts: {found.num_too_big:,} of {others:,} do not fit by formula"]
-    if found.num_refused:
-        parts.append(f"{found.num_refused:,} have sizes that do not divide")
-    compiled = sum(one.plan is not None for one in found.candidates)
-    if compiled or found.unfit:
-        parts.append(f"{compiled + len(found.unfit)} compiled, {len(found.unfit)} of them did not fit")
-    return "; ".join(parts)
-
-
-def _table(found: Search) -> list[str]:
-    """The best layout of each mesh, and the configuration's own."""
-    rows: list[tuple[str, ...]] = [
-        ("  rank", "mesh", "schedule", "rows", "recompute", "zero", "step", "MFU", "memory", "")
-    ]
-    meshes: list[dict[str, int]] = []
-    for rank, one in enumerate(found.candidates, 1):
-        if len(meshes) < SHOWN and one.layout.sizes not in meshes:
-            meshes.append(one.layout.sizes)
-            rows.append(_row(str(rank), one, "own" if _is_own(found, one) else ""))
-    own = found.own
-    if own is not None and not any(row[-1].endswith("own") for row in rows):
-        rank = found.rank(own.layout)
-        ranked = own if rank is None else found.candidates[rank - 1]
-        dropped = next((one for one in found.unfit if one.layout == own.layout), ranked)
-        rows.append(_row("-" if rank is None else str(rank), dropped, "own" if rank else "own, does not fit"))
-    lines = [*aligned(rows, right=(0, 3, 6, 7, 8)), "  of each mesh the best; rows of a microbatch on a GPU"]
-    if any(one.plan is None and not one.memory.fits for one in found.candidates):
-        lines.append("  formula?: above the GPU's memory by less than the estimate can be wrong")
-    faster = _faster(found)
-    if faster:
-        lines.append(f"  faster by formula than the best compiled: {faster} more meshes; a larger --top compiles them")
-    if found.own_problem is not None:
-        lines.append(f"  the configuration's own layout does not run here: {found.own_problem}")
-    return lines
-
-
-def _faster(found: Search) -> int:
-    """Meshes that were not compiled and are faster by formula than the best that was: there is more to gain."""
-    best = found.best
-    if best.plan is None:
-        return 0
-    tried = [one.layout.sizes for one in (*found.candidates, *found.unfit) if one.plan is not None]
-    meshes = {
-        one.layout.mesh_text
-        for one in found.candidates
-        if one.formula.step_seconds < best.prediction.step_seconds and one.layout.sizes not in tried
-    }
-    return len(meshes)
-
-
-def _is_own(found: Search, candidate: Candidate) -> bool:
-    return found.own is not None and candidate.layout == found.own.layout
-
-
-def _row(rank: str, one: Candidate, mark: str) -> tuple[str, ...]:
-    layout, source = one.layout, "formula" if one.memory.fits else "formula?"
-    return (
-        rank,
-        layout.mesh_text,
-        layout.order_text,
-        str(layout.rows),
-        layout.recompute_text,
-        layout.zero_text,
-        duration(one.prediction.step_seconds),
-        f"{one.prediction.mfu:.1%}",
-        size(one.memory.total),
-        ", ".join(part for part in ("compiled" if one.plan else source, mark) if part),
-    )
-
-
-def _reasons(found: Search) -> list[str]:
-    """The first against the others that were compiled, or the next of other meshes, and the own layout."""
-    best = found.best
-    others = [one for one in found.candidates[1:] if (one.plan is None) == (best.plan is None)]
-    meshes: list[Candidate] = []
-    for one in others:
-        if all(one.layout.sizes != other.layout.sizes for other in (best, *meshes)):
-            meshes.append(one)
-    chosen = meshes[:2]
-    own = found.own
-    if own is not None and own.layout not in [one.layout for one in (best, *chosen)]:
-        chosen.append(own)
-    lines = ["why it is first (seconds of a step by formula where only one was compiled):"] if chosen else []
-    return [*lines, *(f"  {_reason(found, best, one)}" for one in chosen)]
-
-
-def _reason(found: Search, best: Candidate, other: Candidate) -> str:
-    both = best.plan is not None and other.plan is not None
-    mine = best.prediction if both else best.formula
-    its = other.prediction if both else other.formula
-    changes = _changes(mine.breakdown, its.breakdown)
-    rank = found.rank(other.layout)
-    name = "own" if found.own is not None and other.layout == found.own.layout else "compiled" if both else "formula"
-    label = f"rank {rank}" if rank is not None else "does not fit"
-    told = ", ".join(f"{seconds:+.3g} s {part}" for part, seconds in changes)
-    total = mine.step_seconds - its.step_seconds
-    return f"{', '.join(best.layout.differences(other.layout))} ({label}, {name}): {total:+.3g} s, of it {told}"
-
-
-def _changes(mine: Breakdown, its: Breakdown) -> list[tuple[str, float]]:
-    """The largest differences, three at most, none below a twentieth of the largest."""
-    parts = {name: seconds - getattr(its, name) for name, seconds in dataclasses.asdict(mine).items()}
-    found = sorted(parts.items(), key=lambda part: -abs(part[1]))[:3]
-    least = abs(found[0][1]) / 20
-    return [(NAMES.get(name, f"{name} communication"), seconds) for name, seconds in found if abs(seconds) >= least]
-
-
-def write_json(found: Search, title: str, path: Path) -> None:
-    """All candidates as plain data, by rank; seconds of a step, bytes of a GPU. The file is replaced whole."""
-    own = found.own
-    content = {
-        "format": FORMAT,
-        "title": title,
-        "gpu": found.gpu,
-        "num_gpus": found.num_gpus,
-        "gpus_per_node": found.gpus_per_node,
-        "jax_version": jax.__version__,
-        "layouts": found.num_layouts,
-        "refused": found.num_refused,
-        "too_big": found.num_too_big,
-        "own": None if own is None else _plain(found, own, found.rank(own.layout)),
-        "own_problem": found.own_problem,
-        "candidates": [_plain(found, one, rank) for rank, one in enumerate(found.candidates, 1)],
-        "unfit": [_plain(found, one, None) for one in found.unfit],
-    }
-    write_whole(path, json.dumps(content, indent=1) + "\n")
-
-
-def _plain(found: Search, one: Candidate, rank: int | None) -> dict[str, Any]:
-    layout = one.layout
-    pipeline = {"schedule": layout.pipeline.schedule, "chunks": layout.pipeline.chunks} if layout.pipe > 1 else None
-    return {
-        "rank": rank,
-        "compiled": one.plan is not None,
-        "mesh": layout.sizes,
-        "pipeline": pipeline,
-        "rows": layout.rows,
-        "microbatches": layout.microbatches(found.config.train.global_batch),
-        "recompute": layout.recompute,
-        "zero": layout.zero,
-        "flags": layout.flags(found.config),
-        "step_seconds": one.prediction.step_seconds,
-        "mfu": one.prediction.mfu,
-        "tokens_per_second": one.prediction.tokens_per_second,
-        "breakdown": dataclasses.asdict(one.prediction.breakdown),
-        "fits": one.memory.fits,
-        "memory": {**one.memory.classes, "total": one.memory.total, "capacity": one.memory.capacity},
-        "formula": {"step_seconds": one.formula.step_seconds, "memory": one.estimate.total},
-    }

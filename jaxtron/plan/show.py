@@ -11,9 +11,10 @@ import jax
 from jaxtron.config import UserError
 from jaxtron.gpus import GPUS
 from jaxtron.pipeline.table_file import write_csv
-from jaxtron.plan import compare, layout, report, schedule, search
+from jaxtron.plan import compare, layout, ranking, report, schedule, search
 from jaxtron.plan.activations import layer_bytes
 from jaxtron.plan.calibrate import calibrate, write_machine
+from jaxtron.plan.candidates import splits_sequences
 from jaxtron.plan.machine import Machine, machine_named, read_machine
 from jaxtron.plan.rehearsal import rehearse
 from jaxtron.plan.request import Request
@@ -71,7 +72,8 @@ def show_schedule(config: Configuration, request: Request) -> None:
     sizes = config.mesh.shape(config.devices or _known(config))
     config.check_mesh(sizes)
     table, partition = config.schedule(sizes["pipe"]), config.partition(sizes["pipe"])
-    start_runtime(config.runtime, devices=config.devices or sizes["tensor"])
+    # where sequences are split, two parts of one stand for all
+    start_runtime(config.runtime, devices=config.devices or sizes["tensor"] * min(2, sizes["context"]))
     each = layer_bytes(config, sizes)
     mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
     width, color = shutil.get_terminal_size((120, 24)).columns, sys.stdout.isatty()
@@ -93,8 +95,9 @@ def show_search(config: Configuration, request: Request) -> None:
         raise UserError(f"say for which GPU: --gpu {', '.join(GPUS)}")
     machine, num_gpus = _machine(request), request.num_gpus(_known(config))
     start_compiler(config.runtime)
-    # tensor parallelism is traced on as many devices
-    simulate_devices(max(8, request.node_size))
+    # a layer split by tensor is traced on as many devices, and on twice as many where sequences are split too
+    widest = max(request.node_size, config.mesh.tensor)
+    simulate_devices(max(8, widest * (1 + splits_sequences(config))))
     found = search.search(config, machine, num_gpus=num_gpus, gpus_per_node=min(request.node_size, num_gpus))
 
     def compiled(config: Configuration) -> report.Plan:
@@ -103,9 +106,9 @@ def show_search(config: Configuration, request: Request) -> None:
         return report.make_plan(rehearsal, machine, _title(request))
 
     found = search.compile_best(found, request.top or 3, compiled)
-    print(search.text(found, _title(request), request.tokens))
+    print(ranking.text(found, _title(request), request.tokens))
     if request.json is not None:
-        search.write_json(found, _title(request), request.json)
+        ranking.write_json(found, _title(request), request.json)
     _tell_written(request.json)
 
 

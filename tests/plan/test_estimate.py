@@ -49,6 +49,7 @@ def configuration(flags: str, path: Path | None = None) -> Configuration:
         "--mesh.fsdp 4 --train.microbatches 2 --optimizer.name sgd " + GATED,
         "--mesh.context 2 --mesh.tensor 2 --train.microbatches 2",
         "--mesh.data 2 --mesh.fsdp 2 --mesh.context 2 --sharding.zero parameters --model.recompute full",
+        "--mesh.context 4 --context.method all_to_all --model.dropout 0.1 --train.microbatches 2",
         "--mesh.tensor 4 --optimizer.name sgd --optimizer.momentum 0 " + GATED,
         "--mesh.pipe 2 --mesh.tensor 2 --train.microbatches 8 " + DROPOUT,
         "--mesh.pipe 2 --mesh.fsdp 2 --train.microbatches 4 --pipeline.schedule interleaved --pipeline.chunks 3",
@@ -59,7 +60,7 @@ def configuration(flags: str, path: Path | None = None) -> Configuration:
 def test_classes_are_those_of_the_real_step(flags: str):
     config = configuration(SMALL + flags)
     mesh = build_mesh(config.mesh, jax.devices()[:8])
-    with use(make_rules(mesh, config.sharding)):
+    with use(make_rules(mesh, config.sharding, config.context)):
         trainer, batch = make_trainer(config), abstract_batch(config)
         arguments = 0
         for leaf in jax.tree.leaves((trainer.abstract_state(), batch)):

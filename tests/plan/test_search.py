@@ -10,13 +10,15 @@ import pytest
 
 from jaxtron.config import UserError, load
 from jaxtron.plan.__main__ import main
-from jaxtron.plan.candidates import Layout, layouts, own_layout
+from jaxtron.plan.candidates import LEAST_PART, Layout, layouts, own_layout
 from jaxtron.plan.machine import machine_named
 from jaxtron.plan.prediction import predict
-from jaxtron.plan.search import MARGIN, Search, compile_best, search, text, write_json
+from jaxtron.plan.ranking import text, write_json
+from jaxtron.plan.search import MARGIN, Search, compile_best, search
+from jaxtron.plan.table import size
 from jaxtron.train.config import Configuration
 
-A100 = machine_named("a100")
+A100, H100 = machine_named("a100"), machine_named("h100")
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = "--model.num_layers 8 --model.hidden_size 512 --model.num_heads 8 --model.vocab_size 1024 "
 SMALL += "--train.global_batch 16 --data.sequence_length 256 "
@@ -80,6 +82,64 @@ def test_layers_that_do_not_divide_are_cut_as_evenly_as_can_be():
     assert {layout.pipeline.chunks for layout in found if layout.pipe == 4} == {1, 3}
 
 
+def test_long_sequences_are_split_and_short_ones_are_not():
+    assert {layout.context for layout in layouts(configuration(SMALL), 16, 4)} == {1}
+    long = f"--data.sequence_length {4 * LEAST_PART}"
+    found = list(layouts(configuration(SMALL + long), 16, 4))
+    assert len(found) == len(set(found)) and {layout.context for layout in found} == {1, 2, 4}
+    for layout in found[::20]:
+        assert layout.data * layout.fsdp * layout.tensor * layout.pipe * layout.context == 16
+        layout.config(configuration(SMALL + long)).check_mesh(layout.sizes)
+    # parts of a sequence share the state as copies of it do
+    levels = {layout.zero for layout in found if layout.context > 1 and layout.data == 1}
+    assert levels == {"none", "optimizer", "parameters"}
+    assert "parameters" not in {layout.zero for layout in found if layout.context == 1}
+    # attention_dropout needs whole sequences
+    drops = configuration(f"{SMALL}{long} --model.attention_dropout 0.1")
+    assert {layout.context for layout in layouts(drops, 16, 4)} == {1}
+
+
+def test_the_own_number_of_parts_is_tried_however_short_they_are():
+    config = configuration(SMALL + "--mesh.context 4")
+    found = list(layouts(config, 8, 4))
+    own = own_layout(config, 8)
+    assert own.sizes == {"pipe": 1, "data": 2, "fsdp": 1, "context": 4, "tensor": 1} and own in found
+    assert {layout.context for layout in found} == {1, 4}
+
+
+def test_attention_over_parts_is_the_configurations_where_it_can_be():
+    # heads 8: eight ways are all that all_to_all can split, so beside tensor 2 a ring does it
+    config = configuration(SMALL + "--data.sequence_length 65536 --mesh.context 8 --context.method all_to_all")
+    found = {(layout.context, layout.tensor, layout.attention.method) for layout in layouts(config, 16, 2)}
+    assert (8, 1, "all_to_all") in found and (8, 2, "ring") in found and (1, 1, "ring") in found
+    one = next(layout for layout in layouts(config, 16, 2) if layout.context == 1)
+    assert "--context.method ring" in one.flags(config) and "--mesh.context 1" in one.flags(config)
+    assert "context 1 instead of 8" in one.differences(own_layout(config, 16))
+
+
+def test_a_recipe_of_long_sequences_is_its_own_layout():
+    """`llama3_8b_128k` on its 64 GPUs: the layout of the file, and neighbours of it."""
+    config = configuration(name="llama3_8b_128k")
+    own = own_layout(config, 64)
+    assert own.sizes == {"pipe": 1, "data": 1, "fsdp": 8, "context": 8, "tensor": 1} and own.flags(config) == ""
+    found = set(layouts(config, 64, 8))
+    assert own in found and {layout.context for layout in found} == {1, 2, 4, 8, 16}
+    # by formula it takes what a plan without a compiler's overlap says
+    assert (
+        predict(own.config(config), own.sizes, H100).step_seconds
+        == predict(config, config.mesh.shape(64), H100).step_seconds
+    )
+
+
+def test_a_search_ranks_layouts_that_split_sequences():
+    words = f"--model.num_layers 2 --data.sequence_length {2 * LEAST_PART} --mesh.data 1 --mesh.context 2"
+    config = configuration(f"{SMALL}{words} --train.global_batch 2")
+    found = search(config, H100, num_gpus=2, gpus_per_node=2)
+    assert found.own is not None and found.own_problem is None and found.rank(found.own.layout) is not None
+    assert {one.layout.context for one in found.candidates} == {1, 2}
+    assert "context 2" in text(found, "small")
+
+
 def test_candidates_are_ranked_by_time_and_fit(small: Search):
     seconds = [one.formula.step_seconds for one in small.candidates]
     assert seconds == sorted(seconds)
@@ -140,34 +200,93 @@ def compiled_as(small: Search, seconds: dict[str, float], too_big: set[str], ask
     def compile_layout(config: Configuration) -> Any:
         layout = own_layout(config, 4)
         asked.append(layout)
-        found = next(one for one in small.candidates if one.layout == layout)
+        found = next(one for one in (*small.candidates, small.own) if one.layout == layout)
         more = 2 * found.estimate.capacity if layout.mesh_text in too_big else 0
         memory = replace(found.estimate, temporaries=found.estimate.temporaries + more)
         step = seconds.get(layout.mesh_text, found.formula.step_seconds)
-        return SimpleNamespace(prediction=replace(found.formula, step_seconds=step), memory=memory)
+        breakdown = replace(found.formula.breakdown, bubble=step - found.formula.step_seconds)
+        return SimpleNamespace(prediction=replace(found.formula, step_seconds=step, breakdown=breakdown), memory=memory)
 
     return compile_layout
 
 
-def test_the_compiled_are_ranked_anew_and_the_unfit_dropped(small: Search, tmp_path: Path):
+def meshes_of(small: Search) -> list[str]:
+    """Of the candidates, in order; the own layout's is not among the first."""
     meshes = list(dict.fromkeys(one.layout.mesh_text for one in small.candidates))
-    asked: list[Layout] = []
+    assert small.own is not None and small.own.layout.mesh_text not in meshes[:3]
+    return meshes
+
+
+def test_the_compiled_are_ranked_among_themselves_and_the_unfit_dropped(small: Search, tmp_path: Path):
+    meshes, asked = meshes_of(small), []
     # the first turns out too big, the second slower than the third
     found = compile_best(small, 2, compiled_as(small, {meshes[1]: 9.0}, {meshes[0]}, asked))
-    assert [layout.mesh_text for layout in asked] == meshes[:3]
-    assert [one.layout.mesh_text for one in found.candidates[:2]] == [meshes[2], meshes[1]]
+    assert [layout.mesh_text for layout in asked] == [*meshes[:3], small.own.layout.mesh_text]
+    own = small.own.layout
+    assert {one.layout.mesh_text for one in found.compiled} == {meshes[1], meshes[2], own.mesh_text}
     assert [one.layout.mesh_text for one in found.unfit] == [meshes[0]]
-    assert len(found.candidates) == len(small.candidates) - 1 and found.rank(asked[0]) is None
+    assert len(found.candidates) == len(small.candidates) - 4 and found.rank(asked[0]) is None
+    # a compiled time is ranked beside compiled ones, a formula's beside formulas'
+    for ranking, is_compiled in ((found.compiled, True), (found.candidates, False)):
+        seconds = [one.prediction.step_seconds for one in ranking]
+        assert seconds == sorted(seconds) and all((one.plan is not None) is is_compiled for one in ranking)
     told = text(found, "small", tokens=1e9)
-    assert "3 compiled, 1 of them did not fit" in told and "1e+09 tokens take" in told
+    assert "4 compiled, 1 of them did not fit" in told and "1e+09 tokens take" in told
     assert f"type: {found.best.layout.flags(found.config)}" in told
-    assert "(rank 2, compiled)" in told and "own" in told
     write_json(found, "small", tmp_path / "found.json")
     plain = json.loads((tmp_path / "found.json").read_text())
-    assert [one["rank"] for one in plain["candidates"]] == list(range(1, len(found.candidates) + 1))
-    assert plain["candidates"][0]["compiled"] and not plain["unfit"][0]["fits"]
+    assert all(one["compiled"] for one in (*plain["compiled"], *plain["unfit"], plain["own"]))
+    assert not any(one["compiled"] for one in plain["by_formula"]) and not plain["unfit"][0]["fits"]
+    assert [one["own"] for one in plain["compiled"]].count(True) == 1
+    everything = {*meshes, own.mesh_text}
     with pytest.raises(UserError, match="none of the 6 best layouts fits when compiled"):
-        compile_best(small, 2, compiled_as(small, {}, set(meshes), asked))
+        compile_best(small, 2, compiled_as(small, {}, everything, asked))
+
+
+@pytest.mark.parametrize(
+    "own_seconds, gain",
+    [
+        (2.0, "50.0% less time than the configuration's own layout (1 s, 2 s, compiled)\n"),
+        (
+            1.005,
+            "0.5% less time than the configuration's own layout (1 s, 1 s, compiled): too little to tell them apart",
+        ),
+        (1.0, "the configuration's own layout is the fastest of those compiled"),
+        (0.5, "the configuration's own layout is the fastest of those compiled"),
+    ],
+)
+def test_the_own_layout_is_compiled_and_the_gain_over_it_is_of_compiled_steps(
+    small: Search, own_seconds: float, gain: str
+):
+    meshes, own = meshes_of(small), small.own.layout
+    # by formula the own layout is slower; what its formula says plays no part
+    assert small.own.formula.step_seconds > small.best.formula.step_seconds
+    found = compile_best(small, 1, compiled_as(small, {meshes[0]: 1.0, own.mesh_text: own_seconds}, set(), []))
+    assert found.own.plan is not None and found.own in found.compiled and len(found.compiled) == 2
+    told = text(found, "small")
+    assert gain in told
+    by_formula = told[told.index("by formula, of each mesh") : told.index("type: ")]
+    assert own.mesh_text + " " not in by_formula and "own" in told[: told.index("by formula, of each mesh")]
+    assert ("nothing, it is the configuration as it is" in told) == (own_seconds <= 1.0)
+
+
+def test_an_own_layout_too_big_when_compiled_is_told_with_the_compilers_bytes(small: Search):
+    own = small.own.layout.mesh_text
+    found = compile_best(small, 1, compiled_as(small, {}, {own}, []))
+    told = text(found, "small")
+    assert found.own in found.unfit and f"own layout does not fit: {size(found.own.memory.total)} a GPU" in told
+    assert "own, does not fit" in told
+
+
+def test_how_far_formulas_are_off_says_what_else_may_be_faster(small: Search):
+    meshes = meshes_of(small)
+    # twice its formula: all whose formula is at most as long may be faster, the own layout is not
+    first = small.candidates[0].formula.step_seconds
+    own = {small.own.layout.mesh_text: 2 * small.own.formula.step_seconds}
+    told = text(compile_best(small, 1, compiled_as(small, own | {meshes[0]: 2 * first}, set(), [])), "small")
+    assert "compiled steps take 2.00 times as long as their formulas say" in told and "would be faster" not in told
+    told = text(compile_best(small, 1, compiled_as(small, own | {meshes[0]: 3 * first}, set(), [])), "small")
+    assert "compiled steps take 2.00 to 3.00 times" in told and "would be faster than the first" in told
 
 
 def test_the_reasons_are_differences_of_the_breakdowns(small: Search):
@@ -175,7 +294,7 @@ def test_the_reasons_are_differences_of_the_breakdowns(small: Search):
     best = small.best
     other = next(one for one in small.candidates if one.layout.sizes != best.layout.sizes)
     difference = best.formula.step_seconds - other.formula.step_seconds
-    line = next(line for line in told.splitlines() if f"(rank {small.rank(other.layout)}, " in line)
+    line = next(line for line in told.splitlines() if f"(rank {small.rank(other.layout)}" in line)
     assert f": {difference:+.3g} s, of it" in line
     for axis, part in best.layout.sizes.items():
         if part != other.layout.sizes[axis]:
@@ -193,6 +312,6 @@ def test_the_command_compiles_the_best(capsys: pytest.CaptureFixture, tmp_path: 
     flags = SMALL + f"--mesh.tensor 2 --search --gpu a100 --gpus 4 --gpus-per-node 4 --top 2 --json {path}"
     assert main(flags.split()) == 0
     plain = json.loads(path.read_text())
-    assert [one["compiled"] for one in plain["candidates"][:3]] == [True, True, False]
-    assert plain["candidates"][0]["step_seconds"] <= plain["candidates"][1]["step_seconds"]
-    assert "--mesh." in plain["candidates"][0]["flags"] and "compiled" in capsys.readouterr().out
+    assert len(plain["compiled"]) == 3 and plain["own"] in plain["compiled"]
+    assert plain["compiled"][0]["step_seconds"] <= plain["compiled"][1]["step_seconds"]
+    assert "--mesh." in plain["compiled"][0]["flags"] and "compiled" in capsys.readouterr().out
