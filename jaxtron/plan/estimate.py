@@ -154,7 +154,7 @@ class Estimator:
         of a part, where the same implementation computes its attention."""
 
         def names(parts: int) -> tuple[str | None, ...]:
-            return tuple(choice and choice.name for choice in config.attention_choices(parts, kind).values())
+            return tuple(choice and choice.name for choice in choose_attention(config, parts, kind).values())
 
         parts = 1 if names(1) == names(context) else 2
         key = (config.model.recompute, tensor, parts, names(context), kind)
