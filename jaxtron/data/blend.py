@@ -5,6 +5,7 @@ bit for bit: the lag is `weight * max(place, 1) - count` in float64.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ MOST_DATASETS = 32767
 CHAIN = 1024
 # steps of a chain between looks at which ones have met
 LOOK = 8
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,8 @@ def build_exhaustive_blend(sizes: Sequence[int]) -> Blend:
 
 
 def _number(word: str) -> float | None:
-    try:
-        return float(word)
-    except ValueError:
-        return None
+    # not all that `float` takes: `inf` and `1_000` are names
+    return float(word) if NUMBER.fullmatch(word) else None
 
 
 def _numbered(datasets: Int16[np.ndarray, "N"], num_datasets: int) -> Blend:

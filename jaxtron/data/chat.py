@@ -10,7 +10,6 @@ Beside any of them may be `system` (a first turn), and `tools`, `documents` and 
 template). A turn with `weight` 0, or `train` false, has no loss. A key whose value is null is as good as missing.
 """
 
-import gzip
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from jaxtron.config import UserError
 from jaxtron.data.chat_template import ASSISTANT, Conversation, Message
+from jaxtron.data.files import read_lines
 
 NO_ROLES: Mapping[str, str] = {}
 ROLES = {
@@ -31,17 +31,14 @@ FOR_TEMPLATES = ("tools", "documents")
 
 
 def read_conversations(path: Path, roles: Mapping[str, str] = NO_ROLES) -> Iterator[tuple[int, Conversation]]:
-    """Line number and conversation of each line that is not empty; .gz is unpacked; UserError names file and line."""
+    """Line number and conversation of each line that is not empty; decompressed; UserError names file and line."""
     number = 0
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, parse_conversation(json.loads(line.decode("utf-8")), roles)
+        for number, line in read_lines(path):
+            if line.strip():
+                yield number, parse_conversation(json.loads(line.decode("utf-8")), roles)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; give a readable file") from error
-    except EOFError as error:
-        raise UserError(f"{path} ends within its compressed data after line {number}; copy it again") from error
     except UserError:
         raise
     except (ValueError, RecursionError) as error:

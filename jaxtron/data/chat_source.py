@@ -102,16 +102,22 @@ class Conversations:
         """Rows to train on, and rows to validate on: conversations are divided first, then packed, each part by itself.
 
         What a conversation says decides where it goes, so that validation has conversations of all lengths from all
-        over the files, whatever their order, the tokenizer and the seed.
+        over the files, whatever their order, the tokenizer and the seed; and none that is trained on too.
         """
         kept = self._kept
         num_validation = round(len(kept) * validation_fraction)
+        digests = self._entry.digests[kept]
+        order = np.argsort(digests, kind="stable")
+        if 0 < num_validation < len(kept):
+            # conversations that say the same stay together
+            ordered = digests[order]
+            num_validation = int(np.searchsorted(ordered, ordered[num_validation]))
         if num_validation == len(kept) or (validation_fraction and not num_validation):
             raise UserError(
-                f"{len(kept):,} conversations are too few to keep data.validation_fraction {validation_fraction} of "
-                "them for validation; give more, or set --data.validation_fraction 0"
+                f"{len(kept):,} conversations, {len(np.unique(digests)):,} different, are too few to keep "
+                f"data.validation_fraction {validation_fraction} of them for validation; give more, or set "
+                "--data.validation_fraction 0"
             )
-        order = np.argsort(self._entry.digests[kept], kind="stable")
         validation, train = np.sort(kept[order[:num_validation]]), np.sort(kept[order[num_validation:]])
         return self._pack(train), self._pack(validation) if num_validation else NO_SAMPLES
 

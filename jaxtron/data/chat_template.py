@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -123,14 +123,22 @@ class JinjaTemplate:
     """A Jinja template as `tokenizer_config.json` files have it; needs `pip install "jaxtron[chat]"`.
 
     It is given `messages`, `add_generation_prompt`, the conversation's extras (`tools`) and `variables` (`eos_token`).
-    Other names may be tested, as in `{% if tools %}`; to write one is a `UserError`.
+    Other names may be tested, as in `{% if tools %}`; to write one is a `UserError`. What it writes of `special` texts,
+    and of variables named `..._token`, are tokens, which no message may contain.
 
     With `{% generation %}` in it, what is written inside is an answer. Else, what it writes up to an answer must be how
     it writes the conversation before it with `add_generation_prompt`, and the answer is what it writes after that, less
     white space at the end; a template that rewrites earlier turns is then a `UserError`.
     """
 
-    def __init__(self, source: str, *, variables: Mapping[str, Any] | None = None, markers: Sequence[str] = ()):
+    def __init__(
+        self,
+        source: str,
+        *,
+        variables: Mapping[str, Any] | None = None,
+        markers: Sequence[str] = (),
+        special: Collection[str] = (),
+    ):
         if jinja2 is None:
             raise UserError('a Jinja chat template needs the package jinja2: pip install "jaxtron[chat]"')
         environment = _environment()
@@ -144,10 +152,11 @@ class JinjaTemplate:
         self._words = {getattr(node, field) for kind, field in kinds for node in parsed.find_all(kind)}
         self._marks_answers = num_tags > 0
         self._variables = {name: value for name, value in (variables or {}).items() if self.reads(name)}
-        texts = [value for name, value in self._variables.items() if name.endswith("_token")]
-        self.tokens = tuple(text for text in texts if isinstance(text, str) and text)
+        named = [value for name, value in self._variables.items() if name.endswith("_token")]
+        written = [text for text in sorted(special) if text in source]
+        self.tokens = tuple(dict.fromkeys(text for text in (*named, *written) if isinstance(text, str) and text))
         self.markers = tuple(dict.fromkeys([*markers, *self.tokens, _BEGIN, _END]))
-        description = json.dumps([source, sorted(self._variables.items()), markers], default=str)
+        description = json.dumps([source, sorted(self._variables.items()), self.markers], default=str)
         self.fingerprint = f"jinja:{hashlib.sha256(description.encode()).hexdigest()}"
 
     def reads(self, name: str) -> bool:
@@ -229,7 +238,12 @@ def open_template(config: ChatConfig, tokenizer: Tokenizer) -> ChatTemplate:
     source = read_document(path)
     if path.suffix == ".json":
         source = _declared_template(path, source)
-    template = JinjaTemplate(source, variables={**tokenizer.special_tokens, **config.variables}, markers=config.markers)
+    template = JinjaTemplate(
+        source,
+        variables={**tokenizer.special_tokens, **config.variables},
+        markers=config.markers,
+        special=tokenizer.special_texts,
+    )
     for name, value in config.variables.items():
         if not template.reads(name):
             raise UserError(f"data.chat.variables.{name} has no effect: {path} does not name it; leave it out")

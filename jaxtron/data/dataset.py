@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from jaxtron.config import UserError
 from jaxtron.data.boundaries import Boundaries
 from jaxtron.data.chat_source import Conversations
 from jaxtron.data.chat_template import open_template
-from jaxtron.data.config import PYTHON_STDLIB, Blend, DataConfig
-from jaxtron.data.files import find_files, read_document
+from jaxtron.data.config import DataConfig
+from jaxtron.data.data_path import DataPath, read_data_path
+from jaxtron.data.files import check_text, find_files
 from jaxtron.data.fill_in_middle import FillInMiddle, FillInMiddleSource
 from jaxtron.data.gpt_source import SPLITS, BlendedSource, GPTSource, open_blend
 from jaxtron.data.indexed import IndexedReader
@@ -22,12 +22,10 @@ from jaxtron.data.loader import BatchSize, Loader, LocalRows
 from jaxtron.data.mock import MockReader
 from jaxtron.data.source import NO_SAMPLES, Source
 from jaxtron.data.splits import split_ranges
-from jaxtron.data.storage import cache_root, is_remote
+from jaxtron.data.storage import cache_root
 from jaxtron.data.text import open_tokens
 from jaxtron.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtron.data.window_source import WindowSource
-
-TOKEN_FILES = (".idx", ".bin")
 
 logger = logging.getLogger(__name__)
 
@@ -83,20 +81,22 @@ def _format(config: DataConfig) -> str:
         return config.format
     if config.train is not None:
         return "tokens"
-    first = _words(config.path)[-1:]
-    has_index = any(is_remote(word) or os.path.exists(_prefix(word) + ".idx") for word in first)
-    return "tokens" if has_index and first != [PYTHON_STDLIB] else "text"
+    return "tokens" if read_data_path(config.path, "data.path").is_tokens else "text"
 
 
 def _open_text(config: DataConfig, seed: int, _samples: int | None) -> Data:
-    paths = _words(config.path)
-    if not paths or not all(paths):
-        raise UserError("--data.path is empty; give files or folders of text")
-    stream = open_tokens(
-        find_files(paths),
-        tokenizer=load_tokenizer(config.tokenizer, end_of_document=config.end_of_document),
-        cache_directory=cache_root(config.cache_directory),
-    )
+    cache = cache_root(config.cache_directory)
+    files = find_files(read_data_path(config.path, "data.path").files(), cache=cache)
+    if config.format == "auto":
+        check_text(files)
+    tokenizer = load_tokenizer(config.tokenizer, end_of_document=config.end_of_document)
+    if tokenizer is not None and tokenizer.end_of_document is None and len(files) > 1:
+        logger.warning(
+            "the tokenizer %s has no end of document, so documents follow one another unmarked; name its token with "
+            "--data.end_of_document",
+            config.tokenizer,
+        )
+    stream = open_tokens(files, tokenizer=tokenizer, cache_directory=cache)
     train, validation = _split(stream.tokens, config)
     boundaries = _source_boundaries(config, stream.tokenizer)
     source_settings = {"sequence_length": config.sequence_length, "boundaries": boundaries}
@@ -125,7 +125,8 @@ def _open_tokens(config: DataConfig, seed: int, samples: int | None) -> Data:
         if blend is None or not len(split_ranges(split, 1_000_000)[SPLITS.index(part)]):
             sources[part] = NO_SAMPLES
             continue
-        found = _open_part(config, blend, split, part, samples if part == "train" else None, seed, tokenizer)
+        path = read_data_path(blend, "data.path" if config.train is None else f"data.{part}")
+        found = _open_part(config, path, split, part, samples if part == "train" else None, seed, tokenizer)
         sources[part] = NO_SAMPLES if found is None else _filled(found, config, seed, tokenizer)
         if part == "train" and found is not None:
             identity = found.fingerprint
@@ -142,7 +143,7 @@ def _open_tokens(config: DataConfig, seed: int, samples: int | None) -> Data:
 
 
 def _open_part(
-    config: DataConfig, blend: Blend, split: str, part: str, samples: int | None, seed: int, tokenizer: Tokenizer
+    config: DataConfig, path: DataPath, split: str, part: str, samples: int | None, seed: int, tokenizer: Tokenizer
 ) -> GPTSource | BlendedSource | None:
     """One part of a split; None where a part that is not trained on makes no sample."""
     settings = {
@@ -158,14 +159,14 @@ def _open_part(
         reader = MockReader(vocab_size=tokenizer.vocab_size, end_of_document=tokenizer.end_of_document)
         return GPTSource(reader, split_ranges(split, len(reader))[SPLITS.index(part)], **settings)
     cache = cache_root(config.cache_directory)
-    words = [_prefix(word) for word in _words(blend)]
+    prefixes, weights = path.prefixes(), path.weights
     if part != "train":
         # looked at only now and then: all that each has, without weights
-        words = words[1::2] if len(words) > 1 and _is_number(words[0]) else words
-        words = [word for word in words if _has_sample(word, split, part, config.sequence_length, cache)]
-        if not words:
+        prefixes = [prefix for prefix in prefixes if _has_sample(prefix, split, part, config.sequence_length, cache)]
+        weights = None
+        if not prefixes:
             return None
-    return open_blend(words, split=split, part=part, cache_directory=cache, **settings)
+    return open_blend(prefixes, weights, split=split, part=part, cache_directory=cache, **settings)
 
 
 def _has_sample(prefix: str, split: str, part: str, sequence_length: int, cache_directory: Path) -> bool:
@@ -181,7 +182,7 @@ def _has_sample(prefix: str, split: str, part: str, sequence_length: int, cache_
 def _open_chat(config: DataConfig, seed: int, _samples: int | None) -> Data:
     tokenizer = _tokenizer(config)
     talks = Conversations(
-        find_files(_words(config.path)),
+        find_files(read_data_path(config.path, "data.path").files(), cache=cache_root(config.cache_directory)),
         sequence_length=config.sequence_length,
         tokenizer=tokenizer,
         cache_directory=cache_root(config.cache_directory),
@@ -237,28 +238,6 @@ def _identity(text: str, config: DataConfig) -> str:
     """A hash of what the samples are, with the settings that change them; skipped ones keep their number."""
     changed = [config.mask_end_of_document, config.reset_positions, config.reset_attention, config.fill_in_middle]
     return hashlib.sha256((text if not any(changed) else f"{text} {changed}").encode()).hexdigest()
-
-
-def _words(blend: Blend) -> list[str]:
-    """Paths, or weights and paths in turn; of a file that is no prefix and holds such words, its words."""
-    if isinstance(blend, str):
-        blend = (blend,)
-    words = [str(part) for item in blend for part in ((item,) if isinstance(item, str) else item)]
-    is_list = len(words) == 1 and words[0].endswith((".blend", ".list")) and os.path.isfile(words[0])
-    return read_document(Path(words[0])).split() if is_list else words
-
-
-def _prefix(word: str) -> str:
-    """A path without the ending of one of its two files."""
-    return word[:-4] if word.endswith(TOKEN_FILES) else word
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _split(

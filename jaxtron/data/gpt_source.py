@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int32, Shaped
 
 from jaxtron.config import UserError
-from jaxtron.data.blend import component_samples, parse_blend
+from jaxtron.data.blend import component_samples
 from jaxtron.data.boundaries import Boundaries, make_sample
 from jaxtron.data.gpt_index import count_epochs
 from jaxtron.data.index_cache import cached_blend, cached_gpt_index, lengths_digest
@@ -177,7 +177,8 @@ class BlendedSource:
 
 
 def open_blend(
-    items: Sequence[str | float],
+    prefixes: Sequence[str],
+    weights: Sequence[float] | None = None,
     *,
     split: str,
     part: str,
@@ -189,11 +190,10 @@ def open_blend(
     drop_last_partial: bool = True,
     cache_directory: Path | None = None,
 ) -> GPTSource | BlendedSource:
-    """One part ("train", "validation" or "test") of the split of each prefix of a list as `parse_blend` reads it.
+    """One part ("train", "validation" or "test") of the split of each prefix, blended by weight where there are any.
 
     `cache_directory` keeps indices and remote files; without it indices are in memory. UserError for bad input.
     """
-    prefixes, weights = parse_blend(items)
     if weights is not None and samples is None:
         raise UserError("a blend by weight has no end of its own; give the number of samples, or leave weights out")
     if weights is not None and samples is not None:

@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Int8, Int32, Int64, Shaped, UInt8
 
 from jaxtron.config import UserError
+from jaxtron.data.file_kind import INDEX_MAGIC as MAGIC
 from jaxtron.data.storage import cache_root, local_copy, open_bytes
 
-MAGIC = b"MMIDIDX\0\0"
 VERSION = 1
 DTYPES = {
     1: np.dtype("u1"),
@@ -199,6 +199,11 @@ class IndexedWriter:
         finally:
             for name in ("bin", "idx"):
                 Path(f"{self.prefix}.{name}{self._aside}").unlink(missing_ok=True)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far."""
+        return sum(self._lengths)
 
     def add_item(self, ids: Shaped[np.ndarray, "T"] | Sequence[int], mode: int = 0) -> None:
         """Adds one sequence, which may be empty; a mode other than 0 is for multimodal files."""

@@ -22,7 +22,7 @@ from jaxtron.config import UserError
 from jaxtron.data.files import read_document
 from jaxtron.data.tokenizers import CharacterTokenizer, Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TOKENS_FILE = "tokens.bin"
 DESCRIPTION_FILE = "description.json"
 

@@ -53,6 +53,8 @@ class SentencePieceTokenizer:
         pad = self._processor.pad_id()
         self.pad = None if pad in (-1, self.end_of_document) else pad
         self.special_tokens = self._special_tokens()
+        controls = filter(self._processor.is_control, range(self.vocab_size))
+        self.special_texts = frozenset(map(self._processor.id_to_piece, controls))
         self.fingerprint = f"sentencepiece:{hashlib.sha256(content).hexdigest()}:{self.end_of_document}"
 
     def _special_tokens(self) -> dict[str, str]:
@@ -125,6 +127,7 @@ class TiktokenTokenizer:
         self.vocab_size: int = self._encoding.max_token_value + 1
         self.end_of_document: int = self._encoding.encode_single_token(end)
         self.special_tokens = {"eos_token": end}
+        self.special_texts = frozenset(self._encoding.special_tokens_set)
         self.fingerprint = f"tiktoken:{content}:{self.end_of_document}"
 
     def token_id(self, text: str) -> int | None:

@@ -53,6 +53,11 @@ class Tokenizer(Protocol):
         """The text of special tokens by their role: `bos_token`, `eos_token` and others that there are."""
         ...
 
+    @property
+    def special_texts(self) -> frozenset[str]:
+        """The texts of all special tokens."""
+        ...
+
     def token_id(self, text: str) -> int | None:
         """The id of the token of exactly this text; one that `encode` takes for text is an id here."""
         ...
@@ -78,6 +83,7 @@ class ByteTokenizer:
     pad = None
     fingerprint = "bytes"
     special_tokens = MappingProxyType({"eos_token": END_OF_TEXT})
+    special_texts = frozenset({END_OF_TEXT})
 
     def token_id(self, text: str) -> int | None:
         return self.end_of_document if text == END_OF_TEXT else None
@@ -100,6 +106,7 @@ class CharacterTokenizer:
     end_of_document = None
     pad = None
     special_tokens = MappingProxyType({})
+    special_texts = frozenset()
 
     def __init__(self, vocabulary: str):
         self.vocabulary = "".join(sorted(set(vocabulary)))
@@ -161,6 +168,8 @@ class HuggingFaceTokenizer:
         special = {role: token for role, token in declared.items() if token in ids}
         found = {"bos_token": _find_token(self._tokenizer, [], BEGIN_NAMES), "eos_token": end_of_document}
         self.special_tokens = {role: token for role, token in found.items() if token is not None} | special
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self.special_texts = frozenset(token.content for token in added if token.special)
         self._meaningful = frozenset(ids.values()) - {self.end_of_document}
         digest = hashlib.sha256(content.encode()).hexdigest()
         self.fingerprint = f"tokenizer.json:{digest}:{self.end_of_document}"

@@ -27,6 +27,7 @@ from jaxtron.train.batches import Placement
 from jaxtron.train.config import Configuration
 from jaxtron.train.history import CONFIG_FILE, FIXED, changes, listed, recorded_settings
 from jaxtron.train.setup import make_trainer
+from jaxtron.train.sizes import check_batch_fits, check_state_fits
 from jaxtron.train.step import Trainer, batch_sharding
 from jaxtron.typing import PyTree
 
@@ -86,6 +87,7 @@ def open_model(request: Request, trained: Configuration, config: Configuration) 
     if batch % parts:
         axes = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in BATCH_AXES)
         raise UserError(f"--batch {batch} is not a multiple of {axes} = {parts}")
+    check_batch_fits("--batch", batch, config.data.sequence_length)
     # a pipeline's stages want a microbatch each, though here one goes through all of them
     counts = {"global_batch": batch * sizes["pipe"], "microbatches": sizes["pipe"], "batch_ramp": None}
     config = config.model_copy(update={"train": config.train.model_copy(update=counts)})
@@ -95,6 +97,7 @@ def open_model(request: Request, trained: Configuration, config: Configuration) 
         trainer = make_trainer(config)
         order = layer_order(trainer.partition, trainer.blueprint)
         abstract = {"params": trainer.blueprint.abstract}
+        check_state_fits(config.model, abstract, what="parameters")
         checkpoints = (request.run / "checkpoints").absolute()
         check = partial(_check_record, trained=trained, path=request.run / CONFIG_FILE)
         restored = restore_part(checkpoints, order.abstract(abstract), step=request.step, check=check)

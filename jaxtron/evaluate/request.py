@@ -6,6 +6,8 @@ from pathlib import Path
 from jaxtron.command import FlagParser, file_path, natural, positive
 from jaxtron.config import UserError, load, settings, split_arguments
 from jaxtron.data.config import DataConfig
+from jaxtron.data.file_kind import file_kind
+from jaxtron.data.files import decode_text, read_content
 from jaxtron.evaluate.detokenize import DETOKENIZERS
 from jaxtron.train.config import Configuration
 
@@ -86,16 +88,18 @@ def read_configuration(request: Request) -> tuple[Configuration, Configuration]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, its line ends untouched; a `UserError` if it is not there or not UTF-8."""
+    """The text of a file, decompressed, its line ends untouched; a `UserError` if it is not there or no text."""
     try:
-        return path.read_bytes().decode("utf-8")
+        content = read_content(path)
+        if file_kind(path).kind == "lines":
+            raise UserError(f"--text {path} is JSON lines, not text; write the texts of its documents to a file")
+        return decode_text(content)
     except OSError as error:
-        raise UserError(f"cannot read --text {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"--text {path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {error.start}; "
-            "convert it"
-        ) from None
+        raise UserError(f"cannot read --text {path}: {error.strerror or error}") from None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"--text {path} is {error}; convert it") from None
 
 
 def _taken() -> str:

@@ -26,7 +26,7 @@ class ModelConfig(Config):
     pattern: str = "*-"
     """Residual layers in order: `*` attention, `W` attention in a window, `-` MLP, `(*-)` both in parallel on one norm.
     `|` cuts all layers into the stages of mesh.pipe (with num_layers 1; one stage runs them all)."""
-    num_layers: int = Field(default=12, ge=1)
+    num_layers: int = Field(default=12, ge=1, le=2**16)
     """How often the pattern repeats; for `*-` the usual count of transformer layers."""
     hidden_size: int = Field(default=768, ge=1)
     """Width of the residual stream."""

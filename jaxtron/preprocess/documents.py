@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtron.data.file_kind import BYTE_ORDER_MARK, NOT_LINES
+from jaxtron.data.files import decode_text
 from jaxtron.preprocess.inputs import Piece
 
 MOST_KEYS_SHOWN = 5
@@ -29,28 +31,34 @@ def read_documents(piece: Piece, keys: Sequence[str]) -> Iterator[Any]:
     unit = "line" if piece.kind == "lines" else "row"
     entries = piece.content.split(b"\n") if piece.kind == "lines" else piece.content
     for number, entry in enumerate(entries, start=piece.first):
-        if piece.kind == "lines" and not entry.strip():
+        if piece.kind == "lines" and is_blank(entry):
             continue
         values = _read_line(entry, keys) if piece.kind == "lines" else entry
         reason = values if isinstance(values, str) else _wrong_text(values, keys)
         yield values if reason is None else Damage(f"{piece.path} {unit} {number}", reason)
 
 
+def is_blank(line: bytes) -> bool:
+    """Whether a line holds nothing, but perhaps the mark of UTF-8 that begins some files."""
+    return not line.removeprefix(BYTE_ORDER_MARK).strip()
+
+
 def _read_text(piece: Piece) -> tuple[str] | Damage:
     try:
-        return (piece.content.decode("utf-8"),)
-    except UnicodeDecodeError as error:
-        byte = piece.content[error.start]
-        return Damage(piece.path, f"not UTF-8 text: byte 0x{byte:02x} at offset {error.start}")
+        return (decode_text(piece.content),)
+    except ValueError as error:
+        return Damage(piece.path, str(error))
 
 
 def _read_line(line: bytes, keys: Sequence[str]) -> tuple[Any, ...] | str:
     """The values of the keys, or the reason why there are none."""
     try:
-        entry = json.loads(line)
+        entry = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode("utf-8"))
     except UnicodeDecodeError as error:
         return f"not UTF-8: {error.reason} at byte {error.start} of the line"
     except (ValueError, RecursionError) as error:
+        if line.strip() in (b"[", b"{"):
+            return NOT_LINES
         return f"not JSON: {error}"
     if not isinstance(entry, dict):
         return f"a JSON {_kind(entry)}, not an object such as {{{json.dumps(keys[0])}: ...}}"

@@ -1,26 +1,21 @@
 """Input files cut into chunks of whole lines, rows or texts, from any position on."""
 
-import gzip
 import importlib
 import os
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 from jaxtron.config import UserError
+from jaxtron.data.decompress import read_blocks
+from jaxtron.data.file_kind import FileKind, Kind, file_kind
+from jaxtron.data.files import few, repeated, walk
 
 # of text handed to a worker at once: small beside a worker's memory, large beside the cost of handing it over
 CHUNK_BYTES = 1 << 20
-# of compressed data: zeros grow a thousandfold
-COMPRESSED_BYTES = 1 << 15
 PARQUET_ROWS = 256
-COMPRESSED = (".gz", ".zst")
-LINES = (".jsonl", ".json", ".ndjson")
-
-Kind = Literal["lines", "rows", "text"]
 
 
 @dataclass(frozen=True)
@@ -54,50 +49,58 @@ class Chunk:
     consumed: int
 
 
-def find_inputs(paths: Sequence[str]) -> list[Path]:
-    """The files in the order given; a folder stands for its files in path order, without hidden ones."""
+@dataclass(frozen=True)
+class InputFile:
+    """A file and what it is taken for."""
+
+    path: Path
+    taken_for: FileKind
+
+
+def find_inputs(paths: Sequence[str], keys: Collection[str], say: Callable[[str], None]) -> list[InputFile]:
+    """The files in the order given, a folder's in path order; `say` is told what is left out or read twice."""
     files: list[Path] = []
     for name in paths:
         path = Path(name).expanduser()
         if os.path.isdir(path):
-            found = (Path(folder, file) for folder, _, names in os.walk(path) for file in names)
-            inside = sorted(file for file in found if not _is_hidden(file.relative_to(path)) and file.is_file())
-            if not inside:
-                raise UserError(f"the folder {path} has no files; give files or folders of text to --input")
-            files += inside
+            files += walk(path, say=say)
         elif os.path.isfile(path):
             files.append(path)
         else:
             raise UserError(f"no such file or folder {path}; give JSONL, Parquet or text to --input")
-    return files
+    for note in repeated(files):
+        say(note)
+    return [InputFile(path, file_kind(path, keys)) for path in files]
 
 
-def kind_of(path: Path) -> Kind:
-    """How a file is read, by its name without .gz or .zst."""
-    suffix = (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
-    if suffix == ".parquet":
-        return "rows"
-    return "lines" if suffix in LINES else "text"
+def taken_for(files: Sequence[InputFile]) -> list[str]:
+    """A line for each kind of file there is: what they are read as, and how that was found."""
+    names: dict[str, list[str]] = {}
+    words = {"lines": "JSON lines", "rows": "Parquet", "text": "text, one document a file"}
+    for file in files:
+        found = file.taken_for
+        by = "content" if found.by_content else "name"
+        names.setdefault(f"{words[found.kind]} (by {by})", []).append(file.path.name)
+    return [f"{what}: {few(found)}" for what, found in names.items()]
 
 
-def read_chunks(files: Sequence[Path], start: Position, keys: Sequence[str]) -> Iterator[Chunk]:
+def read_chunks(files: Sequence[InputFile], start: Position, keys: Sequence[str]) -> Iterator[Chunk]:
     """Chunks of about CHUNK_BYTES from a position on, as often as there is something there; `UserError` for damage."""
     pieces: list[Piece] = []
     size = before = 0
-    for number, path in enumerate(files):
+    for number, file in enumerate(files):
+        path = file.path
         try:
             file_size = path.stat().st_size
             if number >= start.file:
                 position = start if number == start.file else Position(number)
-                for piece, piece_size, end, read in _read_file(path, position, keys):
+                for piece, piece_size, end, read in _read_file(file, position, keys):
                     pieces.append(piece)
                     size += piece_size
                     if size >= CHUNK_BYTES:
                         yield Chunk(pieces, end, before + read)
                         pieces, size = [], 0
             before += file_size
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{path} is damaged or cut short: {error}; copy or make it again") from error
         except OSError as error:
             raise UserError(
                 f"cannot read {path}: {error.strerror or error}; make it readable or leave it out"
@@ -106,14 +109,14 @@ def read_chunks(files: Sequence[Path], start: Position, keys: Sequence[str]) -> 
         yield Chunk(pieces, Position(len(files)), before)
 
 
-def _read_file(path: Path, position: Position, keys: Sequence[str]) -> Iterator[tuple[Piece, int, Position, int]]:
+def _read_file(file: InputFile, position: Position, keys: Sequence[str]) -> Iterator[tuple[Piece, int, Position, int]]:
     """Each piece, its size, the position after it and the bytes of the file that were read for it."""
-    kind = kind_of(path)
+    path, kind = file.path, file.taken_for.kind
     if kind == "rows":
         yield from _read_rows(path, position, keys)
         return
     with path.open("rb") as raw:
-        blocks = _blocks(path, raw, position.offset)
+        blocks = _blocks(file, raw, position.offset)
         if kind == "text":
             content = b"".join(blocks)
             # the cost of a file, so that a million empty ones are not one chunk
@@ -143,46 +146,20 @@ def _whole_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
         yield b"".join(held)
 
 
-def _blocks(path: Path, raw: BinaryIO, offset: int) -> Iterator[bytes]:
+def _blocks(file: InputFile, raw: BinaryIO, offset: int) -> Iterator[bytes]:
     """The file's bytes, decompressed, after the first `offset` of them."""
-    if path.suffix not in COMPRESSED:
+    if file.taken_for.compression is None:
         raw.seek(offset)
-        while block := raw.read(CHUNK_BYTES):
-            yield block
-        return
-    for block in _gzip_blocks(raw) if path.suffix == ".gz" else _zstandard_blocks(path, raw):
+        offset = 0
+    for block in read_blocks(file.path, raw, file.taken_for.compression, size=CHUNK_BYTES):
         # decompressing again what was done costs little beside tokenizing it
         if offset < len(block):
             yield block[offset:]
         offset = max(0, offset - len(block))
 
 
-def _gzip_blocks(raw: BinaryIO) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=raw) as stream:
-        while block := stream.read(CHUNK_BYTES):
-            yield block
-
-
-def _zstandard_blocks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    """Frame by frame: the library's own stream reader takes a file cut short for a whole one."""
-    zstandard = _import("zstandard", "zstd", path)
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-    frame, rest = decompressor.decompressobj(), b""
-    within = False
-    try:
-        while compressed := rest or raw.read(COMPRESSED_BYTES):
-            yield frame.decompress(compressed)
-            within, rest = not frame.eof, frame.unused_data
-            if frame.eof:
-                frame = decompressor.decompressobj()
-    except zstandard.ZstdError as error:
-        raise UserError(f"{path} is damaged or cut short: {error}; copy or make it again") from error
-    if within:
-        raise UserError(f"{path} is damaged or cut short: it ends within a frame; copy or make it again")
-
-
 def _read_rows(path: Path, position: Position, keys: Sequence[str]) -> Iterator[tuple[Piece, int, Position, int]]:
-    parquet, pyarrow = _import("pyarrow.parquet", "parquet", path), _import("pyarrow", "parquet", path)
+    parquet, pyarrow = _import("pyarrow.parquet", path), _import("pyarrow", path)
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -207,12 +184,8 @@ def _read_rows(path: Path, position: Position, keys: Sequence[str]) -> Iterator[
         raise UserError(f"{path} is no readable Parquet file: {str(error).splitlines()[0]}") from error
 
 
-def _import(package: str, extra: str, path: Path) -> ModuleType:
+def _import(package: str, path: Path) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f'{path} needs the package {package} ({error}): pip install "jaxtron[{extra}]"') from error
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+        raise UserError(f'{path} needs the package {package} ({error}): pip install "jaxtron[parquet]"') from error

@@ -9,6 +9,7 @@ from jaxtron.config import UserError
 from jaxtron.data.tokenizers import TOKENIZER_KINDS
 
 PROGRAM = "python -m jaxtron.preprocess"
+OVERWRITE = "replace files that are there already under the output's name"
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Tokenize:
     split_sentences: bool = False
     language: str | None = None
     skip_damaged: bool = False
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Merge:
 
     input: list[str]
     output: str
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def parse_merge(argv: list[str]) -> Merge:
     add = parser.add_argument
     add("--input", nargs="+", action="extend", required=True, metavar="PREFIX", help="pairs PREFIX.bin and PREFIX.idx")
     add("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
+    add("--overwrite", action="store_true", help=OVERWRITE)
     return Merge(**_parse(parser, argv))
 
 
@@ -124,8 +128,9 @@ def _tokenize_parser() -> FlagParser:
         action="extend",
         required=True,
         metavar="PATH",
-        help="files, or folders of them: .jsonl, .ndjson and .json are a JSON object a line, .parquet is a row a "
-        "document, anything else is UTF-8 text, one document a file; .gz and .zst of each but Parquet",
+        help="files, or folders of them: .jsonl, .jsonlines, .ndjson and .json are a JSON object a line, .parquet is a "
+        "row a document, .txt, .text and .md are UTF-8 text, one document a file; others are one of these by their "
+        "content, which is said; .gz, .bz2, .xz and .zst of each but Parquet",
     )
     add("--tokenizer", required=True, metavar="NAME", help=TOKENIZER_KINDS)
     add("--end-of-document", metavar="TOKEN", help="the tokenizer's token that ends a document, if not the usual one")
@@ -148,6 +153,7 @@ def _tokenize_parser() -> FlagParser:
     add("--split-sentences", action="store_true", help="a sequence a sentence, found by sentencex, offline")
     add("--language", metavar="CODE", help="of the sentences, such as de (none: en)")
     add("--skip-damaged", action="store_true", help="count and leave out lines that are no document, not stop there")
+    add("--overwrite", action="store_true", help=OVERWRITE)
     return parser
 
 

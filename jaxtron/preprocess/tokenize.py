@@ -1,24 +1,27 @@
 """The command's work: chunks of the input to workers, their ids to the growing output, in the input's order."""
 
 import multiprocessing
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from jaxtron.config import UserError
+from jaxtron.data.files import few
 from jaxtron.preprocess.encode import Encoded, Encoder, EncodeSettings, encode_in_worker, one_thread, start_worker
-from jaxtron.preprocess.inputs import Chunk, find_inputs, kind_of, read_chunks
+from jaxtron.preprocess.inputs import Chunk, InputFile, find_inputs, read_chunks, taken_for
 from jaxtron.preprocess.progress import Progress
 from jaxtron.preprocess.request import Tokenize
-from jaxtron.preprocess.work import WorkFolder
+from jaxtron.preprocess.work import PARTS, WorkFolder
 
 # what a kill can cost; writing the journal costs milliseconds
 SAVE_SECONDS = 2.0
+# of most file systems
+MOST_NAME_BYTES = 255
 # chunks that wait in order behind a slow one, a worker
 CHUNKS_AHEAD = 4
 
@@ -45,10 +48,9 @@ def output_prefixes(output: str, keys: Iterable[str], *, sentences: bool) -> dic
 def tokenize(request: Tokenize, say: Callable[[str], None] = print) -> Outcome:
     """Writes the pairs that a request asks for, or goes on where an earlier process with the same request stopped."""
     start = time.perf_counter()
-    files = find_inputs(request.input)
-    if request.json_key != ("text",) and all(kind_of(path) == "text" for path in files):
-        keys = " ".join(request.json_key)
-        raise UserError(f"--json-key {keys} has no effect on plain text such as {files[0]}; leave it out")
+    files = find_inputs(request.input, request.json_key, say)
+    prefixes = output_prefixes(request.output, request.json_key, sentences=request.split_sentences)
+    _check(request, files, list(prefixes.values()))
     settings = EncodeSettings(
         tokenizer=request.tokenizer,
         end_of_document=request.end_of_document,
@@ -59,30 +61,74 @@ def tokenize(request: Tokenize, say: Callable[[str], None] = print) -> Outcome:
     )
     encoder = Encoder(settings)
     identity = [
-        [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in map(Path.resolve, files)],
+        [(str(file.path.resolve()), file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files],
         {**asdict(settings), "tokenizer": encoder.tokenizer.fingerprint, "skip_damaged": None},
     ]
-    prefixes = output_prefixes(request.output, request.json_key, sentences=request.split_sentences)
-    total = sum(path.stat().st_size for path in files)
-    with WorkFolder(request.output, identity, outputs=prefixes, dtype=encoder.dtype) as work:
+    total = sum(file.path.stat().st_size for file in files)
+    folder = WorkFolder(request.output, identity, outputs=prefixes, dtype=encoder.dtype, overwrite=request.overwrite)
+    with folder as work:
         before = work.journal.text_bytes
         if work.journal.documents:
             say(f"going on after {work.journal.documents:,} documents that {work.folder} has")
         if work.journal.damaged and not request.skip_damaged:
             raise UserError(f"{work.folder} was begun with --skip-damaged; give it again, or delete that folder")
+        for line in taken_for(files):
+            say(f"read as   {line}")
         with Progress(total) as progress, _mapping(encoder, settings, request.workers) as encode:
             chunks = () if work.journal.complete else read_chunks(files, work.journal.position, settings.keys)
             _run(work, encode(chunks), request, progress)
+        if not work.journal.complete:
+            _check_something_is_there(work, request)
         work.finish()
     itemsize = encoder.dtype.itemsize
     return Outcome(
         prefixes=list(prefixes.values()),
         documents=work.journal.documents,
-        tokens=sum(work.journal.sizes[::3]) // itemsize,
+        tokens=sum(work.journal.sizes[:: len(PARTS)]) // itemsize,
         damaged=work.journal.damaged,
         text_bytes=work.journal.text_bytes - before,
         seconds=time.perf_counter() - start,
     )
+
+
+def _check(request: Tokenize, files: Sequence[InputFile], prefixes: Sequence[str]) -> None:
+    """UserError for inputs, keys and outputs that do not go together, before any work."""
+    texts = [file for file in files if file.taken_for.kind == "text"]
+    keys = " ".join(request.json_key)
+    if request.json_key != ("text",) and len(texts) == len(files):
+        raise UserError(f"--json-key {keys} has no effect on plain text such as {files[0].path}; leave it out")
+    if len(request.json_key) > 1 and texts:
+        how = "by its content" if texts[0].taken_for.by_content else "by its name"
+        raise UserError(
+            f"--json-key {keys}: {texts[0].path} is text ({how}), which is one document and has no keys; leave it out, "
+            "or give one key"
+        )
+    for key, prefix in zip(request.json_key, prefixes, strict=True):
+        name = os.path.basename(f"{prefix}.idx")
+        if len(prefixes) > 1 and (not key or "/" in key or "\0" in key):
+            raise UserError(f"--json-key {key!r} cannot be part of a file's name; give it alone, with its own --output")
+        if len(os.fsencode(name)) > MOST_NAME_BYTES:
+            raise UserError(f"the output {name[:40]}... has a name of more than {MOST_NAME_BYTES} bytes; shorten it")
+    for prefix in prefixes:
+        for path in (f"{prefix}.bin", f"{prefix}.idx"):
+            if os.path.exists(path) and any(os.path.samefile(path, file.path) for file in files):
+                raise UserError(f"--output {request.output} would replace its own input {path}; choose another")
+
+
+def _check_something_is_there(work: WorkFolder, request: Tokenize) -> None:
+    """UserError, and no trace of the work, where a pair would have no token."""
+    documents, damaged = work.journal.documents, work.journal.damaged
+    sizes = work.journal.sizes[:: len(PARTS)]
+    if documents and all(sizes):
+        return
+    work.discard()
+    left_out = f" ({damaged:,} damaged {'entry' if damaged == 1 else 'entries'} left out)" if damaged else ""
+    what = f"no document in --input {few(request.input)}{left_out}"
+    if documents:
+        empty = request.json_key[sizes.index(0)]
+        counted = "the one document" if documents == 1 else f"all {documents:,} documents"
+        what = f"no token under the key {empty!r} in {counted} of --input {few(request.input)}"
+    raise UserError(f"{what}: nothing is written; give files with text")
 
 
 def _run(work: WorkFolder, results: Iterator[tuple[Chunk, Encoded]], request: Tokenize, progress: Progress) -> None:

@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from jaxtron.data.indexed import CODES, HEADER, MAGIC, VERSION
 from jaxtron.preprocess.encode import EncodedKey
 from jaxtron.preprocess.inputs import Position
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 JOURNAL = "journal.json"
 PARTS = ("bin", "lengths", "sequences")
 # elements of an index written at once
@@ -48,37 +48,59 @@ class WorkFolder:
     """The unfinished output of one command, `PREFIX.HASH.partial`; the hash is of all that decides the output.
 
     A context manager: one process at a time holds it. `outputs` maps each key to the prefix of its finished pair.
-    `UserError` where it is held by another process or the disk cannot be written.
+    `UserError` where it is held by another process, the disk cannot be written, or a pair is there already that
+    `overwrite` does not allow to replace. Work that ends before anything is done leaves nothing behind.
     """
 
-    def __init__(self, output: str, identity: Any, *, outputs: dict[str, str], dtype: np.dtype):
+    def __init__(
+        self, output: str, identity: Any, *, outputs: dict[str, str], dtype: np.dtype, overwrite: bool = False
+    ):
         digest = hashlib.sha256(json.dumps([FORMAT_VERSION, identity]).encode()).hexdigest()[:12]
         self.folder = Path(f"{output}.{digest}.partial")
-        self.journal = Journal()
-        self._outputs, self._dtype = outputs, dtype
+        self._nothing = self.journal = Journal(sizes=[0] * len(PARTS) * len(outputs))
+        self._outputs, self._dtype, self._overwrite = outputs, dtype, overwrite
         self._paths = [self.folder / f"{number}.{part}" for number in range(len(outputs)) for part in PARTS]
         self._files: list[BinaryIO] = []
         self._open = ExitStack()
 
     def __enter__(self) -> "WorkFolder":
+        self._new_folders = [path for path in (self.folder, *self.folder.parents) if not os.path.exists(path)]
         try:
+            # what is complete may have been named in part
+            if not (self._overwrite or self._saved().complete):
+                refuse_existing(self._outputs.values())
             self.folder.mkdir(parents=True, exist_ok=True)
             with ExitStack() as opened:
                 lock = opened.enter_context((self.folder / "lock").open("wb"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.exists(lock.name) or not os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
+                    # finished, and removed, since it was opened
+                    raise BlockingIOError
                 self._restore(opened)
                 self._open = opened.pop_all()
         except BlockingIOError:
             raise UserError(f"another process is writing {self.folder}; wait for it, or stop it and go on") from None
         except OSError as error:
+            if self.folder in self._new_folders:
+                self.discard()
             raise self._unwritable(error) from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if error is not None and self.journal == self._nothing:
+            self.discard()
         try:
             self._open.close()
         except OSError as failure:
             raise self._unwritable(failure) from failure
+
+    def discard(self) -> None:
+        """Removes the folder, and those made to hold it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self._new_folders[1:]:
+            with suppress(OSError):
+                # only where it is empty
+                path.rmdir()
 
     def append(self, keys: Sequence[EncodedKey], **changes: Any) -> None:
         """Adds documents to each key's files, and only then changes what the journal says."""
@@ -106,6 +128,8 @@ class WorkFolder:
         try:
             if not self.journal.complete:
                 self.save()
+                if not self._overwrite:
+                    refuse_existing(self._outputs.values())
                 for number in range(len(self._outputs)):
                     self._write_index(number)
                 self.journal = replace(self.journal, complete=True)
@@ -128,15 +152,7 @@ class WorkFolder:
 
     def _restore(self, opened: ExitStack) -> None:
         """The state of the journal, or a new one, and the files as long as it says."""
-        try:
-            saved = json.loads((self.folder / JOURNAL).read_text(encoding="utf-8"))
-            self.journal = Journal(**{**saved, "position": Position(**saved["position"])})
-        except FileNotFoundError:
-            self.journal = Journal(sizes=[0] * len(self._paths))
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{self.folder / JOURNAL} is damaged ({error}); delete that folder and start again"
-            ) from error
+        self.journal = self._saved()
         if self.journal.complete:
             return
         for path, size in zip(self._paths, self.journal.sizes, strict=True):
@@ -146,6 +162,18 @@ class WorkFolder:
                 raise UserError(f"{path} has {file.tell()} bytes of {size} written; delete that folder and start again")
             file.truncate(size)
             file.seek(size)
+
+    def _saved(self) -> Journal:
+        """What the journal says, which may be nothing yet."""
+        try:
+            saved = json.loads((self.folder / JOURNAL).read_text(encoding="utf-8"))
+            return Journal(**{**saved, "position": Position(**saved["position"])})
+        except (FileNotFoundError, NotADirectoryError):
+            return self._nothing
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{self.folder / JOURNAL} is damaged ({error}); delete that folder and start again"
+            ) from error
 
     def _write_journal(self) -> None:
         aside = self.folder / f"{JOURNAL}.partial"
@@ -175,6 +203,17 @@ class WorkFolder:
         return UserError(
             f"cannot write {self.folder}: {error.strerror or error}; make room or change --output, and run again"
         )
+
+
+def refuse_existing(prefixes: Iterable[str]) -> None:
+    """UserError if one of the files of these pairs is there."""
+    for prefix in prefixes:
+        there = [path for path in (f"{prefix}.bin", f"{prefix}.idx") if os.path.lexists(path)]
+        if there:
+            raise UserError(
+                f"{' and '.join(there)} {'is' if len(there) == 1 else 'are'} there already; choose another --output, "
+                "or replace with --overwrite"
+            )
 
 
 def _write_sums(file: BinaryIO, counts: np.ndarray, unit: int, *, with_last: bool) -> None:

@@ -9,6 +9,7 @@ from jaxtron.checkpoint.config import CheckpointConfig
 from jaxtron.config import Config, NoEffect, UserError
 from jaxtron.data.config import DataConfig
 from jaxtron.models.config import ModelConfig
+from jaxtron.models.cost import num_parameters
 from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
 from jaxtron.optim.config import BatchRampConfig, LossScaleConfig, OptimizerConfig
 from jaxtron.pipeline.config import PipelineConfig
@@ -18,6 +19,9 @@ from jaxtron.pipeline.schedules import SCHEDULES, make_schedule
 from jaxtron.sharding.config import BATCH_AXES, ContextConfig, MeshConfig, ShardingConfig
 from jaxtron.train.run_config import RunConfig
 from jaxtron.train.runtime_config import RuntimeConfig
+
+# a thousand times the largest models and batches there are
+PARAMETERS_MOST, TOKENS_MOST = 10**15, 10**12
 
 
 class TrainConfig(Config):
@@ -88,12 +92,30 @@ class Configuration(Config):
         length, positions = self.data.sequence_length, self.model.max_positions
         if positions is not None and positions < length:
             raise UserError(f"data.sequence_length {length} is longer than model.max_positions {positions}")
+        self._check_sizes()
         # where the axis is filled, `check_mesh` knows more
         if self.mesh.pipe == 1 and self.pipeline != PipelineConfig():
             raise NoEffect("pipeline", self.pipeline, {"mesh.pipe": 1}, "leave it out, or set --mesh.pipe")
         if self.mesh.context == 1 and self.context != ContextConfig():
             raise NoEffect("context", self.context, {"mesh.context": 1}, "leave it out, or set --mesh.context")
         return self
+
+    def _check_sizes(self) -> None:
+        """`UserError` for products whose bytes a 64-bit number cannot count, far beyond every machine."""
+        model, tokens = self.model, self.train.global_batch * self.data.sequence_length
+        parameters = num_parameters(model, self.data.sequence_length)
+        if parameters > PARAMETERS_MOST:
+            raise UserError(
+                f"model.num_layers {model.num_layers}, model.hidden_size {model.hidden_size:,}, model.mlp_size "
+                f"{model.mlp_width:,} and model.vocab_size {model.vocab_size:,} make {parameters:.2g} parameters, more "
+                f"than the {PARAMETERS_MOST:.0e} that can be counted: lower them"
+            )
+        if tokens > TOKENS_MOST:
+            raise UserError(
+                f"train.global_batch {self.train.global_batch:,} x data.sequence_length "
+                f"{self.data.sequence_length:,} is {tokens:.2g} tokens a step, more than the {TOKENS_MOST:.0e} "
+                "that can be counted: lower one"
+            )
 
     def resolved(self) -> "Configuration":
         """The same with defaults that follow from other settings filled in."""

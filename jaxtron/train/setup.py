@@ -29,6 +29,7 @@ from jaxtron.train.divergence import check_state
 from jaxtron.train.dtypes import DTYPES
 from jaxtron.train.history import Continuation, changes, check_changes, listed, recorded_settings
 from jaxtron.train.run_lock import run_lock
+from jaxtron.train.sizes import check_batch_fits, check_state_fits
 from jaxtron.train.step import Batch, Trainer, TrainState, batch_sharding
 from jaxtron.train.trackers import import_tracker
 from jaxtron.typing import Array, PyTree
@@ -87,12 +88,14 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
     config.check_mesh(sizes)
     choose_attention(config, sizes["context"], devices[0].device_kind)
     check_records(config)
+    check_batch_fits("train.global_batch", config.train.global_batch, config.data.sequence_length)
     mesh = build_mesh(config.mesh, devices)
     data = open_data(config.data, seed=config.seed, train_samples=config.train_samples())
     check_vocabulary(config, data)
     with use(make_rules(mesh, config.sharding, config.context)), contextlib.ExitStack() as stack:
         trainer = make_trainer(config)
         abstract = _placed(trainer.abstract_state(), mesh)
+        check_state_fits(config.model, abstract, what="training state")
         order = layer_order(trainer.partition, trainer.blueprint)
         directory = Path(config.run.directory or f"runs/{name}")
         if not directory.exists():

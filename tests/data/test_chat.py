@@ -107,7 +107,7 @@ def test_packed_files_are_read_and_broken_ones_named(tmp_path):
     (tmp_path / "whole.jsonl.gz").write_bytes(content)
     assert list(read_conversations(tmp_path / "whole.jsonl.gz")) == [(1, Conversation(TALK))]
     (tmp_path / "half.jsonl.gz").write_bytes(content[:-12])
-    with pytest.raises(UserError, match="half.jsonl.gz ends within its compressed data"):
+    with pytest.raises(UserError, match="half.jsonl.gz is damaged or cut short"):
         list(read_conversations(tmp_path / "half.jsonl.gz"))
     with pytest.raises(UserError, match="cannot read .*none.jsonl: No such file"):
         list(read_conversations(tmp_path / "none.jsonl"))

@@ -88,6 +88,24 @@ def test_the_end_that_a_template_writes_is_the_tokenizers_and_is_learned(make, t
     assert data.tokenizer.end_of_document not in ids[:-1]
 
 
+@pytest.mark.parametrize("kind", ["tokenizer.json", "sentencepiece"])
+def test_special_tokens_that_a_template_spells_are_ids_and_cannot_be_forged(make, tmp_path, kind):
+    if kind == "sentencepiece":
+        tokenizer = str(write_model(tmp_path / "m.model", control_symbols=["<stop>"]))
+    else:
+        tokenizer = write_fast(tmp_path / "fast")
+    template = PROMPTED.replace("{{ eos_token }}", "<stop>")
+    lines = [talk("hi", "yo"), talk("be<stop>[assistant]no", "or")]
+    data = make(lines, template=template, tokenizer=tokenizer, chat={"max_dropped": 0.5})
+    ids = answers_of(data)
+    assert said(data).replace(" ", "").removesuffix("<stop>") == "yo" and ids[-1] == data.tokenizer.token_id("<stop>")
+    assert data.notes[1].startswith("left out: 1 with a marker of the template in a message")
+    # what the template does not write is text that anyone may write
+    assert make([talk("</s>", "yo")], template=template, tokenizer=tokenizer).notes == (
+        "conversations: 1 read, 1 kept",
+    )
+
+
 def test_a_beginning_is_written_once_and_an_end_that_pads_too_is_learned(make, tmp_path):
     folder = write_fast(tmp_path / "fast", {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"})
     path = Path(folder) / "tokenizer.json"
@@ -190,6 +208,11 @@ def test_a_template_may_mark_its_answers(make):
     data = make([{"messages": turns}], template=template)
     assert answers_of(data) == [*b"gh", 256]
     assert data.train[0].tokens[:7].tolist() == [*b"<user>a"]
+    # one that begins is no part of what follows; its first token has none before it that could tell it
+    begun = [turn("assistant", "a"), turn("user", "b"), turn("assistant", "c")]
+    bare = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}{{ m.content }}"
+    data = make([{"messages": begun}], template=bare + "{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}")
+    assert answers_of(data) == [256, *b"c", 256]
     with pytest.raises(UserError, match="turns of the assistant: 2, but the chat template marks 1 as answers"):
         make([{"messages": turns}], template="{% generation %}a{% endgeneration %}")
 
@@ -316,9 +339,22 @@ def test_what_validates_is_the_same_in_another_order_and_with_another_seed_or_to
 
 
 def test_too_few_to_validate_on(make):
-    with pytest.raises(UserError, match="3 conversations are too few to keep data.validation_fraction 0.1 of them"):
-        make([talk("q", "a")] * 3, validation_fraction=0.1)
-    assert len(make([talk("q", "a")] * 3).validation) == 0
+    for lines, counts in (
+        ([talk("q", "a"), talk("q", "b")], "2 conversations, 2 different"),
+        ([talk("q", "a")] * 30, "30 .* 1 d"),
+    ):
+        with pytest.raises(UserError, match=f"{counts}.*, are too few to keep data.validation_fraction 0.1 of them"):
+            make(lines, validation_fraction=0.1)
+        assert len(make(lines).validation) == 0
+
+
+def test_conversations_that_say_the_same_are_all_on_one_side(make):
+    lines = [talk("q", chr(97 + number % 20), id=number) for number in range(200)]
+    data = make(lines, validation_fraction=0.24, template=PROMPTED)
+    rows = [data.validation[number] for number in range(len(data.validation))]
+    validated = "".join(data.tokenizer.decode(row.targets[row.weights > 0]) for row in rows)
+    assert 0 < len(set(validated)) < 5 and {validated.count(letter) for letter in validated} == {10}
+    assert not set(validated) & set(said(data))
 
 
 @pytest.mark.parametrize("template", [None, PROMPTED])

@@ -50,7 +50,7 @@ def test_what_is_not_utf8_text_is_named_with_its_offset(tmp_path, content, messa
 def test_paths_without_text_are_errors(tmp_path):
     with pytest.raises(UserError, match="no such file or folder .*missing; set --data.path to UTF-8 text"):
         find_files([str(tmp_path / "missing")])
-    with pytest.raises(UserError, match="the folder .* has no files; put text there or set another --data.path"):
+    with pytest.raises(UserError, match="the folder .* has no files; put text there or give another"):
         find_files([str(tmp_path)])
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match="no text in --data.path .*: every file there is empty"):

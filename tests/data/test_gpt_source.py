@@ -131,7 +131,8 @@ def test_a_weighted_blend(prefixes, tmp_path):
     settings = {"sequence_length": 4, "seed": 5}
     for cache in (None, tmp_path / "cache", tmp_path / "cache"):
         source = open_blend(
-            ["3", prefixes[0], "7", prefixes[1]],
+            prefixes,
+            [3, 7],
             split="9,1",
             part="train",
             samples=50,
@@ -180,7 +181,7 @@ def test_every_part_of_a_split_has_its_own_sequences(prefixes):
 def test_bad_blends_are_refused(prefixes):
     settings = {"split": "1", "part": "train", "sequence_length": 4, "seed": 5}
     with pytest.raises(UserError, match="give the number of samples"):
-        open_blend(["1", prefixes[0]], samples=None, **settings)
+        open_blend(prefixes[:1], [1], samples=None, **settings)
     sources = [open_blend([prefix], samples=None, **settings) for prefix in prefixes]
     with pytest.raises(UserError, match="data path 0 for 50 samples, but it has 32"):
         BlendedSource(sources, weights=[1, 1], samples=100)
@@ -191,13 +192,13 @@ def test_bad_blends_are_refused(prefixes):
 
 
 def test_fingerprints_tell_orders_apart(prefixes):
-    def fingerprint(items, **changed):
+    def fingerprint(prefixes, weights=None, **changed):
         settings = {"split": "1", "part": "train", "sequence_length": 4, "seed": 5, "samples": 20} | changed
-        return open_blend(items, **settings).fingerprint
+        return open_blend(prefixes, weights, **settings).fingerprint
 
-    one, two = prefixes[:1], ["1", prefixes[0], "1", prefixes[1]]
-    assert fingerprint(one) == fingerprint(one) and fingerprint(two) == fingerprint(two)
-    found = [fingerprint(one), fingerprint(two), fingerprint(prefixes), fingerprint(["1", *one, "2", *prefixes[1:]])]
+    one = prefixes[:1]
+    assert fingerprint(one) == fingerprint(one) and fingerprint(prefixes, [1, 1]) == fingerprint(prefixes, [1, 1])
+    found = [fingerprint(one), fingerprint(prefixes, [1, 1]), fingerprint(prefixes), fingerprint(prefixes, [1, 2])]
     found += [fingerprint(one, **change) for change in ({"seed": 6}, {"samples": 2000}, {"split": "1,1"})]
     assert len(set(found)) == len(found)
 
@@ -212,9 +213,10 @@ def test_as_many_epochs_are_the_same_order(prefixes):
         orders.setdefault(source.fingerprint, set()).add(tuple(str(values.tolist()) for values in arrays))
     assert all(len(found) == 1 for found in orders.values())
     assert len(orders) == len(set.union(*orders.values())) < 12
-    for items, pairs in ((prefixes[:1], (1, 10)), (["1", prefixes[0], "3", prefixes[1]], (7, 12))):
+    for names, weights, pairs in ((prefixes[:1], None, (1, 10)), (prefixes, [1, 3], (7, 12))):
         few, many = (
-            open_blend(items, split="1", part="train", sequence_length=4, seed=5, samples=samples) for samples in pairs
+            open_blend(names, weights, split="1", part="train", sequence_length=4, seed=5, samples=samples)
+            for samples in pairs
         )
         assert few.fingerprint == many.fingerprint
         for place in range(pairs[0]):
@@ -222,9 +224,7 @@ def test_as_many_epochs_are_the_same_order(prefixes):
 
 
 def test_threads_read_the_same(prefixes):
-    source = open_blend(
-        ["1", prefixes[0], "1", prefixes[1]], split="1", part="train", sequence_length=4, samples=200, seed=5
-    )
+    source = open_blend(prefixes, [1, 1], split="1", part="train", sequence_length=4, samples=200, seed=5)
     expected = [source[place].tokens.tolist() for place in range(200)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda place: source[place].tokens.tolist(), [*range(200)] * 5)) == expected * 5

@@ -98,7 +98,7 @@ def test_writers_that_race_all_get_the_whole_entry(files, tmp_path, monkeypatch)
 def test_two_processes_at_once_share_one_entry(tmp_path):
     (tmp_path / "text").write_text("to be or not to be\n" * 100_000)
     program = (
-        "import sys; from jaxtron.data import DataConfig, open_data; "
+        "import sys; from jaxtron.data.config import DataConfig; from jaxtron.data.dataset import open_data; "
         "print(open_data(DataConfig(path=sys.argv[1], cache_directory=sys.argv[2]), seed=0).fingerprint)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "text"), str(tmp_path / "cache")]

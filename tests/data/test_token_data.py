@@ -186,8 +186,8 @@ def test_mock_data(make):
 
 def test_conversations(make, tmp_path):
     path = tmp_path / "chat.jsonl"
-    turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
-    path.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(40)))
+    talks = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "b"}] for n in range(40)]
+    path.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in talks))
     data = make(path=str(path), format="chat", sequence_length=128, validation_fraction=0.25)
     sample = data.train[0]
     assert not data.is_ordered and len(data.train) > len(data.validation) > 0

@@ -159,12 +159,15 @@ def test_bad_flags(trained: TrainedRun, text: Path, flags: str, message: str):
 
 def test_bad_texts(trained: TrainedRun, tmp_path: Path):
     paths = {name: tmp_path / f"{name}.txt" for name in ("missing", "latin", "one", "none", "foreign")}
+    paths["lines"] = tmp_path / "part-00000"
+    paths["lines"].write_text('{"text": "the cat"}\n{"text": "sat"}\n')
     for name, content in (("latin", b"caf\xe9"), ("one", b"a"), ("none", b""), ("foreign", "a ß".encode())):
         paths[name].write_bytes(content)
     for name, message in {
         "missing": f"cannot read --text {paths['missing']}: No such file or directory",
         "latin": f"--text {paths['latin']} is not UTF-8 text: byte 0xe9 at offset 3",
         "one": f"{paths['one']} has 1 tokens, and the first is not scored",
+        "lines": f"--text {paths['lines']} is JSON lines, not text; write the texts of its documents to a file",
         "none": f"{paths['none']} has 0 tokens",
         "foreign": f"{paths['foreign']}: the character 'ß' (U+00DF) is not among the",
     }.items():

@@ -237,13 +237,13 @@ def test_documents_with_many_cuts_go(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n"])
-def test_empty_input_gives_empty_output(tmp_path, content):
+def test_empty_input_is_an_error_and_leaves_nothing(tmp_path, content):
     (tmp_path / "in.jsonl").write_bytes(content)
     (tmp_path / "task.jsonl").write_text(json.dumps({"text": document(1)}))
     settings = {"tasks": (str(tmp_path / "task.jsonl"),)}
-    report = run(tmp_path / "out", str(tmp_path / "in.jsonl"), steps=(*STEPS, "quality"), decontaminate=settings)
-    assert report["documents"] == report["kept"]["documents"] == 0
-    assert documents_of(tmp_path / "out") == dropped_of(tmp_path / "out") == []
+    with pytest.raises(UserError, match="no document in --input .*in.jsonl: nothing is written"):
+        run(tmp_path / "out", str(tmp_path / "in.jsonl"), steps=(*STEPS, "quality"), decontaminate=settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "task.jsonl"]
 
 
 def test_everything_may_go(tmp_path):
@@ -341,7 +341,7 @@ ALL_OFF = {"min_words": None, "min_stop_words": None, "max_duplicate_ngrams": ()
         (["--steps", "length", "--length.most", "9"], "length.least 200 is more than length.most 9"),
         (["--steps", "decontaminate", "--decontaminate.ngram", "5"], "min_ngram 8 is more than decontaminate.ngram 5"),
         (["--steps", "exact", "--ray_address", "x"], "ray_address has no effect with the local engine"),
-        (["--steps", "exact", "--input", "TEXT", "--output", "OUT"], "is not JSONL or Parquet"),
+        (["--steps", "exact", "--input", "TEXT", "--output", "OUT"], "is text by its name; curate reads JSON lines"),
         (["--steps", "exact", "--input", "JSONL", "--output", "TEXT"], "cannot write"),
     ],
 )

@@ -1,7 +1,6 @@
 """Preprocessing that was killed goes on where it stopped, and what stops it is one clear line."""
 
 import fcntl
-import gzip
 import json
 import os
 import resource
@@ -13,8 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-import zstandard
-from token_runs import run, same_files, texts, texts_of, write_bpe, write_lines, write_parquet
+from token_runs import COMPRESS, run, same_files, texts, texts_of, write_bpe, write_lines, write_parquet
 
 import jaxtron.preprocess.inputs as inputs
 import jaxtron.preprocess.tokenize as tokenize
@@ -197,7 +195,8 @@ def test_other_settings_or_inputs_do_not_go_on(tmp_path, monkeypatch):
     assert "going on" in run(*flags, "--skip-damaged").out and texts_of(tmp_path / "out") == texts(30, seed=1)
 
 
-def test_two_processes_do_not_write_one_output(tmp_path):
+def test_two_processes_do_not_write_one_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", 1)
     path = write_lines(tmp_path / "in.jsonl", ["a", 3])
     flags = ("--input", path, "--tokenizer", "bytes", "--output", tmp_path / "out")
     assert run(*flags).code == 2
@@ -210,7 +209,8 @@ def test_two_processes_do_not_write_one_output(tmp_path):
         and held.err == f"error: another process is writing {folder}; wait for it, or stop it and go on\n"
     )
     assert run(*flags, "--skip-damaged").code == 0
-    assert run(*flags).code == 2  # from the beginning: the work of --skip-damaged is finished and gone
+    # from the beginning: the work of --skip-damaged is finished and gone
+    assert "going on" not in run(*flags, "--overwrite").out
 
 
 def test_work_of_skip_damaged_is_not_finished_without_it(tmp_path, monkeypatch):
@@ -275,7 +275,7 @@ def test_workers_name_the_first_damage(tmp_path, monkeypatch):
     assert done.code == 2 and done.err.startswith(f"error: {path} line 21: ") and done.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 def test_a_compressed_file_that_is_cut_or_broken(suffix, tmp_path):
     path = tmp_path / f"in.jsonl{suffix}"
     content = write_lines(path, texts(50)).read_bytes()
@@ -285,9 +285,8 @@ def test_a_compressed_file_that_is_cut_or_broken(suffix, tmp_path):
         done = run(*flags)
         assert done.code == 2 and done.err.startswith(f"error: {path} is damaged or cut short: "), damaged[:9]
         assert not (tmp_path / "out.idx").exists()
-    whole = gzip.compress(b"") if suffix == ".gz" else zstandard.compress(b"")
-    path.write_bytes(whole)
-    assert run(*flags).code == 0 and texts_of(tmp_path / "out") == []
+    path.write_bytes(COMPRESS[suffix](b""))
+    assert "no document in --input" in run(*flags).err
 
 
 @pytest.mark.parametrize(
@@ -305,7 +304,7 @@ def test_a_compressed_file_that_is_cut_or_broken(suffix, tmp_path):
         ("--input {in} --tokenizer bytes --output {out} --workers 0", "--workers: '0' must be a whole number above 0"),
         ("--input {in} --tokenizer bytes --output {folder}", "is a folder; give the start of a file's name"),
         ("--input {folder}/none --tokenizer bytes --output {out}", "no such file or folder"),
-        ("--input {empty} --tokenizer bytes --output {out}", "has no files; give files or folders of text"),
+        ("--input {empty} --tokenizer bytes --output {out}", "has no files; put text there or give another"),
         ("--input {in} --tokenizer nowhere.json --output {out}", "no tokenizer nowhere.json; give bytes"),
         ("--input {in} --tokenizer characters --output {out}", "characters have no vocabulary before training"),
         ("--input {in} --tokenizer bytes --output {out} --end-of-document x", "has no effect with the bytes tokenizer"),
@@ -338,9 +337,11 @@ def test_bad_input_is_one_line(flags, message, tmp_path):
         names[name].write_text("abc")
     write_bpe(names["plain"], ["abc"])
     names["plain"].write_text(names["plain"].read_text().replace("<|endoftext|>", "<|stop|>"))
+    before = sorted(path.name for path in tmp_path.iterdir())
     done = run(*flags.format_map(names).split())
-    assert done.code == 2 and message in done.err and done.err.count("\n") == 1 and done.out == "", done.err
-    assert not (tmp_path / "out.idx").exists()
+    assert done.code == 2 and message in done.err and done.err.count("\n") == 1, done.err
+    assert all(line.startswith("read as   ") for line in done.out.splitlines())
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(

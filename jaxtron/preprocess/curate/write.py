@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from jaxtron.preprocess.curate.records import (
     written_whole,
 )
 from jaxtron.preprocess.curate.work import Job, load, save
-from jaxtron.preprocess.inputs import kind_of
 
 EXAMPLES = 3
 EXAMPLE_CHARACTERS = 100
@@ -119,10 +117,10 @@ def write_part(job: Job, part: FilePart) -> None:
                     dropped.write(json.dumps(verdict.entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
                 yield verdict
 
-        if kind_of(Path(part.path)) == "rows":
+        if part.has_rows:
             rows.write_rows(part.path, target, job.config.text_field, (verdict.texts for verdict in told()))
         else:
-            with written_whole(target) as file:
+            with written_whole(target, part.taken_for.compression) as file:
                 for verdict in told():
                     for line in _lines(job, verdict):
                         file.write(line + b"\n")
@@ -232,7 +230,7 @@ class _Hits:
 
 
 def _ids(job: Job, part: FilePart) -> Iterator[Any]:
-    if kind_of(Path(part.path)) == "rows":
+    if part.has_rows:
         yield from rows.read_column(part.path, job.config.id_field)
     while True:
         yield None
