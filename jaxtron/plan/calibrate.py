@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 
 from jaxtron.config import UserError, dump
+from jaxtron.gpus import Gpu
 from jaxtron.plan.machine import Machine
 from jaxtron.plan.practice import JAXTRON, Practice
 from jaxtron.plan.prediction import predict
@@ -17,21 +18,60 @@ LEAST_FACTOR = 1e-4
 PRECISION = 1e-6
 
 
-def measured_seconds(metrics: Path) -> float:
+def measured_seconds(metrics: Path, config: Configuration, gpu: Gpu, num_gpus: int) -> float:
     """The median `step_seconds` of a run's metrics.jsonl, without its first record, which may include compilation.
 
-    Raises `UserError` where the file is missing or has less than two records with a time.
+    Raises `UserError` where the file is missing, was measured on other devices or with steps of another size than
+    these, or has less than two records with a time.
     """
     if not metrics.is_file():
         raise UserError(f"{metrics} does not exist: give the metrics.jsonl in a run's directory")
-    found = [record.get("step_seconds") for record in read_metrics(metrics)]
-    seconds = [value for value in found if isinstance(value, int | float) and math.isfinite(value) and value > 0]
-    if len(seconds) < 2:
+    found = [record for record in read_metrics(metrics) if _is_time(record.get("step_seconds"))]
+    for record in found:
+        _check_devices(metrics, record, gpu, num_gpus)
+    tokens = config.train.global_batch * config.data.sequence_length
+    sizes = [record["tokens_per_second"] * record["step_seconds"] for record in found]
+    whole = [record["step_seconds"] for record, size in zip(found, sizes, strict=True) if round(size) == tokens]
+    if sizes and not whole:
         raise UserError(
-            f"{metrics} has {len(seconds)} logged steps with step_seconds and needs two, for the first one includes "
+            f"{metrics} was measured with steps of {sizes[-1]:,.0f} tokens, and the plan's have {tokens:,} "
+            f"(train.global_batch {config.train.global_batch:,} x data.sequence_length "
+            f"{config.data.sequence_length:,}): give the run's own config.yaml, or the metrics.jsonl of another run"
+        )
+    if len(whole) < 2:
+        raise UserError(
+            f"{metrics} has {_count(len(whole), 'line')} with step_seconds and needs two, for the first one includes "
             "compilation: train for longer, or lower run.log_every"
         )
-    return statistics.median(seconds[1:])
+    return statistics.median(whole[1:])
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value > 0
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _check_devices(metrics: Path, record: dict, gpu: Gpu, num_gpus: int) -> None:
+    """`UserError` unless a line was measured on this GPU, and on as many."""
+    if "device" not in record:
+        raise UserError(
+            f"{metrics} does not say on which device step {record['step']} was measured: train a few steps anew, "
+            "with a Jaxtron that writes it"
+        )
+    kind, count = record["device"], record["devices"]
+    if kind != gpu.device_kind:
+        raise UserError(
+            f"{metrics} was measured on {kind!r}, and the plan is for {gpu.name}, {gpu.device_kind!r}: give --gpu as "
+            "the run had it, or the metrics.jsonl of a run there"
+        )
+    if count != num_gpus:
+        raise UserError(
+            f"{metrics} was measured on {_count(count, 'GPU')}, and the plan is for {num_gpus:,}: give --gpus {count} "
+            "and the run's own mesh, and plan for more with --machine afterwards"
+        )
 
 
 def calibrate(
@@ -48,7 +88,7 @@ def calibrate(
     `config` and `sizes` (devices by mesh axis) are the run's. Products, attention, memory and launches change, links
     stay. Raises `UserError` where the run was faster than that allows, or slower than a ten-thousandth of the rates.
     """
-    wanted = measured_seconds(metrics)
+    wanted = measured_seconds(metrics, config, machine.datasheet, math.prod(sizes.values()))
 
     def seconds(factor: float) -> float:
         scaled = scale(machine, factor)

@@ -13,7 +13,7 @@ from jaxtron.gpus import GPUS
 from jaxtron.pipeline.table_file import write_csv
 from jaxtron.plan import compare, layout, ranking, report, schedule, search
 from jaxtron.plan.activations import layer_bytes
-from jaxtron.plan.calibrate import calibrate, write_machine
+from jaxtron.plan.calibrate import calibrate, measured_seconds, write_machine
 from jaxtron.plan.candidates import splits_sequences
 from jaxtron.plan.machine import Machine, machine_named, read_machine
 from jaxtron.plan.rehearsal import rehearse
@@ -37,6 +37,9 @@ def show_plan(config: Configuration, request: Request) -> None:
     num_gpus = request.num_gpus(_known(config))
     config = _fill(config, num_gpus)
     node_size = min(request.node_size, num_gpus)
+    if request.calibrate is not None:
+        # before the compiler is kept waiting for
+        measured_seconds(request.calibrate, config, machine.datasheet, num_gpus)
     rehearsal = rehearse(config, gpu=request.gpu, num_gpus=num_gpus, gpus_per_node=node_size)
     fitted = None
     if request.calibrate is not None:

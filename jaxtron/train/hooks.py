@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxtron.config import UserError
-from jaxtron.train.metrics import MetricsWriter
+from jaxtron.train.metrics import MetricsWriter, Tally
 from jaxtron.train.progress import Progress
 from jaxtron.train.throughput import Throughput
 from jaxtron.train.trackers import Tracker
@@ -20,13 +22,15 @@ from jaxtron.typing import PyTree
 class StepInfo:
     """A finished step, counted from 1: its metrics, still on the device, and the state it left.
 
-    A hook may add to `metrics` (validation adds `validation_loss`); hooks after it see that.
+    A hook may add to `metrics` (validation adds `validation_loss`); hooks after it see that. `tokens` are those of the
+    step.
     """
 
     step: int
     total_steps: int
     state: PyTree
     metrics: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,9 @@ def run_hooks(hooks: Iterable[Hook], info: StepInfo, throughput: Throughput) -> 
 class MetricsLog:
     """Writes logged steps to `metrics.jsonl`, the trackers and the progress; call it on process 0, after every step.
 
-    A step is logged every `every`-th time, at the end, and where validation was measured. `utilization` gives the MFU
-    of tokens a second; None where the device's peak is unknown.
+    A step is logged every `every`-th time, at the end, and where validation was measured; its loss is the mean since
+    the last line. `tally` goes on from that of an earlier command. `utilization` gives the MFU of tokens a second; None
+    where the device's peak is unknown.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class MetricsLog:
         every: int,
         trackers: Sequence[Tracker] = (),
         utilization: Callable[[float], float] | None = None,
+        tally: Tally | None = None,
     ):
         self._writer = writer
         self._progress = progress
@@ -77,26 +83,41 @@ class MetricsLog:
         self._every = every
         self._trackers = trackers
         self._utilization = utilization
-        self.last: dict[str, float] = {}
+        self._tally = tally or Tally()
+        # still on the device
+        self._losses: list[Any] = []
+        self.last: dict[str, float | int | str] = {}
 
     def __call__(self, info: StepInfo) -> None:
         """Log the step if it is due, and show it in any case."""
+        self._tally.tokens += info.tokens
+        self._losses.append(info.metrics["loss"])
         is_due = info.step % self._every == 0 or info.step == info.total_steps or "validation_loss" in info.metrics
         if not is_due:
             self._progress.update(info.step)
             return
         # fetching waits for the step, so the rate after it is of work done
-        metrics = {name: float(value) for name, value in jax.device_get(info.metrics).items()}
-        rate = self._throughput.measure()
-        metrics["tokens_per_second"] = rate.tokens_per_second
-        metrics["step_seconds"] = rate.step_seconds
+        measured = {name: np.asarray(value).item() for name, value in jax.device_get(info.metrics).items()}
+        tally, rate = self.tally(), self._throughput.measure()
+        measured["loss"] = tally.loss_sum / tally.steps
+        tally.steps, tally.loss_sum = 0, 0.0
+        measured |= {"tokens_per_second": rate.tokens_per_second, "step_seconds": rate.step_seconds}
         if self._utilization is not None:
-            metrics["mfu"] = self._utilization(rate.tokens_per_second)
-        self.last = metrics
-        self._writer.write(info.step, metrics)
+            measured["mfu"] = self._utilization(rate.tokens_per_second)
+        figures = {"tokens": tally.tokens, **measured, **_peak_memory()}
+        self.last = {**figures, **_place_and_time()}
+        self._writer.write(info.step, self.last)
         for tracker in self._trackers:
-            tracker.log(info.step, metrics)
-        self._progress.update(info.step, metrics)
+            tracker.log(info.step, figures)
+        self._progress.update(info.step, figures)
+
+    def tally(self) -> Tally:
+        """The tally up to this step, whose losses are waited for."""
+        losses, self._losses = jax.device_get(self._losses), []
+        for loss in losses:
+            self._tally.loss_sum += float(loss)
+        self._tally.steps += len(losses)
+        return self._tally
 
     def close(self) -> None:
         """Close the file, the trackers and the progress."""
@@ -104,6 +125,18 @@ class MetricsLog:
         self._writer.close()
         for tracker in self._trackers:
             tracker.close()
+
+
+def _place_and_time() -> dict[str, str | int]:
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return {"time": now, "device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+
+
+def _peak_memory() -> dict[str, int]:
+    """The most bytes in use on a device of this process since it started; nothing where devices do not tell."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
+    return {"peak_memory_bytes": max(peaks)} if peaks else {}
 
 
 class Profiler:

@@ -16,7 +16,7 @@ from jaxtron.models.cost import model_flops_per_token
 from jaxtron.train.divergence import Watch, check_state
 from jaxtron.train.history import Recorder
 from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
-from jaxtron.train.metrics import MetricsWriter
+from jaxtron.train.metrics import MetricsWriter, Tally
 from jaxtron.train.progress import Progress
 from jaxtron.train.setup import Run
 from jaxtron.train.step import TrainState, jit_step
@@ -51,16 +51,18 @@ def train(run: Run) -> Outcome:
         loader = stack.enter_context(run.train_loader())
         loss_scale = None if run.state.loss_scale is None else run.config.train.loss_scale
         watch = Watch(run.checkpoints, every=run.config.run.log_every, loss_scale=loss_scale)
-        saver = Saver(run, loader, watch)
-        hooks = [Hook(watch), *_hooks(run, saver, throughput, outcome, stack)]
+        log = _metrics_log(run, throughput, stack) if jax.process_index() == 0 else None
+        saver = Saver(run, loader, watch, log)
+        hooks = [Hook(watch), *_hooks(run, saver, log, outcome, stack)]
         for number in range(run.step + 1, total + 1):
             batch = next(loader)
             outcome.state, metrics = step(outcome.state, run.placement.globalize(batch))
             outcome.step = number
-            throughput.finish_step(batch.size * run.config.data.sequence_length, metrics)
-            run_hooks(hooks, StepInfo(number, total, outcome.state, metrics), throughput)
+            info = StepInfo(number, total, outcome.state, metrics, batch.size * run.config.data.sequence_length)
+            throughput.finish_step(info.tokens, metrics)
+            run_hooks(hooks, info, throughput)
             if stop.is_due(number) and number < total:
-                saver.save(StepInfo(number, total, outcome.state, metrics))
+                saver.save(info)
                 outcome.stopped = True
                 break
         run.checkpoints.wait()
@@ -73,10 +75,11 @@ class Saver:
     Calls other than the hook's are for a run that is to stop at once: they do not wait for a loss.
     """
 
-    def __init__(self, run: Run, loader: Loader, watch: Watch) -> None:
+    def __init__(self, run: Run, loader: Loader, watch: Watch, log: MetricsLog | None) -> None:
         self._run = run
         self._loader = loader
         self._watch = watch
+        self._log = log
 
     def __call__(self, info: StepInfo) -> None:
         """Save the state that the step left, and the position of the data after it."""
@@ -88,10 +91,12 @@ class Saver:
         """The same, with a loss that would take long to compile left out."""
         self._watch.check()
         check_state(self._run.checkpoints, info.step, info.state)
-        self._run.save(info.step, info.state, self._loader.position)
+        # of the processes without a log nothing but their arrays is stored
+        tally = Tally() if self._log is None else self._log.tally()
+        self._run.save(info.step, info.state, self._loader.position, tally)
 
 
-def _hooks(run: Run, saver: Saver, throughput: Throughput, outcome: Outcome, stack: ExitStack) -> list[Hook]:
+def _hooks(run: Run, saver: Saver, log: MetricsLog | None, outcome: Outcome, stack: ExitStack) -> list[Hook]:
     config, total = run.config, run.config.train.steps
 
     def validation(info: StepInfo) -> None:
@@ -101,11 +106,9 @@ def _hooks(run: Run, saver: Saver, throughput: Throughput, outcome: Outcome, sta
 
     every = config.train.validate_every or total
     hooks = [Hook(validation, every=every, excluded=True)]
-    if jax.process_index() == 0:
+    if log is not None:
         found, notes = run.continuation.changes, run.data.notes
         hooks.append(Hook(Recorder(run.directory, config, found, first_step=run.step, notes=notes)))
-        log = _metrics_log(run, throughput)
-        stack.callback(log.close)
         hooks.append(Hook(log))
         if config.run.profile_steps is not None:
             profiler = Profiler(run.directory / "profile", config.run.profile_steps, total)
@@ -115,18 +118,21 @@ def _hooks(run: Run, saver: Saver, throughput: Throughput, outcome: Outcome, sta
     return hooks
 
 
-def _metrics_log(run: Run, throughput: Throughput) -> MetricsLog:
+def _metrics_log(run: Run, throughput: Throughput, stack: ExitStack) -> MetricsLog:
     config = run.config
     peak = peak_flops(jax.devices()[0].device_kind)
     flops = model_flops_per_token(config.model, config.data.sequence_length)
-    return MetricsLog(
+    log = MetricsLog(
         MetricsWriter(run.directory / "metrics.jsonl", resume_step=run.step),
         Progress(config.train.steps, shown=True, first_step=run.step, print_seconds=config.run.print_seconds),
         throughput,
         every=config.run.log_every,
         trackers=make_trackers(config.run, run.directory, config.model_dump(mode="json"), resume_step=run.step),
         utilization=None if peak is None else lambda rate: rate * flops / (peak * jax.device_count()),
+        tally=run.tally,
     )
+    stack.callback(log.close)
+    return log
 
 
 class _StopSignals:

@@ -1,10 +1,29 @@
-"""`metrics.jsonl`: one JSON object a logged step."""
+"""`metrics.jsonl`: one JSON object a logged step; docs/metrics.md says what its names mean."""
 
 import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Tally:
+    """Tokens since the run began, and the sum of the losses of so many steps since its last line.
+
+    Checkpoints carry it, so that lines do not depend on where a run was interrupted.
+    """
+
+    tokens: int = 0
+    steps: int = 0
+    loss_sum: float = 0.0
+
+    @classmethod
+    def of(cls, extra: Mapping[str, Any], sequence_length: int) -> "Tally":
+        """That of a checkpoint; one of an older version tells of samples alone."""
+        return cls(**extra.get("tally", {"tokens": extra["position"] * sequence_length}))
 
 
 class MetricsWriter:
@@ -18,11 +37,11 @@ class MetricsWriter:
         drop_steps_after(path, resume_step)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
-    def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float | int | str]) -> None:
         """Append one step; NaN and infinity are written as null, beside `"finite": false`."""
-        line: dict[str, float | int | bool | None] = {"step": step}
+        line: dict[str, float | int | str | bool | None] = {"step": step}
         for name, value in metrics.items():
-            line[name] = value if math.isfinite(value) else None
+            line[name] = value if isinstance(value, str) or math.isfinite(value) else None
         if None in line.values():
             line["finite"] = False
         self._file.write(json.dumps(line, allow_nan=False) + "\n")

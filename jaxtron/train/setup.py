@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from jaxtron.train.config import Configuration
 from jaxtron.train.divergence import check_state
 from jaxtron.train.dtypes import DTYPES
 from jaxtron.train.history import Continuation, changes, check_changes, listed, recorded_settings
+from jaxtron.train.metrics import Tally
 from jaxtron.train.run_lock import run_lock
 from jaxtron.train.sizes import check_batch_fits, check_state_fits
 from jaxtron.train.step import Batch, Trainer, TrainState, batch_sharding
@@ -51,11 +52,13 @@ class Run:
     step: int
     position: int
     continuation: Continuation
+    tally: Tally
 
-    def save(self, step: int, state: TrainState, position: int) -> None:
+    def save(self, step: int, state: TrainState, position: int, tally: Tally) -> None:
         """Save a checkpoint of the state after this step, with the position of the data after it."""
         extra = {
             "position": position,
+            "tally": asdict(tally),
             "data": self.data.fingerprint,
             "tokenizer": self.data.tokenizer.fingerprint,
             "seed": self.config.seed,
@@ -133,6 +136,7 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
             step=step,
             position=position,
             continuation=continuation,
+            tally=Tally() if restored is None else Tally.of(restored.extra, config.data.sequence_length),
         )
 
 

@@ -8,6 +8,7 @@ import pytest
 from commands import run_main
 
 from jaxtron.config import load
+from jaxtron.gpus import GPUS
 from jaxtron.pipeline.partition import Partition
 from jaxtron.pipeline.schedules import make_schedule
 from jaxtron.pipeline.table_file import read_csv
@@ -138,7 +139,9 @@ def test_a_plan_of_a_cluster_that_holds_more_replicas(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_plan_calibrated_by_a_run(tmp_path: Path):
-    records = [{"step": step, "step_seconds": 0.5, "loss": 1.0} for step in range(1, 6)]
+    # 32 sequences of 64 tokens in half a second
+    run = {"step_seconds": 0.5, "tokens_per_second": 4096.0, "device": GPUS["h100"].device_kind, "devices": 1}
+    records = [{"step": step, "loss": 1.0, **run} for step in range(1, 6)]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{dumps(record)}\n" for record in records))
     code, out, err = plan(f"--gpu h100 --gpus 1 {SMALL} --calibrate {tmp_path / 'metrics.jsonl'}")
     assert (code, err) == (0, "")

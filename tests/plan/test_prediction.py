@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.gpus import gpu_named
-from jaxtron.plan.calibrate import calibrate, measured_seconds
+from jaxtron.gpus import GPUS, gpu_named
+from jaxtron.plan.calibrate import calibrate
 from jaxtron.plan.machine import Machine, machine_named
 from jaxtron.plan.operations import embedding_parameters, period, period_parameters, shapes_of
 from jaxtron.plan.practice import JAXTRON, MEGATRON_2021, MEGATRON_2022, PRACTICES, Overlap
@@ -241,9 +241,14 @@ def test_a_large_pipeline_is_predicted_at_once():
     assert time.perf_counter() - start < 1
 
 
-def write_metrics(path: Path, *seconds: float | None) -> Path:
-    lines = [json.dumps({"step": step, "loss": 1.0, "step_seconds": value}) for step, value in enumerate(seconds, 1)]
-    path.write_text("\n".join(lines) + "\n")
+def write_metrics(path: Path, config: Configuration, *seconds: float | None, **run: object) -> Path:
+    """Lines of a run of this configuration on one A100, unless it is said otherwise."""
+    tokens = config.train.global_batch * config.data.sequence_length
+    lines = []
+    for step, value in enumerate(seconds, 1):
+        line = {"step": step, "step_seconds": value, "device": GPUS["a100"].device_kind, "devices": 1, **run}
+        lines.append({**line, "tokens_per_second": None if value is None else tokens / value})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
@@ -251,7 +256,8 @@ def write_metrics(path: Path, *seconds: float | None) -> Path:
 def test_a_calibrated_machine_predicts_the_run(tmp_path: Path, slower: float):
     config, sizes = configuration(), ONE | {"data": 2, "tensor": 4}
     wanted = slower * predict(config, sizes, A100).step_seconds
-    metrics = write_metrics(tmp_path / "metrics.jsonl", 60.0, 1.5 * wanted, wanted, None, 0.9 * wanted)
+    seconds = (60.0, 1.5 * wanted, wanted, None, 0.9 * wanted)
+    metrics = write_metrics(tmp_path / "metrics.jsonl", config, *seconds, devices=8)
     machine = calibrate(metrics, config, sizes, A100)
     assert predict(config, sizes, machine).step_seconds == pytest.approx(wanted, rel=1e-4)
     assert (machine.product_fraction < A100.product_fraction) == (slower > 1)
@@ -261,14 +267,46 @@ def test_a_calibrated_machine_predicts_the_run(tmp_path: Path, slower: float):
 def test_a_run_that_cannot_be_is_refused(tmp_path: Path):
     config = configuration()
     seconds = predicted(config).step_seconds
-    fast = write_metrics(tmp_path / "fast.jsonl", 9.0, seconds / 4, seconds / 4)
+    fast = write_metrics(tmp_path / "fast.jsonl", config, 9.0, seconds / 4, seconds / 4)
     with pytest.raises(UserError, match="faster than .* on a100: check --gpu"):
         calibrate(fast, config, ONE, A100)
-    short = write_metrics(tmp_path / "short.jsonl", 9.0, None)
-    with pytest.raises(UserError, match="has 1 logged steps .* needs two"):
-        measured_seconds(short)
+    short = write_metrics(tmp_path / "short.jsonl", config, 9.0, None)
+    with pytest.raises(UserError, match="has 1 line with .* needs two"):
+        calibrate(short, config, ONE, A100)
     with pytest.raises(UserError, match="does not exist: give the metrics.jsonl"):
-        measured_seconds(tmp_path / "none.jsonl")
+        calibrate(tmp_path / "none.jsonl", config, ONE, A100)
+
+
+def test_a_run_on_other_devices_is_refused(tmp_path: Path):
+    config = configuration()
+    path = tmp_path / "metrics.jsonl"
+
+    def refused(config: Configuration, sizes: dict[str, int] = ONE) -> str:
+        with pytest.raises(UserError) as error:
+            calibrate(path, config, sizes, A100)
+        return str(error.value)
+
+    a100 = GPUS["a100"].device_kind
+    for kind in ("cpu", GPUS["h100"].device_kind, "NVIDIA A100-SXM4-40GB"):
+        write_metrics(path, config, 1.0, 1.0, 1.0, device=kind)
+        assert f"was measured on {kind!r}, and the plan is for a100, {a100!r}: give --gpu" in refused(config)
+    write_metrics(path, config, 1.0, 1.0, 1.0, devices=8)
+    assert "was measured on 8 GPUs, and the plan is for 1: give --gpus 8" in refused(config)
+    write_metrics(path, config, 1.0, 1.0, 1.0)
+    assert "was measured on 1 GPU, and the plan is for 2: give --gpus 1" in refused(config, ONE | {"data": 2})
+    tokens = config.train.global_batch * config.data.sequence_length
+    message = f"was measured with steps of {tokens:,} tokens, and the plan's have {2 * tokens:,} (train.global_batch"
+    larger = configuration(train={"global_batch": 2 * config.train.global_batch})
+    assert message in refused(larger)
+    # as it was written before lines had a device
+    lines = [{"step": step, "loss": 1.0, "step_seconds": 1.0, "tokens_per_second": 1.0} for step in range(1, 4)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "does not say on which device step 1 was measured: train a few steps anew" in refused(config)
+    # one line of another device is enough: a run that went on elsewhere
+    write_metrics(path, config, 1.0, 1.0, 1.0)
+    here = path.read_text()
+    path.write_text(here + write_metrics(tmp_path / "other.jsonl", config, 1.0, device="cpu").read_text())
+    assert "was measured on 'cpu'" in refused(config)
 
 
 def test_what_does_not_fit_the_mesh_is_refused():

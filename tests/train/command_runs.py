@@ -23,7 +23,10 @@ SMALL = (
     *("--run.log_every", "1"),
 )
 # what a run measures that does not depend on the clock
-EXACT = ("step", "loss", "gradient_norm", "learning_rate", "loss_scale", "skipped_steps", "validation_loss")
+EXACT = (
+    *("step", "tokens", "loss", "gradient_norm", "learning_rate", "loss_scale", "skipped_steps", "validation_loss"),
+    *("device", "devices"),
+)
 
 started: list[subprocess.Popen[str]] = []
 

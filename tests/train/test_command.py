@@ -19,6 +19,8 @@ def test_what_a_run_leaves(finished: FinishedRun):
     names = {"loss", "tokens_per_second", "learning_rate", "gradient_norm"}
     assert all(names <= line.keys() and all(line[name] > 0 for name in names) for line in lines)
     assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6]
+    assert [line["tokens"] for line in lines] == [step * 8 * 32 for step in range(1, 7)]
+    assert all((line["device"], line["devices"]) == (jax.devices()[0].device_kind, 8) for line in lines)
     assert (finished.directory / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in finished.directory.glob("checkpoints/*")) == ["step_00000004", "step_00000006"]
 

@@ -22,6 +22,7 @@ from jaxtron.train.config import Configuration
 from jaxtron.train.divergence import Watch
 from jaxtron.train.hooks import StepInfo
 from jaxtron.train.loop import Saver
+from jaxtron.train.metrics import Tally
 from jaxtron.train.setup import open_run
 from jaxtron.train.step import TrainState
 
@@ -49,9 +50,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("diverged")
     config = load(Configuration, None, flags(folder, "run"))
     with open_run(config, "run") as run:
-        run.save(1, run.state, 8)
-        run.save(2, scaled(run.state, 2, 1e20), 16)
-        run.save(3, scaled(run.state, 3, np.nan), 24)
+        run.save(1, run.state, 8, Tally())
+        run.save(2, scaled(run.state, 2, 1e20), 16, Tally())
+        run.save(3, scaled(run.state, 3, np.nan), 24, Tally())
     (folder / "run" / "config.yaml").write_text(dump(config.resolved()))
     return folder
 
@@ -78,8 +79,8 @@ def copied(folder: Path, name: str, *, steps: int) -> Path:
 def test_a_state_that_is_not_finite_is_never_saved(saved: Path):
     config = load(Configuration, None, flags(saved, "unsaved"))
     with open_run(config, "run") as run:
-        run.save(1, run.state, 8)
-        saver = Saver(run, None, Watch(run.checkpoints, every=10, loss_scale=None))
+        run.save(1, run.state, 8, Tally())
+        saver = Saver(run, None, Watch(run.checkpoints, every=10, loss_scale=None), None)
         for factor, message in ((np.nan, r"params\.\S+ has numbers that are not finite"), (1e20, "the loss is nan")):
             state = scaled(run.state, 2, factor)
             with pytest.raises(

@@ -1,6 +1,9 @@
 """What happens between steps."""
 
 import io
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from jaxtron.config import UserError
-from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
-from jaxtron.train.metrics import MetricsWriter, read_metrics
+from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, _peak_memory, run_hooks
+from jaxtron.train.metrics import MetricsWriter, Tally, read_metrics
 from jaxtron.train.progress import Progress
 from jaxtron.train.throughput import Throughput
 
@@ -18,7 +21,7 @@ def run_loop(hooks, total_steps, throughput=None):
     throughput = throughput or Throughput()
     for step in range(1, total_steps + 1):
         metrics = {"loss": jnp.float32(4 / step), "learning_rate": jnp.float32(0.1), "gradient_norm": jnp.float32(1)}
-        info = StepInfo(step, total_steps, state=None, metrics=metrics)
+        info = StepInfo(step, total_steps, state=None, metrics=metrics, tokens=768)
         throughput.finish_step(768, metrics)
         run_hooks(hooks, info, throughput)
 
@@ -70,12 +73,56 @@ def test_metrics_log_writes_logged_steps_and_those_with_validation(tmp_path):
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == [4, 6, 8, 11]
     assert [record.get("validation_loss") for record in records] == [None, 1.5, None, None]
-    keys = ["gradient_norm", "learning_rate", "loss", "mfu", "step_seconds", "tokens_per_second"]
-    assert all(sorted(record.keys() - {"step", "validation_loss"}) == keys for record in records)
+    keys = ["gradient_norm", "learning_rate", "loss", "mfu", "step_seconds", "tokens", "tokens_per_second"]
+    written = {*keys, "step", "time", "device", "devices"}
+    assert all(record.keys() - {"validation_loss", "peak_memory_bytes"} == written for record in records)
+    assert [record["tokens"] for record in records] == [768 * step for step in (4, 6, 8, 11)]
+    assert {(record["device"], record["devices"]) for record in records} == {(jax.devices()[0].device_kind, 8)}
+    times = [datetime.fromisoformat(record["time"]) for record in records]
+    assert times == sorted(times) and abs(datetime.now(UTC) - times[-1]) < timedelta(minutes=1)
     assert all(record["tokens_per_second"] > 0 for record in records)
     assert tracked[0] == (4, keys) and len(tracked) == 5 and tracked[-1] == "closed"
     assert len(stream.getvalue().splitlines()) == 4
-    assert log.last["loss"] == pytest.approx(4 / 11)
+    # each line has the mean of the steps since the one before
+    for record, steps in zip(records, ((1, 2, 3, 4), (5, 6), (7, 8), (9, 10, 11)), strict=True):
+        assert record["loss"] == pytest.approx(sum(4 / step for step in steps) / len(steps))
+
+
+def test_metrics_log_goes_on_where_an_interrupted_one_ended(tmp_path):
+    def log(name: str, tally: Tally | None = None) -> MetricsLog:
+        writer = MetricsWriter(tmp_path / name, resume_step=2 if tally else 0)
+        return MetricsLog(writer, Progress(6, shown=False), Throughput(), every=4, tally=tally)
+
+    def run(log: MetricsLog, first: int, last: int) -> Tally:
+        for step in range(first, last + 1):
+            log._throughput.finish_step(768, None)
+            log(StepInfo(step, 6, None, {"loss": jnp.float32(1 / step)}, tokens=768))
+        log.close()
+        return log.tally()
+
+    run(log("whole.jsonl"), 1, 6)
+    # a checkpoint carries it as JSON
+    extra = json.loads(json.dumps({"position": 9, "tally": asdict(run(log("parts.jsonl"), 1, 2))}))
+    run(log("parts.jsonl", Tally.of(extra, 128)), 3, 6)
+    exact = [
+        [(record["step"], record["loss"], record["tokens"]) for record in read_metrics(tmp_path / name)]
+        for name in ("whole.jsonl", "parts.jsonl")
+    ]
+    assert exact[0] == exact[1] and [step for step, _, _ in exact[0]] == [4, 6]
+    # one of an older version knows the samples alone
+    assert Tally.of({"position": 9}, 128) == Tally(tokens=9 * 128)
+
+
+def test_peak_memory_is_that_of_the_fullest_device(monkeypatch):
+    class Device:
+        def __init__(self, stats):
+            self.memory_stats = lambda: stats
+
+    found = [Device({"peak_bytes_in_use": 7, "bytes_in_use": 9}), Device({"peak_bytes_in_use": 8}), Device(None)]
+    monkeypatch.setattr(jax, "local_devices", lambda: found)
+    assert _peak_memory() == {"peak_memory_bytes": 8}
+    monkeypatch.setattr(jax, "local_devices", lambda: found[2:])
+    assert _peak_memory() == {}
 
 
 def test_first_logged_step_has_a_speed_too(tmp_path):

@@ -57,7 +57,7 @@ def values(folder: Path, *flags: str, save: bool = False) -> tuple[int, dict[str
             assert leaf.shape == wanted.shape
             assert wanted.sharding is None or leaf.sharding.spec == wanted.sharding.spec
         if save:
-            opened.save(opened.step + 1, opened.state, opened.position)
+            opened.save(opened.step + 1, opened.state, opened.position, opened.tally)
         state = opened.layer_order.in_model_order(opened.state)
         return opened.step, by_name(state), opened.trainer.blueprint.num_parameters
 
