@@ -104,7 +104,7 @@ class MetricsLog:
         measured |= {"tokens_per_second": rate.tokens_per_second, "step_seconds": rate.step_seconds}
         if self._utilization is not None:
             measured["mfu"] = self._utilization(rate.tokens_per_second)
-        figures = {"tokens": tally.tokens, **measured, **_peak_memory()}
+        figures = {"tokens": tally.tokens, "loss": measured["loss"], **measured, **_peak_memory()}
         self.last = {**figures, **_place_and_time()}
         self._writer.write(info.step, self.last)
         for tracker in self._trackers:
