@@ -140,6 +140,20 @@ def file_path(text: str) -> Path:
     return Path(expand_home(text))
 
 
+def check_output(flag: str, path: Path) -> None:
+    """`UserError` unless a file can be written there: before the work whose result it is to hold."""
+    folder = path.parent
+    if os.path.isdir(path):
+        reason = f"{path} is a folder"
+    elif not os.path.isdir(folder):
+        reason = f"there is no folder {folder}"
+    elif not os.access(folder, os.W_OK):
+        reason = f"the folder {folder} cannot be written"
+    else:
+        return
+    raise UserError(f"{flag} {path}: {reason}; give a file in a folder that can be written")
+
+
 def _wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, WIDTH, break_on_hyphens=False))
 

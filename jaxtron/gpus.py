@@ -182,6 +182,11 @@ GPUS = {
     )
 }
 
+# a part of a protocol buffer as text: white space, a comment, a brace, or a field with its value
+_FIELD = re.compile(
+    r"\s+|#[^\n]*|(?P<opened>[A-Za-z_]\w*\s*:?\s*\{)|(?P<closed>\})"
+    r'|[A-Za-z_]\w*\s*:\s*(?:-?\d[\w.+-]*|"[^"\n]*"|[A-Za-z_]\w*)[,;]?'
+)
 TARGET_SUFFIXES = (".textproto", ".pbtxt", ".txtpb")
 
 # what drivers call the devices, the more specific name first; NVIDIA's datasheets, without sparsity
@@ -211,14 +216,18 @@ def _read_target(path: Path) -> Gpu:
     What such a file does not tell, the links and the peak of a core, is that of the known GPU of its architecture.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read the target {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"the target {path} is no text: byte {error.start} is not UTF-8; give it as text") from None
+    _check_syntax(path, text)
 
     def number(name: str) -> float:
-        match = re.search(rf"\b{name}:\s*([\d.]+)", text)
-        if match is None:
-            raise UserError(f"the target {path} has no {name}: it is no GpuTargetConfigProto as text")
+        match = re.search(rf"\b{name}:\s*(\d+(?:\.\d+)?)(?![\w.])", text)
+        if match is None or (float(match[1]) == 0 and name != "minor"):
+            what = "no" if match is None else "a zero for"
+            raise UserError(f"the target {path} has {what} {name}: it is no GpuTargetConfigProto as text")
         return float(match[1])
 
     major = int(number("major"))
@@ -245,6 +254,21 @@ def _read_target(path: Path) -> Gpu:
         peak_flops=kin.peak_flops * cores * clock / (kin.num_cores * kin.clock_ghz),
         target_file=text,
     )
+
+
+def _check_syntax(path: Path, text: str) -> None:
+    """`UserError` unless the text is fields and messages in braces; XLA would write to standard error by itself."""
+    place = depth = 0
+    while place < len(text):
+        match = _FIELD.match(text, place)
+        depth += 0 if match is None else match.lastgroup == "opened"
+        depth -= 0 if match is None else match.lastgroup == "closed"
+        if match is None or depth < 0:
+            line = text.count("\n", 0, place) + 1
+            raise UserError(f"the target {path} is damaged in line {line}: no field of a GpuTargetConfigProto as text")
+        place = match.end()
+    if depth:
+        raise UserError(f"the target {path} is cut short: braces are left open; copy it again")
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -1,6 +1,7 @@
 """A machine whose predictions agree with a run that was measured."""
 
 import math
+import os
 import statistics
 from pathlib import Path
 
@@ -24,9 +25,11 @@ def measured_seconds(metrics: Path, config: Configuration, gpu: Gpu, num_gpus: i
     Raises `UserError` where the file is missing, was measured on other devices or with steps of another size than
     these, or has less than two records with a time.
     """
-    if not metrics.is_file():
+    if not os.path.isfile(metrics):
         raise UserError(f"{metrics} does not exist: give the metrics.jsonl in a run's directory")
-    found = [record for record in read_metrics(metrics) if _is_time(record.get("step_seconds"))]
+    # a line that a kill or a bad disk left otherwise is none
+    times = ("step_seconds", "tokens_per_second")
+    found = [record for record in read_metrics(metrics) if all(_is_time(record.get(name)) for name in times)]
     for record in found:
         _check_devices(metrics, record, gpu, num_gpus)
     tokens = config.train.global_batch * config.data.sequence_length

@@ -1,15 +1,46 @@
 """What changed between two plans."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
+
 from jaxtron.config import UserError
+from jaxtron.plan.memory import MemoryUse
 from jaxtron.plan.report import FORMAT, Plan
 from jaxtron.plan.table import aligned, duration, size
 
-# of a plan's memory, what is a class of bytes
+# of a plan's memory, what is no class of bytes
 _NO_CLASS = {"capacity", "stages", "total", "fits"}
+_CLASSES = {field.name for field in dataclasses.fields(MemoryUse)} - _NO_CLASS | {"total"}
+
+
+class _Row(BaseModel):
+    key: tuple[str, tuple[str, ...], tuple[int, ...], Any]
+    payload: FiniteFloat
+    each: FiniteFloat
+
+
+class _Prediction(BaseModel):
+    step_seconds: FiniteFloat = Field(gt=0)
+    mfu: FiniteFloat
+
+
+class _SavedPlan(BaseModel):
+    """What a comparison reads of a plan; it has more."""
+
+    memory: dict[str, Any]
+    traffic: tuple[_Row, ...]
+    prediction: _Prediction
+
+    @model_validator(mode="after")
+    def _check(self) -> "_SavedPlan":
+        for name in _CLASSES:
+            if type(self.memory.get(name)) is not int:
+                raise ValueError(f"memory.{name} is no number of bytes")
+        return self
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -18,10 +49,18 @@ def read_plan(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"cannot read the plan {path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is no plan: it is not JSON; write one with --json") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise UserError(f"{path} is no plan of this version (format {FORMAT}); write it again with --json")
+    try:
+        _SavedPlan.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where, what = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        raise UserError(
+            f"{path} is a damaged plan: {where and f'{where}: '}{what}; write it again with --json"
+        ) from None
     return found
 
 

@@ -76,6 +76,12 @@ def _topology(gpu: Gpu, nodes: int, gpus_per_node: int, plugin: str) -> tuple[De
             # JAX looked for platforms earlier, found no CUDA libraries and gave the plugin up
             importlib.import_module(plugin).initialize()
             topology = describe()
+        except jax.errors.JaxRuntimeError as error:
+            if gpu.target_file is None:
+                raise
+            raise UserError(
+                f"the target {gpu.name} is not one that XLA reads: {str(error).splitlines()[0]}; write it anew"
+            ) from None
     return tuple(topology.devices)
 
 

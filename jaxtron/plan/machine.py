@@ -5,6 +5,7 @@ Sizes are bytes and floating-point operations (FLOPs), times are seconds.
 
 import functools
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -164,6 +165,6 @@ def machine_named(name: str) -> Machine:
 
 def read_machine(path: Path) -> Machine:
     """The machine of a YAML file with `Machine`'s fields, as `calibrate` writes it; `UserError` if it does not read."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"machine file {path} does not exist; names of GPUs are {', '.join(GPUS)}")
     return load(Machine, path)

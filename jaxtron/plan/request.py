@@ -1,16 +1,20 @@
 """The planner's own flags, beside those of the configuration."""
 
 import argparse
+import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from jaxtron.command import check_output, positive
 from jaxtron.config import UserError
 from jaxtron.gpus import GPUS
 
 PROGRAM = "python -m jaxtron.plan"
 KINDS = ("layout", "schedule", "search")
+# a compiler that plans for more takes hours, and there is no such cluster
+GPUS_MOST = 2**20
 # flags of one kind of request only; "plan" is the one without --layout or --schedule
 KIND_OF = {
     "png": ("plan", "schedule"),
@@ -55,12 +59,25 @@ class Request:
         return self.gpus_per_node or 8
 
     def num_gpus(self, known: int) -> int:
-        """GPUs of the cluster; `known` is the product of the mesh's sizes, for want of --nodes or --gpus."""
+        """GPUs of the cluster; `known` is the product of the mesh's sizes, for want of --nodes or --gpus.
+
+        A `UserError` where they are both given, too many, or leave a node half full.
+        """
         if self.nodes is not None and self.gpus is not None:
             raise UserError(f"--nodes {self.nodes} and --gpus {self.gpus}: give one of them")
-        if self.gpus is not None:
-            return self.gpus
-        return known if self.nodes is None else self.nodes * self.node_size
+        if self.nodes is not None:
+            count, said = self.nodes * self.node_size, f"--nodes {self.nodes} of {self.node_size} GPUs"
+        else:
+            count = known if self.gpus is None else self.gpus
+            said = f"the mesh's {known:,} GPUs" if self.gpus is None else f"--gpus {self.gpus}"
+        if count > GPUS_MOST:
+            raise UserError(f"{said}: more than {GPUS_MOST:,} GPUs cannot be planned")
+        if count > self.node_size and count % self.node_size:
+            raise UserError(
+                f"{said} do not fill nodes of {self.node_size}: give a multiple of {self.node_size}, or another "
+                "--gpus-per-node"
+            )
+        return count
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,10 +97,20 @@ def parse(argv: list[str]) -> Request:
         if kind not in KIND_OF[name]:
             place = " or ".join("a plan" if other == "plan" else f"--{other}" for other in KIND_OF[name])
             raise UserError(f"--{name.replace('_', '-')} {value} has no effect with --{kind}, only with {place}")
-    for name in ("gpus", "nodes", "gpus_per_node", "top", "tokens"):
-        if name in given and given[name] <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {given[name]} must be above 0")
+    for name in ("png", "csv", "json", "hlo"):
+        if name in given:
+            check_output(f"--{name}", given[name])
     return Request(kind, words, **given)
+
+
+def _amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0, such as 300e9")
+    return value
 
 
 def help_text() -> str:
@@ -108,10 +135,10 @@ def _parser() -> _Parser:
     parser = _Parser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--gpu", metavar="NAME", help=f"compile for this GPU: {', '.join(GPUS)}, or a target description (FILE)")
-    add("--nodes", type=int, metavar="N", help="nodes of the cluster")
-    add("--gpus", type=int, metavar="N", help="GPUs, instead of nodes (none: what the mesh asks for)")
-    add("--gpus-per-node", type=int, metavar="N", help="GPUs that NVLink joins (none: 8)")
-    add("--tokens", type=float, metavar="T", help="a budget of tokens, such as 300e9: how many days it takes")
+    add("--nodes", type=positive, metavar="N", help="nodes of the cluster")
+    add("--gpus", type=positive, metavar="N", help="GPUs, instead of nodes (none: what the mesh asks for)")
+    add("--gpus-per-node", type=positive, metavar="N", help="GPUs that NVLink joins (none: 8)")
+    add("--tokens", type=_amount, metavar="T", help="a budget of tokens, such as 300e9: how many days it takes")
     add("--json", type=Path, metavar="FILE", help="write all figures")
     add("--hlo", type=Path, metavar="FILE", help="write the compiled program")
     add("--compare", type=Path, metavar="FILE", help="tell what changed against a plan that --json wrote")
@@ -125,7 +152,7 @@ def _parser() -> _Parser:
     add("--layout", action="store_true", help="every parameter's layout: shape, axes, spec, bytes a device, replicas")
     add("--schedule", action="store_true", help="the pipeline's schedule: ticks, bubble, microbatches in flight, bytes")
     add("--search", action="store_true", help="meshes, schedules and recompute for these GPUs, ranked")
-    add("--top", type=int, metavar="N", help="layouts that a search compiles (none: 3)")
+    add("--top", type=positive, metavar="N", help="layouts that a search compiles (none: 3)")
     add("--png", type=Path, metavar="FILE", help="draw the timeline of the schedule")
     add("--csv", type=Path, metavar="FILE", help="write the schedule's table, for --pipeline.schedule FILE.csv")
     return parser

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from jaxtron.command import check_output
 from jaxtron.config import UserError
 from jaxtron.gpus import GPUS
 from jaxtron.pipeline.table_file import write_csv
@@ -33,19 +34,21 @@ def show_plan(config: Configuration, request: Request) -> None:
         raise UserError(f"say for which GPU: --gpu {known} or a target's file; or --layout, --schedule")
     earlier = None if request.compare is None else compare.read_plan(request.compare)
     machine = _machine(request)
+    num_gpus, fitted = request.num_gpus(_known(config)), None
+    if request.calibrate is not None:
+        fitted = request.calibrate.with_name("machine.yaml")
+        check_output("machine.yaml beside --calibrate", fitted)
     start_compiler(config.runtime)
-    num_gpus = request.num_gpus(_known(config))
     config = _fill(config, num_gpus)
     node_size = min(request.node_size, num_gpus)
     if request.calibrate is not None:
         # before the compiler is kept waiting for
         measured_seconds(request.calibrate, config, machine.datasheet, num_gpus)
     rehearsal = rehearse(config, gpu=request.gpu, num_gpus=num_gpus, gpus_per_node=node_size)
-    fitted = None
     if request.calibrate is not None:
+        assert fitted is not None
         practice, sizes = report.practice_of(rehearsal, machine), dict(rehearsal.mesh.shape)
         machine = calibrate(request.calibrate, config, sizes, machine, gpus_per_node=node_size, practice=practice)
-        fitted = request.calibrate.with_name("machine.yaml")
         write_machine(machine, fitted)
     plan = report.make_plan(rehearsal, machine, _title(request))
     print(report.text(plan, request.tokens))

@@ -77,7 +77,7 @@ def _read_lines(path: Path) -> list[tuple[dict, str]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         # without its newline the next line would be appended to it
         if line.endswith("\n") and isinstance(record, dict) and "step" in record:

@@ -89,11 +89,11 @@ def test_layout_counts_layers_and_not_empty_rows():
         ("--schedule --csv", "--csv: expected one argument"),
         ("--gpu h1000 --nodes 1", "unknown GPU 'h1000': known are a100, h100, h200, b200, gb200, or a target's file"),
         ("--gpu mine.textproto", "cannot read the target mine.textproto: No such file or directory"),
-        ("--gpu h100 --nodes 0", "--nodes 0 must be above 0"),
-        ("--gpu h100 --nodes x", "--nodes: invalid int value: 'x'"),
+        ("--gpu h100 --nodes 0", "--nodes: '0' must be a whole number above 0"),
+        ("--gpu h100 --nodes x", "--nodes: 'x' must be a whole number above 0"),
         ("--gpu h100 --nodes 1 --gpus 8", "--nodes 1 and --gpus 8: give one of them"),
-        ("--gpu h100 --gpus 12 --mesh.tensor 4 --train.global_batch 12", "12 GPUs do not fill nodes of 8"),
-        ("--gpu h100 --gpus 8 --mesh.tensor 3 --mesh.data 1", "mesh tensor 3 needs 3 devices, there are 8"),
+        ("--gpu h100 --gpus 12 --mesh.tensor 4 --train.global_batch 12", "--gpus 12 do not fill nodes of 8"),
+        ("--gpu h100 --gpus 8 --mesh.tensor 3 --mesh.data 1", "mesh.tensor 3 needs 3 devices, there are 8"),
         ("--gpu h100 --gpus 8 --mesh.tensor 8", "is not a multiple of"),
         ("--gpu h100 --compare /dev/null", "/dev/null is no plan"),
         ("--gpu h100 --compare none.json", "cannot read the plan none.json: No such file or directory"),
@@ -101,9 +101,12 @@ def test_layout_counts_layers_and_not_empty_rows():
         ("--schedule --devices 8 --mesh.pipe 2 --pipeline.schedule gpip", "did you mean gpipe?"),
         (
             "--schedule --devices 8 --mesh.pipe 2 --csv /dev/null/a.csv",
-            "cannot write the schedule into /dev/null/a.csv",
+            "--csv /dev/null/a.csv: there is no folder /dev/null",
         ),
-        ("--schedule --devices 8 --mesh.pipe 2 --png /dev/null/a.png", "cannot draw the schedule into /dev/null/a.png"),
+        (
+            "--schedule --devices 8 --mesh.pipe 2 --png /dev/null/a.png",
+            "--png /dev/null/a.png: there is no folder /dev/null",
+        ),
     ],
 )
 def test_bad_input_is_one_line(arguments: str, message: str):
