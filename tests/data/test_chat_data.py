@@ -397,9 +397,8 @@ def test_an_answer_of_weight_0_is_context_only(make, template, unlearned):
 
 
 def test_sharegpt_has_weights_and_a_system(make):
-    # what other keys say of a turn is not what it says
     turns = [
-        {"from": "human", "value": "a", "weight": None, "role": None},
+        {"from": "human", "value": "a", "weight": None},
         {"from": "gpt", "value": "one", "weight": 0},
     ]
     turns += [{"from": "human", "value": "b", "weight": 1}, {"from": "gpt", "value": "two", "weight": 1}]
@@ -409,6 +408,12 @@ def test_sharegpt_has_weights_and_a_system(make):
         and said(data) == "two<|im_end|>"
     )
     assert data.notes[-1].endswith("lines that have them: weight 1 of a turn that is no answer (1)")
+
+
+def test_further_keys_of_a_turn_do_not_replace_its_role_and_text(make):
+    turns = [{"from": "human", "value": "a", "role": "x", "content": "y"}, {"from": "gpt", "value": "b", "role": "x"}]
+    data = make([{"conversations": turns}], template=PROMPTED)
+    assert bytes(data.train[0].tokens[:7].tolist()) == b"[user]a" and answers_of(data) == [ord("b"), 256]
 
 
 def test_alpaca_has_a_history_and_a_system(make):
