@@ -51,7 +51,7 @@ def parse_conversation(line: Any, roles: Mapping[str, str] = NO_ROLES) -> Conver
     `roles` are names of roles beside ROLES, and what they stand for; a name in neither stays as it is.
     """
     if isinstance(line, list):
-        raise ValueError("a JSON array, not an object: write one conversation a line")
+        raise ValueError("a JSON array, not an object: write one conversation a line (jq -c '.[]')")
     if not isinstance(line, dict):
         raise ValueError("not a JSON object")
     left = {key: value for key, value in line.items() if value is not None}
