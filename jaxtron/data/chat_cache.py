@@ -27,6 +27,8 @@ from jaxtron.data.tokenizers import Tokenizer
 FORMAT_VERSION = 2
 BATCH = 512
 """Conversations that are encoded together."""
+SHOWN = 300
+"""Characters of the first conversation that was left out for a reason."""
 
 NO_ANSWER = "without an answer to learn"
 FORGED = "with a marker of the template in a message"
@@ -173,10 +175,13 @@ class _Writer:
                 self._leave_out(reason, f"{place}: {what}")
                 continue
             try:
-                written.append((place, conversation, self._template.render(conversation)))
+                pieces = self._template.render(conversation)
+                # what came for the template may have half a character, as JSON can spell it
+                "".join(piece.text for piece in pieces).encode("utf-8")
+                written.append((place, conversation, pieces))
             except Refusal as error:
                 self._leave_out(REFUSED, f"{place}: {error}")
-            except UserError as error:
+            except (UserError, UnicodeEncodeError) as error:
                 raise UserError(f"{place}: {error}") from error
         return written
 
@@ -197,7 +202,9 @@ class _Writer:
         return {*conversation.unread, *(key for key in given if not self._template.reads(key))}
 
     def _leave_out(self, reason: str, first: str) -> None:
-        found = self._left_out.get(reason, Reason(0, first))
+        shown = " ".join(first.split())
+        shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]} ..."
+        found = self._left_out.get(reason, Reason(0, shown))
         self._left_out[reason] = Reason(found.count + 1, found.first)
 
 

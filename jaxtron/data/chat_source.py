@@ -17,6 +17,8 @@ from jaxtron.data.packing import PackedSequence, PackedSource
 from jaxtron.data.source import NO_SAMPLES, Source
 from jaxtron.data.tokenizers import Tokenizer
 
+KEYS_SHOWN, SHOWN = 20, 60
+
 logger = logging.getLogger(__name__)
 
 
@@ -49,7 +51,9 @@ class ChatCounts:
             lines[0] += f", {self.truncated:,} of them cut to the length of a sequence"
         lines += [f"left out: {reason}" for reason in self.reasons()]
         if self.unread:
-            keys = ", ".join(f"{key} ({count:,})" for key, count in self.unread.items())
+            most_first = sorted(self.unread.items(), key=lambda item: (-item[1], item[0]))
+            keys = ", ".join(f"{' '.join(key.split())[:SHOWN]} ({count:,})" for key, count in most_first[:KEYS_SHOWN])
+            keys += f" and {len(most_first) - KEYS_SHOWN:,} more" if len(most_first) > KEYS_SHOWN else ""
             lines.append(f"keys that nothing reads, and lines that have them: {keys}")
         return lines
 

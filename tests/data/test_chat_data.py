@@ -179,6 +179,20 @@ def test_what_is_missing_can_be_tested(make, tested):
     assert bytes(data.train[0].tokens[:8].tolist()) == b"[user]hi"
 
 
+def test_half_a_character_in_what_a_template_is_given_is_named(make):
+    template = "{{ tools[0].name }}" + PROMPTED
+    with pytest.raises(UserError, match="talks.jsonl, line 2: .*surrogates not allowed"):
+        make([talk("q", "a", tools=[{"name": "add"}]), talk("q", "a", tools=[{"name": "\ud800"}])], template=template)
+
+
+def test_names_without_end_are_shown_in_part(make):
+    lines = [talk("q", "a", **{f"key{number}": 1 for number in range(30)}, **{"long" * 999: 1})] * 2
+    lines += [{"messages": [turn("user", "q"), turn("Bob\n" * 999, "a")]}]
+    notes = make(lines, chat={"max_dropped": 0.5}).notes
+    assert len(notes) == 3 and all(len(note) < 600 and "\n" not in note for note in notes)
+    assert notes[2].endswith(" and 11 more")
+
+
 def test_tools_and_what_turns_come_with_reach_the_template(make):
     template = (
         "{% if tools %}<{{ tools | tojson }}>{% endif %}{% if thinks %}!{% endif %}"
