@@ -31,18 +31,20 @@ HELP = ("-h", "--help")
 PRINT = ("--print_config", "--print-config")
 
 
-def configure(config_type: type[ConfigType], argv: Sequence[str], *, program: str, purpose: str) -> ConfigType | None:
+def configure(
+    config_type: type[ConfigType], argv: Sequence[str], *, program: str, purpose: str, flags: str = ""
+) -> ConfigType | None:
     """The configuration that a command line `[CONFIG.yaml] [--name value ...]` asks for.
 
     None where it was only printed, or help: `--print_config`, `--help`, `--help SECTION ...`. What was left out of it,
-    for flags make it useless, is printed.
+    for flags make it useless, is printed. `flags` are lines of help on the command's own.
     """
     line = list(argv)
     topics = _take_topics(line)
     shows = any(word in PRINT for word in line)
     path, options = take_file(config_type, [word for word in line if word not in PRINT])
     if topics is not None:
-        print(help_text(config_type, path, options, program=program, purpose=purpose, topics=topics))
+        print(help_text(config_type, path, options, program=program, purpose=purpose, flags=flags, topics=topics))
         return None
     config = load(config_type, path, options, tell=lambda line: print(line, file=sys.stderr if shows else sys.stdout))
     if shows:
@@ -78,6 +80,7 @@ class FlagParser(argparse.ArgumentParser):
         usage: str | None = None,
         further: str | None = None,
         others: Collection[str] = (),
+        add_help: bool = True,
     ):
         super().__init__(
             prog=program,
@@ -86,6 +89,7 @@ class FlagParser(argparse.ArgumentParser):
             epilog=None if further is None else _wrapped(further),
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=WIDTH),
             allow_abbrev=False,
+            add_help=add_help,
         )
         self._others = others
 

@@ -19,11 +19,13 @@ def help_text(
     *,
     program: str,
     purpose: str,
+    flags: str = "",
     topics: Sequence[str] = (),
 ) -> str:
     """Settings with their meaning, type and default (in the given file, where there is one), by section.
 
-    `topics` are the sections or settings to show (none: all); a `UserError` for one that does not exist.
+    `flags` are lines about flags that are no settings. `topics` are the sections or settings to show (none: all); a
+    `UserError` for one that does not exist.
     """
     source = gather(config_type, path, overrides)
     known = settings(config_type)
@@ -40,6 +42,8 @@ def help_text(
     if topics:
         chosen = [s for s in known.values() if any(f"{s.name}.".startswith(f"{topic}.") for topic in topics)]
         return "\n".join([line for setting in chosen if not setting.is_section for line in _entry(setting, source)])
+    if flags:
+        lines += ["", flags]
     lines += ["", "settings"]
     lines += [line for s in known.values() if "." not in s.name and not s.is_section for line in _entry(s, source)]
     for section in known.values():

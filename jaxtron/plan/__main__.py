@@ -3,20 +3,23 @@
 import sys
 
 from jaxtron.command import configure, hand_over, run_command
-from jaxtron.plan.request import PROGRAM, help_text, parse
+from jaxtron.plan.request import PURPOSES, USAGE, flags_text, parse, program_of
 from jaxtron.train.config import Configuration
 
 
 def main(argv: list[str]) -> int:
-    """Prints what was asked for about the configuration on its mesh."""
+    """Prints what was asked for about the configuration on its mesh; without a word, how to ask."""
+    if not argv:
+        print(USAGE)
+        return 2
     request = parse(argv)
-    if {"-h", "--help"} & set(argv):
-        print(help_text(), end="\n\n")
-    purpose = "Every setting of a run; the planner's own flags are above."
-    config = configure(Configuration, request.words, program=PROGRAM, purpose=purpose)
+    kind = request.kind
+    config = configure(
+        Configuration, request.words, program=program_of(kind), purpose=PURPOSES[kind], flags=flags_text(kind)
+    )
     if config is None:
         return 0
-    hand_over("jaxtron.plan.show").SHOW[request.kind](config.resolved(), request)
+    hand_over("jaxtron.plan.show").SHOW[kind](config.resolved(), request)
     return 0
 
 

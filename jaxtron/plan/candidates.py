@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jaxtron.config import UserError
 from jaxtron.models.pattern import ATTENTIONS
 from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.plan.deviceless import MORE
 from jaxtron.sharding.config import AXES, ContextConfig, MeshConfig
 from jaxtron.train.config import Configuration
 
@@ -158,7 +159,7 @@ def layouts(config: Configuration, num_gpus: int, gpus_per_node: int) -> Iterato
 
 def own_layout(config: Configuration, num_gpus: int) -> Layout:
     """The layout that a configuration has on so many GPUs; a `UserError` if it has none."""
-    sizes = config.mesh.shape(num_gpus)
+    sizes = config.mesh.shape(num_gpus, more=MORE)
     config.check_mesh(sizes)
     shards = sizes["data"] * sizes["fsdp"]
     return Layout(

@@ -15,6 +15,8 @@ from jaxtron.config import UserError
 from jaxtron.gpus import Gpu, gpu_named
 from jaxtron.typing import Device
 
+# what to type for as many as a mesh needs
+MORE = "plan for them: --gpus"
 _SKIP_CHECK = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
 
 

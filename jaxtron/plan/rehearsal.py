@@ -16,7 +16,7 @@ from jaxtron.gpus import Gpu, gpu_named
 from jaxtron.models.attention_choice import attention_lines
 from jaxtron.plan import hlo, layout
 from jaxtron.plan.census import Collective, census
-from jaxtron.plan.deviceless import Memory, gpu_devices, memory
+from jaxtron.plan.deviceless import MORE, Memory, gpu_devices, memory
 from jaxtron.plan.memory import MemoryUse, memory_use
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import make_rules, use
@@ -60,7 +60,7 @@ def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: i
     """Traces and compiles the configuration's step for `num_gpus` GPUs of that name, on a machine without any."""
     began = time.perf_counter()
     config = config.resolved()
-    sizes, kind = config.mesh.shape(num_gpus), gpu_named(gpu).device_kind
+    sizes, kind = config.mesh.shape(num_gpus, more=MORE), gpu_named(gpu).device_kind
     config.check_mesh(sizes)
     choices = choose_attention(config, sizes["context"], kind)
     mesh = build_mesh(config.mesh, gpu_devices(gpu, num_gpus, gpus_per_node))

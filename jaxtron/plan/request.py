@@ -2,20 +2,44 @@
 
 import argparse
 import math
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from jaxtron.command import check_output, positive
-from jaxtron.config import UserError
+from jaxtron.command import HELP, PRINT, FlagParser, check_output, file_path, positive
+from jaxtron.config import UserError, settings
 from jaxtron.gpus import GPUS
+from jaxtron.train.config import Configuration
 
 PROGRAM = "python -m jaxtron.plan"
-KINDS = ("layout", "schedule", "search")
+# what each kind of request shows; "plan" is the one without a flag that chooses another
+PURPOSES = {
+    "plan": "A run weighed before anything runs: its real step is compiled for GPUs that need not be there. Memory, "
+    "communication and FLOPs are read from the compiled program, and the step's time is predicted.",
+    "layout": "Every parameter of the model on the mesh: shape, logical axes, what splits them, bytes of a device and "
+    "replicas. Nothing is compiled.",
+    "schedule": "The pipeline's schedule: its ticks drawn, the bubble, microbatches in flight and their bytes. Nothing "
+    "is compiled.",
+    "search": "Meshes, schedules, recompute and ZeRO levels for so many GPUs: all that fit are ranked by formula, the "
+    "best of them and the configuration's own are compiled and ranked among themselves.",
+}
+HINTS = {
+    "layout": "every parameter on the mesh",
+    "schedule": "the pipeline's schedule",
+    "search": "layouts for so many GPUs, ranked",
+}
+KINDS = tuple(kind for kind in PURPOSES if kind != "plan")
+USAGE = f"""usage: {PROGRAM} CONFIG.yaml --gpu NAME [--nodes N] [--name value ...]
+
+  {PROGRAM} configs/gpt_1t.yaml --gpu h100 --nodes 384    the step compiled: memory, communication, time
+  {PROGRAM} configs/gpt_22b.yaml --search --gpu a100 --nodes 1    layouts for so many GPUs, ranked
+  {PROGRAM} configs/gpt_tiny.yaml --layout --devices 8    every parameter on the mesh
+  {PROGRAM} configs/gpt_tiny.yaml --schedule --mesh.pipe 4    the pipeline's schedule
+
+GPUs: {", ".join(GPUS)}, or a file with XLA's target description. --help lists the flags and settings of a plan,
+--search --help, --layout --help and --schedule --help those of the others."""
 # a compiler that plans for more takes hours, and there is no such cluster
 GPUS_MOST = 2**20
-# flags of one kind of request only; "plan" is the one without --layout or --schedule
+# the kinds of request that take a flag
 KIND_OF = {
     "png": ("plan", "schedule"),
     "csv": ("schedule",),
@@ -80,14 +104,9 @@ class Request:
         return count
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
-
-
 def parse(argv: list[str]) -> Request:
     """The request of a command line; a `UserError` for flags that do not go together."""
-    found, words = _parser().parse_known_args(argv)
+    found, words = _parser(PROGRAM, *PURPOSES).parse_known_args(argv)
     kinds = [kind for kind in KINDS if getattr(found, kind)]
     if len(kinds) > 1:
         raise UserError(f"{' and '.join(f'--{kind}' for kind in kinds)}: one at a time")
@@ -96,63 +115,62 @@ def parse(argv: list[str]) -> Request:
     for name, value in given.items():
         if kind not in KIND_OF[name]:
             place = " or ".join("a plan" if other == "plan" else f"--{other}" for other in KIND_OF[name])
-            raise UserError(f"--{name.replace('_', '-')} {value} has no effect with --{kind}, only with {place}")
+            here = "in a plan" if kind == "plan" else f"with --{kind}"
+            raise UserError(f"--{name.replace('_', '-')} {value} has no effect {here}, only with {place}")
     for name in ("png", "csv", "json", "hlo"):
         if name in given:
             check_output(f"--{name}", given[name])
     return Request(kind, words, **given)
 
 
-def _amount(text: str) -> float:
+def program_of(kind: str) -> str:
+    """What is typed to ask for a kind of request."""
+    return PROGRAM if kind == "plan" else f"{PROGRAM} --{kind}"
+
+
+def flags_text(kind: str) -> str:
+    """The planner's own flags that a kind of request takes, a line each; empty where it has none."""
+    text = _parser(program_of(kind), kind).format_help()
+    title = "options:"
+    return f"flags{text[text.index(title) + len(title) :]}".rstrip() if title in text else ""
+
+
+def _budget(text: str) -> float:
+    """Tokens, above 0 and finite."""
     try:
-        value = float(text)
+        tokens = float(text)
     except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
+        tokens = math.nan
+    if not 0 < tokens < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0, such as 300e9")
-    return value
+    return tokens
 
 
-def help_text() -> str:
-    """The planner's own flags."""
+def _parser(program: str, *kinds: str) -> FlagParser:
+    """The flags of these kinds of request; those that choose another kind belong to a plan."""
+    others = {*settings(Configuration), *(word.lstrip("-") for word in (*HELP, *PRINT)), ""}
+    parser = FlagParser(program, "", others=others, add_help=False)
+
+    def add(flag: str, **options) -> None:
+        name = flag.removeprefix("--").replace("-", "_")
+        if set(kinds) & set(KIND_OF.get(name, ("plan",))):
+            parser.add_argument(flag, **options)
+
     known = ", ".join(GPUS)
-    lines = textwrap.wrap(
-        "A run weighed before anything runs: its real step is compiled for GPUs that need not be there. --gpu is one "
-        f"of {known}, or a file with XLA's target description. --layout, --schedule and --search show something else.",
-        100,
-    )
-    return "\n".join(
-        [f"usage: {PROGRAM} CONFIG.yaml --gpu h100 --nodes 384 [--name value ...]", "", *lines, "", _flags()]
-    )
-
-
-def _flags() -> str:
-    text = _parser().format_help()
-    return text[text.index("options:") :].replace("options:", "flags of the planner", 1)
-
-
-def _parser() -> _Parser:
-    parser = _Parser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
-    add = parser.add_argument
-    add("--gpu", metavar="NAME", help=f"compile for this GPU: {', '.join(GPUS)}, or a target description (FILE)")
+    add("--gpu", metavar="NAME", help=f"compile for this GPU: {known}, or a file with XLA's target description")
     add("--nodes", type=positive, metavar="N", help="nodes of the cluster")
     add("--gpus", type=positive, metavar="N", help="GPUs, instead of nodes (none: what the mesh asks for)")
     add("--gpus-per-node", type=positive, metavar="N", help="GPUs that NVLink joins (none: 8)")
-    add("--tokens", type=_amount, metavar="T", help="a budget of tokens, such as 300e9: how many days it takes")
-    add("--json", type=Path, metavar="FILE", help="write all figures")
-    add("--hlo", type=Path, metavar="FILE", help="write the compiled program")
-    add("--compare", type=Path, metavar="FILE", help="tell what changed against a plan that --json wrote")
-    add("--machine", type=Path, metavar="FILE", help="constants of the model of time (docs/prediction.md)")
-    add(
-        "--calibrate",
-        type=Path,
-        metavar="FILE",
-        help="fit them to a run's metrics.jsonl, and write machine.yaml beside it",
-    )
-    add("--layout", action="store_true", help="every parameter's layout: shape, axes, spec, bytes a device, replicas")
-    add("--schedule", action="store_true", help="the pipeline's schedule: ticks, bubble, microbatches in flight, bytes")
-    add("--search", action="store_true", help="meshes, schedules and recompute for these GPUs, ranked")
-    add("--top", type=positive, metavar="N", help="layouts that a search compiles (none: 3)")
-    add("--png", type=Path, metavar="FILE", help="draw the timeline of the schedule")
-    add("--csv", type=Path, metavar="FILE", help="write the schedule's table, for --pipeline.schedule FILE.csv")
+    add("--tokens", type=_budget, metavar="T", help="a budget of tokens, such as 300e9: how many days it takes")
+    add("--top", type=positive, metavar="N", help="layouts that are compiled beside the configuration's own (none: 3)")
+    add("--json", type=file_path, metavar="FILE", help="write all figures")
+    add("--hlo", type=file_path, metavar="FILE", help="write the compiled program")
+    add("--compare", type=file_path, metavar="FILE", help="tell what changed against a plan that --json wrote")
+    add("--machine", type=file_path, metavar="FILE", help="constants of the model of time (docs/prediction.md)")
+    fit = "fit them to a run's metrics.jsonl, and write machine.yaml beside it"
+    add("--calibrate", type=file_path, metavar="FILE", help=fit)
+    add("--png", type=file_path, metavar="FILE", help="draw the timeline of the schedule")
+    add("--csv", type=file_path, metavar="FILE", help="write the schedule's table, for --pipeline.schedule FILE.csv")
+    for kind in KINDS:
+        add(f"--{kind}", action="store_true", help=f"something else: {HINTS[kind]} (--{kind} --help)")
     return parser

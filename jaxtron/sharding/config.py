@@ -43,13 +43,16 @@ class MeshConfig(Config):
             raise ValueError(f"only one mesh axis can be -1 (fill), not {filled}")
         return self
 
-    def shape(self, num_devices: int) -> dict[str, int]:
-        """Sizes by axis with `-1` filled; a `UserError` if they do not multiply to `num_devices`."""
+    def shape(self, num_devices: int, *, more: str = "simulate them: --devices") -> dict[str, int]:
+        """Sizes by axis with `-1` filled; a `UserError` if they do not multiply to `num_devices`.
+
+        `more` is what to type for as many devices as the mesh needs.
+        """
         sizes = {axis: getattr(self, axis) for axis in AXES}
         known = math.prod(size for size in sizes.values() if size != -1)
         text = " x ".join(f"mesh.{axis} {size}" for axis, size in sizes.items() if size != 1) or "mesh.data 1"
         there = f"there {'is' if num_devices == 1 else 'are'} {num_devices:,}"
-        simulate = f"simulate them: --devices {known}"
+        simulate = f"{more} {known}"
         if -1 in sizes.values():
             if num_devices % known:
                 raise UserError(

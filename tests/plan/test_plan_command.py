@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from commands import run_main
 
-from jaxtron.config import load
+from jaxtron.config import UserError, load
 from jaxtron.gpus import GPUS
 from jaxtron.pipeline.partition import Partition
 from jaxtron.pipeline.schedules import make_schedule
 from jaxtron.pipeline.table_file import read_csv
 from jaxtron.plan.__main__ import main
 from jaxtron.plan.activations import layer_bytes
+from jaxtron.plan.request import parse
 from jaxtron.train.config import Configuration
 
 # the devices that the tests run on
@@ -82,7 +83,10 @@ def test_layout_counts_layers_and_not_empty_rows():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "say for which GPU: --gpu a100, h100, h200, b200, gb200 or a target's file; or --layout, --schedule"),
+        (
+            "--mesh.tensor 2",
+            "say for which GPU: --gpu a100, h100, h200, b200, gb200 or a target's file; or --layout, --schedule",
+        ),
         ("--layout --schedule", "--layout and --schedule: one at a time"),
         ("--layout --png a.png", "--png a.png has no effect with --layout, only with a plan or --schedule"),
         ("--layout --gpu h100", "--gpu h100 has no effect with --layout, only with a plan or --search"),
@@ -91,9 +95,16 @@ def test_layout_counts_layers_and_not_empty_rows():
         ("--gpu mine.textproto", "cannot read the target mine.textproto: No such file or directory"),
         ("--gpu h100 --nodes 0", "--nodes: '0' must be a whole number above 0"),
         ("--gpu h100 --nodes x", "--nodes: 'x' must be a whole number above 0"),
+        ("--gpu h100 --tokens nan", "--tokens: 'nan' must be a number above 0, such as 300e9"),
+        ("--gpu h100 --csv a.csv", "--csv a.csv has no effect in a plan, only with --schedule"),
+        ("--gppu h100", "unknown flag --gppu; did you mean --gpu?"),
+        ("--schedule --mesh.pip 2", "unknown flag --mesh.pip; did you mean --mesh.pipe?"),
         ("--gpu h100 --nodes 1 --gpus 8", "--nodes 1 and --gpus 8: give one of them"),
         ("--gpu h100 --gpus 12 --mesh.tensor 4 --train.global_batch 12", "--gpus 12 do not fill nodes of 8"),
-        ("--gpu h100 --gpus 8 --mesh.tensor 3 --mesh.data 1", "mesh.tensor 3 needs 3 devices, there are 8"),
+        (
+            "--gpu h100 --gpus 8 --mesh.tensor 3 --mesh.data 1",
+            "there are 8; change the mesh, set one axis to -1, or plan for them: --gpus 3",
+        ),
         ("--gpu h100 --gpus 8 --mesh.tensor 8", "is not a multiple of"),
         ("--gpu h100 --compare /dev/null", "/dev/null is no plan"),
         ("--gpu h100 --compare none.json", "cannot read the plan none.json: No such file or directory"),
@@ -114,12 +125,42 @@ def test_bad_input_is_one_line(arguments: str, message: str):
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
-@pytest.mark.parametrize("what", ["--schedule", "--layout", ""])
-def test_help_says_what_it_shows(what: str):
-    code, out, err = plan(f"{what} --help")
-    assert (code, err) == (0, "")
-    for name in ("--gpu", "--nodes", "--schedule", "--layout", "--search", "--mesh.tensor"):
-        assert f"  {name} " in out
+OWN = {"gpu", "nodes", "gpus", "gpus-per-node", "tokens", "json", "machine"}
+MODES = {
+    "": {*OWN, "hlo", "compare", "calibrate", "png", "layout", "schedule", "search"},
+    "--layout": set(),
+    "--schedule": {"png", "csv"},
+    "--search": {*OWN, "top"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_help_shows_the_flags_that_the_mode_takes_and_no_others(mode: str):
+    code, out, err = plan(f"{mode} --help")
+    assert (code, err) == (0, "") and out.startswith(f"usage: {' '.join(['python -m jaxtron.plan', mode]).strip()} [")
+    assert set(re.findall(r"^  --([a-z-]+) ", out[: out.index("\nsettings\n")], re.MULTILINE)) == MODES[mode]
+    assert "  --mesh.tensor " in out
+    # and it takes what it shows, refuses the rest
+    for flag in MODES[""] | MODES["--schedule"] | MODES["--search"]:
+        if flag in ("layout", "schedule", "search"):
+            continue
+        line = f"{mode} --{flag} {1 if flag in ('nodes', 'gpus', 'gpus-per-node', 'tokens', 'top') else 'a'}".split()
+        if flag in MODES[mode]:
+            assert parse(line).kind == (mode.removeprefix("--") or "plan")
+        else:
+            with pytest.raises(UserError, match=f"--{flag} .* has no effect"):
+                parse(line)
+
+
+def test_help_of_a_section_is_that_section():
+    code, out, err = plan("--search --help mesh")
+    assert (code, err) == (0, "") and set(re.findall(r"--(\w+)\.", out)) == {"mesh"} and "--gpu" not in out
+
+
+def test_without_a_word_it_says_how_it_is_used():
+    code, out, err = plan("")
+    assert (code, err) == (2, "") and out.startswith("usage: python -m jaxtron.plan CONFIG.yaml --gpu NAME")
+    assert all(f"{mode} " in out for mode in MODES) and len(out.splitlines()) < 12
 
 
 SMALL = (

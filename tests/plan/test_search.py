@@ -169,7 +169,11 @@ def test_flags_undo_a_pipeline():
 @pytest.mark.slow
 def test_an_own_layout_that_does_not_run_or_fit_is_told():
     found = search(configuration(SMALL + "--mesh.data 1 --mesh.tensor 8"), A100, num_gpus=4, gpus_per_node=4)
-    assert found.own is None and "needs 8 devices, there are 4" in text(found, "small")
+    assert (
+        found.own is None
+        and "needs 8 devices, there are 4; change the mesh, set one axis to -1, or plan for them: --gpus 8"
+        in text(found, "small")
+    )
     # scores of four rows of 16k tokens
     found = search(
         configuration(SMALL + "--data.sequence_length 16384 --model.attention_dropout 0.1"),
