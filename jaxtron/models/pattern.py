@@ -64,10 +64,12 @@ def parse(text: str, repeats: int = 1) -> Pattern:
         layers.append(branch)
         index = end + is_group
     if not layers or repeats < 1:
-        raise UserError(f"a decoder needs at least one layer: pattern {text!r} repeated {repeats} times has none")
+        raise UserError(
+            f"model.pattern {text!r} with model.num_layers {repeats} has no layer; a decoder needs at least one"
+        )
     if cuts and repeats > 1:
         raise UserError(
-            f"pattern {text!r} with | spells out all layers and cannot repeat {repeats} times; set model.num_layers 1"
+            f"model.pattern {text!r} with | spells out all layers and cannot repeat {repeats} times; set model.num_layers 1"
         )
     pattern = _reduce(layers * repeats)
     return replace(pattern, parts=_parts(text, pattern, [*cuts, len(layers)])) if cuts else pattern
@@ -81,7 +83,7 @@ def _parts(text: str, pattern: Pattern, ends: list[int]) -> tuple[int, ...]:
             names = ("".join(branch) for branch in pattern.period)
             period = "".join(f"({name})" if len(name) > 1 else name for name in names)
             raise UserError(
-                f"pattern {text!r}: cut {number}, after {end} layers, is not between repeats of its period {period!r}; "
+                f"model.pattern {text!r}: cut {number}, after {end} layers, is not between repeats of its period {period!r}; "
                 "stages are whole periods: move the | or change the layers"
             )
     return tuple((end - start) // size for start, end in zip([0, *ends], ends, strict=False))
@@ -97,4 +99,4 @@ def _reduce(layers: list[Branch]) -> Pattern:
 
 def _error(text: str, index: int, why: str) -> UserError:
     known = ", ".join(f"{symbol} {name}" for symbol, name in SYMBOLS.items())
-    return UserError(f"pattern {text!r}, symbol {index + 1}: {why} (known: {known}, (..) parallel, {CUT} cut)")
+    return UserError(f"model.pattern {text!r}, symbol {index + 1}: {why} (known: {known}, (..) parallel, {CUT} cut)")

@@ -155,7 +155,7 @@ def machine_named(name: str) -> Machine:
 
     A GPU from a file has those of the first known one of its architecture.
     """
-    gpu, machines = gpu_named(name), load(Machines, CONSTANTS)
+    gpu, machines = gpu_named(name), load(Machines, CONSTANTS, None)
     if gpu.name in GPUS:
         return getattr(machines, gpu.name)
     major = gpu.compute_capability.partition(".")[0]
@@ -167,4 +167,4 @@ def read_machine(path: Path) -> Machine:
     """The machine of a YAML file with `Machine`'s fields, as `calibrate` writes it; `UserError` if it does not read."""
     if not os.path.isfile(path):
         raise UserError(f"machine file {path} does not exist; names of GPUs are {', '.join(GPUS)}")
-    return load(Machine, path)
+    return load(Machine, path, None)

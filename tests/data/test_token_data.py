@@ -198,7 +198,7 @@ def test_conversations(make, tmp_path):
 
 def test_the_middle_is_filled_in(make, prefix):
     asked = {"prefix": 300, "middle": 301, "suffix": 302, "rate": 1.0, "characters": False}
-    with pytest.raises(ValidationError, match="fill_in_middle .* has no effect with data.format chat"):
+    with pytest.raises(ValidationError, match="fill_in_middle.prefix 300 has no effect with data.format chat"):
         make(path=prefix, format="chat", fill_in_middle=asked)
     asked |= {"rate": 1.0}
     data = make(path=prefix, fill_in_middle=asked, reset_attention=True)

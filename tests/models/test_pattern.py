@@ -69,7 +69,7 @@ def test_bad_text_names_the_place_and_the_reason(text, place, why):
 
 @pytest.mark.parametrize(("text", "repeats"), [("", 1), ("", 3), ("*-", 0)])
 def test_a_decoder_without_layers_is_an_error(text, repeats):
-    with pytest.raises(UserError, match="at least one layer"):
+    with pytest.raises(UserError, match="has no layer"):
         parse(text, repeats)
 
 
