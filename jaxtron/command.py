@@ -172,9 +172,10 @@ def write_whole(path: Path, text: str, *, advice: str = "") -> None:
         raise UserError(f"cannot write {path}: {error.strerror}{advice and '; '}{advice}") from None
 
 
-def hand_over(module: str) -> ModuleType:
+def hand_over(module: str, *, jax: bool = True) -> ModuleType:
     """The module that does a verb's work, imported once its command line was read: JAX takes seconds to import."""
-    import_jax()
+    if jax:
+        import_jax()
     return importlib.import_module(module)
 
 

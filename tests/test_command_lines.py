@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "gpt_tiny.yaml"
 # what takes longer to import than a refused setting may take to be refused
 HEAVY = ("jax", "flax", "optax", "orbax", "grain", "matplotlib", "tokenizers", "pyarrow")
-VERBS = ("train", "plan", "evaluate")
+VERBS = ("train", "plan", "evaluate", "preprocess")
 
 
 def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
@@ -231,7 +231,7 @@ def test_reading_a_configuration_imports_nothing_heavy(verb: str):
         f"print(*(name for name in {HEAVY} if name in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "did you mean --mesh.tensor" in done.stderr.replace("mean mesh", "mean --mesh")
+    assert done.returncode == 0 and "error: unknown" in done.stderr
     assert done.stdout.split() == []
 
 

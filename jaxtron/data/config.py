@@ -7,6 +7,10 @@ from pydantic import Field, model_validator
 from jaxtron.config import Config, FileName, NoEffect, UserError
 
 PYTHON_STDLIB = "python:stdlib"
+TOKENIZER_KINDS = (
+    "bytes, characters (training only: their vocabulary comes from the data), a Hugging Face tokenizer.json or its "
+    "folder, a SentencePiece .model, a .tiktoken file of ranks, or a tiktoken encoding such as cl100k_base"
+)
 Format = Literal["auto", "text", "tokens", "chat", "mock"]
 # prefixes, weights and prefixes in turn, pairs of both, or a file of such words
 Blend = FileName | tuple[tuple[float, FileName], ...] | tuple[FileName, ...]

@@ -12,16 +12,13 @@ from jaxtyping import Integer
 from tokenizers import Tokenizer as FastTokenizer
 
 from jaxtron.config import UserError
+from jaxtron.data.config import TOKENIZER_KINDS
 from jaxtron.data.tokenizer_models import ENCODING_NAMES, END_OF_TEXT, SentencePieceTokenizer, TiktokenTokenizer
 
 # what the common families call it, most specific first
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eos|>", "</s>", "<eos>", "<EOS>", "[EOS]")
 BEGIN_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<BOS>", "[BOS]")
 PAD_NAMES = ("<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<pad>", "<PAD>", "[PAD]")
-TOKENIZER_KINDS = (
-    "bytes, characters (training only: their vocabulary comes from the data), a Hugging Face tokenizer.json or its "
-    "folder, a SentencePiece .model, a .tiktoken file of ranks, or a tiktoken encoding such as cl100k_base"
-)
 
 
 @runtime_checkable

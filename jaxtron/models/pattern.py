@@ -69,7 +69,8 @@ def parse(text: str, repeats: int = 1) -> Pattern:
         )
     if cuts and repeats > 1:
         raise UserError(
-            f"model.pattern {text!r} with | spells out all layers and cannot repeat {repeats} times; set model.num_layers 1"
+            f"model.pattern {text!r} with | spells out all layers and cannot repeat {repeats} times; set "
+            "model.num_layers 1"
         )
     pattern = _reduce(layers * repeats)
     return replace(pattern, parts=_parts(text, pattern, [*cuts, len(layers)])) if cuts else pattern
@@ -83,8 +84,8 @@ def _parts(text: str, pattern: Pattern, ends: list[int]) -> tuple[int, ...]:
             names = ("".join(branch) for branch in pattern.period)
             period = "".join(f"({name})" if len(name) > 1 else name for name in names)
             raise UserError(
-                f"model.pattern {text!r}: cut {number}, after {end} layers, is not between repeats of its period {period!r}; "
-                "stages are whole periods: move the | or change the layers"
+                f"model.pattern {text!r}: cut {number}, after {end} layers, is not between repeats of its period "
+                f"{period!r}; stages are whole periods: move the | or change the layers"
             )
     return tuple((end - start) // size for start, end in zip([0, *ends], ends, strict=False))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxtron.command import FlagParser, natural, positive
 from jaxtron.config import UserError
-from jaxtron.data.tokenizers import TOKENIZER_KINDS
+from jaxtron.data.config import TOKENIZER_KINDS
 
 PROGRAM = "python -m jaxtron.preprocess"
 OVERWRITE = "replace files that are there already under the output's name"

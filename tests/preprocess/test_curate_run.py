@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from jaxtron.config import UserError, load
-from jaxtron.preprocess.curate import Curation, curate, main
+from jaxtron.preprocess.__main__ import main
 from jaxtron.preprocess.curate import write as writing
+from jaxtron.preprocess.curate.config import Curation
 from jaxtron.preprocess.curate.engine import LocalEngine
+from jaxtron.preprocess.curate.run import curate
 
 VOCABULARY = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "bdfgklmnprst"]
 
@@ -350,14 +352,19 @@ def test_bad_settings_are_one_clear_line(tmp_path, arguments, message):
     write_lines(tmp_path / "in.jsonl", [{"text": "x"}])
     names = {"TEXT": tmp_path / "notes.txt", "OUT": tmp_path / "out", "JSONL": tmp_path / "in.jsonl"}
     with pytest.raises(UserError) as error:
-        main([str(names.get(word, word)) for word in arguments])
+        main(["curate", *(str(names.get(word, word)) for word in arguments)])
     assert message in str(error.value)
 
 
 def test_a_file_of_settings_and_a_summary(corpus, tmp_path, capsys):
     settings = tmp_path / "curate.yaml"
     settings.write_text("steps: [length, exact]\nlength:\n  least: 5\n")
-    assert main([str(settings), "--input", *corpus[:2], "--output", str(tmp_path / "out"), "--length.least", "10"]) == 0
+    assert (
+        main(
+            ["curate", str(settings), "--input", *corpus[:2], "--output", str(tmp_path / "out"), "--length.least", "10"]
+        )
+        == 0
+    )
     assert load(Curation, settings).length.least == 5
     printed = capsys.readouterr()
     assert "read" in printed.out and "48 documents" in printed.out
@@ -475,7 +482,8 @@ def test_a_killed_process_leaves_no_workers_and_goes_on(tmp_path):
     source = write_lines(tmp_path / "in.jsonl", texts)
     settings = f"input=({source!r},), steps=('exact', 'near'), piece_bytes=200_000, workers=2"
     program = f"""
-from jaxtron.preprocess.curate import Curation, curate
+from jaxtron.preprocess.curate.config import Curation
+from jaxtron.preprocess.curate.run import curate
 if __name__ == "__main__":
     curate(Curation(output={str(tmp_path / "out")!r}, {settings}))
 """

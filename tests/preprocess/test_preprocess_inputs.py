@@ -13,7 +13,7 @@ from token_runs import COMPRESS, documents_of, run, same_files, texts, texts_of,
 import jaxtron.preprocess.inputs as inputs
 import jaxtron.preprocess.work as work
 from jaxtron.data.indexed import IndexedWriter
-from jaxtron.preprocess.curate import main as curate
+from jaxtron.preprocess.__main__ import main
 
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
 MARK = b"\xef\xbb\xbf"
@@ -163,7 +163,7 @@ def test_outputs_in_the_input_folder_are_no_input(folder):
     (folder / "two.0123456789ab.partial" / "journal.json").write_text("{}")
     for name in ("two_text_document.bin", f"three.idx.{'0' * 32}.partial"):
         (folder / name).write_bytes(b"\0\1")
-    assert curate(["--input", str(folder), "--output", str(folder / "clean"), "--steps", "exact"]) == 0
+    assert main(["curate", "--input", str(folder), "--output", str(folder / "clean"), "--steps", "exact"]) == 0
     done = tokens(folder, "--input", folder, output="again")
     for what in ("token files", "unfinished work", "a curation"):
         assert f"left out of {folder}: {what}, " in done.out
@@ -195,10 +195,10 @@ def test_a_curation_in_the_input_folder_goes_on(folder, capsys, monkeypatch):
     arguments = ["--input", str(folder), "--output", str(folder / "clean"), "--steps", "exact"]
     monkeypatch.setattr("jaxtron.preprocess.curate.write.decide", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        curate(arguments)
+        main(["curate", *arguments])
     monkeypatch.undo()
-    assert curate(arguments) == 0 and "going on with the curation" in capsys.readouterr().err
-    assert curate(arguments) == 0 and "nothing to do" in capsys.readouterr().err
+    assert main(["curate", *arguments]) == 0 and "going on with the curation" in capsys.readouterr().err
+    assert main(["curate", *arguments]) == 0 and "nothing to do" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ending", ["", ".GZ", ".bz2", ".xz", ".zst"])
@@ -206,7 +206,7 @@ def test_a_curation_keeps_the_form_of_its_input(ending, tmp_path):
     content = COMPRESS.get(ending.lower(), bytes)(LINES + LINES)
     (tmp_path / f"part-00000{ending}").write_bytes(content)
     arguments = ["--input", str(tmp_path / f"part-00000{ending}"), "--output", str(tmp_path / "clean")]
-    assert curate([*arguments, "--steps", "exact"]) == 0
+    assert main(["curate", *arguments, "--steps", "exact"]) == 0
     written = (tmp_path / "clean" / "documents" / f"00000-part-00000{ending}").read_bytes()
     assert written[:3] == content[:3] and (ending or written == LINES)
     assert tokens(tmp_path, "--input", tmp_path / "clean" / "documents").code == 0

@@ -17,6 +17,13 @@ STEPS: dict[str, str] = {
 }
 NUM_HASHES_MOST = 1024
 
+PROGRAM = "python -m jaxtron.preprocess curate"
+PURPOSE = (
+    "Filter, deduplicate and decontaminate JSONL or Parquet. Writes documents/ (the input's own lines, in order), "
+    "dropped.jsonl (every document that went, why, and for which other) and report.json to the output folder. "
+    "The same command goes on where a run was ended."
+)
+
 
 class Length(Config):
     """Documents outside these lengths are dropped."""
