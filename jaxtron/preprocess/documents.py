@@ -87,5 +87,13 @@ def _wrong_text(texts: tuple[Any, ...], keys: Sequence[str]) -> str | None:
 def _kind(value: Any) -> str:
     if value is None:
         return "null"
-    names = {bool: "boolean", int: "number", float: "number", list: "list", dict: "object", str: "string"}
+    names = {
+        bytes: "binary value",
+        bool: "boolean",
+        int: "number",
+        float: "number",
+        list: "list",
+        dict: "object",
+        str: "string",
+    }
     return names.get(type(value), type(value).__name__)

@@ -177,11 +177,26 @@ def _read_rows(path: Path, position: Position, keys: Sequence[str]) -> Iterator[
                     done += batch.num_rows
                     if done <= position.offset:
                         continue
-                    rows = list(zip(*(batch.column(key).to_pylist() for key in keys), strict=True))
+                    rows = list(zip(*(column_values(batch.column(key)) for key in keys), strict=True))
                     piece = Piece(str(path), "rows", first + 1, rows)
                     yield piece, batch.nbytes, Position(position.file, done, done + 1), size * done // num_rows
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is no readable Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def column_values(column: Any) -> list[Any]:
+    """The values of a column of Parquet; a string that is not UTF-8 stays bytes."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_text_or_bytes(value) for value in column.cast("large_binary").to_pylist()]
+
+
+def _text_or_bytes(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value
 
 
 def _import(package: str, path: Path) -> ModuleType:

@@ -7,6 +7,7 @@ import os
 import tarfile
 import zipfile
 
+import pyarrow
 import pytest
 from token_runs import COMPRESS, documents_of, run, same_files, texts, texts_of, write_lines, write_parquet
 
@@ -67,6 +68,15 @@ def test_parquet_by_any_name(tmp_path):
         path = write_parquet(tmp_path / name, {"text": ["one", "two"]})
         done = tokens(tmp_path, "--input", path, output=name + "-out")
         assert f"Parquet (by {by}): {name}" in done.out and texts_of(tmp_path / f"{name}-out") == ["one", "two"]
+
+
+def test_a_row_that_is_not_utf8_is_one_damaged_row(tmp_path):
+    """Parquet does not check its strings; a null and a whole string beside one that is cut keep their meaning."""
+    cut = pyarrow.array([b"\xc3", None, b"b"], "binary").view("string")
+    path = write_parquet(tmp_path / "in.parquet", {"text": cut})
+    assert f"{path} row 1: 'text' is a binary value, not a string" in tokens(tmp_path, "--input", path).err
+    done = tokens(tmp_path, "--input", path, "--skip-damaged")
+    assert f"{path} row 2: 'text' is a null" in done.err and texts_of(tmp_path / "out") == ["b"]
 
 
 def test_the_key_tells_a_single_line(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtron.config import UserError
+from jaxtron.preprocess.inputs import column_values
 
 try:
     import pyarrow
@@ -30,7 +31,7 @@ def read_column(path: str, column: str) -> Iterator[Any]:
             yield from (None for _ in range(file.metadata.num_rows))
             return
         for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[column]):
-            yield from batch.column(column).to_pylist()
+            yield from column_values(batch.column(column))
 
 
 def write_rows(source: str, target: Path, text_column: str, texts: Iterator[Sequence[str] | None]) -> None:
