@@ -56,10 +56,9 @@ class DataPath:
 
 def read_data_path(blend: Blend, setting: str) -> DataPath:
     """The one reading of a blend, whichever part of the data it is for; UserError if it makes no sense."""
-    if isinstance(blend, tuple) and any(not isinstance(item, str) for item in blend):
-        words = [str(word).strip() for pair in blend for word in pair]
-    else:
-        words = _words((blend,) if isinstance(blend, str) else blend)
+    items = (blend,) if isinstance(blend, str) else blend
+    pairs = [item for item in items if not isinstance(item, str)]
+    words = [str(word).strip() for pair in pairs for word in pair] or _words([str(item) for item in items])
     if not words or not all(words):
         raise UserError(f"--{setting} is empty; give files or folders of text, or prefixes of token files")
     try:
@@ -72,7 +71,7 @@ def read_data_path(blend: Blend, setting: str) -> DataPath:
     if not any(map(has_index, names)) and all(os.path.exists(word) for word in words):
         return DataPath(words, None, setting)
     same = [word for word in numbers if has_index(word)]
-    if same and not isinstance(blend[0], tuple):
+    if same and not pairs:
         raise UserError(
             f"{setting}: {same[0]} is a weight here, and the prefix of {same[0]}.idx; write ./{same[0]} for the prefix "
             f"or {float(same[0]):.4f} for the weight"

@@ -19,7 +19,7 @@ from jaxtron.data.file_kind import (
     is_json_lines,
     read_head,
 )
-from jaxtron.data.outputs import describe_file, describe_folder
+from jaxtron.data.outputs import describe_file, describe_folder, without_outputs
 
 STDLIB_BYTES = 8_000_000
 # tests, tables and code that is not of the library itself
@@ -35,11 +35,13 @@ logger = logging.getLogger(__name__)
 def find_files(paths: Sequence[str], *, cache: Path | None = None) -> list[Path]:
     """Every file of the paths, sorted within each; what is empty, hidden, our own output or the cache is left out."""
     files = []
-    for name in paths:
-        found = _stdlib_files() if name == PYTHON_STDLIB else _files_below(Path(name).expanduser(), cache)
+    for path in without_outputs([Path(name).expanduser() for name in paths], logger.warning):
+        found = _stdlib_files() if str(path) == PYTHON_STDLIB else _files_below(path, len(paths) == 1, cache)
         files.extend(file for file in found if file.stat().st_size > 0)
     if not files:
-        raise UserError(f"no text in --data.path {' '.join(paths)}: every file there is empty; give files with text")
+        raise UserError(
+            f"no text in --data.path {few(paths)}: every file there is empty or made by Jaxtron; give files with text"
+        )
     for note in repeated(files):
         logger.warning(note)
     return files
@@ -112,11 +114,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         yield number + 1, rest.removeprefix(BYTE_ORDER_MARK)
 
 
-def walk(root: Path, *, say: Callable[[str], None], cache: Path | None = None) -> list[Path]:
+def walk(root: Path, *, say: Callable[[str], None], alone: bool = True, cache: Path | None = None) -> list[Path]:
     """Files below a folder in path order; links are followed, and each folder is read once.
 
     What is hidden is left out, and what Jaxtron itself wrote, which is said. UserError for a folder that cannot be
-    read, a link to nothing, and where nothing is left.
+    read, a link to nothing, and where nothing is left, unless that is not `alone` and had only what Jaxtron wrote.
     """
     if what := describe_folder(root):
         hint = f"its documents are in {root / 'documents'}" if what == "a curation" else "give the folder of its text"
@@ -145,7 +147,7 @@ def walk(root: Path, *, say: Callable[[str], None], cache: Path | None = None) -
                 files.append(path)
     for what, paths in left_out.items():
         say(f"left out of {root}: {what}, {few(sorted(paths))}")
-    if not files:
+    if not files and (alone or not left_out):
         raise UserError(f"the folder {root} has {_nothing_but(left_out)}")
     return _in_path_order(files, root)
 
@@ -162,7 +164,7 @@ def few(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_SHOWN]) + more
 
 
-def _files_below(path: Path, cache: Path | None) -> list[Path]:
+def _files_below(path: Path, alone: bool, cache: Path | None) -> list[Path]:
     # os.path rather than Path: False, not an exception, for what may not be looked at
     if os.path.isfile(path):
         return [path.resolve()]
@@ -170,7 +172,7 @@ def _files_below(path: Path, cache: Path | None) -> list[Path]:
         raise UserError(f"no such file or folder {path}; set --data.path to UTF-8 text, or to {PYTHON_STDLIB}")
     if not os.path.isdir(path):
         raise UserError(f"{path} is neither a file nor a folder; set --data.path to UTF-8 text")
-    return walk(path.resolve(), say=logger.warning, cache=cache)
+    return walk(path.resolve(), say=logger.warning, alone=alone, cache=cache)
 
 
 def _stdlib_files() -> list[Path]:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxtron.data.file_kind import INDEX_MAGIC
@@ -25,6 +25,22 @@ def describe_folder(folder: Path) -> str | None:
     if CACHE_ENTRY.match(folder.name) and os.path.exists(folder / "description.json"):
         return "a cache"
     return None
+
+
+def without_outputs(paths: Sequence[Path], say: Callable[[str], None]) -> list[Path]:
+    """Paths as a person named them, perhaps by `folder/*`: our own among others are left out, which is said."""
+    ours = {path: what for path in paths if (what := _describe(path)) is not None}
+    if len(ours) == len(set(paths)):
+        return list(paths)
+    for path, what in ours.items():
+        say(f"left out: {what}, {path}")
+    return [path for path in paths if path not in ours]
+
+
+def _describe(path: Path) -> str | None:
+    if os.path.isdir(path):
+        return describe_folder(path)
+    return describe_file(path, os.listdir(path.parent)) if path.suffix in (".bin", ".idx", ".partial") else None
 
 
 def describe_file(file: Path, beside: Sequence[str]) -> str | None:

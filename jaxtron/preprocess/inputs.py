@@ -12,6 +12,7 @@ from jaxtron.config import UserError
 from jaxtron.data.decompress import read_blocks
 from jaxtron.data.file_kind import FileKind, Kind, file_kind
 from jaxtron.data.files import few, repeated, walk
+from jaxtron.data.outputs import without_outputs
 
 # of text handed to a worker at once: small beside a worker's memory, large beside the cost of handing it over
 CHUNK_BYTES = 1 << 20
@@ -60,14 +61,15 @@ class InputFile:
 def find_inputs(paths: Sequence[str], keys: Collection[str], say: Callable[[str], None]) -> list[InputFile]:
     """The files in the order given, a folder's in path order; `say` is told what is left out or read twice."""
     files: list[Path] = []
-    for name in paths:
-        path = Path(name).expanduser()
+    for path in without_outputs([Path(name).expanduser() for name in paths], say):
         if os.path.isdir(path):
-            files += walk(path, say=say)
+            files += walk(path, say=say, alone=len(paths) == 1)
         elif os.path.isfile(path):
             files.append(path)
         else:
             raise UserError(f"no such file or folder {path}; give JSONL, Parquet or text to --input")
+    if paths and not files:
+        raise UserError(f"no files in --input {few(paths)} but what Jaxtron wrote; give files of documents")
     for note in repeated(files):
         say(note)
     return [InputFile(path, file_kind(path, keys)) for path in files]

@@ -113,6 +113,10 @@ def test_a_run_and_a_cache_inside_the_data_are_no_data(caplog):
     again = make("data", cache_directory="data/cache")
     assert again.fingerprint == first.fingerprint and len(again.train) == len(first.train)
     assert "data: a training run, " in caplog.text and "data/runs/one" in caplog.text
+    # as a shell writes data/*
+    assert (
+        make(*map(str, sorted(Path("data").iterdir())), cache_directory="data/cache").fingerprint == first.fingerprint
+    )
     # another cache, for the old one is still there
     assert make("data", cache_directory="elsewhere").fingerprint == first.fingerprint
     with pytest.raises(UserError, match="data/runs/one is a training run, not data; give the folder of its text"):

@@ -53,5 +53,5 @@ def test_paths_without_text_are_errors(tmp_path):
     with pytest.raises(UserError, match="the folder .* has no files; put text there or give another"):
         find_files([str(tmp_path)])
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(UserError, match="no text in --data.path .*: every file there is empty"):
+    with pytest.raises(UserError, match="no text in --data.path .*: every file there is empty or made by Jaxtron"):
         find_files([str(tmp_path)])

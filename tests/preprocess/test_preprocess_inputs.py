@@ -178,6 +178,9 @@ def test_outputs_in_the_input_folder_are_no_input(folder):
     for what in ("token files", "unfinished work", "a curation"):
         assert f"left out of {folder}: {what}, " in done.out
     assert texts_of(folder / "again") == texts(3)
+    # as a shell writes folder/*
+    assert tokens(folder, "--input", *sorted(folder.iterdir()), output="every").code == 0
+    assert texts_of(folder / "every") == texts(3)
     # what is asked for by its own name is read, or said to be none
     assert tokens(folder, "--input", folder / "clean" / "documents", output="third").code == 0
     assert texts_of(folder / "third") == texts(3)
@@ -197,7 +200,9 @@ def test_after_an_interruption_the_same_command_goes_on_in_the_input_folder(fold
 
     monkeypatch.setattr(work.WorkFolder, "append", interrupted)
     assert tokens(folder, "--input", folder).code == 130
-    assert "going on after 2 documents" in tokens(folder, "--input", folder).out
+    (partial,) = folder.glob("*.partial")
+    again = tokens(folder, "--input", folder / "in.jsonl", partial)
+    assert f"left out: unfinished work, {partial}\n" in again.out and "going on after 2 documents" in again.out
     assert texts_of(folder / "out") == texts(3) and not list(folder.glob("*.partial"))
 
 
