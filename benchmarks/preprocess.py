@@ -159,7 +159,16 @@ def encode(encode_batch: Callable, texts: Sequence[str]) -> None:
 def run(folder: Path, tokenizer: Path, workers: int) -> None:
     """The command in a process of its own."""
     files = ["--input", str(folder / "in.jsonl"), "--output", str(folder / "out"), "--tokenizer", str(tokenizer)]
-    command = [sys.executable, "-m", "jaxtron.preprocess", *files, "--workers", str(workers), "--append-eod"]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxtron.preprocess",
+        *files,
+        "--workers",
+        str(workers),
+        "--append-eod",
+        "--overwrite",
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

@@ -52,7 +52,7 @@ def measure(options: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
     with (folder / "articles.jsonl").open("w", encoding="utf-8") as lines:
         lines.writelines(json.dumps({"text": text}) + "\n" for text in documents)
     files = ["--input", folder / "articles.jsonl", "--output", prefix, "--tokenizer", tokenizer]
-    jaxtron("preprocess", *files, "--append-eod")
+    jaxtron("preprocess", *files, "--append-eod", "--overwrite")
     start = time.perf_counter()
     places = ["--data.path", prefix, "--data.tokenizer", tokenizer, "--run.directory", run]
     jaxtron("train", CONFIG, *places, *flags)

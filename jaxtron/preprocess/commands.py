@@ -12,13 +12,14 @@ from jaxtron.preprocess.inspect import inspect, text
 from jaxtron.preprocess.merge import merge
 from jaxtron.preprocess.request import Inspect, Merge, Order, Tokenize
 from jaxtron.preprocess.tokenize import tokenize
+from jaxtron.words import plural
 
 
 def run_tokenize(request: Tokenize) -> None:
     """Text to token files, and what was written."""
     outcome = tokenize(request)
-    left_out = f", {outcome.damaged:,} damaged entries left out" if outcome.damaged else ""
-    print(f"{outcome.documents:,} documents, {outcome.tokens:,} tokens{left_out}")
+    left_out = f", {plural(outcome.damaged, 'damaged entry', 'damaged entries')} left out" if outcome.damaged else ""
+    print(f"{plural(outcome.documents, 'document')}, {plural(outcome.tokens, 'token')}{left_out}")
     print(f"{outcome.text_bytes / 1e6:,.1f} MB of text in {outcome.seconds:.1f} s", end=", ")
     print(f"{outcome.text_bytes / 1e6 / outcome.seconds:,.1f} MB/s")
     for prefix in outcome.prefixes:

@@ -17,6 +17,7 @@ from jaxtron.preprocess.inputs import Chunk, InputFile, find_inputs, read_chunks
 from jaxtron.preprocess.progress import Progress
 from jaxtron.preprocess.request import Tokenize
 from jaxtron.preprocess.work import PARTS, WorkFolder
+from jaxtron.words import plural
 
 # what a kill can cost; writing the journal costs milliseconds
 SAVE_SECONDS = 2.0
@@ -69,7 +70,7 @@ def tokenize(request: Tokenize, say: Callable[[str], None] = print) -> Outcome:
     with folder as work:
         before = work.journal.text_bytes
         if work.journal.documents:
-            say(f"going on after {work.journal.documents:,} documents that {work.folder} has")
+            say(f"going on after {plural(work.journal.documents, 'document')} that {work.folder} has")
         if work.journal.damaged and not request.skip_damaged:
             raise UserError(f"{work.folder} was begun with --skip-damaged; give it again, or delete that folder")
         for line in taken_for(files):
@@ -122,7 +123,7 @@ def _check_something_is_there(work: WorkFolder, request: Tokenize) -> None:
     if documents and all(sizes):
         return
     work.discard()
-    left_out = f" ({damaged:,} damaged {'entry' if damaged == 1 else 'entries'} left out)" if damaged else ""
+    left_out = f" ({plural(damaged, 'damaged entry', 'damaged entries')} left out)" if damaged else ""
     what = f"no document in --input {few(request.input)}{left_out}"
     if documents:
         empty = request.json_key[sizes.index(0)]

@@ -262,7 +262,7 @@ def test_an_output_that_appears_meanwhile_is_kept_and_so_is_the_work(tmp_path, m
     assert (tmp_path / "out.bin").read_text() == "the other's" and list(tmp_path.glob("*.partial"))
     monkeypatch.undo()
     again = tokens(tmp_path, "--input", path, "--overwrite")
-    assert "going on after 1 documents" in again.out and texts_of(tmp_path / "out") == ["a"]
+    assert "going on after 1 document " in again.out and texts_of(tmp_path / "out") == ["a"]
 
 
 def test_a_command_that_died_while_naming_its_pair_goes_on(tmp_path, monkeypatch):

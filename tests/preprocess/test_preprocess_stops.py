@@ -251,7 +251,7 @@ def test_a_damaged_line_is_named_or_left_out(line, reason, tmp_path, monkeypatch
     assert done.code == 2 and done.err.count("\n") == 1 and not (tmp_path / "out.idx").exists()
     assert done.err.startswith(f"error: {path} line 3: {reason}"), done.err
     done = run(*flags, "--skip-damaged")
-    assert done.code == 0 and "1 damaged entries left out" in done.out
+    assert done.code == 0 and "1 damaged entry left out" in done.out
     assert done.err.startswith(f"left out: {path} line 3: {reason.split(';')[0]}"), done.err
     assert texts_of(tmp_path / "out") == ["first", "last"]
 

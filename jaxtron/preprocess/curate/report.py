@@ -76,4 +76,5 @@ def _ngrams(job: Job) -> dict[str, int]:
 
 
 def _line(name: str, documents: int, size: int) -> str:
-    return f"{name:<44}{documents:>14,} documents{size / 1e6:>14,.3f} MB"
+    noun = "document " if documents == 1 else "documents"
+    return f"{name:<44}{documents:>14,} {noun}{size / 1e6:>14,.3f} MB"
