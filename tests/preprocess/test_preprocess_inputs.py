@@ -216,6 +216,19 @@ def test_a_curation_in_the_input_folder_goes_on(folder, capsys, monkeypatch):
     assert main(["curate", *arguments]) == 0 and "nothing to do" in capsys.readouterr().err
 
 
+def test_a_folder_of_somebody_elses_work_is_not_taken_for_a_curation(tmp_path):
+    """A work folder is removed in the end."""
+    path = write_lines(tmp_path / "in.jsonl", ["a"])
+    (tmp_path / "mine" / "work").mkdir(parents=True)
+    (tmp_path / "mine" / "work" / "thesis.txt").write_text("three years")
+    arguments = ["--input", str(path), "--output", str(tmp_path / "mine"), "--steps", "exact"]
+    with pytest.raises(ValueError, match="mine is not empty and holds no curation; choose another --output"):
+        main(["curate", *arguments])
+    assert (tmp_path / "mine" / "work" / "thesis.txt").read_text() == "three years"
+    (tmp_path / "mine" / "work" / "thesis.txt").rename(tmp_path / "mine" / "work" / "settings.json.0.partial")
+    assert main(["curate", *arguments]) == 0
+
+
 @pytest.mark.parametrize("ending", ["", ".GZ", ".bz2", ".xz", ".zst"])
 def test_a_curation_keeps_the_form_of_its_input(ending, tmp_path):
     content = COMPRESS.get(ending.lower(), bytes)(LINES + LINES)

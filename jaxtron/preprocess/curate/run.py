@@ -115,7 +115,10 @@ def _open_folder(output: Path, folder: Path, identity: str) -> None:
             for stale in folder.glob("*/*.partial"):
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
         else:
-            if output.exists() and any(path.name != "work" for path in output.iterdir()):
+            there = [*output.iterdir()] if output.exists() else []
+            # what a run that was killed at once leaves: all that is in a work folder goes in the end
+            begun = [*folder.iterdir()] if there == [folder] else []
+            if there and (there != [folder] or any(not path.name.startswith(settings.name) for path in begun)):
                 raise UserError(f"{output} is not empty and holds no curation; choose another --output")
             folder.mkdir(parents=True, exist_ok=True)
             write_json(settings, {"identity": identity})
