@@ -41,3 +41,5 @@ def announce(run) -> None:
         print(line)
     if run.step:
         print(run.continuation.text(run.step, run.config.train.steps))
+    if run.step < run.config.train.steps:
+        print("compiling the step", flush=True)

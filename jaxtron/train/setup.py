@@ -93,6 +93,8 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
     check_records(config)
     check_batch_fits("train.global_batch", config.train.global_batch, config.data.sequence_length)
     mesh = build_mesh(config.mesh, devices)
+    if jax.process_index() == 0:
+        print("reading the data", flush=True)
     data = open_data(config.data, seed=config.seed, train_samples=config.train_samples())
     check_vocabulary(config, data)
     with use(make_rules(mesh, config.sharding, config.context)), contextlib.ExitStack() as stack:

@@ -28,7 +28,9 @@ def test_what_a_run_leaves(finished: FinishedRun):
 def test_what_a_run_prints(finished: FinishedRun):
     ended, directory = finished.ended, finished.directory
     assert ended.code == 0 and ended.err == ""
-    assert re.match(rf"starting JAX\n[\d,]+ parameters on 8 cpu \(data 8\), run in {directory}\n", ended.out)
+    assert re.match(
+        rf"starting JAX\nreading the data\n[\d,]+ parameters on 8 cpu \(data 8\), run in {directory}\n", ended.out
+    )
     last = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
     sample, summary = re.search("\nSample\n(.*)\nRun\n(.*)", ended.out, re.DOTALL).groups()
     assert len(sample.encode()) > 40
