@@ -462,7 +462,7 @@ def test_tables_between_the_marks_of_a_readme(benchmark, tmp_path: Path):
     }
     planned = {
         **{**train, "name": "planned", "plan": {"program_bytes": 81 * 2**30, "step_milliseconds": 1450.0}},
-        "attention": ["attention: mosaic, the fastest that can on NVIDIA H200"],
+        "attention": ["attention: mosaic, the fastest that runs on NVIDIA H200"],
     }
     case = benchmark("attention").Case
     plain, packed = case(4096, 64, forward_target=600), case(16384, 128, kv_heads=4, window=4096, documents=8)

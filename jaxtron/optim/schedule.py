@@ -57,8 +57,8 @@ def _stable_decay(config: OptimizerConfig, decay_steps: int) -> optax.Schedule:
     stable_steps = decay_steps - config.warmup_steps - anneal_steps
     if stable_steps < 0:
         raise UserError(
-            f"warmup_steps={config.warmup_steps} and anneal_steps={anneal_steps} do not fit into "
-            f"decay_steps={decay_steps}: shorten one of them or train for longer"
+            f"optimizer.warmup_steps {config.warmup_steps} and optimizer.anneal_steps {anneal_steps} do not fit into "
+            f"optimizer.decay_steps {decay_steps}: shorten one of them or train for longer"
         )
 
     def anneal(step):

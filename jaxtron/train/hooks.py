@@ -151,7 +151,7 @@ class Profiler:
         self._is_tracing = False
         if self._last > total_steps:
             raise UserError(
-                f"run.profile_steps={self._first} {self._last} ends after train.steps={total_steps}: end it earlier"
+                f"run.profile_steps {self._first} {self._last} ends after train.steps {total_steps}: end it earlier"
             )
 
     def __call__(self, info: StepInfo) -> None:

@@ -53,7 +53,7 @@ def start_compiler(config: RuntimeConfig) -> None:
 def simulate_devices(count: int) -> None:
     """Makes JAX start with `count` CPU devices and no others."""
     if count < 1:
-        raise UserError(f"devices={count}: simulate at least one")
+        raise UserError(f"devices {count}: simulate at least one")
     # the XLA flag does the same for the whole machine, and JAX 0.10 refuses to have both
     flags = re.sub(r"--xla_force_host_platform_device_count=\S*", "", os.environ.get("XLA_FLAGS", ""))
     try:
@@ -62,7 +62,7 @@ def simulate_devices(count: int) -> None:
         found = jax.devices()
         if len(found) != count or found[0].platform != "cpu":
             raise UserError(
-                f"devices={count} comes too late: JAX already runs on {len(found)} {found[0].platform} devices; "
+                f"devices {count} comes too late: JAX already runs on {len(found)} {found[0].platform} devices; "
                 "restart Python and ask for them first"
             ) from None
         return
@@ -164,9 +164,9 @@ def _set_compilation_cache(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"runtime.compilation_cache={directory} cannot be made: {error.strerror}") from None
+        raise UserError(f"runtime.compilation_cache {directory} cannot be made: {error.strerror}") from None
     if not os.access(directory, os.W_OK):
-        raise UserError(f"runtime.compilation_cache={directory} cannot be written to")
+        raise UserError(f"runtime.compilation_cache {directory} cannot be written to")
     jax.config.update("jax_compilation_cache_dir", str(directory))
 
 

@@ -65,7 +65,7 @@ def test_the_reason_is_one_line_that_says_what_was_passed_over(kernels):
     choice = choose("auto", shapes(), Mask(soft_cap=30.0), AMPERE, needs_lse=False)
     assert choice.module is chunked and "\n" not in choice.reason
     assert choice.reason == (
-        f"attention: xla, the fastest that can on {AMPERE}; "
+        f"attention: xla, the fastest that runs on {AMPERE}; "
         "not mosaic: it needs Hopper and 16 bits; not cudnn: it knows no soft cap"
     )
     assert choose("reference", shapes(), Mask(), CPU).reason == "attention: reference, as asked"

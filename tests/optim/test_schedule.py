@@ -101,5 +101,8 @@ def test_traced_equals_eager():
 
 def test_stable_decay_that_does_not_fit_is_refused():
     config = make_config(schedule="warmup_stable_decay", anneal_steps=950)
-    with pytest.raises(UserError, match="warmup_steps=100 and anneal_steps=950 do not fit into decay_steps=1000"):
+    with pytest.raises(
+        UserError,
+        match="optimizer.warmup_steps 100 and optimizer.anneal_steps 950 do not fit into optimizer.decay_steps 1000",
+    ):
         learning_rate_schedule(config, total_steps=1000)

@@ -193,7 +193,7 @@ def test_places_that_cannot_be_written(tmp_path: Path):
     ended = run_here(*small(tmp_path), "--data.cache_directory", "/dev/null/cache")
     assert_one_line(ended, "cannot write the token cache in /dev/null/cache")
     ended = run_here(*small(tmp_path), "--runtime.compilation_cache", "/dev/null/cache")
-    assert_one_line(ended, "runtime.compilation_cache=/dev/null/cache cannot be made")
+    assert_one_line(ended, "runtime.compilation_cache /dev/null/cache cannot be made")
     assert not (tmp_path / "run").exists()
 
 

@@ -159,5 +159,5 @@ def test_trace_of_a_run_that_stops_inside_the_range_is_ended(tmp_path):
 
 
 def test_profiled_steps_past_the_end_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"run.profile_steps=3 12 ends after train.steps=10"):
+    with pytest.raises(UserError, match=r"run.profile_steps 3 12 ends after train.steps 10"):
         Profiler(tmp_path, (3, 12), total_steps=10)

@@ -87,7 +87,7 @@ def choose(
         why = _refusal(name, *asked)
         if why is None:
             passed = "".join(f"; {refusal}" for refusal in refusals)
-            return Choice(name, f"attention: {name}, the fastest that can on {device_kind}{passed}", deterministic)
+            return Choice(name, f"attention: {name}, the fastest that runs on {device_kind}{passed}", deterministic)
         refusals.append(f"not {name}: {why}")
     raise UserError(f"no implementation of attention can do this on {device_kind}: {'; '.join(refusals)}")
 
