@@ -4,6 +4,7 @@ import difflib
 import importlib
 import sys
 
+from jaxtron import interrupts  # noqa: F401  (answers Ctrl-C while the rest is imported)
 from jaxtron.command import run_command
 from jaxtron.config import UserError
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+from jaxtron import interrupts
 from jaxtron.config import FILE_ENDINGS, ConfigType, UserError, dump, expand_home, load, take_file
 from jaxtron.help import WIDTH, help_text
 from jaxtron.quiet import import_jax
@@ -195,7 +196,11 @@ def _shortened(word: str) -> str:
 
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs a command's `main`; bad input is `error: ...` and 2, Ctrl-C is a line and 130, a defect a traceback."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    with interrupts.ending():
+        return _run(main, list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(main: Callable[[list[str]], int | None], words: list[str]) -> int:
     try:
         if "--version" in words:
             print(version_text())
@@ -204,12 +209,10 @@ def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | N
         sys.stdout.flush()
         return code
     except UserError as error:
-        words = (_shortened(word) for word in str(error).split())
-        print("error:", " ".join(words), file=sys.stderr)
+        print("error:", " ".join(map(_shortened, str(error).split())), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return interrupts.exit_code()
     except BrokenPipeError:
         # the reader of our output left (`--help | head`); Python would complain once more while closing it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float32, Int32, Integer
 
+from jaxtron import interrupts
 from jaxtron.data.source import Source
 
 BatchSize = Callable[[int], int]
@@ -73,7 +74,8 @@ class Loader:
             shared = grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=prefetch)
             batches = batches.mp_prefetch(shared)
         self._batches = iter(batches)
-        self._batches.start_prefetch()
+        with interrupts.spared():
+            self._batches.start_prefetch()
 
     def __iter__(self) -> Iterator[LocalBatch]:
         return self

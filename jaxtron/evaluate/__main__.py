@@ -2,6 +2,7 @@
 
 import sys
 
+from jaxtron import interrupts  # noqa: F401  (answers Ctrl-C while the rest is imported)
 from jaxtron.command import hand_over, run_command
 from jaxtron.config import UserError
 from jaxtron.evaluate.request import parse, read_configuration, read_text

@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
+from jaxtron import interrupts
 from jaxtron.config import UserError
 from jaxtron.data.files import few
 from jaxtron.preprocess.encode import Encoded, Encoder, EncodeSettings, encode_in_worker, one_thread, start_worker
@@ -190,7 +191,9 @@ def _in_order(executor: ProcessPoolExecutor, chunks: Iterable[Chunk], *, ahead: 
     """Every chunk's result in order, `ahead` of them under way."""
     waiting: deque[tuple[Chunk, Future[Encoded]]] = deque()
     for chunk in chunks:
-        waiting.append((replace(chunk, pieces=[]), executor.submit(encode_in_worker, chunk.pieces)))
+        # which may start a worker
+        with interrupts.spared():
+            waiting.append((replace(chunk, pieces=[]), executor.submit(encode_in_worker, chunk.pieces)))
         if len(waiting) > ahead:
             done, future = waiting.popleft()
             yield done, future.result()

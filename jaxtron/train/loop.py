@@ -2,16 +2,16 @@
 
 import os
 import signal
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
+from jaxtron.checkpoint.processes import gather_texts
 from jaxtron.data.loader import Loader
 from jaxtron.gpus import peak_flops
+from jaxtron.interrupts import Request, finish_first
 from jaxtron.models.cost import model_flops_per_token
 from jaxtron.train.divergence import Watch, check_state
 from jaxtron.train.history import Recorder
@@ -47,7 +47,7 @@ def train(run: Run) -> Outcome:
     throughput = Throughput()
     step = jit_step(run.trainer)
     with ExitStack() as stack:
-        stop = stack.enter_context(_StopSignals())
+        stop = _Stop(stack)
         loader = stack.enter_context(run.train_loader())
         loss_scale = None if run.state.loss_scale is None else run.config.train.loss_scale
         watch = Watch(run.checkpoints, every=run.config.run.log_every, loss_scale=loss_scale)
@@ -60,12 +60,14 @@ def train(run: Run) -> Outcome:
             outcome.step = number
             info = StepInfo(number, total, outcome.state, metrics, batch.size * run.config.data.sequence_length)
             throughput.finish_step(info.tokens, metrics)
+            stop.begin()
             run_hooks(hooks, info, throughput)
             if stop.is_due(number) and number < total:
                 saver.save(info)
                 outcome.stopped = True
                 break
         run.checkpoints.wait()
+        outcome.stopped = outcome.stopped or stop.was_asked()
     return outcome
 
 
@@ -135,33 +137,32 @@ def _metrics_log(run: Run, throughput: Throughput, stack: ExitStack) -> MetricsL
     return log
 
 
-class _StopSignals:
-    """Turns SIGTERM and the first Ctrl-C into a request that the loop honours after its step."""
+class _Stop:
+    """Makes a SIGTERM or the first Ctrl-C a request that the loop honours after its step.
 
-    def __init__(self) -> None:
-        self._is_requested = False
+    With several processes a SIGTERM is heard by JAX's preemption service, which tells the others.
+    """
+
+    def __init__(self, stack: ExitStack) -> None:
         self._is_alone = jax.process_count() == 1
-        self._previous: dict[signal.Signals, Any] = {}
+        self._stack = stack
+        self._request: Request | None = None
 
-    def __enter__(self) -> "_StopSignals":
-        # with several processes SIGTERM is heard by JAX's preemption service, which tells the others
-        for number in (signal.SIGTERM, signal.SIGINT) if self._is_alone else (signal.SIGINT,):
-            self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def begin(self) -> None:
+        """From here on there is something to finish: before the first step of a run nothing is lost by stopping."""
+        if self._request is None:
+            tell = (lambda: None) if self._is_alone else (lambda: os.kill(os.getpid(), signal.SIGTERM))
+            notice = "stopping after this step; once more to stop at once"
+            self._request = self._stack.enter_context(finish_first(notice, tell))
 
     def is_due(self, step: int) -> bool:
         """Whether the run ends after this step; the same on every process, all of which ask after each step."""
-        return self._is_requested if self._is_alone else multihost_utils.reached_preemption_sync_point(step)
+        return self._is_made if self._is_alone else multihost_utils.reached_preemption_sync_point(step)
 
-    def _request(self, number: int, _frame: object) -> None:
-        if self._is_requested:
-            raise KeyboardInterrupt
-        self._is_requested = True
-        if number == signal.SIGINT:
-            print("stopping after this step; once more to stop at once", file=sys.stderr)
-        if not self._is_alone:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def was_asked(self) -> bool:
+        """Whether any process was asked while the loop ended; all of them call this once."""
+        return self._is_made if self._is_alone else "asked" in gather_texts("asked" if self._is_made else "")
+
+    @property
+    def _is_made(self) -> bool:
+        return self._request is not None and self._request.is_made

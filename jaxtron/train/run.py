@@ -22,7 +22,9 @@ def run(config: Configuration, name: str) -> int:
         outcome = train(run)
         if outcome.stopped:
             if jax.process_index() == 0:
-                print(f"stopped after step {outcome.step}; the same command continues from its checkpoint")
+                last = outcome.step == config.train.steps
+                then = "the last, which is saved" if last else "the same command continues from its checkpoint"
+                print(f"stopped after step {outcome.step}{',' if last else ';'} {then}")
             return 130
         finish(run, outcome)
     return 0

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
+from jaxtron import interrupts
 from jaxtron.config import UserError
 
 
@@ -42,7 +43,8 @@ class LocalEngine:
             for item in items:
                 yield task(item)
             return
-        futures = [self._pool.submit(task, item) for item in items]
+        with interrupts.spared():
+            futures = [self._pool.submit(task, item) for item in items]
         try:
             for future in as_completed(futures):
                 yield future.result()
