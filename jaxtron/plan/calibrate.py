@@ -12,6 +12,7 @@ from jaxtron.plan.practice import JAXTRON, Practice
 from jaxtron.plan.prediction import predict
 from jaxtron.train.config import Configuration
 from jaxtron.train.metrics import read_metrics
+from jaxtron.words import plural
 
 # How fast the GPU itself is; links keep their constants, which one run cannot tell from it.
 RATES = ("product_fraction", "attention_fraction", "memory_fraction")
@@ -43,7 +44,7 @@ def measured_seconds(metrics: Path, config: Configuration, gpu: Gpu, num_gpus: i
         )
     if len(whole) < 2:
         raise UserError(
-            f"{metrics} has {_count(len(whole), 'line')} with step_seconds and needs two, for the first one includes "
+            f"{metrics} has {plural(len(whole), 'line')} with step_seconds and needs two, for the first one includes "
             "compilation: train for longer, or lower run.log_every"
         )
     return statistics.median(whole[1:])
@@ -51,10 +52,6 @@ def measured_seconds(metrics: Path, config: Configuration, gpu: Gpu, num_gpus: i
 
 def _is_time(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and value > 0
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _check_devices(metrics: Path, record: dict, gpu: Gpu, num_gpus: int) -> None:
@@ -72,7 +69,7 @@ def _check_devices(metrics: Path, record: dict, gpu: Gpu, num_gpus: int) -> None
         )
     if count != num_gpus:
         raise UserError(
-            f"{metrics} was measured on {_count(count, 'GPU')}, and the plan is for {num_gpus:,}: give --gpus {count} "
+            f"{metrics} was measured on {plural(count, 'GPU')}, and the plan is for {num_gpus:,}: give --gpus {count} "
             "and the run's own mesh, and plan for more with --machine afterwards"
         )
 

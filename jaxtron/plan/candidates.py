@@ -9,6 +9,7 @@ from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.plan.deviceless import MORE
 from jaxtron.sharding.config import AXES, ContextConfig, MeshConfig
 from jaxtron.train.config import Configuration
+from jaxtron.words import plural
 
 # Rows of a microbatch on a device. More only fill memory: products of so many tokens are large enough.
 ROWS = (1, 2, 4, 8, 16)
@@ -123,7 +124,10 @@ class Layout:
     def text(self, global_batch: int) -> str:
         """All of it in a line."""
         parts = [self.mesh_text, self.order_text if self.pipe > 1 else "", f"rows {self.rows}"]
-        parts += [f"{self.microbatches(global_batch)} microbatches", f"recompute {self.recompute_text}"]
+        parts += [
+            plural(self.microbatches(global_batch), "microbatch"),
+            f"recompute {self.recompute_text}",
+        ]
         parts.append(f"zero {self.zero}" if self.has_shared_state else "")
         return ", ".join(part for part in parts if part)
 
@@ -197,7 +201,7 @@ def _within(config: Configuration, num_gpus: int, gpus_per_node: int) -> Iterato
 
 def _attention(config: Configuration, tensor: int, context: int) -> Iterator[ContextConfig]:
     """Attention as configured, or by a ring where that needs another size; none where heads, MLP, vocabulary or
-    sequence do not divide: what `check_mesh` says of one stage and one replica."""
+    sequence do not split so: what `check_mesh` says of one stage and one replica."""
     train = config.train.model_copy(update={"batch_ramp": None, "microbatches": 1})
     alone = config.model_copy(update={"pipeline": PipelineConfig(), "train": train})
     sizes = {axis: 1 for axis in AXES} | {"tensor": tensor, "context": context}

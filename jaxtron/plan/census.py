@@ -11,7 +11,8 @@ import numpy as np
 from jaxtron.pipeline.executor import BACKWARD
 from jaxtron.plan import hlo
 from jaxtron.plan.overlap import products_beside
-from jaxtron.plan.table import aligned, size
+from jaxtron.plan.table import aligned
+from jaxtron.words import readable_bytes
 
 # HLO's names, and how much of the payload each device sends when a ring of n carries it out
 _RING_PASSES = {
@@ -224,12 +225,12 @@ def summarize(collectives: Sequence[Collective]) -> str:
                 str(len(found)),
                 str(sum(collective.operands for collective in found)),
                 str(sum(collective.executions for collective in found)),
-                size(sum(collective.step_bytes for collective in found)),
-                size(sum(collective.step_sent_bytes for collective in found)),
+                readable_bytes(sum(collective.step_bytes for collective in found)),
+                readable_bytes(sum(collective.step_sent_bytes for collective in found)),
                 f"{sum(collective.asynchronous for collective in found)}/{len(found)}",
             )
         )
-    total = size(sum(collective.step_sent_bytes for collective in collectives))
+    total = readable_bytes(sum(collective.step_sent_bytes for collective in collectives))
     rows.append(("total", "", "", str(len(collectives)), "", "", "", total, ""))
     return "\n".join(aligned(rows, right=range(3, len(rows[0]))))
 

@@ -10,7 +10,8 @@ from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_valid
 from jaxtron.config import UserError
 from jaxtron.plan.memory import MemoryUse
 from jaxtron.plan.report import FORMAT, Plan
-from jaxtron.plan.table import aligned, duration, size
+from jaxtron.plan.table import aligned
+from jaxtron.words import readable_bytes, readable_seconds
 
 # of a plan's memory, what is no class of bytes
 _NO_CLASS = {"capacity", "stages", "total", "fits"}
@@ -77,7 +78,12 @@ def _memory(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, st
     old, new = before["memory"], after["memory"]
     names = [name for name in new if name not in _NO_CLASS] + ["total"]
     return [
-        (f"memory, {name.replace('_', ' ')}", size(old[name]), size(new[name]), _signed(new[name] - old[name]))
+        (
+            f"memory, {name.replace('_', ' ')}",
+            readable_bytes(old[name]),
+            readable_bytes(new[name]),
+            _signed(new[name] - old[name]),
+        )
         for name in names
         if new[name] != old[name]
     ]
@@ -90,10 +96,10 @@ def _traffic(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, s
     for key in dict.fromkeys((*new, *old)):
         was, now = (rows[key]["payload"] if key in rows else 0 for rows in (old, new))
         if was != now:
-            found.append((f"{key} a step", size(was), size(now), _signed(now - was)))
+            found.append((f"{key} a step", readable_bytes(was), readable_bytes(now), _signed(now - was)))
         was, now = (rows[key]["each"] if key in rows else 0 for rows in (old, new))
         if was != now and "in loops" in key:
-            found.append((f"{key} a round", size(was), size(now), _signed(now - was)))
+            found.append((f"{key} a round", readable_bytes(was), readable_bytes(now), _signed(now - was)))
     return found
 
 
@@ -108,9 +114,11 @@ def _prediction(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str
     if old["step_seconds"] == new["step_seconds"]:
         return []
     change = new["step_seconds"] / old["step_seconds"] - 1
-    rows = [("step time", duration(old["step_seconds"]), duration(new["step_seconds"]), f"{change:+.1%}")]
+    rows = [
+        ("step time", readable_seconds(old["step_seconds"]), readable_seconds(new["step_seconds"]), f"{change:+.1%}")
+    ]
     return [*rows, ("MFU", f"{old['mfu']:.1%}", f"{new['mfu']:.1%}", f"{100 * (new['mfu'] - old['mfu']):+.1f} points")]
 
 
 def _signed(change: float) -> str:
-    return ("+" if change > 0 else "-") + size(abs(change))
+    return ("+" if change > 0 else "-") + readable_bytes(abs(change))

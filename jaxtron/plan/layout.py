@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtron.plan.table import aligned
 from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.sharding.rules import current
+from jaxtron.words import plural, readable_bytes
 
 STATE_BYTES = 4
 
@@ -49,17 +50,17 @@ def text(blueprint: Blueprint) -> str:
     found = rows(blueprint)
     mesh = current().mesh
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    cells = [("parameter", "shape", "logical axes", "spec at rest", "role", "bytes/device", "replicas")]
+    cells = [("parameter", "shape", "logical axes", "spec at rest", "role", "a device", "replicas")]
     for row in found:
         shape = " x ".join(str(size) for size in row.shape)
-        cells.append(
-            (row.name, shape, ", ".join(row.axes), _spec(row.spec), row.role, f"{row.bytes:,}", str(row.replicas))
-        )
+        size = readable_bytes(row.bytes)
+        cells.append((row.name, shape, ", ".join(row.axes), _spec(row.spec), row.role, size, str(row.replicas)))
     lines = aligned(cells, right=(5, 6))
     held = sum(row.bytes for row in found)
     whole = blueprint.num_parameters
     ideal = whole * STATE_BYTES / mesh.size
-    total = f"{whole:,} parameters; {held:,} bytes of float32 weights a device, {held / ideal:.2f} times an even split"
+    total = f"{whole:,} parameters; {readable_bytes(held)} of float32 weights a device, "
+    total += f"{held / ideal:.2f} times an even split"
     return "\n".join([f"mesh: {sizes}", *lines, total, *_empty_rows(blueprint, found)])
 
 
@@ -68,7 +69,9 @@ def _empty_rows(blueprint: Blueprint, found: list[Row]) -> list[str]:
     stacked = next((row.shape[0] for row in found if row.axes[:1] == ("layers",)), None)
     if blueprint.layers is None or stacked in (None, blueprint.layers):
         return []
-    return [f"{stacked} rows of layers hold {blueprint.layers}: the others are empty, as stages differ in length"]
+    return [
+        f"{plural(stacked, 'row')} of layers hold {blueprint.layers}: the others are empty, as stages differ in length"
+    ]
 
 
 def _spec(spec: PartitionSpec) -> str:

@@ -11,7 +11,8 @@ import jax
 from jaxtron.command import write_whole
 from jaxtron.plan.prediction import Breakdown
 from jaxtron.plan.search import MARGIN, Candidate, Search
-from jaxtron.plan.table import aligned, duration, size
+from jaxtron.plan.table import aligned
+from jaxtron.words import plural, readable_bytes, readable_count, readable_seconds
 
 FORMAT = 2
 # Rows by formula; the file that --json writes has all.
@@ -26,8 +27,8 @@ def text(found: Search, title: str, tokens: float | None = None) -> str:
     """Both rankings for a reader, and why the first is the first; `tokens` is a budget whose days are told."""
     best = found.best
     lines = [
-        f"{title}: layouts of {found.num_gpus} {found.gpu} in nodes of {found.gpus_per_node}, "
-        f"{found.config.train.global_batch} sequences a step",
+        f"{title}: layouts of {found.num_gpus:,} {found.gpu} in nodes of {found.gpus_per_node}, "
+        f"{plural(found.config.train.global_batch, 'sequence')} a step",
         _counted(found),
         "",
         *_table(found),
@@ -35,18 +36,18 @@ def text(found: Search, title: str, tokens: float | None = None) -> str:
         f"type: {best.layout.flags(found.config) or 'nothing, it is the configuration as it is'}",
     ]
     if tokens is not None:
-        lines.append(f"  {tokens:.3g} tokens take {best.prediction.days_for(tokens):,.1f} days")
+        lines.append(f"  {readable_count(tokens)} tokens take {best.prediction.days_for(tokens):,.1f} days")
     return "\n".join([*lines, *_gain(found), *_reasons(found)])
 
 
 def _counted(found: Search) -> str:
     others = found.num_layouts - found.num_refused
-    parts = [f"{found.num_layouts:,} layouts: {found.num_too_big:,} of {others:,} do not fit by formula"]
+    parts = [f"{plural(found.num_layouts, 'layout')}: {found.num_too_big:,} of {others:,} do not fit by formula"]
     if found.num_refused:
         parts.append(f"{found.num_refused:,} have sizes that are no multiples of each other")
     compiled, unfit = len(found.compiled), len(found.unfit)
     if compiled or unfit:
-        parts.append(f"{compiled + unfit} compiled, {unfit} of them did not fit")
+        parts.append(f"{compiled + unfit} compiled, {unfit or 'none'} of them too big")
     return "; ".join(parts)
 
 
@@ -80,10 +81,10 @@ def _row(found: Search, one: Candidate, rank: str, *marks: str) -> tuple[str, ..
         str(layout.rows),
         layout.recompute_text,
         layout.zero_text,
-        duration(one.prediction.step_seconds),
+        readable_seconds(one.prediction.step_seconds),
         f"{one.prediction.mfu:.1%}",
-        size(one.memory.total),
-        duration(one.formula.step_seconds) if is_compiled else "",
+        readable_bytes(one.memory.total),
+        readable_seconds(one.formula.step_seconds) if is_compiled else "",
         ", ".join(part for part in (own, *marks) if part),
     )
 
@@ -112,7 +113,7 @@ def _notes(found: Search, others: list[Candidate]) -> list[str]:
         lines.append(f"  compiled steps take {_range(ratios)} times as long as their formulas say")
         if count:
             lines.append(
-                f"  {count} more {'mesh' if count == 1 else 'meshes'} would be faster than the first at the smaller of "
+                f"  {plural(count, 'more mesh')} would be faster than the first at the smaller of "
                 "these; a larger --top compiles them"
             )
     if found.own_problem is not None:
@@ -141,7 +142,7 @@ def _gain(found: Search) -> list[str]:
     if found.is_own(best):
         return [f"the configuration's own layout is the fastest of those {kind}"]
     if found.rank(own.layout) is None:
-        return [f"the configuration's own layout does not fit: {size(own.memory.total)} a GPU, {kind}"]
+        return [f"the configuration's own layout does not fit: {readable_bytes(own.memory.total)} a GPU, {kind}"]
     mine, its = best.prediction.step_seconds, own.prediction.step_seconds
     gain = f"{1 - mine / its:.1%} less time than the configuration's own layout ({mine:.3g} s, {its:.3g} s, {kind})"
     return [gain + (": too little to tell them apart" if 1 - mine / its < LEAST_GAIN else "")]

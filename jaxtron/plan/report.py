@@ -21,8 +21,9 @@ from jaxtron.plan.practice import JAXTRON, Practice
 from jaxtron.plan.prediction import Prediction, predict
 from jaxtron.plan.rehearsal import Rehearsal
 from jaxtron.plan.surprises import Surprise, surprises
-from jaxtron.plan.table import aligned, duration, size
+from jaxtron.plan.table import aligned
 from jaxtron.train.config import Configuration
+from jaxtron.words import plural, readable_bytes, readable_count, readable_flops, readable_seconds
 
 FORMAT = 1
 BAR = 30
@@ -81,7 +82,7 @@ def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
         gpu=rehearsal.gpu.name,
         num_gpus=rehearsal.mesh.size,
         gpus_per_node=rehearsal.gpus_per_node,
-        schedule=f"{name}{train.microbatches} microbatches of {rows} x {tokens} tokens",
+        schedule=f"{name}{plural(train.microbatches, 'microbatch')} of {rows:,} x {tokens:,} tokens",
         jax_version=jax.__version__,
         rehearsal_seconds=rehearsal.seconds,
         parameters=rehearsal.trainer.blueprint.num_parameters,
@@ -128,8 +129,8 @@ def text(plan: Plan, tokens: float | None = None) -> str:
     mesh = " x ".join(f"{axis} {parts}" for axis, parts in plan.mesh.items() if parts > 1) or "one device"
     return "\n".join(
         [
-            f"{plan.title}: {_count(plan.parameters)} parameters on {plan.num_gpus} {plan.gpu} "
-            f"({nodes} nodes), compiled with JAX {plan.jax_version} in {plan.rehearsal_seconds:.0f} s",
+            f"{plan.title}: {readable_count(plan.parameters)} parameters on {plan.num_gpus:,} {plan.gpu} "
+            f"({plural(nodes, 'node')}), compiled with JAX {plan.jax_version} in {plan.rehearsal_seconds:.0f} s",
             f"mesh: {mesh}; {plan.schedule}",
             *plan.attention,
             "",
@@ -146,19 +147,15 @@ def text(plan: Plan, tokens: float | None = None) -> str:
     )
 
 
-def _count(number: int) -> str:
-    return f"{number / 1e9:,.2f} billion" if number >= 1e9 else f"{number / 1e6:,.1f} million"
-
-
 def _memory(plan: Plan) -> list[str]:
     memory = plan.memory
     verdict = "fits" if memory.fits else "DOES NOT FIT"
     rows = [
-        (f"  {name}", size(part), f"{part / memory.capacity:.1%}", "#" * round(BAR * part / memory.capacity))
+        (f"  {name}", readable_bytes(part), f"{part / memory.capacity:.1%}", "#" * round(BAR * part / memory.capacity))
         for name, part in memory.classes.items()
     ]
     lines = [
-        f"memory of a GPU: {verdict}, {size(memory.total)} of {size(memory.capacity)} "
+        f"memory of a GPU: {verdict}, {readable_bytes(memory.total)} of {readable_bytes(memory.capacity)} "
         f"({memory.total / memory.capacity:.0%}); JAX's pool may take {min(1.0, pool_fraction()):.0%}, communication "
         "buffers and reserve are the rest",
         *aligned(rows, right=(1, 2)),
@@ -168,7 +165,7 @@ def _memory(plan: Plan) -> list[str]:
         rows = [("  stage", "layers", "held", "activations")]
         for number in sorted({0, 1, len(memory.stages) // 2, len(memory.stages) - 1, memory.stages.index(fullest)}):
             stage = memory.stages[number]
-            rows.append((f"  {number}", str(stage.layers), str(stage.held), size(stage.bytes)))
+            rows.append((f"  {number}", str(stage.layers), str(stage.held), readable_bytes(stage.bytes)))
         lines += ["  every stage makes room for the fullest one; what some of them fill of it:"]
         lines += aligned(rows, right=(1, 2, 3))
     return lines if plan.advice is None else [*lines, f"  change first: {plan.advice}"]
@@ -186,15 +183,15 @@ def _traffic(plan: Plan) -> list[str]:
                 row.link or "-",
                 _loops(row.key),
                 str(row.executions),
-                size(row.payload),
-                size(row.sent),
+                readable_bytes(row.payload),
+                readable_bytes(row.sent),
                 f"{row.asynchronous}/{row.operations}",
-                duration(row.seconds),
+                readable_seconds(row.seconds),
                 f"{row.hidden / row.seconds:.0%}" if row.seconds else "-",
             )
         )
     sent = {link: sum(row.sent for row in plan.traffic if row.link == link) for link in ("NVLink", "network")}
-    total = " and ".join(f"{size(part)} by {link}" for link, part in sent.items() if part)
+    total = " and ".join(f"{readable_bytes(part)} by {link}" for link, part in sent.items() if part)
     lines = [f"communication of a GPU in a step: sends {total or 'nothing'}", *aligned(rows, right=range(4, 10))]
     given, needed = plan.messages
     return [*lines, f"  stages send {given / needed:.2f} times the messages they need"] if needed else lines
@@ -210,20 +207,23 @@ def _compute(plan: Plan) -> list[str]:
     again = found.hardware_flops / found.model_flops - 1
     parts = plan.prediction.breakdown
     bubble = parts.bubble / (parts.total - parts.bubble) if parts.total else 0.0
+    model, hardware = readable_flops(found.model_flops), readable_flops(found.hardware_flops)
     lines = [
-        f"compute of a GPU in a step: {found.model_flops:.4g} model FLOPs ({plan.padding:.1%} for the vocabulary's "
-        f"padding), {found.hardware_flops:.4g} with what is computed again ({again:+.1%}); bubble {bubble:.1%}"
+        f"compute of a GPU in a step: {model} of the model ({plan.padding:.1%} for the vocabulary's padding), "
+        f"{hardware} with what is computed again ({again:+.1%}); bubble {bubble:.1%}"
     ]
     if plan.compiled_flops is not None:
         ratio = plan.compiled_flops / found.model_flops - 1
-        lines.append(f"  the compiled step multiplies {plan.compiled_flops:.4g} ({ratio:+.1%} against the model's)")
+        lines.append(
+            f"  products of the compiled step: {readable_flops(plan.compiled_flops)} ({ratio:+.1%} against the model's)"
+        )
     return lines
 
 
 def _prediction(plan: Plan, tokens: float | None) -> list[str]:
     found = plan.prediction
     lines = [
-        f"prediction: {duration(found.step_seconds)} a step, {found.tokens_per_second:,.0f} tokens/s, "
+        f"prediction: {readable_seconds(found.step_seconds)} a step, {found.tokens_per_second:,.0f} tokens/s, "
         f"MFU {found.mfu:.1%}, HFU {found.hfu:.1%}"
     ]
     parts = [
@@ -232,12 +232,12 @@ def _prediction(plan: Plan, tokens: float | None) -> list[str]:
         if seconds > 1e-6 * found.step_seconds
     ]
     rows = [
-        (f"  {name}", duration(seconds), f"{seconds / found.step_seconds:.1%}")
+        (f"  {name}", readable_seconds(seconds), f"{seconds / found.step_seconds:.1%}")
         for name, seconds in sorted(parts, key=lambda part: -part[1])
     ]
     lines += aligned(rows, right=(1, 2))
     if tokens is not None:
-        lines.append(f"  {tokens:.3g} tokens take {found.days_for(tokens):,.1f} days")
+        lines.append(f"  {readable_count(tokens)} tokens take {found.days_for(tokens):,.1f} days")
     return lines
 
 

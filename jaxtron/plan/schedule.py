@@ -14,6 +14,7 @@ from rich.style import Style
 from jaxtron.config import UserError
 from jaxtron.pipeline.figures import Figures, Slot, Span, figures, slots, timeline
 from jaxtron.pipeline.schedule import Entry, Schedule, Work
+from jaxtron.words import plural, readable_bytes
 
 COLORS: dict[Slot, str] = {"forward": "#4c78a8", "backward": "#54a24b", "weight": "#eeca3b"}
 _STYLES: dict[Slot, Style] = {
@@ -40,7 +41,7 @@ def text(
     one microbatch leaves in one chunk, of all stages or each; a pair that waits for its weight gradient counts as much.
     """
     found = figures(schedule, latency=latency)
-    sizes = f"{schedule.num_stages} stages, {schedule.num_microbatches} microbatches"
+    sizes = f"{plural(schedule.num_stages, 'stage')}, {plural(schedule.num_microbatches, 'microbatch')}"
     chunks = f", {schedule.num_chunks} chunks a stage ({schedule.placement})" if schedule.num_chunks > 1 else ""
     return "\n".join(
         [
@@ -72,7 +73,7 @@ def png(schedule: Schedule, path: Path, *, seconds: Mapping[Slot, Sequence[float
     for stage, stage_spans in enumerate(spans):
         _draw_stage(axes, stage, stage_spans, schedule.num_chunks, labelled)
     axes.set(
-        title=f"{schedule.name}: {schedule.num_microbatches} microbatches, bubble {end / busiest - 1:.1%}",
+        title=f"{schedule.name}: {plural(schedule.num_microbatches, 'microbatch')}, bubble {end / busiest - 1:.1%}",
         xlabel="seconds, predicted" if seconds else "time (forwards of one microbatch through a stage)",
         ylabel="stage",
         xlim=(0, end),
@@ -163,7 +164,7 @@ def _stages(schedule: Schedule, found: Figures, chunk_bytes: int | Sequence[int]
     if schedule.split:
         header += ["most pairs", "most together"]
     if chunk_bytes is not None:
-        header.append("peak activation bytes")
+        header.append("peak activations")
     rows = [header]
     for stage, figure in enumerate(found.stages):
         row = [str(stage), str(figure.warm_up), str(figure.in_flight)]
@@ -171,7 +172,7 @@ def _stages(schedule: Schedule, found: Figures, chunk_bytes: int | Sequence[int]
             row += [str(figure.pairs), str(figure.held)]
         if chunk_bytes is not None:
             each = chunk_bytes[stage] if isinstance(chunk_bytes, Sequence) else chunk_bytes
-            row.append(f"{figure.held * each:,}")
+            row.append(readable_bytes(figure.held * each))
         rows.append(row)
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -10,8 +10,8 @@ from jaxtron.plan.machine import Machine
 from jaxtron.plan.memory import MemoryUse
 from jaxtron.plan.prediction import Prediction, predict
 from jaxtron.plan.report import Plan
-from jaxtron.plan.table import size
 from jaxtron.train.config import Configuration
+from jaxtron.words import plural, readable_bytes
 
 # Memory by formula may be so far off: what is this little above the GPU's is left to the compiler.
 MARGIN = 0.05
@@ -88,7 +88,7 @@ def search(config: Configuration, machine: Machine, *, num_gpus: int, gpus_per_n
     layout runs, or none fits, or the GPUs do not fill nodes.
     """
     if num_gpus % min(gpus_per_node, num_gpus):
-        raise UserError(f"{num_gpus} GPUs do not fill nodes of {gpus_per_node}: use a multiple of {gpus_per_node}")
+        raise UserError(f"{num_gpus:,} GPUs do not fill nodes of {gpus_per_node}: use a multiple of {gpus_per_node}")
     config, capacity = config.resolved(), machine.datasheet.memory_bytes
     own, own_problem = _own(config, num_gpus)
     found = list(dict.fromkeys((*layouts(config, num_gpus, gpus_per_node), *((own,) if own else ()))))
@@ -181,8 +181,8 @@ def compile_best(found: Search, top: int, compile_layout: Callable[[Configuratio
         own = next(done, None) or compile_one(own)
     if not compiled:
         raise UserError(
-            f"none of the {len(unfit)} best layouts fits when compiled: they need "
-            f"{size(min(one.memory.total for one in unfit))} and more a GPU; use a larger --top, or more GPUs"
+            f"none of the {plural(len(unfit), 'best layout')} fits when compiled: they need "
+            f"{readable_bytes(min(one.memory.total for one in unfit))} and more a GPU; use a larger --top, or more GPUs"
         )
     # of two that take the same time the own comes first: then there is nothing to change
     compiled.sort(key=lambda one: (one.prediction.step_seconds, not found.is_own(one)))
@@ -211,13 +211,13 @@ def _nothing(
     gpu, model = machine.datasheet, config.model
     if layout:
         return (
-            f"no layout of {num_gpus} {gpu.name} fits: the smallest, {layout}, needs {size(needed)} or more of "
-            f"{size(gpu.memory_bytes)} a GPU; use more GPUs or larger ones"
+            f"no layout of {num_gpus:,} {gpu.name} fits: the smallest, {layout}, needs {readable_bytes(needed)} or "
+            f"more of {readable_bytes(gpu.memory_bytes)} a GPU; use more GPUs or larger ones"
         )
     if refused:
-        return f"no layout of {num_gpus} GPUs runs: {refused[0]}"
+        return f"no layout of {plural(num_gpus, 'GPU')} runs: {refused[0]}"
     return (
-        f"no layout of {num_gpus} GPUs runs: data x fsdp must divide train.global_batch {config.train.global_batch}, "
-        f"tensor the {model.num_heads} heads, and pipe is at most the {model.layout.repeats} layers; change --gpus or "
-        "--train.global_batch"
+        f"no layout of {plural(num_gpus, 'GPU')} runs: train.global_batch {config.train.global_batch} must be a "
+        f"multiple of data x fsdp, model.num_heads {model.num_heads} of tensor, and pipe is at most the "
+        f"{plural(model.layout.repeats, 'layer')}; change --gpus or --train.global_batch"
     )

@@ -25,6 +25,7 @@ from jaxtron.sharding.rules import make_rules, use
 from jaxtron.train.config import Configuration
 from jaxtron.train.runtime import simulate_devices, start_compiler, start_runtime
 from jaxtron.train.setup import make_trainer
+from jaxtron.words import readable_bytes
 
 
 def show_plan(config: Configuration, request: Request) -> None:
@@ -89,7 +90,7 @@ def show_schedule(config: Configuration, request: Request) -> None:
         schedule.png(table, request.png)
     print(f"mesh: {mesh}")
     print(schedule.text(table, width=width, color=color, chunk_bytes=partition.chunk_rows * each))
-    print(f"layers    {_lengths(partition.lengths)}; one keeps {each:,} bytes of a microbatch on a device")
+    print(f"layers    {_lengths(partition.lengths)}; one keeps {readable_bytes(each)} of a microbatch on a device")
     if partition.num_stages > 1:
         print("memory    one program runs on all stages, so every device makes room for the fullest one's activations")
     _tell_written(request.csv, request.png)
@@ -139,7 +140,7 @@ def _fill(config: Configuration, num_gpus: int) -> Configuration:
         return config
     mesh = config.mesh.model_copy(update={"data": config.mesh.data * num_gpus // known})
     train = config.train.model_copy(update={"global_batch": config.train.global_batch * num_gpus // known})
-    print(f"{num_gpus} GPUs hold {num_gpus // known} of this mesh: --mesh.data {mesh.data}", end=" ")
+    print(f"{num_gpus:,} GPUs hold {num_gpus // known:,} of this mesh: --mesh.data {mesh.data}", end=" ")
     print(f"--train.global_batch {train.global_batch}")
     return config.model_copy(update={"mesh": mesh, "train": train})
 
@@ -158,7 +159,7 @@ def _title(request: Request) -> str:
 
 def _lengths(lengths: tuple[int, ...]) -> str:
     if len(set(lengths)) == 1:
-        return f"{lengths[0]} in each of {len(lengths)} parts"
+        return f"{lengths[0]} in each of {len(lengths)} parts" if len(lengths) > 1 else f"{lengths[0]} in one part"
     return f"{', '.join(map(str, lengths))} in the parts"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from jaxtron.plan import layout
 from jaxtron.plan.census import UNKNOWN_AXES, Collective
 from jaxtron.plan.rehearsal import Rehearsal
-from jaxtron.plan.table import size
+from jaxtron.words import readable_bytes
 
 # a payload a step below this is scalars, norms and what a loss needs of its rows
 SMALL = 2**20
@@ -60,8 +60,8 @@ def _compiler(messages: tuple[str, ...]) -> Iterator[Surprise]:
         elif match := _NO_ROOM.search(line):
             limit, needed = int(match[1]), int(match[2])
             yield Surprise(
-                f"XLA estimates {size(needed)} for the program and aims at {size(limit)}: it then schedules for little "
-                "memory, which can leave communication exposed"
+                f"XLA estimates {readable_bytes(needed)} for the program and aims at {readable_bytes(limit)}: it then "
+                "schedules for little memory, which can leave communication exposed"
             )
 
 
@@ -71,7 +71,8 @@ def _resharding(rehearsal: Rehearsal) -> Iterator[Surprise]:
         if entry.group_size <= 1 or entry.step_bytes < SMALL or _is_expected(entry):
             continue
         axes = " and ".join(entry.axes) if entry.axes != UNKNOWN_AXES else "no axes of the mesh"
-        what = f"{entry.kind} over {axes}: {size(entry.step_bytes)} a step, from {entry.source or 'no named operation'}"
+        moved = readable_bytes(entry.step_bytes)
+        what = f"{entry.kind} over {axes}: {moved} a step, from {entry.source or 'no named operation'}"
         yield Surprise(what, entry.step_bytes, entry.location)
 
 
@@ -89,7 +90,9 @@ def _replicated(rehearsal: Rehearsal) -> Iterator[Surprise]:
             names = ", ".join(row.name for row in whole[:3]) + (", ..." if len(whole) > 3 else "")
             is_unshared = axis in ("data", "context") and rehearsal.config.sharding.zero == "none"
             fix = "; --sharding.zero optimizer shares them" if is_unshared else ""
-            yield Surprise(f"whole on all {number} of {axis}: the state of {names}, {size(saved)} a GPU{fix}", saved)
+            yield Surprise(
+                f"whole on all {number} of {axis}: the state of {names}, {readable_bytes(saved)} a GPU{fix}", saved
+            )
 
 
 def _could_split(row: layout.Row, axis: str, sizes: Mapping[str, int]) -> bool:

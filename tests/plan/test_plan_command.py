@@ -16,6 +16,7 @@ from jaxtron.plan.__main__ import main
 from jaxtron.plan.activations import layer_bytes
 from jaxtron.plan.request import parse
 from jaxtron.train.config import Configuration
+from jaxtron.words import readable_bytes
 
 # the devices that the tests run on
 PIPE = "--devices 8 --mesh.pipe 4 --mesh.tensor 2 --train.microbatches 8 --model.num_layers 8 --model.hidden_size 64 "
@@ -42,11 +43,13 @@ def test_a_schedule_drawn_and_written(tmp_path: Path):
 def test_bytes_of_a_stage_are_those_of_its_layers():
     # uneven stages: a chunk takes the rows of the longest
     code, out, _ = plan(f"--schedule {PIPE} --pipeline.stage_layers 1 2 3 2")
-    one = int(re.search(r"one keeps ([\d,]+) bytes", out)[1].replace(",", ""))
-    rows = re.findall(r"^ +(\d) +\d+ +(\d+) +([\d,]+)$", out, re.MULTILINE)
-    assert code == 0 and one > 0 and "1, 2, 3, 2 in the parts" in out
+    # the mesh is filled with one replica; a microbatch is four rows of the batch of 32
+    one = layer_bytes(configuration(PIPE), {"pipe": 4, "data": 1, "fsdp": 1, "context": 1, "tensor": 2})
+    assert f"one keeps {readable_bytes(one)} of a microbatch" in out
+    rows = re.findall(r"^ +(\d) +\d+ +(\d+) +([\d.]+ \w+)$", out, re.MULTILINE)
+    assert code == 0 and "1, 2, 3, 2 in the parts" in out
     assert [(int(stage), int(count)) for stage, count, _ in rows] == [(0, 4), (1, 3), (2, 2), (3, 1)]
-    assert [int(text.replace(",", "")) for *_, text in rows] == [count * 3 * one for count in (4, 3, 2, 1)]
+    assert [text for *_, text in rows] == [readable_bytes(count * 3 * one) for count in (4, 3, 2, 1)]
 
 
 def configuration(flags: str) -> Configuration:
@@ -67,7 +70,7 @@ def test_bytes_of_a_layer_shrink_with_what_splits_them():
 
 def test_without_devices_axes_left_open_are_one():
     code, out, _ = plan("--schedule --mesh.pipe 4 --mesh.tensor 8 --model.num_heads 16 --model.hidden_size 64")
-    assert code == 0 and out.startswith("mesh: pipe 4 x tensor 8\n1f1b: 4 stages, 1 microbatches\n")
+    assert code == 0 and out.startswith("mesh: pipe 4 x tensor 8\n1f1b: 4 stages, 1 microbatch\n")
     assert "3 in each of 4 parts" in out
 
 
@@ -175,7 +178,7 @@ def test_a_plan_of_a_cluster_that_holds_more_replicas(tmp_path: Path):
     code, out, err = plan(f"{command} --json {json} --hlo {hlo}")
     assert (code, err) == (0, "")
     assert out.startswith("16 GPUs hold 8 of this mesh: --mesh.data 8 --train.global_batch 32\n")
-    assert "on 16 h100 (2 nodes)" in out and "\nmesh: data 8 x tensor 2; 1 microbatches of 4 x 64 tokens\n" in out
+    assert "on 16 h100 (2 nodes)" in out and "\nmesh: data 8 x tensor 2; 1 microbatch of 4 x 64 tokens\n" in out
     assert hlo.read_text().startswith("HloModule") and out.endswith(f"written   {json}\nwritten   {hlo}\n")
     code, out, err = plan(f"{command} --compare {json}")
     assert (code, err) == (0, "") and out.endswith("\nchanges: none\n")

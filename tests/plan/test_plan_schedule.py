@@ -18,9 +18,9 @@ stage 0  F0 .  F1 B0 F2 B1 .  B2
 stage 1  .  F0 B0 F1 B1 F2 B2 .
 F forward, B backward; the number is the microbatch; . is idle
 
-stage  warm-up  most in flight  peak activation bytes
-    0        1               2                  2,000
-    1        0               1                  1,000
+stage  warm-up  most in flight  peak activations
+    0        1               2         1.953 MiB
+    1        0               1          1000 KiB
 
 ticks     8, ideally 6: 33.3% more
 time      12 forwards of a stage; bubble 33.3%, or 55.6% if every tick waits for its longest entry
@@ -28,15 +28,15 @@ messages  6 a step, at most 3 of one kind over one link (activations, stage 0 to
 
 
 def test_a_small_schedule_as_text():
-    assert text(make_schedule("1f1b", 2, 3), chunk_bytes=1000) == DRAWN
+    assert text(make_schedule("1f1b", 2, 3), chunk_bytes=1000 * 2**10) == DRAWN
 
 
 def test_bytes_are_known_by_stage_or_not_at_all():
     schedule = make_schedule("zero_bubble", 4, 8)
-    assert "bytes" not in text(schedule)
+    assert "activations" not in text(schedule).partition("ticks ")[0]
     drawn = text(schedule, chunk_bytes=[10, 20, 30, 40])
     # pairs count as much as what is in flight: four in all on every stage
-    assert re.findall(r"^ +\d(?: +\d)+ +(\d+)$", drawn, re.MULTILINE) == ["40", "80", "120", "160"]
+    assert re.findall(r"^ +\d(?: +\d)+ +(\d+ B)$", drawn, re.MULTILINE) == ["40 B", "80 B", "120 B", "160 B"]
     with pytest.raises(ValueError, match="3 stages for a schedule of 4"):
         text(schedule, chunk_bytes=[1, 2, 3])
 

@@ -15,8 +15,8 @@ from jaxtron.plan.machine import machine_named
 from jaxtron.plan.prediction import predict
 from jaxtron.plan.ranking import text, write_json
 from jaxtron.plan.search import MARGIN, Search, compile_best, search
-from jaxtron.plan.table import size
 from jaxtron.train.config import Configuration
+from jaxtron.words import readable_bytes
 
 A100, H100 = machine_named("a100"), machine_named("h100")
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -188,8 +188,18 @@ def test_an_own_layout_that_does_not_run_or_fit_is_told():
 @pytest.mark.parametrize(
     "flags, name, gpus, message",
     [
-        ("", "gpt_22b", 1, "no layout of 1 a100 fits: the smallest, one device, .* needs .* use more GPUs"),
-        ("--train.global_batch 3 --model.num_layers 2", None, 7, "data x fsdp must divide train.global_batch 3"),
+        (
+            "",
+            "gpt_22b",
+            1,
+            "no layout of 1 a100 fits: the smallest, one device, .* [24] microbatches, .* GiB a GPU; use more GPUs",
+        ),
+        (
+            "--train.global_batch 3 --model.num_layers 2",
+            None,
+            7,
+            "train.global_batch 3 must be a multiple of data x fsdp",
+        ),
         ("", "gpt_22b", 12, "12 GPUs do not fill nodes of 8: use a multiple of 8"),
     ],
 )
@@ -235,7 +245,7 @@ def test_the_compiled_are_ranked_among_themselves_and_the_unfit_dropped(small: S
         seconds = [one.prediction.step_seconds for one in ranking]
         assert seconds == sorted(seconds) and all((one.plan is not None) is is_compiled for one in ranking)
     told = text(found, "small", tokens=1e9)
-    assert "4 compiled, 1 of them did not fit" in told and "1e+09 tokens take" in told
+    assert "4 compiled, 1 of them too big" in told and "1.00 billion tokens take" in told
     assert f"type: {found.best.layout.flags(found.config)}" in told
     write_json(found, "small", tmp_path / "found.json")
     plain = json.loads((tmp_path / "found.json").read_text())
@@ -278,7 +288,9 @@ def test_an_own_layout_too_big_when_compiled_is_told_with_the_compilers_bytes(sm
     own = small.own.layout.mesh_text
     found = compile_best(small, 1, compiled_as(small, {}, {own}, []))
     told = text(found, "small")
-    assert found.own in found.unfit and f"own layout does not fit: {size(found.own.memory.total)} a GPU" in told
+    assert (
+        found.own in found.unfit and f"own layout does not fit: {readable_bytes(found.own.memory.total)} a GPU" in told
+    )
     assert "own, does not fit" in told
 
 
