@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import errno
 import importlib
 import importlib.metadata
 import os
@@ -142,6 +143,8 @@ def natural(text: str) -> int:
 
 def file_path(text: str) -> Path:
     """A flag's file or folder; `~` is the home directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text names no file; leave the flag out or give a name")
     return Path(expand_home(text))
 
 
@@ -151,7 +154,7 @@ def check_output(flag: str, path: Path) -> None:
     if os.path.isdir(path):
         reason = f"{path} is a folder"
     elif not os.path.isdir(folder):
-        reason = f"there is no folder {folder}"
+        reason = f"{folder} is no folder" if os.path.exists(folder) else f"there is no folder {folder}"
     elif not os.access(folder, os.W_OK):
         reason = f"the folder {folder} cannot be written"
     else:
@@ -210,6 +213,12 @@ def _run(main: Callable[[list[str]], int | None], words: list[str]) -> int:
         return code
     except UserError as error:
         print("error:", " ".join(map(_shortened, str(error).split())), file=sys.stderr)
+        return 2
+    except OSError as error:
+        # raised even by asking whether there is such a file
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {_shortened(str(error.filename))}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return interrupts.exit_code()

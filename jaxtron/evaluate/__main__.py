@@ -13,6 +13,8 @@ def main(argv: list[str]) -> int:
     request = parse(argv)
     trained, config = read_configuration(request)
     raw = "".join(map(read_text, request.text))
+    if not raw:
+        raise UserError(f"--text {' '.join(map(str, request.text))} has no text to score; give a file that has")
     stride = request.stride or config.data.sequence_length
     if stride > config.data.sequence_length:
         raise UserError(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxtron.command import FlagParser, file_path, natural, positive
+from jaxtron.command import FlagParser, check_output, file_path, natural, positive
 from jaxtron.config import UserError, load, settings, split_arguments
 from jaxtron.data.config import DataConfig
 from jaxtron.data.file_kind import file_kind
@@ -58,6 +58,8 @@ def parse(argv: list[str]) -> Request:
     for name, _ in flags:
         if name in known and name not in SETTINGS and name.partition(".")[0] not in SECTIONS:
             raise UserError(f"--{name} is the checkpoint's own: leave it out, only {_taken()} can be set")
+    if found.json is not None:
+        check_output("--json", found.json)
     rest.remove(words[0])
     given = {name: value for name, value in vars(found).items() if value is not None}
     return Request(**given | {"run": file_path(words[0]), "text": tuple(found.text), "overrides": tuple(rest)})

@@ -134,7 +134,10 @@ def test_the_default_is_the_standard_library(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sequence_length": 90}, "has 100 tokens, 90 of them to train on, but one sample needs 91; give more text"),
+        (
+            {"sequence_length": 90},
+            "90 of them to train on beside data.validation_fraction 0.1, but one sample needs 91; give more text",
+        ),
         ({"validation_fraction": 0.01}, "0.01 of 100 tokens leaves 1 to validate on, but 2 are needed"),
         ({"tokenizer": "characters", "end_of_document": "x"}, "has no effect with the characters tokenizer"),
     ],

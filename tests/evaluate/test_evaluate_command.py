@@ -146,7 +146,7 @@ def one_line(*arguments: object) -> str:
         ("--data.tokenizer nowhere.json", "no tokenizer nowhere.json"),
         ("--data.tokenizer bytes", "the tokenizer bytes has 257 tokens, more than the model's 32"),
         ("--detokenize ptb", "--detokenize: invalid choice: 'ptb'"),
-        ("--json /dev/null/a.json", "cannot write /dev/null/a.json: Not a directory"),
+        ("--json /dev/null/a.json", "--json /dev/null/a.json: /dev/null is no folder"),
         ("--text", "--text: expected at least one argument"),
     ],
 )

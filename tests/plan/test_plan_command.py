@@ -115,11 +115,11 @@ def test_layout_counts_layers_and_not_empty_rows():
         ("--schedule --devices 8 --mesh.pipe 2 --pipeline.schedule gpip", "did you mean gpipe?"),
         (
             "--schedule --devices 8 --mesh.pipe 2 --csv /dev/null/a.csv",
-            "--csv /dev/null/a.csv: there is no folder /dev/null",
+            "--csv /dev/null/a.csv: /dev/null is no folder",
         ),
         (
             "--schedule --devices 8 --mesh.pipe 2 --png /dev/null/a.png",
-            "--png /dev/null/a.png: there is no folder /dev/null",
+            "--png /dev/null/a.png: /dev/null is no folder",
         ),
     ],
 )

@@ -18,7 +18,7 @@ from jaxtron.plan.report import FORMAT
     [
         ("--gpu h100 --json nowhere/plan.json", "--json nowhere/plan.json: there is no folder nowhere; give a file in"),
         ("--gpu h100 --hlo .", "--hlo .: . is a folder; give a file in a folder that can be written"),
-        ("--schedule --png /dev/null/x.png", "--png /dev/null/x.png: there is no folder /dev/null"),
+        ("--schedule --png /dev/null/x.png", "--png /dev/null/x.png: /dev/null is no folder"),
         ("--schedule --csv nowhere/x.csv", "--csv nowhere/x.csv: there is no folder nowhere"),
         ("--gpu h100 --calibrate nowhere.jsonl", "nowhere.jsonl does not exist: give the metrics.jsonl"),
         ("--gpu h100 --gpus 12", "--gpus 12 do not fill nodes of 8: give a multiple of 8, or another --gpus-per-node"),

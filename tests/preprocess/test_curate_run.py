@@ -314,6 +314,28 @@ def test_a_bad_line_is_named(tmp_path, line, piece_bytes):
     with pytest.raises(UserError) as error:
         run(tmp_path / "out", str(tmp_path / "in.jsonl"), steps=("exact",), piece_bytes=piece_bytes)
     assert BAD_LINES[line] in str(error.value) and "in.jsonl" in str(error.value)
+    # the first piece that was read is kept, for going on; where there is none, nothing
+    assert (tmp_path / "out").exists() == (piece_bytes == 10)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"{}", b'{"identity": 3}', b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("name", ["report.json", "work/settings.json"])
+def test_a_damaged_file_of_an_earlier_curation_is_named(tmp_path, name, content):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": document(1)}) + "\n")
+    (tmp_path / "out" / "work").mkdir(parents=True)
+    (tmp_path / "out" / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"out/{name} is damaged .*; choose another --output, or delete that folder"):
+        run(tmp_path / "out", str(tmp_path / "in.jsonl"), steps=("exact",))
+    assert (tmp_path / "out" / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("lost", ["documents", "dropped", "kept", "cut"])
+def test_a_report_that_lost_a_figure_is_named(tmp_path, lost):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": document(1)}) + "\n")
+    report = run(tmp_path / "out", str(tmp_path / "in.jsonl"), steps=("exact",))
+    (tmp_path / "out" / "report.json").write_text(json.dumps({k: v for k, v in report.items() if k != lost}))
+    with pytest.raises(UserError, match=f"out/report.json is damaged .KeyError: '{lost}'"):
+        run(tmp_path / "out", str(tmp_path / "in.jsonl"), steps=("exact",))
 
 
 def test_bad_lines_may_be_dropped(tmp_path):
@@ -332,7 +354,7 @@ ALL_OFF = {"min_words": None, "min_stop_words": None, "max_duplicate_ngrams": ()
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no step is named. length: drop documents"),
+        ([], "no step is named: give --steps, some of length, quality"),
         (["--steps", "exact"], "no input; say --input"),
         (["--steps", "exact", "--input", "x.jsonl"], "no output"),
         (["--steps", "exact", "--input", "nowhere.jsonl", "--output", "OUT"], "no such file or folder nowhere.jsonl"),

@@ -23,11 +23,12 @@ from jaxtron.preprocess.curate.engine import Engine, LocalEngine
 from jaxtron.preprocess.curate.minhash import best_bands
 from jaxtron.preprocess.curate.ray_engine import RayEngine
 from jaxtron.preprocess.curate.records import find_parts, write_json, written_whole
-from jaxtron.preprocess.curate.report import make_report
+from jaxtron.preprocess.curate.report import make_report, summary
 from jaxtron.preprocess.curate.work import Job, save
 from jaxtron.preprocess.inputs import InputFile, find_inputs, taken_for
 
 FORMAT_VERSION = 1
+REPORT = "report.json"
 # how a run is done, not what it does
 MANNER = {"workers", "engine", "ray_address", "output"}
 SECONDS_BETWEEN_LINES = 5.0
@@ -44,13 +45,15 @@ def curate(config: Curation) -> dict[str, Any]:
     tasks = decontaminate.read_tasks(config.decontaminate, _say) if "decontaminate" in config.steps else None
     identity = _identity(config, files)
     output = Path(config.output)
-    report_file, folder = output / "report.json", output / "work"
+    report_file, folder = output / REPORT, output / "work"
     if report_file.exists():
-        if json.loads(report_file.read_text()).get("identity") != identity:
+        report = _read_own(report_file)
+        if report["identity"] != identity:
             raise UserError(f"{output} holds another curation, or input has changed; choose another --output")
         shutil.rmtree(folder, ignore_errors=True)
         _say(f"{report_file} is there already: nothing to do")
-        return json.loads(report_file.read_text())
+        return report
+    is_new = not output.exists()
     _open_folder(output, folder, identity)
     for line in taken_for(files):
         _say(f"read as {line}")
@@ -58,7 +61,7 @@ def curate(config: Curation) -> dict[str, Any]:
     if "near" in config.steps:
         near = config.near
         job = replace(job, bands=best_bands(near.jaccard, near.hashes, near.miss_weight))
-    with _mendable(output), _locked(folder), _opened(config) as engine:
+    with _nothing_left(job, output, is_new), _mendable(output), _locked(folder), _opened(config) as engine:
         if tasks is not None and not job.path("tasks", "ngrams").exists():
             save(job.path("tasks", "ngrams"), hashes=tasks.hashes, sizes=tasks.sizes)
         job = _run_stages(job, engine)
@@ -79,8 +82,10 @@ def curate(config: Curation) -> dict[str, Any]:
 
 def _check(config: Curation) -> None:
     if not config.steps:
-        steps = "; ".join(f"{step}: {meaning}" for step, meaning in STEPS.items())
-        raise UserError(f"no step is named. {steps}. Usual: --steps length quality exact near")
+        raise UserError(
+            f"no step is named: give --steps, some of {', '.join(STEPS)} (--help tells what they do), usually length "
+            "quality exact near"
+        )
     if not config.input:
         raise UserError("no input; say --input a.jsonl b.jsonl.gz ...")
     if not config.output:
@@ -101,12 +106,26 @@ def _identity(config: Curation, files: Sequence[InputFile]) -> str:
     return hashlib.sha256(json.dumps([FORMAT_VERSION, settings, described, model]).encode()).hexdigest()[:32]
 
 
+def _read_own(path: Path) -> dict[str, Any]:
+    """A file that a curation wrote about itself; `UserError` if it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("identity"), str):
+            raise ValueError("it does not say of which curation it is")
+        if path.name == REPORT:
+            summary(found)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path} is damaged ({reason}); choose another --output, or delete that folder") from None
+    return found
+
+
 def _open_folder(output: Path, folder: Path, identity: str) -> None:
     """Makes the output and work folders, or finds those of an earlier run of the same curation."""
     settings = folder / "settings.json"
     try:
         if settings.exists():
-            if json.loads(settings.read_text()).get("identity") != identity:
+            if _read_own(settings)["identity"] != identity:
                 raise UserError(
                     f"{output} holds the beginning of another curation, or input has changed; "
                     f"delete that folder or choose another --output"
@@ -135,6 +154,17 @@ def _remove(output: Path) -> None:
     with suppress(OSError):
         # only where it is empty
         output.rmdir()
+
+
+@contextmanager
+def _nothing_left(job: Job, output: Path, is_new: bool) -> Iterator[None]:
+    """Takes a new output away again where bad input ended the curation before any part was read."""
+    try:
+        yield
+    except UserError:
+        if is_new and not any(job.path("scan", f"{part.number:05d}").exists() for part in job.parts):
+            shutil.rmtree(output, ignore_errors=True)
+        raise
 
 
 @contextmanager
