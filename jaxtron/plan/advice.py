@@ -1,5 +1,6 @@
 """The first thing to change when a step does not fit."""
 
+from jaxtron.plan.candidates import LEAST_PART
 from jaxtron.plan.memory import MemoryUse
 from jaxtron.train.config import Configuration
 
@@ -33,7 +34,11 @@ def _smaller_activations(config: Configuration, sizes: dict[str, int]) -> str:
         return _smaller_microbatch(config, sizes)
     if recompute != "full":
         return "--model.recompute full (activations take most, and a microbatch is one row already)"
-    return "more of mesh.tensor or mesh.pipe (activations take most, although all is computed again)"
+    why = "activations take most, although all is computed again"
+    parts = 2 * sizes["context"]
+    if config.data.sequence_length >= parts * LEAST_PART and not config.model.attention_dropout:
+        return f"--mesh.context {parts}, on more GPUs ({why})"
+    return f"more of mesh.tensor or mesh.pipe ({why})"
 
 
 def _smaller_microbatch(config: Configuration, sizes: dict[str, int]) -> str:

@@ -10,6 +10,7 @@ from jaxtron.plan import hlo
 _OPERAND = re.compile(r"%([\w.\-]+)")
 # of a `dot`, and of a library's product
 _CONTRACTED = re.compile(r'\blhs_contracting_dims=\{([\d,]*)\}|"lhs_contracting_dimensions":\[([\d,"]*)\]')
+_DOTS = ("dot", "scaled-dot", "ragged-dot")
 _LIBRARY = "__cublas$"
 # a kernel of ours, which says how many it has (`kernels/mosaic.py`)
 _KERNEL = re.compile(r"mosaic\.\w+\.flops(\d+)")
@@ -42,7 +43,7 @@ class Work:
 def work(module: hlo.Module, computation: str | None = None) -> Work:
     """The products of a computation (none: the program's entry), loops counted by their trips.
 
-    They are `dot`s, calls of cuBLAS, and kernels of ours, run at once or between a start and an end, in whatever
+    They are dots, calls of cuBLAS, and kernels of ours, run at once or between a start and an end, in whatever
     computation they lie. A `ValueError` for a loop whose trips are unknown.
     """
     name = module.entry if computation is None else computation
@@ -111,7 +112,7 @@ def _branches(instruction: hlo.Instruction) -> list[str]:
 def _product(instruction: hlo.Instruction, shapes: dict[str, tuple[hlo.Array, ...]]) -> int:
     """FLOPs of the instruction itself, 0 if it is no product; a start has those of the pair."""
     operation = instruction.operation
-    if operation not in ("dot", "custom-call"):
+    if operation not in (*_DOTS, "custom-call"):
         return 0
     if operation == "custom-call":
         if match := _KERNEL.search(instruction.attributes):

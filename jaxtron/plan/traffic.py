@@ -10,6 +10,7 @@ from jaxtron.plan.links import Link, link
 from jaxtron.plan.machine import CollectiveKind, Group, Machine, axes_group
 from jaxtron.plan.practice import Overlap
 from jaxtron.plan.rehearsal import Rehearsal
+from jaxtron.sharding.config import BATCH_AXES, SHARD_AXES
 
 _KINDS: dict[str, CollectiveKind] = {
     "all_gather": "all_gather",
@@ -61,8 +62,9 @@ def rows(rehearsal: Rehearsal, machine: Machine) -> list[Row]:
 def overlap(rehearsal: Rehearsal, machine: Machine) -> Overlap:
     """The part of each kind of communication that the compiled schedule hides, for the model of time."""
     weigh = _weigher(rehearsal, machine)
-    batch = {"data", "fsdp"}
-    once = [entry for entry in rehearsal.collectives if not entry.loops and set(entry.axes) & batch]
+    batch = set(BATCH_AXES)
+    # parts of a sequence share the state as the batch does: what travels in attention does so in a loop over layers
+    once = [entry for entry in rehearsal.collectives if not entry.loops and set(entry.names) & set(SHARD_AXES)]
     at_use = [entry for entry in rehearsal.collectives if entry.loops and set(entry.axes) & batch]
     tensor = [entry for entry in rehearsal.collectives if entry.axes == ("tensor",)]
     split = [entry for entry in rehearsal.collectives if entry.loops and entry.names == ("context",)]

@@ -26,6 +26,7 @@ STARTED = f"(({LEFT}, {RIGHT}), {OUT}, u32[])"
 # what runs one product of %x and %y: lines of the entry, and computations before it
 ONE_PRODUCT = {
     "dot": (f"%out = {OUT} dot(%x, %y), {DIMS}", ""),
+    "scaled dot": (f"%out = {OUT} scaled-dot(%x, %y, %x, %y), {DIMS}", ""),
     "fusion": (f"%out = {OUT} fusion(%x, %y), kind=kCustom, calls=%product", DOT),
     "call": (f"%out = {OUT} call(%x, %y), to_apply=%product", DOT),
     "fusion in a call": (
@@ -35,6 +36,10 @@ ONE_PRODUCT = {
     ),
     "library": (f"%out = ({OUT}, {SPACE}) custom-call(%x, %y), {LIBRARY}", ""),
     "kernel": (f"%out = {OUT} custom-call(%x, %y), {KERNEL}", ""),
+    "library, of eight bits and their scales": (
+        f"%out = ({OUT}, {SPACE}) custom-call(%x, %y, %z, %z), {LIBRARY.replace('lt$matmul', 'lt$matmul$f8')}",
+        "",
+    ),
     "library's start": (
         f"%s = (({LEFT}, {RIGHT}), ({OUT}, {SPACE})) custom-call-start(%x, %y), {LIBRARY}\n"
         f"  %out = ({OUT}, {SPACE}) custom-call-done(%s), {LIBRARY}",
@@ -79,6 +84,14 @@ def module(lines: str, before: str = "") -> hlo.Module:
 def test_a_product_is_counted_once_whatever_wraps_it(name: str) -> None:
     found = work(module(*ONE_PRODUCT[name]))
     assert (found.flops, found.choices) == (PRODUCT, ())
+
+
+def test_products_of_a_batch_are_all_counted() -> None:
+    parameters = "%a = bf16[6,2,8,4]{3,2,1,0} parameter(0)\n  %b = bf16[6,2,4,16]{3,2,1,0} parameter(1)"
+    dims = "lhs_batch_dims={0,1}, lhs_contracting_dims={3}, rhs_batch_dims={0,1}, rhs_contracting_dims={2}"
+    product = f"%out = bf16[6,2,8,16]{{3,2,1,0}} dot(%a, %b), {dims}"
+    text = f"HloModule step\n\nENTRY %main (a: bf16[6,2,8,4]) -> bf16[6,2,8,16] {{\n  {parameters}\n  {product}\n}}\n"
+    assert work(hlo.parse(text)).flops == 12 * PRODUCT
 
 
 def test_what_is_no_product_has_none() -> None:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxtron.config import load
 from jaxtron.gpus import GPUS, gpu_named
 from jaxtron.pipeline.lowering import lower, reached, segments
 from jaxtron.pipeline.schedules import make_schedule
@@ -19,8 +20,10 @@ from jaxtron.plan.machine import machine_named
 from jaxtron.plan.overlap import products_beside
 from jaxtron.plan.rehearsal import Rehearsal, rehearse
 from jaxtron.plan.surprises import surprises
+from jaxtron.sharding.config import AXES
 from jaxtron.train.config import Configuration
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 LAYERS, HIDDEN, LENGTH, VOCAB, MICROBATCHES = 4, 512, 256, 1024, 4
 ROWS = 2
 MESH = {"pipe": 2, "data": 2, "tensor": 2}
@@ -214,6 +217,25 @@ def test_advice_names_the_largest_class() -> None:
     assert "--sharding.zero optimizer" in first_change(config, sizes, dataclasses.replace(use, optimizer=large))
     assert "--model.recompute selective" in first_change(config, sizes, dataclasses.replace(use, activations=large))
     assert "--train.microbatches 8" in first_change(config, sizes, dataclasses.replace(use, temporaries=large))
+
+
+def test_advice_for_long_sequences_is_to_split_them() -> None:
+    config, sizes = load(Configuration, CONFIGS / "llama3_8b_128k.yaml"), {"pipe": 1, "data": 1, "fsdp": 8, "tensor": 1}
+    use = dataclasses.replace(step().memory_use, activations=2**40)
+    assert first_change(config, sizes | {"context": 8}, use).startswith("--mesh.context 16, on more GPUs")
+    assert first_change(config, sizes | {"context": 16}, use).startswith("more of mesh.tensor or mesh.pipe")
+
+
+def test_what_parts_of_a_sequence_share_is_hidden_where_it_runs_beside_products() -> None:
+    """With `mesh.context` alone gradients are summed over it, once a step."""
+    machine = machine_named("h100")
+    entry = max(step().collectives, key=lambda entry: entry.bytes)
+    once = dataclasses.replace(entry, kind="reduce_scatter", axes=("context",), group_size=2, loops=(), beside=10**18)
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, 2, 1), AXES)
+    for beside, part in ((10**18, 1.0), (0, 0.0)):
+        planted = dataclasses.replace(once, beside=beside, asynchronous=True, conditional=False)
+        rehearsal = dataclasses.replace(step(), collectives=(planted,), mesh=mesh)
+        assert traffic.overlap(rehearsal, machine).data == part
 
 
 def test_a_gpu_from_its_target_file(tmp_path: Path) -> None:
