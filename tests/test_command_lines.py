@@ -207,7 +207,13 @@ def test_the_mesh_is_checked_before_jax_starts_where_the_devices_are_known():
     config = load(Configuration, TINY)
     assert known_devices(config, {}) in (1, None)
     assert known_devices(config, {"XLA_FLAGS": ""}) is None and known_devices(config, {"JAX_PLATFORMS": "cpu"}) is None
-    assert known_devices(config.model_copy(update={"devices": 8}), {"JAX_PLATFORMS": "cuda"}) == 8
+    simulated = config.model_copy(update={"devices": 8})
+    assert known_devices(simulated, {"JAX_PLATFORMS": "cuda"}) == 8
+    # each of two processes simulates as many; how many a launcher starts is not known here
+    two = {"coordinator_address": "node001:12345", "num_processes": 2, "process_id": 0}
+    runtime = config.runtime.model_copy(update=two)
+    assert known_devices(simulated.model_copy(update={"runtime": runtime}), {}) == 16
+    assert known_devices(simulated, {"OMPI_COMM_WORLD_SIZE": "2"}) is None
     ended = run_main(train, [TINY, "--devices", "8", "--mesh.tensor", "3"])
     assert ended.code == 2 and ended.out == ""
     assert "mesh.tensor 3 needs a multiple of 3 devices, there are 8" in ended.err and "--devices 3" in ended.err

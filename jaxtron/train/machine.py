@@ -36,8 +36,10 @@ def is_first_process(config: Configuration, environment: Mapping[str, str] = os.
 
 def known_devices(config: Configuration, environment: Mapping[str, str] = os.environ) -> int | None:
     """Devices of the run where they are sure without asking JAX: simulated ones, or a lone process's CPU; else None."""
-    if config.devices is not None:
-        return config.devices
-    told = {"JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS"} & environment.keys()
     joins = config.runtime.coordinator_address is not None or find_launcher(environment) is not None
+    if config.devices is not None:
+        # each of several processes simulates as many
+        processes = config.runtime.num_processes if joins else 1
+        return None if processes is None else config.devices * processes
+    told = {"JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS"} & environment.keys()
     return None if told or joins or config.runtime.xla_flags or has_driver() else 1
