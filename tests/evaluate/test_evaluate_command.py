@@ -168,7 +168,7 @@ def test_bad_texts(trained: TrainedRun, tmp_path: Path):
         "latin": f"--text {paths['latin']} is not UTF-8 text: byte 0xe9 at offset 3",
         "one": f"{paths['one']} has 1 tokens, and the first is not scored",
         "lines": f"--text {paths['lines']} is JSON lines, not text; write the texts of its documents to a file",
-        "none": f"{paths['none']} has 0 tokens",
+        "none": f"{paths['none']} has no text to score",
         "foreign": f"{paths['foreign']}: the character 'ß' (U+00DF) is not among the",
     }.items():
         assert message in one_line(trained.directory, "--text", paths[name])
