@@ -1,6 +1,7 @@
 """Cross-entropy on a vocabulary-sharded head, a chunk of the sequence at a time."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -83,11 +84,12 @@ def _parts() -> int:
 
 def _over_chunks(chunk, x: Array, table: Array, targets: Array, weights: Array):
     """Sums and gradients over all chunks of tokens; gradients are None where `chunk` forms none."""
-    size = _chunk_length(x.shape[0], table.shape[0])
-    if size == x.shape[0]:
+    tokens = x.shape[0]
+    size = _chunk_length(tokens, table.shape[0])
+    if size == tokens:
         total, nll, dx, dtable = chunk(x, table, targets, weights)
         return total, nll, dx, None if dtable is None else dtable.astype(table.dtype)
-    split = [a.reshape(-1, size, *a.shape[1:]) for a in (x, targets, weights)]
+    split = [_split(a, size) for a in (x, targets, weights)]
 
     def body(dtable: Array, part):
         total, nll, dx, more = chunk(part[0], table, *part[1:])
@@ -95,12 +97,25 @@ def _over_chunks(chunk, x: Array, table: Array, targets: Array, weights: Array):
 
     zeros = vary(jnp.zeros(table.shape, jnp.float32))
     dtable, (total, nll, dx) = jax.lax.scan(body, zeros, split)
-    return total.sum(), nll.sum(), None if dx is None else dx.reshape(x.shape), dtable.astype(table.dtype)
+    dx = None if dx is None else dx.reshape(-1, *x.shape[1:])[:tokens]
+    return total.sum(), nll.sum(), dx, dtable.astype(table.dtype)
+
+
+def _split(tokens: Array, size: int) -> Array:
+    """`[chunk, size, ...]`; the last chunk is filled with zeros, which are tokens of weight 0."""
+    missing = -len(tokens) % size
+    padded = jnp.pad(tokens, [(0, missing), *[(0, 0)] * (tokens.ndim - 1)]) if missing else tokens
+    return padded.reshape(-1, size, *tokens.shape[1:])
 
 
 def _chunk_length(tokens: int, vocab: int) -> int:
-    fits = [size for size in range(1, tokens + 1) if tokens % size == 0 and size * vocab <= CHUNK_ELEMENTS]
-    return max(fits, default=1)
+    """Tokens of a chunk: a divisor of their number that is near the most that fit, or an even share, padded."""
+    most = max(1, CHUNK_ELEMENTS // vocab)
+    if tokens <= most:
+        return tokens
+    divisor = max(size for size in range(1, most + 1) if tokens % size == 0)
+    # up to twice as many chunks cost little; a prime number of tokens would be so many chunks of one
+    return divisor if 2 * divisor >= most else math.ceil(tokens / math.ceil(tokens / most))
 
 
 def _chunk(x: Array, table: Array, targets: Array, weights: Array, *, vocab: int, z_loss: float, with_gradients: bool):

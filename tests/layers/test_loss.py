@@ -13,13 +13,13 @@ from jaxtron.sharding.rules import use
 ROWS, LENGTH, EMBED, VOCAB, PADDED = 3, 8, 6, 13, 16
 
 
-def make_arrays(dtype=np.float32):
+def make_arrays(dtype=np.float32, rows=ROWS, length=LENGTH):
     generator = np.random.default_rng(0)
-    x, table = generator.normal(size=(ROWS, LENGTH, EMBED)), generator.normal(size=(PADDED, EMBED))
+    x, table = generator.normal(size=(rows, length, EMBED)), generator.normal(size=(PADDED, EMBED))
     # rows of padding that would win every maximum if they took part
     table[VOCAB:] *= 100
-    targets = generator.integers(0, VOCAB, (ROWS, LENGTH))
-    weights = generator.random((ROWS, LENGTH)) * (generator.random((ROWS, LENGTH)) > 0.3)
+    targets = generator.integers(0, VOCAB, (rows, length))
+    weights = generator.random((rows, length)) * (generator.random((rows, length)) > 0.3)
     return x.astype(dtype), table.astype(dtype), targets, weights.astype(np.float32)
 
 
@@ -74,24 +74,41 @@ def test_equals_full_logits(rules_for, in_region, run, tensor, z_loss):
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize("tokens", [1, 3, 12])
-def test_chunks_change_nothing(rules_for, run, monkeypatch, tensor, tokens):
-    arrays = make_arrays()
+@pytest.mark.parametrize(
+    ("rows", "length", "most", "tokens"),
+    # the last: 22 tokens make no even chunks but of 1 and 2, so that 4 of 6 are padded
+    [(ROWS, LENGTH, 1, 1), (ROWS, LENGTH, 3, 3), (ROWS, LENGTH, 12, 12), (11, 2, 7, 6)],
+)
+def test_chunks_change_nothing(rules_for, run, in_region, monkeypatch, tensor, rows, length, most, tokens):
+    arrays = make_arrays(rows=rows, length=length)
     with use(rules_for(tensor=tensor)) as rules:
         whole = run(rules, arrays, 0.1)
-        monkeypatch.setattr(loss, "CHUNK_ELEMENTS", tokens * PADDED // tensor)
-        assert loss._chunk_length(ROWS * LENGTH, PADDED // tensor) == tokens
+        monkeypatch.setattr(loss, "CHUNK_ELEMENTS", most * PADDED // tensor)
+        assert loss._chunk_length(rows * length, PADDED // tensor) == tokens
         chunked = run(rules, arrays, 0.1)
-    for one, other in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole), strict=True):
+        scored = in_region(lambda *arrays: cross_entropy(*arrays, VOCAB, 0.1))(*place(rules, arrays))
+    for one, other in zip(jax.tree.leaves((chunked, scored)), jax.tree.leaves((whole, whole[0])), strict=True):
+        assert one.shape == other.shape
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_chunks_are_the_longest_that_fit(monkeypatch):
+def test_chunks_are_about_the_longest_that_fit(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 1000)
     assert loss._chunk_length(24, 100) == 8
     assert loss._chunk_length(12, 10) == 12
-    assert loss._chunk_length(7, 300) == 1
+    assert loss._chunk_length(7, 300) == 3
     assert loss._chunk_length(12, 5000) == 1
+
+
+@pytest.mark.parametrize("tokens", [16381, 2 * 8191, 3 * 5 * 7 * 11 * 13 + 1, 16384, 4095])
+@pytest.mark.parametrize("vocab", [257, 6400, 51200, 256000])
+def test_any_number_of_tokens_has_few_chunks(tokens, vocab):
+    size = loss._chunk_length(tokens, vocab)
+    fewest = -(-tokens * vocab // loss.CHUNK_ELEMENTS)
+    chunks = -(-tokens // size)
+    assert size * vocab <= loss.CHUNK_ELEMENTS and chunks <= 2 * fewest + 1
+    # what is padded is less than a token for each chunk
+    assert chunks * size - tokens < chunks
 
 
 def test_tokens_of_weight_zero_have_no_part(rules_for, run):
