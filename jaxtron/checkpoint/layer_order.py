@@ -1,22 +1,25 @@
-"""A state's layers in the model's order, as checkpoints have them whatever pipeline wrote them.
+"""A state as checkpoints have it, whatever mesh wrote it: layers in the model's order, parameters in their own shapes.
 
 With several stages the rows of stacked arrays lie in the stages' order, some of them empty. An array at a time is
 split along another dimension instead, so that every device has all rows of its part and reorders them by itself.
+Padding that makes parts even is left to the disk: it is cut from what was written, and zeros when read.
 """
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 
-from jaxtron.checkpoint.names import parts
+from jaxtron.checkpoint.names import Signature, parts, signature
 from jaxtron.pipeline.layer_rows import arrange, restore
 from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding.blueprint import Blueprint
+from jaxtron.sharding.parameters import fit
+from jaxtron.sharding.rules import spec_axes
 from jaxtron.typing import Array, PyTree
 
 HOST = "pinned_host"
@@ -31,6 +34,19 @@ class LayerOrder:
 
     partition: Partition
     stacked: frozenset[tuple[str, ...]]
+    shapes: Mapping[tuple[str, ...], tuple[int, ...]] = field(default_factory=dict)
+    """Of the parameters that have padding at rest: their own, of stacked ones with all rows."""
+
+    def on_disk(self, state: PyTree) -> Signature:
+        """What a checkpoint of the state is said to have: layers in the model's order, no padding."""
+
+        def stored(path: KeyPath, leaf: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            shape = self.shapes.get(self._name(path, self.shapes), leaf.shape)
+            if not self.partition.is_in_order and self._has(path):
+                shape = (self.partition.num_layers, *shape[1:])
+            return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+        return signature(jax.tree.map_with_path(stored, state))
 
     def abstract(self, state: PyTree) -> PyTree:
         """Shapes and shardings of `in_model_order` of an abstract state."""
@@ -46,8 +62,9 @@ class LayerOrder:
         def convert(path: KeyPath, leaf: Array) -> Array:
             if not self._has(path):
                 return leaf
-            spec = _spec(self._ordered(leaf))
-            return _to_host(_mover(self.partition, True, spec, spec)(leaf))
+            ordered = self._ordered(leaf)
+            spec = _spec(ordered)
+            return _to_host(_mover(self.partition, True, spec, spec, ordered.shape[1:])(leaf))
 
         return jax.tree.map_with_path(convert, state)
 
@@ -59,7 +76,7 @@ class LayerOrder:
         def convert(path: KeyPath, leaf: Array, wanted: jax.ShapeDtypeStruct) -> Array:
             if not self._has(path):
                 return leaf
-            arranged = _mover(self.partition, False, _spec(leaf), _spec(wanted))(leaf)
+            arranged = _mover(self.partition, False, _spec(leaf), _spec(wanted), wanted.shape[1:])(leaf)
             # before the next one is made: one array at a time exists twice
             jax.block_until_ready(arranged)
             leaf.delete()
@@ -68,32 +85,45 @@ class LayerOrder:
         return jax.tree.map_with_path(convert, state, like)
 
     def _has(self, path: KeyPath) -> bool:
+        return self._name(path, self.stacked) != ()
+
+    def _name(self, path: KeyPath, known: Collection[tuple[str, ...]]) -> tuple[str, ...]:
+        """The known end of a path, which a parameter's moments have too; () where there is none."""
         names = parts(path)
-        return any(names[start:] in self.stacked for start in range(len(names)))
+        return next((names[start:] for start in range(len(names)) if names[start:] in known), ())
 
     def _ordered(self, leaf: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = leaf.sharding
         assert isinstance(sharding, NamedSharding)
-        shape = (self.partition.num_layers, *leaf.shape[1:])
-        sharding = NamedSharding(sharding.mesh, _without_rows(sharding, shape))
-        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+        shape, spec = _without_rows(sharding, leaf.shape[1:])
+        sharding = NamedSharding(sharding.mesh, spec)
+        return jax.ShapeDtypeStruct((self.partition.num_layers, *shape), leaf.dtype, sharding=sharding)
 
 
 def layer_order(partition: Partition, blueprint: Blueprint) -> LayerOrder:
     """The order of a model whose stacked parameters `partition` lays out."""
     axes = jax.tree.leaves_with_path(blueprint.axes, is_leaf=lambda node: isinstance(node, tuple))
-    return LayerOrder(partition, frozenset(parts(path) for path, names in axes if names[:1] == ("layers",)))
+    layouts = jax.tree.leaves_with_path(blueprint.layouts)
+    return LayerOrder(
+        partition,
+        frozenset(parts(path) for path, names in axes if names[:1] == ("layers",)),
+        {parts(path): layout.shape for path, layout in layouts if layout.shape != layout.padded},
+    )
 
 
-def _without_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> PartitionSpec:
-    """The spec with the axes of the rows on the first other dimension that they divide; copied where none is."""
-    rows, *rest = (_axes(entry) for entry in (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))))
-    sizes = sharding.mesh.shape
-    for dim, axes in enumerate(rest):
-        if shape[dim + 1] % math.prod(sizes[axis] for axis in (*axes, *rows)) == 0:
-            rest[dim] = (*axes, *rows)
-            break
-    return PartitionSpec(None, *(axes or None for axes in rest))
+def _without_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[tuple[int, ...], PartitionSpec]:
+    """Shape and spec with the axes of the rows on another dimension, the first that they divide.
+
+    Where they divide none, the one that is padded least; without any they are left out, and the array is copied.
+    """
+    rows, *rest = (spec_axes(entry) for entry in (*sharding.spec, *(None,) * (len(shape) + 1 - len(sharding.spec))))
+    counts = [math.prod(sharding.mesh.shape[axis] for axis in (*axes, *rows)) for axes in rest]
+    padded = [math.ceil(size / count) * count for size, count in zip(shape, counts, strict=True)]
+    if shape:
+        dim = min(range(len(shape)), key=lambda dim: padded[dim] / shape[dim])
+        shape = (*shape[:dim], padded[dim], *shape[dim + 1 :])
+        rest[dim] = (*rest[dim], *rows)
+    return shape, PartitionSpec(None, *(axes or None for axes in rest))
 
 
 def _spec(leaf: Array | jax.ShapeDtypeStruct) -> PartitionSpec:
@@ -101,22 +131,33 @@ def _spec(leaf: Array | jax.ShapeDtypeStruct) -> PartitionSpec:
     return leaf.sharding.spec
 
 
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
 @functools.cache
 def _mover(
-    partition: Partition, to_model_order: bool, where_whole: PartitionSpec, wanted: PartitionSpec
+    partition: Partition,
+    to_model_order: bool,
+    where_whole: PartitionSpec,
+    wanted: PartitionSpec,
+    shape: tuple[int, ...],
 ) -> Callable[[Array], Array]:
-    """Compiled: change the layout, reorder the rows where every device has all of them, change the layout."""
+    """Compiled: change the layout, reorder the rows where every device has all of them, change the layout.
+
+    `shape` is that of a row of the result, with more or less padding.
+    """
     reorder = functools.partial(restore if to_model_order else arrange, partition)
 
     def move(leaf: Array) -> Array:
-        whole = jax.sharding.reshard(leaf, where_whole)
-        return jax.sharding.reshard(jax.sharding.auto_axes(reorder, out_sharding=where_whole)(whole), wanted)
+        before, after = (shape, shape) if to_model_order else (leaf.shape[1:], shape)
+        whole = _laid_out(leaf, before, where_whole)
+        return _laid_out(jax.sharding.auto_axes(reorder, out_sharding=where_whole)(whole), after, wanted)
 
     return jax.jit(move)
+
+
+def _laid_out(leaf: Array, shape: tuple[int, ...], spec: PartitionSpec) -> Array:
+    """The array with rows of this shape, cut or padded, and this spec."""
+    if leaf.shape[1:] == shape:
+        return jax.sharding.reshard(leaf, spec)
+    return jax.sharding.auto_axes(lambda leaf: fit(leaf, (leaf.shape[0], *shape)), out_sharding=spec)(leaf)
 
 
 def _to_host(array: Array) -> Array:

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jaxtron.checkpoint.config import CheckpointConfig
-from jaxtron.checkpoint.names import signature
+from jaxtron.checkpoint.names import Signature, signature
 from jaxtron.checkpoint.record import Record
 from jaxtron.checkpoint.restore import Check, Restored, committed_steps, restore_newest, step_path
 from jaxtron.checkpoint.storage import RecordingHandler, save_arguments
@@ -57,9 +57,10 @@ class Checkpoints:
         """The newest of `steps()`."""
         return max(self._good, default=None)
 
-    def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
+    def save(self, step: int, state: PyTree, extra: dict[str, Any], on_disk: Signature | None = None) -> None:
         """Save a state of global `jax.Array`s, and JSON-able values; a step that is already saved is left as it is.
 
+        `on_disk` where arrays have padding, which is not saved: the signature without it.
         Returns when the arrays may be donated, and before the files are written if `asynchronous`. An earlier save that
         failed in the background is a `UserError` here. All processes call this; the first one's `extra` is stored.
         """
@@ -68,7 +69,7 @@ class Checkpoints:
         self.wait()
         if step in self._good:
             return
-        arguments = save_arguments(state, Record(step, extra, signature(state)))
+        arguments = save_arguments(state, Record(step, extra, on_disk or signature(state)))
         with _failing_as_user_error(step, self.directory):
             if jax.process_index() == 0:
                 self._clear_way(step)
@@ -77,8 +78,10 @@ class Checkpoints:
         if not self.config.asynchronous:
             self.wait()
 
-    def restore(self, abstract_state: PyTree, check: Check = lambda _: None) -> Restored | None:
-        """Restore the newest whole checkpoint, or None where there is none; `check` is that of `restore_newest`.
+    def restore(
+        self, abstract_state: PyTree, check: Check = lambda _: None, on_disk: Signature | None = None
+    ) -> Restored | None:
+        """Restore the newest whole checkpoint, or None where there is none; arguments are those of `restore_newest`.
 
         A `UserError` if the directory has checkpoints and `resume` is off: they would be overwritten.
         """
@@ -90,7 +93,7 @@ class Checkpoints:
                     "turn it on, or choose another --run.directory"
                 )
             return None
-        restored = restore_newest(self.directory, abstract_state, check)
+        restored = restore_newest(self.directory, abstract_state, check, on_disk)
         if restored:
             self._good = {step for step in self._good if step <= restored.step}
         return restored

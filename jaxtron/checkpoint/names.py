@@ -20,6 +20,10 @@ def parts(path: KeyPath) -> tuple[str, ...]:
     return tuple(keystr((entry,), simple=True) for entry in path)
 
 
+def name_of(path: KeyPath) -> str:
+    return ".".join(parts(path))
+
+
 def is_key(leaf: Array | jax.ShapeDtypeStruct) -> bool:
     """Whether a leaf holds typed PRNG keys."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -28,7 +32,7 @@ def is_key(leaf: Array | jax.ShapeDtypeStruct) -> bool:
 def signature(tree: PyTree) -> Signature:
     """The name, dtype and shape of every leaf, in tree order."""
     leaves = jax.tree.leaves_with_path(tree)
-    result = {".".join(parts(path)): (str(leaf.dtype), tuple(leaf.shape)) for path, leaf in leaves}
+    result = {name_of(path): (str(leaf.dtype), tuple(leaf.shape)) for path, leaf in leaves}
     assert len(result) == len(leaves), "two leaves of the state have the same name"
     return result
 

@@ -12,7 +12,7 @@ import jax
 from jaxtyping import PyTree
 
 from jaxtron.checkpoint import record as records
-from jaxtron.checkpoint.names import first_difference, signature
+from jaxtron.checkpoint.names import Signature, first_difference, signature
 from jaxtron.checkpoint.processes import gather_texts
 from jaxtron.checkpoint.record import DamageError, Record
 from jaxtron.checkpoint.storage import read_arrays
@@ -66,20 +66,23 @@ def _matching_steps(directory: Path, pattern: re.Pattern[str]) -> list[int]:
     return json.loads(gather_texts(json.dumps(steps))[0])
 
 
-def restore_newest(directory: Path, abstract_state: PyTree, check: Check = lambda _: None) -> Restored | None:
+def restore_newest(
+    directory: Path, abstract_state: PyTree, check: Check = lambda _: None, on_disk: Signature | None = None
+) -> Restored | None:
     """Restore the newest whole checkpoint of a directory, or None where none was ever finished.
 
     `abstract_state` has a `jax.ShapeDtypeStruct` with a sharding, of any mesh, for each array. All processes call this.
-    `check` sees what was saved beside the arrays before these are read, and may refuse it. A `UserError` if every
-    checkpoint is damaged, or the newest whole one is of another model or optimizer.
+    `check` sees what was saved beside the arrays before these are read, and may refuse it. `on_disk` is the signature
+    without padding, where arrays have some: it is zeros. A `UserError` if every checkpoint is damaged, or the newest
+    whole one is of another model or optimizer.
     """
     found, skipped = _newest_whole(directory)
     if found is not None:
         step, record = found
         path = step_path(directory, step)
         check(record.extra)
-        _check_model(path, record, abstract_state)
-        return Restored(step, read_arrays(path, abstract_state), record.extra, skipped)
+        _check_model(path, record, on_disk or signature(abstract_state))
+        return Restored(step, read_arrays(path, abstract_state, record.arrays), record.extra, skipped)
     if committed_steps(directory):
         raise UserError(
             f"every checkpoint in {directory} is damaged ({_reasons(skipped)}); "
@@ -89,17 +92,23 @@ def restore_newest(directory: Path, abstract_state: PyTree, check: Check = lambd
 
 
 def restore_part(
-    directory: Path, abstract_part: dict[str, PyTree], *, step: int | None = None, check: Check = lambda _: None
+    directory: Path,
+    abstract_part: dict[str, PyTree],
+    *,
+    step: int | None = None,
+    check: Check = lambda _: None,
+    on_disk: Signature | None = None,
 ) -> Restored:
     """Restore some of a state, such as `{"params": ...}` whole, of the newest whole checkpoint or that of `step`.
 
-    `abstract_part`, `check` and the callers are as in `restore_newest`. A `UserError` if there is no such checkpoint,
-    it is damaged, or this part of it is of another model.
+    `abstract_part`, `check`, `on_disk` and the callers are as in `restore_newest`. A `UserError` if there is no such
+    checkpoint, it is damaged, or this part of it is of another model.
     """
+    wanted = on_disk or signature(abstract_part)
     for _ in range(MOST_TRIES):
         committed = committed_steps(directory)
         try:
-            return _restore_part(directory, abstract_part, committed, step, check)
+            return _restore_part(directory, abstract_part, committed, step, check, wanted)
         except (OSError, ValueError):
             # a run that goes on may have replaced the checkpoint by a newer one while it was read; of several
             # processes others may have read it
@@ -111,7 +120,12 @@ def restore_part(
 
 
 def _restore_part(
-    directory: Path, abstract_part: dict[str, PyTree], committed: list[int], step: int | None, check: Check
+    directory: Path,
+    abstract_part: dict[str, PyTree],
+    committed: list[int],
+    step: int | None,
+    check: Check,
+    wanted: Signature,
 ) -> Restored:
     if step is not None and step not in committed:
         there = f"there are those of {', '.join(map(str, committed))}" if committed else "there is none at all"
@@ -124,10 +138,10 @@ def _restore_part(
     path = step_path(directory, newest)
     check(record.extra)
     stored = {name: array for name, array in record.arrays.items() if name.partition(".")[0] in abstract_part}
-    difference = first_difference(stored, signature(abstract_part))
+    difference = first_difference(stored, wanted)
     if difference:
         raise UserError(f"checkpoint {path} is of another model than the configuration here: {difference}")
-    return Restored(newest, read_arrays(path, abstract_part), record.extra, skipped)
+    return Restored(newest, read_arrays(path, abstract_part, record.arrays), record.extra, skipped)
 
 
 def _newest_whole(directory: Path, *, only: int | None = None) -> tuple[tuple[int, Record] | None, tuple[Skipped, ...]]:
@@ -173,8 +187,7 @@ def _skip(skipped: list[Skipped], path: Path, reason: str) -> None:
         logger.warning("checkpoint %s is not used: %s", path, reason)
 
 
-def _check_model(path: Path, record: Record, abstract_state: PyTree) -> None:
-    wanted = signature(abstract_state)
+def _check_model(path: Path, record: Record, wanted: Signature) -> None:
     difference = first_difference(record.arrays, wanted)
     if difference:
         differing = {

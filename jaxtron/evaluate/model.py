@@ -100,7 +100,9 @@ def open_model(request: Request, trained: Configuration, config: Configuration) 
         check_state_fits(config.model, abstract, what="parameters")
         checkpoints = (request.run / "checkpoints").absolute()
         check = partial(_check_record, trained=trained, path=request.run / CONFIG_FILE)
-        restored = restore_part(checkpoints, order.abstract(abstract), step=request.step, check=check)
+        restored = restore_part(
+            checkpoints, order.abstract(abstract), step=request.step, check=check, on_disk=order.on_disk(abstract)
+        )
         state = order.in_stage_order(restored.state, abstract)
         name = first_not_finite(state)
         if name is not None:

@@ -241,10 +241,10 @@ def _rules(sizes: dict[str, int], config: ShardingConfig) -> Rules:
 
 def _state(parameter: Parameter, rules: Rules, rows: int, dtype: jnp.dtype) -> State:
     """One parameter on a device; as `parameters.gather_once` makes the copy to compute with."""
-    axes = _axes(rules.parameter_spec(parameter.axes, parameter.shape))
-    size = math.prod(parameter.shape) * (rows if parameter.is_stacked else 1)
-    at_rest = size // rules.size(axes)
-    whole = size // rules.size(tuple(axis for axis in axes if axis not in rules.gather_once))
+    layout = rules.parameter_layout(parameter.axes, parameter.shape)
+    axes = _axes(layout.spec)
+    count = rows if parameter.is_stacked else 1
+    at_rest, whole = (count * math.prod(rules.part(layout, gathered)) for gathered in ((), rules.gather_once))
     later = rules.size(tuple(axis for axis in axes if axis in rules.gather_at_use)) > 1
     width = FLOAT if later else working_dtype(parameter.role, dtype).itemsize
     is_copied = (width, whole) != (FLOAT, at_rest)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jaxtron.plan.table import aligned
 from jaxtron.sharding.blueprint import Blueprint
@@ -18,7 +18,8 @@ STATE_BYTES = 4
 class Row:
     """One parameter: what it is, where it lies at rest, and what of it a device holds.
 
-    `bytes` are those of its float32 master weights on one device; `replicas` how many devices hold the same part.
+    `bytes` are those of its float32 master weights on one device; `replicas` how many devices hold the same part;
+    `padding` the elements behind it, which make its parts even.
     """
 
     name: str
@@ -28,20 +29,22 @@ class Row:
     role: str
     bytes: int
     replicas: int
+    padding: int
 
 
 def rows(blueprint: Blueprint) -> list[Row]:
     """Every parameter in order, on the current mesh."""
     mesh = current().mesh
     leaves = jax.tree_util.tree_leaves_with_path(blueprint.shapes)
-    specs = jax.tree.leaves(blueprint.specs, is_leaf=lambda node: isinstance(node, PartitionSpec))
+    layouts = jax.tree.leaves(blueprint.layouts)
     axes = jax.tree.leaves(blueprint.axes, is_leaf=lambda node: isinstance(node, tuple))
     found = []
-    for (path, leaf), spec, names, role in zip(leaves, specs, axes, jax.tree.leaves(blueprint.roles), strict=True):
-        part = NamedSharding(mesh, spec).shard_shape(leaf.shape)
-        copies = mesh.size * math.prod(part) // math.prod(leaf.shape)
+    for (path, leaf), layout, names, role in zip(leaves, layouts, axes, jax.tree.leaves(blueprint.roles), strict=True):
+        part = current().part(layout)
+        copies = mesh.size * math.prod(part) // math.prod(layout.padded)
         name = ".".join(str(getattr(key, "key", key)) for key in path)
-        found.append(Row(name, leaf.shape, names, spec, role, math.prod(part) * STATE_BYTES, copies))
+        padding = math.prod(layout.padded) - leaf.size
+        found.append(Row(name, leaf.shape, names, layout.spec, role, math.prod(part) * STATE_BYTES, copies, padding))
     return found
 
 
@@ -61,7 +64,17 @@ def text(blueprint: Blueprint) -> str:
     ideal = whole * STATE_BYTES / mesh.size
     total = f"{whole:,} parameters; {readable_bytes(held)} of float32 weights a device, "
     total += f"{held / ideal:.2f} times an even split"
-    return "\n".join([f"mesh: {sizes}", *lines, total, *_empty_rows(blueprint, found)])
+    return "\n".join([f"mesh: {sizes}", *lines, total, *_padding(found), *_empty_rows(blueprint, found)])
+
+
+def _padding(found: list[Row]) -> list[str]:
+    """A line about the padding of parameters that their axes do not divide, where there are some."""
+    padded = [row for row in found if row.padding]
+    if not padded:
+        return []
+    share = sum(row.padding for row in padded) / sum(math.prod(row.shape) for row in padded)
+    names = f"{padded[0].name} and {len(padded) - 1} more" if len(padded) > 1 else padded[0].name
+    return [f"{names}: padded by {share:.2%} at rest, for even parts"]
 
 
 def _empty_rows(blueprint: Blueprint, found: list[Row]) -> list[str]:

@@ -16,7 +16,7 @@ ModuleType = TypeVar("ModuleType", bound=nnx.Module)
 
 @dataclass(frozen=True)
 class Blueprint(Generic[ModuleType]):
-    """Structure of a module and its parameters as nested dicts: shapes, specs at rest, roles, logical axes.
+    """Structure of a module and its parameters as nested dicts: shapes, layouts and specs at rest, roles, logical axes.
 
     Made by `blueprint` inside `sharding.use(rules)`, and used there.
     """
@@ -24,6 +24,7 @@ class Blueprint(Generic[ModuleType]):
     build: Callable[[nnx.Rngs], ModuleType]
     graph: nnx.GraphDef
     shapes: PyTree
+    layouts: PyTree
     specs: PyTree
     roles: PyTree
     axes: PyTree
@@ -32,10 +33,11 @@ class Blueprint(Generic[ModuleType]):
 
     @property
     def abstract(self) -> PyTree:
-        """Shapes, types and shardings of the parameters, for compilation and restoring."""
+        """Shapes, types and shardings of the parameters at rest, for compilation and restoring."""
         return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            lambda leaf, layout, sharding: jax.ShapeDtypeStruct(layout.padded, leaf.dtype, sharding=sharding),
             self.shapes,
+            self.layouts,
             parameters.shardings(self.specs),
         )
 
@@ -54,9 +56,13 @@ class Blueprint(Generic[ModuleType]):
         """Initial parameters, each device making its own part; their values do not depend on the mesh."""
 
         def values(key: Array) -> PyTree:
-            return nnx.to_pure_dict(nnx.split(self.build(nnx.Rngs(key)))[1])
+            return self.at_rest(nnx.to_pure_dict(nnx.split(self.build(nnx.Rngs(key)))[1]))
 
         return jax.jit(jax.sharding.auto_axes(values, out_sharding=self.specs))(key)
+
+    def at_rest(self, params: PyTree) -> PyTree:
+        """Values in the parameters' own shapes, with the padding that they have at rest."""
+        return jax.tree.map(lambda value, layout: parameters.fit(value, layout.padded), params, self.layouts)
 
     def module(self, params: PyTree) -> ModuleType:
         """The module with these parameter values."""
@@ -64,17 +70,19 @@ class Blueprint(Generic[ModuleType]):
 
     def working(self, params: PyTree, dtype: DTypeLike) -> PyTree:
         """Parameters of a step, inside its manual region; see `parameters.gather_once`."""
-        return parameters.gather_once(params, self.specs, self.roles, jnp.dtype(dtype))
+        return parameters.gather_once(params, self.layouts, self.roles, jnp.dtype(dtype))
 
 
 def blueprint(build: Callable[[nnx.Rngs], ModuleType], *, layers: int | None = None) -> Blueprint[ModuleType]:
     """The blueprint of what `build` makes, without making it; `layers` where stacked parameters have empty rows."""
     graph, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    layouts = parameters.layouts(state)
     return Blueprint(
         build=build,
         graph=graph,
         shapes=nnx.to_pure_dict(state),
-        specs=parameters.layouts(state),
+        layouts=layouts,
+        specs=jax.tree.map(lambda layout: layout.spec, layouts),
         roles=parameters.roles(state),
         axes=parameters.logical_axes(state),
         layers=layers,

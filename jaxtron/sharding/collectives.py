@@ -5,6 +5,7 @@ form which lowers on every supported JAX when a manual axis communicates beside 
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,16 @@ from jax.sharding import PartitionSpec
 from jaxtron.sharding.rules import current
 from jaxtron.typing import Array
 
-Gathers = tuple[tuple[int, tuple[str, ...]], ...]
+
+class Gather(NamedTuple):
+    """A dimension that axes split; `sizes` where it has padding: of the gathered one, without it and with it."""
+
+    dim: int
+    axes: tuple[str, ...]
+    sizes: tuple[int, int] | None = None
+
+
+Gathers = tuple[Gather, ...]
 
 
 def manual_axes() -> frozenset[str]:
@@ -28,7 +38,7 @@ def vary(x: Array) -> Array:
 
 
 def all_gather(x: Array, gathers: Gathers, dtype: jnp.dtype) -> Array:
-    """`x` in `dtype`, whole along each `(dim, axes)`; the backward reduce-scatters the cotangent in the type of `x`.
+    """`x` in `dtype`, whole along each of `gathers`; the backward reduce-scatters the cotangent in the type of `x`.
 
     So a float32 shard is sent as `dtype` and its gradient is summed over the devices in float32.
     """
@@ -38,8 +48,9 @@ def all_gather(x: Array, gathers: Gathers, dtype: jnp.dtype) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _all_gather(x: Array, gathers: Gathers, dtype: jnp.dtype, gradient_dtype: jnp.dtype) -> Array:
     def body(x: Array) -> Array:
-        for dim, axes in gathers:
+        for dim, axes, sizes in gathers:
             x = jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+            x = x if sizes is None else jax.lax.slice_in_dim(x, 0, sizes[0], axis=dim)
         return x
 
     return _over_tensor(body, x.astype(dtype))
@@ -59,13 +70,14 @@ _all_gather.defvjp(_all_gather_fwd, _all_gather_bwd)
 
 
 def reduce_scatter(x: Array, gathers: Gathers) -> Array:
-    """The sum of `x` over the axes, each device keeping its part along each `(dim, axes)`."""
+    """The sum of `x` over the axes, each device keeping its part along each of `gathers`; padding is zeros."""
     gathers = _several(gathers)
     if not gathers:
         return x
 
     def body(x: Array) -> Array:
-        for dim, axes in gathers:
+        for dim, axes, sizes in gathers:
+            x = x if sizes is None else _padded(x, dim, sizes[1] - sizes[0])
             x = jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
         return x
 
@@ -97,7 +109,11 @@ def zeros_like_type(x: Array | jax.ShapeDtypeStruct, leading: tuple[int, ...]) -
 
 
 def _several(gathers: Gathers) -> Gathers:
-    return tuple((dim, axes) for dim, axes in gathers if current().size(axes) > 1)
+    return tuple(gather for gather in gathers if current().size(gather.axes) > 1)
+
+
+def _padded(x: Array, dim: int, more: int) -> Array:
+    return jnp.pad(x, [(0, more if dim == padded else 0) for padded in range(x.ndim)])
 
 
 def _over_tensor(body, x: Array) -> Array:

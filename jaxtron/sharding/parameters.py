@@ -8,9 +8,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtron.roles import Role
-from jaxtron.sharding.collectives import Gathers, all_gather, all_reduce, manual_axes, reduce_scatter, vary
+from jaxtron.sharding.collectives import Gather, Gathers, all_gather, all_reduce, manual_axes, reduce_scatter, vary
 from jaxtron.sharding.config import MANUAL_AXES, SHARD_AXES
-from jaxtron.sharding.rules import current
+from jaxtron.sharding.rules import Layout, current, spec_axes
 from jaxtron.typing import Array, PyTree
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], Array]
@@ -21,22 +21,32 @@ def parameter(
 ) -> nnx.Param:
     """A float32 parameter; `axes` names each dimension, `role` decides decay and precision.
 
-    The spec at rest follows from the names (`Rules.parameter_spec`) and stays with the parameter, as metadata.
+    The layout at rest follows from the names (`Rules.parameter_layout`) and stays with the parameter, as metadata.
     """
     value = initializer(rngs.params(), shape, jnp.float32)
-    layout = current().parameter_spec(axes, shape)
+    layout = current().parameter_layout(axes, shape)
     return nnx.Param(value, axes=axes, role=role, layout=layout)
 
 
 def layouts(state: PyTree) -> PyTree:
-    """Spec at rest of every parameter of an abstract state, as a plain nested dict; a stack's axis comes first."""
+    """Layout of every parameter of an abstract state, as a plain nested dict; a stack's axis comes first."""
     layers = current().parameters["layers"]
 
-    def layout(variable: nnx.Variable) -> PartitionSpec:
-        spec = variable.get_metadata("layout")
-        return spec if variable.get_value().ndim == len(spec) else PartitionSpec(layers, *spec)
+    def layout(variable: nnx.Variable) -> Layout:
+        found, shape = variable.get_metadata("layout"), variable.get_value().shape
+        if len(shape) == len(found.shape):
+            return found
+        return Layout(PartitionSpec(layers, *found.spec), shape, (shape[0], *found.padded))
 
     return _metadata(state, layout)
+
+
+def fit(value: Array, shape: tuple[int, ...]) -> Array:
+    """`value` cut, or padded by zeros, to `shape`: between a parameter's own and that at rest."""
+    if value.shape == shape:
+        return value
+    value = value[tuple(slice(size) for size in shape)]
+    return jnp.pad(value, [(0, wanted - size) for wanted, size in zip(shape, value.shape, strict=True)])
 
 
 def roles(state: PyTree) -> PyTree:
@@ -75,8 +85,8 @@ def gather_at_use(state: nnx.State, dtype: jnp.dtype) -> nnx.State:
 
     def gather(variable: nnx.Variable) -> nnx.Variable:
         value = variable[...]
-        spec = _stacked(variable.get_metadata("layout"), value.ndim)
-        return variable.replace(_gather(value, spec, axes, working_dtype(variable.get_metadata("role"), dtype)))
+        layout = _stacked(variable.get_metadata("layout"), value.shape)
+        return variable.replace(_gather(value, layout, axes, working_dtype(variable.get_metadata("role"), dtype)))
 
     return jax.tree.map(gather, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
@@ -86,60 +96,68 @@ def working_dtype(role: Role, dtype: jnp.dtype) -> jnp.dtype:
     return dtype if role in ("kernel", "embedding", "position") else jnp.dtype(jnp.float32)
 
 
-def gather_once(params: PyTree, specs: PyTree, roles: PyTree, dtype: jnp.dtype) -> PyTree:
+def gather_once(params: PyTree, layouts: PyTree, roles: PyTree, dtype: jnp.dtype) -> PyTree:
     """Working parameters of a step: local, varying, whole over the axes that only the state is sharded on (ZeRO-1).
 
     They are cast here, once; those gathered at use stay in float32 and are cast on the way, layer by layer.
     """
     rules = current()
 
-    def gather(value: Array, spec: PartitionSpec, role: Role) -> Array:
-        later = any(rules.size(axes) > 1 for _, axes in _along(spec, rules.gather_at_use))
+    def gather(value: Array, layout: Layout, role: Role) -> Array:
+        later = any(rules.size(axes) > 1 for _, axes in _along(layout.spec, rules.gather_at_use))
         wanted = value.dtype if later else working_dtype(role, dtype)
-        return all_gather(vary(value), _along(spec, rules.gather_once), wanted)
+        return all_gather(vary(value), _gathers(layout, rules.gather_once), wanted)
 
-    return jax.tree.map(gather, params, specs, roles)
+    return jax.tree.map(gather, params, layouts, roles)
 
 
-def reduce_gradients(gradients: PyTree, specs: PyTree) -> PyTree:
+def reduce_gradients(gradients: PyTree, layouts: PyTree) -> PyTree:
     """Gradients summed over the devices, each keeping the part that the state at rest has.
 
     Axes gathered at use were reduced by their gather's backward; this is the once-a-step part.
     """
     rules = current()
 
-    def reduce(gradient: Array, spec: PartitionSpec) -> Array:
-        sharded = {axis for axes in spec if axes for axis in _tuple(axes)}
-        gradient = reduce_scatter(gradient, _along(spec, rules.gather_once))
+    def reduce(gradient: Array, layout: Layout) -> Array:
+        sharded = {axis for entry in layout.spec for axis in spec_axes(entry)}
+        gradient = reduce_scatter(gradient, _gathers(layout, rules.gather_once))
         whole = tuple(axis for axis in MANUAL_AXES if axis not in sharded)
         return all_reduce(gradient, whole)
 
-    return jax.tree.map(reduce, gradients, specs)
+    return jax.tree.map(reduce, gradients, layouts)
 
 
-def _gather(value: Array, spec: PartitionSpec, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
+def _gather(value: Array, layout: Layout, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
     if manual_axes():
-        return all_gather(value, _along(spec, axes), dtype) if value.dtype != dtype or _along(spec, axes) else value
+        gathers = _gathers(layout, axes)
+        return all_gather(value, gathers, dtype) if value.dtype != dtype or gathers else value
     # outside the train step the axes are Explicit, and a change of layout is the gather
-    whole = PartitionSpec(*(tuple(a for a in _tuple(entry) if a not in SHARD_AXES) for entry in spec))
-    return jax.sharding.reshard(value.astype(dtype), whole)
+    whole = PartitionSpec(*(tuple(a for a in spec_axes(entry) if a not in SHARD_AXES) for entry in layout.spec))
+    return fit(jax.sharding.reshard(value.astype(dtype), whole), layout.shape)
 
 
-def _along(spec: PartitionSpec, axes: tuple[str, ...]) -> Gathers:
-    found = [(dim, tuple(axis for axis in _tuple(entry) if axis in axes)) for dim, entry in enumerate(spec)]
+def _along(spec: PartitionSpec, axes: tuple[str, ...]) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    found = [(dim, tuple(axis for axis in spec_axes(entry) if axis in axes)) for dim, entry in enumerate(spec)]
     return tuple((dim, axes) for dim, axes in found if axes)
 
 
+def _gathers(layout: Layout, axes: tuple[str, ...]) -> Gathers:
+    """Of a parameter over `axes`, after those that are gathered before: padding ends where none are left."""
+    rules, gathers = current(), []
+    for dim, along in _along(layout.spec, axes):
+        sizes = layout.shape[dim], layout.padded[dim]
+        is_whole = rules.is_whole(spec_axes(layout.spec[dim]), (*axes, *rules.gather_once))
+        gathers.append(Gather(dim, along, sizes if sizes[0] != sizes[1] and is_whole else None))
+    return tuple(gathers)
+
+
 def _only(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
-    return PartitionSpec(*(tuple(axis for axis in _tuple(entry) if axis in axes) or None for entry in spec))
+    return PartitionSpec(*(tuple(axis for axis in spec_axes(entry) if axis in axes) or None for entry in spec))
 
 
-def _stacked(spec: PartitionSpec, ndim: int) -> PartitionSpec:
-    return PartitionSpec(*(None,) * (ndim - len(spec)), *spec)
-
-
-def _tuple(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+def _stacked(layout: Layout, shape: tuple[int, ...]) -> Layout:
+    rows = shape[: len(shape) - len(layout.shape)]
+    return Layout(PartitionSpec(*(None,) * len(rows), *layout.spec), (*rows, *layout.shape), (*rows, *layout.padded))
 
 
 def _is_spec(node: object) -> bool:

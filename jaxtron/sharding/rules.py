@@ -49,6 +49,15 @@ REPLICABLE = frozenset({"kv_heads"})
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How a parameter lies at rest: `padded` is its shape there, with zeros behind what `shape`, its own, has."""
+
+    spec: PartitionSpec
+    shape: tuple[int, ...]
+    padded: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Rules:
     """The two tables on one mesh, with the ZeRO level applied to the parameters' one.
 
@@ -80,11 +89,11 @@ class Rules:
         """Number of parts that these mesh axes make."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
-    def parameter_spec(self, logical: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
-        """Spec at rest of a parameter with these logical axes; indivisible sizes and collisions are `UserError`s.
+    def parameter_layout(self, logical: tuple[str, ...], shape: tuple[int, ...]) -> Layout:
+        """Layout of a parameter with these logical axes; collisions and what `tensor` cannot split are `UserError`s.
 
         An axis of ZeRO that does not divide `embed` moves to the first other dimension that it divides; where there is
-        none, `context` leaves the parameter whole.
+        none, `embed` is padded to the next multiple.
         """
         table = {name: self._lookup(self.parameters, name) for name in logical}
         spec: list[tuple[str, ...]] = []
@@ -94,10 +103,24 @@ class Rules:
                 axes = ()
             spec.append(axes)
         self._check(logical, shape, spec)
+        padded = list(shape)
         for name in logical:
             for axis in (axis for axis in table[name] if axis in SHARD_AXES):
-                self._place(axis, logical.index(name), logical, shape, spec)
-        return PartitionSpec(*spec)
+                self._place(axis, logical.index(name), padded, spec)
+        return Layout(PartitionSpec(*spec), shape, tuple(padded))
+
+    def part(self, layout: Layout, gathered: tuple[str, ...] = ()) -> tuple[int, ...]:
+        """Shape of a device's part of a parameter, once it is whole along the axes `gathered`."""
+        splits = [spec_axes(entry) for entry in layout.spec]
+        return tuple(
+            (layout.shape if self.is_whole(axes, gathered) else layout.padded)[dim]
+            // self.size(tuple(axis for axis in axes if axis not in gathered))
+            for dim, axes in enumerate(splits)
+        )
+
+    def is_whole(self, axes: tuple[str, ...], gathered: tuple[str, ...]) -> bool:
+        """Whether a dimension at rest on `axes` is whole again over those of ZeRO, once the axes `gathered` are."""
+        return self.size(tuple(axis for axis in axes if axis in SHARD_AXES and axis not in gathered)) == 1
 
     def activation_spec(self, *logical: str | None) -> PartitionSpec:
         """Spec of an activation; axes that are manual where this is called are local already and left out."""
@@ -126,23 +149,16 @@ class Rules:
             raise UserError(f"no logical axis {name!r}; known: {', '.join(table)}")
         return table[name]
 
-    def _place(self, axis: str, home: int, logical: tuple[str, ...], shape: tuple[int, ...], spec: list) -> None:
-        others = [dim for dim in range(len(shape)) if dim != home]
-        for dim in [home, *others]:
-            batch = (*(used for used in spec[dim] if used in SHARD_AXES), axis)
-            rest = tuple(used for used in spec[dim] if used not in SHARD_AXES)
-            # manual axes are outermost: on a dimension that tensor splits, each part would be scattered rows
-            if self.size(rest) == 1 and shape[dim] % self.size(batch) == 0:
-                spec[dim] = (*batch, *rest)
-                return
-        if axis == AXIS:
-            # sharing is a gain here and not what the axis is for: whole on all its devices
-            return
-        raise UserError(
-            f"no dimension of a parameter with {', '.join(f'{n} {s}' for n, s in zip(logical, shape, strict=True))} "
-            f"divides by mesh.{axis} {self.size((axis,))}; lower mesh.{axis}, or choose sizes that do "
-            f"(split so far: {PartitionSpec(*spec)})"
-        )
+    def _place(self, axis: str, home: int, padded: list[int], spec: list[tuple[str, ...]]) -> None:
+        """Put an axis of ZeRO on a dimension, of which `home` is the first choice; padded if it divides none."""
+        # manual axes are outermost: on a dimension that tensor splits, each part would be scattered rows
+        free = [dim for dim, axes in enumerate(spec) if self.size(_without_zero(axes)) == 1]
+        choices = sorted(free, key=lambda dim: dim != home)
+        assert choices, f"no dimension without other axes: {spec}"
+        parts = {dim: self.size((*_of_zero(spec[dim]), axis)) for dim in choices}
+        dim = next((dim for dim in choices if padded[dim] % parts[dim] == 0), choices[0])
+        padded[dim] = math.ceil(padded[dim] / parts[dim]) * parts[dim]
+        spec[dim] = (*_of_zero(spec[dim]), axis, *_without_zero(spec[dim]))
 
     def _check(self, logical: tuple[str, ...], shape: tuple[int, ...] | None, spec: list[tuple[str, ...]]) -> None:
         used = [axis for axes in spec for axis in axes]
@@ -199,6 +215,19 @@ def spec(*logical: str | None) -> PartitionSpec:
 def constrain(x: Array, *logical: str | None) -> Array:
     """`x` laid out as its logical axes say; moves data only where the layout changes."""
     return jax.sharding.reshard(x, spec(*logical))
+
+
+def spec_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of a dimension's entry in a spec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _of_zero(axes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if axis in SHARD_AXES)
+
+
+def _without_zero(axes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if axis not in SHARD_AXES)
 
 
 def _text(axes: tuple[str, ...]) -> str:

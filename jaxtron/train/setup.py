@@ -64,7 +64,8 @@ class Run:
             "seed": self.config.seed,
             "settings": self.config.model_dump(mode="json"),
         }
-        self.checkpoints.save(step, self.layer_order.in_model_order(state), extra)
+        order = self.layer_order
+        self.checkpoints.save(step, order.in_model_order(state), extra, order.on_disk(state))
 
     def train_loader(self) -> Loader:
         """Batches from the run's position on."""
@@ -114,7 +115,7 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
         checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint, writes=not is_complete)
         stack.callback(checkpoints.close)
         check = partial(check_record, config=config, data=data, directory=directory)
-        restored = checkpoints.restore(order.abstract(abstract), check)
+        restored = checkpoints.restore(order.abstract(abstract), check, order.on_disk(abstract))
         if restored is None:
             state, step, position, continuation = trainer.initial_state(), 0, 0, Continuation()
         else:

@@ -174,7 +174,7 @@ class Trainer:
         microbatches = jax.tree.map(vary, self._cut(batch, vary(scale / count)))
         table = self.schedule(microbatches[1].shape[0])
         gradients, nll = self._run(table, working, microbatches, self._dropout_key(step_key))
-        gradients = reduce_gradients(gradients, self.blueprint.specs)
+        gradients = reduce_gradients(gradients, self.blueprint.layouts)
         gradients = jax.tree.map(lambda gradient: gradient / scale, gradients)
         return all_reduce(nll, MANUAL_AXES) / scale, gradients
 

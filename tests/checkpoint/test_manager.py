@@ -4,12 +4,18 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from conftest import make_mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxtron.checkpoint import record as records
 from jaxtron.checkpoint.config import CheckpointConfig
 from jaxtron.checkpoint.manager import Checkpoints
-from jaxtron.checkpoint.restore import restore_part
+from jaxtron.checkpoint.names import signature
+from jaxtron.checkpoint.restore import restore_part, step_path
 from jaxtron.checkpoint.storage import RecordingHandler
 from jaxtron.config import UserError
 
@@ -59,6 +65,41 @@ def test_round_trip_is_bit_exact_on_every_mesh(
         assert_same(restored.state, state)
         for leaf, like in zip(jax.tree.leaves(restored.state), jax.tree.leaves(wanted), strict=True):
             assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+
+
+def test_padding_is_not_saved_and_restored_as_zeros(checkpoints, data_mesh, one_device):
+    # five rows on eight devices: the last three have padding alone
+    values = {"own": np.arange(1, 16, dtype=np.float32).reshape(5, 3), "even": np.arange(8, dtype=np.float32)}
+    sizes = {8: 8, 3: 6, 1: 5}
+
+    def place(mesh, value):
+        rows = sizes[mesh.size] if value.ndim == 2 else len(value)
+        padded = np.pad(value, [(0, rows - len(value))] + [(0, 0)] * (value.ndim - 1))
+        spec = P(*mesh.axis_names) if len(padded) % mesh.size == 0 else P()
+        return jax.device_put(padded, NamedSharding(mesh, spec))
+
+    on_disk = signature(jax.tree.map(jnp.asarray, values))
+    steps = checkpoints(keep=9)
+    meshes = data_mesh, make_mesh("data", 3), one_device
+    for step, mesh in enumerate(meshes):
+        steps.save(step, {name: place(mesh, value) for name, value in values.items()}, {}, on_disk)
+        steps.wait()
+        assert records.read(step_path(steps.directory, step)).arrays == on_disk
+        # read without any of this: all that is there is the parameter's own
+        as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in values}
+        written = ocp.PyTreeCheckpointer().restore(step_path(steps.directory, step), restore_args=as_numpy)
+        for name, value in values.items():
+            np.testing.assert_array_equal(written[name], value)
+        for other in meshes:
+            like = {name: place(other, value) for name, value in values.items()}
+            abstract = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
+            )
+            restored = steps.restore(abstract, on_disk=on_disk)
+            assert restored is not None and restored.step == step
+            jax.tree.map(np.testing.assert_array_equal, restored.state, like)
+    with pytest.raises(UserError, match=r"own has shape \[5, 3\] there and \[8, 3\] here"):
+        steps.restore({name: place(data_mesh, value) for name, value in values.items()})
 
 
 def test_files_do_not_depend_on_the_mesh_that_wrote_them(

@@ -127,7 +127,7 @@ def specs_on(config: Configuration, plan: Blueprint) -> list:
     rules = make_rules(AbstractMesh(tuple(sizes(config).values()), AXES), config.sharding)
     axes = jax.tree.leaves(plan.axes, is_leaf=lambda node: isinstance(node, tuple))
     leaves = jax.tree.leaves(plan.shapes)
-    return [rules.parameter_spec(names, leaf.shape) for names, leaf in zip(axes, leaves, strict=True)]
+    return [rules.parameter_layout(names, leaf.shape).spec for names, leaf in zip(axes, leaves, strict=True)]
 
 
 def test_every_configuration_of_a_paper_is_tested_here():
@@ -249,9 +249,14 @@ def test_nemotron():
     # Table 2: 0.57 s a step is 34.3% of the peak; half of the last digit of the time is 0.9%
     model, _ = flops_per_step("nemotron_4_15b")
     assert 100 * model / (0.57 * 768 * H100) == pytest.approx(34.3, rel=0.01)
-    configuration("nemotron_4_15b", "--mesh.data", "192", "--train.global_batch", "768").check_mesh(
-        {**sizes(config), "data": 192}
-    )
+    # the rows of Table 2: also 288 replicas share the state of 6144 channels
+    for replicas, batch in ((96, 384), (192, 768), (288, 1152)):
+        flags = ("--mesh.data", str(replicas), "--train.global_batch", str(batch))
+        row = configuration("nemotron_4_15b", *flags)
+        row.check_mesh(sizes(row))
+        rules = make_rules(AbstractMesh(tuple(sizes(row).values()), AXES), row.sharding)
+        layout = rules.parameter_layout(("vocab", "embed"), (256_000, 6144))
+        assert rules.part(layout) == (32_000, math.ceil(6144 / replicas))
 
 
 @pytest.mark.parametrize("name", PALM)

@@ -45,7 +45,7 @@ def measure(recompute, **mesh) -> Cost:
             params, tokens = jax.tree.map(vary, (params, tokens))
             weights = jnp.ones(tokens.shape)
             gradients = jax.grad(lambda params: plan.module(params).loss(tokens, tokens, weights)[0])(params)
-            return reduce_gradients(gradients, plan.specs)
+            return reduce_gradients(gradients, plan.layouts)
 
         specs = manual_specs(plan.specs)
         region = jax.shard_map(region, in_specs=(specs, PartitionSpec()), out_specs=specs, axis_names=set(MANUAL_AXES))

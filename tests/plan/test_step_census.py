@@ -1,6 +1,7 @@
 """Collectives of the real train step, compiled for eight H100s: counts and bytes as theory has them."""
 
 import functools
+import math
 
 import jax
 import pytest
@@ -35,7 +36,7 @@ def step(zero: str = "optimizer", microbatches: int = 1, **mesh: int) -> Rehears
             "sharding": {"zero": zero},
         }
     )
-    return rehearse(config, gpu="h100", num_gpus=8)
+    return rehearse(config, gpu="h100", num_gpus=math.prod(mesh.values()))
 
 
 def large(rehearsal: Rehearsal, kind: str, axis: str) -> list[Collective]:
@@ -51,6 +52,12 @@ def arrays(entries: list[Collective]) -> int:
 def matrix_elements(rehearsal: Rehearsal) -> int:
     shapes = rehearsal.trainer.blueprint.shapes
     return sum(leaf.size for leaf in jax.tree.leaves(shapes) if leaf.ndim > 2 or leaf.shape == (VOCAB, HIDDEN))
+
+
+def padded_elements(rehearsal: Rehearsal) -> int:
+    """Of matrices, with what makes their parts even."""
+    layouts = jax.tree.leaves(rehearsal.trainer.blueprint.layouts)
+    return sum(math.prod(found.padded) for found in layouts if len(found.shape) > 2 or found.shape == (VOCAB, HIDDEN))
 
 
 def total_bytes(entries: list[Collective]) -> int:
@@ -92,6 +99,18 @@ def test_zero_optimizer_scatters_gradients_and_gathers_weights_once() -> None:
     assert all(not entry.loops for entry in rehearsal.collectives)
     assert total_bytes(large(rehearsal, "reduce_scatter", "data")) == 4 * matrix_elements(rehearsal)
     assert total_bytes(large(rehearsal, "all_gather", "data")) == 2 * matrix_elements(rehearsal)
+    assert not large(rehearsal, "all_reduce", "data")
+
+
+@pytest.mark.slow
+def test_an_uneven_number_of_replicas_sends_the_padding_and_nothing_else() -> None:
+    """6 divides no dimension of 512 channels: they are 516, gathered and scattered once like even ones."""
+    rehearsal = step(zero="optimizer", microbatches=4, data=6)
+    elements = padded_elements(rehearsal)
+    assert elements * 512 == matrix_elements(rehearsal) * 516
+    assert all(not entry.loops for entry in rehearsal.collectives)
+    assert total_bytes(large(rehearsal, "reduce_scatter", "data")) == 4 * elements
+    assert total_bytes(large(rehearsal, "all_gather", "data")) == 2 * elements
     assert not large(rehearsal, "all_reduce", "data")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxtron.sharding.collectives import all_gather, all_reduce, largest, manual_axes, reduce_scatter, vary
+from jaxtron.sharding.collectives import Gather, all_gather, all_reduce, largest, manual_axes, reduce_scatter, vary
 from jaxtron.sharding.config import MANUAL_AXES
 from jaxtron.sharding.rules import use
 
@@ -38,9 +38,9 @@ def test_gather_then_scatter_is_a_sum_of_copies(cube):
     )
 
     def round_trip(x):
-        whole = all_gather(vary(x), ((0, BATCH),), jnp.dtype(jnp.float32))
+        whole = all_gather(vary(x), (Gather(0, BATCH),), jnp.dtype(jnp.float32))
         assert whole.shape == (8, 8)
-        return reduce_scatter(whole, ((0, BATCH),))
+        return reduce_scatter(whole, (Gather(0, BATCH),))
 
     y = in_region(round_trip, ROWS, ROWS)(x)
     assert y.sharding.is_equivalent_to(x.sharding, 2)
@@ -51,10 +51,31 @@ def test_gather_along_two_dimensions(cube):
     x = np.arange(32.0, dtype=np.float32).reshape(4, 8)
 
     def gather(x):
-        whole = all_gather(vary(x), ((0, ("data",)), (1, ("fsdp",))), jnp.dtype(jnp.float32))
+        whole = all_gather(vary(x), (Gather(0, ("data",)), Gather(1, ("fsdp",))), jnp.dtype(jnp.float32))
         return all_reduce(whole, MANUAL_AXES)
 
     np.testing.assert_array_equal(in_region(gather, P("data", "fsdp"), P())(x), 4 * x)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 3, "tensor": 2}, {"data": 2, "fsdp": 4}], ids=str)
+def test_a_gather_leaves_out_padding_and_a_scatter_puts_it_back(rules_for, mesh):
+    # five over eight parts: the last three have padding alone
+    parts = mesh["data"] * mesh.get("fsdp", 1)
+    padded = -(-5 // parts) * parts
+    with use(rules_for(**mesh)) as rules:
+        values = np.zeros((2, padded), np.float32)
+        values[:, :5] = np.arange(1, 11).reshape(2, 5)
+        x = jax.device_put(values, jax.NamedSharding(rules.mesh, P("tensor", BATCH)))
+
+        def run(x):
+            whole, pull = jax.vjp(
+                lambda x: all_gather(x, (Gather(1, BATCH, (5, padded)),), jnp.dtype(jnp.float32)), vary(x)
+            )
+            assert whole.shape == (2, 5)
+            return pull(whole)[0]
+
+        found = in_region(run, P(None, MANUAL_AXES), P(None, MANUAL_AXES))(x)
+    np.testing.assert_array_equal(found, parts * values)
 
 
 def test_gather_sends_the_type_asked_for_and_sums_gradients_in_that_of_the_shard(cube):
@@ -62,7 +83,7 @@ def test_gather_sends_the_type_asked_for_and_sums_gradients_in_that_of_the_shard
     x = np.full(4, 1 + 2.0**-9, np.float32)
 
     def run(x):
-        whole, pull = jax.vjp(lambda x: all_gather(x, ((0, BATCH),), jnp.dtype(jnp.bfloat16)), vary(x))
+        whole, pull = jax.vjp(lambda x: all_gather(x, (Gather(0, BATCH),), jnp.dtype(jnp.bfloat16)), vary(x))
         assert whole.dtype == jnp.bfloat16
         (gradient,) = pull(jnp.full_like(whole, 1 + 2.0**-7) + vary(jnp.bfloat16(0)))
         assert gradient.dtype == jnp.float32

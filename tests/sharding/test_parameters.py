@@ -17,6 +17,14 @@ from jaxtron.sharding.parameters import gather_at_use, gather_once, manual_specs
 from jaxtron.sharding.rules import use
 
 MESHES = [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "context": 4}]
+# meshes that divide neither 22 channels nor another dimension, and what they pad them to
+UNEVEN = [
+    ({"fsdp": 5}, 25),
+    ({"data": 7}, 28),
+    ({"fsdp": 2, "data": 3}, 24),
+    ({"data": 3, "context": 2}, 24),
+    ({"data": 3, "tensor": 2}, 24),
+]
 LEVELS = ["none", "optimizer", "parameters"]
 
 
@@ -33,6 +41,15 @@ class Layer(nnx.Module):
     def __init__(self, rngs):
         self.up = parameter(rngs, initializers.normal(0.5), (24, 32), axes=("embed", "mlp"), role="kernel")
         self.bias = parameter(rngs, initializers.normal(0.5), (32,), axes=("mlp",), role="bias")
+
+
+class UnevenModel(nnx.Module):
+    """22 channels on 2 x 3 devices are padded to 24: the 2 have 12 each, where 11 would do for them alone."""
+
+    def __init__(self, rngs):
+        self.table = parameter(rngs, initializers.normal(1.0), (16, 22), axes=("vocab", "embed"), role="embedding")
+        self.up = parameter(rngs, initializers.normal(0.5), (22, 32), axes=("embed", "mlp"), role="kernel")
+        self.scale = parameter(rngs, initializers.normal(0.5), (22,), axes=("norm",), role="scale")
 
 
 def test_initial_values_are_the_same_on_every_mesh(rules_for):
@@ -84,18 +101,23 @@ def region(plan, function, in_axes):
     return jax.jit(jax.shard_map(function, in_specs=(specs, in_axes), out_specs=specs, axis_names=set(MANUAL_AXES)))
 
 
+CASES = [*((Model, mesh, 24) for mesh in MESHES), *((UnevenModel, mesh, padded) for mesh, padded in UNEVEN)]
+
+
 @pytest.mark.parametrize("zero", LEVELS)
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_gathers_make_parameters_whole_and_reductions_sum_their_gradients(rules_for, mesh, zero):
+@pytest.mark.parametrize(("model", "mesh", "padded"), CASES, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_gathers_make_parameters_whole_and_reductions_sum_their_gradients(rules_for, model, mesh, padded, zero):
     with use(rules_for(zero=zero, **mesh)):
-        plan = blueprint(Model)
+        plan = blueprint(model)
         generator = np.random.default_rng(0)
         values = jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype(np.float32), plan.shapes)
-        params = jax.device_put(values, shardings(plan.specs))
+        params = jax.device_put(plan.at_rest(values), shardings(plan.specs))
+        if zero != "none":
+            assert plan.layouts["table"].padded == (16, padded)
         shapes = []
 
         def gradients(params, factor):
-            working = gather_once(params, plan.specs, plan.roles, jnp.dtype(jnp.float32))
+            working = gather_once(params, plan.layouts, plan.roles, jnp.dtype(jnp.float32))
 
             def loss(working):
                 whole = gather_at_use(nnx.state(plan.module(working)), jnp.dtype(jnp.float32))
@@ -104,7 +126,7 @@ def test_gathers_make_parameters_whole_and_reductions_sum_their_gradients(rules_
                 # each device has a factor of its own, as it would have its own rows or part of a sequence
                 return sum(factor[0] * jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(whole))
 
-            return reduce_gradients(jax.grad(loss)(jax.tree.map(vary, working)), plan.specs)
+            return reduce_gradients(jax.grad(loss)(jax.tree.map(vary, working)), plan.layouts)
 
         axes = ("data", "fsdp", "context")
         shards = math.prod(mesh.get(axis, 1) for axis in axes)
@@ -114,9 +136,14 @@ def test_gathers_make_parameters_whole_and_reductions_sum_their_gradients(rules_
             assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
     # whole over these axes; what tensor splits is still one array to the type system
     assert shapes[0] == jax.tree.map(lambda leaf: leaf.shape, values)
-    jax.tree.map(
-        lambda one, value: np.testing.assert_allclose(one, 2 * factors.sum() * value, rtol=1e-5), found, values
-    )
+
+    def equals_sum_of_factors(one, value):
+        one, own = np.asarray(one), tuple(slice(size) for size in value.shape)
+        np.testing.assert_allclose(one[own], 2 * factors.sum() * value, rtol=1e-5)
+        # padding has no gradient
+        assert np.count_nonzero(one) == value.size
+
+    jax.tree.map(equals_sum_of_factors, found, values)
 
 
 def test_matrices_work_in_the_type_of_the_step_and_vectors_in_float32(rules_for):
@@ -125,7 +152,7 @@ def test_matrices_work_in_the_type_of_the_step_and_vectors_in_float32(rules_for)
         types = []
 
         def read(params, _):
-            working = gather_once(params, plan.specs, plan.roles, jnp.dtype(jnp.bfloat16))
+            working = gather_once(params, plan.layouts, plan.roles, jnp.dtype(jnp.bfloat16))
             used = gather_at_use(nnx.state(plan.module(working)), jnp.dtype(jnp.bfloat16))
             types.append(jax.tree.map(lambda leaf: leaf.dtype.name, nnx.to_pure_dict(used)))
             return params

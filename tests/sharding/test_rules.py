@@ -31,7 +31,7 @@ VECTORS = {
 
 
 def specs(rules, parameters):
-    return {name: rules.parameter_spec(*axes_and_shape) for name, axes_and_shape in parameters.items()}
+    return {name: rules.parameter_layout(*axes_and_shape).spec for name, axes_and_shape in parameters.items()}
 
 
 @pytest.mark.parametrize(
@@ -98,53 +98,76 @@ def test_a_batch_axis_moves_where_embed_does_not_divide(rules_for):
     rules = rules_for(data=2, fsdp=4)
     # 36 divides by fsdp 4 and not by 8: data goes to the other dimension, whose tensor is of size 1
     # (of size 1 there is nothing to scatter, and manual axes are named first)
-    assert rules.parameter_spec(("embed", "mlp"), (36, 64)) == P(("fsdp", "context"), ("data", "tensor"))
-    assert rules.parameter_spec(("positions", "embed"), (16, 35)) == P(("fsdp", "data"), "context")
-    found = rules.parameter_spec(("embed", "heads", "head_dim"), (35, 3, 8))
-    assert found == P("context", "tensor", ("fsdp", "data"))
+    assert rules.parameter_layout(("embed", "mlp"), (36, 64)).spec == P(("fsdp", "context"), ("data", "tensor"))
+    assert rules.parameter_layout(("positions", "embed"), (16, 35)).spec == P(("fsdp", "data"), "context")
+    found = rules.parameter_layout(("embed", "heads", "head_dim"), (35, 3, 8))
+    assert found.spec == P("context", "tensor", ("fsdp", "data"))
 
 
-def test_context_shares_what_it_divides_and_leaves_the_rest_whole(rules_for):
+def layout_of(rules, axes, shape):
+    found = rules.parameter_layout(axes, shape)
+    assert found.shape == shape
+    return found.spec, found.padded
+
+
+def test_what_no_axis_divides_is_padded_along_embed(rules_for):
+    # 34 divides by 2 and not by 4
     rules = rules_for(data=2, context=2, tensor=2)
-    assert rules.parameter_spec(("embed", "mlp"), (36, 64)) == P(SHARED, "tensor")
-    assert rules.parameter_spec(("embed", "mlp"), (34, 64)) == P(("fsdp", "data"), "tensor")
-    assert rules_for(zero="none", context=2).parameter_spec(("embed", "mlp"), (36, 64)) == P("fsdp", "tensor")
+    assert layout_of(rules, ("embed", "mlp"), (36, 64)) == (P(SHARED, "tensor"), (36, 64))
+    assert layout_of(rules, ("embed", "mlp"), (34, 64)) == (P(SHARED, "tensor"), (36, 64))
+    assert rules.part(rules.parameter_layout(("embed", "mlp"), (34, 64))) == (9, 32)
+    # even where a dimension is smaller than its parts
+    assert layout_of(rules_for(data=8), ("positions", "embed"), (3, 5)) == (P((), SHARED), (3, 8))
+    # an axis that is not needed pads nothing
+    rules = rules_for(zero="none", data=4, context=2)
+    assert layout_of(rules, ("embed", "mlp"), (35, 64)) == (P("fsdp", "tensor"), (35, 64))
+    assert layout_of(rules_for(zero="none", fsdp=3), ("embed", "mlp"), (35, 64)) == (P("fsdp", "tensor"), (36, 64))
+
+
+def test_padding_is_used_by_the_axes_that_follow(rules_for):
+    # fsdp 3 pads 32 to 33 and data 2 divides 128; 7 divides by nothing, and 33 not by 6
+    rules = rules_for(fsdp=3, data=2)
+    assert layout_of(rules, ("embed", "mlp"), (32, 128)) == (P(("fsdp", "context"), ("data", "tensor")), (33, 128))
+    assert layout_of(rules, ("embed", "mlp"), (32, 7)) == (P(SHARED, "tensor"), (36, 7))
+
+
+def test_a_device_s_part_is_without_padding_once_it_is_whole(rules_for):
+    rules = rules_for(fsdp=2, data=3)
+    layout = rules.parameter_layout(("embed", "mlp"), (8, 5))
+    assert layout.padded == (12, 5)
+    # gathered over data alone, each half of what fsdp splits has padding; over both, none has
+    assert [rules.part(layout, axes) for axes in ((), ("data",), ("data", "fsdp"))] == [(2, 5), (6, 5), (8, 5)]
 
 
 def test_a_batch_axis_never_joins_tensor_on_a_dimension(rules_for):
     # manual axes are the outer ones of a dimension: gathered over data, each tensor part would hold scattered rows
     rules = rules_for(data=2, tensor=4)
-    assert rules.parameter_spec(("embed", "heads", "head_dim"), (35, 8, 4)) == P(("fsdp", "context"), "tensor", "data")
-    with pytest.raises(UserError, match="no dimension of .*vocab 64, embed 35 divides by mesh.data 2"):
-        rules.parameter_spec(("vocab", "embed"), (64, 35))
+    found = layout_of(rules, ("embed", "heads", "head_dim"), (35, 8, 4))
+    assert found == (P(("fsdp", "context"), "tensor", "data"), (35, 8, 4))
+    assert layout_of(rules, ("vocab", "embed"), (64, 35)) == (P("tensor", SHARED), (64, 36))
 
 
 def test_sizes_that_do_not_divide_show_the_spec(rules_for):
     rules = rules_for(tensor=8)
     with pytest.raises(UserError, match="heads 6 is not a multiple of mesh.tensor = 8, as .*'tensor'.* asks") as error:
-        rules.parameter_spec(("embed", "heads", "head_dim"), (32, 6, 4))
+        rules.parameter_layout(("embed", "heads", "head_dim"), (32, 6, 4))
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="vocab 60 is not a multiple of mesh.tensor = 8"):
-        rules.parameter_spec(("vocab", "embed"), (60, 32))
-
-
-def test_batch_axes_that_fit_nowhere_show_the_sizes(rules_for):
-    with pytest.raises(UserError, match="no dimension of .*positions 3, embed 5 divides by mesh.data 8"):
-        rules_for(data=8).parameter_spec(("positions", "embed"), (3, 5))
+        rules.parameter_layout(("vocab", "embed"), (60, 32))
 
 
 def test_key_value_heads_are_copied_where_there_are_fewer_than_parts(rules_for):
     rules = rules_for(zero="none", tensor=8)
     axes = ("embed", "kv_heads", "head_dim")
-    assert rules.parameter_spec(axes, (32, 8, 4)) == P("fsdp", "tensor", ())
-    assert rules.parameter_spec(axes, (32, 2, 4)) == P("fsdp", (), ())
+    assert rules.parameter_layout(axes, (32, 8, 4)).spec == P("fsdp", "tensor", ())
+    assert rules.parameter_layout(axes, (32, 2, 4)).spec == P("fsdp", (), ())
     assert rules.splits("kv_heads", 16) and not rules.splits("kv_heads", 2) and not rules.splits("kv_heads", 1)
     # neither copied nor split evenly
     for size in (3, 12):
         with pytest.raises(UserError, match=f"kv_heads {size} is not a multiple of mesh.tensor = 8"):
             rules.splits("kv_heads", size)
         with pytest.raises(UserError, match=f"kv_heads {size} is not a multiple of mesh.tensor = 8"):
-            rules.parameter_spec(axes, (32, size, 4))
+            rules.parameter_layout(axes, (32, size, 4))
     with pytest.raises(UserError, match="heads 2 is not a multiple"):
         rules.splits("heads", 2)
 
@@ -152,7 +175,7 @@ def test_key_value_heads_are_copied_where_there_are_fewer_than_parts(rules_for):
 def test_collisions_show_the_spec(rules_for):
     rules = rules_for(tensor=8)
     with pytest.raises(UserError, match="\\('heads', 'mlp'\\) use a mesh axis twice: .*'tensor'.*'tensor'"):
-        rules.parameter_spec(("heads", "mlp"), (8, 8))
+        rules.parameter_layout(("heads", "mlp"), (8, 8))
     with use(rules), pytest.raises(UserError, match="twice"):
         spec("batch", "seq", "mlp")
     edited = dataclasses.replace(rules, activations={**rules.activations, "embed": ("data",)})
@@ -163,7 +186,7 @@ def test_collisions_show_the_spec(rules_for):
 def test_unknown_names_list_the_known_ones(rules_for):
     rules = rules_for(tensor=8)
     with pytest.raises(UserError, match="no logical axis 'hidden'; known: .*embed"):
-        rules.parameter_spec(("hidden",), (8,))
+        rules.parameter_layout(("hidden",), (8,))
     with use(rules), pytest.raises(UserError, match="no logical axis 'hidden'"):
         spec("batch", "hidden")
 

@@ -150,7 +150,8 @@ def make_params(plan: Blueprint, stages: Partition):
         value = 0.2 * generator.standard_normal(shape, np.float32) + (role == "scale")
         return np.asarray(arrange(stages, value)) if is_stacked(path) else value
 
-    return jax.device_put(jax.tree.map_with_path(values, plan.shapes, plan.roles), shardings(plan.specs))
+    made = plan.at_rest(jax.tree.map_with_path(values, plan.shapes, plan.roles))
+    return jax.device_put(made, shardings(plan.specs))
 
 
 def is_stacked(path) -> bool:
@@ -158,15 +159,21 @@ def is_stacked(path) -> bool:
     return "['stack']" in jax.tree_util.keystr(path)
 
 
-def by_name(tree, stages: Partition) -> dict[str, np.ndarray]:
-    """Leaves on the host, layers in the model's order, named by their place in the tree."""
+def by_name(tree, trainer: Trainer) -> dict[str, np.ndarray]:
+    """Leaves on the host, layers in the model's order and without padding, named by their place in the tree."""
+    stages, layouts = trainer.partition, jax.tree.leaves_with_path(trainer.blueprint.layouts)
     leaves = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
-        value = np.asarray(leaf)
+        name, value = jax.tree_util.keystr(path), np.asarray(leaf)
+        for end, layout in layouts:
+            if name.endswith(jax.tree_util.keystr(end)):
+                own = value[tuple(map(slice, layout.shape))]
+                assert np.abs(value).sum() == pytest.approx(np.abs(own).sum()), "padding is not zero"
+                value = own
         if is_stacked(path):
             assert not value[np.asarray(stages.rows) < 0].any(), "an empty row is not zero"
             value = np.asarray(restore(stages, value))
-        leaves[jax.tree_util.keystr(path)] = value
+        leaves[name] = value
     return leaves
 
 
@@ -188,7 +195,7 @@ def loss_and_gradients(
         loss, gradients = run(params, batch, jnp.int32(5), jnp.float32(1.0))
         for gradient, param in zip(jax.tree.leaves(gradients), jax.tree.leaves(params), strict=True):
             assert gradient.sharding == param.sharding
-        return Result(float(loss), by_name(gradients, trainer.partition))
+        return Result(float(loss), by_name(gradients, trainer))
 
 
 @functools.cache
@@ -262,8 +269,7 @@ def take_steps(
         for leaf, first in zip(jax.tree.leaves(state), jax.tree.leaves(states[0]), strict=True):
             # a step that moved its state would compile again, or refuse to
             assert leaf.sharding.is_equivalent_to(first.sharding, leaf.ndim)
-        stages = trainer.partition
-        return Steps(metrics, by_name(state.params, stages), by_name(state.optimizer, stages), states)
+        return Steps(metrics, by_name(state.params, trainer), by_name(state.optimizer, trainer), states)
 
 
 def assert_steps_equal(result: Steps, expected: Steps) -> None:
