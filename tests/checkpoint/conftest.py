@@ -74,6 +74,11 @@ def data_mesh() -> Mesh:
 
 
 @pytest.fixture
+def odd_mesh() -> Mesh:
+    return make_mesh("data", 3)
+
+
+@pytest.fixture
 def tensor_mesh() -> Mesh:
     return make_mesh("tensor", 8)
 

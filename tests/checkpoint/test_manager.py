@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import make_mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -67,7 +66,7 @@ def test_round_trip_is_bit_exact_on_every_mesh(
             assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
 
 
-def test_padding_is_not_saved_and_restored_as_zeros(checkpoints, data_mesh, one_device):
+def test_padding_is_not_saved_and_restored_as_zeros(checkpoints, data_mesh, odd_mesh, one_device):
     # five rows on eight devices: the last three have padding alone
     values = {"own": np.arange(1, 16, dtype=np.float32).reshape(5, 3), "even": np.arange(8, dtype=np.float32)}
     sizes = {8: 8, 3: 6, 1: 5}
@@ -80,7 +79,7 @@ def test_padding_is_not_saved_and_restored_as_zeros(checkpoints, data_mesh, one_
 
     on_disk = signature(jax.tree.map(jnp.asarray, values))
     steps = checkpoints(keep=9)
-    meshes = data_mesh, make_mesh("data", 3), one_device
+    meshes = data_mesh, odd_mesh, one_device
     for step, mesh in enumerate(meshes):
         steps.save(step, {name: place(mesh, value) for name, value in values.items()}, {}, on_disk)
         steps.wait()
