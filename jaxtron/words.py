@@ -35,6 +35,14 @@ def readable_seconds(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} us"
 
 
+def readable_time(seconds: float) -> str:
+    """A long time in minutes, hours or days, such as `32.4 days`."""
+    for unit, scale in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * scale:
+            return f"{seconds / scale:,.1f} {unit}"
+    return readable_seconds(seconds)
+
+
 def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:
     for unit in units[:-1]:
         # what rounds to a whole step has the next unit

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxtron.words import plural, readable_bytes, readable_count, readable_flops, readable_seconds
+from jaxtron.words import plural, readable_bytes, readable_count, readable_flops, readable_seconds, readable_time
 
 
 @pytest.mark.parametrize(
@@ -49,4 +49,6 @@ def test_counts_flops_and_seconds():
         "1,008.04 billion",
     ]
     assert [readable_flops(n) for n in (12, 2e9, 9.484e14)] == ["12 FLOPs", "2 GFLOPs", "948.4 TFLOPs"]
+    assert [readable_time(n) for n in (221, 9_000, 2.8e6)] == ["3.7 minutes", "2.5 hours", "32.4 days"]
+    assert readable_time(59.9) == "59.9 s"
     assert [readable_seconds(n) for n in (2.5e-6, 0.0123, 39.21)] == ["2.5 us", "12.3 ms", "39.2 s"]

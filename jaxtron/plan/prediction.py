@@ -18,7 +18,6 @@ from jaxtron.sharding.config import AXES, SHARD_AXES
 from jaxtron.train.config import Configuration
 
 SLOTS: tuple[Slot, ...] = ("forward", "backward", "weight")
-SECONDS_A_DAY = 86_400
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,9 @@ class Prediction:
     breakdown: Breakdown
     slot_seconds: dict[Slot, list[float]]
 
-    def days_for(self, tokens: float) -> float:
-        """Days of training on so many tokens."""
-        return tokens / self.tokens_per_second / SECONDS_A_DAY
+    def seconds_for(self, tokens: float) -> float:
+        """Seconds of training on so many tokens."""
+        return tokens / self.tokens_per_second
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jaxtron.command import write_whole
 from jaxtron.plan.prediction import Breakdown
 from jaxtron.plan.search import MARGIN, Candidate, Search
 from jaxtron.plan.table import aligned
-from jaxtron.words import plural, readable_bytes, readable_count, readable_seconds
+from jaxtron.words import plural, readable_bytes, readable_count, readable_seconds, readable_time
 
 FORMAT = 2
 # Rows by formula; the file that --json writes has all.
@@ -36,7 +36,7 @@ def text(found: Search, title: str, tokens: float | None = None) -> str:
         f"type: {best.layout.flags(found.config) or 'nothing, it is the configuration as it is'}",
     ]
     if tokens is not None:
-        lines.append(f"  {readable_count(tokens)} tokens take {best.prediction.days_for(tokens):,.1f} days")
+        lines.append(f"  {readable_count(tokens)} tokens take {readable_time(best.prediction.seconds_for(tokens))}")
     return "\n".join([*lines, *_gain(found), *_reasons(found)])
 
 

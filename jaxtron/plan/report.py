@@ -23,7 +23,7 @@ from jaxtron.plan.rehearsal import Rehearsal
 from jaxtron.plan.surprises import Surprise, surprises
 from jaxtron.plan.table import aligned
 from jaxtron.train.config import Configuration
-from jaxtron.words import plural, readable_bytes, readable_count, readable_flops, readable_seconds
+from jaxtron.words import plural, readable_bytes, readable_count, readable_flops, readable_seconds, readable_time
 
 FORMAT = 1
 BAR = 30
@@ -182,7 +182,7 @@ def _traffic(plan: Plan) -> list[str]:
                 ",".join(row.key.axes) or "-",
                 row.link or "-",
                 _loops(row.key),
-                str(row.executions),
+                f"{row.executions:,}",
                 readable_bytes(row.payload),
                 readable_bytes(row.sent),
                 f"{row.asynchronous}/{row.operations}",
@@ -237,7 +237,7 @@ def _prediction(plan: Plan, tokens: float | None) -> list[str]:
     ]
     lines += aligned(rows, right=(1, 2))
     if tokens is not None:
-        lines.append(f"  {readable_count(tokens)} tokens take {found.days_for(tokens):,.1f} days")
+        lines.append(f"  {readable_count(tokens)} tokens take {readable_time(found.seconds_for(tokens))}")
     return lines
 
 
