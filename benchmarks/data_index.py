@@ -181,7 +181,7 @@ def in_turns(parts: dict[str, Callable[[], Any]], repeats: int) -> dict[str, flo
             start = time.process_time()
             part()
             seconds[name].append(time.process_time() - start)
-    return {name: round(1e3 * float(np.median(found)), 1) for name, found in seconds.items()}
+    return {name: round(1e3 * float(np.median(found)), 4) for name, found in seconds.items()}
 
 
 def _pointer(array: np.ndarray) -> ctypes.c_void_p:

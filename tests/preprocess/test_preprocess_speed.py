@@ -22,7 +22,7 @@ def test_nine_tenths_of_the_time_is_the_tokenizer_s(tmp_path):
     given = texts(2000, most_words=600)
     tokenizer = Tokenizer.from_file(str(bpe := write_bpe(tmp_path / "tokenizer.json", given[:100], size=2000)))
     write_lines(tmp_path / "in.jsonl", given)
-    flags = ("--input", tmp_path / "in.jsonl", "--tokenizer", bpe, "--output", tmp_path / "out")
+    flags = ("--input", tmp_path / "in.jsonl", "--tokenizer", bpe, "--output", tmp_path / "out", "--overwrite")
     bare, command = [], []
     for _ in range(3):
         start = time.process_time()
