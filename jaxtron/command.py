@@ -20,6 +20,8 @@ from jaxtron.config import FILE_ENDINGS, ConfigType, UserError, dump, expand_hom
 from jaxtron.help import WIDTH, help_text
 from jaxtron.quiet import import_jax
 
+# what a file system says that takes no more: full, a quota, a file too large
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # not a negative number
 FLAG = re.compile("--?[A-Za-z]")
 # of a flag; what Python, NumPy and files of indices can hold
@@ -166,14 +168,24 @@ def _wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, WIDTH, break_on_hyphens=False))
 
 
-def write_whole(path: Path, text: str, *, advice: str = "") -> None:
-    """Writes a file whole or not at all, whenever the command is killed; a UserError, with the advice, if it cannot."""
+def write_whole(path: Path, content: str | bytes, *, advice: str | None = None) -> None:
+    """Writes a file whole or not at all, whenever the command is killed; a UserError, with advice, if it cannot."""
     replacement = path.with_name(path.name + ".new")
     try:
-        replacement.write_text(text, encoding="utf-8")
-        replacement.replace(path)
+        try:
+            with replacement.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                # a full disk may show only now
+                os.fsync(file.fileno())
+            replacement.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                replacement.unlink()
+            raise
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}{advice and '; '}{advice}") from None
+        advice = advice or ("make room" if error.errno in FULL else "write elsewhere")
+        raise UserError(f"cannot write {path}: {error.strerror}; {advice}") from None
 
 
 def hand_over(module: str, *, jax: bool = True) -> ModuleType:
@@ -198,7 +210,7 @@ def _shortened(word: str) -> str:
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Runs a command's `main`; bad input is `error: ...` and 2, Ctrl-C is a line and 130, a defect a traceback."""
+    """Runs a command's `main`; bad input or a full disk is `error: ...` and 2, Ctrl-C a line and 130."""
     with interrupts.ending():
         return _run(main, list(sys.argv[1:] if argv is None else argv))
 
@@ -214,15 +226,27 @@ def _run(main: Callable[[list[str]], int | None], words: list[str]) -> int:
     except UserError as error:
         print("error:", " ".join(map(_shortened, str(error).split())), file=sys.stderr)
         return 2
-    except OSError as error:
-        # raised even by asking whether there is such a file
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        print(f"error: {_shortened(str(error.filename))}: {error.strerror}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return interrupts.exit_code()
     except BrokenPipeError:
-        # the reader of our output left (`--help | head`); Python would complain once more while closing it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # the reader of our output left (`--help | head`)
+        _drop_output()
         return 141
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            # raised even by asking whether there is such a file
+            print(f"error: {_shortened(str(error.filename))}: {error.strerror}", file=sys.stderr)
+            return 2
+        if error.errno not in FULL:
+            raise
+        # whatever is written, the standard output too (`> log`)
+        where = error.filename or "the output"
+        print(f"error: cannot write {where}: {error.strerror}; make room and run it again", file=sys.stderr)
+        _drop_output()
+        return 2
+
+
+def _drop_output() -> None:
+    # Python would complain once more while closing what cannot be written; a test's output is no file
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

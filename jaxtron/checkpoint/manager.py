@@ -1,13 +1,15 @@
 """The checkpoints of a run: saved in the background, the newest kept, restored on any mesh."""
 
+import errno
 import json
-import logging
+import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,17 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jaxtron.checkpoint.config import CheckpointConfig
-from jaxtron.checkpoint.names import Signature, signature
+from jaxtron.checkpoint.names import Signature, plain, signature
+from jaxtron.checkpoint.processes import gather_texts
+from jaxtron.checkpoint.quiet import UNCOMMITTED, forget_failed_writes, quiet_saves
 from jaxtron.checkpoint.record import Record
 from jaxtron.checkpoint.restore import Check, Restored, committed_steps, restore_newest, step_path
 from jaxtron.checkpoint.storage import RecordingHandler, save_arguments
 from jaxtron.config import UserError
+from jaxtron.words import readable_bytes
 
 _DELETING = ".deleting"
+MOST_DELETIONS = 20
 
 
 class Checkpoints:
@@ -40,7 +46,8 @@ class Checkpoints:
         # directories are made at once, so that a full or read-only disk is noticed in `save`
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(RecordingHandler(), async_options=options)
-        logging.getLogger("absl").addFilter(_is_news)
+        self._quiet = ExitStack()
+        self._quiet.enter_context(quiet_saves())
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
         self._good = set(committed_steps(self.directory))
@@ -70,9 +77,10 @@ class Checkpoints:
         if step in self._good:
             return
         arguments = save_arguments(state, Record(step, extra, on_disk or signature(state)))
-        with _failing_as_user_error(step, self.directory):
+        with self._failing_as_user_error(step):
             if jax.process_index() == 0:
                 self._clear_way(step)
+            self._check_room(state)
             self._orbax.save(step_path(self.directory, step), args=arguments)
         self._saving = (step, self._background.submit(self._finish, step))
         if not self.config.asynchronous:
@@ -103,7 +111,7 @@ class Checkpoints:
         if self._saving is None:
             return
         (step, future), self._saving = self._saving, None
-        with _failing_as_user_error(step, self.directory):
+        with self._failing_as_user_error(step):
             future.result()
 
     def close(self) -> None:
@@ -113,7 +121,7 @@ class Checkpoints:
         finally:
             self._background.shutdown()
             self._orbax.close()
-            logging.getLogger("absl").removeFilter(_is_news)
+            self._quiet.close()
 
     def _finish(self, step: int) -> None:
         """In the background: wait for the commit, then delete the oldest."""
@@ -126,17 +134,57 @@ class Checkpoints:
 
     def _clear_way(self, step: int) -> None:
         """Delete what a killed run left half done, and move a damaged checkpoint of this step aside."""
-        for pattern in ("step_*.orbax-checkpoint-tmp*", f"step_*{_DELETING}"):
+        for pattern in (f"step_*{UNCOMMITTED}*", f"step_*{_DELETING}"):
             for leftover in self.directory.glob(pattern):
                 shutil.rmtree(leftover)
         path = step_path(self.directory, step)
         if path.exists():
             path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
 
+    def _check_room(self, state: PyTree) -> None:
+        """An `OSError` on every process if the arrays alone do not fit the disk, as the first process sees it."""
+        needed = sum(plain(leaf).nbytes for leaf in jax.tree.leaves(state))
+        disk = shutil.disk_usage(self.directory)
+        # some file systems do not know
+        lacks = disk.total > 0 and disk.free < needed
+        refusal = f"it needs {readable_bytes(needed)}, and {readable_bytes(disk.free)} are left" if lacks else ""
+        if refusal := gather_texts(refusal)[0]:
+            raise OSError(errno.ENOSPC, refusal)
 
-def _is_news(record: logging.LogRecord) -> bool:
-    # Orbax logs the traceback of an error in the background, which `wait` raises anyway
-    return not (record.exc_info and "orbax" in record.pathname)
+    @contextmanager
+    def _failing_as_user_error(self, step: int) -> Iterator[None]:
+        try:
+            yield
+            return
+        except (OSError, ValueError) as error:
+            reason = _reason(error)
+        forget_failed_writes()
+        self._discard(step)
+        # outside of the handler: the error holds on to what failed
+        raise UserError(
+            f"the checkpoint of step {step} could not be written to {self.directory}: {reason}; "
+            "earlier checkpoints are untouched; make room or choose another --run.directory"
+        )
+
+    def _discard(self, step: int) -> None:
+        """Delete what there is of a save that failed; its last writes may come while it is deleted."""
+        name = step_path(self.directory, step).name + UNCOMMITTED
+        for _ in range(MOST_DELETIONS if jax.process_index() == 0 else 0):
+            leftovers = list(self.directory.glob(f"{name}*"))
+            for leftover in leftovers:
+                shutil.rmtree(leftover, ignore_errors=True)
+            time.sleep(0.05)
+            if not leftovers:
+                return
+
+
+def _reason(error: Exception) -> str:
+    """What the system says in an error of Python or of TensorStore, without the long paths of unfinished files."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _delete(path: Path) -> None:
@@ -156,16 +204,4 @@ def _check_writable(directory: Path) -> None:
     except OSError as error:
         raise UserError(
             f"checkpoints cannot be written to {directory}: {error.strerror}; choose another --run.directory"
-        ) from error
-
-
-@contextmanager
-def _failing_as_user_error(step: int, directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"the checkpoint of step {step} could not be written to {directory}: {reason}; "
-            "earlier checkpoints are untouched; make room or choose another --run.directory"
         ) from error

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import cast, get_args
 
+from jaxtron.command import write_whole
 from jaxtron.config import UserError
 from jaxtron.pipeline.schedule import IDLE, Entry, Placement, Schedule, Work, check
 
@@ -19,13 +20,13 @@ _PLACEMENT = re.compile(r"#\s*placement:\s*(\S*)\s*")
 
 
 def write_csv(schedule: Schedule, path: Path) -> None:
-    """Write the table, replacing the file."""
+    """Write the table, replacing the file; `UserError` if it cannot be written."""
     lines = io.StringIO()
     lines.write(f"# placement: {schedule.placement}\n")
     rows = csv.writer(lines, lineterminator="\n")
     rows.writerow([f"stage {stage}" for stage in range(schedule.num_stages)])
     rows.writerows([cell(entry) for entry in row] for row in schedule.table)
-    path.write_text(lines.getvalue())
+    write_whole(path, lines.getvalue())
 
 
 def read_csv(path: Path) -> Schedule:

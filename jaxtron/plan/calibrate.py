@@ -5,6 +5,7 @@ import os
 import statistics
 from pathlib import Path
 
+from jaxtron.command import write_whole
 from jaxtron.config import UserError, dump
 from jaxtron.gpus import Gpu
 from jaxtron.plan.machine import Machine
@@ -115,7 +116,4 @@ def scale(machine: Machine, factor: float) -> Machine:
 
 def write_machine(machine: Machine, path: Path) -> None:
     """Writes the constants as YAML that `--machine` reads; `UserError` if it cannot be written."""
-    try:
-        path.write_text(dump(machine), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the machine file {path} cannot be written: {error.strerror}") from None
+    write_whole(path, dump(machine))

@@ -1,6 +1,6 @@
 """A schedule drawn: its table as text with its figures, and its timeline as a PNG."""
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from rich.color import ColorSystem
 from rich.style import Style
 
-from jaxtron.config import UserError
+from jaxtron.command import write_whole
 from jaxtron.pipeline.figures import Figures, Slot, Span, figures, slots, timeline
 from jaxtron.pipeline.schedule import Entry, Schedule, Work
 from jaxtron.words import plural, readable_bytes
@@ -83,12 +83,9 @@ def png(schedule: Schedule, path: Path, *, seconds: Mapping[Slot, Sequence[float
     names: list[Slot] = ["forward", "backward", "weight"] if schedule.split else ["forward", "backward"]
     handles = [Patch(color=COLORS[name], label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower right", ncols=len(names), frameon=False)
-    replacement = path.with_name(path.name + ".new")
-    try:
-        figure.savefig(replacement, format="png")
-        os.replace(replacement, path)
-    except OSError as error:
-        raise UserError(f"cannot draw the schedule into {path}: {error}") from error
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_whole(path, image.getvalue())
 
 
 def _draw_stage(axes: Axes, stage: int, spans: list[Span], num_chunks: int, labelled: bool) -> None:

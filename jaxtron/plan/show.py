@@ -85,7 +85,7 @@ def show_schedule(config: Configuration, request: Request) -> None:
     mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
     width, color = shutil.get_terminal_size((120, 24)).columns, sys.stdout.isatty()
     if request.csv is not None:
-        _write(write_csv, table, request.csv)
+        write_csv(table, request.csv)
     if request.png is not None:
         schedule.png(table, request.png)
     print(f"mesh: {mesh}")
@@ -167,10 +167,3 @@ def _tell_written(*paths: Path | None) -> None:
     for path in paths:
         if path is not None:
             print(f"written   {path}")
-
-
-def _write(write: Callable, table, path: Path) -> None:
-    try:
-        write(table, path)
-    except OSError as error:
-        raise UserError(f"cannot write the schedule into {path}: {error.strerror}") from None

@@ -149,6 +149,7 @@ class Profiler:
         self._directory = directory
         self._first, self._last = steps
         self._is_tracing = False
+        self._earlier: set[Path] = set()
         if self._last > total_steps:
             raise UserError(
                 f"run.profile_steps {self._first} {self._last} ends after train.steps {total_steps}: end it earlier"
@@ -158,6 +159,7 @@ class Profiler:
         """Begin the trace before the first step of the range, end it after the last."""
         if not self._is_tracing and self._first - 1 <= info.step < self._last:
             jax.block_until_ready(info.metrics)
+            self._earlier = set(self._directory.rglob("*.xplane.pb"))
             jax.profiler.start_trace(str(self._directory))
             self._is_tracing = True
         elif self._is_tracing and info.step >= self._last:
@@ -166,6 +168,17 @@ class Profiler:
 
     def close(self) -> None:
         """End the trace if the run stops inside the range."""
-        if self._is_tracing:
+        if not self._is_tracing:
+            return
+        self._is_tracing = False
+        try:
             jax.profiler.stop_trace()
-            self._is_tracing = False
+        except jax.errors.JaxRuntimeError as error:
+            # a disk that is full, for one; the profiler leaves an empty file
+            for path in set(self._directory.rglob("*.xplane.pb")) - self._earlier:
+                path.unlink(missing_ok=True)
+            reason = str(error).rpartition(";")[2].strip()
+            raise UserError(
+                f"the trace of run.profile_steps cannot be written to {self._directory}: {reason}; make room, or leave "
+                "run.profile_steps out, and give the same command again"
+            ) from None

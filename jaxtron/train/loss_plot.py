@@ -1,11 +1,12 @@
 """`loss.png`: training and validation loss against the step."""
 
-import os
+import io
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from jaxtron.command import write_whole
 from jaxtron.train.metrics import read_metrics
 
 CURVES = (("loss", "training", "#1f77b4", None), ("validation_loss", "validation", "#d62728", "o"))
@@ -30,6 +31,6 @@ def plot_losses(metrics_path: Path, image_path: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    replacement = image_path.with_name(image_path.name + ".new")
-    figure.savefig(replacement, format="png")
-    os.replace(replacement, image_path)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_whole(image_path, image.getvalue(), advice="the rest of the run is there")

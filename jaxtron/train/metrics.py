@@ -1,12 +1,17 @@
 """`metrics.jsonl`: one JSON object a logged step; docs/metrics.md says what its names mean."""
 
+import errno
 import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
+
+from jaxtron.command import write_whole
+from jaxtron.config import UserError
 
 
 @dataclass
@@ -27,7 +32,7 @@ class Tally:
 
 
 class MetricsWriter:
-    """Appends logged steps to a file; a line is whole on disk once `write` returns.
+    """Appends logged steps to a file; a line is whole on disk once `write` returns, or nothing of it: a `UserError`.
 
     The file is continued at `resume_step`: lines of later steps, which will be taken again, are dropped first.
     """
@@ -35,7 +40,7 @@ class MetricsWriter:
     def __init__(self, path: Path, *, resume_step: int = 0):
         self.path = path
         drop_steps_after(path, resume_step)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file: FileIO | None = None
 
     def write(self, step: int, metrics: Mapping[str, float | int | str]) -> None:
         """Append one step; NaN and infinity are written as null, beside `"finite": false`."""
@@ -44,12 +49,27 @@ class MetricsWriter:
             line[name] = value if isinstance(value, str) or math.isfinite(value) else None
         if None in line.values():
             line["finite"] = False
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
+
+    def _append(self, line: bytes) -> None:
+        try:
+            # only now: a run that takes no step leaves no file
+            self._file = self._file or FileIO(self.path, "a")
+            start = self._file.tell()
+            # unbuffered: what does not fit the disk is not tried again while closing
+            if self._file.write(line) < len(line):
+                self._file.truncate(start)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; make room and give the same command again, which goes "
+                "on from the newest checkpoint"
+            ) from None
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -64,16 +84,14 @@ def drop_steps_after(path: Path, step: int) -> None:
     kept = "".join(line for record, line in _read_lines(path) if record["step"] <= step)
     if kept.encode() == path.read_bytes():
         return
-    replacement = path.with_name(path.name + ".new")
-    with replacement.open("w", encoding="utf-8") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(replacement, path)
+    write_whole(path, kept)
 
 
 def _read_lines(path: Path) -> list[tuple[dict, str]]:
     lines = []
+    if not path.exists():
+        # nothing was logged yet
+        return lines
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             record = json.loads(line)

@@ -3,11 +3,13 @@
 import importlib
 import math
 import secrets
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
+from jaxtron.command import write_whole
 from jaxtron.config import UserError
 from jaxtron.train.run_config import RunConfig, TrackerName
 
@@ -57,20 +59,41 @@ def import_tracker(name: TrackerName) -> ModuleType:
 
 
 class TensorBoardTracker:
-    """Scalars in an event file; on resume, those of steps that will be taken again are hidden."""
+    """Scalars in an event file; on resume, those of steps that will be taken again are hidden.
+
+    A thread writes them. Where it fails, on a full disk for one, the next `log` is a `UserError`: its queue, which
+    nobody empties any more, would stop the run for ever.
+    """
 
     def __init__(self, tensorboard: ModuleType, directory: Path, *, resume_step: int):
         purge_step = resume_step + 1 if resume_step > 0 else None
+        self._directory = directory
         self._writer = tensorboard.SummaryWriter(str(directory), purge_step=purge_step)
+        events = getattr(getattr(self._writer, "file_writer", None), "event_writer", None)
+        self._worker: threading.Thread | None = getattr(events, "_worker", None)
+        self._failure: BaseException | None = None
+        self._previous_hook, threading.excepthook = threading.excepthook, self._remember
+
+    def _remember(self, failed: threading.ExceptHookArgs) -> None:
+        if failed.thread is not None and failed.thread is self._worker:
+            self._failure = failed.exc_value
+        else:
+            self._previous_hook(failed)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of one step that are finite."""
         for name, value in _finite(metrics).items():
+            if self._failure is not None:
+                reason = getattr(self._failure, "strerror", None) or self._failure
+                raise UserError(f"cannot write TensorBoard's events to {self._directory}: {reason}; make room")
             self._writer.add_scalar(name, value, global_step=step)
 
     def close(self) -> None:
         """Write out the event file."""
-        self._writer.close()
+        if threading.excepthook == self._remember:
+            threading.excepthook = self._previous_hook
+        if self._failure is None:
+            self._writer.close()
 
 
 class WandbTracker:
@@ -82,7 +105,7 @@ class WandbTracker:
             run_id = id_file.read_text(encoding="utf-8").strip()
         else:
             run_id = secrets.token_hex(4)
-            id_file.write_text(run_id + "\n", encoding="utf-8")
+            write_whole(id_file, run_id + "\n")
         self._run = wandb.init(
             project=project,
             id=run_id,

@@ -77,5 +77,5 @@ def test_the_timeline_as_a_picture(tmp_path, name, num_microbatches):
 
 
 def test_a_picture_that_cannot_be_written(tmp_path):
-    with pytest.raises(UserError, match="cannot draw the schedule into .*nowhere"):
+    with pytest.raises(UserError, match="cannot write .*nowhere"):
         png(make_schedule("1f1b", 2, 3), tmp_path / "nowhere" / "schedule.png")
