@@ -26,6 +26,8 @@ def configuration(*, model: dict | None = None, train: dict | None = None, **sec
     base = {"num_layers": 16, "hidden_size": 2048, "num_heads": 16, "vocab_size": 51200, "vocab_multiple": 1024}
     batch = {"global_batch": 32, "microbatches": 4}
     data = {"sequence_length": 1024}
+    # sizes are what `predict` is given; a pipeline's settings need stages to be valid
+    sections = ({"mesh": {"pipe": 2}} if "pipeline" in sections else {}) | sections
     return Configuration.model_validate(
         {"model": base | (model or {}), "train": batch | (train or {}), "data": data, **sections}
     )
