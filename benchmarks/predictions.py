@@ -108,6 +108,7 @@ class Row:
                     "global_batch": self.batch,
                     "microbatches": self.batch // (self.data * microbatch),
                 },
+                "mesh": self.sizes,
                 "pipeline": pipeline,
                 "sharding": {"zero": self.zero},
             }
