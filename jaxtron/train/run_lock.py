@@ -57,6 +57,7 @@ def _acquire(directory: Path) -> int:
             try:
                 _flock(lock, path)
                 if _is_at(lock, path):
+                    _tell_of_stranger(lock, path)
                     os.ftruncate(lock, 0)
                     os.pwrite(lock, _owner().encode(), 0)
                     return lock
@@ -92,6 +93,18 @@ def _is_at(lock: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(lock), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _tell_of_stranger(lock: int, path: Path) -> None:
+    """Says so where the last owner was on another host and did not end by itself: that lock may not reach this one."""
+    owner = os.pread(lock, 1000, 0).decode(errors="replace").strip()
+    if owner and f" on {socket.gethostname()} since " not in owner:
+        logger.warning(
+            "%s was left by %s: it was killed, or this file system does not share locks between hosts; make sure that "
+            "it has ended",
+            path,
+            owner,
+        )
 
 
 def _owner() -> str:

@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,19 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path: Path, monkeypatc
     monkeypatch.setattr(fcntl, "flock", none)
     with run_lock(tmp_path):
         assert "cannot be locked (No locks available): start no second run in this directory" in caplog.text
+
+
+def test_a_lock_left_on_another_host_is_told_of(tmp_path: Path, caplog):
+    lock = tmp_path / "lock"
+    # of a killed process here nothing need be said
+    lock.write_text(f"process 7 on {socket.gethostname()} since 2026-01-02 03:04:05")
+    with run_lock(tmp_path):
+        assert caplog.text == "" and f"process {os.getpid()} on " in lock.read_text()
+    lock.write_text("process 7 on elsewhere since 2026-01-02 03:04:05")
+    with run_lock(tmp_path):
+        assert (
+            "was left by process 7 on elsewhere since 2026-01-02 03:04:05: it was killed, or this file" in caplog.text
+        )
 
 
 def test_a_locked_run_is_left_alone_and_may_be_looked_at(finished: FinishedRun, tmp_path: Path):
