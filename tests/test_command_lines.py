@@ -198,6 +198,12 @@ def test_help_of_a_section():
     )
 
 
+def test_a_reader_who_leaves_ends_the_command_without_a_word():
+    line = f"{sys.executable} -m jaxtron.train --help | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode in (0, 141) and done.stderr == "" and done.stdout.startswith("usage: ")
+
+
 def test_help_of_the_schedule_names_them_all():
     text = " ".join(run_main(train, ["--help", "pipeline.schedule"]).out.split())
     assert all(f"{name}," in text for name in SCHEDULES) and "FILE.csv" in text

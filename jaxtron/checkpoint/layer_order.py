@@ -157,7 +157,10 @@ def _laid_out(leaf: Array, shape: tuple[int, ...], spec: PartitionSpec) -> Array
     """The array with rows of this shape, cut or padded, and this spec."""
     if leaf.shape[1:] == shape:
         return jax.sharding.reshard(leaf, spec)
-    return jax.sharding.auto_axes(lambda leaf: fit(leaf, (leaf.shape[0], *shape)), out_sharding=spec)(leaf)
+    fitted: Callable[[Array], Array] = jax.sharding.auto_axes(  # pyright: ignore[reportAssignmentType]
+        lambda leaf: fit(leaf, (leaf.shape[0], *shape)), out_sharding=spec
+    )
+    return fitted(leaf)
 
 
 def _to_host(array: Array) -> Array:

@@ -158,8 +158,11 @@ def _title(request: Request) -> str:
 
 
 def _lengths(lengths: tuple[int, ...]) -> str:
-    if len(set(lengths)) == 1:
-        return f"{lengths[0]} in each of {len(lengths)} parts" if len(lengths) > 1 else f"{lengths[0]} in one part"
+    first, *others = lengths
+    if not others:
+        return f"{first} in one part"
+    if set(others) == {first}:
+        return f"{first} in each of {len(lengths)} parts"
     return f"{', '.join(map(str, lengths))} in the parts"
 
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from jaxtron.config import UserError
 from jaxtron.models.config import ModelConfig
@@ -44,7 +45,7 @@ def check_batch_fits(name: str, rows: int, sequence_length: int) -> None:
 def bytes_on_a_device(leaf: jax.ShapeDtypeStruct) -> int:
     """Bytes of one device's part of an array; without a sharding, all of it."""
     shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-    itemsize = 4 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+    itemsize = 4 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
     return math.prod(shape) * itemsize
 
 
