@@ -181,7 +181,7 @@ def _received(number: int) -> None:
         # interrupts what the main thread waits for
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         time.sleep(GRACE_SECONDS)
-    _leave(128 + number)
+    leave(128 + number)
 
 
 def _in_main_thread(_number: int, _frame: object) -> None:
@@ -217,11 +217,20 @@ def _write(line: str) -> None:
         os.write(_state.stderr, f"{before}{line}\n".encode())
 
 
-def _leave(code: int) -> None:
+def say(line: str) -> None:
+    """Tells the user a line on standard error, whatever became of that since the command began."""
+    _write(line)
+
+
+def leave(code: int) -> None:
+    """Ends the process here and now, from any thread: what was printed is written, workers are ended."""
     flush = threading.Thread(target=sys.stdout.flush, daemon=True)
-    flush.start()
-    # the main thread may stand in a write that nobody reads
-    flush.join(FLUSH_SECONDS)
+    # no thread begins while Python takes itself down, which writes by itself
+    with suppress(RuntimeError):
+        flush.start()
+        # the main thread may stand in a write that nobody reads
+        flush.join(FLUSH_SECONDS)
+    _kill_workers()
     os._exit(code)
 
 

@@ -17,6 +17,7 @@ from jaxtron.evaluate.perplexity import MOST_NATS, OverlappingWindows, Score, nu
 from jaxtron.evaluate.request import Request
 from jaxtron.train.config import Configuration
 from jaxtron.train.runtime import out_of_memory_as_user_error, start_runtime
+from jaxtron.train.together import leaving_together
 
 ROOM = "Lower --batch, or raise --mesh.fsdp or --mesh.tensor"
 
@@ -83,7 +84,7 @@ class Report:
 def score(request: Request, trained: Configuration, config: Configuration, raw: str, stride: int) -> None:
     """Prints the figures of the text, and writes them where asked to."""
     start_runtime(config.runtime, devices=config.devices)
-    with out_of_memory_as_user_error(ROOM), open_model(request, trained, config) as model:
+    with leaving_together(), out_of_memory_as_user_error(ROOM), open_model(request, trained, config) as model:
         report = evaluate(model, request, raw, stride)
     if jax.process_index() == 0:
         print(report.text())

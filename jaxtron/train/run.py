@@ -1,5 +1,7 @@
 """A run from its configuration to its summary, once JAX may be imported."""
 
+from functools import partial
+
 import jax
 
 from jaxtron.models.attention_choice import attention_lines
@@ -9,6 +11,7 @@ from jaxtron.train.loop import train
 from jaxtron.train.runtime import out_of_memory_as_user_error, start_runtime
 from jaxtron.train.setup import open_run
 from jaxtron.train.summary import finish
+from jaxtron.train.together import leaving_together
 
 ROOM = "Raise --train.microbatches or --mesh.fsdp, set --model.recompute full, or choose a smaller model"
 
@@ -16,7 +19,9 @@ ROOM = "Raise --train.microbatches or --mesh.fsdp, set --model.recompute full, o
 def run(config: Configuration, name: str) -> int:
     """Trains to the last step; 130 if a signal ended the run early, with a checkpoint. `name` names its directory."""
     start_runtime(config.runtime, devices=config.devices)
-    with out_of_memory_as_user_error(ROOM), open_run(config, name) as run:
+    room = partial(out_of_memory_as_user_error, ROOM)
+    # an error is told before the run is closed, which may need the others
+    with leaving_together(), room(), open_run(config, name) as run, leaving_together(), room():
         if jax.process_index() == 0:
             announce(run)
         outcome = train(run)

@@ -5,18 +5,19 @@ import ctypes
 import importlib.util
 import os
 import re
-import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
+from jax._src import clusters
 
 from jaxtron.config import UserError
 from jaxtron.gpus import set_pool_fraction
 from jaxtron.train.machine import find_launcher, has_driver
 from jaxtron.train.runtime_config import RuntimeConfig
+from jaxtron.train.together import join
 from jaxtron.train.xla_flags import set_xla_flags
 
 # Collectives that do not depend on each other begin in any order on a simulated device, and each holds a thread until
@@ -111,20 +112,13 @@ def initialize_distributed(config: RuntimeConfig) -> None:
     launcher = "the coordinator settings" if explicit else find_launcher() if config.launcher == "auto" else None
     if launcher is None:
         return
-    if config.coordinator_address is not None and config.process_id == 0:
-        _check_port(config.coordinator_address)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX ends a process that waited in vain with a C++ stack trace: be earlier, and clear
     watchdog = threading.Timer(config.connect_seconds, _give_up, (config, launcher))
     watchdog.daemon = True
     watchdog.start()
     try:
-        jax.distributed.initialize(
-            config.coordinator_address,
-            config.num_processes,
-            config.process_id,
-            initialization_timeout=config.connect_seconds + 60,
-        )
+        _initialize(config)
     except (RuntimeError, ValueError, ImportError) as error:
         where = f" at {config.coordinator_address}" if explicit else ""
         raise UserError(
@@ -134,19 +128,31 @@ def initialize_distributed(config: RuntimeConfig) -> None:
         watchdog.cancel()
 
 
-def _check_port(address: str) -> None:
-    # jaxlib 0.11.2 crashes, one time in three, where it cannot have the port
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    port = int(address.rpartition(":")[2])
-    if not 0 < port < 2**16:
-        raise UserError(f"runtime.coordinator_address {address}: ports go from 1 to 65535, and {port} is none")
-    try:
-        socket.create_server(("", port), family=family, dualstack_ipv6=family is socket.AF_INET6).close()
-    except OSError as error:
-        raise UserError(
-            f"runtime.coordinator_address {address}: process 0 cannot listen on port {port} ({error.strerror}): choose "
-            "another"
-        ) from None
+def _initialize(config: RuntimeConfig) -> None:
+    found = (config.coordinator_address, config.num_processes, config.process_id, None)
+    if config.coordinator_address is None:
+        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, config.connect_seconds
+        )
+    coordinator, count, process, local_devices = found
+    if coordinator is None or process is None:
+        raise ValueError("it does not say where process 0 is, or which process this is")
+    together = join(
+        coordinator,
+        process,
+        heartbeat_seconds=config.heartbeat_seconds,
+        connect_seconds=config.connect_seconds,
+    )
+    jax.distributed.initialize(
+        together.address,
+        count,
+        process,
+        local_devices,
+        initialization_timeout=config.connect_seconds + 60,
+        # ours come first
+        heartbeat_timeout_seconds=max(100, 4 * config.heartbeat_seconds),
+        coordinator_bind_address=together.address if process == 0 else None,
+    )
 
 
 def _give_up(config: RuntimeConfig, launcher: str) -> None:

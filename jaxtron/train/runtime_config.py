@@ -27,6 +27,9 @@ class RuntimeConfig(Config):
     connect_seconds: int = Field(
         default=300, ge=1, description="how long the processes wait for each other at the start"
     )
+    heartbeat_seconds: int = Field(
+        default=30, ge=1, description="how soon the processes end, with a line that names it, when one of them is gone"
+    )
     xla_preset: Preset = Field(
         default="auto",
         description="XLA flags for GPUs: auto (latency-hiding scheduler), latency (also pipelined collectives and "
