@@ -134,6 +134,8 @@ def ending() -> Iterator[None]:
     try:
         yield
     finally:
+        # no exception any more
+        _state.is_raised = True
         _await_answers()
         _state.is_working = False
         if _state.ended_by is not None:

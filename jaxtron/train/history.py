@@ -67,7 +67,7 @@ CHANGES: dict[str, dict[str, str]] = {
     "checkpoint": {FREE: "every keep asynchronous", HERE: "resume"},
     "run": {FREE: "log_every print_seconds trackers wandb_project profile_steps", HERE: "directory"},
     "runtime": {
-        FREE: "connect_seconds xla_preset xla_flags compilation_cache",
+        FREE: "connect_seconds heartbeat_seconds xla_preset xla_flags compilation_cache",
         HERE: "launcher coordinator_address num_processes process_id",
     },
 }
