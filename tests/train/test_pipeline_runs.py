@@ -134,7 +134,12 @@ def test_its_configuration_starts_it_again(undisturbed: Path):
     saved = str(undisturbed / "run" / "config.yaml")
     ended = run_here(saved)
     assert ended.code == 0 and "complete already" in ended.out
-    ended = run_here(saved, "--mesh.pipe", "1", "--mesh.data", "2")
+    # what one stage ignores is left out where the file has it, and refused on the command line
+    one_stage = (saved, "--mesh.pipe", "1", "--mesh.data", "2")
+    ended = run_here(*one_stage)
+    assert ended.code == 0 and "left out: pipeline.schedule interleaved" in ended.out
+    assert "complete already" in ended.out
+    ended = run_here(*one_stage, "--pipeline.schedule", "interleaved")
     assert ended.code == 2 and "pipeline.schedule interleaved has no effect with mesh.pipe 1" in ended.err
 
 
