@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -167,7 +168,8 @@ def _load(entry: Path) -> Arrays | None:
                 raise ValueError(f"{name}.npy has another checksum")
             arrays[name] = values
         return arrays
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+    # NumPy reads an array's header as Python
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, SyntaxError, TokenError) as error:
         logger.warning("the index %s is damaged (%s); it is made anew", entry, error)
         return None
 

@@ -110,8 +110,12 @@ def _read_entry(entry: Path, tokenizer: Tokenizer | None) -> TokenStream:
         size = (entry / TOKENS_FILE).stat().st_size
         if size != num_tokens * dtype.itemsize:
             raise UserError(f"{TOKENS_FILE} has {size} bytes, not {num_tokens * dtype.itemsize}")
+        with (entry / TOKENS_FILE).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != description["fingerprint"]:
+            raise UserError(f"{TOKENS_FILE} is not as it was written")
         tokens = np.memmap(entry / TOKENS_FILE, dtype, mode="r") if num_tokens else np.empty(0, dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"the token cache {entry} is damaged ({error}); delete that folder and start again") from error
     if tokenizer is None:
         tokenizer = CharacterTokenizer(description["vocabulary"])

@@ -61,7 +61,10 @@ def read_csv(path: Path) -> Schedule:
     num_microbatches = 1 + max((work.microbatch for work in works), default=0)
     num_chunks = 1 + max((work.chunk for work in works), default=0)
     schedule = Schedule(path.stem, tuple(table), num_microbatches, num_chunks, placement)
-    check(schedule)
+    try:
+        check(schedule)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return schedule
 
 

@@ -57,7 +57,7 @@ def _is_time(value: object) -> bool:
 
 def _check_devices(metrics: Path, record: dict, gpu: Gpu, num_gpus: int) -> None:
     """`UserError` unless a line was measured on this GPU, and on as many."""
-    if "device" not in record:
+    if not isinstance(record.get("device"), str) or type(record.get("devices")) is not int:
         raise UserError(
             f"{metrics} does not say on which device step {record['step']} was measured: train a few steps anew, "
             "with a Jaxtron that writes it"

@@ -98,6 +98,6 @@ def _read_lines(path: Path) -> list[tuple[dict, str]]:
         except (ValueError, RecursionError):
             continue
         # without its newline the next line would be appended to it
-        if line.endswith("\n") and isinstance(record, dict) and "step" in record:
+        if line.endswith("\n") and isinstance(record, dict) and type(record.get("step")) is int:
             lines.append((record, line))
     return lines
