@@ -48,7 +48,7 @@ class _State:
     is_watching = False
     is_working = False
     heard = answered = 0
-    is_raised = False
+    is_raised = is_silent = False
     ended_by: int | None = None
     stderr = 2
     request: Request | None = None
@@ -119,6 +119,11 @@ def spared() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def is_ending() -> bool:
+    """Whether a signal is ending the process, so that nothing else is to be said."""
+    return _state.ended_by is not None
+
+
 def exit_code() -> int:
     """What a command returns that a signal ends: 130 after Ctrl-C, 143 after SIGTERM. Says it, where nobody has."""
     if _state.ended_by is None:
@@ -178,11 +183,16 @@ def _received(number: int) -> None:
     for say in _state.last_words:
         say(word)
     # the line is all there is to say: what closes in a hurry may complain
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    _state.is_silent = True
     if was_working:
         # interrupts what the main thread waits for
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        time.sleep(GRACE_SECONDS)
+        for _ in range(round(GRACE_SECONDS / 0.01)):
+            time.sleep(0.01)
+            # what held standard error back for a while gives it back
+            os.dup2(nowhere, 2)
     leave(128 + number)
 
 
@@ -190,7 +200,7 @@ def _in_main_thread(_number: int, _frame: object) -> None:
     # the thread decides, and calls here once it has; a second exception would interrupt what closes
     if _state.ended_by is None:
         _state.heard += 1
-    elif _state.is_working and not _state.is_raised:
+    elif _state.is_working and _state.is_silent and not _state.is_raised:
         _state.is_raised = True
         raise KeyboardInterrupt
 

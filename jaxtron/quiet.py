@@ -5,6 +5,8 @@ import os
 import sys
 import tempfile
 
+from jaxtron import interrupts
+
 # what the plugin (the extra `plan`) writes while it is imported
 _NOISE = ("cudart_stub", "before absl::InitializeLog()")
 
@@ -23,4 +25,5 @@ def import_jax() -> None:
             os.close(stderr)
             held.seek(0)
             lines = held.read().decode(errors="replace").splitlines(keepends=True)
-            sys.stderr.write("".join(line for line in lines if not any(noise in line for noise in _NOISE)))
+            if not interrupts.is_ending():
+                sys.stderr.write("".join(line for line in lines if not any(noise in line for noise in _NOISE)))

@@ -16,7 +16,8 @@ RECIPES = sorted(ROOT.glob("configs/*.yaml"))
 
 # A package may import those of lower floors; packages of one floor are peers that do not know each other.
 FLOORS = [
-    {"__init__", "typing", "config", "interrupts", "roles", "quiet", "words"},
+    {"interrupts"},
+    {"__init__", "typing", "config", "roles", "quiet", "words"},
     {"help"},
     {"command", "gpus", "sharding", "kernels"},
     {"pipeline", "data", "optim"},

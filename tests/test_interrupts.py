@@ -88,17 +88,20 @@ def test_what_was_printed_and_opened_is_kept(tmp_path: Path):
 def test_the_first_is_a_request_and_the_second_is_not():
     body = """
     with interrupts.finish_first("after this") as request:
+        print("inside", flush=True)
         while not request.is_made: time.sleep(0.01)
         print("asked", flush=True)
         {then}
     return 7
     """
     process = start(body.format(then="pass"))
+    assert process.stdout is not None and process.stdout.readline() == "inside\n"
     hit(process)
     assert end(process) == (7, "asked\n", "after this\n")
     process = start(body.format(then=WAIT))
+    assert process.stdout is not None and process.stdout.readline() == "inside\n"
     hit(process)
-    assert process.stdout is not None and process.stdout.readline() == "asked\n"
+    assert process.stdout.readline() == "asked\n"
     hit(process)
     assert end(process) == (130, "", "after this\ninterrupted\n")
 
