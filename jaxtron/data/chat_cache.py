@@ -24,7 +24,7 @@ from jaxtron.data.chat_template import ChatTemplate, Conversation, Piece, Refusa
 from jaxtron.data.chat_tokens import encode_conversations, tokens_to_insert
 from jaxtron.data.tokenizers import Tokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BATCH = 512
 """Conversations that are encoded together."""
 SHOWN = 300
@@ -101,6 +101,7 @@ def _write_entry(entry: Path, files: Sequence[Path], writer: "_Writer") -> None:
     partial.mkdir(parents=True)
     try:
         description = writer.write(partial, files)
+        description["files"] = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
         (partial / "description.json").write_text(json.dumps(description), encoding="utf-8")
         try:
             partial.rename(entry)
@@ -216,6 +217,9 @@ def _digest(conversation: Conversation) -> int:
 def _read_entry(entry: Path) -> ChatEntry:
     try:
         description = json.loads((entry / "description.json").read_text(encoding="utf-8"))
+        for name, digest in description["files"].items():
+            if _checksum(entry / name) != digest:
+                raise UserError(f"{name} is not as it was written")
         lengths, first_answers = np.load(entry / "lengths.npy"), np.load(entry / "first_answers.npy")
         ids = _map(entry / "ids.bin", np.dtype(description["dtype"]))
         is_answer = _map(entry / "answers.bin", np.dtype(bool))
@@ -233,8 +237,13 @@ def _read_entry(entry: Path) -> ChatEntry:
             unread=description["unread"],
             fingerprint=description["fingerprint"],
         )
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
         raise UserError(f"the token cache {entry} is damaged ({error}); delete that folder and start again") from error
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
