@@ -301,9 +301,10 @@ def test_what_is_said_of_the_data_is_printed_before_training(make, capsys):
         step=0,
     )
     announce(run)
-    assert capsys.readouterr().out.splitlines()[-2:] == [
+    assert capsys.readouterr().out.splitlines()[-3:] == [
         "conversations: 1 read, 1 kept",
         "keys that nothing reads, and lines that have them: id (1)",
+        "compiling the step",
     ]
 
 
