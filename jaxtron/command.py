@@ -6,11 +6,12 @@ import difflib
 import errno
 import importlib
 import importlib.metadata
+import logging
 import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -143,11 +144,16 @@ def natural(text: str) -> int:
     return int(text)
 
 
-def file_path(text: str) -> Path:
-    """A flag's file or folder; `~` is the home directory."""
+def file_name(text: str) -> str:
+    """A flag's file or folder, or the beginning of a file's name; `~` is the home directory."""
     if not text:
         raise argparse.ArgumentTypeError("an empty text names no file; leave the flag out or give a name")
-    return Path(expand_home(text))
+    return expand_home(text)
+
+
+def file_path(text: str) -> Path:
+    """A flag's file or folder as a path; `~` is the home directory."""
+    return Path(file_name(text))
 
 
 def check_output(flag: str, path: Path) -> None:
@@ -211,8 +217,29 @@ def _shortened(word: str) -> str:
 
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs a command's `main`; bad input or a full disk is `error: ...` and 2, Ctrl-C a line and 130."""
-    with interrupts.ending():
+    with interrupts.ending(), _plain_log():
         return _run(main, list(sys.argv[1:] if argv is None else argv))
+
+
+class _Lines(logging.Handler):
+    """What is logged as plain lines on standard error, whatever that is at the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print("warning:", " ".join(self.format(record).split()), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _plain_log() -> Iterator[None]:
+    """Warnings of Jaxtron's are lines for a person; no library's handler repeats them with the name of a module."""
+    logger, lines = logging.getLogger("jaxtron"), _Lines(logging.WARNING)
+    before = logger.propagate
+    logger.addHandler(lines)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(lines)
+        logger.propagate = before
 
 
 def _run(main: Callable[[list[str]], int | None], words: list[str]) -> int:

@@ -1,5 +1,6 @@
 """Command lines as people type them: the file anywhere, settings that a flag makes useless, help, versions, speed."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -255,3 +256,18 @@ def test_a_refused_setting_is_quick(line: str):
     ours = min(python(*words) for _ in range(5))
     base = min(python("-c", "import pydantic, yaml") for _ in range(5))
     assert ours < 4 * base, f"{ours:.2f} s against {base:.2f} s"
+
+
+def test_a_warning_is_a_plain_line(caplog: pytest.LogCaptureFixture):
+    """Whatever handlers a library gave the root, none repeats it with the name of a module."""
+
+    def main(_argv: list[str]) -> None:
+        logger = logging.getLogger("jaxtron.data.files")
+        logger.warning("%s is\nleft out", "a.txt")
+        logger.info("a detail")
+
+    ended = run_main(main, [])
+    assert (ended.code, ended.err, caplog.text) == (0, "warning: a.txt is left out\n", "")
+    # other programs that use Jaxtron's modules decide for themselves
+    logging.getLogger("jaxtron.data.files").warning("later")
+    assert "later" in caplog.text

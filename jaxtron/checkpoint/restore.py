@@ -80,6 +80,7 @@ def restore_newest(
     if found is not None:
         step, record = found
         path = step_path(directory, step)
+        _tell(skipped)
         check(record.extra)
         _check_model(path, record, on_disk or signature(abstract_state))
         return Restored(step, read_arrays(path, abstract_state, record.arrays), record.extra, skipped)
@@ -88,6 +89,7 @@ def restore_newest(
             f"every checkpoint in {directory} is damaged ({_reasons(skipped)}); "
             "bring back a good copy, or start anew in another --run.directory"
         )
+    _tell(skipped)
     return None
 
 
@@ -136,6 +138,7 @@ def _restore_part(
         raise UserError(f"no checkpoint in {directory} can be used{reasons}; train first, or bring back a good copy")
     newest, record = found
     path = step_path(directory, newest)
+    _tell(skipped)
     check(record.extra)
     stored = {name: array for name, array in record.arrays.items() if name.partition(".")[0] in abstract_part}
     difference = first_difference(stored, wanted)
@@ -151,7 +154,8 @@ def _newest_whole(directory: Path, *, only: int | None = None) -> tuple[tuple[in
     skipped: list[Skipped] = []
     for step in sorted({*committed, *unfinished} if only is None else {only}, reverse=True):
         if step in unfinished:
-            _skip(skipped, step_path(directory, step), "unfinished: a run ended while writing it, or is writing it")
+            reason = "unfinished: a run ended while writing it, or is writing it"
+            skipped.append(Skipped(step_path(directory, step), reason))
         if step not in committed:
             continue
         path = step_path(directory, step)
@@ -160,7 +164,7 @@ def _newest_whole(directory: Path, *, only: int | None = None) -> tuple[tuple[in
             # a run that goes on replaced it by a newer one
             continue
         if record is None or damage:
-            _skip(skipped, path, damage)
+            skipped.append(Skipped(path, damage))
             continue
         return (step, record), tuple(skipped)
     return None, tuple(skipped)
@@ -181,10 +185,10 @@ def _examine(path: Path) -> tuple[Record | None, str]:
     return record, next((text for text in gather_texts(damage) if text), "")
 
 
-def _skip(skipped: list[Skipped], path: Path, reason: str) -> None:
-    skipped.append(Skipped(path, reason))
-    if jax.process_index() == 0:
-        logger.warning("checkpoint %s is not used: %s", path, reason)
+def _tell(skipped: tuple[Skipped, ...]) -> None:
+    """Says what was passed over; an error has the reasons itself."""
+    for one in skipped if jax.process_index() == 0 else ():
+        logger.warning("checkpoint %s is not used: %s", one.path, one.reason)
 
 
 def _check_model(path: Path, record: Record, wanted: Signature) -> None:

@@ -26,6 +26,7 @@ from jaxtron.data.storage import cache_root
 from jaxtron.data.text import open_tokens
 from jaxtron.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtron.data.window_source import WindowSource
+from jaxtron.words import plural
 
 logger = logging.getLogger(__name__)
 
@@ -162,21 +163,25 @@ def _open_part(
     prefixes, weights = path.prefixes(), path.weights
     if part != "train":
         # looked at only now and then: all that each has, without weights
-        prefixes = [prefix for prefix in prefixes if _has_sample(prefix, split, part, config.sequence_length, cache)]
+        prefixes = [prefix for prefix in prefixes if _has_sample(prefix, split, part, config, cache)]
         weights = None
         if not prefixes:
             return None
     return open_blend(prefixes, weights, split=split, part=part, cache_directory=cache, **settings)
 
 
-def _has_sample(prefix: str, split: str, part: str, sequence_length: int, cache_directory: Path) -> bool:
+def _has_sample(prefix: str, split: str, part: str, config: DataConfig, cache_directory: Path) -> bool:
     """Whether a part of the file makes one sample; it is said where it does not."""
     lengths = IndexedReader(prefix, str(cache_directory)).lengths
     share = split_ranges(split, len(lengths))[SPLITS.index(part)]
     count = int(lengths[share.start : share.stop].sum(dtype=np.int64))
-    if count <= sequence_length:
-        logger.warning("%s has %d tokens for %s, too few for a sample: there is none of it", prefix, count, part)
-    return count > sequence_length
+    if count <= config.sequence_length:
+        # nobody asked for the thousandth to test on, which a small corpus never has
+        is_asked = part != "test" or split != type(config).model_fields["split"].default
+        level = logging.WARNING if is_asked else logging.INFO
+        few = plural(count, "token")
+        logger.log(level, "%s has %s for %s, too few for a sample: there is none of it", prefix, few, part)
+    return count > config.sequence_length
 
 
 def _open_chat(config: DataConfig, seed: int, _samples: int | None) -> Data:

@@ -237,5 +237,7 @@ def test_bad_settings_are_told_in_a_line(make, prefix, settings, message):
 
 def test_a_part_too_small_for_a_sample_is_none_and_said(make, prefix, caplog):
     data = make(path=prefix)
-    assert len(data.validation) > 0 and len(data.test) == 0
+    # with the default split nobody asked for it
+    assert len(data.validation) > 0 and len(data.test) == 0 and caplog.text == ""
+    assert len(make(path=prefix, split="968,30,2").test) == 0
     assert "0 tokens for test, too few for a sample" in caplog.text

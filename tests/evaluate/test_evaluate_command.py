@@ -196,13 +196,14 @@ def test_bad_runs(trained: TrainedRun, text: Path, tmp_path: Path):
         saved.write_text(before)
 
 
-def test_a_damaged_checkpoint_is_passed_over(trained: TrainedRun, text: Path, tmp_path: Path, caplog):
+def test_a_damaged_checkpoint_is_passed_over(trained: TrainedRun, text: Path, tmp_path: Path):
     copy = tmp_path / "copy"
     shutil.copytree(trained.directory, copy)
     record = copy / "checkpoints" / "step_00000004" / "jaxtron.json"
     record.write_text("{}")
-    assert figures(tmp_path, copy, "--text", text)["step"] == 2
-    assert "step_00000004 is not used" in caplog.text
+    ended = run(copy, "--text", text, "--json", tmp_path / "figures.json")
+    assert ended.code == 0 and json.loads((tmp_path / "figures.json").read_text())["step"] == 2
+    assert ended.err.startswith("warning: checkpoint ") and "step_00000004 is not used" in ended.err
     assert "no checkpoint in" in one_line(copy, "--text", text, "--step", 4)
 
 
