@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from jaxtron.config.base import Config, UserError
+from jaxtron.config.base import Config, UserError, expand_home
 from jaxtron.config.settings import Setting, settings
 from jaxtron.config.yaml_text import Loader
 
@@ -66,7 +66,7 @@ def take_file(config_type: type[Config], arguments: Sequence[str]) -> tuple[Path
     if not ends:
         return None, list(arguments)
     rest = [argument for place, argument in enumerate(arguments) if place != ends[0]]
-    return Path(arguments[ends[0]]).expanduser(), rest
+    return Path(expand_home(arguments[ends[0]])), rest
 
 
 def _pieces(known: dict[str, Setting], arguments: Sequence[str]) -> Iterator[_Piece]:

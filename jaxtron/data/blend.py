@@ -43,7 +43,7 @@ def parse_blend(items: Sequence[str | float]) -> tuple[list[str], list[float] | 
     words = [str(item).strip() for item in items]
     if not words or not all(words):
         raise UserError(f"the data paths {list(items)} are empty; give prefixes, or weights and prefixes in turn")
-    numbers = [_number(word) for word in words[::2]]
+    numbers = [number_of(word) for word in words[::2]]
     weights = [number for number in numbers if number is not None]
     if len(words) % 2 or not weights:
         return words, None
@@ -81,7 +81,7 @@ def build_exhaustive_blend(sizes: Sequence[int]) -> Blend:
     return _numbered(_greedy(counts / float(total), total, counts), len(counts))
 
 
-def _number(word: str) -> float | None:
+def number_of(word: str) -> float | None:
     # not all that `float` takes: `inf` and `1_000` are names
     return float(word) if NUMBER.fullmatch(word) else None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxtron.config import UserError
+from jaxtron.config import UserError, expand_home
 from jaxtron.data.config import ChatConfig
 from jaxtron.data.files import read_document
 from jaxtron.data.tokenizers import Tokenizer
@@ -234,7 +234,7 @@ def open_template(config: ChatConfig, tokenizer: Tokenizer) -> ChatTemplate:
             if getattr(config, name):
                 raise UserError(f"data.chat.{name} has no effect on ChatML; leave it out, or give data.chat.template")
         return ChatMl()
-    path = Path(config.template).expanduser()
+    path = Path(expand_home(config.template))
     source = read_document(path)
     if path.suffix == ".json":
         source = _declared_template(path, source)

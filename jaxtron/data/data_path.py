@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxtron.config import UserError
-from jaxtron.data.blend import parse_blend
+from jaxtron.data.blend import number_of, parse_blend
 from jaxtron.data.config import PYTHON_STDLIB, Blend
+from jaxtron.data.file_kind import TOKEN_FILES, token_prefix
 from jaxtron.data.files import read_document
 from jaxtron.data.storage import is_remote
-
-TOKEN_FILES = (".idx", ".bin")
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,12 @@ class DataPath:
 
     @property
     def is_tokens(self) -> bool:
-        """Whether it means token files: where one of them is there, or there are weights, which nothing else has."""
-        return self.weights is not None or any(map(has_index, self.names))
+        """Whether it means token files: where one of them is there; with weights unless all are something else."""
+        return any(map(has_index, self.names)) or (self.weights is not None and not all(map(_is_other, self.names)))
 
     def prefixes(self) -> list[str]:
         """The prefixes of token files; UserError names the one that is not there."""
-        found = [_prefix(name) for name in self.names]
+        found = [token_prefix(name) for name in self.names]
         for name, prefix in zip(self.names, found, strict=True):
             if not has_index(name):
                 raise UserError(f"{self.setting}: {self._missing(name, prefix)}")
@@ -40,7 +39,10 @@ class DataPath:
         """The files and folders; UserError where they have weights."""
         if self.weights is not None:
             weights = " ".join(map("{:g}".format, self.weights))
-            raise UserError(f"{self.setting}: the weights {weights} are for token files; leave them out")
+            raise UserError(
+                f"{self.setting}: only token files have weights, and {self.names[0]} is none; leave {weights} out, or "
+                "make token files with python -m jaxtron.preprocess"
+            )
         return self.names
 
     def _missing(self, name: str, prefix: str) -> str:
@@ -66,6 +68,7 @@ def read_data_path(blend: Blend, setting: str) -> DataPath:
     except UserError as error:
         raise UserError(f"{setting}: {error}") from error
     if weights is None:
+        _check_no_weight(names, setting)
         return DataPath(names, None, setting)
     numbers = words[::2]
     if not any(map(has_index, names)) and all(os.path.exists(word) for word in words):
@@ -79,14 +82,28 @@ def read_data_path(blend: Blend, setting: str) -> DataPath:
     return DataPath(names, weights, setting)
 
 
+def _check_no_weight(names: Sequence[str], setting: str) -> None:
+    """UserError for a number that names nothing: a weight without its prefix, or after it."""
+    if len(names) == 1:
+        return
+    stray = [name for name in names if number_of(name) is not None and not (os.path.exists(name) or has_index(name))]
+    if not stray:
+        return
+    if stray[-1] == names[-1]:
+        what = f"{stray[-1]} at the end is a weight that has no prefix after it"
+    else:
+        what = f"{stray[0]} is a weight, but not every prefix has one before it"
+    raise UserError(f"{setting}: {what}; give weights and prefixes in turn, such as 0.7 a 0.3 b, or prefixes alone")
+
+
+def _is_other(name: str) -> bool:
+    """Whether a name is a file or folder that is none of two token files."""
+    return os.path.exists(name) and not name.endswith(TOKEN_FILES)
+
+
 def has_index(name: str) -> bool:
     """Whether a name is the prefix of token files, or one of the two; of those far away it is believed."""
-    return name != PYTHON_STDLIB and (is_remote(name) or os.path.exists(f"{_prefix(name)}.idx"))
-
-
-def _prefix(name: str) -> str:
-    """A path without the ending of one of its two files."""
-    return name[:-4] if name.endswith(TOKEN_FILES) else name
+    return name != PYTHON_STDLIB and (is_remote(name) or os.path.exists(f"{token_prefix(name)}.idx"))
 
 
 def _words(items: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """What a file is taken for: JSON lines, Parquet or text, compressed or not; by its name, else by its content."""
 
 import json
+import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ ARCHIVE_MAGICS = {
 }
 # of Megatron's .idx
 INDEX_MAGIC = b"MMIDIDX\0\0"
+TOKEN_FILES = (".idx", ".bin")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # where documents usually have their text: a single line with one of these is a file of JSON lines
 TEXT_KEYS = frozenset(("text", "content", "messages", "conversations", "instruction"))
@@ -93,6 +95,11 @@ def file_kind(path: Path, keys: Collection[str] = TEXT_KEYS) -> FileKind:
     if kind == "rows" and compression is not None:
         raise UserError(f"{path} is Parquet compressed once more, which is not read; decompress it first")
     return FileKind(kind, compression, by_content)
+
+
+def token_prefix(name: str) -> str:
+    """The prefix of a pair of token files, which a person may name by one of the two."""
+    return name[:-4] if name.endswith(TOKEN_FILES) and os.path.basename(name) not in TOKEN_FILES else name
 
 
 def ending(path: Path) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from jaxtron.config import UserError
+from jaxtron.config import UserError, expand_home
 from jaxtron.data.config import PYTHON_STDLIB
 from jaxtron.data.decompress import read_blocks
 from jaxtron.data.file_kind import (
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 def find_files(paths: Sequence[str], *, cache: Path | None = None) -> list[Path]:
     """Every file of the paths, sorted within each; what is empty, hidden, our own output or the cache is left out."""
     files = []
-    for path in without_outputs([Path(name).expanduser() for name in paths], logger.warning):
+    for path in without_outputs([Path(expand_home(name)) for name in paths], logger.warning):
         found = _stdlib_files() if str(path) == PYTHON_STDLIB else _files_below(path, len(paths) == 1, cache)
         files.extend(file for file in found if file.stat().st_size > 0)
     if not files:

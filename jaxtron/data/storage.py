@@ -13,7 +13,7 @@ import fsspec
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxtron.config import UserError
+from jaxtron.config import UserError, expand_home
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 Range = tuple[int, int]
@@ -44,7 +44,7 @@ def open_bytes(path: str) -> Bytes:
 def cache_root(directory: str | None) -> Path:
     """Where what was made once is kept: the directory, or $XDG_CACHE_HOME/jaxtron, or ~/.cache/jaxtron."""
     if directory is not None:
-        return Path(directory).expanduser()
+        return Path(expand_home(directory))
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtron"
 
 

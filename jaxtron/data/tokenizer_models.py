@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 from jaxtyping import Integer
 
-from jaxtron.config import UserError
+from jaxtron.config import UserError, expand_home
 
 ENCODING_NAMES = frozenset(
     ("gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", "o200k_base", "o200k_harmony")
@@ -109,7 +109,7 @@ class TiktokenTokenizer:
             content = name
         else:
             file, _, pattern = name.partition(".tiktoken:")
-            path = Path(f"{file}.tiktoken" if pattern else name).expanduser()
+            path = Path(expand_home(f"{file}.tiktoken" if pattern else name))
             pattern = pattern or DEFAULT_PATTERN
             if pattern not in PATTERNS:
                 raise UserError(f"unknown pattern {pattern!r} after {path}; give one of {' '.join(PATTERNS)}")

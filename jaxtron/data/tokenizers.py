@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Integer
 from tokenizers import Tokenizer as FastTokenizer
 
-from jaxtron.config import UserError
+from jaxtron.config import UserError, expand_home
 from jaxtron.data.config import TOKENIZER_KINDS
 from jaxtron.data.tokenizer_models import ENCODING_NAMES, END_OF_TEXT, SentencePieceTokenizer, TiktokenTokenizer
 
@@ -199,7 +199,7 @@ def load_tokenizer(name: str, *, end_of_document: str | None = None) -> Tokenize
                 "name a tokenizer with such a token"
             )
         return ByteTokenizer() if name == "bytes" else None
-    path = Path(name).expanduser()
+    path = Path(expand_home(name))
     if path.suffix == ".model":
         return SentencePieceTokenizer(path, end_of_document=end_of_document)
     if name in ENCODING_NAMES or ".tiktoken" in path.suffix:

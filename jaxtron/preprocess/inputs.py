@@ -61,7 +61,7 @@ class InputFile:
 def find_inputs(paths: Sequence[str], keys: Collection[str], say: Callable[[str], None]) -> list[InputFile]:
     """The files in the order given, a folder's in path order; `say` is told what is left out or read twice."""
     files: list[Path] = []
-    for path in without_outputs([Path(name).expanduser() for name in paths], say):
+    for path in without_outputs([Path(name) for name in paths], say):
         if os.path.isdir(path):
             files += walk(path, say=say, alone=len(paths) == 1)
         elif os.path.isfile(path):

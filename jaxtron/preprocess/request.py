@@ -4,9 +4,10 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtron.command import FlagParser, natural, positive
+from jaxtron.command import FlagParser, file_name, natural, positive
 from jaxtron.config import UserError
 from jaxtron.data.config import TOKENIZER_KINDS
+from jaxtron.data.file_kind import token_prefix
 
 PROGRAM = "python -m jaxtron.preprocess"
 OVERWRITE = "replace files that are there already under the output's name"
@@ -71,8 +72,7 @@ def parse_tokenize(argv: list[str]) -> Tokenize:
         raise UserError(f"--json-key has {repeated[0]!r} twice; name each key once")
     if found.language is not None and not found.split_sentences:
         raise UserError(f"--language {found.language} has no effect without --split-sentences; give both or neither")
-    if os.path.isdir(found.output) or found.output.endswith(os.sep):
-        raise UserError(f"--output {found.output} is a folder; give the start of a file's name, such as corpus")
+    _check_output(found.output)
     return found
 
 
@@ -80,18 +80,28 @@ def parse_merge(argv: list[str]) -> Merge:
     """The request of `merge`."""
     parser = FlagParser(f"{PROGRAM} merge", "Append pairs of token files, in the order given, to one pair.")
     add = parser.add_argument
-    add("--input", nargs="+", action="extend", required=True, metavar="PREFIX", help="pairs PREFIX.bin and PREFIX.idx")
-    add("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
+    add(
+        "--input",
+        type=_prefix,
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="PREFIX",
+        help="pairs PREFIX.bin and PREFIX.idx",
+    )
+    add("--output", type=_prefix, required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
     add("--overwrite", action="store_true", help=OVERWRITE)
-    return Merge(**_parse(parser, argv))
+    found = Merge(**_parse(parser, argv))
+    _check_output(found.output)
+    return found
 
 
 def parse_inspect(argv: list[str]) -> Inspect:
     """The request of `inspect`."""
     parser = FlagParser(f"{PROGRAM} inspect", "Check a pair of token files, and say what it holds.")
     add = parser.add_argument
-    add("prefix", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
-    add("--tokenizer", metavar="NAME", help="show the first ids as text too")
+    add("prefix", type=_prefix, metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
+    add("--tokenizer", type=file_name, metavar="NAME", help="show the first ids as text too")
     add("--tokens", type=positive, metavar="N", help=f"ids to show (none: {Inspect.tokens})")
     add("--json", action="store_true", help="print JSON")
     return Inspect(**_parse(parser, argv))
@@ -105,7 +115,7 @@ def parse_order(argv: list[str]) -> Order:
         "those of Megatron's cache files exactly when training reads the same samples in the same order.",
     )
     add = parser.add_argument
-    add("prefix", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
+    add("prefix", type=_prefix, metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
     add("--sequence-length", type=positive, required=True, metavar="S", help="tokens in a sequence")
     add("--samples", type=natural, required=True, metavar="N", help="samples of the whole training; 0: one epoch")
     add("--seed", type=natural, required=True, metavar="K", help="of the order (Megatron's default is 1234)")
@@ -124,6 +134,7 @@ def _tokenize_parser() -> FlagParser:
     add = parser.add_argument
     add(
         "--input",
+        type=file_name,
         nargs="+",
         action="extend",
         required=True,
@@ -132,10 +143,11 @@ def _tokenize_parser() -> FlagParser:
         "row a document, .txt, .text and .md are UTF-8 text, one document a file; others are one of these by their "
         "content, which is said; .gz, .bz2, .xz and .zst of each but Parquet",
     )
-    add("--tokenizer", required=True, metavar="NAME", help=TOKENIZER_KINDS)
+    add("--tokenizer", type=file_name, required=True, metavar="NAME", help=TOKENIZER_KINDS)
     add("--end-of-document", metavar="TOKEN", help="the tokenizer's token that ends a document, if not the usual one")
     add(
         "--output",
+        type=_prefix,
         required=True,
         metavar="PREFIX",
         help="writes PREFIX.bin and PREFIX.idx; for several keys PREFIX_KEY_document.bin and .idx (or _sentence), as "
@@ -155,6 +167,16 @@ def _tokenize_parser() -> FlagParser:
     add("--skip-damaged", action="store_true", help="count and leave out lines that are no document, not stop there")
     add("--overwrite", action="store_true", help=OVERWRITE)
     return parser
+
+
+def _prefix(text: str) -> str:
+    """A flag's prefix of a pair of files, by whichever of the two it was named; `~` is the home directory."""
+    return token_prefix(file_name(text))
+
+
+def _check_output(prefix: str) -> None:
+    if os.path.isdir(prefix) or prefix.endswith(os.sep):
+        raise UserError(f"--output {prefix} is a folder; give the start of a file's name, such as corpus")
 
 
 def _parse(parser: FlagParser, argv: list[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from jax._src import clusters
 
-from jaxtron.config import UserError
+from jaxtron.config import UserError, expand_home
 from jaxtron.gpus import set_pool_fraction
 from jaxtron.train.machine import find_launcher, has_driver
 from jaxtron.train.runtime_config import RuntimeConfig
@@ -38,7 +38,7 @@ def start_runtime(config: RuntimeConfig, *, devices: int | None = None) -> None:
     set_xla_flags(config, gpu=devices is None and expects_gpu())
     set_pool_fraction()
     if config.compilation_cache is not None:
-        _set_compilation_cache(Path(config.compilation_cache).expanduser())
+        _set_compilation_cache(Path(expand_home(config.compilation_cache)))
     initialize_distributed(config)
 
 
@@ -48,7 +48,7 @@ def start_compiler(config: RuntimeConfig) -> None:
         prepare_without_driver()
     jax.config.update("jax_platforms", "cpu")
     if config.compilation_cache is not None:
-        _set_compilation_cache(Path(config.compilation_cache).expanduser())
+        _set_compilation_cache(Path(expand_home(config.compilation_cache)))
 
 
 def simulate_devices(count: int) -> None:

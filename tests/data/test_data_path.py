@@ -180,7 +180,12 @@ def test_a_blend_of_parts_is_read_in_the_same_way():
         (["0.7", "alpha", "x", "bravo"], "data.path: 'x' is not a weight, but others of the data paths are"),
         (["0.7", "alpha", "0", "bravo"], "numbers above 0; leave 0 out"),
         (["alpha", "text.txt"], "data.path: text.txt is no token file; make a pair with python -m jaxtron.preprocess"),
-        (["0.5", "text.txt"], "data.path: text.txt is no token file"),
+        (["0.5", "text.txt"], "data.path: only token files have weights, and text.txt is none; leave 0.5 out, or make"),
+        (["0.7", "alpha", "0.3", "text.txt"], "data.path: text.txt is no token file"),
+        (["0.7", "alpha", "0.3"], "data.path: 0.3 at the end is a weight that has no prefix after it; give weights"),
+        (["alpha", "0.7", "bravo", "0.3"], "data.path: 0.3 at the end is a weight that has no prefix after it"),
+        (["alpha", "0.7", "bravo"], "data.path: 0.7 is a weight, but not every prefix has one before it"),
+        (["2024"], "no such file or folder 2024"),
         (["alpha", "lonely.bin"], "lonely.bin has no lonely.idx beside it; make a pair"),
         (["7", "bravo"], "data.path: 7 is a weight here, and the prefix of 7.idx; write ./7 for the prefix or 7.0000"),
         (["text.txt", "textx.txt"], "no such file or folder textx.txt"),
@@ -202,7 +207,9 @@ def test_the_word_that_is_wrong_is_named(path, message):
 def test_weights_are_for_token_files_only():
     Path("a.txt").write_text("to be or not to be " * 9)
     for form in ("text", "chat"):
-        with pytest.raises(UserError, match="data.path: the weights 0.7 are for token files; leave them out"):
+        with pytest.raises(
+            UserError, match="data.path: only token files have weights, and a.txt is none; leave 0.7 out"
+        ):
             make("0.7", "a.txt", format=form)
     # a folder may be named like a number
     Path("2024").mkdir()

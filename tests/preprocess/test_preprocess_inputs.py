@@ -359,3 +359,28 @@ def test_keys_with_files_of_several_forms(tmp_path):
     assert tokens(tmp_path, "--input", *given, "--json-key", "title").code == 0
     assert texts_of(tmp_path / "out") == ["T", "U", "c"]
     assert not same_files(tmp_path / "out", tmp_path / "out_title_document")
+
+
+def test_home_and_either_of_two_files_name_a_pair(tmp_path, monkeypatch):
+    """A shell expands neither `--output=~/out` nor a quoted `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_lines(tmp_path / "in.jsonl", ["one"])
+    assert run("--input", "~/in.jsonl", "--tokenizer", "bytes", "--output=~/out").code == 0
+    for prefix in ("~/out", "~/out.bin", tmp_path / "out.idx"):
+        assert json.loads(run("inspect", prefix, "--json").out)["prefix"] == str(tmp_path / "out")
+    flags = "--sequence-length 2 --samples 0 --seed 1 --split 1,0,0".split()
+    assert run("order", "~/out.idx", *flags).out == run("order", tmp_path / "out", *flags).out != ""
+    assert run("merge", "--input", "~/out", "~/out.bin", "--output=~/both.bin").code == 0
+    assert tokens(tmp_path, "--input", "~/in.jsonl", output="other.idx").code == 0
+    assert texts_of(tmp_path / "both") == ["one", "one"] and texts_of(tmp_path / "other") == ["one"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [
+        ".bin",
+        ".bin",
+        ".bin",
+        ".idx",
+        ".idx",
+        ".idx",
+        ".jsonl",
+    ]
+    # there is no such user
+    assert "no such file or folder ~nobody-here/in" in tokens(tmp_path, "--input", "~nobody-here/in", output="x").err
