@@ -271,3 +271,11 @@ def test_a_warning_is_a_plain_line(caplog: pytest.LogCaptureFixture):
     # other programs that use Jaxtron's modules decide for themselves
     logging.getLogger("jaxtron.data.files").warning("later")
     assert "later" in caplog.text
+
+
+def test_a_preset_that_crashes_the_compiler_is_refused():
+    flags = ["--runtime.xla_preset", "collective_matmul", "--devices", "8", "--mesh.tensor", "2"]
+    ended = run_main(train, [TINY, *flags])
+    assert ended.code == 2 and "collective_matmul with mesh.tensor 2 and train.microbatches 1 crashes" in ended.err
+    config = load(Configuration, TINY, [*flags, "--train.microbatches", "2", "--train.global_batch", "16"])
+    config.check_mesh(config.mesh.shape(8))

@@ -184,8 +184,17 @@ class Configuration(Config):
         ):
             if size % tensor:
                 raise UserError(f"{name} {size} is not a multiple of mesh.tensor {tensor}; change one of them")
+        self._check_preset(tensor)
         self._check_context(sizes)
         self._check_pipeline(sizes["pipe"], [batch // microbatch for batch in batches])
+
+    def _check_preset(self, tensor: int) -> None:
+        if self.runtime.xla_preset == "collective_matmul" and tensor > 1 and self.train.microbatches == 1:
+            # seen with JAX 0.11.2: the process ends in XLA's WindowedEinsumHandler without a word
+            raise UserError(
+                f"runtime.xla_preset collective_matmul with mesh.tensor {tensor} and train.microbatches 1 crashes "
+                "XLA's compiler; raise --train.microbatches, or choose another preset"
+            )
 
     def _check_context(self, sizes: dict[str, int]) -> None:
         """`UserError` unless `mesh.context` can split sequences as `context.method` asks, and for what does nothing."""
