@@ -6,6 +6,7 @@ import difflib
 import errno
 import importlib
 import importlib.metadata
+import json
 import logging
 import os
 import re
@@ -26,7 +27,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # not a negative number
 FLAG = re.compile("--?[A-Za-z]")
 # of a flag; what Python, NumPy and files of indices can hold
-WHOLE = re.compile("[0-9]{1,19}")
+WHOLE = re.compile("[0-9]{1,4000}")
 LARGEST = 2**63 - 1
 # of an error line
 LONGEST_WORD = 160
@@ -132,15 +133,21 @@ class FlagParser(argparse.ArgumentParser):
 
 def positive(text: str) -> int:
     """A flag's whole number above 0."""
-    if not WHOLE.fullmatch(text) or not 1 <= int(text) <= LARGEST:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0, at most {LARGEST:,}")
-    return int(text)
+    if not WHOLE.fullmatch(text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
+    return _countable(text)
 
 
 def natural(text: str) -> int:
     """A flag's whole number, 0 or above."""
-    if not WHOLE.fullmatch(text) or int(text) > LARGEST:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or above, at most {LARGEST:,}")
+    if not WHOLE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or above")
+    return _countable(text)
+
+
+def _countable(text: str) -> int:
+    if int(text) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at most {LARGEST:,}")
     return int(text)
 
 
@@ -157,10 +164,15 @@ def file_path(text: str) -> Path:
 
 
 def check_output(flag: str, path: Path) -> None:
-    """`UserError` unless a file can be written there: before the work whose result it is to hold."""
+    """`UserError` unless a file can be written there, before the work whose result it is to hold.
+
+    A file that is there is replaced only if it may be an earlier result: by its content, JSON by being one object.
+    """
     folder = path.parent
     if os.path.isdir(path):
         reason = f"{path} is a folder"
+    elif os.path.isfile(path) and os.path.getsize(path) and not _is_earlier_result(path):
+        raise UserError(f"{flag} {path}: the file is there, and no earlier result of such a command; give another name")
     elif not os.path.isdir(folder):
         reason = f"{folder} is no folder" if os.path.exists(folder) else f"there is no folder {folder}"
     elif not os.access(folder, os.W_OK):
@@ -168,6 +180,18 @@ def check_output(flag: str, path: Path) -> None:
     else:
         return
     raise UserError(f"{flag} {path}: {reason}; give a file in a folder that can be written")
+
+
+def _is_earlier_result(path: Path) -> bool:
+    """Whether a file looks like what a command writes under such a name: a figure, a program, a table, an object."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+            if head.startswith(b"{"):
+                return isinstance(json.loads(head + file.read()), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return head.startswith((b"\x89PNG", b"HloModule", b"gpu:")) or path.suffix == ".csv"
 
 
 def _wrapped(text: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from commands import run_main
 
+from jaxtron.command import check_output
 from jaxtron.config import UserError, load, settings, take_file
 from jaxtron.evaluate.request import parse as parse_evaluate
 from jaxtron.pipeline.schedules import SCHEDULES
@@ -279,3 +280,36 @@ def test_a_preset_that_crashes_the_compiler_is_refused():
     assert ended.code == 2 and "collective_matmul with mesh.tensor 2 and train.microbatches 1 crashes" in ended.err
     config = load(Configuration, TINY, [*flags, "--train.microbatches", "2", "--train.global_batch", "16"])
     config.check_mesh(config.mesh.shape(8))
+
+
+def test_an_output_replaces_nothing_but_an_earlier_one(tmp_path: Path):
+    for name, content in (
+        ("t.txt", "precious"),
+        ("config.yaml", "seed: 1\n"),
+        ("metrics.jsonl", '{"a": 1}\n{"a": 2}\n'),
+    ):
+        with pytest.raises(UserError, match="the file is there, and no earlier result"):
+            check_output("--json", write(tmp_path, content, name))
+    with pytest.raises(UserError, match="no earlier result"):
+        check_output("--json", write(tmp_path, "[1, 2]", "list.json"))
+    check_output("--json", write(tmp_path, '{"perplexity": 3}', "figures.json"))
+    check_output("--json", write(tmp_path, "", "empty.json"))
+    check_output("--json", tmp_path / "new.json")
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--train.batch_size", "train.global_batch"),
+        ("--batch_size", "train.global_batch"),
+        ("--seq_len", "data.sequence_length"),
+        ("--num_attention_heads", "model.num_heads"),
+    ],
+)
+def test_other_programs_words_are_understood(flag: str, meant: str):
+    assert f"did you mean {meant}?" in run_main(train, [TINY, flag, "4"]).err
+
+
+def test_a_configuration_by_its_bare_name(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    assert "did you mean configs/gpt_tiny.yaml?" in run_main(train, ["gpt_tiny", "--seed", "1"]).err

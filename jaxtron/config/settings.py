@@ -138,9 +138,40 @@ def _bounds(info: FieldInfo) -> str:
     return " " + ", ".join(found) if found else ""
 
 
+# what other programs call a setting, by last words: ours comes first where both are known
+OTHER_WORDS = {
+    "batch": "global_batch",
+    "batch_size": "global_batch",
+    "global_batch_size": "global_batch",
+    "micro_batch_size": "microbatches",
+    "gradient_accumulation_steps": "microbatches",
+    "seq_len": "sequence_length",
+    "seq_length": "sequence_length",
+    "max_seq_len": "sequence_length",
+    "max_steps": "steps",
+    "iterations": "steps",
+    "train_iters": "steps",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "n_layers": "num_layers",
+    "intermediate_size": "mlp_size",
+    "ffn_hidden_size": "mlp_size",
+    "output_dir": "directory",
+    "tensor_parallel": "tensor",
+    "pipeline_parallel": "pipe",
+    "minimum": "least",
+    "maximum": "most",
+    "threshold": "similarity",
+    "json-key": "text_field",
+}
+
+
 def nearest(name: str, known: dict[str, Setting]) -> str:
-    """`; did you mean mesh.tensor?`: by the same last word or its initials, then by likeness."""
+    """`; did you mean mesh.tensor?`: by what others call it, the same last word or its initials, then by likeness."""
     last = name.rpartition(".")[2]
+    meant = [other for other in known if other.rpartition(".")[2] == OTHER_WORDS.get(last)]
+    if meant:
+        return f"; did you mean {max(meant, key=lambda other: difflib.SequenceMatcher(None, other, name).ratio())}?"
     names = [other for other in known if not name.startswith(f"{other}.")]
     ends = {other.rpartition(".")[2]: other for other in reversed(names)}
     same = [other for other in names if last in _abbreviations(other)]

@@ -101,8 +101,10 @@ def _read_yaml(path: Path) -> tuple[Tree, dict[str, int]]:
         lines = dict(_lines(node, path)) if node else {}
         tree = loader.construct_document(node) if node else {}
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, sorted(p.name for p in path.parent.glob("*.y*ml")), n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        there = [*path.parent.glob("*.y*ml"), *Path("configs").glob("*.y*ml")]
+        names = {name: file for file in reversed(there) for name in (file.name, file.stem)}
+        near = difflib.get_close_matches(path.name, sorted(names), n=1)
+        hint = f"; did you mean {names[near[0]]}?" if near else ""
         raise UserError(f"configuration file {path} does not exist{hint}") from None
     except OSError as error:
         raise UserError(f"configuration file {path} cannot be read: {error.strerror}") from None

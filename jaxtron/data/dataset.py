@@ -253,13 +253,13 @@ def _split(
     num_validation = len(tokens) - num_train
     if num_train <= config.sequence_length:
         raise UserError(
-            f"the data has {len(tokens)} tokens, {num_train} of them to train on beside data.validation_fraction "
+            f"the data has {len(tokens):,} tokens, {num_train:,} of them to train on beside data.validation_fraction "
             f"{config.validation_fraction}, but one sample needs {config.sequence_length + 1}; give more text, or "
             "lower that or --data.sequence_length"
         )
     if config.validation_fraction > 0 and num_validation < 2:
         raise UserError(
-            f"--data.validation_fraction {config.validation_fraction} of {len(tokens)} tokens leaves {num_validation} "
-            "to validate on, but 2 are needed; raise it, or set it to 0 for no validation"
+            f"--data.validation_fraction {config.validation_fraction} of {len(tokens):,} tokens leaves "
+            f"{num_validation:,} to validate on, but 2 are needed; raise it, or set it to 0 for no validation"
         )
     return tokens[:num_train], tokens[num_train:]

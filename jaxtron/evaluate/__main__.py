@@ -5,11 +5,14 @@ import sys
 from jaxtron import interrupts  # noqa: F401  (answers Ctrl-C while the rest is imported)
 from jaxtron.command import hand_over, run_command
 from jaxtron.config import UserError
-from jaxtron.evaluate.request import parse, read_configuration, read_text
+from jaxtron.evaluate.request import USAGE, parse, read_configuration, read_text
 
 
 def main(argv: list[str]) -> int:
     """Prints the figures of the text, and writes them where asked to."""
+    if not argv:
+        print(f"usage: {USAGE}\n\n--help lists the flags.")
+        return 2
     request = parse(argv)
     trained, config = read_configuration(request)
     raw = "".join(map(read_text, request.text))

@@ -12,6 +12,7 @@ from jaxtron.evaluate.detokenize import DETOKENIZERS
 from jaxtron.train.config import Configuration
 
 PROGRAM = "python -m jaxtron.evaluate"
+USAGE = f"{PROGRAM} RUN_DIRECTORY --text FILE [FILE ...] [--flag value ...]"
 # the others are the checkpoint's
 SECTIONS = ("mesh", "context", "pipeline", "sharding", "runtime")
 SETTINGS = (
@@ -117,8 +118,7 @@ def _parser() -> FlagParser:
         f"Of training's settings it takes {_taken()} (python -m jaxtron.train --help). The mesh need not be that of "
         "the training; by default it is one device, and with --devices all of those."
     )
-    usage = f"{PROGRAM} RUN_DIRECTORY --text FILE [FILE ...] [--flag value ...]"
-    parser = FlagParser(PROGRAM, purpose, usage=usage, further=further, others=settings(Configuration))
+    parser = FlagParser(PROGRAM, purpose, usage=USAGE, further=further, others=settings(Configuration))
     add = parser.add_argument
     add("--text", nargs="+", action="extend", type=file_path, required=True, metavar="FILE", help="UTF-8 text to score")
     add(

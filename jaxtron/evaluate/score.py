@@ -73,7 +73,9 @@ class Report:
             ("bits per byte", f"{score.bits_per_byte:.4f}"),
         ]
         if score.token_ratio is not None and score.word_perplexity is not None:
-            rows.append(("word perplexity", f"{score.word_perplexity:,.3f} ({score.token_ratio:.4f} tokens a word)"))
+            over = "over " if score.nll_per_token * score.token_ratio > MOST_NATS else ""
+            words = f"{over}{score.word_perplexity:,.3f} ({score.token_ratio:.4f} tokens a word)"
+            rows.append(("word perplexity", words))
         if self.unknown:
             letter = max(self.unknown, key=lambda letter: self.unknown[letter])
             total = f"{sum(self.unknown.values()):,} characters such as {letter!r} (U+{ord(letter):04X})"

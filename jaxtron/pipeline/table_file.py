@@ -33,8 +33,13 @@ def read_csv(path: Path) -> Schedule:
     """The checked table in a file. Raises `UserError`, naming tick and stage, for cells or an order that are wrong."""
     try:
         lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the schedule {path}: {error}") from error
+    except OSError as error:
+        raise UserError(
+            f"cannot read the schedule {path}: {error.strerror}; python -m jaxtron.plan --schedule "
+            "--csv FILE writes one"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the schedule {path} is no text: {error.reason}") from error
     placement: Placement = "loop"
     while lines and lines[0].startswith("#"):
         if found := _PLACEMENT.fullmatch(lines[0]):

@@ -78,5 +78,5 @@ class Watch:
         else:
             return
         what = f"{what} skipped: their gradients overflow float16 at a loss scale of {float(scale.scale):g}"
-        advice = f"lower --train.loss_scale.minimum {config.minimum:g}" if float(scale.scale) > 1 else ADVICE
+        advice = f"lower --train.loss_scale.minimum below {config.minimum:g}" if float(scale.scale) > 1 else ADVICE
         raise diverged(self._checkpoints, info.step, what, f"{advice}, or set --train.precision bf16")

@@ -46,6 +46,12 @@ def announce(run) -> None:
         print(line)
     for line in run.data.notes:
         print(line)
+    optimizer, steps = run.config.optimizer, run.config.train.steps
+    if optimizer.warmup_steps >= steps:
+        print(
+            f"optimizer.warmup_steps {optimizer.warmup_steps:,} is not below train.steps {steps:,}: the learning rate "
+            f"does not reach {optimizer.learning_rate:g}"
+        )
     if run.step:
         print(run.continuation.text(run.step, run.config.train.steps))
     if run.step < run.config.train.steps:

@@ -174,7 +174,9 @@ def check_record(extra: dict[str, Any], config: Configuration, data: Data, direc
     found = [] if recorded is None else changes(recorded, config)
     check_changes(found, str(directory))
     if extra["data"] != data.fingerprint:
-        causes = [change for change in found if change.name.startswith("data.") or change.name == "train.steps"]
+        # more steps are other data only where samples are in Megatron's order
+        causes = [change for change in found if change.name.startswith("data.")]
+        causes = causes or [change for change in found if change.name == "train.steps"]
         raise UserError(
             f"{directory} was trained on other data ({listed(causes) or 'the text itself has changed'}), so its "
             "position means nothing here; bring that back, or choose another --run.directory"

@@ -175,7 +175,12 @@ def test_an_overflow_of_gradients_is_the_loss_scales_to_handle(checkpoints: Chec
 @pytest.mark.parametrize(
     ("step", "row", "scale", "message"),
     [
-        (50, -23, 2.0, r"^the 23 steps up to step 50 were skipped: .* of 2; lower --train.loss_scale.minimum 2, or"),
+        (
+            50,
+            -23,
+            2.0,
+            r"^the 23 steps up to step 50 were skipped: .* of 2; lower --train.loss_scale.minimum below 2, or",
+        ),
         (
             50,
             -23,
@@ -194,7 +199,7 @@ def test_overflows_without_end_are_an_error(checkpoints: Checkpoints, step: int,
 def test_a_run_whose_every_step_is_skipped(tmp_path: Path):
     flags = "--train.steps 30 --train.precision fp16 --train.loss_scale.initial 1e12 --train.loss_scale.minimum 1e12"
     ended = run_here(*small(tmp_path), *flags.split(), "--train.validate_every", "0")
-    assert_one_line(ended, "the 22 steps up to step 22 were skipped", "lower --train.loss_scale.minimum 1e+12")
+    assert_one_line(ended, "the 22 steps up to step 22 were skipped", "lower --train.loss_scale.minimum below 1e+12")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines] == list(range(1, 22))
     assert "loss 5." in ended.out and "skipped 1 " in ended.out
