@@ -198,6 +198,11 @@ def _wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, WIDTH, break_on_hyphens=False))
 
 
+def place_advice(error: OSError, flag: str) -> str:
+    """What to do about a file that cannot be written: make room, or choose another place with a flag."""
+    return f"make room or change {flag}" if error.errno in FULL else f"change {flag}"
+
+
 def write_whole(path: Path, content: str | bytes, *, advice: str | None = None) -> None:
     """Writes a file whole or not at all, whenever the command is killed; a UserError, with advice, if it cannot."""
     replacement = path.with_name(path.name + ".new")

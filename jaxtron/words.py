@@ -1,4 +1,6 @@
-"""Numbers as people read them."""
+"""Numbers and choices as people read them."""
+
+from collections.abc import Sequence
 
 BYTES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 FLOPS = ("FLOPs", "kFLOPs", "MFLOPs", "GFLOPs", "TFLOPs", "PFLOPs", "EFLOPs")
@@ -8,6 +10,13 @@ def plural(count: int, noun: str, several: str | None = None) -> str:
     """`1 node`, `2 nodes`, `1,024 batches`; `several` is the noun's plural where that does not end in s or es."""
     ending = "es" if noun.endswith(("ch", "sh", "s", "x")) else "s"
     return f"{count:,} {noun if count == 1 else several or noun + ending}"
+
+
+def either(choices: Sequence[str]) -> str:
+    """`a`, `a or b`, `a, b, or c`."""
+    if len(choices) < 3:
+        return " or ".join(choices)
+    return f"{', '.join(choices[:-1])}, or {choices[-1]}"
 
 
 def readable_bytes(num_bytes: float) -> str:

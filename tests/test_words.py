@@ -2,7 +2,15 @@
 
 import pytest
 
-from jaxtron.words import plural, readable_bytes, readable_count, readable_flops, readable_seconds, readable_time
+from jaxtron.words import (
+    either,
+    plural,
+    readable_bytes,
+    readable_count,
+    readable_flops,
+    readable_seconds,
+    readable_time,
+)
 
 
 @pytest.mark.parametrize(
@@ -52,3 +60,7 @@ def test_counts_flops_and_seconds():
     assert [readable_time(n) for n in (221, 9_000, 2.8e6)] == ["3.7 minutes", "2.5 hours", "32.4 days"]
     assert readable_time(59.9) == "59.9 s"
     assert [readable_seconds(n) for n in (2.5e-6, 0.0123, 39.21)] == ["2.5 us", "12.3 ms", "39.2 s"]
+
+
+def test_choices_end_in_or():
+    assert [either("abc"[:count]) for count in (1, 2, 3)] == ["a", "a or b", "a, b, or c"]

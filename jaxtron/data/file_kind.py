@@ -61,6 +61,8 @@ TOKEN_FILES = (".idx", ".bin")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # where documents usually have their text: a single line with one of these is a file of JSON lines
 TEXT_KEYS = frozenset(("text", "content", "messages", "conversations", "instruction"))
+# of those the ones of conversations
+CHAT_KEYS = TEXT_KEYS - {"text", "content"}
 # said of a first line that is only this
 NOT_LINES = "the start of one JSON value over several lines, not an object a line; convert it (jq -c '.[]' for a list)"
 HEAD_BYTES = 1 << 16

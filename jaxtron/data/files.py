@@ -28,8 +28,17 @@ STDLIB_SKIPPED = frozenset(
 )
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MOST_SHOWN = 3
+CONVERT = "convert it to UTF-8"
 
 logger = logging.getLogger(__name__)
+
+
+class NotTextError(ValueError):
+    """Content that is no UTF-8 text: what it is instead, and the mend."""
+
+    def __init__(self, reason: str, mend: str):
+        super().__init__(reason)
+        self.mend = mend
 
 
 def find_files(paths: Sequence[str], *, cache: Path | None = None) -> list[Path]:
@@ -72,8 +81,8 @@ def read_document(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror or error}; make it readable or leave it out") from error
     try:
         return decode_text(content)
-    except ValueError as error:
-        raise UserError(f"{path} is {error}; convert it to UTF-8, or leave it out of --data.path") from None
+    except NotTextError as error:
+        raise UserError(f"{path} is {error}; {error.mend}, or leave it out of --data.path") from None
 
 
 def read_content(path: Path) -> bytes:
@@ -83,18 +92,18 @@ def read_content(path: Path) -> bytes:
 
 
 def decode_text(content: bytes) -> str:
-    """UTF-8 text without the mark that may begin it; ValueError says what the content is instead."""
+    """UTF-8 text without the mark that may begin it; NotTextError says what the content is instead."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError("UTF-16 text")
+        raise NotTextError("UTF-16 text", CONVERT)
     if content.startswith(LFS_POINTER):
-        raise ValueError("a pointer of Git LFS and not the file itself (git lfs pull)")
+        raise NotTextError("a pointer of Git LFS and not the file itself", "fetch that (git lfs pull)")
     if (offset := content.find(b"\0")) >= 0:
-        raise ValueError(f"binary: a zero byte at offset {offset}")
+        raise NotTextError(f"binary: a zero byte at offset {offset}", CONVERT)
     try:
         return content.removeprefix(BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
         place = error.start + (len(BYTE_ORDER_MARK) if content.startswith(BYTE_ORDER_MARK) else 0)
-        raise ValueError(f"not UTF-8 text: byte 0x{content[place]:02x} at offset {place}") from None
+        raise NotTextError(f"not UTF-8 text: byte 0x{content[place]:02x} at offset {place}", CONVERT) from None
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:

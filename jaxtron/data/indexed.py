@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Int8, Int32, Int64, Shaped, UInt8
 
+from jaxtron.command import FULL
 from jaxtron.config import UserError
 from jaxtron.data.file_kind import INDEX_MAGIC as MAGIC
 from jaxtron.data.storage import cache_root, local_copy, open_bytes
@@ -274,9 +275,8 @@ class IndexedWriter:
         os.replace(index.name, f"{self.prefix}.idx")
 
     def _unwritable(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write {self.prefix}.bin and .idx: {error.strerror or error}; choose a writable folder with room"
-        )
+        mend = "make room" if error.errno in FULL else "choose a folder that can be written"
+        return UserError(f"cannot write {self.prefix}.bin and .idx: {error.strerror or error}; {mend}")
 
 
 def _to_disk(file: BinaryIO) -> None:

@@ -29,7 +29,7 @@ def describe_folder(folder: Path) -> str | None:
 
 def without_outputs(paths: Sequence[Path], say: Callable[[str], None]) -> list[Path]:
     """Paths as a person named them, perhaps by `folder/*`: our own among others are left out, which is said."""
-    ours = {path: what for path in paths if (what := _describe(path)) is not None}
+    ours = {path: what for path in paths if (what := describe(path)) is not None}
     if len(ours) == len(set(paths)):
         return list(paths)
     for path, what in ours.items():
@@ -37,7 +37,8 @@ def without_outputs(paths: Sequence[Path], say: Callable[[str], None]) -> list[P
     return [path for path in paths if path not in ours]
 
 
-def _describe(path: Path) -> str | None:
+def describe(path: Path) -> str | None:
+    """In words, what a file or folder is if one of our commands wrote it."""
     if os.path.isdir(path):
         return describe_folder(path)
     return describe_file(path, os.listdir(path.parent)) if path.suffix in (".bin", ".idx", ".partial") else None

@@ -10,9 +10,15 @@ from jaxtron.config import UserError
 from jaxtron.preprocess.curate.config import PROGRAM, PURPOSE, Curation
 from jaxtron.preprocess.request import parse_inspect, parse_merge, parse_order, parse_tokenize
 
+# flags of tokenizing, and the settings of curate that are like them
+CURATED = {"--json-key": "--text_field", "--skip-damaged": "--damaged drop"}
+
 
 def parse_curate(argv: list[str]) -> Curation | None:
     """The settings of `curate`; None where they, or help, were only printed."""
+    for flag in (word.partition("=")[0].replace("_", "-") for word in argv):
+        if flag in CURATED:
+            raise UserError(f"unknown setting {flag.removeprefix('--')}; curate has {CURATED[flag]} for it")
     return configure(Curation, argv, program=PROGRAM, purpose=PURPOSE)
 
 

@@ -1,23 +1,29 @@
 """What a piece of input says: one text a key for each document, or what is wrong with it."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtron.data.file_kind import BYTE_ORDER_MARK, NOT_LINES
-from jaxtron.data.files import decode_text
+from jaxtron.data.file_kind import BYTE_ORDER_MARK, CHAT_KEYS, NOT_LINES
+from jaxtron.data.files import CONVERT, NotTextError, decode_text
 from jaxtron.preprocess.inputs import Piece
 
 MOST_KEYS_SHOWN = 5
+CHAT_MEND = "train on conversations without preprocess, by --data.format chat"
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Why a line, row or file is no document; `str()` names the place."""
+    """Why a line, row or file is no document; `str()` names the place.
+
+    `mend` is what to do about it, "" where the reason says so; `by_key`: another key may be the right one.
+    """
 
     place: str
     reason: str
+    mend: str = "mend it"
+    by_key: bool = False
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason}"
@@ -33,9 +39,9 @@ def read_documents(piece: Piece, keys: Sequence[str]) -> Iterator[Any]:
     for number, entry in enumerate(entries, start=piece.first):
         if piece.kind == "lines" and is_blank(entry):
             continue
-        values = _read_line(entry, keys) if piece.kind == "lines" else entry
-        reason = values if isinstance(values, str) else _wrong_text(values, keys)
-        yield values if reason is None else Damage(f"{piece.path} {unit} {number}", reason)
+        place = f"{piece.path} {unit} {number}"
+        values = _read_line(entry, keys, place) if piece.kind == "lines" else entry
+        yield values if isinstance(values, Damage) else (_wrong_text(values, keys, place) or values)
 
 
 def is_blank(line: bytes) -> bool:
@@ -46,41 +52,49 @@ def is_blank(line: bytes) -> bool:
 def _read_text(piece: Piece) -> tuple[str] | Damage:
     try:
         return (decode_text(piece.content),)
-    except ValueError as error:
-        return Damage(piece.path, str(error))
+    except NotTextError as error:
+        return Damage(piece.path, str(error), error.mend)
 
 
-def _read_line(line: bytes, keys: Sequence[str]) -> tuple[Any, ...] | str:
-    """The values of the keys, or the reason why there are none."""
+def _read_line(line: bytes, keys: Sequence[str], place: str) -> tuple[Any, ...] | Damage:
+    """The values of the keys, or why there are none."""
     try:
         entry = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode("utf-8"))
     except UnicodeDecodeError as error:
-        return f"not UTF-8: {error.reason} at byte {error.start} of the line"
+        return Damage(place, f"not UTF-8: {error.reason} at byte {error.start} of the line", CONVERT)
     except (ValueError, RecursionError) as error:
         if line.strip() in (b"[", b"{"):
-            return NOT_LINES
-        return f"not JSON: {error}"
+            return Damage(place, NOT_LINES, "")
+        return Damage(place, f"not JSON: {error}")
     if not isinstance(entry, dict):
-        return f"a JSON {_kind(entry)}, not an object such as {{{json.dumps(keys[0])}: ...}}"
+        return Damage(place, f"a JSON {_kind(entry)}, not an object such as {{{json.dumps(keys[0])}: ...}}")
     for key in keys:
         if key not in entry:
             shown = ", ".join(repr(name) for name in list(entry)[:MOST_KEYS_SHOWN])
             more = ", ..." if len(entry) > MOST_KEYS_SHOWN else ""
-            return f"no key {key!r}, only {shown}{more}" if entry else f"no key {key!r}, the object is empty"
+            reason = f"no key {key!r}, only {shown}{more}" if entry else f"no key {key!r}, the object is empty"
+            return Damage(place, reason, mend_of(entry), by_key=bool(entry))
     return tuple(entry[key] for key in keys)
 
 
-def _wrong_text(texts: tuple[Any, ...], keys: Sequence[str]) -> str | None:
+def mend_of(keys: Collection[str]) -> str:
+    """What to do about an entry with other keys than the right one."""
+    return "mend it" if CHAT_KEYS.isdisjoint(keys) else CHAT_MEND
+
+
+def _wrong_text(texts: tuple[Any, ...], keys: Sequence[str], place: str) -> Damage | None:
     """Why one of the values cannot be tokenized."""
     for key, text in zip(keys, texts, strict=True):
         if not isinstance(text, str):
-            return f"{key!r} is a {_kind(text)}, not a string"
+            mend = mend_of([key]) if isinstance(text, list) else "mend it"
+            return Damage(place, f"{key!r} is a {_kind(text)}, not a string", mend, by_key=True)
         try:
             # JSON can spell half of a pair of surrogates, which is no character
             if not text.isascii():
                 text.encode("utf-8")
         except UnicodeEncodeError as error:
-            return f"{key!r} has half of a surrogate pair, {text[error.start]!a}, as character {error.start}"
+            half = f"{text[error.start]!a}, as character {error.start}"
+            return Damage(place, f"{key!r} has half of a surrogate pair, {half}")
     return None
 
 

@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 
 from jaxtron.config import UserError
 from jaxtron.data.decompress import read_blocks
-from jaxtron.data.file_kind import FileKind, Kind, file_kind
+from jaxtron.data.file_kind import CHAT_KEYS, FileKind, Kind, file_kind, token_prefix
 from jaxtron.data.files import few, repeated, walk
-from jaxtron.data.outputs import without_outputs
+from jaxtron.data.outputs import describe, without_outputs
 
 # of text handed to a worker at once: small beside a worker's memory, large beside the cost of handing it over
 CHUNK_BYTES = 1 << 20
@@ -65,6 +65,7 @@ def find_inputs(paths: Sequence[str], keys: Collection[str], say: Callable[[str]
         if os.path.isdir(path):
             files += walk(path, say=say, alone=len(paths) == 1)
         elif os.path.isfile(path):
+            _check_not_ours(path)
             files.append(path)
         else:
             raise UserError(f"no such file or folder {path}; give JSONL, Parquet or text to --input")
@@ -73,6 +74,18 @@ def find_inputs(paths: Sequence[str], keys: Collection[str], say: Callable[[str]
     for note in repeated(files):
         say(note)
     return [InputFile(path, file_kind(path, keys)) for path in files]
+
+
+def _check_not_ours(path: Path) -> None:
+    """UserError for a file that one of our commands wrote, named by itself."""
+    what = describe(path)
+    if what == "token files":
+        prefix = token_prefix(str(path))
+        raise UserError(
+            f"{path} is one of two token files, already tokenized; --data.path takes their prefix, {prefix}"
+        )
+    if what is not None:
+        raise UserError(f"{path} is of {what}, not documents; give files of documents")
 
 
 def taken_for(files: Sequence[InputFile]) -> list[str]:
@@ -167,7 +180,10 @@ def _read_rows(path: Path, position: Position, keys: Sequence[str]) -> Iterator[
             names = file.schema_arrow.names
             missing = [key for key in keys if key not in names]
             if missing:
-                raise UserError(f"{path} has no column {missing[0]!r}, only {', '.join(names)}; set --json-key")
+                mend = "set --json-key"
+                if not CHAT_KEYS.isdisjoint(names):
+                    mend += ", or train on conversations by --data.format chat, once converted to JSON lines"
+                raise UserError(f"{path} has no column {missing[0]!r}, only {', '.join(names)}; {mend}")
             done, size, num_rows = 0, path.stat().st_size, max(file.metadata.num_rows, 1)
             for group in range(file.metadata.num_row_groups):
                 group_rows = file.metadata.row_group(group).num_rows

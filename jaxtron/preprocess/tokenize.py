@@ -9,16 +9,18 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import resource_tracker
 
 from jaxtron import interrupts
 from jaxtron.config import UserError
 from jaxtron.data.files import few
+from jaxtron.preprocess.documents import Damage
 from jaxtron.preprocess.encode import Encoded, Encoder, EncodeSettings, encode_in_worker, one_thread, start_worker
 from jaxtron.preprocess.inputs import Chunk, InputFile, find_inputs, read_chunks, taken_for
 from jaxtron.preprocess.progress import Progress
 from jaxtron.preprocess.request import Tokenize
 from jaxtron.preprocess.work import PARTS, WorkFolder
-from jaxtron.words import plural
+from jaxtron.words import either, plural
 
 # what a kill can cost; writing the journal costs milliseconds
 SAVE_SECONDS = 2.0
@@ -26,6 +28,7 @@ SAVE_SECONDS = 2.0
 MOST_NAME_BYTES = 255
 # chunks that wait in order behind a slow one, a worker
 CHUNKS_AHEAD = 4
+QUIET_TRACKER = "ignore:resource_tracker:UserWarning"
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def tokenize(request: Tokenize, say: Callable[[str], None] = print) -> Outcome:
     ]
     total = sum(file.path.stat().st_size for file in files)
     folder = WorkFolder(request.output, identity, outputs=prefixes, dtype=encoder.dtype, overwrite=request.overwrite)
-    with folder as work:
+    with folder as work, _kept(work):
         before = work.journal.text_bytes
         if work.journal.documents:
             say(f"going on after {plural(work.journal.documents, 'document')} that {work.folder} has")
@@ -80,7 +83,7 @@ def tokenize(request: Tokenize, say: Callable[[str], None] = print) -> Outcome:
             chunks = () if work.journal.complete else read_chunks(files, work.journal.position, settings.keys)
             _run(work, encode(chunks), request, progress)
         if not work.journal.complete:
-            _check_something_is_there(work, request)
+            _check_something_is_there(work, request, files)
         work.finish()
     itemsize = encoder.dtype.itemsize
     return Outcome(
@@ -117,7 +120,7 @@ def _check(request: Tokenize, files: Sequence[InputFile], prefixes: Sequence[str
                 raise UserError(f"--output {request.output} would replace its own input {path}; choose another")
 
 
-def _check_something_is_there(work: WorkFolder, request: Tokenize) -> None:
+def _check_something_is_there(work: WorkFolder, request: Tokenize, files: Sequence[InputFile]) -> None:
     """UserError, and no trace of the work, where a pair would have no token."""
     documents, damaged = work.journal.documents, work.journal.damaged
     sizes = work.journal.sizes[:: len(PARTS)]
@@ -126,11 +129,22 @@ def _check_something_is_there(work: WorkFolder, request: Tokenize) -> None:
     work.discard()
     left_out = f" ({plural(damaged, 'damaged entry', 'damaged entries')} left out)" if damaged else ""
     what = f"no document in --input {few(request.input)}{left_out}"
-    if documents:
+    if documents and all(file.taken_for.kind == "text" for file in files):
+        counted = "the text is" if documents == 1 else f"all {documents:,} texts are"
+        what = f"{counted} {'blank' if work.journal.text_bytes else 'empty'} in --input {few(request.input)}{left_out}"
+    elif documents:
         empty = request.json_key[sizes.index(0)]
         counted = "the one document" if documents == 1 else f"all {documents:,} documents"
         what = f"no token under the key {empty!r} in {counted} of --input {few(request.input)}"
     raise UserError(f"{what}: nothing is written; give files with text")
+
+
+def _refusal(damage: Damage) -> UserError:
+    """What ends the command at the first damage, and every way on."""
+    if not damage.mend:
+        return UserError(str(damage))
+    by_key = ["set --json-key to the right key"] if damage.by_key else []
+    return UserError(f"{damage}; {either([damage.mend, *by_key, 'go on without such entries: --skip-damaged'])}")
 
 
 def _run(work: WorkFolder, results: Iterator[tuple[Chunk, Encoded]], request: Tokenize, progress: Progress) -> None:
@@ -139,10 +153,7 @@ def _run(work: WorkFolder, results: Iterator[tuple[Chunk, Encoded]], request: To
     try:
         for chunk, encoded in results:
             if encoded.damages and not request.skip_damaged:
-                raise UserError(
-                    f"{encoded.damages[0]}; mend it, set --json-key to the right key, or go on without such entries: "
-                    "--skip-damaged"
-                )
+                raise _refusal(encoded.damages[0])
             for damage in encoded.damages:
                 progress.message(f"left out: {damage}")
             journal = work.journal
@@ -163,6 +174,18 @@ def _run(work: WorkFolder, results: Iterator[tuple[Chunk, Encoded]], request: To
         raise
 
 
+@contextmanager
+def _kept(work: WorkFolder) -> Iterator[None]:
+    """Should a signal end the work inside, it is said that what is done is kept."""
+
+    def say(_word: str) -> None:
+        if work.journal.documents:
+            interrupts.say(f"what is done is kept in {work.folder}; the same command goes on")
+
+    with interrupts.at_the_end(say):
+        yield
+
+
 Mapping = Callable[[Iterable[Chunk]], Iterator[tuple[Chunk, Encoded]]]
 
 
@@ -174,6 +197,7 @@ def _mapping(encoder: Encoder, settings: EncodeSettings, workers: int) -> Iterat
             yield lambda chunks: ((chunk, encoder.encode(chunk.pieces)) for chunk in chunks)
         return
     # a fresh server forks the workers: it imports once, and has none of this process's threads
+    start_tracker()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jaxtron.preprocess.encode"])
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(settings,))
@@ -185,6 +209,19 @@ def _mapping(encoder: Encoder, settings: EncodeSettings, workers: int) -> Iterat
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def start_tracker() -> None:
+    """Starts the process that removes what killed workers leave, and that would tell the user of it by a warning."""
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = f"{before},{QUIET_TRACKER}" if before else QUIET_TRACKER
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def _in_order(executor: ProcessPoolExecutor, chunks: Iterable[Chunk], *, ahead: int) -> Iterator[tuple[Chunk, Encoded]]:

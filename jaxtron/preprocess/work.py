@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from jaxtron.command import place_advice
 from jaxtron.config import UserError
 from jaxtron.data.indexed import CODES, HEADER, MAGIC, VERSION
 from jaxtron.preprocess.encode import EncodedKey
@@ -200,9 +201,9 @@ class WorkFolder:
         return np.asarray(np.memmap(path, "<i4", mode="r")) if path.stat().st_size else np.empty(0, "<i4")
 
     def _unwritable(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write {self.folder}: {error.strerror or error}; make room or change --output, and run again"
-        )
+        above = next((path for path in self.folder.parents if os.path.isfile(path)), None)
+        what = error.strerror or error if above is None else f"{above} is a file, not a folder"
+        return UserError(f"cannot write {self.folder}: {what}; {place_advice(error, '--output')}, and run again")
 
 
 def refuse_existing(prefixes: Iterable[str]) -> None:

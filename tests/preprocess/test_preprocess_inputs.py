@@ -13,6 +13,7 @@ from token_runs import COMPRESS, documents_of, run, same_files, texts, texts_of,
 
 import jaxtron.preprocess.inputs as inputs
 import jaxtron.preprocess.work as work
+from jaxtron import interrupts
 from jaxtron.data.indexed import IndexedWriter
 from jaxtron.preprocess.__main__ import main
 
@@ -105,16 +106,27 @@ def archive(ending):
         ("a.tar.gz", b"", "is a tar archive"),
         ("a.jsonl.lz4", b"", "is compressed with lz4, which is not read; decompress it, or use .gz, .bz2, .xz or .zst"),
         ("a.parquet.gz", b"", "is Parquet compressed once more"),
-        ("a.txt", "one".encode("utf-16"), "UTF-16 text"),
-        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "line 1: not UTF-8"),
+        ("a.txt", "one".encode("utf-16"), "UTF-16 text; convert it to UTF-8 or go on without such entries: --skip-dam"),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "at byte 0 of the line; convert it to UTF-8 or go on without"),
         ("a.txt", b"a\0b", "binary: a zero byte at offset 1"),
         ("a.txt", MARK + b"a\xff", "not UTF-8 text: byte 0xff at offset 4"),
-        ("a.txt", b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS and not the file itself"),
-        ("a.json", b'[\n {"text": "a"}\n]\n', "line 1: the start of one JSON value over several lines"),
+        (
+            "a.txt",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "a pointer of Git LFS and not the file itself; fetch",
+        ),
+        ("a.json", b'[\n {"text": "a"}\n]\n', "one JSON value over several lines, not an object a line; "),
+        (
+            "a.jsonl",
+            b'{"messages": []}\n',
+            "no key 'text', only 'messages'; train on conversations without preprocess, by --data.format chat, set "
+            "--json-key to the right key, or go on without such entries: --skip-damaged",
+        ),
+        ("a.jsonl", b"to be\n", "char 0); mend it or go on without such entries: --skip-damaged"),
         ("a.jsonl", b"", "no document in --input"),
         ("a.jsonl", b"\n \r\n", "no document in --input"),
-        ("a.txt", b"", "no token under the key 'text' in the one document"),
-        ("part-00000", COMPRESS[".gz"](b""), "no token under the key 'text' in the one document"),
+        ("a.txt", b"", "error: the text is empty in --input "),
+        ("part-00000", COMPRESS[".gz"](b""), "error: the text is empty in --input "),
     ],
     ids=short,
 )
@@ -122,6 +134,8 @@ def test_what_is_not_read_is_named_and_nothing_is_left(name, content, message, t
     (tmp_path / name).write_bytes(content)
     done = tokens(tmp_path, "--input", tmp_path / name, output="new/folder/out")
     assert done.code == 2 and message in done.err and done.err.count("\n") == 1, done
+    # a text has no keys
+    assert " key" not in done.err or name == "a.jsonl"
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -384,3 +398,42 @@ def test_home_and_either_of_two_files_name_a_pair(tmp_path, monkeypatch):
     ]
     # there is no such user
     assert "no such file or folder ~nobody-here/in" in tokens(tmp_path, "--input", "~nobody-here/in", output="x").err
+
+
+def test_conversations_in_parquet_and_token_files_are_no_input(tmp_path):
+    path = write_parquet(tmp_path / "in.parquet", {"messages": [["a"]]})
+    assert "no column 'text', only messages; set --json-key, or train on conversations by --data.format chat" in (
+        tokens(tmp_path, "--input", path).err
+    )
+    assert "'messages' is a list, not a string; train on conversations without preprocess" in (
+        tokens(tmp_path, "--input", path, "--json-key", "messages").err
+    )
+    (tmp_path / "in.txt").write_text("one")
+    assert tokens(tmp_path, "--input", tmp_path / "in.txt").code == 0
+    for name in ("out.bin", "out.idx"):
+        refused = tokens(tmp_path, "--input", tmp_path / name, output="again")
+        what = (
+            f"error: {tmp_path / name} is one of two token files, already tokenized; --data.path takes their prefix, "
+        )
+        assert refused.code == 2 and refused.err == f"{what}{tmp_path / 'out'}\n"
+
+
+def test_what_is_kept_is_said_when_a_signal_ends_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", 1)
+    path = write_lines(tmp_path / "in.jsonl", ["a", "b"])
+    append, said = work.WorkFolder.append, []
+    monkeypatch.setattr("jaxtron.interrupts.say", said.append)
+
+    def interrupted(written, keys, **changes):
+        # as `interrupts` does when a signal comes
+        for say in interrupts._state.last_words:
+            say("interrupted")
+        if written.journal.documents:
+            raise KeyboardInterrupt
+        append(written, keys, **changes)
+
+    monkeypatch.setattr(work.WorkFolder, "append", interrupted)
+    assert tokens(tmp_path, "--input", path).code == 130
+    # only once there was something to keep
+    (partial,) = tmp_path.glob("out.*.partial")
+    assert said == [f"what is done is kept in {partial}; the same command goes on"]

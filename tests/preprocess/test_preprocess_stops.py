@@ -312,7 +312,10 @@ def test_a_compressed_file_that_is_cut_or_broken(suffix, tmp_path):
         ("--input {in} --tokenizer bytes --output {out} --language de", "has no effect without --split-sentences"),
         ("--input {in} --tokenizer bytes --output {out} --json-key a a", "--json-key has 'a' twice"),
         ("--input {text} --tokenizer bytes --output {out} --json-key a", "--json-key a has no effect on plain text"),
-        ("--input {in} --tokenizer bytes --output {in}/out", "cannot write"),
+        ("--input {in} --tokenizer bytes --output {in}/out", "in.jsonl is a file, not a folder; change --output, and"),
+        ("merge --input {in} --output {folder}/", "is a folder; give the start of a file's name"),
+        ("curate --input {in} --json-key a", "unknown setting json-key; curate has --text_field for it"),
+        ("curate --input {in} --skip_damaged", "unknown setting skip-damaged; curate has --damaged drop for it"),
         (
             "--input {parquet} --tokenizer bytes --output {out} --json-key a",
             "has no column 'a', only text; set --json-key",
