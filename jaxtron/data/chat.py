@@ -32,15 +32,21 @@ FOR_TEMPLATES = ("tools", "documents")
 
 def read_conversations(path: Path, roles: Mapping[str, str] = NO_ROLES) -> Iterator[tuple[int, Conversation]]:
     """Line number and conversation of each line that is not empty; decompressed; UserError names file and line."""
-    number = 0
+    number, is_first = 0, True
     try:
         for number, line in read_lines(path):
             if line.strip():
                 yield number, parse_conversation(json.loads(line.decode("utf-8")), roles)
+                is_first = False
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; give a readable file") from error
     except UserError:
         raise
+    except json.JSONDecodeError as error:
+        mend = "train on text with --data.format text, or give JSON lines" if is_first else "mend or remove the line"
+        raise UserError(f"{path}, line {number}: not JSON: {error.msg} at character {error.colno}; {mend}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, line {number}: not UTF-8: {error.reason}; convert it to UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: {error}; mend or remove the line") from error
 

@@ -11,13 +11,15 @@ from jaxtyping import Int64
 
 from jaxtron.config import UserError
 from jaxtron.data.chat import NO_ROLES
-from jaxtron.data.chat_cache import ChatEntry, Reason, open_entry
+from jaxtron.data.chat_cache import UNKNOWN_ROLE, ChatEntry, Reason, open_entry
 from jaxtron.data.chat_template import ChatMl, ChatTemplate
 from jaxtron.data.packing import PackedSequence, PackedSource
 from jaxtron.data.source import NO_SAMPLES, Source
 from jaxtron.data.tokenizers import Tokenizer
+from jaxtron.words import either
 
 KEYS_SHOWN, SHOWN = 20, 60
+LONGER = "longer than"
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +134,7 @@ class Conversations:
 def _too_long(entry: ChatEntry, is_dropped: np.ndarray, too_long: str, sequence_length: int) -> dict[str, Reason]:
     if not is_dropped.any():
         return {}
-    what = "longer than" if too_long == "drop" else "whose first answer is beyond"
+    what = LONGER if too_long == "drop" else "whose first answer is beyond"
     longest = f"the longest has {entry.lengths[is_dropped].max():,} tokens"
     return {f"{what} data.sequence_length {sequence_length}": Reason(int(is_dropped.sum()), longest)}
 
@@ -142,15 +144,29 @@ def _check_dropped(counts: ChatCounts, max_dropped: float, files: Sequence[Path]
         raise UserError(f"no conversation in {', '.join(map(str, files))}; give JSON lines of conversations")
     if counts.dropped < counts.read and counts.dropped <= max_dropped * counts.read:
         return
-    advice = "mend the lines"
-    if any("data.sequence_length" in reason for reason in counts.left_out):
-        advice += ", raise --data.sequence_length, set --data.chat.too_long truncate"
-    if counts.dropped < counts.read:
-        # a share with two digits that allows it
-        advice += f", or allow it with --data.chat.max_dropped {-(-100 * counts.dropped // counts.read) / 100}"
+    advice = either(_mends(counts))
     more = "" if counts.dropped == counts.read else f", more than data.chat.max_dropped {max_dropped}"
     left_out = "1 conversation is" if counts.dropped == 1 else f"{counts.dropped:,} conversations are"
     raise UserError(f"{left_out} left out of {counts.read:,}{more}: {'; '.join(counts.reasons())}: {advice}")
+
+
+def _mends(counts: ChatCounts) -> list[str]:
+    """What a user can do about all the reasons, each way once."""
+    mends = []
+    too_long = [reason for reason in counts.left_out if "data.sequence_length" in reason]
+    if len(too_long) + (UNKNOWN_ROLE in counts.left_out) < len(counts.left_out):
+        mends.append("mend the lines")
+    if UNKNOWN_ROLE in counts.left_out:
+        mends.append("say what a role means with --data.chat.roles.NAME user (or assistant, ...)")
+    if too_long:
+        mends.append("raise --data.sequence_length")
+    if any(reason.startswith(LONGER) for reason in too_long):
+        mends.append("set --data.chat.too_long truncate")
+    if counts.dropped < counts.read:
+        # a share with two digits that allows it
+        share = -(-100 * counts.dropped // counts.read) / 100
+        mends.append(f"allow it with --data.chat.max_dropped {share}")
+    return mends
 
 
 class _Kept:

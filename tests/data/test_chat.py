@@ -234,7 +234,9 @@ def test_what_is_left_out_is_counted(tmp_path):
         "left out: 2 longer than data.sequence_length 128 (the longest has 361 tokens)",
         f"left out: 1 {FORGED} ({path}, line 4: <|im_start|>)",
     ]
-    with pytest.raises(UserError, match="6 conversations are left out of 6: 3 longer than .*: mend the lines, raise "):
+    with pytest.raises(
+        UserError, match="6 conversations are left out of 6: 3 longer than .*: mend the lines, raise .*, or set "
+    ):
         open_chat(path, sequence_length=20)
 
 
@@ -278,3 +280,25 @@ def test_a_damaged_cache_is_a_clear_error(tmp_path, name):
     damaged.write_bytes(damaged.read_bytes()[:-5])
     with pytest.raises(UserError, match="the token cache .* is damaged"):
         open_chat(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"To be\nor not",
+            r"line 1: not JSON: Expecting value at character 1; train on text with --data.format text, or",
+        ),
+        (b'{"messages": []}\nor', r"line 2: not JSON: Expecting value at character 1; mend or remove the line$"),
+        ('{"messages": []}'.encode("utf-16"), r"line 1: not UTF-8: .*; convert it to UTF-8$"),
+        (
+            b'{"messages": [{"role": "Bob", "content": "a"}]}',
+            r"Bob\): say what a role means with --data.chat.roles.NAME",
+        ),
+    ],
+)
+def test_the_mend_fits_what_is_wrong(content, message, tmp_path):
+    (tmp_path / "talks.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        open_chat(tmp_path / "talks.jsonl")
+    assert "mend the lines" not in str(error.value)

@@ -263,7 +263,10 @@ def test_what_is_left_out_is_said_before_training_and_too_much_is_an_error(make,
         UserError, match="33 conversations are left out of 102, more than data.chat.max_dropped 0.1: 27 "
     ) as error:
         make(lines, sequence_length=128)
-    assert role in str(error.value) and str(error.value).endswith("or allow it with --data.chat.max_dropped 0.33")
+    assert role in str(error.value) and str(error.value).endswith(
+        ": mend the lines, say what a role means with --data.chat.roles.NAME user (or assistant, ...), raise "
+        "--data.sequence_length, set --data.chat.too_long truncate, or allow it with --data.chat.max_dropped 0.33"
+    )
     make(lines, sequence_length=128, chat={"max_dropped": 0.33})
     named = make(lines, sequence_length=128, chat={"max_dropped": 0.33, "roles": {"Bob": "assistant"}})
     assert said(named).count("yo<|im_end|>") == 3 and named.fingerprint != data.fingerprint

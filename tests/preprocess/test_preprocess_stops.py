@@ -369,3 +369,13 @@ def test_help_lists_the_subcommands(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0 and "merge, inspect, order, curate" in capsys.readouterr().out
+
+
+def test_what_killed_workers_leave_is_removed_without_a_word():
+    program = (
+        "import os\nfrom multiprocessing import resource_tracker\n"
+        "from jaxtron.preprocess.tokenize import start_tracker\n"
+        "start_tracker(); resource_tracker.register('/of-a-killed-worker', 'semaphore'); os._exit(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
