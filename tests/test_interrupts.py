@@ -28,18 +28,22 @@ sys.exit(code)
 WAIT = "time.sleep(60)"
 
 
-def start(body: str, after: str = "", **options) -> subprocess.Popen[str]:
+def wait_for(path: Path) -> None:
+    """Until a program made a file."""
+    while not path.exists():
+        time.sleep(0.01)
+
+
+def start(body: str, after: str = "", shell: str = "") -> subprocess.Popen[str]:
     """A command of this body, once it is in it."""
     program = COMMAND.format(body=textwrap.indent(textwrap.dedent(body), "    ").strip(), after=textwrap.dedent(after))
-    process = begin([sys.executable, "-c", program], **options)
+    process = begin([*(["bash", "-c", shell] if shell else []), sys.executable, "-c", program])
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     return process
 
 
-def begin(command: list[str], **options) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
-    )
+def begin(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def hit(process: subprocess.Popen[str], number: signal.Signals = signal.SIGINT) -> None:
@@ -78,8 +82,10 @@ def test_a_signal_ends_whatever_runs(body: str, number: signal.Signals, code: in
 
 def test_what_was_printed_and_opened_is_kept(tmp_path: Path):
     closed = tmp_path / "closed"
-    process = start(f"print('before')\ntry: time.sleep(60)\nfinally: open({str(closed)!r}, 'w').close()")
-    time.sleep(0.3)
+    inside = tmp_path / "inside"
+    body = f"print('before')\ntry: open({str(inside)!r}, 'w').close(); time.sleep(60)\n"
+    process = start(f"{body}finally: open({str(closed)!r}, 'w').close()")
+    wait_for(inside)
     hit(process)
     assert end(process) == (130, "before\n", "interrupted\n")
     assert closed.exists()
@@ -114,7 +120,7 @@ def test_after_the_work_too():
 
 
 def test_in_the_background_of_a_script_ctrl_c_is_ignored():
-    process = start("time.sleep(0.3); return 5", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    process = start("time.sleep(0.3); return 5", shell='trap \'\' INT; exec "$0" "$@"')
     hit(process)
     assert end(process) == (5, "", "")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from jaxtron.config import UserError
 from jaxtron.data.blend import number_of, parse_blend
-from jaxtron.data.config import PYTHON_STDLIB, Blend
+from jaxtron.data.config import PYTHON_STDLIB, Blend, DataConfig
 from jaxtron.data.file_kind import TOKEN_FILES, token_prefix
-from jaxtron.data.files import read_document
+from jaxtron.data.files import missing, read_document
 from jaxtron.data.storage import is_remote
 
 
@@ -80,6 +80,25 @@ def read_data_path(blend: Blend, setting: str) -> DataPath:
             f"or {float(same[0]):.4f} for the weight"
         )
     return DataPath(names, weights, setting)
+
+
+def check_there(config: DataConfig) -> None:
+    """`UserError` for what the settings of data name and is not there; nothing is read for it."""
+    blends = {"data.path": config.path} if config.train is None else {}
+    blends |= {f"data.{part}": getattr(config, part) for part in ("train", "validation", "test")}
+    for setting, blend in blends.items():
+        if blend is None or config.format == "mock":
+            continue
+        path = read_data_path(blend, setting)
+        if config.format == "tokens" or (config.format == "auto" and (config.train is not None or path.is_tokens)):
+            path.prefixes()
+            continue
+        for name in path.files():
+            if name != PYTHON_STDLIB and not is_remote(name) and not os.path.exists(name):
+                raise UserError(missing(Path(name)))
+    template = config.chat.template
+    if template is not None and not os.path.exists(template):
+        raise UserError(f"data.chat.template: there is no file {template}")
 
 
 def _check_no_weight(names: Sequence[str], setting: str) -> None:

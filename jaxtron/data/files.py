@@ -56,6 +56,11 @@ def find_files(paths: Sequence[str], *, cache: Path | None = None) -> list[Path]
     return files
 
 
+def missing(path: Path) -> str:
+    """What is said of a file or folder that is not there."""
+    return f"no such file or folder {path}; set --data.path to UTF-8 text, or to {PYTHON_STDLIB}"
+
+
 def check_text(files: Sequence[Path]) -> None:
     """UserError for the first file that is no plain text but documents in another form, and how to train on these."""
     for path in files:
@@ -178,7 +183,7 @@ def _files_below(path: Path, alone: bool, cache: Path | None) -> list[Path]:
     if os.path.isfile(path):
         return [path.resolve()]
     if not os.path.exists(path):
-        raise UserError(f"no such file or folder {path}; set --data.path to UTF-8 text, or to {PYTHON_STDLIB}")
+        raise UserError(missing(path))
     if not os.path.isdir(path):
         raise UserError(f"{path} is neither a file nor a folder; set --data.path to UTF-8 text")
     return walk(path.resolve(), say=logger.warning, alone=alone, cache=cache)

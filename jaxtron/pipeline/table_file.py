@@ -39,7 +39,7 @@ def read_csv(path: Path) -> Schedule:
             "--csv FILE writes one"
         ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"the schedule {path} is no text: {error.reason}") from error
+        raise UserError(f"cannot read the schedule {path}: it is no text ({error.reason})") from error
     placement: Placement = "loop"
     while lines and lines[0].startswith("#"):
         if found := _PLACEMENT.fullmatch(lines[0]):

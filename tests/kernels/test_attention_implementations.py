@@ -1,7 +1,6 @@
 """Every implementation of attention against `reference` in float32, and `reference` against its definition.
 
-One suite for all: an implementation that refuses a case on this device says why, any other must compute it.
-"""
+One suite for all: an implementation that refuses a case on this device says why, any other must compute it."""
 
 import functools
 import itertools

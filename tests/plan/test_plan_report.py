@@ -198,7 +198,7 @@ def test_a_plan_as_text_and_json_and_against_another(tmp_path: Path) -> None:
         "NVLink",
         "network",
         "MFU",
-        "days",
+        "1.00 billion tokens take",
         "times the",
     ):
         assert words in text

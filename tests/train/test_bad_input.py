@@ -51,7 +51,7 @@ def assert_one_line(ended: Ended, *fragments: str):
         ("--model.max_positions 16", "data.sequence_length 32 is longer than model.max_positions 16"),
         ("--model.vocab_size 100", "the tokenizer bytes has 257 tokens, more than model.vocab_size 100"),
         ("--train.global_batch 12", "train.global_batch 12 is not a multiple of mesh.data 8 x mesh.fsdp 1"),
-        ("--train.microbatches 3", "x train.microbatches 3 = 24"),
+        ("--train.microbatches 3", "train.global_batch 8 is not a multiple of train.microbatches 3"),
         (
             "--train.batch_ramp.start 3 --train.batch_ramp.increment 5 --train.batch_ramp.samples 9",
             "global batch 3 is not a multiple of 8",
