@@ -148,7 +148,10 @@ def _mover(
     def move(leaf: Array) -> Array:
         before, after = (shape, shape) if to_model_order else (leaf.shape[1:], shape)
         whole = _laid_out(leaf, before, where_whole)
-        return _laid_out(jax.sharding.auto_axes(reorder, out_sharding=where_whole)(whole), after, wanted)
+        reordered: Callable[[Array], Array] = jax.sharding.auto_axes(  # pyright: ignore[reportAssignmentType]
+            reorder, out_sharding=where_whole
+        )
+        return _laid_out(reordered(whole), after, wanted)
 
     return jax.jit(move)
 

@@ -253,9 +253,10 @@ def _split(
     num_validation = len(tokens) - num_train
     if num_train <= config.sequence_length:
         raise UserError(
-            f"the data has {len(tokens):,} tokens, {num_train:,} of them to train on beside data.validation_fraction "
-            f"{config.validation_fraction}, but one sample needs {config.sequence_length + 1}; give more text, or "
-            "lower that or --data.sequence_length"
+            f"the data has {plural(len(tokens), 'token')}, {num_train:,} of them to train on beside "
+            f"data.validation_fraction {config.validation_fraction}, but one sample needs "
+            f"{config.sequence_length + 1:,}; give more text, or lower "
+            "data.validation_fraction or --data.sequence_length"
         )
     if config.validation_fraction > 0 and num_validation < 2:
         raise UserError(

@@ -17,6 +17,7 @@ from jaxtron.data.index_cache import cached_blend, cached_gpt_index, lengths_dig
 from jaxtron.data.indexed import IndexedReader
 from jaxtron.data.source import Sample
 from jaxtron.data.splits import split_ranges
+from jaxtron.words import plural
 
 SPLITS = ("train", "validation", "test")
 NO_BOUNDARIES = Boundaries()
@@ -76,8 +77,8 @@ class GPTSource:
         num_tokens = int(reader.lengths[sequences.start : sequences.stop].sum(dtype=np.int64))
         if not len(self):
             raise UserError(
-                f"{reader.prefix} has {num_tokens} tokens in this split, too few for one sample of {sequence_length} + "
-                f"{self._extra}; give more, or lower the sequence length"
+                f"{reader.prefix} has {plural(num_tokens, 'token')} in this split, too few for one sample of "
+                f"{sequence_length} + {self._extra}; give more, or lower the sequence length"
             )
         # the same epochs are the same order, however many of their samples are asked for
         epochs = count_epochs(num_tokens, sequence_length=sequence_length, samples=samples, extra=self._extra)

@@ -21,6 +21,7 @@ from jaxtron.command import FULL
 from jaxtron.config import UserError
 from jaxtron.data.file_kind import INDEX_MAGIC as MAGIC
 from jaxtron.data.storage import cache_root, local_copy, open_bytes
+from jaxtron.words import plural
 
 VERSION = 1
 DTYPES = {
@@ -85,8 +86,8 @@ class IndexedReader:
         if self.tokens.size != num_bytes:
             what = "ends too early" if self.tokens.size < num_bytes else "goes on too long"
             raise UserError(
-                f"{self.tokens.name} {what}: it has {self.tokens.size} bytes, but its .idx speaks of {num_bytes}; "
-                "copy or make both files again"
+                f"{self.tokens.name} {what}: it has {plural(self.tokens.size, 'byte')}, but its .idx "
+                f"speaks of {num_bytes:,}; copy or make both files again"
             )
 
     def __len__(self) -> int:
@@ -307,8 +308,8 @@ def _read_header(path: str, index: np.ndarray) -> tuple[np.dtype, int, int, bool
         raise _damaged(
             path,
             min(len(index), size),
-            f"{num_sequences} sequences and {num_documents} document bounds need {size} bytes "
-            f"({size + num_sequences} with modes), but it has {len(index)}",
+            f"{plural(num_sequences, 'sequence')} and {plural(num_documents, 'document bound')} need {size:,} bytes "
+            f"({size + num_sequences:,} with modes), but it has {len(index):,}",
         )
     return DTYPES[code], num_sequences, num_documents, len(index) > size
 

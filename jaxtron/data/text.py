@@ -109,7 +109,7 @@ def _read_entry(entry: Path, tokenizer: Tokenizer | None) -> TokenStream:
         num_tokens, dtype = description["num_tokens"], np.dtype(description["dtype"])
         size = (entry / TOKENS_FILE).stat().st_size
         if size != num_tokens * dtype.itemsize:
-            raise UserError(f"{TOKENS_FILE} has {size} bytes, not {num_tokens * dtype.itemsize}")
+            raise UserError(f"{TOKENS_FILE} has {size:,} bytes, not {num_tokens * dtype.itemsize:,}")
         with (entry / TOKENS_FILE).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != description["fingerprint"]:

@@ -18,6 +18,7 @@ from jaxtron.evaluate.request import Request
 from jaxtron.train.config import Configuration
 from jaxtron.train.runtime import out_of_memory_as_user_error, start_runtime
 from jaxtron.train.together import leaving_together
+from jaxtron.words import plural
 
 ROOM = "Lower --batch, or raise --mesh.fsdp or --mesh.tensor"
 
@@ -101,7 +102,7 @@ def evaluate(model: Model, request: Request, raw: str, stride: int) -> Report:
     tokens = encode(model.tokenizer, text, request.text)
     if len(tokens) < 2:
         raise UserError(
-            f"{_names(request.text)} has {len(tokens)} tokens, and the first is not scored: give at least two"
+            f"{_names(request.text)} has {plural(len(tokens), 'token')}, and the first is not scored: give at least two"
         )
     windows = OverlappingWindows(tokens, sequence_length=model.sequence_length, stride=stride)
     score = Score(nll=model.nll(windows), tokens=len(tokens), words=num_words(raw), text_bytes=len(raw.encode("utf-8")))

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from jaxtron.words import plural
+
 PRINT_SECONDS = 10.0
 
 
@@ -39,7 +41,7 @@ class Progress:
         self._text_bytes += text_bytes
         now = time.monotonic()
         speed = self._text_bytes / max(now - self._start, 1e-9) / 1e6
-        description = f"{documents:,} documents  {speed:.1f} MB/s"
+        description = f"{plural(documents, 'document')}  {speed:.1f} MB/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=consumed, description=description)
         elif now - self._printed >= PRINT_SECONDS:

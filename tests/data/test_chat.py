@@ -85,7 +85,7 @@ def test_three_forms_are_told_apart(line, messages):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 3: Expecting property name"),
+        ("{", "line 3: not JSON: Expecting property name"),
         ("[1]", "line 3: a JSON array, not an object: write one conversation a line"),
         ("1", "line 3: not a JSON object"),
         ('{"text": "a"}', "line 3: neither messages, nor conversations, nor instruction and output, but text"),

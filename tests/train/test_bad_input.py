@@ -58,7 +58,7 @@ def assert_one_line(ended: Ended, *fragments: str):
         ),
         ("--data.path nowhere.txt", "no such file or folder nowhere.txt"),
         ("--data.tokenizer nowhere.json", "nowhere.json"),
-        ("--data.sequence_length 99999 --model.position none", "one sample needs 100000"),
+        ("--data.sequence_length 99999 --model.position none", "one sample needs 100,000"),
         ("--run.profile_steps 2 9", "run.profile_steps 2 9 ends after train.steps 4"),
         ("--run.profile_steps 3", "run.profile_steps: expected"),
         ("--runtime.xla_preset latency", "runtime.xla_preset latency is for GPUs"),
