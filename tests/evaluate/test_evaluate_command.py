@@ -166,7 +166,7 @@ def test_bad_texts(trained: TrainedRun, tmp_path: Path):
     for name, message in {
         "missing": f"cannot read --text {paths['missing']}: No such file or directory",
         "latin": f"--text {paths['latin']} is not UTF-8 text: byte 0xe9 at offset 3",
-        "one": f"{paths['one']} has 1 tokens, and the first is not scored",
+        "one": f"{paths['one']} has 1 token, and the first is not scored",
         "lines": f"--text {paths['lines']} is JSON lines, not text; write the texts of its documents to a file",
         "none": f"{paths['none']} has no text to score",
         "foreign": f"{paths['foreign']}: the character 'ß' (U+00DF) is not among the",
