@@ -6,7 +6,7 @@ from jaxtron import interrupts  # noqa: F401  (answers Ctrl-C while the rest is 
 from jaxtron.command import configure, hand_over, run_command
 from jaxtron.config import take_file
 from jaxtron.train.config import Configuration
-from jaxtron.train.machine import check_early, is_first_process
+from jaxtron.train.machine import is_first_process
 
 PROGRAM = "python -m jaxtron.train"
 USAGE = f"""usage: {PROGRAM} CONFIG.yaml [--name value ...]
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     config = configure(Configuration, argv, program=PROGRAM, purpose="Train a decoder.")
     if config is None:
         return 0
-    check_early(config)
+    hand_over("jaxtron.train.early", jax=False).check_early(config)
     if is_first_process(config):
         print("starting JAX", flush=True)
     path, _ = take_file(Configuration, argv)

@@ -4,8 +4,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from jaxtron.config import UserError
-from jaxtron.data.data_path import check_there
 from jaxtron.train.config import Configuration
 
 
@@ -45,16 +43,3 @@ def known_devices(config: Configuration, environment: Mapping[str, str] = os.env
         return None if processes is None else config.devices * processes
     told = {"JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS"} & environment.keys()
     return None if told or joins or config.runtime.xla_flags or has_driver() else 1
-
-
-def check_early(config: Configuration) -> None:
-    """`UserError` for what can be refused before JAX is imported: a mesh, a batch, names of files."""
-    train = config.train
-    if (devices := known_devices(config)) is not None:
-        config.check_mesh(config.mesh.shape(devices))
-    elif train.global_batch % train.microbatches:
-        raise UserError(
-            f"train.global_batch {train.global_batch} is not a multiple of train.microbatches {train.microbatches}; "
-            "change one of them"
-        )
-    check_there(config.data)

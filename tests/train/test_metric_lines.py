@@ -30,7 +30,7 @@ def test_lines_are_means_that_no_interruption_changes(tmp_path: Path, monkeypatc
 
     # as a signal after step 6 asks for it
     with monkeypatch.context() as patch:
-        patch.setattr(loop._StopSignals, "is_due", lambda self, step: step == 6)
+        patch.setattr(loop._Stop, "is_due", lambda self, step: step == 6)
         assert run_here(*small(tmp_path, run="parts"), *flags).code == 130
     assert run_here(*small(tmp_path, run="parts"), *flags).code == 0
     assert records(tmp_path / "parts") == whole

@@ -1,0 +1,19 @@
+"""What of a run can be refused before JAX is imported, once its settings read."""
+
+from jaxtron.config import UserError
+from jaxtron.data.data_path import check_there
+from jaxtron.train.config import Configuration
+from jaxtron.train.machine import known_devices
+
+
+def check_early(config: Configuration) -> None:
+    """`UserError` for what can be refused before JAX is imported: a mesh, a batch, names of files."""
+    train = config.train
+    if (devices := known_devices(config)) is not None:
+        config.check_mesh(config.mesh.shape(devices))
+    elif train.global_batch % train.microbatches:
+        raise UserError(
+            f"train.global_batch {train.global_batch} is not a multiple of train.microbatches {train.microbatches}; "
+            "change one of them"
+        )
+    check_there(config.data)
