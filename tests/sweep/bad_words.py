@@ -156,7 +156,6 @@ LINES: tuple[tuple[str, str], ...] = (
     ("plan tiny.yaml tiny.yaml --layout", "tiny.yaml"),
     ("plan tiny.yaml --layout --mesh.tensor 3", "mesh.tensor"),
     ("plan tiny.yaml --schedule --mesh.pipe 3 --mesh.data 1", "mesh.pipe"),
-    ("evaluate", "--text"),
     ("evaluate run", "--text"),
     ("evaluate nowhere --text text.txt", "nowhere"),
     ("evaluate folder --text text.txt", "folder"),
