@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from jaxtron.command import check_output
-from jaxtron.config import UserError
+from jaxtron.config import UserError, take_file
 from jaxtron.gpus import GPUS
 from jaxtron.pipeline.table_file import write_csv
 from jaxtron.plan import compare, layout, ranking, report, schedule, search
@@ -153,8 +153,8 @@ def _machine(request: Request) -> Machine:
 
 
 def _title(request: Request) -> str:
-    path = next((word for word in request.words if word.endswith((".yaml", ".yml"))), None)
-    return Path(path).stem if path else "the default configuration"
+    path, _ = take_file(Configuration, request.words)
+    return path.stem if path else "the default configuration"
 
 
 def _lengths(lengths: tuple[int, ...]) -> str:
