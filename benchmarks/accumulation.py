@@ -20,15 +20,15 @@ from benchmarks import record
 from benchmarks.train import TrainBenchmark, random_batch
 from jaxtron.command import configure, run_command
 from jaxtron.config import UserError
+from jaxtron.run.dtypes import DTYPES
+from jaxtron.run.step import BATCH_SPEC, Batch, Trainer
+from jaxtron.runtime.start import start_runtime
 from jaxtron.sharding.collectives import all_reduce, vary
 from jaxtron.sharding.config import BATCH_AXES, MANUAL_AXES
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.parameters import manual_specs, reduce_gradients
 from jaxtron.sharding.rules import make_rules, use
-from jaxtron.train.dtypes import DTYPES
-from jaxtron.train.runtime import start_runtime
 from jaxtron.train.setup import make_trainer
-from jaxtron.train.step import BATCH_SPEC, Batch, Trainer
 from jaxtron.typing import Array, PyTree
 
 

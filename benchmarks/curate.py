@@ -19,8 +19,8 @@ from pydantic import Field
 from benchmarks import record
 from jaxtron.command import configure, run_command
 from jaxtron.config import Config
-from jaxtron.preprocess.curate.config import STEPS, Curation
-from jaxtron.preprocess.curate.run import curate
+from jaxtron.curate.config import STEPS, Curation
+from jaxtron.curate.run import curate
 
 VOCABULARY = 50_000
 STOP_WORDS = ("the", "of", "and", "to", "that", "with", "have", "be")

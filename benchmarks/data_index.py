@@ -20,8 +20,8 @@ import numpy as np
 
 from benchmarks import record
 from jaxtron.config import UserError
-from jaxtron.data.blend import build_blend, normalize
-from jaxtron.data.gpt_index import _sample_index, build_gpt_index
+from jaxtron.data.megatron.blend import build_blend, normalize
+from jaxtron.data.megatron.gpt_index import _sample_index, build_gpt_index
 
 SEQUENCE_LENGTH = 2048
 MEAN_LENGTHS = (100, 500, 3000)

@@ -14,7 +14,7 @@ from benchmarks import record
 from jaxtron.command import run_command
 from jaxtron.data.config import DataConfig
 from jaxtron.data.dataset import open_data
-from jaxtron.data.indexed import IndexedWriter
+from jaxtron.data.megatron.indexed import IndexedWriter
 from jaxtron.data.tokenizers import load_tokenizer
 
 SEQUENCE_LENGTH, BATCH, MEAN_LENGTH = 4096, 64, 600

@@ -17,10 +17,10 @@ from jaxtron.command import configure, run_command
 from jaxtron.config import Config, UserError
 from jaxtron.gpus import gpu_named
 from jaxtron.models.cost import model_flops_per_token
-from jaxtron.plan.machine import CONSTANTS, Machine, machine_named
-from jaxtron.plan.practice import PRACTICES
-from jaxtron.plan.prediction import Prediction, predict
-from jaxtron.train.config import Configuration
+from jaxtron.plan.formula.machine import CONSTANTS, Machine, machine_named
+from jaxtron.plan.formula.practice import PRACTICES
+from jaxtron.plan.formula.prediction import Prediction, predict
+from jaxtron.run.configuration import Configuration
 
 BEGIN, END = "<!-- predictions -->", "<!-- /predictions -->"
 PUBLISHED = ROOT / "tests" / "plan" / "published.yaml"

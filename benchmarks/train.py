@@ -21,15 +21,15 @@ from jaxtron.data.loader import LocalBatch
 from jaxtron.gpus import GPUS, peak_flops
 from jaxtron.models.attention_choice import attention_lines
 from jaxtron.models.cost import model_flops_per_token
-from jaxtron.plan.deviceless import memory
+from jaxtron.plan.compiled.deviceless import memory
+from jaxtron.run.attention import choose_attention
+from jaxtron.run.batches import Placement
+from jaxtron.run.configuration import Configuration
+from jaxtron.run.step import Batch, TrainState, batch_sharding, jit_step
+from jaxtron.runtime.start import start_runtime
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import make_rules, use
-from jaxtron.train.attention import choose_attention
-from jaxtron.train.batches import Placement
-from jaxtron.train.config import Configuration
-from jaxtron.train.runtime import start_runtime
 from jaxtron.train.setup import make_trainer
-from jaxtron.train.step import Batch, TrainState, batch_sharding, jit_step
 
 # seconds after which a plan is given up: a billion parameters take 15 on two cores
 PLAN_SECONDS = 90

@@ -9,6 +9,7 @@ from jaxtron.command import run_command
 from jaxtron.config import UserError
 
 VERBS = {
+    "curate": "take duplicates, evaluation tasks and poor text out of a corpus",
     "preprocess": "text to token files, in parallel; merge and inspect them, prove the order of samples",
     "train": "train a model",
     "evaluate": "perplexity of a trained model on a text",

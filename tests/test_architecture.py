@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from jaxtron.config import dump, load, settings
-from jaxtron.train.config import Configuration
-from jaxtron.train.history import CHANGES, KINDS
+from jaxtron.run.configuration import Configuration
+from jaxtron.run.history import CHANGES, KINDS
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(ROOT.glob("jaxtron/**/*.py"))
@@ -20,10 +20,11 @@ FLOORS = [
     {"__init__", "typing", "config", "roles", "quiet", "words"},
     {"help"},
     {"command", "gpus", "sharding", "kernels"},
-    {"pipeline", "data", "optim"},
+    {"pipeline", "data", "optim", "runtime"},
     {"layers"},
     {"models"},
     {"checkpoint", "generate", "preprocess"},
+    {"run", "curate"},
     {"train"},
     {"plan", "evaluate"},
     {"__main__"},

@@ -16,11 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtron.config import UserError, load
 from jaxtron.gpus import gpu_named
-from jaxtron.plan.deviceless import gpu_devices
-from jaxtron.plan.machine import machine_named
-from jaxtron.plan.prediction import predict
-from jaxtron.plan.rehearsal import rehearse
-from jaxtron.train.config import Configuration
+from jaxtron.plan.compiled.deviceless import gpu_devices
+from jaxtron.plan.compiled.rehearsal import rehearse
+from jaxtron.plan.formula.machine import machine_named
+from jaxtron.plan.formula.prediction import predict
+from jaxtron.run.configuration import Configuration
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--model.num_layers", "1", "--model.hidden_size", "32", "--data.sequence_length", "16")

@@ -13,12 +13,12 @@ from commands import run_main
 
 from jaxtron.command import check_output
 from jaxtron.config import UserError, load, settings, take_file
+from jaxtron.curate.config import Curation
 from jaxtron.evaluate.request import parse as parse_evaluate
-from jaxtron.pipeline.schedules import SCHEDULES
-from jaxtron.preprocess.curate.config import Curation
+from jaxtron.pipeline.schedules.named import SCHEDULES
+from jaxtron.run.configuration import Configuration
+from jaxtron.runtime.machine import known_devices
 from jaxtron.train.__main__ import main as train
-from jaxtron.train.config import Configuration
-from jaxtron.train.machine import known_devices
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "gpt_tiny.yaml"
@@ -213,15 +213,15 @@ def test_help_of_the_schedule_names_them_all():
 
 def test_the_mesh_is_checked_before_jax_starts_where_the_devices_are_known():
     config = load(Configuration, TINY)
-    assert known_devices(config, {}) in (1, None)
-    assert known_devices(config, {"XLA_FLAGS": ""}) is None and known_devices(config, {"JAX_PLATFORMS": "cpu"}) is None
-    simulated = config.model_copy(update={"devices": 8})
-    assert known_devices(simulated, {"JAX_PLATFORMS": "cuda"}) == 8
+    runtime = config.runtime
+    assert known_devices(runtime, None, {}) in (1, None)
+    assert known_devices(runtime, None, {"XLA_FLAGS": ""}) is None
+    assert known_devices(runtime, None, {"JAX_PLATFORMS": "cpu"}) is None
+    assert known_devices(runtime, 8, {"JAX_PLATFORMS": "cuda"}) == 8
     # each of two processes simulates as many; how many a launcher starts is not known here
     two = {"coordinator_address": "node001:12345", "num_processes": 2, "process_id": 0}
-    runtime = config.runtime.model_copy(update=two)
-    assert known_devices(simulated.model_copy(update={"runtime": runtime}), {}) == 16
-    assert known_devices(simulated, {"OMPI_COMM_WORLD_SIZE": "2"}) is None
+    assert known_devices(runtime.model_copy(update=two), 8, {}) == 16
+    assert known_devices(runtime, 8, {"OMPI_COMM_WORLD_SIZE": "2"}) is None
     ended = run_main(train, [TINY, "--devices", "8", "--mesh.tensor", "3"])
     assert ended.code == 2 and ended.out == ""
     assert "mesh.tensor 3 needs a multiple of 3 devices, there are 8" in ended.err and "--devices 3" in ended.err
@@ -263,14 +263,14 @@ def test_a_warning_is_a_plain_line(caplog: pytest.LogCaptureFixture):
     """Whatever handlers a library gave the root, none repeats it with the name of a module."""
 
     def main(_argv: list[str]) -> None:
-        logger = logging.getLogger("jaxtron.data.files")
+        logger = logging.getLogger("jaxtron.data.files.reader")
         logger.warning("%s is\nleft out", "a.txt")
         logger.info("a detail")
 
     ended = run_main(main, [])
     assert (ended.code, ended.err, caplog.text) == (0, "warning: a.txt is left out\n", "")
     # other programs that use Jaxtron's modules decide for themselves
-    logging.getLogger("jaxtron.data.files").warning("later")
+    logging.getLogger("jaxtron.data.files.reader").warning("later")
     assert "later" in caplog.text
 
 

@@ -16,9 +16,9 @@ from commands import run_main
 
 from jaxtron.command import write_whole
 from jaxtron.config import UserError
-from jaxtron.train import metrics
+from jaxtron.run import metrics
+from jaxtron.run.metrics import MetricsWriter
 from jaxtron.train.hooks import Profiler, StepInfo
-from jaxtron.train.metrics import MetricsWriter
 from jaxtron.train.trackers import TensorBoardTracker
 
 FULL = "No space left on device"

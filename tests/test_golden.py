@@ -11,10 +11,10 @@ import pytest
 
 from jaxtron.config import dump, load
 from jaxtron.plan.layout import text
+from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.config import MeshConfig
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import make_rules, use
-from jaxtron.train.config import Configuration
 from jaxtron.train.setup import make_trainer
 
 ROOT = Path(__file__).parent

@@ -6,9 +6,9 @@ import pytest
 
 from jaxtron.config import UserError
 from jaxtron.gpus import POOL_FRACTION, POOL_VARIABLES, gpu_named, pool_fraction, set_pool_fraction
-from jaxtron.plan.memory import NCCL_BUFFERS, RESERVE, reserved
-from jaxtron.train.runtime import start_runtime
-from jaxtron.train.runtime_config import RuntimeConfig
+from jaxtron.plan.compiled.memory import NCCL_BUFFERS, RESERVE, reserved
+from jaxtron.runtime.config import RuntimeConfig
+from jaxtron.runtime.start import start_runtime
 
 
 @pytest.fixture

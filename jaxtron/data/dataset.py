@@ -9,20 +9,20 @@ import numpy as np
 from jaxtyping import Integer
 
 from jaxtron.config import UserError
-from jaxtron.data.boundaries import Boundaries
-from jaxtron.data.chat_source import Conversations
-from jaxtron.data.chat_template import open_template
+from jaxtron.data.chat.source import Conversations
+from jaxtron.data.chat.template import open_template
 from jaxtron.data.config import DataConfig
-from jaxtron.data.data_path import DataPath, read_data_path
-from jaxtron.data.files import check_text, find_files
-from jaxtron.data.fill_in_middle import FillInMiddle, FillInMiddleSource
-from jaxtron.data.gpt_source import SPLITS, BlendedSource, GPTSource, open_blend
-from jaxtron.data.indexed import IndexedReader
+from jaxtron.data.files.data_path import DataPath, read_data_path
+from jaxtron.data.files.reader import check_text, find_files
+from jaxtron.data.files.storage import cache_root
 from jaxtron.data.loader import BatchSize, Loader, LocalRows
-from jaxtron.data.mock import MockReader
+from jaxtron.data.megatron.boundaries import Boundaries
+from jaxtron.data.megatron.fill_in_middle import FillInMiddle, FillInMiddleSource
+from jaxtron.data.megatron.gpt_source import SPLITS, BlendedSource, GPTSource, open_blend
+from jaxtron.data.megatron.indexed import IndexedReader
+from jaxtron.data.megatron.mock import MockReader
+from jaxtron.data.megatron.splits import split_ranges
 from jaxtron.data.source import NO_SAMPLES, Source
-from jaxtron.data.splits import split_ranges
-from jaxtron.data.storage import cache_root
 from jaxtron.data.text import open_tokens
 from jaxtron.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtron.data.window_source import WindowSource

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from jaxtron.config import UserError
-from jaxtron.data.files import read_document
+from jaxtron.data.files.reader import read_document
 from jaxtron.data.tokenizers import CharacterTokenizer, Tokenizer
 
 FORMAT_VERSION = 2

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Integer
 
-from jaxtron.data.boundaries import Boundaries, make_sample
+from jaxtron.data.megatron.boundaries import Boundaries, make_sample
 from jaxtron.data.source import Sample
 
 

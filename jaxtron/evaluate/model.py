@@ -19,16 +19,16 @@ from jaxtron.data.loader import validation_batches
 from jaxtron.data.source import Source
 from jaxtron.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtron.evaluate.request import Request
+from jaxtron.run.attention import choose_attention
+from jaxtron.run.batches import Placement
+from jaxtron.run.configuration import Configuration
+from jaxtron.run.history import CONFIG_FILE, FIXED, changes, listed, recorded_settings
+from jaxtron.run.sizes import check_batch_fits, check_state_fits
+from jaxtron.run.step import Trainer, batch_sharding
 from jaxtron.sharding.config import AXES, BATCH_AXES
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import make_rules, use
-from jaxtron.train.attention import choose_attention
-from jaxtron.train.batches import Placement
-from jaxtron.train.config import Configuration
-from jaxtron.train.history import CONFIG_FILE, FIXED, changes, listed, recorded_settings
 from jaxtron.train.setup import make_trainer
-from jaxtron.train.sizes import check_batch_fits, check_state_fits
-from jaxtron.train.step import Trainer, batch_sharding
 from jaxtron.typing import PyTree
 
 WINDOWS_PER_PART = 8

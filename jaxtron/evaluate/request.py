@@ -6,10 +6,10 @@ from pathlib import Path
 from jaxtron.command import FlagParser, check_output, file_path, natural, positive
 from jaxtron.config import UserError, load, settings, split_arguments
 from jaxtron.data.config import DataConfig
-from jaxtron.data.file_kind import file_kind
-from jaxtron.data.files import decode_text, read_content
+from jaxtron.data.files.file_kind import file_kind
+from jaxtron.data.files.reader import decode_text, read_content
 from jaxtron.evaluate.detokenize import DETOKENIZERS
-from jaxtron.train.config import Configuration
+from jaxtron.run.configuration import Configuration
 
 PROGRAM = "python -m jaxtron.evaluate"
 USAGE = f"{PROGRAM} RUN_DIRECTORY --text FILE [FILE ...] [--flag value ...]"

@@ -15,9 +15,9 @@ from jaxtron.evaluate.detokenize import DETOKENIZERS
 from jaxtron.evaluate.model import Model, open_model
 from jaxtron.evaluate.perplexity import MOST_NATS, OverlappingWindows, Score, num_words, unknown_characters
 from jaxtron.evaluate.request import Request
-from jaxtron.train.config import Configuration
-from jaxtron.train.runtime import out_of_memory_as_user_error, start_runtime
-from jaxtron.train.together import leaving_together
+from jaxtron.run.configuration import Configuration
+from jaxtron.runtime.start import out_of_memory_as_user_error, start_runtime
+from jaxtron.runtime.together import leaving_together
 from jaxtron.words import plural
 
 ROOM = "Lower --batch, or raise --mesh.fsdp or --mesh.tensor"

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtron.pipeline.layer_loop import Buffer, LayerFunction, LayerLoop, read, write
 from jaxtron.pipeline.lowering import Channel, IntTable, Pairs, Program, Segment, Slots, lower, segments
 from jaxtron.pipeline.partition import Partition
-from jaxtron.pipeline.schedule import Schedule
+from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.sharding.collectives import permute, vary, zeros_like_type
 from jaxtron.typing import Array, PyTree
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from jaxtron.pipeline.schedule import Schedule, Work
+from jaxtron.pipeline.schedules.schedule import Schedule, Work
 
 IntTable = Int32[np.ndarray, "T P"]
 Leaf = TypeVar("Leaf")

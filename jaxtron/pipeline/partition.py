@@ -5,7 +5,7 @@ from functools import cached_property
 
 from jaxtron.config import UserError
 from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.pipeline.schedule import Entry, Placement, Schedule, Work, place
+from jaxtron.pipeline.schedules.schedule import Entry, Placement, Schedule, Work, place
 
 
 @dataclass(frozen=True)

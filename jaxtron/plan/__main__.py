@@ -5,7 +5,7 @@ import sys
 from jaxtron import interrupts  # noqa: F401  (answers Ctrl-C while the rest is imported)
 from jaxtron.command import configure, hand_over, run_command
 from jaxtron.plan.request import PURPOSES, USAGE, flags_text, parse, program_of
-from jaxtron.train.config import Configuration
+from jaxtron.run.configuration import Configuration
 
 
 def main(argv: list[str]) -> int:

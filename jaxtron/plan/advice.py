@@ -1,8 +1,8 @@
 """The first thing to change when a step does not fit."""
 
-from jaxtron.plan.candidates import LEAST_PART
-from jaxtron.plan.memory import MemoryUse
-from jaxtron.train.config import Configuration
+from jaxtron.plan.compiled.memory import MemoryUse
+from jaxtron.plan.search.candidates import LEAST_PART
+from jaxtron.run.configuration import Configuration
 
 
 def first_change(config: Configuration, sizes: dict[str, int], memory: MemoryUse) -> str:

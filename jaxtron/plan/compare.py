@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from jaxtron.config import UserError
-from jaxtron.plan.memory import MemoryUse
+from jaxtron.plan.compiled.memory import MemoryUse
 from jaxtron.plan.report import FORMAT, Plan
 from jaxtron.plan.table import aligned
 from jaxtron.words import readable_bytes, readable_seconds

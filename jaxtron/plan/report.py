@@ -13,16 +13,16 @@ from jaxtron.command import write_whole
 from jaxtron.gpus import pool_fraction
 from jaxtron.models.cost import model_flops_per_token
 from jaxtron.pipeline.lowering import lower, message_counts
-from jaxtron.plan import flops, traffic
 from jaxtron.plan.advice import first_change
-from jaxtron.plan.machine import Machine
-from jaxtron.plan.memory import MemoryUse
-from jaxtron.plan.practice import JAXTRON, Practice
-from jaxtron.plan.prediction import Prediction, predict
-from jaxtron.plan.rehearsal import Rehearsal
-from jaxtron.plan.surprises import Surprise, surprises
+from jaxtron.plan.compiled import flops, traffic
+from jaxtron.plan.compiled.memory import MemoryUse
+from jaxtron.plan.compiled.rehearsal import Rehearsal
+from jaxtron.plan.compiled.surprises import Surprise, surprises
+from jaxtron.plan.formula.machine import Machine
+from jaxtron.plan.formula.practice import JAXTRON, Practice
+from jaxtron.plan.formula.prediction import Prediction, predict
 from jaxtron.plan.table import aligned
-from jaxtron.train.config import Configuration
+from jaxtron.run.configuration import Configuration
 from jaxtron.words import plural, readable_bytes, readable_count, readable_flops, readable_seconds, readable_time
 
 FORMAT = 1

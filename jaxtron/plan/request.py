@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxtron.command import HELP, PRINT, FlagParser, check_output, file_path, positive
 from jaxtron.config import UserError, settings
 from jaxtron.gpus import GPUS
-from jaxtron.train.config import Configuration
+from jaxtron.run.configuration import Configuration
 
 PROGRAM = "python -m jaxtron.plan"
 # what each kind of request shows; "plan" is the one without a flag that chooses another

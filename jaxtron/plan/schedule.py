@@ -12,8 +12,8 @@ from rich.color import ColorSystem
 from rich.style import Style
 
 from jaxtron.command import write_whole
-from jaxtron.pipeline.figures import Figures, Slot, Span, figures, slots, timeline
-from jaxtron.pipeline.schedule import Entry, Schedule, Work
+from jaxtron.pipeline.schedules.figures import Figures, Slot, Span, figures, slots, timeline
+from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work
 from jaxtron.words import plural, readable_bytes
 
 COLORS: dict[Slot, str] = {"forward": "#4c78a8", "backward": "#54a24b", "weight": "#eeca3b"}

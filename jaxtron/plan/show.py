@@ -11,19 +11,20 @@ import jax
 from jaxtron.command import check_output
 from jaxtron.config import UserError, take_file
 from jaxtron.gpus import GPUS
-from jaxtron.pipeline.table_file import write_csv
-from jaxtron.plan import compare, layout, ranking, report, schedule, search
-from jaxtron.plan.activations import layer_bytes
-from jaxtron.plan.calibrate import calibrate, measured_seconds, write_machine
-from jaxtron.plan.candidates import splits_sequences
-from jaxtron.plan.machine import Machine, machine_named, read_machine
-from jaxtron.plan.rehearsal import rehearse
+from jaxtron.pipeline.schedules.table_file import write_csv
+from jaxtron.plan import compare, layout, report, schedule
+from jaxtron.plan.compiled.activations import layer_bytes
+from jaxtron.plan.compiled.rehearsal import rehearse
+from jaxtron.plan.formula.calibrate import calibrate, measured_seconds, write_machine
+from jaxtron.plan.formula.machine import Machine, machine_named, read_machine
 from jaxtron.plan.request import Request
+from jaxtron.plan.search import ranking, search
+from jaxtron.plan.search.candidates import splits_sequences
+from jaxtron.run.configuration import Configuration
+from jaxtron.runtime.start import simulate_devices, start_compiler, start_runtime
 from jaxtron.sharding.config import AXES
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import make_rules, use
-from jaxtron.train.config import Configuration
-from jaxtron.train.runtime import simulate_devices, start_compiler, start_runtime
 from jaxtron.train.setup import make_trainer
 from jaxtron.words import readable_bytes
 

@@ -5,35 +5,23 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxtron import interrupts  # noqa: F401  (answers Ctrl-C while the rest is imported)
-from jaxtron.command import configure, hand_over, run_command
+from jaxtron.command import hand_over, run_command
 from jaxtron.config import UserError
-from jaxtron.preprocess.curate.config import PROGRAM, PURPOSE, Curation
 from jaxtron.preprocess.request import parse_inspect, parse_merge, parse_order, parse_tokenize
-
-# flags of tokenizing, and the settings of curate that are like them
-CURATED = {"--json-key": "--text_field", "--skip-damaged": "--damaged drop"}
-
-
-def parse_curate(argv: list[str]) -> Curation | None:
-    """The settings of `curate`; None where they, or help, were only printed."""
-    for flag in (word.partition("=")[0].replace("_", "-") for word in argv):
-        if flag in CURATED:
-            raise UserError(f"unknown setting {flag.removeprefix('--')}; curate has {CURATED[flag]} for it")
-    return configure(Curation, argv, program=PROGRAM, purpose=PURPOSE)
-
 
 SUBCOMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "tokenize": parse_tokenize,
     "merge": parse_merge,
     "inspect": parse_inspect,
     "order": parse_order,
-    "curate": parse_curate,
 }
 
 
 def main(argv: list[str]) -> int:
     """Tokenizes, or runs the subcommand that the line begins with."""
     subcommand, words = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("tokenize", argv)
+    if subcommand == "curate":
+        raise UserError("curate is a command of its own: python -m jaxtron.curate")
     if subcommand not in SUBCOMMANDS:
         others = ", ".join(name for name in SUBCOMMANDS if name != "tokenize")
         raise UserError(f"unknown subcommand {subcommand!r}; give --input for tokenizing, or {others}")

@@ -4,10 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from jaxtron.data.gpt_index import order_digest
-from jaxtron.preprocess.curate.config import Curation
-from jaxtron.preprocess.curate.report import summary
-from jaxtron.preprocess.curate.run import curate
+from jaxtron.data.megatron.gpt_index import order_digest
 from jaxtron.preprocess.inspect import inspect, text
 from jaxtron.preprocess.merge import merge
 from jaxtron.preprocess.request import Inspect, Merge, Order, Tokenize
@@ -54,15 +51,9 @@ def run_order(request: Order) -> None:
             print(f"{name:<16}{index['length']:>14,}  {index['sha256']}")
 
 
-def run_curate(config: Curation) -> None:
-    """A corpus without what is to be left out, and a summary of it."""
-    print(summary(curate(config)))
-
-
 RUN: dict[str, Callable[[Any], None]] = {
     "tokenize": run_tokenize,
     "merge": run_merge,
     "inspect": run_inspect,
     "order": run_order,
-    "curate": run_curate,
 }

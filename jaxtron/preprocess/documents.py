@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtron.data.file_kind import BYTE_ORDER_MARK, CHAT_KEYS, NOT_LINES
-from jaxtron.data.files import CONVERT, NotTextError, decode_text
+from jaxtron.data.files.file_kind import BYTE_ORDER_MARK, CHAT_KEYS, NOT_LINES
+from jaxtron.data.files.reader import CONVERT, NotTextError, decode_text
 from jaxtron.preprocess.inputs import Piece
 
 MOST_KEYS_SHOWN = 5

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int32, Shaped
 
 from jaxtron.config import UserError
-from jaxtron.data.indexed import token_dtype
+from jaxtron.data.megatron.indexed import token_dtype
 from jaxtron.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtron.preprocess.documents import Damage, read_documents
 from jaxtron.preprocess.inputs import Piece

@@ -9,10 +9,10 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 from jaxtron.config import UserError
-from jaxtron.data.decompress import read_blocks
-from jaxtron.data.file_kind import CHAT_KEYS, FileKind, Kind, file_kind, token_prefix
-from jaxtron.data.files import few, repeated, walk
-from jaxtron.data.outputs import describe, without_outputs
+from jaxtron.data.files.decompress import read_blocks
+from jaxtron.data.files.file_kind import CHAT_KEYS, FileKind, Kind, file_kind, token_prefix
+from jaxtron.data.files.outputs import describe, without_outputs
+from jaxtron.data.files.reader import few, repeated, walk
 
 # of text handed to a worker at once: small beside a worker's memory, large beside the cost of handing it over
 CHUNK_BYTES = 1 << 20

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxtron.config import UserError
-from jaxtron.data.indexed import IndexedReader
+from jaxtron.data.megatron.indexed import IndexedReader
 from jaxtron.data.tokenizers import load_tokenizer
 from jaxtron.preprocess.request import Inspect
 

@@ -1,8 +1,8 @@
 """Several pairs of token files to one."""
 
 from jaxtron.config import UserError
-from jaxtron.data.files import few
-from jaxtron.data.indexed import IndexedReader, IndexedWriter
+from jaxtron.data.files.reader import few
+from jaxtron.data.megatron.indexed import IndexedReader, IndexedWriter
 from jaxtron.preprocess.request import Merge
 from jaxtron.preprocess.work import refuse_existing
 

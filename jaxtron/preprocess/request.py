@@ -7,7 +7,7 @@ from typing import Any
 from jaxtron.command import FlagParser, file_name, natural, positive
 from jaxtron.config import UserError
 from jaxtron.data.config import TOKENIZER_KINDS
-from jaxtron.data.file_kind import token_prefix
+from jaxtron.data.files.file_kind import token_prefix
 
 PROGRAM = "python -m jaxtron.preprocess"
 OVERWRITE = "replace files that are there already under the output's name"

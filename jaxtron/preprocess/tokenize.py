@@ -13,7 +13,7 @@ from multiprocessing import resource_tracker
 
 from jaxtron import interrupts
 from jaxtron.config import UserError
-from jaxtron.data.files import few
+from jaxtron.data.files.reader import few
 from jaxtron.preprocess.documents import Damage
 from jaxtron.preprocess.encode import Encoded, Encoder, EncodeSettings, encode_in_worker, one_thread, start_worker
 from jaxtron.preprocess.inputs import Chunk, InputFile, find_inputs, read_chunks, taken_for

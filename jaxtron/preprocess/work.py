@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxtron.command import place_advice
 from jaxtron.config import UserError
-from jaxtron.data.indexed import CODES, HEADER, MAGIC, VERSION
+from jaxtron.data.megatron.indexed import CODES, HEADER, MAGIC, VERSION
 from jaxtron.preprocess.encode import EncodedKey
 from jaxtron.preprocess.inputs import Position
 

@@ -5,8 +5,8 @@ import sys
 from jaxtron import interrupts  # noqa: F401  (answers Ctrl-C while the rest is imported)
 from jaxtron.command import configure, hand_over, run_command
 from jaxtron.config import take_file
-from jaxtron.train.config import Configuration
-from jaxtron.train.machine import is_first_process
+from jaxtron.run.configuration import Configuration
+from jaxtron.runtime.machine import is_first_process
 
 PROGRAM = "python -m jaxtron.train"
 USAGE = f"""usage: {PROGRAM} CONFIG.yaml [--name value ...]
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     if config is None:
         return 0
     hand_over("jaxtron.train.early", jax=False).check_early(config)
-    if is_first_process(config):
+    if is_first_process(config.runtime):
         print("starting JAX", flush=True)
     path, _ = take_file(Configuration, argv)
     return hand_over("jaxtron.train.run").run(config, path.stem if path else "train")

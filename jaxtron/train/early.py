@@ -1,15 +1,15 @@
 """What of a run can be refused before JAX is imported, once its settings read."""
 
 from jaxtron.config import UserError
-from jaxtron.data.data_path import check_there
-from jaxtron.train.config import Configuration
-from jaxtron.train.machine import known_devices
+from jaxtron.data.files.data_path import check_there
+from jaxtron.run.configuration import Configuration
+from jaxtron.runtime.machine import known_devices
 
 
 def check_early(config: Configuration) -> None:
     """`UserError` for what can be refused before JAX is imported: a mesh, a batch, names of files."""
     train = config.train
-    if (devices := known_devices(config)) is not None:
+    if (devices := known_devices(config.runtime, config.devices)) is not None:
         config.check_mesh(config.mesh.shape(devices))
     elif train.global_batch % train.microbatches:
         raise UserError(

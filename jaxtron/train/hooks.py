@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxtron.config import UserError
-from jaxtron.train.metrics import MetricsWriter, Tally
+from jaxtron.run.metrics import MetricsWriter, Tally
 from jaxtron.train.progress import Progress
 from jaxtron.train.throughput import Throughput
 from jaxtron.train.trackers import Tracker

@@ -13,13 +13,13 @@ from jaxtron.data.loader import Loader
 from jaxtron.gpus import peak_flops
 from jaxtron.interrupts import Request, finish_first
 from jaxtron.models.cost import model_flops_per_token
+from jaxtron.run.history import Recorder
+from jaxtron.run.metrics import MetricsWriter, Tally
+from jaxtron.run.step import TrainState, jit_step
 from jaxtron.train.divergence import Watch, check_state
-from jaxtron.train.history import Recorder
 from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
-from jaxtron.train.metrics import MetricsWriter, Tally
 from jaxtron.train.progress import Progress
 from jaxtron.train.setup import Run
-from jaxtron.train.step import TrainState, jit_step
 from jaxtron.train.throughput import Throughput
 from jaxtron.train.trackers import make_trackers
 from jaxtron.train.validation import check_loss, validate

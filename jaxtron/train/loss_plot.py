@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from jaxtron.command import write_whole
-from jaxtron.train.metrics import read_metrics
+from jaxtron.run.metrics import read_metrics
 
 CURVES = (("loss", "training", "#1f77b4", None), ("validation_loss", "validation", "#d62728", "o"))
 

@@ -5,13 +5,13 @@ from functools import partial
 import jax
 
 from jaxtron.models.attention_choice import attention_lines
-from jaxtron.train.attention import choose_attention
-from jaxtron.train.config import Configuration
+from jaxtron.run.attention import choose_attention
+from jaxtron.run.configuration import Configuration
+from jaxtron.runtime.start import out_of_memory_as_user_error, start_runtime
+from jaxtron.runtime.together import leaving_together
 from jaxtron.train.loop import train
-from jaxtron.train.runtime import out_of_memory_as_user_error, start_runtime
 from jaxtron.train.setup import open_run
 from jaxtron.train.summary import finish
-from jaxtron.train.together import leaving_together
 
 ROOM = "Raise --train.microbatches or --mesh.fsdp, set --model.recompute full, or choose a smaller model"
 

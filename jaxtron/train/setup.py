@@ -19,19 +19,19 @@ from jaxtron.data.loader import Loader
 from jaxtron.models.decoder import Decoder
 from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
 from jaxtron.pipeline.partition import Partition
+from jaxtron.run.attention import choose_attention
+from jaxtron.run.batches import Placement
+from jaxtron.run.configuration import Configuration
+from jaxtron.run.dtypes import DTYPES
+from jaxtron.run.history import Continuation, changes, check_changes, listed, recorded_settings
+from jaxtron.run.metrics import Tally
+from jaxtron.run.sizes import check_batch_fits, check_state_fits
+from jaxtron.run.step import Batch, Trainer, TrainState, batch_sharding
 from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import current, make_rules, use
-from jaxtron.train.attention import choose_attention
-from jaxtron.train.batches import Placement
-from jaxtron.train.config import Configuration
 from jaxtron.train.divergence import check_state
-from jaxtron.train.dtypes import DTYPES
-from jaxtron.train.history import Continuation, changes, check_changes, listed, recorded_settings
-from jaxtron.train.metrics import Tally
 from jaxtron.train.run_lock import run_lock
-from jaxtron.train.sizes import check_batch_fits, check_state_fits
-from jaxtron.train.step import Batch, Trainer, TrainState, batch_sharding
 from jaxtron.train.trackers import import_tracker
 from jaxtron.typing import Array, PyTree
 

@@ -5,11 +5,11 @@ import numpy as np
 from rich.console import Console
 
 from jaxtron.generate.sample import sample
+from jaxtron.run.dtypes import DTYPES
+from jaxtron.run.metrics import read_metrics
 from jaxtron.train.divergence import diverged
-from jaxtron.train.dtypes import DTYPES
 from jaxtron.train.loop import Outcome
 from jaxtron.train.loss_plot import plot_losses
-from jaxtron.train.metrics import read_metrics
 from jaxtron.train.setup import Run
 from jaxtron.train.validation import validate
 

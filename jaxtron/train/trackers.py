@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtron.command import write_whole
 from jaxtron.config import UserError
-from jaxtron.train.run_config import RunConfig, TrackerName
+from jaxtron.run.run_config import RunConfig, TrackerName
 
 
 @runtime_checkable

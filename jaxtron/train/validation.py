@@ -5,9 +5,9 @@ from typing import Literal
 
 from jaxtron.data.loader import validation_batches
 from jaxtron.data.source import Source
+from jaxtron.run.step import TrainState
 from jaxtron.train.divergence import diverged
 from jaxtron.train.setup import Run
-from jaxtron.train.step import TrainState
 
 
 def validate(run: Run, state: TrainState, part: Literal["validation", "test"] = "validation") -> float | None:

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-import jaxtron.data.blend as blend
+import jaxtron.data.megatron.blend as blend
 from jaxtron.config import UserError
-from jaxtron.data.blend import build_blend, build_exhaustive_blend, component_samples, normalize, parse_blend
+from jaxtron.data.megatron.blend import build_blend, build_exhaustive_blend, component_samples, normalize, parse_blend
 
 
 def slow_blend(shares, length, sizes=None):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.data.boundaries import Boundaries, make_sample
+from jaxtron.data.megatron.boundaries import Boundaries, make_sample
 
 END = 9
 

@@ -9,13 +9,13 @@ import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, pre_tokenizers
 
-import jaxtron.data.chat_cache as chat_cache
-import jaxtron.data.chat_template as chat_template
+import jaxtron.data.chat.cache as chat_cache
+import jaxtron.data.chat.template as chat_template
 from jaxtron.config import UserError
-from jaxtron.data.chat import parse_conversation, read_conversations
-from jaxtron.data.chat_cache import FORGED, NO_ANSWER, REFUSED, Reason
-from jaxtron.data.chat_source import Conversations
-from jaxtron.data.chat_template import ChatMl, Conversation, JinjaTemplate, Message, Piece
+from jaxtron.data.chat.cache import FORGED, NO_ANSWER, REFUSED, Reason
+from jaxtron.data.chat.conversations import parse_conversation, read_conversations
+from jaxtron.data.chat.source import Conversations
+from jaxtron.data.chat.template import ChatMl, Conversation, JinjaTemplate, Message, Piece
 from jaxtron.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
 
 # as the tokenizer_config.json of ChatML models has it

@@ -12,8 +12,8 @@ from tokenizers import models, pre_tokenizers, processors
 from jaxtron.config import UserError, load
 from jaxtron.data.config import DataConfig
 from jaxtron.data.dataset import open_data
+from jaxtron.run.configuration import Configuration
 from jaxtron.train.__main__ import main as train
-from jaxtron.train.config import Configuration
 from jaxtron.train.run import announce
 from tests.commands import run_main
 from tests.data.test_tokenizer_models import write_model, write_ranks

@@ -5,8 +5,8 @@ import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
 
-from jaxtron.data.chat_template import ChatMl, Conversation, Message, Piece
-from jaxtron.data.chat_tokens import encode_conversations, tokens_to_insert
+from jaxtron.data.chat.template import ChatMl, Conversation, Message, Piece
+from jaxtron.data.chat.tokens import encode_conversations, tokens_to_insert
 from jaxtron.data.tokenizers import ByteTokenizer, CharacterTokenizer, HuggingFaceTokenizer, load_tokenizer
 from tests.data.test_tokenizer_models import write_model, write_ranks
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from jaxtron.config import UserError, dump
-from jaxtron.data.chat import read_conversations
+from jaxtron.data.chat.conversations import read_conversations
 from jaxtron.data.config import DataConfig
 from jaxtron.data.dataset import open_data
-from jaxtron.data.indexed import IndexedWriter
-from jaxtron.train.config import Configuration
+from jaxtron.data.megatron.indexed import IndexedWriter
+from jaxtron.run.configuration import Configuration
 
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
 TALK = {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.data.files import STDLIB_BYTES, find_files, read_document
+from jaxtron.data.files.reader import STDLIB_BYTES, find_files, read_document
 
 
 def test_folders_are_read_recursively_in_path_order(tmp_path):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.data.boundaries import Boundaries
-from jaxtron.data.fill_in_middle import FillInMiddle, FillInMiddleSource, fill_in_middle
+from jaxtron.data.megatron.boundaries import Boundaries
+from jaxtron.data.megatron.fill_in_middle import FillInMiddle, FillInMiddleSource, fill_in_middle
 from jaxtron.data.source import Source
 from jaxtron.data.tokenizers import ByteTokenizer
 from jaxtron.data.window_source import WindowSource

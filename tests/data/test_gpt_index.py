@@ -5,11 +5,11 @@ import hashlib
 import numpy as np
 import pytest
 
-import jaxtron.data.gpt_index as gpt_index
+import jaxtron.data.megatron.gpt_index as gpt_index
 from jaxtron.config import UserError
-from jaxtron.data.gpt_index import build_gpt_index, order_digest
-from jaxtron.data.indexed import IndexedWriter
-from jaxtron.data.mock import MockReader
+from jaxtron.data.megatron.gpt_index import build_gpt_index, order_digest
+from jaxtron.data.megatron.indexed import IndexedWriter
+from jaxtron.data.megatron.mock import MockReader
 
 SIZES = [7, 3, 11, 5, 2, 9]
 # sizes, range, settings; document, sample and shuffle index

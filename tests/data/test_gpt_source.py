@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.data.blend import build_blend, build_exhaustive_blend, component_samples
-from jaxtron.data.boundaries import Boundaries
-from jaxtron.data.gpt_index import build_gpt_index
-from jaxtron.data.gpt_source import BlendedSource, GPTSource, open_blend
-from jaxtron.data.indexed import IndexedReader, IndexedWriter
-from jaxtron.data.mock import MockReader
+from jaxtron.data.megatron.blend import build_blend, build_exhaustive_blend, component_samples
+from jaxtron.data.megatron.boundaries import Boundaries
+from jaxtron.data.megatron.gpt_index import build_gpt_index
+from jaxtron.data.megatron.gpt_source import BlendedSource, GPTSource, open_blend
+from jaxtron.data.megatron.indexed import IndexedReader, IndexedWriter
+from jaxtron.data.megatron.mock import MockReader
 from jaxtron.data.source import Source
 
 

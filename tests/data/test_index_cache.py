@@ -8,10 +8,10 @@ import time
 import numpy as np
 import pytest
 
-import jaxtron.data.index_cache as index_cache
+import jaxtron.data.megatron.index_cache as index_cache
 from jaxtron.config import UserError
-from jaxtron.data.gpt_index import build_gpt_index
-from jaxtron.data.index_cache import cached_arrays, cached_blend, cached_gpt_index
+from jaxtron.data.megatron.gpt_index import build_gpt_index
+from jaxtron.data.megatron.index_cache import cached_arrays, cached_blend, cached_gpt_index
 
 LENGTHS = np.array([7, 3, 11, 5, 2, 9], np.int32)
 SETTINGS = {"sequence_length": 4, "samples": 12, "seed": 1234, "extra_token": True, "drop_last_partial": True}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.data.indexed import CODES, DTYPES, IndexedReader, IndexedWriter, token_dtype
+from jaxtron.data.megatron.indexed import CODES, DTYPES, IndexedReader, IndexedWriter, token_dtype
 
 # Megatron's own writer wrote these
 TEXT_INDEX = (

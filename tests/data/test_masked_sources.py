@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.data.indexed import IndexedReader, IndexedWriter
 from jaxtron.data.masked.bert import BertSource, BertVocabulary, make_bert_sample
 from jaxtron.data.masked.mapping import build_mapping
 from jaxtron.data.masked.ngrams import Masking, NgramChooser, word_positions
 from jaxtron.data.masked.spans import SpanVocabulary, put_back
 from jaxtron.data.masked.t5 import T5_MASKING, T5Source
 from jaxtron.data.masked.words import Spelling, continuations
+from jaxtron.data.megatron.indexed import IndexedReader, IndexedWriter
 
 SIZE = 1000
 CLS, SEP, MASK, PAD, BEGIN, END = 1, 2, 3, 0, 4, 5

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.data.splits import parse_split, split_ranges
+from jaxtron.data.megatron.splits import parse_split, split_ranges
 
 
 def test_shares_sum_to_one():

@@ -8,8 +8,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from jaxtron.config import UserError
-from jaxtron.data.indexed import IndexedReader, IndexedWriter
-from jaxtron.data.storage import cache_root, is_remote, local_copy, open_bytes
+from jaxtron.data.files.storage import cache_root, is_remote, local_copy, open_bytes
+from jaxtron.data.megatron.indexed import IndexedReader, IndexedWriter
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_the_index_is_copied_once_and_anew_when_it_changes(remote, tmp_path, mon
 
 def test_remote_files_are_merged_into_local_ones(remote, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("jaxtron.data.indexed.COPIED", 7)
+    monkeypatch.setattr("jaxtron.data.megatron.indexed.COPIED", 7)
     with IndexedWriter(str(tmp_path / "b"), np.uint16) as writer:
         writer.add_index(remote[0])
     for name in ("bin", "idx"):

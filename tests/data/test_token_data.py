@@ -9,12 +9,12 @@ import pytest
 from pydantic import ValidationError
 
 from jaxtron.config import UserError
-from jaxtron.data.boundaries import Boundaries
 from jaxtron.data.config import DataConfig
 from jaxtron.data.dataset import open_data
-from jaxtron.data.gpt_source import GPTSource
-from jaxtron.data.indexed import IndexedReader, IndexedWriter
-from jaxtron.data.splits import split_ranges
+from jaxtron.data.megatron.boundaries import Boundaries
+from jaxtron.data.megatron.gpt_source import GPTSource
+from jaxtron.data.megatron.indexed import IndexedReader, IndexedWriter
+from jaxtron.data.megatron.splits import split_ranges
 
 LENGTH, END, SEED = 8, 256, 7
 

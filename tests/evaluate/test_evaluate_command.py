@@ -14,7 +14,7 @@ from evaluate_runs import TrainedRun, figures, run
 
 from jaxtron.evaluate.model import open_model
 from jaxtron.evaluate.request import parse, read_configuration
-from jaxtron.train.step import Batch
+from jaxtron.run.step import Batch
 
 
 def plain_loop(trained: TrainedRun, text: Path, stride: int) -> float:

@@ -23,14 +23,14 @@ from jaxtron.models.decoder import Decoder
 from jaxtron.optim.config import OptimizerConfig
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.partition import partition
-from jaxtron.pipeline.schedules import make_schedule
+from jaxtron.pipeline.schedules.named import make_schedule
+from jaxtron.run.configuration import TrainConfig
+from jaxtron.run.dtypes import DTYPES
+from jaxtron.run.step import Batch, Trainer, batch_sharding, jit_step
 from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.config import MeshConfig, ShardingConfig
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import make_rules, use
-from jaxtron.train.config import TrainConfig
-from jaxtron.train.dtypes import DTYPES
-from jaxtron.train.step import Batch, Trainer, batch_sharding, jit_step
 
 IMPLEMENTATION = os.environ.get("JAXTRON_TEST_ATTENTION", "mosaic")
 _PLAIN = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)

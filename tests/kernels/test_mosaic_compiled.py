@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtron.kernels.attention import mosaic
 from jaxtron.kernels.attention.mask import Mask
-from jaxtron.plan.deviceless import gpu_devices
+from jaxtron.plan.compiled.deviceless import gpu_devices
 
 HEADS = {"64": (64, 64), "96": (96, 96), "128": (128, 128), "192": (192, 128), "256": (256, 256)}
 LENGTH = 1024

@@ -12,10 +12,10 @@ from jax.sharding import AbstractMesh
 from jaxtron.config import load
 from jaxtron.models.cost import hardware_flops_per_token, model_flops_per_token, num_parameters
 from jaxtron.models.decoder import Decoder
+from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.blueprint import Blueprint, blueprint
 from jaxtron.sharding.config import AXES
 from jaxtron.sharding.rules import make_rules, use
-from jaxtron.train.config import Configuration
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))

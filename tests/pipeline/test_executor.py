@@ -14,8 +14,8 @@ from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.executor import Model, Parameters, run
 from jaxtron.pipeline.layer_rows import arrange, restore
 from jaxtron.pipeline.partition import Partition, forward_only, partition
-from jaxtron.pipeline.schedule import Entry, Schedule, Work, one_stage
-from jaxtron.pipeline.schedules import SCHEDULES, make_schedule
+from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
+from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work, one_stage
 from jaxtron.sharding.collectives import vary
 from jaxtron.sharding.config import MANUAL_AXES
 from jaxtron.sharding.rules import use

@@ -9,11 +9,11 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from jaxtron.pipeline.figures import figures
 from jaxtron.pipeline.lowering import Channel, Program, Segment, Slots, lower, segments
 from jaxtron.pipeline.partition import Partition, forward_only
-from jaxtron.pipeline.schedule import Entry, Schedule, Work, one_stage
-from jaxtron.pipeline.schedules import SCHEDULES, make_schedule
+from jaxtron.pipeline.schedules.figures import figures
+from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
+from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work, one_stage
 
 TWO_CHUNKS = ("zero_bubble_v", "dualpipe_v")
 MANY_CHUNKS = ("interleaved", "eager_interleaved")

@@ -9,8 +9,8 @@ from jaxtron.config import UserError
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.layer_rows import arrange, restore
 from jaxtron.pipeline.partition import Partition, forward_only, partition
-from jaxtron.pipeline.schedule import Work
-from jaxtron.pipeline.schedules import make_schedule
+from jaxtron.pipeline.schedules.named import make_schedule
+from jaxtron.pipeline.schedules.schedule import Work
 
 PARTITIONS = [
     Partition((3,)),

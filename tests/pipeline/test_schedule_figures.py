@@ -2,9 +2,9 @@
 
 import pytest
 
-from jaxtron.pipeline.figures import Boundary, figures, flight, messages, timeline
-from jaxtron.pipeline.schedule import Entry, Schedule, Work, one_stage
-from jaxtron.pipeline.schedules import eager_1f1b, gpipe, interleaved, one_f_one_b, zero_bubble, zero_bubble_v
+from jaxtron.pipeline.schedules.figures import Boundary, figures, flight, messages, timeline
+from jaxtron.pipeline.schedules.named import eager_1f1b, gpipe, interleaved, one_f_one_b, zero_bubble, zero_bubble_v
+from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work, one_stage
 
 
 def test_one_stage_has_no_bubble_and_sends_nothing():

@@ -3,8 +3,8 @@
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.pipeline.schedules import SCHEDULES, make_schedule
-from jaxtron.pipeline.table_file import read_csv, write_csv
+from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
+from jaxtron.pipeline.schedules.table_file import read_csv, write_csv
 
 CHUNKS = {"interleaved": 3, "eager_interleaved": 2, "zero_bubble_v": 2, "dualpipe_v": 2}
 

@@ -6,9 +6,8 @@ import time
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.pipeline.figures import figures
-from jaxtron.pipeline.schedule import Work, check, one_stage
-from jaxtron.pipeline.schedules import (
+from jaxtron.pipeline.schedules.figures import figures
+from jaxtron.pipeline.schedules.named import (
     SCHEDULES,
     chunk_order,
     dualpipe_v,
@@ -21,6 +20,7 @@ from jaxtron.pipeline.schedules import (
     zero_bubble,
     zero_bubble_v,
 )
+from jaxtron.pipeline.schedules.schedule import Work, check, one_stage
 
 STAGES = (1, 2, 3, 4, 5, 8)
 MICROBATCHES = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 32)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.pipeline.schedule import IDLE, Entry, Schedule, Work, check, one_stage
-from jaxtron.pipeline.schedules import one_f_one_b, zero_bubble, zero_bubble_v
+from jaxtron.pipeline.schedules.named import one_f_one_b, zero_bubble, zero_bubble_v
+from jaxtron.pipeline.schedules.schedule import IDLE, Entry, Schedule, Work, check, one_stage
 
 
 def changed(schedule: Schedule, tick: int, stage: int, **slots) -> Schedule:

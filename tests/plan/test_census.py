@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtron.plan.census import UNKNOWN_AXES, Collective, census, summarize
-from jaxtron.plan.deviceless import gpu_devices
-from jaxtron.plan.hlo import replica_groups
+from jaxtron.plan.compiled.census import UNKNOWN_AXES, Collective, census, summarize
+from jaxtron.plan.compiled.deviceless import gpu_devices
+from jaxtron.plan.compiled.hlo import replica_groups
 
 
 def explicit_mesh(devices, **axes: int) -> Mesh:

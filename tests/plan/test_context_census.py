@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from jaxtron.config import load
-from jaxtron.plan.rehearsal import Rehearsal, rehearse
-from jaxtron.train.config import Configuration
+from jaxtron.plan.compiled.rehearsal import Rehearsal, rehearse
+from jaxtron.run.configuration import Configuration
 
 LAYERS, HIDDEN, HEADS, LENGTH, CONTEXT, INNER = 2, 512, 8, 1024, 4, 2
 # a device's part of keys, or of values, in elements

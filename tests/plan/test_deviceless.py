@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtron.config import UserError
 from jaxtron.gpus import GPUS, gpu_named, peak_flops
-from jaxtron.plan.deviceless import Memory, gpu_devices, memory
+from jaxtron.plan.compiled.deviceless import Memory, gpu_devices, memory
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -56,7 +56,7 @@ def test_registers_the_plugin_that_jax_gave_up():
     """Without JAX_PLATFORMS=cpu JAX drops a plugin whose CUDA libraries are missing."""
     code = (
         "import jax; jax.devices()\n"
-        "from jaxtron.plan.deviceless import gpu_devices\n"
+        "from jaxtron.plan.compiled.deviceless import gpu_devices\n"
         "print(gpu_devices('h200', 4)[0].device_kind, jax.devices()[0].platform)"
     )
     environment = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}

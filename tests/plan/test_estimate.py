@@ -10,15 +10,15 @@ import pytest
 from jaxtron.config import UserError, load
 from jaxtron.gpus import gpu_named
 from jaxtron.pipeline.lowering import lower
-from jaxtron.pipeline.schedules import SCHEDULES, make_schedule
-from jaxtron.plan.deviceless import Memory
-from jaxtron.plan.estimate import Estimator, shortened
-from jaxtron.plan.memory import memory_use
-from jaxtron.plan.rehearsal import abstract_batch, rehearse
-from jaxtron.plan.search import MARGIN
+from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
+from jaxtron.plan.compiled.deviceless import Memory
+from jaxtron.plan.compiled.memory import memory_use
+from jaxtron.plan.compiled.rehearsal import abstract_batch, rehearse
+from jaxtron.plan.formula.estimate import Estimator, shortened
+from jaxtron.plan.search.search import MARGIN
+from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import make_rules, use
-from jaxtron.train.config import Configuration
 from jaxtron.train.setup import make_trainer
 
 A100 = gpu_named("a100")

@@ -3,11 +3,11 @@
 import pytest
 
 from jaxtron.models.cost import model_flops_per_token
-from jaxtron.plan import hlo
-from jaxtron.plan.flops import work
-from jaxtron.plan.overlap import products_beside
-from jaxtron.plan.rehearsal import Rehearsal, rehearse
-from jaxtron.train.config import Configuration
+from jaxtron.plan.compiled import hlo
+from jaxtron.plan.compiled.flops import work
+from jaxtron.plan.compiled.overlap import products_beside
+from jaxtron.plan.compiled.rehearsal import Rehearsal, rehearse
+from jaxtron.run.configuration import Configuration
 
 # [8, 4] times [4, 16]
 PRODUCT = 2 * 8 * 4 * 16

@@ -6,10 +6,10 @@ import re
 import pytest
 
 from jaxtron.pipeline.lowering import lower
-from jaxtron.pipeline.schedules import make_schedule
-from jaxtron.plan.census import Collective
-from jaxtron.plan.rehearsal import Rehearsal, rehearse
-from jaxtron.train.config import Configuration
+from jaxtron.pipeline.schedules.named import make_schedule
+from jaxtron.plan.compiled.census import Collective
+from jaxtron.plan.compiled.rehearsal import Rehearsal, rehearse
+from jaxtron.run.configuration import Configuration
 
 LAYERS, HIDDEN, LENGTH, ROWS, PIPE, TENSOR = 8, 1024, 512, 2, 4, 2
 LAYERS_A_STAGE = LAYERS // PIPE

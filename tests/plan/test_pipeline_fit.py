@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from jaxtron.config import load
-from jaxtron.plan.rehearsal import rehearse
-from jaxtron.train.config import Configuration
+from jaxtron.plan.compiled.rehearsal import rehearse
+from jaxtron.run.configuration import Configuration
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # bytes of an A100 or H100; the compiler is told of an H100

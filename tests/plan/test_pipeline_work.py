@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxtron.plan import hlo
-from jaxtron.plan.flops import Choice, Work, work
-from jaxtron.plan.rehearsal import abstract_batch
+from jaxtron.plan.compiled import hlo
+from jaxtron.plan.compiled.flops import Choice, Work, work
+from jaxtron.plan.compiled.rehearsal import abstract_batch
+from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import make_rules, use
-from jaxtron.train.config import Configuration
 from jaxtron.train.setup import make_trainer
 
 LAYERS, HIDDEN, LENGTH, ROWS, MICROBATCHES, VOCAB = 4, 32, 16, 2, 4, 64

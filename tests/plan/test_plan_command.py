@@ -10,12 +10,12 @@ from commands import run_main
 from jaxtron.config import UserError, load
 from jaxtron.gpus import GPUS
 from jaxtron.pipeline.partition import Partition
-from jaxtron.pipeline.schedules import make_schedule
-from jaxtron.pipeline.table_file import read_csv
+from jaxtron.pipeline.schedules.named import make_schedule
+from jaxtron.pipeline.schedules.table_file import read_csv
 from jaxtron.plan.__main__ import main
-from jaxtron.plan.activations import layer_bytes
+from jaxtron.plan.compiled.activations import layer_bytes
 from jaxtron.plan.request import parse
-from jaxtron.train.config import Configuration
+from jaxtron.run.configuration import Configuration
 from jaxtron.words import readable_bytes
 
 # the devices that the tests run on

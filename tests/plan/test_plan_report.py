@@ -12,16 +12,17 @@ import pytest
 from jaxtron.config import load
 from jaxtron.gpus import GPUS, gpu_named
 from jaxtron.pipeline.lowering import lower, reached, segments
-from jaxtron.pipeline.schedules import make_schedule
-from jaxtron.plan import compare, hlo, report, traffic
+from jaxtron.pipeline.schedules.named import make_schedule
+from jaxtron.plan import compare, report
 from jaxtron.plan.advice import first_change
-from jaxtron.plan.links import link
-from jaxtron.plan.machine import machine_named
-from jaxtron.plan.overlap import products_beside
-from jaxtron.plan.rehearsal import Rehearsal, rehearse
-from jaxtron.plan.surprises import surprises
+from jaxtron.plan.compiled import hlo, traffic
+from jaxtron.plan.compiled.links import link
+from jaxtron.plan.compiled.overlap import products_beside
+from jaxtron.plan.compiled.rehearsal import Rehearsal, rehearse
+from jaxtron.plan.compiled.surprises import surprises
+from jaxtron.plan.formula.machine import machine_named
+from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.config import AXES
-from jaxtron.train.config import Configuration
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LAYERS, HIDDEN, LENGTH, VOCAB, MICROBATCHES = 4, 512, 256, 1024, 4

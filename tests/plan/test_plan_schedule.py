@@ -6,7 +6,7 @@ import matplotlib.image
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.pipeline.schedules import SCHEDULES, make_schedule
+from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
 from jaxtron.plan.schedule import png, text
 
 CHUNKS = {"interleaved": 2, "eager_interleaved": 2, "zero_bubble_v": 2, "dualpipe_v": 2}

@@ -9,12 +9,12 @@ import pytest
 
 from jaxtron.config import UserError
 from jaxtron.gpus import GPUS, gpu_named
-from jaxtron.plan.calibrate import calibrate
-from jaxtron.plan.machine import Machine, machine_named
-from jaxtron.plan.operations import embedding_parameters, period, period_parameters, shapes_of
-from jaxtron.plan.practice import JAXTRON, MEGATRON_2021, MEGATRON_2022, PRACTICES, Overlap
-from jaxtron.plan.prediction import Prediction, predict
-from jaxtron.train.config import Configuration
+from jaxtron.plan.formula.calibrate import calibrate
+from jaxtron.plan.formula.machine import Machine, machine_named
+from jaxtron.plan.formula.operations import embedding_parameters, period, period_parameters, shapes_of
+from jaxtron.plan.formula.practice import JAXTRON, MEGATRON_2021, MEGATRON_2022, PRACTICES, Overlap
+from jaxtron.plan.formula.prediction import Prediction, predict
+from jaxtron.run.configuration import Configuration
 
 A100 = machine_named("a100")
 KIND = gpu_named("a100").device_kind

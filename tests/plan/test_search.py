@@ -10,12 +10,12 @@ import pytest
 
 from jaxtron.config import UserError, load
 from jaxtron.plan.__main__ import main
-from jaxtron.plan.candidates import LEAST_PART, Layout, layouts, own_layout
-from jaxtron.plan.machine import machine_named
-from jaxtron.plan.prediction import predict
-from jaxtron.plan.ranking import text, write_json
-from jaxtron.plan.search import MARGIN, Search, compile_best, search
-from jaxtron.train.config import Configuration
+from jaxtron.plan.formula.machine import machine_named
+from jaxtron.plan.formula.prediction import predict
+from jaxtron.plan.search.candidates import LEAST_PART, Layout, layouts, own_layout
+from jaxtron.plan.search.ranking import text, write_json
+from jaxtron.plan.search.search import MARGIN, Search, compile_best, search
+from jaxtron.run.configuration import Configuration
 from jaxtron.words import readable_bytes
 
 A100, H100 = machine_named("a100"), machine_named("h100")

@@ -6,9 +6,9 @@ import math
 import jax
 import pytest
 
-from jaxtron.plan.census import Collective
-from jaxtron.plan.rehearsal import Rehearsal, rehearse
-from jaxtron.train.config import Configuration
+from jaxtron.plan.compiled.census import Collective
+from jaxtron.plan.compiled.rehearsal import Rehearsal, rehearse
+from jaxtron.run.configuration import Configuration
 
 LAYERS, HIDDEN, HEADS, LENGTH, VOCAB, ROWS = 3, 512, 8, 256, 1024, 2
 # one transformer layer: query, key, value and output of attention, up and down of the MLP

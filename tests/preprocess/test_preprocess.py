@@ -20,8 +20,8 @@ from token_runs import (
 )
 
 import jaxtron.preprocess.inputs as inputs
-from jaxtron.data.gpt_index import order_digest
-from jaxtron.data.indexed import IndexedReader
+from jaxtron.data.megatron.gpt_index import order_digest
+from jaxtron.data.megatron.indexed import IndexedReader
 from jaxtron.data.tokenizers import HuggingFaceTokenizer
 
 

@@ -14,8 +14,8 @@ from token_runs import COMPRESS, documents_of, run, same_files, texts, texts_of,
 import jaxtron.preprocess.inputs as inputs
 import jaxtron.preprocess.work as work
 from jaxtron import interrupts
-from jaxtron.data.indexed import IndexedWriter
-from jaxtron.preprocess.__main__ import main
+from jaxtron.curate.__main__ import main as curate_main
+from jaxtron.data.megatron.indexed import IndexedWriter
 
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
 MARK = b"\xef\xbb\xbf"
@@ -187,7 +187,7 @@ def test_outputs_in_the_input_folder_are_no_input(folder):
     (folder / "two.0123456789ab.partial" / "journal.json").write_text("{}")
     for name in ("two_text_document.bin", f"three.idx.{'0' * 32}.partial"):
         (folder / name).write_bytes(b"\0\1")
-    assert main(["curate", "--input", str(folder), "--output", str(folder / "clean"), "--steps", "exact"]) == 0
+    assert curate_main(["--input", str(folder), "--output", str(folder / "clean"), "--steps", "exact"]) == 0
     done = tokens(folder, "--input", folder, output="again")
     for what in ("token files", "unfinished work", "a curation"):
         assert f"left out of {folder}: {what}, " in done.out
@@ -222,12 +222,12 @@ def test_after_an_interruption_the_same_command_goes_on_in_the_input_folder(fold
 
 def test_a_curation_in_the_input_folder_goes_on(folder, capsys, monkeypatch):
     arguments = ["--input", str(folder), "--output", str(folder / "clean"), "--steps", "exact"]
-    monkeypatch.setattr("jaxtron.preprocess.curate.write.decide", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("jaxtron.curate.write.decide", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        main(["curate", *arguments])
+        curate_main([*arguments])
     monkeypatch.undo()
-    assert main(["curate", *arguments]) == 0 and "going on with the curation" in capsys.readouterr().err
-    assert main(["curate", *arguments]) == 0 and "nothing to do" in capsys.readouterr().err
+    assert curate_main([*arguments]) == 0 and "going on with the curation" in capsys.readouterr().err
+    assert curate_main([*arguments]) == 0 and "nothing to do" in capsys.readouterr().err
 
 
 def test_a_folder_of_somebody_elses_work_is_not_taken_for_a_curation(tmp_path):
@@ -237,10 +237,10 @@ def test_a_folder_of_somebody_elses_work_is_not_taken_for_a_curation(tmp_path):
     (tmp_path / "mine" / "work" / "thesis.txt").write_text("three years")
     arguments = ["--input", str(path), "--output", str(tmp_path / "mine"), "--steps", "exact"]
     with pytest.raises(ValueError, match="mine is not empty and holds no curation; choose another --output"):
-        main(["curate", *arguments])
+        curate_main([*arguments])
     assert (tmp_path / "mine" / "work" / "thesis.txt").read_text() == "three years"
     (tmp_path / "mine" / "work" / "thesis.txt").rename(tmp_path / "mine" / "work" / "settings.json.0.partial")
-    assert main(["curate", *arguments]) == 0
+    assert curate_main([*arguments]) == 0
 
 
 @pytest.mark.parametrize("ending", ["", ".GZ", ".bz2", ".xz", ".zst"])
@@ -248,7 +248,7 @@ def test_a_curation_keeps_the_form_of_its_input(ending, tmp_path):
     content = COMPRESS.get(ending.lower(), bytes)(LINES + LINES)
     (tmp_path / f"part-00000{ending}").write_bytes(content)
     arguments = ["--input", str(tmp_path / f"part-00000{ending}"), "--output", str(tmp_path / "clean")]
-    assert main(["curate", *arguments, "--steps", "exact"]) == 0
+    assert curate_main([*arguments, "--steps", "exact"]) == 0
     written = (tmp_path / "clean" / "documents" / f"00000-part-00000{ending}").read_bytes()
     assert written[:3] == content[:3] and (ending or written == LINES)
     assert tokens(tmp_path, "--input", tmp_path / "clean" / "documents").code == 0

@@ -15,7 +15,7 @@ import zstandard
 from commands import Ended, run_main
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxtron.data.indexed import IndexedReader
+from jaxtron.data.megatron.indexed import IndexedReader
 from jaxtron.preprocess.__main__ import main
 
 END = 256

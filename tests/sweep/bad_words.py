@@ -15,7 +15,7 @@ FILES = ("nowhere.txt", "folder", "binary.bin", "", "text.txt/nowhere", "größe
 TRAIN = ("train", "tiny.yaml")
 TOKENS = ("train", "tiny.yaml", "--data.path", "tokens")
 PIPE = (*TRAIN, "--mesh.pipe", "2", "--model.num_layers", "2", "--train.microbatches", "2")
-CURATE = ("preprocess", "curate", "curation.yaml")
+CURATE = ("curate", "curation.yaml")
 PLAN = ("plan", "tiny.yaml")
 EVALUATE = ("evaluate", "run", "--text", "text.txt")
 TOKENIZE = ("preprocess", "--input", "documents.jsonl", "--tokenizer", "bytes", "--output", "out", "--workers", "1")
@@ -193,19 +193,19 @@ LINES: tuple[tuple[str, str], ...] = (
     ("preprocess order", "PREFIX"),
     ("preprocess order tokens", "--sequence-length"),
     ("preprocess order nowhere --sequence-length 8 --samples 1 --seed 1 --split 1,0,0", "nowhere"),
-    ("preprocess curate", "--steps"),
-    ("preprocess curate --steps exact", "--input"),
-    ("preprocess curate --steps exact --input documents.jsonl", "--output"),
-    ("preprocess curate curation.yaml --steps nowhere", "steps"),
-    ("preprocess curate curation.yaml --input nowhere.jsonl", "nowhere.jsonl"),
-    ("preprocess curate curation.yaml --input text.txt", "text.txt"),
-    ("preprocess curate curation.yaml curation.yaml", "curation.yaml"),
-    ("preprocess curate nowhere.yaml", "nowhere.yaml"),
-    ("preprocess curate exact.yaml --length.least 5", "length"),
-    ("preprocess curate curation.yaml --steps exact length --length.least 9 --length.most 5", "length.most"),
-    ("preprocess curate curation.yaml --steps decontaminate --decontaminate.tasks nowhere.jsonl", "nowhere.jsonl"),
-    ("preprocess curate exact.yaml --steps decontaminate", "decontaminate.tasks"),
-    ("preprocess curate curation.yaml --steps decontaminate --decontaminate.ngram 3", "decontaminate.ngram"),
+    ("curate", "--steps"),
+    ("curate --steps exact", "--input"),
+    ("curate --steps exact --input documents.jsonl", "--output"),
+    ("curate curation.yaml --steps nowhere", "steps"),
+    ("curate curation.yaml --input nowhere.jsonl", "nowhere.jsonl"),
+    ("curate curation.yaml --input text.txt", "text.txt"),
+    ("curate curation.yaml curation.yaml", "curation.yaml"),
+    ("curate nowhere.yaml", "nowhere.yaml"),
+    ("curate exact.yaml --length.least 5", "length"),
+    ("curate curation.yaml --steps exact length --length.least 9 --length.most 5", "length.most"),
+    ("curate curation.yaml --steps decontaminate --decontaminate.tasks nowhere.jsonl", "nowhere.jsonl"),
+    ("curate exact.yaml --steps decontaminate", "decontaminate.tasks"),
+    ("curate curation.yaml --steps decontaminate --decontaminate.ngram 3", "decontaminate.ngram"),
     # settings that do not go together
     ("train tiny.yaml --model.num_heads 3", "model.num_heads"),
     ("train tiny.yaml --model.num_kv_heads 3", "model.num_kv_heads"),

@@ -40,13 +40,13 @@ class Input:
 TEXT, JSON, LINES, YAML = text_damages, json_damages, lines_damages, yaml_damages
 PREPROCESS = ("preprocess", "--output", "out", "--workers", "1")
 TOKENIZE = (*PREPROCESS, "--input", "documents.jsonl", "--tokenizer")
-CURATE = ("preprocess", "curate", "--output", "curated", "--steps")
+CURATE = ("curate", "--output", "curated", "--steps")
 PLAN = ("plan", "tiny.yaml", "--gpu", "h100")
 
 INPUTS = (
     Input("configuration", "tiny.yaml", ("train", "tiny.yaml"), (TEXT, YAML), is_named=False),
     Input("parent of a configuration", "parent.yaml", ("train", "child.yaml"), (TEXT, YAML), is_named=False),
-    Input("curation", "curation.yaml", ("preprocess", "curate", "curation.yaml"), (TEXT, YAML), is_named=False),
+    Input("curation", "curation.yaml", ("curate", "curation.yaml"), (TEXT, YAML), is_named=False),
     Input("text", "text.txt", ("train", "tiny.yaml"), (TEXT,), is_named=False),
     Input("conversations", "chat.jsonl", ("train", "chat.yaml"), (TEXT, LINES)),
     Input(

@@ -12,7 +12,7 @@ import pytest
 from commands import Ended, run_main
 
 from jaxtron.__main__ import main
-from jaxtron.train.step import Trainer
+from jaxtron.run.step import Trainer
 
 # an error is read in a terminal; a longer one says too much or repeats what it was given
 LONGEST = 400

@@ -6,8 +6,8 @@ from bad_words import CURATE, TEXTS, TRAIN, flag_cases, line_cases, text_cases
 from sweep_cases import Case, error_faults, run_in, shortlist
 
 from jaxtron.config import settings
-from jaxtron.preprocess.curate.config import Curation
-from jaxtron.train.config import Configuration
+from jaxtron.curate.config import Curation
+from jaxtron.run.configuration import Configuration
 
 CASES = [
     *setting_cases(Configuration, TRAIN, label="train"),

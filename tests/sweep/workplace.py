@@ -15,12 +15,12 @@ import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxtron.config import dump, load
-from jaxtron.data.indexed import IndexedWriter
+from jaxtron.data.megatron.indexed import IndexedWriter
 from jaxtron.gpus import GPUS
-from jaxtron.plan.machine import machine_named
-from jaxtron.plan.memory import MemoryUse
+from jaxtron.plan.compiled.memory import MemoryUse
+from jaxtron.plan.formula.machine import machine_named
 from jaxtron.plan.report import FORMAT
-from jaxtron.train.config import Configuration
+from jaxtron.run.configuration import Configuration
 
 TINY = """\
 model: {num_layers: 1, hidden_size: 32, num_heads: 2}

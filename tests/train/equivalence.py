@@ -20,15 +20,15 @@ from jaxtron.optim.config import OptimizerConfig
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.layer_rows import arrange, restore
 from jaxtron.pipeline.partition import Partition, partition
-from jaxtron.pipeline.schedules import make_schedule
+from jaxtron.pipeline.schedules.named import make_schedule
+from jaxtron.run.configuration import TrainConfig
+from jaxtron.run.dtypes import DTYPES
+from jaxtron.run.step import Batch, Trainer, TrainState, batch_sharding
 from jaxtron.sharding.blueprint import Blueprint, blueprint
 from jaxtron.sharding.config import ContextConfig, MeshConfig, ShardingConfig
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.parameters import shardings
 from jaxtron.sharding.rules import current, make_rules, use
-from jaxtron.train.config import TrainConfig
-from jaxtron.train.dtypes import DTYPES
-from jaxtron.train.step import Batch, Trainer, TrainState, batch_sharding
 
 ROWS, LENGTH, VOCAB = 32, 16, 60
 TOLERANCE = 1e-5

@@ -8,10 +8,10 @@ import pytest
 from command_runs import Ended, FinishedRun, contents, end, run_here, small, start, write_text
 
 from jaxtron.config import UserError
-from jaxtron.pipeline.schedules import make_schedule
-from jaxtron.pipeline.table_file import write_csv
+from jaxtron.pipeline.schedules.named import make_schedule
+from jaxtron.pipeline.schedules.table_file import write_csv
+from jaxtron.runtime.start import out_of_memory_as_user_error
 from jaxtron.train.run import ROOM
-from jaxtron.train.runtime import out_of_memory_as_user_error
 
 
 def assert_one_line(ended: Ended, *fragments: str):

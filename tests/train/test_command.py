@@ -9,7 +9,7 @@ import pytest
 from command_runs import FinishedRun, contents, history, records, run_here
 
 from jaxtron.config import load, settings
-from jaxtron.train.config import Configuration
+from jaxtron.run.configuration import Configuration
 from jaxtron.train.summary import printable
 
 

@@ -18,13 +18,13 @@ from jaxtron.config import UserError, dump, load
 from jaxtron.evaluate import __main__ as evaluate
 from jaxtron.optim.config import LossScaleConfig
 from jaxtron.optim.loss_scale import LossScale
-from jaxtron.train.config import Configuration
+from jaxtron.run.configuration import Configuration
+from jaxtron.run.metrics import Tally
+from jaxtron.run.step import TrainState
 from jaxtron.train.divergence import Watch
 from jaxtron.train.hooks import StepInfo
 from jaxtron.train.loop import Saver
-from jaxtron.train.metrics import Tally
 from jaxtron.train.setup import open_run
-from jaxtron.train.step import TrainState
 
 ADVICE = "lower --optimizer.learning_rate or raise --optimizer.warmup_steps"
 

@@ -10,8 +10,8 @@ from command_runs import FinishedRun, run_here
 
 from jaxtron.checkpoint import record as records
 from jaxtron.config import UserError, load
-from jaxtron.train.config import Configuration
-from jaxtron.train.history import Continuation, Recorder, changes, check_changes, kind_of, recorded_settings
+from jaxtron.run.configuration import Configuration
+from jaxtron.run.history import Continuation, Recorder, changes, check_changes, kind_of, recorded_settings
 
 
 def config(*flags: str) -> Configuration:

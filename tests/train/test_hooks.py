@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from jaxtron.config import UserError
+from jaxtron.run.metrics import MetricsWriter, Tally, read_metrics
 from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, _peak_memory, run_hooks
-from jaxtron.train.metrics import MetricsWriter, Tally, read_metrics
 from jaxtron.train.progress import Progress
 from jaxtron.train.throughput import Throughput
 

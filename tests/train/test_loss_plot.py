@@ -4,8 +4,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from jaxtron.run.metrics import MetricsWriter
 from jaxtron.train.loss_plot import plot_losses
-from jaxtron.train.metrics import MetricsWriter
 
 
 def write(path, losses, validation):

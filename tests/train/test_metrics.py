@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxtron.train.metrics import MetricsWriter, drop_steps_after, read_metrics
+from jaxtron.run.metrics import MetricsWriter, drop_steps_after, read_metrics
 
 
 def write_steps(path, steps, resume_step=0):

@@ -25,8 +25,8 @@ from equivalence import (
 )
 
 from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.pipeline.schedule import Entry, Schedule, Work
-from jaxtron.pipeline.table_file import write_csv
+from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work
+from jaxtron.pipeline.schedules.table_file import write_csv
 
 # divided by 3 too: numbers of microbatches that are no multiple of the stages
 ROWS = 24

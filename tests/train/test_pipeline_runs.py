@@ -10,9 +10,9 @@ import pytest
 from command_runs import Ended, end, records, run_here, small, start
 
 from jaxtron.config import load
-from jaxtron.pipeline.schedules import make_schedule
-from jaxtron.pipeline.table_file import write_csv
-from jaxtron.train.config import Configuration
+from jaxtron.pipeline.schedules.named import make_schedule
+from jaxtron.pipeline.schedules.table_file import write_csv
+from jaxtron.run.configuration import Configuration
 from jaxtron.train.setup import open_run
 from jaxtron.typing import PyTree
 

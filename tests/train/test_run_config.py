@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from jaxtron.train.run_config import RunConfig
+from jaxtron.run.run_config import RunConfig
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 from commands import run_main
 
 from jaxtron.config import UserError, load
+from jaxtron.run.configuration import MAX_SEED, Configuration
 from jaxtron.train.__main__ import main
-from jaxtron.train.config import MAX_SEED, Configuration
 
 
 def test_seeds_have_keys_of_their_own():

@@ -9,8 +9,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtron.plan.__main__ import main as plan
-from jaxtron.train import sizes
-from jaxtron.train.sizes import bytes_on_a_device, check_batch_fits, device_memory, machine_memory
+from jaxtron.run import sizes
+from jaxtron.run.sizes import bytes_on_a_device, check_batch_fits, device_memory, machine_memory
 
 
 @pytest.mark.parametrize(

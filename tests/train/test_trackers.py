@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.train.run_config import RunConfig
+from jaxtron.run.run_config import RunConfig
 from jaxtron.train.trackers import make_trackers
 
 

@@ -9,7 +9,7 @@ import pytest
 from command_runs import small
 
 from jaxtron.config import load
-from jaxtron.train.config import Configuration
+from jaxtron.run.configuration import Configuration
 from jaxtron.train.setup import open_run
 from jaxtron.train.validation import validate
 

@@ -11,9 +11,9 @@ from commands import run_main
 
 from jaxtron.config import UserError
 from jaxtron.plan.__main__ import main as plan
-from jaxtron.plan.deviceless import gpu_devices
-from jaxtron.train.runtime_config import RuntimeConfig
-from jaxtron.train.xla_flags import (
+from jaxtron.plan.compiled.deviceless import gpu_devices
+from jaxtron.runtime.config import RuntimeConfig
+from jaxtron.runtime.xla_flags import (
     JAXLIB,
     XLA_PRESETS,
     gpu_flags,

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Bool, Int64, Integer
 
 from jaxtron.config import UserError
-from jaxtron.data.indexed import IndexedReader
 from jaxtron.data.masked.ngrams import Masking, mask_tokens, word_positions
 from jaxtron.data.masked.sample import MaskedSample, pad
+from jaxtron.data.megatron.indexed import IndexedReader
 
 SPECIAL_TOKENS = 3
 """`[CLS]`, `[SEP]` and `[SEP]`: what a sample has besides text."""

@@ -7,10 +7,10 @@ import numpy as np
 from jaxtyping import Integer
 
 from jaxtron.config import UserError
-from jaxtron.data.indexed import IndexedReader
 from jaxtron.data.masked.ngrams import Masking, NgramChooser, word_positions
 from jaxtron.data.masked.sample import SpanSample
 from jaxtron.data.masked.spans import SpanVocabulary, fitting_spans, take_out
+from jaxtron.data.megatron.indexed import IndexedReader
 
 SPECIAL_TOKENS = 2
 """What Megatron leaves free in the encoder."""

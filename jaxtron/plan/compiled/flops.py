@@ -1,0 +1,128 @@
+"""Floating-point operations of the products in a compiled program, branch by branch."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jaxtron.plan.compiled import hlo
+
+_OPERAND = re.compile(r"%([\w.\-]+)")
+# of a `dot`, and of a library's product
+_CONTRACTED = re.compile(r'\blhs_contracting_dims=\{([\d,]*)\}|"lhs_contracting_dimensions":\[([\d,"]*)\]')
+_DOTS = ("dot", "scaled-dot", "ragged-dot")
+_LIBRARY = "__cublas$"
+# a kernel of ours, which says how many it has (`kernels/mosaic.py`)
+_KERNEL = re.compile(r"mosaic\.\w+\.flops(\d+)")
+_BRANCHES = ("false_computation", "true_computation", "branch_computations")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A conditional: how often it is reached, and the work of each branch, false before true."""
+
+    times: int
+    branches: tuple["Work", ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs that run whatever is chosen (2 a multiplication with its addition), and what is chosen."""
+
+    flops: int
+    choices: tuple[Choice, ...]
+
+    @property
+    def most(self) -> int:
+        """FLOPs if every choice takes its largest branch."""
+        return self.flops + sum(
+            choice.times * max(branch.most for branch in choice.branches) for choice in self.choices
+        )
+
+
+def work(module: hlo.Module, computation: str | None = None) -> Work:
+    """The products of a computation (none: the program's entry), loops counted by their trips.
+
+    They are dots, calls of cuBLAS, and kernels of ours, run at once or between a start and an end, in whatever
+    computation they lie. A `ValueError` for a loop whose trips are unknown.
+    """
+    name = module.entry if computation is None else computation
+    shapes = {instruction.name: instruction.results for instruction in module.computations.get(name, ())}
+    flops, choices = 0, []
+    for instruction in module.computations.get(name, ()):
+        if instruction.is_end:
+            continue
+        flops += _product(instruction, shapes)
+        if instruction.opcode == "conditional":
+            choices.append(Choice(1, tuple(work(module, branch) for branch in _branches(instruction))))
+            continue
+        for times, called in _called(module, instruction):
+            inner = work(module, called)
+            flops += times * inner.flops
+            choices += [Choice(times * choice.times, choice.branches) for choice in inner.choices]
+    return Work(flops, tuple(choices))
+
+
+def most(
+    module: hlo.Module, instruction: hlo.Instruction, shapes: dict[str, tuple[hlo.Array, ...]], known: dict[str, int]
+) -> int:
+    """FLOPs of one instruction, loops of unknown length run once and choices taking their largest branch.
+
+    `shapes` are those of its computation's instructions, `known` the FLOPs of computations already counted.
+    """
+    if instruction.is_end:
+        return 0
+    if product := _product(instruction, shapes):
+        return product
+    if instruction.opcode == "conditional":
+        return max((_most_of(module, branch, known) for branch in _branches(instruction)), default=0)
+    total = 0
+    for role, name in instruction.called():
+        if role == "body":
+            total += (hlo.trip_count(module, instruction) or 1) * _most_of(module, name, known)
+        elif role in ("calls", "to_apply", "called_computations"):
+            total += _most_of(module, name, known)
+    return total
+
+
+def _most_of(module: hlo.Module, computation: str, known: dict[str, int]) -> int:
+    if computation not in known:
+        instructions = module.computations.get(computation, ())
+        shapes = {instruction.name: instruction.results for instruction in instructions}
+        known[computation] = sum(most(module, instruction, shapes, known) for instruction in instructions)
+    return known[computation]
+
+
+def _called(module: hlo.Module, instruction: hlo.Instruction) -> Iterator[tuple[int, str]]:
+    for role, name in instruction.called():
+        if role == "body":
+            trips = hlo.trip_count(module, instruction)
+            if trips is None:
+                raise ValueError(f"the loop {instruction.name} does not say how often it runs")
+            yield trips, name
+        elif role in ("calls", "to_apply", "called_computations"):
+            yield 1, name
+
+
+def _branches(instruction: hlo.Instruction) -> list[str]:
+    called = list(instruction.called())
+    return [name for wanted in _BRANCHES for role, name in called if role == wanted]
+
+
+def _product(instruction: hlo.Instruction, shapes: dict[str, tuple[hlo.Array, ...]]) -> int:
+    """FLOPs of the instruction itself, 0 if it is no product; a start has those of the pair."""
+    operation = instruction.operation
+    if operation not in (*_DOTS, "custom-call"):
+        return 0
+    if operation == "custom-call":
+        if match := _KERNEL.search(instruction.attributes):
+            return int(match[1])
+        if _LIBRARY not in instruction.attributes:
+            return 0
+    operands = [shapes[name] for name in _OPERAND.findall(instruction.arguments)]
+    left = operands[0][0].shape
+    # the type of a start lists its operands before its results
+    before = sum(map(len, operands)) if operation != instruction.opcode else 0
+    match = _CONTRACTED.search(instruction.attributes)
+    dims = [int(dim) for dim in re.findall(r"\d+", "".join(filter(None, match.groups())))] if match else []
+    return 2 * math.prod(instruction.results[before].shape) * math.prod(left[dim] for dim in dims)

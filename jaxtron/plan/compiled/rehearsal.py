@@ -1,0 +1,144 @@
+"""The real train step, compiled for GPUs that are not there."""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtron.gpus import Gpu, gpu_named
+from jaxtron.models.attention_choice import attention_lines
+from jaxtron.plan import layout
+from jaxtron.plan.compiled import hlo
+from jaxtron.plan.compiled.census import Collective, census
+from jaxtron.plan.compiled.deviceless import MORE, Memory, gpu_devices, memory
+from jaxtron.plan.compiled.memory import MemoryUse, memory_use
+from jaxtron.run.attention import choose_attention
+from jaxtron.run.configuration import Configuration
+from jaxtron.run.step import Batch, Trainer, batch_sharding, jit_step
+from jaxtron.runtime.xla_flags import gpu_options, refused_option
+from jaxtron.sharding.mesh import build_mesh
+from jaxtron.sharding.rules import make_rules, use
+from jaxtron.train.setup import make_trainer
+from jaxtron.typing import DTypeLike
+
+# Without a GPU there is nothing to tune on, and trying costs half of the compilation. Everything else is as in a run.
+COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
+NO_CONFIGURATION = "default config"
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A compiled step: its collectives, memory a device, parameters, and the scheduled program itself.
+
+    `attention` says who computes it; `memory` is the compiler's sum, `memory_use` the same by what it is for;
+    `messages` are lines that the compiler printed; `seconds` went into tracing and compiling.
+    """
+
+    config: Configuration
+    attention: tuple[str, ...]
+    gpu: Gpu
+    gpus_per_node: int
+    mesh: jax.sharding.Mesh
+    trainer: Trainer
+    collectives: tuple[Collective, ...]
+    memory: Memory
+    memory_use: MemoryUse
+    layout: tuple[layout.Row, ...]
+    module: hlo.Module
+    hlo: str
+    messages: tuple[str, ...]
+    seconds: float
+
+
+def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: int = 8) -> Rehearsal:
+    """Traces and compiles the configuration's step for `num_gpus` GPUs of that name, on a machine without any."""
+    began = time.perf_counter()
+    config = config.resolved()
+    sizes, kind = config.mesh.shape(num_gpus, more=MORE), gpu_named(gpu).device_kind
+    config.check_mesh(sizes)
+    choices = choose_attention(config, sizes["context"], kind)
+    mesh = build_mesh(config.mesh, gpu_devices(gpu, num_gpus, gpus_per_node))
+    with use(make_rules(mesh, config.sharding, config.context)):
+        trainer = make_trainer(config)
+        batch = abstract_batch(config)
+        lowered = jit_step(trainer).lower(trainer.abstract_state(), batch)
+        with _compiler_messages() as messages:
+            compiled = _compile(lowered, {**gpu_options(config.runtime), **COMPILER_OPTIONS})
+        text, planned = compiled.as_text() or "", memory(compiled)
+        module = hlo.parse(text)
+        collectives = census(module, mesh)
+        num_groups = len({entry.axes for entry in collectives if entry.group_size > 1})
+        rows = tuple(layout.rows(trainer.blueprint))
+        use_of_memory = memory_use(trainer, batch, planned, gpu_named(gpu), num_groups)
+    return Rehearsal(
+        config=config,
+        attention=attention_lines(config.model, choices, kind),
+        gpu=gpu_named(gpu),
+        gpus_per_node=gpus_per_node,
+        mesh=mesh,
+        trainer=trainer,
+        collectives=collectives,
+        memory=planned,
+        memory_use=use_of_memory,
+        layout=rows,
+        module=module,
+        hlo=text,
+        messages=tuple(messages),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _compile(lowered: jax.stages.Lowered, options: dict[str, bool | int | str]) -> jax.stages.Compiled:
+    """The compiled step; once more with library calls for products where XLA's own fusions find no configuration.
+
+    A `UserError` for a flag that the compiler does not take.
+    Such fusions, of a concatenation into a product for one, are configured by trying them out on a GPU.
+    """
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if (refused := refused_option(error)) is not None:
+            raise refused from None
+        if NO_CONFIGURATION not in str(error):
+            raise
+    return lowered.compile(compiler_options={**options, "xla_gpu_enable_triton_gemm": False})
+
+
+def abstract_batch(config: Configuration) -> Batch:
+    """Shapes, types and shardings of the global batch, inside `sharding.use(rules)`."""
+    shape, sharding = (config.train.global_batch, config.data.sequence_length), batch_sharding()
+
+    def rows(dtype: DTypeLike, is_there: bool = True) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) if is_there else None
+
+    return Batch(
+        tokens=rows(jnp.int32),
+        targets=rows(jnp.int32),
+        weights=rows(jnp.float32),
+        positions=rows(jnp.int32, config.data.has_positions),
+        segments=rows(jnp.int32, config.data.has_segments),
+    )
+
+
+@contextmanager
+def _compiler_messages() -> Iterator[list[str]]:
+    """Collects the lines that XLA's C++ writes to the process's standard error, which Python does not see."""
+    found: list[str] = []
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield found
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            found.extend(file.read().decode(errors="replace").splitlines())

@@ -1,0 +1,150 @@
+"""A step's communication weighed: which links it crosses, how long it takes, and what hides behind products."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxtron.pipeline.lowering import lower, reached
+from jaxtron.plan.compiled.census import Collective, part_of
+from jaxtron.plan.compiled.links import Link, link
+from jaxtron.plan.compiled.rehearsal import Rehearsal
+from jaxtron.plan.formula.machine import CollectiveKind, Group, Machine, axes_group
+from jaxtron.plan.formula.practice import Overlap
+from jaxtron.sharding.config import BATCH_AXES, SHARD_AXES
+
+_KINDS: dict[str, CollectiveKind] = {
+    "all_gather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "all_reduce": "all_reduce",
+}
+
+
+class Key(NamedTuple):
+    """What communications of one row have in common. `loops` are trip counts, outermost first; None is unknown."""
+
+    kind: str
+    axes: tuple[str, ...]
+    loops: tuple[int | None, ...]
+    conditional: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """Communications that differ only in their arrays; bytes and seconds are those of one GPU and step.
+
+    `payload` counts whole arrays, `sent` what a GPU sends over a ring. `hidden` of the `seconds` the compiler scheduled
+    beside products that take as long. `each` is the payload of one round of the innermost loop.
+    """
+
+    key: Key
+    link: Link | None
+    operations: int
+    arrays: int
+    executions: int
+    payload: int
+    sent: float
+    each: int
+    asynchronous: int
+    seconds: float
+    hidden: float
+
+
+def rows(rehearsal: Rehearsal, machine: Machine) -> list[Row]:
+    """The census by kind, axes and loops, what takes longest first."""
+    groups: dict[Key, list[Collective]] = {}
+    for entry in rehearsal.collectives:
+        groups.setdefault(Key(entry.kind, entry.axes, entry.loops, entry.conditional), []).append(entry)
+    weigh, times = _weigher(rehearsal, machine), runs(rehearsal)
+    found = [_row(key, entries, rehearsal, weigh, times) for key, entries in groups.items()]
+    return sorted(found, key=lambda row: (-row.seconds, row.key))
+
+
+def overlap(rehearsal: Rehearsal, machine: Machine) -> Overlap:
+    """The part of each kind of communication that the compiled schedule hides, for the model of time."""
+    weigh = _weigher(rehearsal, machine)
+    batch = set(BATCH_AXES)
+    # parts of a sequence share the state as the batch does: what travels in attention does so in a loop over layers
+    once = [entry for entry in rehearsal.collectives if not entry.loops and set(entry.names) & set(SHARD_AXES)]
+    at_use = [entry for entry in rehearsal.collectives if entry.loops and set(entry.axes) & batch]
+    tensor = [entry for entry in rehearsal.collectives if entry.axes == ("tensor",)]
+    split = [entry for entry in rehearsal.collectives if entry.loops and entry.names == ("context",)]
+    pipe = [entry for entry in rehearsal.collectives if entry.kind == "collective_permute" and entry.axes == ("pipe",)]
+
+    def part(entries: Sequence[Collective]) -> float:
+        times = [weigh(entry) for entry in entries]
+        total = sum(seconds for seconds, _ in times)
+        return sum(hidden for _, hidden in times) / total if total else 0.0
+
+    return Overlap(
+        tensor=part(tensor),
+        regather=part(tensor),
+        fsdp=part(at_use),
+        data=part(once),
+        pipe=part(pipe),
+        context=part(split),
+    )
+
+
+def runs(rehearsal: Rehearsal) -> Callable[[Collective], float]:
+    """How often a communication runs on a stage in a step.
+
+    What a schedule's ticks choose runs where the stage has such work, not at every tick of the loop.
+    """
+    table = rehearsal.config.schedule(rehearsal.mesh.shape["pipe"])
+    if table.num_stages == 1:
+        return lambda entry: entry.executions
+    program = lower(table)
+    each = table.num_microbatches * table.num_chunks
+    part = {False: each / reached(program, "forward"), True: each / reached(program, "backward")}
+    return lambda entry: entry.executions * (part[entry.backward] if entry.conditional else 1.0)
+
+
+Weigher = Callable[[Collective], tuple[float, float]]
+
+
+def _weigher(rehearsal: Rehearsal, machine: Machine) -> Weigher:
+    """Seconds a step of one communication, and how many of them are hidden."""
+    sizes, times = dict(rehearsal.mesh.shape), runs(rehearsal)
+    speed = machine.datasheet.peak_flops * machine.product_fraction
+
+    def weigh(entry: Collective) -> tuple[float, float]:
+        if entry.group_size <= 1:
+            return 0.0, 0.0
+        neighbours = {name: count for name, count in map(part_of, entry.axes) if count}
+        known = set(entry.names) <= set(sizes)
+        group = (
+            axes_group(sizes | neighbours, entry.names, rehearsal.gpus_per_node)
+            if known
+            else Group(entry.group_size, 1)
+        )
+        if entry.kind in _KINDS:
+            seconds = machine.collective_seconds(_KINDS[entry.kind], entry.bytes, group)
+        else:
+            seconds = machine.message_seconds(entry.sent_bytes, inside_node=group.local == group.size)
+        hidden = min(seconds, entry.beside / speed) if entry.asynchronous else 0.0
+        return seconds * times(entry), hidden * times(entry)
+
+    return weigh
+
+
+def _row(
+    key: Key,
+    entries: Sequence[Collective],
+    rehearsal: Rehearsal,
+    weigh: Weigher,
+    times: Callable[[Collective], float],
+) -> Row:
+    weighed = [weigh(entry) for entry in entries]
+    return Row(
+        key=key,
+        link=link(rehearsal.mesh, key.axes, rehearsal.gpus_per_node),
+        operations=len(entries),
+        arrays=sum(entry.operands for entry in entries),
+        executions=round(sum(map(times, entries))),
+        payload=round(sum(entry.bytes * times(entry) for entry in entries)),
+        sent=sum(entry.sent_bytes * times(entry) for entry in entries),
+        each=sum(entry.bytes for entry in entries),
+        asynchronous=sum(entry.asynchronous for entry in entries),
+        seconds=sum(seconds for seconds, _ in weighed),
+        hidden=sum(hidden for _, hidden in weighed),
+    )

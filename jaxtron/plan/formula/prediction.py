@@ -1,0 +1,288 @@
+"""How long a step takes, from the operations of its slots and the timeline of its schedule."""
+
+import functools
+import math
+from dataclasses import dataclass, fields
+
+from jaxtron.gpus import gpu_named
+from jaxtron.models.cost import model_flops_per_token
+from jaxtron.pipeline.partition import Partition
+from jaxtron.pipeline.schedules.figures import Slot, Walk, starts, walk
+from jaxtron.pipeline.schedules.named import make_schedule
+from jaxtron.pipeline.schedules.schedule import Schedule
+from jaxtron.plan.formula import operations
+from jaxtron.plan.formula.machine import Group, Machine, axes_group
+from jaxtron.plan.formula.operations import OPTIMIZER_BYTES, Collective, Once, Shapes, Work
+from jaxtron.plan.formula.practice import JAXTRON, Practice
+from jaxtron.run.configuration import Configuration
+from jaxtron.sharding.config import AXES, SHARD_AXES
+
+SLOTS: tuple[Slot, ...] = ("forward", "backward", "weight")
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Seconds of a step on the stage that ends last; communication is what no product hides."""
+
+    products: float = 0.0
+    memory: float = 0.0
+    tensor: float = 0.0
+    fsdp: float = 0.0
+    context: float = 0.0
+    pipe: float = 0.0
+    bubble: float = 0.0
+    data: float = 0.0
+    optimizer: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """The step."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A step: seconds, tokens/s of all GPUs, FLOPs of one GPU (`model`: the papers' formula; `hardware`: with what
+    is computed again), and what part of the GPU's peak that is; seconds of a slot by virtual stage."""
+
+    step_seconds: float
+    tokens_per_second: float
+    model_flops: float
+    hardware_flops: float
+    mfu: float
+    hfu: float
+    breakdown: Breakdown
+    slot_seconds: dict[Slot, list[float]]
+
+    def seconds_for(self, tokens: float) -> float:
+        """Seconds of training on so many tokens."""
+        return tokens / self.tokens_per_second
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a slot by what they are spent on."""
+
+    products: float = 0.0
+    memory: float = 0.0
+    tensor: float = 0.0
+    fsdp: float = 0.0
+    context: float = 0.0
+    pipe: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """The slot."""
+        return self.products + self.memory + self.tensor + self.fsdp + self.context + self.pipe
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def __mul__(self, times: float) -> "Cost":
+        return Cost(*(getattr(self, field.name) * times for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Timer:
+    """Prices work on a machine whose mesh has these sizes."""
+
+    machine: Machine
+    sizes: dict[str, int]
+    gpus_per_node: int
+    practice: Practice
+    zero: str
+
+    def group(self, purpose: str) -> Group:
+        """The devices that a collective runs over."""
+        if purpose == "data" and self.sizes["context"] > 1:
+            # gradients are summed over the parts of a sequence too
+            inner = axes_group(self.sizes, ("context",), self.gpus_per_node)
+            return Group(inner.size * self.sizes["data"], inner.local)
+        if purpose == "fsdp" and self.zero == "parameters":
+            return axes_group(self.sizes, SHARD_AXES, self.gpus_per_node)
+        return axes_group(self.sizes, ("tensor" if purpose == "regather" else purpose,), self.gpus_per_node)
+
+    def cost(self, work: Work) -> Cost:
+        """Seconds of a piece of work alone on the device."""
+        products = sum(map(self.machine.product_seconds, work.products))
+        if work.attention_flops:
+            products += self.machine.attention_seconds(work.attention_flops)
+        exposed = {"tensor": 0.0, "regather": 0.0, "fsdp": 0.0, "context": 0.0}
+        behind = products
+        for purpose in exposed:
+            seconds = self.collectives(tuple(one for one in work.collectives if one.purpose == purpose), purpose)
+            hidden = min(getattr(self.practice.overlap, purpose) * seconds, behind)
+            exposed[purpose], behind = seconds - hidden, behind - hidden
+        return Cost(
+            products=products,
+            memory=self.machine.pass_seconds(work.stream, work.kernels),
+            tensor=exposed["tensor"] + exposed["regather"],
+            fsdp=exposed["fsdp"],
+            context=exposed["context"],
+        )
+
+    def collectives(self, found: tuple[Collective, ...], purpose: str) -> float:
+        """Seconds of collectives one after the other, none hidden."""
+        if not found:
+            return 0.0
+        group = self.group(purpose)
+        return sum(one.count * self.machine.collective_seconds(one.kind, one.size, group) for one in found)
+
+    def message(self, shapes: Shapes) -> float:
+        """Seconds of a microbatch from one stage to the next: each device sends its part of the sequence.
+
+        Where the stream is copied over `tensor`, a part is sent all the same and gathered after it (2104.04473, 4.1).
+        """
+        if self.sizes["pipe"] == 1:
+            return 0.0
+        inside = axes_group(self.sizes, ("pipe",), self.gpus_per_node)
+        seconds = self.machine.message_seconds(
+            shapes.residual_bytes / shapes.tensor, inside_node=inside.local == inside.size
+        )
+        if self.practice.sequence_sharded or shapes.tensor == 1:
+            return seconds
+        return seconds + self.machine.collective_seconds("all_gather", shapes.residual_bytes, self.group("tensor"))
+
+
+def predict(
+    config: Configuration,
+    sizes: dict[str, int],
+    machine: Machine,
+    *,
+    gpus_per_node: int = 8,
+    practice: Practice = JAXTRON,
+) -> Prediction:
+    """The step of a configuration on a mesh of these sizes by axis; docs/prediction.md has the equations.
+
+    Raises `UserError` where the configuration does not fit the mesh.
+    """
+    config = config.resolved()
+    config.check_mesh(sizes)
+    shapes = operations.shapes_of(config, sizes, practice, gpu_named(machine.gpu).device_kind)
+    timer = Timer(machine, sizes, gpus_per_node, practice, config.sharding.zero)
+    table, walked = _walk(config, sizes["pipe"])
+    partition = config.partition(sizes["pipe"])
+    costs, flops = _slot_costs(shapes, table, partition, timer)
+    durations: dict[Slot, list[float]] = {slot: [cost.total for cost in costs[slot]] for slot in costs}
+    begun = starts(walked, durations, latency=practice.overlap.pipe * timer.message(shapes))
+    ends = [0.0] * table.num_stages
+    for stage, slot, virtual, start in zip(walked.stages, walked.slots, walked.virtuals, begun, strict=True):
+        ends[stage] = start + durations[slot][virtual]
+    stages = [_stage(config, shapes, table, partition, costs, stage, end) for stage, end in enumerate(ends)]
+    breakdown = _breakdown(stages, timer, config.optimizer.name)
+    return _prediction(config, sizes, machine, breakdown, flops, durations)
+
+
+def _prediction(
+    config: Configuration,
+    sizes: dict[str, int],
+    machine: Machine,
+    breakdown: Breakdown,
+    flops: float,
+    durations: dict[Slot, list[float]],
+) -> Prediction:
+    num_gpus = math.prod(sizes[axis] for axis in AXES)
+    tokens = config.train.global_batch * config.data.sequence_length
+    seconds, peak = breakdown.total, machine.datasheet.peak_flops
+    model_flops = model_flops_per_token(config.model, config.data.sequence_length) * tokens / num_gpus
+    hardware_flops = flops * config.train.microbatches / sizes["pipe"]
+    return Prediction(
+        step_seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        model_flops=model_flops,
+        hardware_flops=hardware_flops,
+        mfu=model_flops / seconds / peak,
+        hfu=hardware_flops / seconds / peak,
+        breakdown=breakdown,
+        slot_seconds=durations,
+    )
+
+
+def _walk(config: Configuration, num_stages: int) -> tuple[Schedule, Walk]:
+    table, name = config.schedule(num_stages), config.pipeline.schedule
+    if num_stages == 1 or name.endswith(".csv"):
+        return table, walk(table)
+    return table, _known_walk(name, num_stages, table.num_microbatches, table.num_chunks)
+
+
+@functools.lru_cache(maxsize=16)
+def _known_walk(name: str, num_stages: int, num_microbatches: int, num_chunks: int) -> Walk:
+    """A search asks for the same schedule again and again; hashing its table would cost as much as the walk."""
+    return walk(make_schedule(name, num_stages, num_microbatches, num_chunks))
+
+
+def _slot_costs(
+    shapes: Shapes, table: Schedule, partition: Partition, timer: Timer
+) -> tuple[dict[Slot, list[Cost]], float]:
+    """The cost of each slot by virtual stage, and the FLOPs of a microbatch on a device of each stage, added up."""
+    pieces = (operations.period(shapes), operations.embedding(shapes), operations.head(shapes))
+    last = table.num_virtual - 1
+    message = Cost(pipe=(1 - timer.practice.overlap.pipe) * timer.message(shapes))
+    costs: dict[Slot, list[Cost]] = {}
+    flops = 0.0
+    for slot in SLOTS if table.split else SLOTS[:2]:
+        works = [operations.slot_work(piece, slot, split=table.split) for piece in pieces]
+        period, embedding, head = map(timer.cost, works)
+        costs[slot] = []
+        for virtual, length in enumerate(partition.lengths):
+            ends = (embedding,) * (virtual == 0) + (head,) * (virtual == last)
+            arrives = slot == "forward" and virtual > 0 or slot == "backward" and virtual < last
+            costs[slot].append(sum((*ends, *(message,) * arrives), start=period * length))
+        flops += works[0].flops * partition.num_layers + works[1].flops + works[2].flops
+    return costs, flops
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's step: all its slots, one backward and one forward, when it is through, and what it does once."""
+
+    work: Cost
+    forward: Cost
+    backward: Cost
+    end: float
+    once: Once
+
+
+def _stage(
+    config: Configuration,
+    shapes: Shapes,
+    table: Schedule,
+    partition: Partition,
+    costs: dict[Slot, list[Cost]],
+    stage: int,
+    end: float,
+) -> Stage:
+    mine = [table.virtual(stage, chunk) for chunk in range(table.num_chunks)]
+    slots = {slot: sum((costs[slot][virtual] for virtual in mine), start=Cost()) for slot in costs}
+    return Stage(
+        work=sum(slots.values(), start=Cost()) * config.train.microbatches,
+        forward=slots["forward"],
+        backward=slots["backward"],
+        end=end,
+        once=operations.once(config, shapes, sum(partition.lengths[virtual] for virtual in mine)),
+    )
+
+
+def _breakdown(stages: list[Stage], timer: Timer, optimizer: str) -> Breakdown:
+    """Of the stage whose gradients are reduced last: all wait for their norm, and then for the slowest update."""
+    overlap = timer.practice.overlap.data
+
+    def exposed(found: tuple[Collective, ...], beside: Cost) -> float:
+        seconds = timer.collectives(found, "data")
+        return seconds - min(overlap * seconds, beside.products)
+
+    reduced = [exposed(stage.once.reduced, stage.backward) for stage in stages]
+    done, latest = max((stage.end + reduced[number], number) for number, stage in enumerate(stages))
+    update = max(stage.once.parameters for stage in stages) * OPTIMIZER_BYTES[optimizer]
+    work = stages[latest].work
+    return Breakdown(
+        products=work.products,
+        memory=work.memory,
+        tensor=work.tensor,
+        fsdp=work.fsdp,
+        context=work.context,
+        pipe=work.pipe + timer.collectives(stages[0].once.tables, "pipe"),
+        bubble=max(0.0, stages[latest].end - work.total),
+        data=done - stages[latest].end + max(exposed(stage.once.gathered, stage.forward) for stage in stages),
+        optimizer=timer.machine.pass_seconds(update),
+    )

@@ -1,0 +1,259 @@
+"""Layouts for so many GPUs: what a search chooses from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jaxtron.config import UserError
+from jaxtron.models.pattern import ATTENTIONS
+from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.plan.compiled.deviceless import MORE
+from jaxtron.run.configuration import Configuration
+from jaxtron.sharding.config import AXES, ContextConfig, MeshConfig
+from jaxtron.words import plural
+
+# Rows of a microbatch on a device. More only fill memory: products of so many tokens are large enough.
+ROWS = (1, 2, 4, 8, 16)
+# Empty rows of the longest part's length, over all layers, that a cut which does not divide them may have.
+MOST_EMPTY = 0.1
+# Tokens of a sequence that a device has at least where a search splits it over mesh.context: as many as Llama 3 had of
+# its longest, 16 parts of 131,072 (2407.21783, Table 4). The configuration's own number of parts is always tried.
+LEAST_PART = 8192
+# All that have a use: gpipe takes the time of 1f1b and more memory.
+ONE_CHUNK = ("1f1b", "eager_1f1b", "zero_bubble")
+TWO_CHUNKS = ("zero_bubble_v", "dualpipe_v")
+MORE_CHUNKS = ("interleaved", "eager_interleaved")
+# Settings that a layout decides, by section; of the pipeline an own layout may have more.
+FLAGS = {
+    "mesh": ("data", "fsdp", "context", "tensor", "pipe"),
+    "context": ("method", "inner"),
+    "pipeline": ("schedule", "chunks", "embedding_weight", "loss_weight"),
+    "train": ("microbatches",),
+    "model": ("recompute",),
+    "sharding": ("zero",),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a search chooses; `rows` are those of a microbatch on a device."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    pipe: int
+    pipeline: PipelineConfig
+    rows: int
+    recompute: str | tuple[str, ...]
+    zero: str
+    context: int = 1
+    attention: ContextConfig = ContextConfig()
+    """How attention sees the other parts of a sequence, where `context` is above 1."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The mesh by axis."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def has_shared_state(self) -> bool:
+        """Whether several devices sum the same gradients, so that the ZeRO level has an effect."""
+        return self.data * self.context > 1
+
+    def microbatches(self, global_batch: int) -> int:
+        """Microbatches of a step."""
+        return global_batch // (self.data * self.fsdp * self.rows)
+
+    def config(self, base: Configuration) -> Configuration:
+        """The configuration with this layout, not validated again: `predict` checks what can be wrong with it."""
+        microbatches = self.microbatches(base.train.global_batch)
+        return base.model_copy(
+            update={
+                "mesh": MeshConfig(**self.sizes),
+                "context": self.attention,
+                "pipeline": self.pipeline,
+                "model": base.model.model_copy(update={"recompute": self.recompute}),
+                "train": base.train.model_copy(update={"microbatches": microbatches}),
+                "sharding": base.sharding.model_copy(update={"zero": self.zero}),
+            }
+        )
+
+    def flags(self, base: Configuration) -> str:
+        """What to type after the configuration's file to have this layout."""
+        config = self.config(base)
+        words = []
+        for section, names in FLAGS.items():
+            for name in names:
+                value, before = (getattr(getattr(one, section), name) for one in (config, base))
+                # an axis left open is filled with what the others leave
+                if value != before and not (section == "mesh" and before == -1):
+                    words.append(f"--{section}.{name} {' '.join(value) if isinstance(value, tuple) else value}")
+        return " ".join(words)
+
+    def differences(self, other: "Layout") -> list[str]:
+        """What this layout has instead of another, such as `tensor 4 instead of 8`."""
+        mine, its = self._words(), other._words()
+        both = [name for name in mine if name in its]
+        return [f"{name} {mine[name]} instead of {its[name]}" for name in both if mine[name] != its[name]]
+
+    def _words(self) -> dict[str, str]:
+        words = {axis: str(part) for axis, part in self.sizes.items()}
+        words |= {"rows": str(self.rows), "recompute": self.recompute_text}
+        if self.pipe > 1:
+            words["schedule"] = self.order_text
+        if self.context > 1:
+            words["context.method"] = self.attention.method
+        return words | ({"zero": self.zero} if self.has_shared_state else {})
+
+    @property
+    def zero_text(self) -> str:
+        """The ZeRO level, where it has an effect."""
+        return self.zero if self.has_shared_state else "-"
+
+    @property
+    def mesh_text(self) -> str:
+        """Such as `tensor 8 x pipe 4`."""
+        return " x ".join(f"{axis} {part}" for axis, part in self.sizes.items() if part > 1) or "one device"
+
+    @property
+    def order_text(self) -> str:
+        """The schedule with its chunks, where there are stages."""
+        if self.pipe == 1:
+            return "-"
+        return self.pipeline.schedule + (f" x {self.pipeline.chunks}" if self.pipeline.chunks > 1 else "")
+
+    def text(self, global_batch: int) -> str:
+        """All of it in a line."""
+        parts = [self.mesh_text, self.order_text if self.pipe > 1 else "", f"rows {self.rows}"]
+        parts += [
+            plural(self.microbatches(global_batch), "microbatch"),
+            f"recompute {self.recompute_text}",
+        ]
+        parts.append(f"zero {self.zero}" if self.has_shared_state else "")
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def recompute_text(self) -> str:
+        """What is computed again."""
+        return self.recompute if isinstance(self.recompute, str) else ",".join(self.recompute)
+
+
+def layouts(config: Configuration, num_gpus: int, gpus_per_node: int) -> Iterator[Layout]:
+    """All layouts worth a look: the mesh, schedule, chunks, rows, recompute and ZeRO level, model and batch as given.
+
+    `tensor` stays inside a node. `sharding.zero parameters` is left out where `mesh.fsdp` does the same: there is no
+    `mesh.context` whose devices share the state too.
+    """
+    model, batch = config.model, config.train.global_batch
+    recomputes = tuple(dict.fromkeys((model.recompute, "none", "selective", "full")))
+    if not model.layout.count(*ATTENTIONS):
+        recomputes = tuple(name for name in recomputes if name != "selective")
+    for tensor, context, attention in _within(config, num_gpus, gpus_per_node):
+        for pipe in _divisors(num_gpus // (tensor * context)):
+            shards = num_gpus // (tensor * context * pipe)
+            if batch % shards:
+                continue
+            for pipeline in _pipelines(config, pipe):
+                for rows in (rows for rows in ROWS if batch // shards % rows == 0):
+                    if not _feeds(pipeline, pipe, batch // shards // rows):
+                        continue
+                    for data, fsdp, zero in _shardings(config, shards, context):
+                        for recompute in recomputes:
+                            yield Layout(data, fsdp, tensor, pipe, pipeline, rows, recompute, zero, context, attention)
+
+
+def own_layout(config: Configuration, num_gpus: int) -> Layout:
+    """The layout that a configuration has on so many GPUs; a `UserError` if it has none."""
+    sizes = config.mesh.shape(num_gpus, more=MORE)
+    config.check_mesh(sizes)
+    shards = sizes["data"] * sizes["fsdp"]
+    return Layout(
+        data=sizes["data"],
+        fsdp=sizes["fsdp"],
+        tensor=sizes["tensor"],
+        pipe=sizes["pipe"],
+        pipeline=config.pipeline,
+        rows=config.train.global_batch // (config.train.microbatches * shards),
+        recompute=config.model.recompute,
+        zero=config.sharding.zero,
+        context=sizes["context"],
+        attention=config.context,
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def splits_sequences(config: Configuration) -> bool:
+    """Whether a search tries `mesh.context` above 1, so that two parts of a sequence must be traced."""
+    return config.mesh.context != 1 or config.data.sequence_length >= 2 * LEAST_PART
+
+
+def _within(config: Configuration, num_gpus: int, gpus_per_node: int) -> Iterator[tuple[int, int, ContextConfig]]:
+    """Ways to split a layer and its sequences: `mesh.tensor`, `mesh.context`, and attention over its parts."""
+    length, own = config.data.sequence_length, config.mesh.context
+    for tensor in _divisors(min(gpus_per_node, num_gpus)):
+        for context in _divisors(num_gpus // tensor) if num_gpus % tensor == 0 else ():
+            if context in (1, own) or length >= context * LEAST_PART:
+                for attention in _attention(config, tensor, context):
+                    yield tensor, context, attention
+
+
+def _attention(config: Configuration, tensor: int, context: int) -> Iterator[ContextConfig]:
+    """Attention as configured, or by a ring where that needs another size; none where heads, MLP, vocabulary or
+    sequence do not split so: what `check_mesh` says of one stage and one replica."""
+    train = config.train.model_copy(update={"batch_ramp": None, "microbatches": 1})
+    alone = config.model_copy(update={"pipeline": PipelineConfig(), "train": train})
+    sizes = {axis: 1 for axis in AXES} | {"tensor": tensor, "context": context}
+    for attention in dict.fromkeys((config.context, ContextConfig())):
+        try:
+            alone.model_copy(update={"context": attention}).check_mesh(sizes)
+        except UserError:
+            continue
+        yield attention
+        return
+
+
+def _pipelines(config: Configuration, num_stages: int) -> Iterator[PipelineConfig]:
+    """Schedules and chunks for so many stages: all cuts that divide the layers, or nearly where the stages do not."""
+    if num_stages == 1:
+        yield PipelineConfig()
+        return
+    layout = config.model.layout
+    weights = {name: getattr(config.pipeline, name) for name in ("embedding_weight", "loss_weight")}
+    if layout.parts is not None:
+        chunks = [len(layout.parts) // num_stages] if len(layout.parts) % num_stages == 0 else []
+        weights = {}
+    else:
+        chunks = [
+            count for count in range(1, layout.repeats // num_stages + 1) if _cuts(layout.repeats, num_stages, count)
+        ]
+    for count in chunks:
+        names = ONE_CHUNK if count == 1 else (*MORE_CHUNKS, *TWO_CHUNKS) if count == 2 else MORE_CHUNKS
+        for name in names:
+            yield PipelineConfig(schedule=name, chunks=count, **weights)
+
+
+def _cuts(num_layers: int, num_stages: int, num_chunks: int) -> bool:
+    parts = num_stages * num_chunks
+    if num_layers % num_stages == 0:
+        return num_layers % parts == 0
+    return -(-num_layers // parts) * parts <= (1 + MOST_EMPTY) * num_layers
+
+
+def _feeds(pipeline: PipelineConfig, num_stages: int, num_microbatches: int) -> bool:
+    """Whether the schedule runs so many microbatches without holes."""
+    if pipeline.schedule in MORE_CHUNKS:
+        return num_microbatches % num_stages == 0
+    return pipeline.schedule != "dualpipe_v" or num_microbatches >= 2 * num_stages
+
+
+def _shardings(config: Configuration, shards: int, context: int) -> Iterator[tuple[int, int, str]]:
+    """Ways to split so many replicas: data, fsdp and the ZeRO level, which has an effect with data or context only."""
+    for fsdp in _divisors(shards):
+        data = shards // fsdp
+        levels = ("none", "optimizer") if data * context > 1 else (config.sharding.zero,)
+        if data == 1 < context:
+            levels = (*levels, "parameters")
+        for zero in levels:
+            yield data, fsdp, zero

@@ -1,0 +1,250 @@
+"""The whole configuration of a run: every part's own settings, and what must agree between them."""
+
+import difflib
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from jaxtron.checkpoint.config import CheckpointConfig
+from jaxtron.config import Config, NoEffect, UserError
+from jaxtron.data.config import DataConfig
+from jaxtron.models.config import ModelConfig
+from jaxtron.models.cost import num_parameters
+from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
+from jaxtron.optim.config import BatchRampConfig, LossScaleConfig, OptimizerConfig
+from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.pipeline.partition import Partition, partition
+from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
+from jaxtron.pipeline.schedules.schedule import Schedule
+from jaxtron.run.run_config import RunConfig
+from jaxtron.runtime.config import RuntimeConfig
+from jaxtron.sharding.config import BATCH_AXES, ContextConfig, MeshConfig, ShardingConfig
+
+# a thousand times the largest models and batches there are
+PARAMETERS_MOST, TOKENS_MOST = 10**15, 10**12
+
+
+class TrainConfig(Config):
+    """Steps, batches and precision of the training."""
+
+    steps: int = Field(default=1000, ge=1)
+    """Optimizer steps of the run."""
+    global_batch: int = Field(default=32, ge=1)
+    """Sequences of one step, over all devices."""
+    microbatches: int = Field(default=1, ge=1)
+    """Parts of each device's share of the batch, run one after the other; gradients are summed."""
+    batch_ramp: BatchRampConfig | None = None
+    """Growth of the global batch over the first samples (none: whole from the start)."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of products and activations; master weights, gradients' sums and the optimizer are float32."""
+    loss_scale: LossScaleConfig = LossScaleConfig()
+    """Dynamic loss scale, only with fp16."""
+    validate_every: int = Field(default=100, ge=0)
+    """Steps between validations; the last step is always validated (0: only then)."""
+    validation_batches: int | None = Field(default=16, ge=1)
+    """Global batches of a validation, spread over the data (none: all of it)."""
+    sample_tokens: int = Field(default=200, ge=0)
+    """Tokens generated after training, for a look at what was learned."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.precision != "fp16" and self.loss_scale != LossScaleConfig():
+            raise NoEffect("train.loss_scale", self.loss_scale, {"train.precision": self.precision})
+        return self
+
+
+# JAX without 64-bit numbers makes a key of the low 32 bits, and NumPy's generator takes no more
+MAX_SEED = 2**32 - 1
+
+
+class Configuration(Config):
+    """A run: `python -m jaxtron.train CONFIG.yaml [--setting value ...]`."""
+
+    seed: int = Field(default=1234, ge=0, le=MAX_SEED)
+    """Of initial weights, the order of the data and dropout: 32 bits."""
+    devices: int | None = Field(default=None, ge=1)
+    """Simulate this many CPU devices, to try a layout on any machine (none: the machine's own devices)."""
+    model: ModelConfig = ModelConfig()
+    """The decoder."""
+    data: DataConfig = DataConfig()
+    """Text, tokenizer and sequences."""
+    train: TrainConfig = TrainConfig()
+    """Steps, batches, precision."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Update rule and learning rate."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
+    context: ContextConfig = ContextConfig()
+    """Attention over sequences that mesh.context splits, only where that is above 1."""
+    pipeline: PipelineConfig = PipelineConfig()
+    """The stages of mesh.pipe, only where that is above 1."""
+    sharding: ShardingConfig = ShardingConfig()
+    """What the batch axes shard besides the batch."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the state is saved, and resuming."""
+    run: RunConfig = RunConfig()
+    """The run's directory and its records."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """Processes, compiler flags and caches."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Configuration":
+        length, positions = self.data.sequence_length, self.model.max_positions
+        if positions is not None and positions < length:
+            raise UserError(f"data.sequence_length {length} is longer than model.max_positions {positions}")
+        self._check_sizes()
+        # where the axis is filled, `check_mesh` knows more
+        if self.mesh.pipe == 1 and self.pipeline != PipelineConfig():
+            raise NoEffect("pipeline", self.pipeline, {"mesh.pipe": 1}, "leave it out, or set --mesh.pipe")
+        if self.mesh.context == 1 and self.context != ContextConfig():
+            raise NoEffect("context", self.context, {"mesh.context": 1}, "leave it out, or set --mesh.context")
+        return self
+
+    def _check_sizes(self) -> None:
+        """`UserError` for products whose bytes a 64-bit number cannot count, far beyond every machine."""
+        model, tokens = self.model, self.train.global_batch * self.data.sequence_length
+        parameters = num_parameters(model, self.data.sequence_length)
+        if parameters > PARAMETERS_MOST:
+            raise UserError(
+                f"model.num_layers {model.num_layers}, model.hidden_size {model.hidden_size:,}, model.mlp_size "
+                f"{model.mlp_width:,} and model.vocab_size {model.vocab_size:,} make {parameters:.2g} parameters, more "
+                f"than the {PARAMETERS_MOST:.0e} that can be counted: lower them"
+            )
+        if tokens > TOKENS_MOST:
+            raise UserError(
+                f"train.global_batch {self.train.global_batch:,} x data.sequence_length "
+                f"{self.data.sequence_length:,} is {tokens:.2g} tokens a step, more than the {TOKENS_MOST:.0e} "
+                "that can be counted: lower one"
+            )
+
+    def resolved(self) -> "Configuration":
+        """The same with defaults that follow from other settings filled in."""
+        if self.model.position != "learned" or self.model.max_positions is not None:
+            return self
+        model = self.model.model_copy(update={"max_positions": self.data.sequence_length})
+        return self.model_copy(update={"model": model})
+
+    def train_samples(self) -> int:
+        """Samples of the whole run, growing batches included."""
+        train, consumed = self.train, 0
+        for done in range(train.steps):
+            if train.batch_ramp is None or consumed >= train.batch_ramp.samples:
+                return consumed + (train.steps - done) * train.global_batch
+            consumed += batch_size(train.batch_ramp, train.global_batch, consumed)
+        return consumed
+
+    def schedule(self, num_stages: int, num_microbatches: int | None = None) -> Schedule:
+        """The pipeline's table for mesh.pipe stages (microbatches: those of the whole batch); a `UserError` if none."""
+        count = self.train.microbatches if num_microbatches is None else num_microbatches
+        name, chunks = self.pipeline.schedule, self.pipeline.chunks
+        if not name.endswith(".csv") and name not in SCHEDULES:
+            near = difflib.get_close_matches(name, SCHEDULES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(SCHEDULES)}, or a .csv table"
+            raise UserError(f"no pipeline.schedule {name!r}; {hint}")
+        try:
+            return make_schedule(name, num_stages, count, chunks)
+        except UserError as error:
+            if name.endswith(".csv"):
+                raise UserError(f"pipeline.schedule: {error}") from None
+            sizes = f"mesh.pipe {num_stages}, pipeline.chunks {chunks}, train.microbatches {self.train.microbatches}"
+            raise UserError(f"pipeline.schedule {name} with {sizes}: {error}") from None
+
+    def partition(self, num_stages: int) -> Partition:
+        """Which of the model's layers each stage of mesh.pipe has; a `UserError` where they cannot be shared out."""
+        layout, pipeline = self.model.layout, self.pipeline
+        if num_stages == 1:
+            return Partition((layout.repeats,))
+        if layout.parts is not None:
+            num_parts = num_stages * pipeline.chunks
+            if len(layout.parts) != num_parts:
+                raise UserError(
+                    f"model.pattern {self.model.pattern!r} is cut into {len(layout.parts)} parts, but mesh.pipe "
+                    f"{num_stages} x pipeline.chunks {pipeline.chunks} = {num_parts}; change the | or one of these"
+                )
+            pipeline = pipeline.model_copy(update={"stage_layers": layout.parts})
+        return partition(layout.repeats, self.schedule(num_stages), pipeline)
+
+    def check_mesh(self, sizes: dict[str, int]) -> None:
+        """`UserError` where batch, sequence, heads, vocabulary or layers do not fit a mesh of these sizes."""
+        train, model, tensor = self.train, self.model, sizes["tensor"]
+        shards = sizes["data"] * sizes["fsdp"]
+        if train.global_batch % (shards * train.microbatches):
+            axes = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in BATCH_AXES)
+            raise UserError(
+                f"train.global_batch {train.global_batch} is not a multiple of {axes} x train.microbatches "
+                f"{train.microbatches} = {shards * train.microbatches}"
+            )
+        microbatch = train.global_batch // train.microbatches
+        batches = check_batch_ramp(train.batch_ramp, train.global_batch, microbatch)
+        for name, size in (
+            ("data.sequence_length", self.data.sequence_length),
+            ("model.num_heads", model.num_heads),
+            ("model.mlp_size", model.mlp_width),
+            ("the padded vocabulary (model.vocab_multiple)", model.padded_vocab),
+        ):
+            if size % tensor:
+                raise UserError(f"{name} {size} is not a multiple of mesh.tensor {tensor}; change one of them")
+        self._check_preset(tensor)
+        self._check_context(sizes)
+        self._check_pipeline(sizes["pipe"], [batch // microbatch for batch in batches])
+
+    def _check_preset(self, tensor: int) -> None:
+        if self.runtime.xla_preset == "collective_matmul" and tensor > 1 and self.train.microbatches == 1:
+            # seen with JAX 0.11.2: the process ends in XLA's WindowedEinsumHandler without a word
+            raise UserError(
+                f"runtime.xla_preset collective_matmul with mesh.tensor {tensor} and train.microbatches 1 crashes "
+                "XLA's compiler; raise --train.microbatches, or choose another preset"
+            )
+
+    def _check_context(self, sizes: dict[str, int]) -> None:
+        """`UserError` unless `mesh.context` can split sequences as `context.method` asks, and for what does nothing."""
+        context, parts, model = self.context, sizes["context"], self.model
+        if parts == 1:
+            if context != ContextConfig():
+                raise NoEffect("context", context, {"mesh.context": 1}, "leave it out, or set --mesh.context")
+            return
+        pieces = 2 * parts * sizes["tensor"]
+        if self.data.sequence_length % pieces:
+            raise UserError(
+                f"data.sequence_length {self.data.sequence_length} is not a multiple of 2 x mesh.context {parts} x "
+                f"mesh.tensor {sizes['tensor']} = {pieces}, for every device has two pieces of a sequence"
+            )
+        if model.attention_dropout:
+            raise UserError(
+                f"model.attention_dropout {model.attention_dropout} needs whole sequences: set it to 0, or "
+                "mesh.context to 1"
+            )
+        inner = context.groups(parts)[0]
+        for name, heads in (("num_heads", model.num_heads), ("num_kv_heads", max(model.kv_heads, sizes["tensor"]))):
+            if heads % (inner * sizes["tensor"]):
+                raise UserError(
+                    f"context.method {context.method} splits heads {inner} ways beside mesh.tensor {sizes['tensor']}, "
+                    f"and model.{name} {heads} is not a multiple of {inner * sizes['tensor']}; use context.method ring"
+                )
+
+    def _check_pipeline(self, num_stages: int, microbatches: list[int]) -> None:
+        """`UserError` for settings without effect, and unless the schedule runs every number of microbatches."""
+        pipeline, cuts = self.pipeline, self.model.layout.parts
+        if num_stages == 1:
+            if pipeline != PipelineConfig():
+                raise NoEffect("pipeline", pipeline, {"mesh.pipe": 1}, "leave it out, or set --mesh.pipe")
+            return
+        if cuts is not None and pipeline.stage_layers is not None:
+            raise UserError(
+                f"model.pattern {self.model.pattern!r} has cuts, and pipeline.stage_layers "
+                f"{list(pipeline.stage_layers)} too; keep one"
+            )
+        if cuts is not None or pipeline.stage_layers is not None:
+            for name in ("embedding_weight", "loss_weight"):
+                if getattr(pipeline, name):
+                    given = {"model.pattern": self.model.pattern} if cuts is not None else {}
+                    given |= {"pipeline.stage_layers": pipeline.stage_layers} if cuts is None else {}
+                    raise NoEffect(f"pipeline.{name}", getattr(pipeline, name), given)
+        self.partition(num_stages)
+        for count in microbatches:
+            try:
+                self.schedule(num_stages, count)
+            except UserError as error:
+                if count == self.train.microbatches:
+                    raise
+                raise UserError(f"train.batch_ramp has batches of {count} microbatches: {error}") from None

@@ -1,0 +1,272 @@
+"""What trained a run: which settings a later command may change, and the run's `history.jsonl`.
+
+Every checkpoint carries the settings of the command that wrote it. A command that would go on from it, or score it, is
+compared with those.
+"""
+
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+from pydantic import ValidationError
+
+from jaxtron.command import write_whole
+from jaxtron.config import UserError, dump, format_value, gather
+from jaxtron.models.config import ModelConfig
+from jaxtron.models.pattern import parse
+from jaxtron.optim.config import OptimizerConfig
+from jaxtron.optim.schedule import learning_rate_schedule
+from jaxtron.run.configuration import Configuration
+
+CONFIG_FILE, HISTORY_FILE = "config.yaml", "history.jsonl"
+
+# fixed: the function, the data or the objective, which one run has once.
+# content: names something that decides by itself; the data's and tokenizer's fingerprints and the arrays' shapes tell.
+# free: how the run goes on from here; printed and written to the history.
+# here: where this very command runs; neither.
+FIXED, CONTENT, FREE, HERE = "fixed", "content", "free", "here"
+# Settings below a name that is here are as it is.
+CHANGES: dict[str, dict[str, str]] = {
+    "": {FIXED: "seed", HERE: "devices"},
+    "model": {
+        FIXED: "pattern num_layers hidden_size num_heads num_kv_heads head_dim mlp_size vocab_size max_positions "
+        "activation norm norm_epsilon embedding_norm qk_norm bias qkv_bias position rotary.fraction rotary.base "
+        "rotary.scaling tied_head dropout attention_dropout initial_std attention.window attention.soft_cap "
+        "attention.scale attention.sinks z_loss",
+        CONTENT: "vocab_multiple",
+        FREE: "attention.implementation attention.deterministic recompute unroll",
+    },
+    "data": {
+        FIXED: "sequence_length mask_end_of_document reset_positions reset_attention fill_in_middle chat.too_long",
+        CONTENT: "path format train split samples tokenizer end_of_document validation_fraction chat.template "
+        "chat.markers chat.variables chat.roles",
+        FREE: "validation test skip chat.max_dropped cache_directory workers processes prefetch",
+    },
+    "train": {
+        FREE: "steps global_batch microbatches batch_ramp precision loss_scale.initial loss_scale.minimum "
+        "loss_scale.growth loss_scale.backoff loss_scale.window loss_scale.hysteresis validate_every "
+        "validation_batches sample_tokens",
+    },
+    "optimizer": {
+        FIXED: "name",
+        CONTENT: "momentum",
+        FREE: "learning_rate schedule warmup_steps decay_steps minimum_learning_rate anneal_steps anneal_style beta1 "
+        "beta2 epsilon nesterov weight_decay decay_roles clip_norm",
+    },
+    "mesh": {FREE: "data fsdp tensor pipe context"},
+    "context": {FREE: "method inner"},
+    "pipeline": {FREE: "schedule chunks stage_layers embedding_weight loss_weight"},
+    "sharding": {FREE: "zero"},
+    "checkpoint": {FREE: "every keep asynchronous", HERE: "resume"},
+    "run": {FREE: "log_every print_seconds trackers wandb_project profile_steps", HERE: "directory"},
+    "runtime": {
+        FREE: "connect_seconds heartbeat_seconds xla_preset xla_flags compilation_cache",
+        HERE: "launcher coordinator_address num_processes process_id",
+    },
+}
+KINDS = {
+    f"{section}.{name}".removeprefix("."): kind
+    for section, kinds in CHANGES.items()
+    for kind, names in kinds.items()
+    for name in names.split()
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that differs from the recorded one."""
+
+    name: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} {format_value(self.old)} -> {format_value(self.new)}"
+
+    @property
+    def kind(self) -> str:
+        """Whether it may change: a value of `CHANGES`; what is not named there may not."""
+        return kind_of(self.name)
+
+
+def kind_of(name: str) -> str:
+    """How a setting may change; one that is forgotten in `CHANGES` is fixed."""
+    while name not in KINDS and "." in name:
+        name = name.rpartition(".")[0]
+    return KINDS.get(name, FIXED)
+
+
+def changes(recorded: Mapping[str, Any], config: Configuration) -> list[Change]:
+    """Where a resolved configuration differs from recorded settings, without what concerns this command alone.
+
+    A setting that the record does not know had today's default.
+    """
+    found = _differences(recorded, config.model_dump(mode="json"), Configuration().model_dump(mode="json"))
+    meant = _same_meaning(recorded, config)
+    return [change for change in found if change.kind != HERE and change.name not in meant]
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], default: Any, prefix: str = "") -> Iterator[Change]:
+    for key, value in new.items():
+        usual = default.get(key) if isinstance(default, dict) else None
+        before = old.get(key, usual)
+        if isinstance(value, dict) and isinstance(before, dict):
+            yield from _differences(before, value, usual, f"{prefix}{key}.")
+        elif before != value:
+            yield Change(prefix + key, before, value)
+
+
+def _same_meaning(recorded: Mapping[str, Any], config: Configuration) -> set[str]:
+    """The model's settings that say the same in other words: a default spelled out, cuts for stages."""
+    try:
+        old = ModelConfig.model_validate_json(json.dumps(recorded.get("model", {})), strict=True)
+    except (ValidationError, UserError):
+        return set()
+    meanings = []
+    for model in (old, config.model):
+        layers = parse(model.pattern, model.num_layers).layers
+        meanings.append(
+            {
+                "pattern": layers,
+                "num_layers": layers,
+                "num_kv_heads": model.kv_heads,
+                "head_dim": model.head_size,
+                "mlp_size": model.mlp_width,
+                "qkv_bias": model.bias if model.qkv_bias is None else model.qkv_bias,
+                "attention.scale": model.attention.scale or model.head_size**-0.5,
+            }
+        )
+    return {f"model.{name}" for name, meaning in meanings[0].items() if meaning == meanings[1][name]}
+
+
+def recorded_settings(extra: Mapping[str, Any], directory: Path) -> dict[str, Any] | None:
+    """The settings that trained a checkpoint: its own, of an older one those of `config.yaml`; None without either."""
+    if "settings" in extra:
+        return extra["settings"]
+    path = directory / CONFIG_FILE
+    return gather(Configuration, path).tree if path.is_file() else None
+
+
+def check_changes(found: Sequence[Change], what: str) -> None:
+    """`UserError` that lists the changes of settings that one run has once; `what` names what was trained."""
+    fixed = [change for change in found if change.kind == FIXED]
+    if fixed:
+        raise UserError(
+            f"{what} was trained with other settings: {listed(fixed)}; give the old ones, or choose another "
+            "--run.directory"
+        )
+
+
+def listed(found: Sequence[Change]) -> str:
+    """The changes in one line."""
+    return ", ".join(map(str, found))
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How a command goes on from a checkpoint: what it changes, and the learning rate before and after where it jumps.
+
+    `is_recorded` is False for a checkpoint whose settings nobody wrote down.
+    """
+
+    changes: tuple[Change, ...] = ()
+    learning_rates: tuple[float, float] | None = None
+    is_recorded: bool = True
+
+    @classmethod
+    def of(cls, extra: Mapping[str, Any], config: Configuration, directory: Path, *, step: int) -> "Continuation":
+        """That of a checkpoint of `step` steps in a directory, whose changes were checked."""
+        recorded = recorded_settings(extra, directory)
+        if recorded is None:
+            return cls(is_recorded=False)
+        return cls(tuple(changes(recorded, config)), _learning_rates(recorded, config, step))
+
+    def text(self, step: int, total: int) -> str:
+        """Lines for the user: that the run goes on or need not, and with what."""
+        begin = f"checkpoint of step {step} found"
+        if step > total:
+            return (
+                f"{begin}, beyond train.steps {total}: nothing to train; to go on, give more, such as --train.steps "
+                f"{2 * step}"
+            )
+        if step == total:
+            return f"{begin}: complete already"
+        lines = [f"{begin}: continuing{' with ' if self.changes else ''}{listed(self.changes)}"]
+        if not self.is_recorded:
+            lines.append("nobody wrote down what trained it, so nothing but its data and arrays is compared")
+        if self.learning_rates is not None:
+            old, new = self.learning_rates
+            lines.append(f"learning rate of step {step + 1}: {old:.3g} by the earlier settings, {new:.3g} now")
+        return "\n".join(lines)
+
+
+def _learning_rates(recorded: Mapping[str, Any], config: Configuration, step: int) -> tuple[float, float] | None:
+    """The learning rate of the update after `step` by the recorded settings and by these, where they differ."""
+    try:
+        optimizer = OptimizerConfig.model_validate_json(json.dumps(recorded["optimizer"]), strict=True)
+        old = learning_rate_schedule(optimizer, recorded["train"]["steps"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    before, after = float(old(step)), float(learning_rate_schedule(config.optimizer, config.train.steps)(step))
+    return None if math.isclose(before, after, rel_tol=1e-4) else (before, after)
+
+
+class Recorder:
+    """Writes `config.yaml` and a line of `history.jsonl` after the first step, before anything else of it is kept.
+
+    A command that takes no step leaves the record as it is. `found` are the changes, `first_step` the step before,
+    `notes` what was said of the data.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: Configuration,
+        found: Sequence[Change],
+        *,
+        first_step: int,
+        notes: Sequence[str] = (),
+    ):
+        self._directory, self._config, self._changes, self._step = directory, config, found, first_step
+        self._notes = notes
+        self._is_done = False
+
+    def __call__(self, _info: Any = None) -> None:
+        """Write both, the first time."""
+        if self._is_done:
+            return
+        self._is_done = True
+        advice = "make room or choose another --run.directory"
+        path = self._directory / HISTORY_FILE
+        earlier = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        # a line cut short by a kill of an older version stays, on its own
+        earlier += "\n" if earlier and not earlier.endswith("\n") else ""
+        write_whole(self._directory / CONFIG_FILE, dump(self._config), advice=advice)
+        write_whole(path, earlier + json.dumps(self._entry()) + "\n", advice=advice)
+
+    def _entry(self) -> dict[str, Any]:
+        devices = jax.devices()
+        packages = ("jaxtron", "jax", "jaxlib")
+        return {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "step": self._step,
+            "changes": {change.name: [change.old, change.new] for change in self._changes},
+            "data": list(self._notes),
+            "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+            "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
+        }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        # a checkout that is on the path and not installed
+        return None

@@ -1,0 +1,259 @@
+"""The train step: one manual region for loss and gradients, then the optimizer on global arrays."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtron.layers.inputs import row_keys
+from jaxtron.models.config import ModelConfig
+from jaxtron.models.decoder import Decoder
+from jaxtron.models.staged import StagedDecoder
+from jaxtron.optim.config import OptimizerConfig
+from jaxtron.optim.loss_scale import LossScale, initial_loss_scale, update_loss_scale
+from jaxtron.optim.optimizer import clip_by_global_norm, make_optimizer
+from jaxtron.optim.schedule import learning_rate_schedule
+from jaxtron.pipeline import executor
+from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.pipeline.partition import Partition, forward_only
+from jaxtron.pipeline.schedules.named import make_schedule
+from jaxtron.pipeline.schedules.schedule import Schedule
+from jaxtron.run.configuration import TrainConfig
+from jaxtron.run.dtypes import DTYPES
+from jaxtron.sharding.blueprint import Blueprint
+from jaxtron.sharding.collectives import all_reduce, vary
+from jaxtron.sharding.config import BATCH_AXES, MANUAL_AXES
+from jaxtron.sharding.context import part
+from jaxtron.sharding.parameters import manual_specs, reduce_gradients
+from jaxtron.sharding.rules import current
+from jaxtron.typing import Array, Float, Int, Key, PyTree
+
+BATCH_SPEC = PartitionSpec(BATCH_AXES)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("tokens", "targets", "weights", "positions", "segments"),
+    meta_fields=(),
+)
+@dataclass(frozen=True)
+class Batch:
+    """Global arrays of one step, rows split over the batch axes; weight 0 is padding.
+
+    Tokens of packed documents have positions and segments, those of their own document only seeing each other.
+    """
+
+    tokens: Int[Array, "B S"]
+    targets: Int[Array, "B S"]
+    weights: Float[Array, "B S"]
+    positions: Int[Array, "B S"] | None = None
+    segments: Int[Array, "B S"] | None = None
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "optimizer", "loss_scale"), meta_fields=())
+@dataclass(frozen=True)
+class TrainState:
+    """All that a step changes: steps done, float32 master weights, optimizer state, loss scale (fp16 only)."""
+
+    step: Int[Array, ""]
+    params: PyTree
+    optimizer: PyTree
+    loss_scale: LossScale | None
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The pure functions of a training: built once inside `sharding.use(rules)`, jitted by their callers."""
+
+    blueprint: Blueprint[Decoder]
+    model: ModelConfig
+    config: TrainConfig
+    optimizer: OptimizerConfig
+    pipeline: PipelineConfig
+    partition: Partition
+    seed: int
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, sharded as at rest."""
+        params = self.blueprint.initialize(jax.random.key(self.seed))
+        return jax.jit(self._around)(params)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the state."""
+        return jax.eval_shape(self._around, self.blueprint.abstract)
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        """One optimizer step on a global batch. With fp16, a step whose gradients overflow changes only the scale."""
+        scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
+        nll, gradients = self.loss_and_gradients(state.params, batch, state.step, scale)
+        gradients, norm = clip_by_global_norm(gradients, self.optimizer.clip_norm)
+        updates, optimizer = self._rule().update(gradients, state.optimizer, state.params)
+        done = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer, None)
+        metrics = {
+            "loss": nll,
+            "gradient_norm": norm,
+            "learning_rate": learning_rate_schedule(self.optimizer, self.config.steps)(_updates(state.optimizer)),
+        }
+        if state.loss_scale is None:
+            return done, metrics
+        finite = jnp.isfinite(norm)
+        kept = TrainState(state.step + 1, state.params, state.optimizer, None)
+        chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), done, kept)
+        loss_scale = update_loss_scale(state.loss_scale, finite, self.config.loss_scale)
+        metrics |= {"loss_scale": scale, "skipped_steps": chosen.step - _updates(chosen.optimizer)}
+        return TrainState(chosen.step, chosen.params, chosen.optimizer, loss_scale), metrics
+
+    def loss_and_gradients(
+        self, params: PyTree, batch: Batch, step: Int[Array, ""], scale: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], PyTree]:
+        """Mean negative log-likelihood over the batch's tokens, and the float32 gradients of the training loss.
+
+        The mean is over the global count of tokens that weigh, so it does not depend on how the batch is cut. The
+        gradients lie as the state at rest does; `scale` multiplies the loss before the backward and is divided out.
+        """
+        specs = manual_specs(self.blueprint.specs)
+        step_key = jax.random.fold_in(jax.random.key(self.seed), step)
+        region = jax.shard_map(
+            self._local_gradients,
+            in_specs=(specs, BATCH_SPEC, PartitionSpec(), PartitionSpec()),
+            out_specs=(PartitionSpec(), specs),
+            axis_names=set(MANUAL_AXES),
+        )
+        return region(params, batch, step_key, scale)
+
+    def evaluate(self, params: PyTree, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Sums over a batch: negative log-likelihood in nats, and the weight of its tokens.
+
+        Rows go through the model in microbatches as large as those of a step; a smaller batch is one.
+        """
+
+        def local(params: PyTree, batch: Batch) -> tuple[Array, Array]:
+            working = self.blueprint.working(params, DTYPES[self.config.precision])
+            count = all_reduce(batch.weights.sum(), BATCH_AXES)
+            microbatches = jax.tree.map(vary, self._cut(batch, vary(jnp.float32(1.0))))
+            table = forward_only(self.partition, microbatches[1].shape[0])
+            _, nll = self._run(table, working, microbatches, key=None)
+            return all_reduce(nll, MANUAL_AXES), count
+
+        specs = manual_specs(self.blueprint.specs)
+        scalars = (PartitionSpec(), PartitionSpec())
+        region = jax.shard_map(local, in_specs=(specs, BATCH_SPEC), out_specs=scalars, axis_names=set(MANUAL_AXES))
+        return region(params, batch)
+
+    def held(self, batch: Batch) -> tuple[PyTree, executor.State]:
+        """Types of what a device holds all through an (abstract) batch: working parameters, the executor's buffers.
+
+        Traced, never run. Their shapes are whole along `tensor`, as their shardings say.
+        """
+        found: list[tuple[PyTree, executor.State]] = []
+
+        def local(params: PyTree, batch: Batch) -> Array:
+            working = self.blueprint.working(params, DTYPES[self.config.precision])
+            microbatches = jax.tree.map(vary, self._cut(batch, vary(jnp.float32(1.0))))
+            staged, model = self._pieces(working, self._dropout_key(jax.random.key(0)))
+            table = self.schedule(microbatches[1].shape[0])
+            buffers = executor.buffers(table, self.partition, model, staged.parameters, microbatches)
+            found.append(jax.tree.map(jax.typeof, (working, buffers)))
+            return jnp.zeros(())
+
+        specs = (manual_specs(self.blueprint.specs), BATCH_SPEC)
+        region = jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(), axis_names=set(MANUAL_AXES))
+        jax.eval_shape(region, self.blueprint.abstract, batch)
+        return found[0]
+
+    def _local_gradients(
+        self, params: PyTree, batch: Batch, step_key: Key[Array, ""], scale: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], PyTree]:
+        """This device's part of `loss_and_gradients`."""
+        count = all_reduce(batch.weights.sum(), BATCH_AXES)
+        working = self.blueprint.working(params, DTYPES[self.config.precision])
+        microbatches = jax.tree.map(vary, self._cut(batch, vary(scale / count)))
+        table = self.schedule(microbatches[1].shape[0])
+        gradients, nll = self._run(table, working, microbatches, self._dropout_key(step_key))
+        gradients = reduce_gradients(gradients, self.blueprint.layouts)
+        gradients = jax.tree.map(lambda gradient: gradient / scale, gradients)
+        return all_reduce(nll, MANUAL_AXES) / scale, gradients
+
+    def schedule(self, num_microbatches: int) -> Schedule:
+        """The table of a step with this many microbatches."""
+        return make_schedule(
+            self.pipeline.schedule, current().mesh.shape["pipe"], num_microbatches, self.pipeline.chunks
+        )
+
+    def _run(
+        self, table: Schedule, working: PyTree, microbatches: tuple[Batch, Array], key: Key[Array, ""] | None
+    ) -> tuple[PyTree, Array]:
+        """Gradients like the working parameters, and the sum of the negative log-likelihood, on this device."""
+        staged, model = self._pieces(working, key)
+        gradients, nll = executor.run(table, self.partition, model, staged.parameters, microbatches)
+        return None if gradients is None else staged.nested(gradients), nll
+
+    def _pieces(self, working: PyTree, key: Key[Array, ""] | None) -> tuple[StagedDecoder, executor.Model]:
+        staged = StagedDecoder(self.blueprint, working)
+
+        def keys(rows: Array) -> Array | None:
+            return None if key is None else row_keys(key, rows)
+
+        model = staged.model(
+            embed=lambda decoder, part: decoder.embed(part[0].tokens, keys(part[1]), part[0].positions),
+            inputs=lambda decoder, part: decoder.inputs(
+                part[0].tokens.shape[1], keys(part[1]), part[0].positions, part[0].segments
+            ),
+            head=lambda decoder, x, part: decoder.score(x, part[0].targets, part[0].weights),
+        )
+        return staged, model
+
+    def _cut(self, batch: Batch, factor: Array) -> tuple[Batch, Array]:
+        """The local batch as [microbatch, row, ...] with weights times `factor`, and its global row numbers."""
+        num_local = batch.tokens.shape[0]
+        shards = current().size(BATCH_AXES)
+        size = min(num_local, self.config.global_batch // self.config.microbatches // shards)
+        rows = jax.lax.axis_index(BATCH_AXES) * num_local + jnp.arange(num_local)
+        batch = _own_part(replace(batch, weights=batch.weights * factor))
+        return jax.tree.map(lambda leaf: leaf.reshape(num_local // size, size, *leaf.shape[1:]), (batch, rows))
+
+    def _dropout_key(self, key: Key[Array, ""]) -> Key[Array, ""] | None:
+        return key if self.model.dropout > 0 or self.model.attention_dropout > 0 else None
+
+    def _rule(self) -> optax.GradientTransformation:
+        return make_optimizer(self.optimizer, self.config.steps, self.blueprint.roles)
+
+    def _around(self, params: PyTree) -> TrainState:
+        loss_scale = initial_loss_scale(self.config.loss_scale) if self.config.precision == "fp16" else None
+        return TrainState(jnp.int32(0), params, self._rule().init(params), loss_scale)
+
+
+def _own_part(batch: Batch) -> Batch:
+    """Of whole sequences those tokens that lie here, where `mesh.context` splits them."""
+    rules = current()
+    if rules.context_size == 1:
+        return batch
+    return jax.tree.map(lambda leaf: part(rules.context, rules.context_size, leaf, 1), batch)
+
+
+def batch_sharding() -> NamedSharding:
+    """How a global batch lies: rows over the batch axes, copied along the others."""
+    return NamedSharding(current().mesh, BATCH_SPEC)
+
+
+def jit_step(trainer: Trainer) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The compiled step; its input state is consumed."""
+    return jax.jit(trainer.step, donate_argnums=0, compiler_options=_compiler_options())
+
+
+def _compiler_options() -> dict[str, int]:
+    """A pipeline's messages, and a ring's blocks, travel beside work and several at once: XLA would allow one."""
+    mesh = current().mesh
+    sends = mesh.shape["pipe"] > 1 or mesh.shape["context"] > 1
+    is_on_gpu = mesh.devices.flat[0].platform != "cpu"
+    return {"xla_gpu_experimental_parallel_collective_overlap_limit": 8} if sends and is_on_gpu else {}
+
+
+def _updates(optimizer: PyTree) -> Int[Array, ""]:
+    """Updates made, skipped steps left out: where the learning rate's schedule is."""
+    nodes = jax.tree.leaves(optimizer, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
+    return jnp.asarray(next(node.count for node in nodes if isinstance(node, optax.ScaleByScheduleState)))
