@@ -16,7 +16,7 @@ from benchmarks.record import ROOT
 from jaxtron.command import configure, run_command
 from jaxtron.config import Config, UserError
 from jaxtron.gpus import gpu_named
-from jaxtron.models.cost import model_flops_per_token
+from jaxtron.models.decoder.cost import model_flops_per_token
 from jaxtron.plan.formula.machine import CONSTANTS, Machine, machine_named
 from jaxtron.plan.formula.practice import PRACTICES
 from jaxtron.plan.formula.prediction import Prediction, predict

@@ -19,8 +19,8 @@ from jaxtron.command import configure, run_command
 from jaxtron.config import Config, dump
 from jaxtron.data.loader import LocalBatch
 from jaxtron.gpus import GPUS, peak_flops
-from jaxtron.models.attention_choice import attention_lines
-from jaxtron.models.cost import model_flops_per_token
+from jaxtron.models.decoder.attention_choice import attention_lines
+from jaxtron.models.decoder.cost import model_flops_per_token
 from jaxtron.plan.compiled.deviceless import memory
 from jaxtron.run.attention import choose_attention
 from jaxtron.run.batches import Placement

@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Int32, Integer
 
-from jaxtron.models.decoder import Decoder
-from jaxtron.models.staged import StagedDecoder
+from jaxtron.models.decoder.model import Decoder
+from jaxtron.models.decoder.staged import StagedDecoder
 from jaxtron.pipeline import executor
 from jaxtron.pipeline.partition import Partition, forward_only
 from jaxtron.sharding.blueprint import Blueprint

@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtron.typing import Array
 
-# the mark of arrays that are not products and yet kept (`models/recompute.py`)
+# the mark of arrays that are not products and yet kept (`models/decoder/recompute.py`)
 KEPT = "kept"
 
 

@@ -11,7 +11,7 @@ import jax
 
 from jaxtron.command import write_whole
 from jaxtron.gpus import pool_fraction
-from jaxtron.models.cost import model_flops_per_token
+from jaxtron.models.decoder.cost import model_flops_per_token
 from jaxtron.pipeline.lowering import lower, message_counts
 from jaxtron.plan.advice import first_change
 from jaxtron.plan.compiled import flops, traffic

@@ -1,7 +1,7 @@
 """Who computes the attention of a run."""
 
 from jaxtron.kernels.attention.choose import Choice
-from jaxtron.models.attention_choice import attention_choices
+from jaxtron.models.decoder.attention_choice import attention_choices
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
 

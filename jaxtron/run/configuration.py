@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 from jaxtron.checkpoint.config import CheckpointConfig
 from jaxtron.config import Config, NoEffect, UserError
 from jaxtron.data.config import DataConfig
-from jaxtron.models.config import ModelConfig
-from jaxtron.models.cost import num_parameters
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.cost import num_parameters
 from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
 from jaxtron.optim.config import BatchRampConfig, LossScaleConfig, OptimizerConfig
 from jaxtron.pipeline.config import PipelineConfig

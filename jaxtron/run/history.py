@@ -19,8 +19,8 @@ from pydantic import ValidationError
 
 from jaxtron.command import write_whole
 from jaxtron.config import UserError, dump, format_value, gather
-from jaxtron.models.config import ModelConfig
-from jaxtron.models.pattern import parse
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.pattern import parse
 from jaxtron.optim.config import OptimizerConfig
 from jaxtron.optim.schedule import learning_rate_schedule
 from jaxtron.run.configuration import Configuration

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtron.config import UserError
-from jaxtron.models.config import ModelConfig
+from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.typing import PyTree
 
 GIB = 2**30

@@ -10,9 +10,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtron.layers.inputs import row_keys
-from jaxtron.models.config import ModelConfig
-from jaxtron.models.decoder import Decoder
-from jaxtron.models.staged import StagedDecoder
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.model import Decoder
+from jaxtron.models.decoder.staged import StagedDecoder
 from jaxtron.optim.config import OptimizerConfig
 from jaxtron.optim.loss_scale import LossScale, initial_loss_scale, update_loss_scale
 from jaxtron.optim.optimizer import clip_by_global_norm, make_optimizer

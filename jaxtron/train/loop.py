@@ -12,7 +12,7 @@ from jaxtron.checkpoint.processes import gather_texts
 from jaxtron.data.loader import Loader
 from jaxtron.gpus import peak_flops
 from jaxtron.interrupts import Request, finish_first
-from jaxtron.models.cost import model_flops_per_token
+from jaxtron.models.decoder.cost import model_flops_per_token
 from jaxtron.run.history import Recorder
 from jaxtron.run.metrics import MetricsWriter, Tally
 from jaxtron.run.step import TrainState, jit_step

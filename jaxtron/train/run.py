@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 
-from jaxtron.models.attention_choice import attention_lines
+from jaxtron.models.decoder.attention_choice import attention_lines
 from jaxtron.run.attention import choose_attention
 from jaxtron.run.configuration import Configuration
 from jaxtron.runtime.start import out_of_memory_as_user_error, start_runtime

@@ -16,7 +16,7 @@ from jaxtron.checkpoint.restore import committed_steps
 from jaxtron.config import UserError
 from jaxtron.data.dataset import Data, open_data
 from jaxtron.data.loader import Loader
-from jaxtron.models.decoder import Decoder
+from jaxtron.models.decoder.model import Decoder
 from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
 from jaxtron.pipeline.partition import Partition
 from jaxtron.run.attention import choose_attention

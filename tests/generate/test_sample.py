@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxtron.generate.sample import sample
-from jaxtron.models.config import ModelConfig
-from jaxtron.models.decoder import Decoder
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.model import Decoder
 from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.config import MeshConfig, ShardingConfig

@@ -17,9 +17,9 @@ from test_attention_implementations import DEVICE_KIND, FEATURES, UNITS, check, 
 from jaxtron.kernels.attention.attention import attention
 from jaxtron.kernels.attention.choose import IMPLEMENTATIONS
 from jaxtron.kernels.attention.mask import Mask
-from jaxtron.models.attention_choice import attention_choices
-from jaxtron.models.config import ModelConfig
-from jaxtron.models.decoder import Decoder
+from jaxtron.models.decoder.attention_choice import attention_choices
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.model import Decoder
 from jaxtron.optim.config import OptimizerConfig
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.partition import partition

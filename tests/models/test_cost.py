@@ -2,9 +2,9 @@
 
 import pytest
 
-from jaxtron.models.config import ModelConfig
-from jaxtron.models.cost import hardware_flops_per_token, model_flops_per_token, num_parameters
-from jaxtron.models.decoder import Decoder
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.cost import hardware_flops_per_token, model_flops_per_token, num_parameters
+from jaxtron.models.decoder.model import Decoder
 from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.rules import use
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from jaxtron.config import UserError, load
-from jaxtron.models.config import ModelConfig
+from jaxtron.models.decoder.config import ModelConfig
 
 
 def test_defaults_follow_the_width():

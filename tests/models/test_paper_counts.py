@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from jaxtron.config import load
-from jaxtron.models.cost import hardware_flops_per_token, model_flops_per_token, num_parameters
-from jaxtron.models.decoder import Decoder
+from jaxtron.models.decoder.cost import hardware_flops_per_token, model_flops_per_token, num_parameters
+from jaxtron.models.decoder.model import Decoder
 from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.blueprint import Blueprint, blueprint
 from jaxtron.sharding.config import AXES

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.models.pattern import parse
+from jaxtron.models.decoder.pattern import parse
 
 ATTENTION, MLP, PARALLEL = ("*",), ("-",), ("*", "-")
 

@@ -3,8 +3,8 @@
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.models.config import ModelConfig
-from jaxtron.models.pattern import parse
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.pattern import parse
 
 
 @pytest.mark.parametrize(

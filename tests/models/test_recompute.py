@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxtron.models.config import ModelConfig
-from jaxtron.models.decoder import Decoder
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.model import Decoder
 from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.collectives import vary
 from jaxtron.sharding.config import MANUAL_AXES, MeshConfig, ShardingConfig

@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxtron.layers.inputs import row_keys
-from jaxtron.models.config import ModelConfig
-from jaxtron.models.decoder import Decoder
-from jaxtron.models.staged import StagedDecoder
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.model import Decoder
+from jaxtron.models.decoder.staged import StagedDecoder
 from jaxtron.pipeline.layer_loop import LayerLoop
 from jaxtron.pipeline.residuals import take_apart
 from jaxtron.sharding.blueprint import blueprint

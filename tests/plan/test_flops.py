@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxtron.models.cost import model_flops_per_token
+from jaxtron.models.decoder.cost import model_flops_per_token
 from jaxtron.plan.compiled import hlo
 from jaxtron.plan.compiled.flops import work
 from jaxtron.plan.compiled.overlap import products_beside

@@ -5,7 +5,7 @@ import functools
 import pytest
 from equivalence import MODELS, ONE_DEVICE, SCANNED, Result, assert_equal, changed, loss_and_gradients
 
-from jaxtron.models.config import ModelConfig
+from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.sharding.config import ContextConfig
 

@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec
 
 from jaxtron.config import UserError
 from jaxtron.layers.inputs import row_keys
-from jaxtron.models.decoder import Decoder
-from jaxtron.models.staged import StagedDecoder
+from jaxtron.models.decoder.model import Decoder
+from jaxtron.models.decoder.staged import StagedDecoder
 from jaxtron.pipeline.layer_loop import LayerLoop
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtron.gpus import Gpu, gpu_named
-from jaxtron.models.attention_choice import attention_lines
+from jaxtron.models.decoder.attention_choice import attention_lines
 from jaxtron.plan import layout
 from jaxtron.plan.compiled import hlo
 from jaxtron.plan.compiled.census import Collective, census

@@ -12,8 +12,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtron.gpus import Gpu
 from jaxtron.layers.config import GATED
 from jaxtron.layers.loss import CHUNK_ELEMENTS
-from jaxtron.models.decoder import Decoder
-from jaxtron.models.pattern import ATTENTIONS, MLP
+from jaxtron.models.decoder.model import Decoder
+from jaxtron.models.decoder.pattern import ATTENTIONS, MLP
 from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.plan.compiled.activations import Kept, kept_bytes

@@ -6,8 +6,8 @@ A microbatch has n = b * s tokens on a device; the letters are those of 2205.051
 from dataclasses import dataclass, field, replace
 
 from jaxtron.layers.config import GATED
-from jaxtron.models.config import ModelConfig
-from jaxtron.models.pattern import ATTENTIONS, MLP, WINDOW, Branch
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.pattern import ATTENTIONS, MLP, WINDOW, Branch
 from jaxtron.pipeline.schedules.figures import Slot
 from jaxtron.plan.formula.machine import CollectiveKind, Product
 from jaxtron.plan.formula.practice import Practice

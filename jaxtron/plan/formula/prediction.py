@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, fields
 
 from jaxtron.gpus import gpu_named
-from jaxtron.models.cost import model_flops_per_token
+from jaxtron.models.decoder.cost import model_flops_per_token
 from jaxtron.pipeline.partition import Partition
 from jaxtron.pipeline.schedules.figures import Slot, Walk, starts, walk
 from jaxtron.pipeline.schedules.named import make_schedule

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxtron.config import UserError
-from jaxtron.models.pattern import ATTENTIONS
+from jaxtron.models.decoder.pattern import ATTENTIONS
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.plan.compiled.deviceless import MORE
 from jaxtron.run.configuration import Configuration

@@ -15,10 +15,10 @@ from jaxtron.layers.inputs import LayerInputs
 from jaxtron.layers.keep import kept
 from jaxtron.layers.mlp import Mlp
 from jaxtron.layers.norm import Norm
-from jaxtron.models import recompute
-from jaxtron.models.attention_choice import attention_mask
-from jaxtron.models.config import ModelConfig
-from jaxtron.models.pattern import ATTENTION, MLP, WINDOW, Branch
+from jaxtron.models.decoder import recompute
+from jaxtron.models.decoder.attention_choice import attention_mask
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.pattern import ATTENTION, MLP, WINDOW, Branch
 from jaxtron.pipeline.layer_loop import LayerFunction
 from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding.parameters import gather_at_use

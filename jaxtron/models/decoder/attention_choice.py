@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtron.kernels.attention.choose import Choice
 from jaxtron.kernels.attention.mask import Mask
 from jaxtron.layers import flash
-from jaxtron.models.config import ModelConfig
-from jaxtron.models.pattern import ATTENTIONS, WINDOW
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.pattern import ATTENTIONS, WINDOW
 from jaxtron.typing import DTypeLike
 
 

@@ -11,8 +11,8 @@ from jaxtron.layers.inputs import LayerInputs, dropout
 from jaxtron.layers.linear import normal
 from jaxtron.layers.loss import Sums, cross_entropy
 from jaxtron.layers.positions import local_positions, rotary_tables
-from jaxtron.models.config import ModelConfig
-from jaxtron.models.stack import Stack, make_norm
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.stack import Stack, make_norm
 from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding.parameters import gather_at_use, parameter
 from jaxtron.sharding.rules import constrain, spec

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from jaxtron.config import Config, NoEffect, UserError
 from jaxtron.layers.config import Activation, AttentionConfig, NormKind, PositionKind, RotaryConfig
-from jaxtron.models.pattern import ATTENTIONS, MLP, SYMBOLS, WINDOW, Pattern, parse
+from jaxtron.models.decoder.pattern import ATTENTIONS, MLP, SYMBOLS, WINDOW, Pattern, parse
 
 # What `recompute: selective` drops and computes again (2205.05198): the part quadratic in the sequence.
 SELECTIVE = ("attention_core",)

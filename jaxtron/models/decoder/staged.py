@@ -5,7 +5,7 @@ from collections.abc import Callable
 from flax import nnx
 
 from jaxtron.layers.inputs import LayerInputs
-from jaxtron.models.decoder import Decoder
+from jaxtron.models.decoder.model import Decoder
 from jaxtron.pipeline.executor import Model, Parameters
 from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.typing import Array, PyTree

@@ -1,8 +1,8 @@
 """What a decoder costs: parameters and floating-point operations, as the papers count them."""
 
 from jaxtron.layers.config import GATED
-from jaxtron.models.config import ModelConfig
-from jaxtron.models.pattern import ATTENTION, ATTENTIONS, MLP, WINDOW
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.pattern import ATTENTION, ATTENTIONS, MLP, WINDOW
 
 # What each name in `ModelConfig.recomputed` computes again, of the parts of `_forward_flops`.
 RECOMPUTED_PARTS = {
