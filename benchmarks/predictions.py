@@ -17,9 +17,9 @@ from jaxtron.command import configure, run_command
 from jaxtron.config import Config, UserError
 from jaxtron.gpus import gpu_named
 from jaxtron.models.decoder.cost import model_flops_per_token
-from jaxtron.plan.formula.machine import CONSTANTS, Machine, machine_named
-from jaxtron.plan.formula.practice import PRACTICES
 from jaxtron.plan.formula.prediction import Prediction, predict
+from jaxtron.plan.machine import CONSTANTS, Machine, machine_named
+from jaxtron.plan.profile import PROFILES
 from jaxtron.run.configuration import Configuration
 
 BEGIN, END = "<!-- predictions -->", "<!-- /predictions -->"
@@ -39,7 +39,7 @@ class Row:
     name: str
     source: str
     gpu: str
-    practice: str
+    profile: str
     model: tuple[int, int, int]
     vocab: int
     length: int
@@ -140,7 +140,7 @@ class Row:
         parameters = (12 * layers / self.pipe * hidden**2 + self.vocab * hidden) / self.tensor
         states = parameters * (6 + 12 / self.data if self.zero == "optimizer" else 18)
         tokens = self.length * microbatch * hidden
-        scores = 0 if self.practice == "megatron_2024" else 5 * heads * self.length / hidden
+        scores = 0 if self.profile == "megatron_2024" else 5 * heads * self.length / hidden
         kept = {"full": 2.0, "selective": 34 / self.tensor, "none": (34 + scores) / self.tensor}[self.recompute]
         window = (10 + 24 / self.tensor + scores / self.tensor) if self.recompute == "full" else 0
         more = 1 + (self.pipe - 1) / (self.pipe * chunks) if chunks > 1 else 1
@@ -178,7 +178,7 @@ def predict_row(row: Row, machine: Machine | None = None, choices: Sequence[tupl
     machine = machine or machine_named(row.gpu)
     found = []
     for microbatch, chunks in choices or row.choices():
-        prediction = predict(row.config(microbatch, chunks), row.sizes, machine, practice=PRACTICES[row.practice])
+        prediction = predict(row.config(microbatch, chunks), row.sizes, machine, profile=PROFILES[row.profile])
         found.append(Result(row, prediction, microbatch, chunks))
     return min(found, key=lambda result: result.prediction.step_seconds)
 

@@ -30,6 +30,19 @@ FLOORS = [
     {"__main__"},
 ]
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
+# Inside a package of many rooms: a file may import those of lower floors, and rooms of one floor are peers.
+INNER_FLOORS = {
+    "plan": [
+        {"table", "machine", "profile", "memory_use"},
+        {"layout", "hint"},
+        {"compiled", "formula"},
+        {"plan"},
+        {"search"},
+        {"report", "compare", "schedule", "request"},
+        {"show"},
+        {"__main__"},
+    ],
+}
 # the dispatcher imports the one verb that was asked for
 LAZY = {"jaxtron/__main__.py"}
 MOST_FILE_LINES = 500
@@ -57,6 +70,19 @@ def test_imports_point_down(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         for package in first_party(node):
             assert package == here or FLOOR[package] < FLOOR[here], f"{path}:{node.lineno} imports {package}"
+
+
+@pytest.mark.parametrize("package", INNER_FLOORS)
+def test_imports_point_down_inside_a_package(package: str) -> None:
+    floors = {room: floor for floor, rooms in enumerate(INNER_FLOORS[package]) for room in rooms}
+    for path in FILES:
+        if package_of(path) != package or path.name == "__init__.py":
+            continue
+        here = path.relative_to(ROOT / "jaxtron" / package).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[:2] == ["jaxtron", package]:
+                for room in node.module.split(".")[2:3] or [alias.name for alias in node.names]:
+                    assert room == here or floors[room] < floors[here], f"{path}:{node.lineno} imports {room}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

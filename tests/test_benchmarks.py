@@ -18,8 +18,8 @@ from jaxtron.config import UserError, load
 from jaxtron.gpus import gpu_named
 from jaxtron.plan.compiled.deviceless import gpu_devices
 from jaxtron.plan.compiled.rehearsal import rehearse
-from jaxtron.plan.formula.machine import machine_named
 from jaxtron.plan.formula.prediction import predict
+from jaxtron.plan.machine import machine_named
 from jaxtron.run.configuration import Configuration
 
 ROOT = Path(__file__).resolve().parents[1]

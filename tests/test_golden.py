@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from jaxtron.config import dump, load
-from jaxtron.plan.layout import text
+from jaxtron.plan.layout import layout_text
 from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.config import MeshConfig
 from jaxtron.sharding.mesh import build_mesh
@@ -25,7 +25,7 @@ MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 def describe(path: Path) -> str:
     config = load(Configuration, path).resolved()
     with use(make_rules(build_mesh(MESH, jax.devices()), config.sharding)):
-        layout = text(make_trainer(config).blueprint)
+        layout = layout_text(make_trainer(config).blueprint)
     return f"{dump(config)}\n{layout}\n"
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from jaxtron.config import UserError
 from jaxtron.gpus import POOL_FRACTION, POOL_VARIABLES, gpu_named, pool_fraction, set_pool_fraction
-from jaxtron.plan.compiled.memory import NCCL_BUFFERS, RESERVE, reserved
+from jaxtron.plan.memory_use import NCCL_BUFFERS, RESERVE, reserved
 from jaxtron.runtime.config import RuntimeConfig
 from jaxtron.runtime.start import start_runtime
 

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from jaxtron.config import UserError
-from jaxtron.plan.compiled.memory import MemoryUse
-from jaxtron.plan.report import FORMAT, Plan
+from jaxtron.plan.memory_use import MemoryUse
+from jaxtron.plan.plan import FORMAT, Plan
 from jaxtron.plan.table import aligned
 from jaxtron.words import readable_bytes, readable_seconds
 
@@ -33,7 +33,7 @@ class _SavedPlan(BaseModel):
     """What a comparison reads of a plan; it has more."""
 
     memory: dict[str, Any]
-    traffic: tuple[_Row, ...]
+    communication: tuple[_Row, ...]
     prediction: _Prediction
 
     @model_validator(mode="after")
@@ -65,10 +65,10 @@ def read_plan(path: Path) -> dict[str, Any]:
     return found
 
 
-def text(before: dict[str, Any], plan: Plan) -> str:
+def changes_text(before: dict[str, Any], plan: Plan) -> str:
     """A line for each figure that differs, what the change adds with a plus."""
     after = json.loads(json.dumps(plan.json()))
-    rows = [*_memory(before, after), *_traffic(before, after), *_prediction(before, after)]
+    rows = [*_memory(before, after), *_communication(before, after), *_prediction(before, after)]
     if not rows:
         return "changes: none"
     return "\n".join(["changes:", *aligned([(f"  {name}", *cells) for name, *cells in rows], right=(1, 2, 3))])
@@ -89,9 +89,9 @@ def _memory(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, st
     ]
 
 
-def _traffic(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def _communication(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """Payload of a step, and of one round of the innermost loop, such as a layer, where the loops are the same."""
-    old, new = ({_key(row): row for row in plan["traffic"]} for plan in (before, after))
+    old, new = ({_key(row): row for row in plan["communication"]} for plan in (before, after))
     found = []
     for key in dict.fromkeys((*new, *old)):
         was, now = (rows[key]["payload"] if key in rows else 0 for rows in (old, new))

@@ -15,7 +15,7 @@ STATE_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Row:
+class ParameterRow:
     """One parameter: what it is, where it lies at rest, and what of it a device holds.
 
     `bytes` are those of its float32 master weights on one device; `replicas` how many devices hold the same part;
@@ -32,7 +32,7 @@ class Row:
     padding: int
 
 
-def rows(blueprint: Blueprint) -> list[Row]:
+def parameter_rows(blueprint: Blueprint) -> list[ParameterRow]:
     """Every parameter in order, on the current mesh."""
     mesh = current().mesh
     leaves = jax.tree_util.tree_leaves_with_path(blueprint.shapes)
@@ -44,13 +44,15 @@ def rows(blueprint: Blueprint) -> list[Row]:
         copies = mesh.size * math.prod(part) // math.prod(layout.padded)
         name = ".".join(str(getattr(key, "key", key)) for key in path)
         padding = math.prod(layout.padded) - leaf.size
-        found.append(Row(name, leaf.shape, names, layout.spec, role, math.prod(part) * STATE_BYTES, copies, padding))
+        found.append(
+            ParameterRow(name, leaf.shape, names, layout.spec, role, math.prod(part) * STATE_BYTES, copies, padding)
+        )
     return found
 
 
-def text(blueprint: Blueprint) -> str:
+def layout_text(blueprint: Blueprint) -> str:
     """The table as text: a header, a line a parameter, and the totals of a device."""
-    found = rows(blueprint)
+    found = parameter_rows(blueprint)
     mesh = current().mesh
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     cells = [("parameter", "shape", "logical axes", "spec at rest", "role", "a device", "replicas")]
@@ -67,7 +69,7 @@ def text(blueprint: Blueprint) -> str:
     return "\n".join([f"mesh: {sizes}", *lines, total, *_padding(found), *_empty_rows(blueprint, found)])
 
 
-def _padding(found: list[Row]) -> list[str]:
+def _padding(found: list[ParameterRow]) -> list[str]:
     """A line about the padding of parameters that their axes do not divide, where there are some."""
     padded = [row for row in found if row.padding]
     if not padded:
@@ -77,7 +79,7 @@ def _padding(found: list[Row]) -> list[str]:
     return [f"{names}: padded by {share:.2%} at rest, for even parts"]
 
 
-def _empty_rows(blueprint: Blueprint, found: list[Row]) -> list[str]:
+def _empty_rows(blueprint: Blueprint, found: list[ParameterRow]) -> list[str]:
     """A line about rows that are no layers, where the stages of a pipeline have some."""
     stacked = next((row.shape[0] for row in found if row.axes[:1] == ("layers",)), None)
     if blueprint.layers is None or stacked in (None, blueprint.layers):

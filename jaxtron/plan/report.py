@@ -1,119 +1,22 @@
-"""A plan: what a rehearsed step takes of its GPUs, as text for a reader and as JSON for a program."""
+"""A plan as text for a reader and as JSON for a program."""
 
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import jax
 
 from jaxtron.command import write_whole
 from jaxtron.gpus import pool_fraction
-from jaxtron.models.decoder.cost import model_flops_per_token
-from jaxtron.pipeline.lowering import lower, message_counts
-from jaxtron.plan.advice import first_change
-from jaxtron.plan.compiled import flops, traffic
-from jaxtron.plan.compiled.memory import MemoryUse
+from jaxtron.plan.compiled.communication import CommunicationKey
 from jaxtron.plan.compiled.rehearsal import Rehearsal
-from jaxtron.plan.compiled.surprises import Surprise, surprises
-from jaxtron.plan.formula.machine import Machine
-from jaxtron.plan.formula.practice import JAXTRON, Practice
-from jaxtron.plan.formula.prediction import Prediction, predict
+from jaxtron.plan.plan import Plan
 from jaxtron.plan.table import aligned
-from jaxtron.run.configuration import Configuration
 from jaxtron.words import plural, readable_bytes, readable_count, readable_flops, readable_seconds, readable_time
 
-FORMAT = 1
 BAR = 30
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is known of a run before it runs. Bytes, FLOPs and seconds are those of one GPU and one step.
-
-    `compiled_flops` are those of the products in the program, where no schedule chooses among them; `padding` is the
-    part of the model's FLOPs that rows of the vocabulary take which are no tokens.
-    """
-
-    title: str
-    mesh: dict[str, int]
-    gpu: str
-    num_gpus: int
-    gpus_per_node: int
-    schedule: str
-    jax_version: str
-    rehearsal_seconds: float
-    parameters: int
-    memory: MemoryUse
-    traffic: list[traffic.Row]
-    messages: tuple[int, int]
-    prediction: Prediction
-    compiled_flops: int | None
-    attention: tuple[str, ...]
-    padding: float
-    surprises: list[Surprise]
-    advice: str | None
-
-    def json(self) -> dict[str, Any]:
-        """Plain data, read again by `plan/compare.py`."""
-        plain = dataclasses.asdict(self)
-        memory = {**plain["memory"], "total": self.memory.total, "fits": self.memory.fits}
-        return {"format": FORMAT, **plain, "memory": memory}
-
-
-def practice_of(rehearsal: Rehearsal, machine: Machine) -> Practice:
-    """How the compiled step runs, for the model of time: what it hides is what its schedule hides."""
-    return dataclasses.replace(JAXTRON, overlap=traffic.overlap(rehearsal, machine))
-
-
-def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
-    """Everything at once, from one compiled step and the constants of a machine."""
-    config, sizes = rehearsal.config, dict(rehearsal.mesh.shape)
-    practice = practice_of(rehearsal, machine)
-    train, tokens = config.train, config.data.sequence_length
-    rows = train.global_batch // train.microbatches // (sizes["data"] * sizes["fsdp"])
-    name = f"{config.pipeline.schedule}, " if sizes["pipe"] > 1 else ""
-    memory = rehearsal.memory_use
-    return Plan(
-        title=title,
-        mesh=sizes,
-        gpu=rehearsal.gpu.name,
-        num_gpus=rehearsal.mesh.size,
-        gpus_per_node=rehearsal.gpus_per_node,
-        schedule=f"{name}{plural(train.microbatches, 'microbatch')} of {rows:,} x {tokens:,} tokens",
-        jax_version=jax.__version__,
-        rehearsal_seconds=rehearsal.seconds,
-        parameters=rehearsal.trainer.blueprint.num_parameters,
-        memory=memory,
-        traffic=traffic.rows(rehearsal, machine),
-        messages=message_counts(lower(config.schedule(sizes["pipe"]))),
-        prediction=predict(config, sizes, machine, gpus_per_node=rehearsal.gpus_per_node, practice=practice),
-        compiled_flops=_executed(rehearsal),
-        attention=rehearsal.attention,
-        padding=_padding(config),
-        surprises=surprises(rehearsal),
-        advice=None if memory.fits else first_change(config, sizes, memory),
-    )
-
-
-def _executed(rehearsal: Rehearsal) -> int | None:
-    """FLOPs of the compiled program's products; None where they depend on a stage's table or on data."""
-    if rehearsal.mesh.shape["pipe"] > 1:
-        return None
-    try:
-        return flops.work(rehearsal.module).most
-    except ValueError:
-        return None
-
-
-def _padding(config: Configuration) -> float:
-    padded = model_flops_per_token(config.model, config.data.sequence_length)
-    return 6 * config.model.hidden_size * (config.model.padded_vocab - config.model.vocab_size) / padded
-
-
-def write_json(plan: Plan, path: Path) -> None:
+def write_plan(plan: Plan, path: Path) -> None:
     """The plan as JSON, the file replaced whole."""
     write_whole(path, json.dumps(plan.json(), indent=1) + "\n")
 
@@ -123,7 +26,7 @@ def write_hlo(rehearsal: Rehearsal, path: Path) -> None:
     write_whole(path, rehearsal.hlo)
 
 
-def text(plan: Plan, tokens: float | None = None) -> str:
+def plan_text(plan: Plan, tokens: float | None = None) -> str:
     """The plan for a reader; `tokens` is a budget whose days are told."""
     nodes = math.ceil(plan.num_gpus / plan.gpus_per_node)
     mesh = " x ".join(f"{axis} {parts}" for axis, parts in plan.mesh.items() if parts > 1) or "one device"
@@ -136,13 +39,13 @@ def text(plan: Plan, tokens: float | None = None) -> str:
             "",
             *_memory(plan),
             "",
-            *_traffic(plan),
+            *_communication(plan),
             "",
             *_compute(plan),
             "",
             *_prediction(plan, tokens),
             "",
-            *_surprises(plan),
+            *_diagnostics(plan),
         ]
     )
 
@@ -168,14 +71,14 @@ def _memory(plan: Plan) -> list[str]:
             rows.append((f"  {number}", str(stage.layers), str(stage.held), readable_bytes(stage.bytes)))
         lines += ["  every stage makes room for the fullest one; what some of them fill of it:"]
         lines += aligned(rows, right=(1, 2, 3))
-    return lines if plan.advice is None else [*lines, f"  change first: {plan.advice}"]
+    return lines if plan.hint is None else [*lines, f"  change first: {plan.hint}"]
 
 
-def _traffic(plan: Plan) -> list[str]:
-    if not plan.traffic:
+def _communication(plan: Plan) -> list[str]:
+    if not plan.communication:
         return ["communication: none"]
     rows = [("  kind", "axes", "link", "loops", "runs", "payload", "sent", "async", "time", "hidden")]
-    for row in plan.traffic:
+    for row in plan.communication:
         rows.append(
             (
                 f"  {row.key.kind}",
@@ -190,14 +93,14 @@ def _traffic(plan: Plan) -> list[str]:
                 f"{row.hidden / row.seconds:.0%}" if row.seconds else "-",
             )
         )
-    sent = {link: sum(row.sent for row in plan.traffic if row.link == link) for link in ("NVLink", "network")}
+    sent = {link: sum(row.sent for row in plan.communication if row.link == link) for link in ("NVLink", "network")}
     total = " and ".join(f"{readable_bytes(part)} by {link}" for link, part in sent.items() if part)
     lines = [f"communication of a GPU in a step: sends {total or 'nothing'}", *aligned(rows, right=range(4, 10))]
     given, needed = plan.messages
     return [*lines, f"  stages send {given / needed:.2f} times the messages they need"] if needed else lines
 
 
-def _loops(key: traffic.Key) -> str:
+def _loops(key: CommunicationKey) -> str:
     loops = " x ".join("?" if trips is None else str(trips) for trips in key.loops) or "once"
     return f"{loops} if" if key.conditional else loops
 
@@ -241,11 +144,11 @@ def _prediction(plan: Plan, tokens: float | None) -> list[str]:
     return lines
 
 
-def _surprises(plan: Plan) -> list[str]:
-    if not plan.surprises:
-        return ["surprises: none"]
-    lines = ["surprises:"]
-    for surprise in plan.surprises:
-        place = f" ({surprise.location})" if surprise.location else ""
-        lines.append(f"  {surprise.what}{place}")
+def _diagnostics(plan: Plan) -> list[str]:
+    if not plan.diagnostics:
+        return ["diagnostics: none"]
+    lines = ["diagnostics:"]
+    for diagnostic in plan.diagnostics:
+        place = f" ({diagnostic.location})" if diagnostic.location else ""
+        lines.append(f"  {diagnostic.what}{place}")
     return lines

@@ -27,7 +27,7 @@ _PLAIN = Style()
 _MOST_LABELS = 1500
 
 
-def text(
+def schedule_text(
     schedule: Schedule,
     *,
     width: int = 120,
@@ -56,7 +56,7 @@ def text(
     )
 
 
-def png(schedule: Schedule, path: Path, *, seconds: Mapping[Slot, Sequence[float]] | None = None) -> None:
+def draw_schedule(schedule: Schedule, path: Path, *, seconds: Mapping[Slot, Sequence[float]] | None = None) -> None:
     """Draws the timeline into `path`, replacing it whole: a row a stage, bars as long as their slots take.
 
     `seconds` are those of each slot by virtual stage; without them a forward through a whole stage takes 1.

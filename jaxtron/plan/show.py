@@ -12,14 +12,19 @@ from jaxtron.command import check_output
 from jaxtron.config import UserError, take_file
 from jaxtron.gpus import GPUS
 from jaxtron.pipeline.schedules.table_file import write_csv
-from jaxtron.plan import compare, layout, report, schedule
-from jaxtron.plan.compiled.activations import layer_bytes
+from jaxtron.plan.compare import changes_text, read_plan
 from jaxtron.plan.compiled.rehearsal import rehearse
+from jaxtron.plan.formula.activations import layer_bytes
 from jaxtron.plan.formula.calibrate import calibrate, measured_seconds, write_machine
-from jaxtron.plan.formula.machine import Machine, machine_named, read_machine
+from jaxtron.plan.layout import layout_text
+from jaxtron.plan.machine import Machine, machine_named, read_machine
+from jaxtron.plan.plan import Plan, make_plan, profile_of
+from jaxtron.plan.report import plan_text, write_hlo, write_plan
 from jaxtron.plan.request import Request
-from jaxtron.plan.search import ranking, search
+from jaxtron.plan.schedule import draw_schedule, schedule_text
 from jaxtron.plan.search.candidates import splits_sequences
+from jaxtron.plan.search.ranking import ranking_text, write_ranking
+from jaxtron.plan.search.search import compile_best, search
 from jaxtron.run.configuration import Configuration
 from jaxtron.runtime.start import simulate_devices, start_compiler, start_runtime
 from jaxtron.sharding.config import AXES
@@ -34,7 +39,7 @@ def show_plan(config: Configuration, request: Request) -> None:
     if request.gpu is None:
         known = ", ".join(GPUS)
         raise UserError(f"say for which GPU: --gpu {known} or a target's file; or --layout, --schedule")
-    earlier = None if request.compare is None else compare.read_plan(request.compare)
+    earlier = None if request.compare is None else read_plan(request.compare)
     machine = _machine(request)
     num_gpus, fitted = request.num_gpus(_known(config)), None
     if request.calibrate is not None:
@@ -49,20 +54,20 @@ def show_plan(config: Configuration, request: Request) -> None:
     rehearsal = rehearse(config, gpu=request.gpu, num_gpus=num_gpus, gpus_per_node=node_size)
     if request.calibrate is not None:
         assert fitted is not None
-        practice, sizes = report.practice_of(rehearsal, machine), dict(rehearsal.mesh.shape)
-        machine = calibrate(request.calibrate, config, sizes, machine, gpus_per_node=node_size, practice=practice)
+        profile, sizes = profile_of(rehearsal, machine), dict(rehearsal.mesh.shape)
+        machine = calibrate(request.calibrate, config, sizes, machine, gpus_per_node=node_size, profile=profile)
         write_machine(machine, fitted)
-    plan = report.make_plan(rehearsal, machine, _title(request))
-    print(report.text(plan, request.tokens))
+    plan = make_plan(rehearsal, machine, _title(request))
+    print(plan_text(plan, request.tokens))
     if earlier is not None:
         print()
-        print(compare.text(earlier, plan))
+        print(changes_text(earlier, plan))
     if request.json is not None:
-        report.write_json(plan, request.json)
+        write_plan(plan, request.json)
     if request.hlo is not None:
-        report.write_hlo(rehearsal, request.hlo)
+        write_hlo(rehearsal, request.hlo)
     if request.png is not None:
-        schedule.png(config.schedule(plan.mesh["pipe"]), request.png, seconds=plan.prediction.slot_seconds)
+        draw_schedule(config.schedule(plan.mesh["pipe"]), request.png, seconds=plan.prediction.slot_seconds)
     _tell_written(request.json, request.hlo, request.png, fitted)
 
 
@@ -72,7 +77,7 @@ def show_layout(config: Configuration, request: Request) -> None:
     devices = jax.devices()
     config.check_mesh(config.mesh.shape(len(devices)))
     with use(make_rules(build_mesh(config.mesh, devices), config.sharding, config.context)):
-        print(layout.text(make_trainer(config).blueprint))
+        print(layout_text(make_trainer(config).blueprint))
 
 
 def show_schedule(config: Configuration, request: Request) -> None:
@@ -88,9 +93,9 @@ def show_schedule(config: Configuration, request: Request) -> None:
     if request.csv is not None:
         write_csv(table, request.csv)
     if request.png is not None:
-        schedule.png(table, request.png)
+        draw_schedule(table, request.png)
     print(f"mesh: {mesh}")
-    print(schedule.text(table, width=width, color=color, chunk_bytes=partition.chunk_rows * each))
+    print(schedule_text(table, width=width, color=color, chunk_bytes=partition.chunk_rows * each))
     print(f"layers    {_lengths(partition.lengths)}; one keeps {readable_bytes(each)} of a microbatch on a device")
     if partition.num_stages > 1:
         print("memory    one program runs on all stages, so every device makes room for the fullest one's activations")
@@ -106,17 +111,17 @@ def show_search(config: Configuration, request: Request) -> None:
     # a layer split by tensor is traced on as many devices, and on twice as many where sequences are split too
     widest = max(request.node_size, config.mesh.tensor)
     simulate_devices(max(8, widest * (1 + splits_sequences(config))))
-    found = search.search(config, machine, num_gpus=num_gpus, gpus_per_node=min(request.node_size, num_gpus))
+    found = search(config, machine, num_gpus=num_gpus, gpus_per_node=min(request.node_size, num_gpus))
 
-    def compiled(config: Configuration) -> report.Plan:
+    def compiled(config: Configuration) -> Plan:
         assert request.gpu is not None
         rehearsal = rehearse(config, gpu=request.gpu, num_gpus=num_gpus, gpus_per_node=found.gpus_per_node)
-        return report.make_plan(rehearsal, machine, _title(request))
+        return make_plan(rehearsal, machine, _title(request))
 
-    found = search.compile_best(found, request.top or 3, compiled)
-    print(ranking.text(found, _title(request), request.tokens))
+    found = compile_best(found, request.top or 3, compiled)
+    print(ranking_text(found, _title(request), request.tokens))
     if request.json is not None:
-        ranking.write_json(found, _title(request), request.json)
+        write_ranking(found, _title(request), request.json)
     _tell_written(request.json)
 
 

@@ -14,7 +14,7 @@ from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
 from jaxtron.plan.compiled.deviceless import Memory
 from jaxtron.plan.compiled.memory import memory_use
 from jaxtron.plan.compiled.rehearsal import abstract_batch, rehearse
-from jaxtron.plan.formula.estimate import Estimator, shortened
+from jaxtron.plan.formula.memory_model import Estimator, shortened
 from jaxtron.plan.search.search import MARGIN
 from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.mesh import build_mesh

@@ -7,16 +7,7 @@ import pytest
 from jaxtron.config import UserError, dump, load
 from jaxtron.gpus import GPUS
 from jaxtron.plan.formula.calibrate import scale, write_machine
-from jaxtron.plan.formula.machine import (
-    CONSTANTS,
-    Group,
-    Machine,
-    Machines,
-    Product,
-    axes_group,
-    machine_named,
-    read_machine,
-)
+from jaxtron.plan.machine import CONSTANTS, Group, Machine, Machines, Product, axes_group, machine_named, read_machine
 
 IDEAL = Machine(
     gpu="a100",

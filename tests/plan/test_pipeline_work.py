@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxtron.plan.compiled import hlo
-from jaxtron.plan.compiled.flops import Choice, Work, work
+from jaxtron.plan.compiled.flops import Branches, ProductWork, work
 from jaxtron.plan.compiled.rehearsal import abstract_batch
 from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.mesh import build_mesh
@@ -24,7 +24,7 @@ HEAD = 3 * 2 * HIDDEN * VOCAB * TOKENS
 
 
 @functools.cache
-def program(schedule: str, pipe: int, chunks: int = 1, recompute: str = "none") -> Work:
+def program(schedule: str, pipe: int, chunks: int = 1, recompute: str = "none") -> ProductWork:
     config = Configuration.model_validate(
         {
             "model": {
@@ -51,13 +51,13 @@ def program(schedule: str, pipe: int, chunks: int = 1, recompute: str = "none") 
         return work(hlo.parse(lowered.compile().as_text()))
 
 
-def branches(program: Work) -> set[tuple[int, ...]]:
+def branches(program: ProductWork) -> set[tuple[int, ...]]:
     """The work of each choice that has any, ends included."""
     return {tuple(branch.most for branch in choice.branches) for choice in program.choices} - {(0, 0)}
 
 
 def test_one_stage_does_what_the_model_costs() -> None:
-    assert program("1f1b", 1) == Work(MICROBATCHES * (3 * LAYERS * (WEIGHTS + ATTENTION) + HEAD), ())
+    assert program("1f1b", 1) == ProductWork(MICROBATCHES * (3 * LAYERS * (WEIGHTS + ATTENTION) + HEAD), ())
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_stage_computes_its_entries_and_nothing_when_idle(schedule: str, chunk
     assert [branch.most for branch in head] == [0, HEAD]
 
 
-def largest(program: Work, flops: int) -> Work:
+def largest(program: ProductWork, flops: int) -> ProductWork:
     return next(branch for choice in program.choices for branch in choice.branches if branch.most == flops)
 
 
@@ -107,4 +107,6 @@ def test_work_is_counted_by_branch_and_trip() -> None:
 
     text = jax.jit(function).lower(jnp.ones((4, 4)), jnp.bool_(True)).compile().as_text()
     product = 2 * 4**3
-    assert work(hlo.parse(text)) == Work(5 * product, (Choice(5, (Work(0, ()), Work(product, ()))),))
+    assert work(hlo.parse(text)) == ProductWork(
+        5 * product, (Branches(5, (ProductWork(0, ()), ProductWork(product, ()))),)
+    )

@@ -13,7 +13,7 @@ from jaxtron.pipeline.partition import Partition
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.table_file import read_csv
 from jaxtron.plan.__main__ import main
-from jaxtron.plan.compiled.activations import layer_bytes
+from jaxtron.plan.formula.activations import layer_bytes
 from jaxtron.plan.request import parse
 from jaxtron.run.configuration import Configuration
 from jaxtron.words import readable_bytes

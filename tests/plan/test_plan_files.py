@@ -10,7 +10,7 @@ from jaxtron.config import UserError
 from jaxtron.gpus import GPUS, gpu_named
 from jaxtron.plan.__main__ import main
 from jaxtron.plan.compare import read_plan
-from jaxtron.plan.report import FORMAT
+from jaxtron.plan.plan import FORMAT
 
 
 @pytest.mark.parametrize(
@@ -68,15 +68,19 @@ def test_damaged_targets(old: str, new: str, message: str, tmp_path: Path):
     ("place", "value", "message"),
     [
         ("memory", {}, "memory.[a-z_]+ is no number of bytes"),
-        ("traffic", [{"key": ["all_gather", ["data"], [4], 2], "payload": "many", "each": 1}], "traffic.0.payload: "),
-        ("traffic", 7, "traffic: "),
+        (
+            "communication",
+            [{"key": ["all_gather", ["data"], [4], 2], "payload": "many", "each": 1}],
+            "communication.0.payload: ",
+        ),
+        ("communication", 7, "communication: "),
         ("prediction", {"step_seconds": 0, "mfu": 0.4}, "prediction.step_seconds: "),
         ("prediction", None, "prediction: "),
     ],
 )
 def test_damaged_plans(place: str, value, message: str, tmp_path: Path):
     path = tmp_path / "plan.json"
-    whole = {"memory": {}, "traffic": [], "prediction": {"step_seconds": 1.0, "mfu": 0.5}}
+    whole = {"memory": {}, "communication": [], "prediction": {"step_seconds": 1.0, "mfu": 0.5}}
     path.write_text(json.dumps({"format": FORMAT, **whole, place: value}))
     with pytest.raises(UserError, match=f"plan.json is a damaged plan: {message}"):
         read_plan(path)

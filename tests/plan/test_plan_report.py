@@ -13,14 +13,17 @@ from jaxtron.config import load
 from jaxtron.gpus import GPUS, gpu_named
 from jaxtron.pipeline.lowering import lower, reached, segments
 from jaxtron.pipeline.schedules.named import make_schedule
-from jaxtron.plan import compare, report
-from jaxtron.plan.advice import first_change
-from jaxtron.plan.compiled import hlo, traffic
+from jaxtron.plan.compare import changes_text, read_plan
+from jaxtron.plan.compiled import hlo
+from jaxtron.plan.compiled.communication import communication_rows, compiled_overlap
+from jaxtron.plan.compiled.diagnostics import diagnostics
 from jaxtron.plan.compiled.links import link
 from jaxtron.plan.compiled.overlap import products_beside
 from jaxtron.plan.compiled.rehearsal import Rehearsal, rehearse
-from jaxtron.plan.compiled.surprises import surprises
-from jaxtron.plan.formula.machine import machine_named
+from jaxtron.plan.hint import first_change
+from jaxtron.plan.machine import machine_named
+from jaxtron.plan.plan import make_plan
+from jaxtron.plan.report import plan_text, write_plan
 from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.config import AXES
 
@@ -137,7 +140,7 @@ def test_ticks_at_which_a_stage_comes_by_its_work(name: str) -> None:
 
 
 def test_traffic_counts_chosen_work_as_often_as_a_stage_has_it() -> None:
-    rows = traffic.rows(step(), machine_named("h100"))
+    rows = communication_rows(step(), machine_named("h100"))
     layers = [row for row in rows if row.key.axes == ("tensor",) and row.key.conditional and len(row.key.loops) == 2]
     # 2 gathers and 2 scatters a layer forward, 4 and 2 backward, for each microbatch and layer of a stage
     runs = {
@@ -152,19 +155,19 @@ def test_traffic_counts_chosen_work_as_often_as_a_stage_has_it() -> None:
 
 def test_the_compiled_overlap_reaches_the_prediction() -> None:
     machine = machine_named("h100")
-    plan = report.make_plan(step(), machine, "mine")
+    plan = make_plan(step(), machine, "mine")
     bare = tuple(dataclasses.replace(entry, beside=0) for entry in step().collectives)
-    exposed = report.make_plan(dataclasses.replace(step(), collectives=bare), machine, "mine")
-    assert sum(row.hidden for row in plan.traffic) > 0 == sum(row.hidden for row in exposed.traffic)
+    exposed = make_plan(dataclasses.replace(step(), collectives=bare), machine, "mine")
+    assert sum(row.hidden for row in plan.communication) > 0 == sum(row.hidden for row in exposed.communication)
     assert plan.prediction.step_seconds < exposed.prediction.step_seconds
 
 
 def test_surprises_of_a_clean_step_are_its_copies() -> None:
-    assert not [found for found in surprises(step("optimizer")) if "whole on" not in found.what]
-    found = surprises(dataclasses.replace(step(), gpu=dataclasses.replace(gpu_named("h100"), memory_bytes=2**20)))
-    shared = [surprise.what for surprise in found if "on all 2 of data" in surprise.what]
+    assert not [found for found in diagnostics(step("optimizer")) if "whole on" not in found.what]
+    found = diagnostics(dataclasses.replace(step(), gpu=dataclasses.replace(gpu_named("h100"), memory_bytes=2**20)))
+    shared = [diagnostic.what for diagnostic in found if "on all 2 of data" in diagnostic.what]
     assert len(shared) == 1 and "--sharding.zero optimizer" in shared[0]
-    assert any("on all 2 of pipe: the state of embedding.table" in surprise.what for surprise in found)
+    assert any("on all 2 of pipe: the state of embedding.table" in diagnostic.what for diagnostic in found)
 
 
 def test_planted_surprises_are_told_with_their_place() -> None:
@@ -176,10 +179,12 @@ def test_planted_surprises_are_told_with_their_place() -> None:
         'source_file="layer.py" source_line=7}. '
     )
     planted = dataclasses.replace(step(), collectives=(wrong,), messages=(message, message))
-    found = {(surprise.location, surprise.bytes): surprise.what for surprise in surprises(planted)}
+    found = {(diagnostic.location, diagnostic.bytes): diagnostic.what for diagnostic in diagnostics(planted)}
     assert "all_to_all over" in found["model.py:12", 3 * 2**24] and "48 MiB" in found["model.py:12", 3 * 2**24]
     assert "whole copy of jit(step)/mine" in found["layer.py:7", 0]
-    quiet = [surprise.what for surprise in surprises(planted) if "communicates nothing over it" in surprise.what]
+    quiet = [
+        diagnostic.what for diagnostic in diagnostics(planted) if "communicates nothing over it" in diagnostic.what
+    ]
     assert sorted(what.split()[0] for what in quiet) == sorted(
         f"mesh.{axis}" for axis in MESH if axis not in wrong.axes
     )
@@ -187,11 +192,11 @@ def test_planted_surprises_are_told_with_their_place() -> None:
 
 def test_a_plan_as_text_and_json_and_against_another(tmp_path: Path) -> None:
     machine = machine_named("h100")
-    before, after = (report.make_plan(step(zero), machine, "mine") for zero in ("none", "optimizer"))
-    report.write_json(before, tmp_path / "a.json")
+    before, after = (make_plan(step(zero), machine, "mine") for zero in ("none", "optimizer"))
+    write_plan(before, tmp_path / "a.json")
     plain = json.loads((tmp_path / "a.json").read_text())
     assert plain["memory"]["total"] == before.memory.total and plain["prediction"]["mfu"] == before.prediction.mfu
-    text = report.text(before, 1e9)
+    text = plan_text(before, 1e9)
     for words in (
         "fits",
         "activations in flight",
@@ -203,12 +208,12 @@ def test_a_plan_as_text_and_json_and_against_another(tmp_path: Path) -> None:
         "times the",
     ):
         assert words in text
-    changes = compare.text(compare.read_plan(tmp_path / "a.json"), after)
+    changes = changes_text(read_plan(tmp_path / "a.json"), after)
     # what the step gathers once: the weights that the optimizer's parts were
     gathered = [line for line in changes.splitlines() if "all_gather over data once a step" in line]
     assert len(gathered) == 1 and "0 B" in gathered[0] and "+" in gathered[0]
     assert "memory, optimizer" in changes and "-" in changes
-    assert compare.text(compare.read_plan(tmp_path / "a.json"), before) == "changes: none"
+    assert changes_text(read_plan(tmp_path / "a.json"), before) == "changes: none"
 
 
 def test_advice_names_the_largest_class() -> None:
@@ -236,7 +241,7 @@ def test_what_parts_of_a_sequence_share_is_hidden_where_it_runs_beside_products(
     for beside, part in ((10**18, 1.0), (0, 0.0)):
         planted = dataclasses.replace(once, beside=beside, asynchronous=True, conditional=False)
         rehearsal = dataclasses.replace(step(), collectives=(planted,), mesh=mesh)
-        assert traffic.overlap(rehearsal, machine).data == part
+        assert compiled_overlap(rehearsal, machine).data == part
 
 
 def test_a_gpu_from_its_target_file(tmp_path: Path) -> None:

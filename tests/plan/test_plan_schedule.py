@@ -7,7 +7,7 @@ import pytest
 
 from jaxtron.config import UserError
 from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
-from jaxtron.plan.schedule import png, text
+from jaxtron.plan.schedule import draw_schedule, schedule_text
 
 CHUNKS = {"interleaved": 2, "eager_interleaved": 2, "zero_bubble_v": 2, "dualpipe_v": 2}
 DRAWN = """\
@@ -28,24 +28,24 @@ messages  6 a step, at most 3 of one kind over one link (activations, stage 0 to
 
 
 def test_a_small_schedule_as_text():
-    assert text(make_schedule("1f1b", 2, 3), chunk_bytes=1000 * 2**10) == DRAWN
+    assert schedule_text(make_schedule("1f1b", 2, 3), chunk_bytes=1000 * 2**10) == DRAWN
 
 
 def test_bytes_are_known_by_stage_or_not_at_all():
     schedule = make_schedule("zero_bubble", 4, 8)
-    assert "activations" not in text(schedule).partition("ticks ")[0]
-    drawn = text(schedule, chunk_bytes=[10, 20, 30, 40])
+    assert "activations" not in schedule_text(schedule).partition("ticks ")[0]
+    drawn = schedule_text(schedule, chunk_bytes=[10, 20, 30, 40])
     # pairs count as much as what is in flight: four in all on every stage
     assert re.findall(r"^ +\d(?: +\d)+ +(\d+ B)$", drawn, re.MULTILINE) == ["40 B", "80 B", "120 B", "160 B"]
     with pytest.raises(ValueError, match="3 stages for a schedule of 4"):
-        text(schedule, chunk_bytes=[1, 2, 3])
+        schedule_text(schedule, chunk_bytes=[1, 2, 3])
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("width", [60, 120])
 def test_a_wide_table_loses_its_middle_and_says_so(name, width):
     schedule = make_schedule(name, 4, 64, CHUNKS.get(name, 1))
-    lines = text(schedule, width=width).splitlines()
+    lines = schedule_text(schedule, width=width).splitlines()
     first, last = map(int, re.search(r"ticks (\d+) to (\d+) are left out to fit", "\n".join(lines)).groups())
     header = next(line for line in lines if line.startswith("tick "))
     stages = [line for line in lines if line.startswith("stage ") and "warm-up" not in line]
@@ -57,16 +57,16 @@ def test_a_wide_table_loses_its_middle_and_says_so(name, width):
 def test_colors_change_nothing_else():
     for name in SCHEDULES:
         schedule = make_schedule(name, 2, 4, CHUNKS.get(name, 1))
-        colored = text(schedule, color=True)
+        colored = schedule_text(schedule, color=True)
         assert "\x1b[34m" in colored
-        assert re.sub(r"\x1b\[[\d;]*m", "", colored) == text(schedule)
+        assert re.sub(r"\x1b\[[\d;]*m", "", colored) == schedule_text(schedule)
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zero_bubble_v"])
 @pytest.mark.parametrize("num_microbatches", [4, 512])
 def test_the_timeline_as_a_picture(tmp_path, name, num_microbatches):
     path = tmp_path / "schedule.png"
-    png(make_schedule(name, 4, num_microbatches, CHUNKS.get(name, 1)), path)
+    draw_schedule(make_schedule(name, 4, num_microbatches, CHUNKS.get(name, 1)), path)
     image = matplotlib.image.imread(path)
     height, width = image.shape[:2]
     assert 200 < height < 600 and 800 < width <= 4800
@@ -78,4 +78,4 @@ def test_the_timeline_as_a_picture(tmp_path, name, num_microbatches):
 
 def test_a_picture_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match="cannot write .*nowhere"):
-        png(make_schedule("1f1b", 2, 3), tmp_path / "nowhere" / "schedule.png")
+        draw_schedule(make_schedule("1f1b", 2, 3), tmp_path / "nowhere" / "schedule.png")

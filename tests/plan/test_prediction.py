@@ -10,10 +10,10 @@ import pytest
 from jaxtron.config import UserError
 from jaxtron.gpus import GPUS, gpu_named
 from jaxtron.plan.formula.calibrate import calibrate
-from jaxtron.plan.formula.machine import Machine, machine_named
-from jaxtron.plan.formula.operations import embedding_parameters, period, period_parameters, shapes_of
-from jaxtron.plan.formula.practice import JAXTRON, MEGATRON_2021, MEGATRON_2022, PRACTICES, Overlap
 from jaxtron.plan.formula.prediction import Prediction, predict
+from jaxtron.plan.formula.workload import embedding_parameters, period, period_parameters, shapes_of
+from jaxtron.plan.machine import Machine, machine_named
+from jaxtron.plan.profile import JAXTRON, MEGATRON_2021, MEGATRON_2022, PROFILES, Overlap
 from jaxtron.run.configuration import Configuration
 
 A100 = machine_named("a100")
@@ -33,12 +33,12 @@ def configuration(*, model: dict | None = None, train: dict | None = None, **sec
     )
 
 
-def predicted(config: Configuration, machine: Machine = A100, practice=JAXTRON, **sizes: int) -> Prediction:
-    return predict(config, ONE | sizes, machine, practice=practice)
+def predicted(config: Configuration, machine: Machine = A100, profile=JAXTRON, **sizes: int) -> Prediction:
+    return predict(config, ONE | sizes, machine, profile=profile)
 
 
-def layer_collectives(config: Configuration, slot: str, practice=JAXTRON, **sizes: int) -> list[tuple[str, float]]:
-    work = getattr(period(shapes_of(config, ONE | sizes, practice, KIND)), slot)
+def layer_collectives(config: Configuration, slot: str, profile=JAXTRON, **sizes: int) -> list[tuple[str, float]]:
+    work = getattr(period(shapes_of(config, ONE | sizes, profile, KIND)), slot)
     return sorted((one.kind, one.size * one.count) for one in work.collectives)
 
 
@@ -54,10 +54,10 @@ def layer_collectives(config: Configuration, slot: str, practice=JAXTRON, **size
         ({"pipe": 4}, {"pipeline": {"schedule": "dualpipe_v", "chunks": 2}, "train": {"microbatches": 8}}),
     ],
 )
-@pytest.mark.parametrize("practice", PRACTICES.values(), ids=PRACTICES)
-def test_the_parts_add_up(sizes, sections, practice):
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
+def test_the_parts_add_up(sizes, sections, profile):
     config = configuration(model={"dropout": 0.1, "attention_dropout": 0.1}, **sections)
-    found = predicted(config, practice=practice, **sizes)
+    found = predicted(config, profile=profile, **sizes)
     parts = {field.name: getattr(found.breakdown, field.name) for field in fields(found.breakdown)}
     assert sum(parts.values()) == pytest.approx(found.step_seconds)
     assert min(parts.values()) >= 0 and parts["products"] > 0
@@ -76,10 +76,10 @@ def test_flops_are_those_of_the_papers():
     # the attention core's forward once more: two products of s x s x h
     selective = model + 4 * tokens * s * h * layers
     for recompute, hardware in (("none", model), ("full", full), ("selective", selective)):
-        for practice in (JAXTRON, PRACTICES["megatron_2024"]):
+        for profile in (JAXTRON, PROFILES["megatron_2024"]):
             for sizes in ({}, {"data": 2, "tensor": 4}, {"pipe": 4, "fsdp": 2}):
                 num_gpus = 1 if not sizes else 8
-                found = predicted(configuration(model={"recompute": recompute}), practice=practice, **sizes)
+                found = predicted(configuration(model={"recompute": recompute}), profile=profile, **sizes)
                 assert found.model_flops * num_gpus == pytest.approx(model, rel=1e-12)
                 assert found.hardware_flops * num_gpus == pytest.approx(hardware, rel=1e-12)
                 assert found.mfu == pytest.approx(found.model_flops / found.step_seconds / 312e12)
@@ -117,16 +117,16 @@ def test_weights_are_gathered_at_use_by_fsdp_and_zero_3():
     parameters = period_parameters(shapes_of(config, ONE, JAXTRON, KIND))
     for slot, kind in (("forward", "all_gather"), ("backward", "all_gather"), ("weight", "reduce_scatter")):
         assert layer_collectives(config, slot, fsdp=4, data=2) == [(kind, pytest.approx(2 * parameters))]
-    exposed = predicted(config, practice=NOTHING_HIDDEN, fsdp=4, data=2)
+    exposed = predicted(config, profile=NOTHING_HIDDEN, fsdp=4, data=2)
     # the tables' are left: the embedding has no product to hide behind
-    hidden = predicted(config, practice=JAXTRON, fsdp=4, data=2)
+    hidden = predicted(config, profile=JAXTRON, fsdp=4, data=2)
     assert 0 < hidden.breakdown.fsdp < 0.3 * exposed.breakdown.fsdp
     assert exposed.breakdown.data == 0
 
 
 def test_zero_1_updates_a_part_and_moves_no_more():
     sharded, whole = (
-        predicted(configuration(sharding={"zero": zero}), practice=NOTHING_HIDDEN, data=8).breakdown
+        predicted(configuration(sharding={"zero": zero}), profile=NOTHING_HIDDEN, data=8).breakdown
         for zero in ("optimizer", "none")
     )
     assert sharded.optimizer == pytest.approx(whole.optimizer / 8, rel=0.01)
@@ -142,7 +142,7 @@ def test_a_bubble_is_as_long_as_the_paper_says():
     def bubble(microbatches: int, **pipeline) -> float:
         train = {"global_batch": 8 * microbatches, "microbatches": microbatches}
         config = configuration(model=small, train=train, pipeline=pipeline)
-        found = predict(config, ONE | {"pipe": 4}, machine, gpus_per_node=8, practice=JAXTRON).breakdown
+        found = predict(config, ONE | {"pipe": 4}, machine, gpus_per_node=8, profile=JAXTRON).breakdown
         return found.bubble / (found.products + found.memory + found.tensor)
 
     for count in (8, 32):
@@ -172,17 +172,17 @@ def test_the_last_stage_has_the_head():
 
 def test_hiding_never_hides_more_than_there_is_to_hide_behind():
     config = configuration()
-    exposed = predicted(config, practice=NOTHING_HIDDEN, tensor=8).breakdown.tensor
+    exposed = predicted(config, profile=NOTHING_HIDDEN, tensor=8).breakdown.tensor
     half, all_of_it = (
-        predicted(config, practice=replace(JAXTRON, overlap=Overlap(tensor=part, regather=part)), tensor=8).breakdown
+        predicted(config, profile=replace(JAXTRON, overlap=Overlap(tensor=part, regather=part)), tensor=8).breakdown
         for part in (0.5, 1.0)
     )
     # the embedding's are left
     assert half.tensor == pytest.approx(exposed / 2, rel=0.03) and all_of_it.tensor < 0.03 * exposed
     # links a thousand times as slow: products last no longer
     slow = A100.model_copy(update={"nvlink_fraction": 1e-3})
-    hidden = predicted(config, slow, practice=replace(JAXTRON, overlap=Overlap(tensor=1.0, regather=1.0)), tensor=8)
-    shown = predicted(config, slow, practice=NOTHING_HIDDEN, tensor=8)
+    hidden = predicted(config, slow, profile=replace(JAXTRON, overlap=Overlap(tensor=1.0, regather=1.0)), tensor=8)
+    shown = predicted(config, slow, profile=NOTHING_HIDDEN, tensor=8)
     assert shown.breakdown.tensor - hidden.breakdown.tensor == pytest.approx(shown.breakdown.products, rel=0.05)
 
 
@@ -196,7 +196,7 @@ def test_tensor_parallelism_across_nodes_is_dear():
 
 def test_shared_key_value_heads_are_computed_everywhere():
     grouped, few = (
-        predicted(configuration(model={"num_kv_heads": heads}), tensor=8, practice=NOTHING_HIDDEN).hardware_flops
+        predicted(configuration(model={"num_kv_heads": heads}), tensor=8, profile=NOTHING_HIDDEN).hardware_flops
         for heads in (8, 1)
     )
     # one key/value head on each of 8 parts, whether it is an own one or a copy
@@ -211,7 +211,7 @@ def test_one_layer_of_the_22b_takes_as_long_as_was_measured():
         ("full", MEGATRON_2021): (7.7, 19.5),
         ("selective", MEGATRON_2022): (7.2, 13.1),
     }
-    for (recompute, practice), published in measured.items():
+    for (recompute, profile), published in measured.items():
         model = {"num_layers": 48, "hidden_size": 6144, "num_heads": 64, "recompute": recompute}
         drops = {"dropout": 0.1, "attention_dropout": 0.1}
         one, two = (
@@ -224,7 +224,7 @@ def test_one_layer_of_the_22b_takes_as_long_as_was_measured():
                 ),
                 ONE | {"tensor": 8},
                 A100,
-                practice=practice,
+                profile=profile,
             )
             for layers in (1, 2)
         )
@@ -322,7 +322,7 @@ def test_sequence_parallelism_saves_what_it_promises():
     # 2205.05198, Table 4: norms and dropout of the copied stream cost 0.5 of 7.7 ms of a forward
     drops = {"dropout": 0.1, "attention_dropout": 0.1}
     copied, split = (
-        predicted(configuration(model=drops), practice=replace(MEGATRON_2021, sequence_sharded=sharded), tensor=8)
+        predicted(configuration(model=drops), profile=replace(MEGATRON_2021, sequence_sharded=sharded), tensor=8)
         for sharded in (False, True)
     )
     assert split.breakdown.memory < copied.breakdown.memory

@@ -10,10 +10,10 @@ import pytest
 
 from jaxtron.config import UserError, load
 from jaxtron.plan.__main__ import main
-from jaxtron.plan.formula.machine import machine_named
 from jaxtron.plan.formula.prediction import predict
+from jaxtron.plan.machine import machine_named
 from jaxtron.plan.search.candidates import LEAST_PART, Layout, layouts, own_layout
-from jaxtron.plan.search.ranking import text, write_json
+from jaxtron.plan.search.ranking import ranking_text, write_ranking
 from jaxtron.plan.search.search import MARGIN, Search, compile_best, search
 from jaxtron.run.configuration import Configuration
 from jaxtron.words import readable_bytes
@@ -137,7 +137,7 @@ def test_a_search_ranks_layouts_that_split_sequences():
     found = search(config, H100, num_gpus=2, gpus_per_node=2)
     assert found.own is not None and found.own_problem is None and found.rank(found.own.layout) is not None
     assert {one.layout.context for one in found.candidates} == {1, 2}
-    assert "context 2" in text(found, "small")
+    assert "context 2" in ranking_text(found, "small")
 
 
 def test_candidates_are_ranked_by_time_and_fit(small: Search):
@@ -172,7 +172,7 @@ def test_an_own_layout_that_does_not_run_or_fit_is_told():
     assert (
         found.own is None
         and "needs 8 devices, there are 4; change the mesh, set one axis to -1, or plan for them: --gpus 8"
-        in text(found, "small")
+        in ranking_text(found, "small")
     )
     # scores of four rows of 16k tokens
     found = search(
@@ -182,7 +182,7 @@ def test_an_own_layout_that_does_not_run_or_fit_is_told():
         gpus_per_node=2,
     )
     assert found.own is not None and not found.own.memory.fits and found.rank(found.own.layout) is None
-    assert "own, does not fit" in text(found, "small")
+    assert "own, does not fit" in ranking_text(found, "small")
 
 
 @pytest.mark.parametrize(
@@ -244,10 +244,10 @@ def test_the_compiled_are_ranked_among_themselves_and_the_unfit_dropped(small: S
     for ranking, is_compiled in ((found.compiled, True), (found.candidates, False)):
         seconds = [one.prediction.step_seconds for one in ranking]
         assert seconds == sorted(seconds) and all((one.plan is not None) is is_compiled for one in ranking)
-    told = text(found, "small", tokens=1e9)
+    told = ranking_text(found, "small", tokens=1e9)
     assert "4 compiled, 1 of them too big" in told and "1.00 billion tokens take" in told
     assert f"type: {found.best.layout.flags(found.config)}" in told
-    write_json(found, "small", tmp_path / "found.json")
+    write_ranking(found, "small", tmp_path / "found.json")
     plain = json.loads((tmp_path / "found.json").read_text())
     assert all(one["compiled"] for one in (*plain["compiled"], *plain["unfit"], plain["own"]))
     assert not any(one["compiled"] for one in plain["by_formula"]) and not plain["unfit"][0]["fits"]
@@ -277,7 +277,7 @@ def test_the_own_layout_is_compiled_and_the_gain_over_it_is_of_compiled_steps(
     assert small.own.formula.step_seconds > small.best.formula.step_seconds
     found = compile_best(small, 1, compiled_as(small, {meshes[0]: 1.0, own.mesh_text: own_seconds}, set(), []))
     assert found.own.plan is not None and found.own in found.compiled and len(found.compiled) == 2
-    told = text(found, "small")
+    told = ranking_text(found, "small")
     assert gain in told
     by_formula = told[told.index("by formula, of each mesh") : told.index("type: ")]
     assert own.mesh_text + " " not in by_formula and "own" in told[: told.index("by formula, of each mesh")]
@@ -287,7 +287,7 @@ def test_the_own_layout_is_compiled_and_the_gain_over_it_is_of_compiled_steps(
 def test_an_own_layout_too_big_when_compiled_is_told_with_the_compilers_bytes(small: Search):
     own = small.own.layout.mesh_text
     found = compile_best(small, 1, compiled_as(small, {}, {own}, []))
-    told = text(found, "small")
+    told = ranking_text(found, "small")
     assert (
         found.own in found.unfit and f"own layout does not fit: {readable_bytes(found.own.memory.total)} a GPU" in told
     )
@@ -299,14 +299,14 @@ def test_how_far_formulas_are_off_says_what_else_may_be_faster(small: Search):
     # twice its formula: all whose formula is at most as long may be faster, the own layout is not
     first = small.candidates[0].formula.step_seconds
     own = {small.own.layout.mesh_text: 2 * small.own.formula.step_seconds}
-    told = text(compile_best(small, 1, compiled_as(small, own | {meshes[0]: 2 * first}, set(), [])), "small")
+    told = ranking_text(compile_best(small, 1, compiled_as(small, own | {meshes[0]: 2 * first}, set(), [])), "small")
     assert "compiled steps take 2.00 times as long as their formulas say" in told and "would be faster" not in told
-    told = text(compile_best(small, 1, compiled_as(small, own | {meshes[0]: 3 * first}, set(), [])), "small")
+    told = ranking_text(compile_best(small, 1, compiled_as(small, own | {meshes[0]: 3 * first}, set(), [])), "small")
     assert "compiled steps take 2.00 to 3.00 times" in told and "would be faster than the first" in told
 
 
 def test_the_reasons_are_differences_of_the_breakdowns(small: Search):
-    told = text(small, "small")
+    told = ranking_text(small, "small")
     best = small.best
     other = next(one for one in small.candidates if one.layout.sizes != best.layout.sizes)
     difference = best.formula.step_seconds - other.formula.step_seconds

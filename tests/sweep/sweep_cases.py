@@ -77,7 +77,7 @@ def nothing_starts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "initial_state", refuse)
         patch.setattr("jaxtron.plan.show.rehearse", refuse)
-        patch.setattr("jaxtron.plan.show.search.search", refuse)
+        patch.setattr("jaxtron.plan.show.search", refuse)
         yield
 
 

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from jaxtron.config import dump, load
 from jaxtron.data.megatron.indexed import IndexedWriter
 from jaxtron.gpus import GPUS
-from jaxtron.plan.compiled.memory import MemoryUse
-from jaxtron.plan.formula.machine import machine_named
-from jaxtron.plan.report import FORMAT
+from jaxtron.plan.machine import machine_named
+from jaxtron.plan.memory_use import MemoryUse
+from jaxtron.plan.plan import FORMAT
 from jaxtron.run.configuration import Configuration
 
 TINY = """\
@@ -38,7 +38,7 @@ TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfo
 PLAN = {
     "format": FORMAT,
     "memory": {name.name: 10 for name in dataclasses.fields(MemoryUse)} | {"total": 110, "fits": True, "stages": []},
-    "traffic": [{"key": ["all_gather", ["data"], [4], 2], "payload": 64, "each": 16}],
+    "communication": [{"key": ["all_gather", ["data"], [4], 2], "payload": 64, "each": 16}],
     "prediction": {"step_seconds": 0.5, "mfu": 0.4},
 }
 

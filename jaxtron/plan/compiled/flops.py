@@ -18,19 +18,19 @@ _BRANCHES = ("false_computation", "true_computation", "branch_computations")
 
 
 @dataclass(frozen=True)
-class Choice:
+class Branches:
     """A conditional: how often it is reached, and the work of each branch, false before true."""
 
     times: int
-    branches: tuple["Work", ...]
+    branches: tuple["ProductWork", ...]
 
 
 @dataclass(frozen=True)
-class Work:
+class ProductWork:
     """FLOPs that run whatever is chosen (2 a multiplication with its addition), and what is chosen."""
 
     flops: int
-    choices: tuple[Choice, ...]
+    choices: tuple[Branches, ...]
 
     @property
     def most(self) -> int:
@@ -40,7 +40,7 @@ class Work:
         )
 
 
-def work(module: hlo.Module, computation: str | None = None) -> Work:
+def work(module: hlo.Module, computation: str | None = None) -> ProductWork:
     """The products of a computation (none: the program's entry), loops counted by their trips.
 
     They are dots, calls of cuBLAS, and kernels of ours, run at once or between a start and an end, in whatever
@@ -54,13 +54,13 @@ def work(module: hlo.Module, computation: str | None = None) -> Work:
             continue
         flops += _product(instruction, shapes)
         if instruction.opcode == "conditional":
-            choices.append(Choice(1, tuple(work(module, branch) for branch in _branches(instruction))))
+            choices.append(Branches(1, tuple(work(module, branch) for branch in _branches(instruction))))
             continue
         for times, called in _called(module, instruction):
             inner = work(module, called)
             flops += times * inner.flops
-            choices += [Choice(times * choice.times, choice.branches) for choice in inner.choices]
-    return Work(flops, tuple(choices))
+            choices += [Branches(times * choice.times, choice.branches) for choice in inner.choices]
+    return ProductWork(flops, tuple(choices))
 
 
 def most(

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 
 from jaxtron.gpus import Gpu, gpu_named
 from jaxtron.models.decoder.attention_choice import attention_lines
-from jaxtron.plan import layout
 from jaxtron.plan.compiled import hlo
 from jaxtron.plan.compiled.census import Collective, census
 from jaxtron.plan.compiled.deviceless import MORE, Memory, gpu_devices, memory
-from jaxtron.plan.compiled.memory import MemoryUse, memory_use
+from jaxtron.plan.compiled.memory import memory_use
+from jaxtron.plan.layout import ParameterRow, parameter_rows
+from jaxtron.plan.memory_use import MemoryUse
 from jaxtron.run.attention import choose_attention
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.step import Batch, Trainer, batch_sharding, jit_step
@@ -50,7 +51,7 @@ class Rehearsal:
     collectives: tuple[Collective, ...]
     memory: Memory
     memory_use: MemoryUse
-    layout: tuple[layout.Row, ...]
+    layout: tuple[ParameterRow, ...]
     module: hlo.Module
     hlo: str
     messages: tuple[str, ...]
@@ -75,7 +76,7 @@ def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: i
         module = hlo.parse(text)
         collectives = census(module, mesh)
         num_groups = len({entry.axes for entry in collectives if entry.group_size > 1})
-        rows = tuple(layout.rows(trainer.blueprint))
+        rows = tuple(parameter_rows(trainer.blueprint))
         use_of_memory = memory_use(trainer, batch, planned, gpu_named(gpu), num_groups)
     return Rehearsal(
         config=config,

@@ -8,9 +8,9 @@ from pathlib import Path
 from jaxtron.command import write_whole
 from jaxtron.config import UserError, dump
 from jaxtron.gpus import Gpu
-from jaxtron.plan.formula.machine import Machine
-from jaxtron.plan.formula.practice import JAXTRON, Practice
 from jaxtron.plan.formula.prediction import predict
+from jaxtron.plan.machine import Machine
+from jaxtron.plan.profile import JAXTRON, Profile
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.metrics import read_metrics
 from jaxtron.words import plural
@@ -82,7 +82,7 @@ def calibrate(
     machine: Machine,
     *,
     gpus_per_node: int = 8,
-    practice: Practice = JAXTRON,
+    profile: Profile = JAXTRON,
 ) -> Machine:
     """The machine with its compute rates times one factor, so that the step is predicted as long as it was measured.
 
@@ -93,7 +93,7 @@ def calibrate(
 
     def seconds(factor: float) -> float:
         scaled = scale(machine, factor)
-        return predict(config, sizes, scaled, gpus_per_node=gpus_per_node, practice=practice).step_seconds
+        return predict(config, sizes, scaled, gpus_per_node=gpus_per_node, profile=profile).step_seconds
 
     low, high = LEAST_FACTOR, min(1 / getattr(machine, name) for name in RATES)
     for bound, is_slow, fix in ((high, seconds(high) > wanted, "faster"), (low, seconds(low) < wanted, "slower")):

@@ -10,10 +10,10 @@ from jaxtron.pipeline.partition import Partition
 from jaxtron.pipeline.schedules.figures import Slot, Walk, starts, walk
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.schedule import Schedule
-from jaxtron.plan.formula import operations
-from jaxtron.plan.formula.machine import Group, Machine, axes_group
-from jaxtron.plan.formula.operations import OPTIMIZER_BYTES, Collective, Once, Shapes, Work
-from jaxtron.plan.formula.practice import JAXTRON, Practice
+from jaxtron.plan.formula import workload
+from jaxtron.plan.formula.workload import OPTIMIZER_BYTES, CollectiveWork, Once, Shapes, Work
+from jaxtron.plan.machine import Group, Machine, axes_group
+from jaxtron.plan.profile import JAXTRON, Profile
 from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.config import AXES, SHARD_AXES
 
@@ -60,7 +60,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Cost:
+class SlotCost:
     """Seconds of a slot by what they are spent on."""
 
     products: float = 0.0
@@ -75,11 +75,11 @@ class Cost:
         """The slot."""
         return self.products + self.memory + self.tensor + self.fsdp + self.context + self.pipe
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+    def __add__(self, other: "SlotCost") -> "SlotCost":
+        return SlotCost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
-    def __mul__(self, times: float) -> "Cost":
-        return Cost(*(getattr(self, field.name) * times for field in fields(self)))
+    def __mul__(self, times: float) -> "SlotCost":
+        return SlotCost(*(getattr(self, field.name) * times for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Timer:
     machine: Machine
     sizes: dict[str, int]
     gpus_per_node: int
-    practice: Practice
+    profile: Profile
     zero: str
 
     def group(self, purpose: str) -> Group:
@@ -102,7 +102,7 @@ class Timer:
             return axes_group(self.sizes, SHARD_AXES, self.gpus_per_node)
         return axes_group(self.sizes, ("tensor" if purpose == "regather" else purpose,), self.gpus_per_node)
 
-    def cost(self, work: Work) -> Cost:
+    def cost(self, work: Work) -> SlotCost:
         """Seconds of a piece of work alone on the device."""
         products = sum(map(self.machine.product_seconds, work.products))
         if work.attention_flops:
@@ -111,9 +111,9 @@ class Timer:
         behind = products
         for purpose in exposed:
             seconds = self.collectives(tuple(one for one in work.collectives if one.purpose == purpose), purpose)
-            hidden = min(getattr(self.practice.overlap, purpose) * seconds, behind)
+            hidden = min(getattr(self.profile.overlap, purpose) * seconds, behind)
             exposed[purpose], behind = seconds - hidden, behind - hidden
-        return Cost(
+        return SlotCost(
             products=products,
             memory=self.machine.pass_seconds(work.stream, work.kernels),
             tensor=exposed["tensor"] + exposed["regather"],
@@ -121,7 +121,7 @@ class Timer:
             context=exposed["context"],
         )
 
-    def collectives(self, found: tuple[Collective, ...], purpose: str) -> float:
+    def collectives(self, found: tuple[CollectiveWork, ...], purpose: str) -> float:
         """Seconds of collectives one after the other, none hidden."""
         if not found:
             return 0.0
@@ -139,7 +139,7 @@ class Timer:
         seconds = self.machine.message_seconds(
             shapes.residual_bytes / shapes.tensor, inside_node=inside.local == inside.size
         )
-        if self.practice.sequence_sharded or shapes.tensor == 1:
+        if self.profile.sequence_sharded or shapes.tensor == 1:
             return seconds
         return seconds + self.machine.collective_seconds("all_gather", shapes.residual_bytes, self.group("tensor"))
 
@@ -150,7 +150,7 @@ def predict(
     machine: Machine,
     *,
     gpus_per_node: int = 8,
-    practice: Practice = JAXTRON,
+    profile: Profile = JAXTRON,
 ) -> Prediction:
     """The step of a configuration on a mesh of these sizes by axis; docs/prediction.md has the equations.
 
@@ -158,13 +158,13 @@ def predict(
     """
     config = config.resolved()
     config.check_mesh(sizes)
-    shapes = operations.shapes_of(config, sizes, practice, gpu_named(machine.gpu).device_kind)
-    timer = Timer(machine, sizes, gpus_per_node, practice, config.sharding.zero)
+    shapes = workload.shapes_of(config, sizes, profile, gpu_named(machine.gpu).device_kind)
+    timer = Timer(machine, sizes, gpus_per_node, profile, config.sharding.zero)
     table, walked = _walk(config, sizes["pipe"])
     partition = config.partition(sizes["pipe"])
     costs, flops = _slot_costs(shapes, table, partition, timer)
     durations: dict[Slot, list[float]] = {slot: [cost.total for cost in costs[slot]] for slot in costs}
-    begun = starts(walked, durations, latency=practice.overlap.pipe * timer.message(shapes))
+    begun = starts(walked, durations, latency=profile.overlap.pipe * timer.message(shapes))
     ends = [0.0] * table.num_stages
     for stage, slot, virtual, start in zip(walked.stages, walked.slots, walked.virtuals, begun, strict=True):
         ends[stage] = start + durations[slot][virtual]
@@ -213,15 +213,15 @@ def _known_walk(name: str, num_stages: int, num_microbatches: int, num_chunks: i
 
 def _slot_costs(
     shapes: Shapes, table: Schedule, partition: Partition, timer: Timer
-) -> tuple[dict[Slot, list[Cost]], float]:
+) -> tuple[dict[Slot, list[SlotCost]], float]:
     """The cost of each slot by virtual stage, and the FLOPs of a microbatch on a device of each stage, added up."""
-    pieces = (operations.period(shapes), operations.embedding(shapes), operations.head(shapes))
+    pieces = (workload.period(shapes), workload.embedding(shapes), workload.head(shapes))
     last = table.num_virtual - 1
-    message = Cost(pipe=(1 - timer.practice.overlap.pipe) * timer.message(shapes))
-    costs: dict[Slot, list[Cost]] = {}
+    message = SlotCost(pipe=(1 - timer.profile.overlap.pipe) * timer.message(shapes))
+    costs: dict[Slot, list[SlotCost]] = {}
     flops = 0.0
     for slot in SLOTS if table.split else SLOTS[:2]:
-        works = [operations.slot_work(piece, slot, split=table.split) for piece in pieces]
+        works = [workload.slot_work(piece, slot, split=table.split) for piece in pieces]
         period, embedding, head = map(timer.cost, works)
         costs[slot] = []
         for virtual, length in enumerate(partition.lengths):
@@ -233,12 +233,12 @@ def _slot_costs(
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageStep:
     """One stage's step: all its slots, one backward and one forward, when it is through, and what it does once."""
 
-    work: Cost
-    forward: Cost
-    backward: Cost
+    work: SlotCost
+    forward: SlotCost
+    backward: SlotCost
     end: float
     once: Once
 
@@ -248,26 +248,26 @@ def _stage(
     shapes: Shapes,
     table: Schedule,
     partition: Partition,
-    costs: dict[Slot, list[Cost]],
+    costs: dict[Slot, list[SlotCost]],
     stage: int,
     end: float,
-) -> Stage:
+) -> StageStep:
     mine = [table.virtual(stage, chunk) for chunk in range(table.num_chunks)]
-    slots = {slot: sum((costs[slot][virtual] for virtual in mine), start=Cost()) for slot in costs}
-    return Stage(
-        work=sum(slots.values(), start=Cost()) * config.train.microbatches,
+    slots = {slot: sum((costs[slot][virtual] for virtual in mine), start=SlotCost()) for slot in costs}
+    return StageStep(
+        work=sum(slots.values(), start=SlotCost()) * config.train.microbatches,
         forward=slots["forward"],
         backward=slots["backward"],
         end=end,
-        once=operations.once(config, shapes, sum(partition.lengths[virtual] for virtual in mine)),
+        once=workload.once(config, shapes, sum(partition.lengths[virtual] for virtual in mine)),
     )
 
 
-def _breakdown(stages: list[Stage], timer: Timer, optimizer: str) -> Breakdown:
+def _breakdown(stages: list[StageStep], timer: Timer, optimizer: str) -> Breakdown:
     """Of the stage whose gradients are reduced last: all wait for their norm, and then for the slowest update."""
-    overlap = timer.practice.overlap.data
+    overlap = timer.profile.overlap.data
 
-    def exposed(found: tuple[Collective, ...], beside: Cost) -> float:
+    def exposed(found: tuple[CollectiveWork, ...], beside: SlotCost) -> float:
         seconds = timer.collectives(found, "data")
         return seconds - min(overlap * seconds, beside.products)
 

@@ -7,6 +7,7 @@ from jaxtron.config import UserError
 from jaxtron.models.decoder.pattern import ATTENTIONS
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.plan.compiled.deviceless import MORE
+from jaxtron.plan.hint import LEAST_PART
 from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.config import AXES, ContextConfig, MeshConfig
 from jaxtron.words import plural
@@ -15,9 +16,6 @@ from jaxtron.words import plural
 ROWS = (1, 2, 4, 8, 16)
 # Empty rows of the longest part's length, over all layers, that a cut which does not divide them may have.
 MOST_EMPTY = 0.1
-# Tokens of a sequence that a device has at least where a search splits it over mesh.context: as many as Llama 3 had of
-# its longest, 16 parts of 131,072 (2407.21783, Table 4). The configuration's own number of parts is always tried.
-LEAST_PART = 8192
 # All that have a use: gpipe takes the time of 1f1b and more memory.
 ONE_CHUNK = ("1f1b", "eager_1f1b", "zero_bubble")
 TWO_CHUNKS = ("zero_bubble_v", "dualpipe_v")

@@ -23,7 +23,7 @@ NAMES = {"products": "products", "memory": "passes over memory", "optimizer": "o
 HEADER = ("  rank", "mesh", "schedule", "rows", "recompute", "zero", "step", "MFU", "memory", "by formula", "")
 
 
-def text(found: Search, title: str, tokens: float | None = None) -> str:
+def ranking_text(found: Search, title: str, tokens: float | None = None) -> str:
     """Both rankings for a reader, and why the first is the first; `tokens` is a budget whose days are told."""
     best = found.best
     lines = [
@@ -176,7 +176,7 @@ def _changes(mine: Breakdown, its: Breakdown) -> list[tuple[str, float]]:
     return [(name, seconds) for name, seconds in named if seconds and abs(seconds) >= least]
 
 
-def write_json(found: Search, title: str, path: Path) -> None:
+def write_ranking(found: Search, title: str, path: Path) -> None:
     """All layouts as plain data, each list by rank; seconds of a step, bytes of a GPU. The file is replaced whole."""
     content = {
         "format": FORMAT,

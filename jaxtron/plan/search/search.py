@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from jaxtron.config import UserError
-from jaxtron.plan.compiled.memory import MemoryUse
-from jaxtron.plan.formula.estimate import Estimator
-from jaxtron.plan.formula.machine import Machine
+from jaxtron.plan.formula.memory_model import Estimator
 from jaxtron.plan.formula.prediction import Prediction, predict
-from jaxtron.plan.report import Plan
+from jaxtron.plan.machine import Machine
+from jaxtron.plan.memory_use import MemoryUse
+from jaxtron.plan.plan import Plan
 from jaxtron.plan.search.candidates import Layout, layouts, own_layout
 from jaxtron.run.configuration import Configuration
 from jaxtron.words import plural, readable_bytes

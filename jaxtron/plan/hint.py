@@ -1,8 +1,11 @@
 """The first thing to change when a step does not fit."""
 
-from jaxtron.plan.compiled.memory import MemoryUse
-from jaxtron.plan.search.candidates import LEAST_PART
+from jaxtron.plan.memory_use import MemoryUse
 from jaxtron.run.configuration import Configuration
+
+# Tokens of a sequence that a device has at least where a search splits it over mesh.context: as many as Llama 3 had of
+# its longest, 16 parts of 131,072 (2407.21783, Table 4). The configuration's own number of parts is always tried.
+LEAST_PART = 8192
 
 
 def first_change(config: Configuration, sizes: dict[str, int], memory: MemoryUse) -> str:

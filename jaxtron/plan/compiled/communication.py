@@ -8,8 +8,8 @@ from jaxtron.pipeline.lowering import lower, reached
 from jaxtron.plan.compiled.census import Collective, part_of
 from jaxtron.plan.compiled.links import Link, link
 from jaxtron.plan.compiled.rehearsal import Rehearsal
-from jaxtron.plan.formula.machine import CollectiveKind, Group, Machine, axes_group
-from jaxtron.plan.formula.practice import Overlap
+from jaxtron.plan.machine import CollectiveKind, Group, Machine, axes_group
+from jaxtron.plan.profile import Overlap
 from jaxtron.sharding.config import BATCH_AXES, SHARD_AXES
 
 _KINDS: dict[str, CollectiveKind] = {
@@ -19,7 +19,7 @@ _KINDS: dict[str, CollectiveKind] = {
 }
 
 
-class Key(NamedTuple):
+class CommunicationKey(NamedTuple):
     """What communications of one row have in common. `loops` are trip counts, outermost first; None is unknown."""
 
     kind: str
@@ -29,14 +29,14 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class CommunicationRow:
     """Communications that differ only in their arrays; bytes and seconds are those of one GPU and step.
 
     `payload` counts whole arrays, `sent` what a GPU sends over a ring. `hidden` of the `seconds` the compiler scheduled
     beside products that take as long. `each` is the payload of one round of the innermost loop.
     """
 
-    key: Key
+    key: CommunicationKey
     link: Link | None
     operations: int
     arrays: int
@@ -49,17 +49,17 @@ class Row:
     hidden: float
 
 
-def rows(rehearsal: Rehearsal, machine: Machine) -> list[Row]:
+def communication_rows(rehearsal: Rehearsal, machine: Machine) -> list[CommunicationRow]:
     """The census by kind, axes and loops, what takes longest first."""
-    groups: dict[Key, list[Collective]] = {}
+    groups: dict[CommunicationKey, list[Collective]] = {}
     for entry in rehearsal.collectives:
-        groups.setdefault(Key(entry.kind, entry.axes, entry.loops, entry.conditional), []).append(entry)
+        groups.setdefault(CommunicationKey(entry.kind, entry.axes, entry.loops, entry.conditional), []).append(entry)
     weigh, times = _weigher(rehearsal, machine), runs(rehearsal)
     found = [_row(key, entries, rehearsal, weigh, times) for key, entries in groups.items()]
     return sorted(found, key=lambda row: (-row.seconds, row.key))
 
 
-def overlap(rehearsal: Rehearsal, machine: Machine) -> Overlap:
+def compiled_overlap(rehearsal: Rehearsal, machine: Machine) -> Overlap:
     """The part of each kind of communication that the compiled schedule hides, for the model of time."""
     weigh = _weigher(rehearsal, machine)
     batch = set(BATCH_AXES)
@@ -128,14 +128,14 @@ def _weigher(rehearsal: Rehearsal, machine: Machine) -> Weigher:
 
 
 def _row(
-    key: Key,
+    key: CommunicationKey,
     entries: Sequence[Collective],
     rehearsal: Rehearsal,
     weigh: Weigher,
     times: Callable[[Collective], float],
-) -> Row:
+) -> CommunicationRow:
     weighed = [weigh(entry) for entry in entries]
-    return Row(
+    return CommunicationRow(
         key=key,
         link=link(rehearsal.mesh, key.axes, rehearsal.gpus_per_node),
         operations=len(entries),

@@ -1,7 +1,7 @@
 """What a layer keeps for its backward, in bytes, from shapes alone."""
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtron.layers.inputs import row_keys
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.models.decoder.staged import StagedDecoder
 from jaxtron.pipeline.layer_loop import LayerLoop
+from jaxtron.plan.memory_use import device_bytes
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
 from jaxtron.sharding.blueprint import blueprint
@@ -80,9 +81,3 @@ def kept_bytes(config: Configuration, tensor: int, context: int = 1, kind: str |
         jax.eval_shape(region, plan.abstract, tokens, jax.ShapeDtypeStruct((1,), jnp.int32))
     residuals, pairs = found
     return Kept(sum(residuals), sum(pairs))
-
-
-def device_bytes(abstract: Any) -> int:
-    """Those of a device's part of an array inside the manual region, which its sharding splits along `tensor` alone."""
-    entries = ((entry,) if isinstance(entry, str) else entry or () for entry in abstract.sharding.spec)
-    return abstract.size * abstract.dtype.itemsize // current().size(tuple(axis for entry in entries for axis in entry))

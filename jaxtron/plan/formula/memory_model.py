@@ -16,8 +16,8 @@ from jaxtron.models.decoder.model import Decoder
 from jaxtron.models.decoder.pattern import ATTENTIONS, MLP
 from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.schedules.named import make_schedule
-from jaxtron.plan.compiled.activations import Kept, kept_bytes
-from jaxtron.plan.compiled.memory import NCCL_BUFFERS, MemoryUse, reserved
+from jaxtron.plan.formula.activations import Kept, kept_bytes
+from jaxtron.plan.memory_use import NCCL_BUFFERS, MemoryUse, reserved
 from jaxtron.roles import Role
 from jaxtron.run.attention import choose_attention
 from jaxtron.run.configuration import Configuration
@@ -41,7 +41,7 @@ HIDDEN, LOGITS, TABLES = 4.0, 3.0, 2.5
 PAIRS = 1.2
 
 
-class Slots(NamedTuple):
+class BufferSlots(NamedTuple):
     """How many of each buffer's slots a schedule needs."""
 
     residuals: int
@@ -60,7 +60,7 @@ class Parameter:
     is_stacked: bool
 
 
-class State(NamedTuple):
+class StateBytes(NamedTuple):
     """Bytes of a device, of all arrays or one: at rest in float32, moments of the optimizer, the copy to compute with,
     gradients' sums; `largest` is the sum of the largest array, and `gathered` whether any is gathered at use."""
 
@@ -85,7 +85,7 @@ class Estimator:
         self._parameters = _parameters(self.config)
         self._rows: dict[tuple, int] = {}
         self._kept: dict[tuple, Kept] = {}
-        self._states: dict[tuple, State] = {}
+        self._states: dict[tuple, StateBytes] = {}
 
     def memory(self, config: Configuration, sizes: dict[str, int], gpu: Gpu) -> MemoryUse:
         """What `memory.memory_use` finds for the configuration, which may differ from the first in all but the model.
@@ -123,7 +123,7 @@ class Estimator:
         temporaries = _temporaries(config, sizes, gpu.device_kind, slots, chunk_rows, kept, state, used)
         return replace(used, temporaries=temporaries)
 
-    def state(self, config: Configuration, sizes: dict[str, int]) -> State:
+    def state(self, config: Configuration, sizes: dict[str, int]) -> StateBytes:
         """Of all parameters; a `UserError` where one does not divide, or the layers cannot be shared out."""
         stages = sizes["pipe"]
         rows = self._chunk_rows(config, stages) * (config.pipeline.chunks if stages > 1 else 1)
@@ -132,14 +132,14 @@ class Estimator:
             self._states[key] = self._added(_rules(sizes, config.sharding), rows)
         return self._states[key]
 
-    def _added(self, rules: Rules, rows: int) -> State:
+    def _added(self, rules: Rules, rows: int) -> StateBytes:
         optimizer, dtype = self.config.optimizer, DTYPES[self.config.train.precision]
         found = [_state(parameter, rules, rows, dtype) for parameter in self._parameters]
         moments = 2 if optimizer.name == "adamw" else int(optimizer.momentum > 0)
         master, _, weights, gradients, largest, gathered = zip(*found, strict=True)
         # adamw counts its updates, and so does the learning rate, beside the step
         counts = COUNTER * (2 + (optimizer.name == "adamw"))
-        return State(
+        return StateBytes(
             sum(master), moments * sum(master) + counts, sum(weights), sum(gradients), max(largest), any(gathered)
         )
 
@@ -167,10 +167,10 @@ def _temporaries(
     config: Configuration,
     sizes: dict[str, int],
     kind: str,
-    slots: Slots,
+    slots: BufferSlots,
     chunk_rows: int,
     kept: Kept,
-    state: State,
+    state: StateBytes,
     used: MemoryUse,
 ) -> int:
     """An estimate, for the rest is exact: the most of a layer's backward, the head, and the step's end.
@@ -239,7 +239,7 @@ def _rules(sizes: dict[str, int], config: ShardingConfig) -> Rules:
     return make_rules(cast(Mesh, mesh), config)
 
 
-def _state(parameter: Parameter, rules: Rules, rows: int, dtype: jnp.dtype) -> State:
+def _state(parameter: Parameter, rules: Rules, rows: int, dtype: jnp.dtype) -> StateBytes:
     """One parameter on a device; as `parameters.gather_once` makes the copy to compute with."""
     layout = rules.parameter_layout(parameter.axes, parameter.shape)
     axes = _axes(layout.spec)
@@ -248,7 +248,7 @@ def _state(parameter: Parameter, rules: Rules, rows: int, dtype: jnp.dtype) -> S
     later = rules.size(tuple(axis for axis in axes if axis in rules.gather_at_use)) > 1
     width = FLOAT if later else working_dtype(parameter.role, dtype).itemsize
     is_copied = (width, whole) != (FLOAT, at_rest)
-    return State(FLOAT * at_rest, 0, width * whole * is_copied, FLOAT * whole, FLOAT * whole, later)
+    return StateBytes(FLOAT * at_rest, 0, width * whole * is_copied, FLOAT * whole, FLOAT * whole, later)
 
 
 def _axes(spec: PartitionSpec) -> tuple[str, ...]:
@@ -273,15 +273,15 @@ def shortened(config: Configuration, num_stages: int) -> Configuration:
     return config.model_copy(update={"train": config.train.model_copy(update={"microbatches": short})})
 
 
-def _slots(config: Configuration, num_stages: int) -> Slots:
+def _slots(config: Configuration, num_stages: int) -> BufferSlots:
     pipeline, count = config.pipeline, config.train.microbatches
     if pipeline.schedule.endswith(".csv"):
         program = lower(config.schedule(num_stages))
-        return Slots(program.num_residuals, program.num_pairs, program.num_activations, program.num_gradients)
+        return BufferSlots(program.num_residuals, program.num_pairs, program.num_activations, program.num_gradients)
     return _made_slots(pipeline.schedule, num_stages, count, pipeline.chunks)
 
 
 @functools.lru_cache(maxsize=4096)
-def _made_slots(name: str, num_stages: int, num_microbatches: int, num_chunks: int) -> Slots:
+def _made_slots(name: str, num_stages: int, num_microbatches: int, num_chunks: int) -> BufferSlots:
     program = lower(make_schedule(name, num_stages, num_microbatches, num_chunks))
-    return Slots(program.num_residuals, program.num_pairs, program.num_activations, program.num_gradients)
+    return BufferSlots(program.num_residuals, program.num_pairs, program.num_activations, program.num_gradients)

@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from jaxtron.plan import layout
 from jaxtron.plan.compiled.census import UNKNOWN_AXES, Collective
 from jaxtron.plan.compiled.rehearsal import Rehearsal
+from jaxtron.plan.layout import ParameterRow
 from jaxtron.words import readable_bytes
 
 # a payload a step below this is scalars, norms and what a loss needs of its rows
@@ -31,7 +31,7 @@ _NO_ROOM = re.compile(r"Can't reduce memory use below [^(]*\((\d+) bytes\).*only
 
 
 @dataclass(frozen=True)
-class Surprise:
+class Diagnostic:
     """One line for the reader: what, the bytes a GPU and step that it concerns, and `file:line` where known."""
 
     what: str
@@ -39,7 +39,7 @@ class Surprise:
     location: str = ""
 
 
-def surprises(rehearsal: Rehearsal) -> list[Surprise]:
+def diagnostics(rehearsal: Rehearsal) -> list[Diagnostic]:
     """All that the compiled program shows, the largest first."""
     found = [
         *_compiler(rehearsal.messages),
@@ -47,25 +47,25 @@ def surprises(rehearsal: Rehearsal) -> list[Surprise]:
         *_replicated(rehearsal),
         *_missing(rehearsal),
     ]
-    return sorted(found, key=lambda surprise: -surprise.bytes)
+    return sorted(found, key=lambda diagnostic: -diagnostic.bytes)
 
 
-def _compiler(messages: tuple[str, ...]) -> Iterator[Surprise]:
+def _compiler(messages: tuple[str, ...]) -> Iterator[Diagnostic]:
     """What XLA itself complains about."""
     for line in dict.fromkeys(messages):
         if match := _REMATERIALIZED.search(line):
             name, source = _NAMED.search(line), _SOURCE.search(line)
             what = f"XLA makes a whole copy of {name[1] if name else match['operation']} to change its layout"
-            yield Surprise(what, location=f"{source[1]}:{source[2]}" if source else "")
+            yield Diagnostic(what, location=f"{source[1]}:{source[2]}" if source else "")
         elif match := _NO_ROOM.search(line):
             limit, needed = int(match[1]), int(match[2])
-            yield Surprise(
+            yield Diagnostic(
                 f"XLA estimates {readable_bytes(needed)} for the program and aims at {readable_bytes(limit)}: it then "
                 "schedules for little memory, which can leave communication exposed"
             )
 
 
-def _resharding(rehearsal: Rehearsal) -> Iterator[Surprise]:
+def _resharding(rehearsal: Rehearsal) -> Iterator[Diagnostic]:
     """Communication of a kind that its axes are not for: a layout was changed where none of ours asks for it."""
     for entry in rehearsal.collectives:
         if entry.group_size <= 1 or entry.step_bytes < SMALL or _is_expected(entry):
@@ -73,14 +73,14 @@ def _resharding(rehearsal: Rehearsal) -> Iterator[Surprise]:
         axes = " and ".join(entry.axes) if entry.axes != UNKNOWN_AXES else "no axes of the mesh"
         moved = readable_bytes(entry.step_bytes)
         what = f"{entry.kind} over {axes}: {moved} a step, from {entry.source or 'no named operation'}"
-        yield Surprise(what, entry.step_bytes, entry.location)
+        yield Diagnostic(what, entry.step_bytes, entry.location)
 
 
 def _is_expected(entry: Collective) -> bool:
     return all(entry.kind in EXPECTED.get(axis, ()) for axis in entry.names)
 
 
-def _replicated(rehearsal: Rehearsal) -> Iterator[Surprise]:
+def _replicated(rehearsal: Rehearsal) -> Iterator[Diagnostic]:
     """Parameters that every device of an axis keeps whole, although the axis divides one of their dimensions."""
     for axis, number in rehearsal.mesh.shape.items():
         whole = [row for row in rehearsal.layout if number > 1 and _could_split(row, axis, rehearsal.mesh.shape)]
@@ -90,12 +90,12 @@ def _replicated(rehearsal: Rehearsal) -> Iterator[Surprise]:
             names = ", ".join(row.name for row in whole[:3]) + (", ..." if len(whole) > 3 else "")
             is_unshared = axis in ("data", "context") and rehearsal.config.sharding.zero == "none"
             fix = "; --sharding.zero optimizer shares them" if is_unshared else ""
-            yield Surprise(
+            yield Diagnostic(
                 f"whole on all {number} of {axis}: the state of {names}, {readable_bytes(saved)} a GPU{fix}", saved
             )
 
 
-def _could_split(row: layout.Row, axis: str, sizes: Mapping[str, int]) -> bool:
+def _could_split(row: ParameterRow, axis: str, sizes: Mapping[str, int]) -> bool:
     """Whether a parameter lies whole along an axis that divides what a device has of one of its dimensions."""
     used = [entry if isinstance(entry, tuple) else (entry,) for entry in row.spec]
     if any(axis in axes for axes in used):
@@ -105,8 +105,8 @@ def _could_split(row: layout.Row, axis: str, sizes: Mapping[str, int]) -> bool:
     return any(name != "layers" and dim % (part * sizes[axis]) == 0 for dim, name, part in dims)
 
 
-def _missing(rehearsal: Rehearsal) -> Iterator[Surprise]:
+def _missing(rehearsal: Rehearsal) -> Iterator[Diagnostic]:
     """Axes of the mesh over which nothing is communicated."""
     for axis, parts in rehearsal.mesh.shape.items():
         if parts > 1 and not any(axis in entry.names for entry in rehearsal.collectives):
-            yield Surprise(f"mesh.{axis} is {parts}, but the compiled step communicates nothing over it")
+            yield Diagnostic(f"mesh.{axis} is {parts}, but the compiled step communicates nothing over it")

@@ -29,7 +29,7 @@ class Overlap:
 
 
 @dataclass(frozen=True)
-class Practice:
+class Profile:
     """Overlap and kernels; the defaults are Jaxtron's, with nothing hidden but weights and messages.
 
     `sequence_sharded`: norms, dropout and the residual stream are split over `tensor` (2205.05198), else copied.
@@ -48,26 +48,26 @@ class Practice:
 # exponential 8, sum 4, quotient 8; backward 8, and cast 6.
 _MEGATRON_LOGIT_BYTES = 54
 
-JAXTRON = Practice()
+JAXTRON = Profile()
 # Megatron-LM of 2104.04473 and MT-NLG: all-reduces, fused softmax, everything exposed.
-MEGATRON_2021 = Practice(
+MEGATRON_2021 = Profile(
     Overlap(), sequence_sharded=False, attention="softmax_kernel", logit_bytes=_MEGATRON_LOGIT_BYTES
 )
 # 2205.05198: sequence parallelism; inputs are gathered again beside the input gradient's product.
-MEGATRON_2022 = Practice(
+MEGATRON_2022 = Profile(
     Overlap(regather=1.0), sequence_sharded=True, attention="softmax_kernel", logit_bytes=_MEGATRON_LOGIT_BYTES
 )
 # Megatron Core 0.8 with its overlaps on: fused attention; tensor collectives in parts beside their products, all but
 # the first or the last part; gradients reduced beside the last backward, weights gathered beside the first forward;
 # messages beside other microbatches.
-MEGATRON_2024 = Practice(
+MEGATRON_2024 = Profile(
     Overlap(tensor=0.75, regather=1.0, fsdp=1.0, data=1.0, pipe=1.0),
     sequence_sharded=True,
     attention="fused",
     logit_bytes=_MEGATRON_LOGIT_BYTES,
 )
 
-PRACTICES = {
+PROFILES = {
     "jaxtron": JAXTRON,
     "megatron_2021": MEGATRON_2021,
     "megatron_2022": MEGATRON_2022,

@@ -9,8 +9,8 @@ from jaxtron.layers.config import GATED
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.pattern import ATTENTIONS, MLP, WINDOW, Branch
 from jaxtron.pipeline.schedules.figures import Slot
-from jaxtron.plan.formula.machine import CollectiveKind, Product
-from jaxtron.plan.formula.practice import Practice
+from jaxtron.plan.machine import CollectiveKind, Product
+from jaxtron.plan.profile import Profile
 from jaxtron.run.attention import choose_attention
 from jaxtron.run.configuration import Configuration
 
@@ -21,7 +21,7 @@ OPTIMIZER_BYTES = {"adamw": 34, "sgd": 26}
 
 
 @dataclass(frozen=True)
-class Collective:
+class CollectiveWork:
     """`size` is the bytes of the whole array on one device; `purpose` names the field of `Overlap`."""
 
     kind: CollectiveKind
@@ -43,7 +43,7 @@ class Work:
     masked_flops: float = 0.0
     stream: float = 0.0
     kernels: int = 0
-    collectives: tuple[Collective, ...] = ()
+    collectives: tuple[CollectiveWork, ...] = ()
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
@@ -65,15 +65,15 @@ NOTHING = Work()
 
 
 @dataclass(frozen=True)
-class Slots:
+class SlotWork:
     """What a piece of the model does in each slot of a microbatch; `weight` is part of the backward if not split."""
 
     forward: Work = NOTHING
     backward: Work = NOTHING
     weight: Work = NOTHING
 
-    def __add__(self, other: "Slots") -> "Slots":
-        return Slots(self.forward + other.forward, self.backward + other.backward, self.weight + other.weight)
+    def __add__(self, other: "SlotWork") -> "SlotWork":
+        return SlotWork(self.forward + other.forward, self.backward + other.backward, self.weight + other.weight)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Shapes:
     """Sizes on one device that all operations are made of."""
 
     model: ModelConfig
-    practice: Practice
+    profile: Profile
     sizes: dict[str, int]
     rows: int
     length: int
@@ -108,7 +108,7 @@ class Shapes:
     @property
     def own_tokens(self) -> float:
         """Those whose norms, dropout and residuals this device computes."""
-        return self.tokens / self.tensor if self.practice.sequence_sharded else self.tokens
+        return self.tokens / self.tensor if self.profile.sequence_sharded else self.tokens
 
     @property
     def residual_bytes(self) -> float:
@@ -136,14 +136,14 @@ class Shapes:
         return self.model.padded_vocab / self.tensor
 
 
-def shapes_of(config: Configuration, sizes: dict[str, int], practice: Practice, kind: str) -> Shapes:
+def shapes_of(config: Configuration, sizes: dict[str, int], profile: Profile, kind: str) -> Shapes:
     """The sizes of a configuration on a mesh of these sizes by axis, of GPUs of this kind (`Gpu.device_kind`)."""
     shards = sizes["data"] * sizes["fsdp"]
-    if practice.attention == "plain" and None not in choose_attention(config, sizes["context"], kind).values():
-        practice = replace(practice, attention="fused")
+    if profile.attention == "plain" and None not in choose_attention(config, sizes["context"], kind).values():
+        profile = replace(profile, attention="fused")
     return Shapes(
         model=config.model,
-        practice=practice,
+        profile=profile,
         sizes=sizes,
         rows=config.train.global_batch // (config.train.microbatches * shards),
         length=config.data.sequence_length,
@@ -152,14 +152,14 @@ def shapes_of(config: Configuration, sizes: dict[str, int], practice: Practice, 
     )
 
 
-def period(shapes: Shapes) -> Slots:
+def period(shapes: Shapes) -> SlotWork:
     """One period of the model's pattern, recomputation in the backward."""
     recomputed = shapes.model.recomputed
-    found = Slots()
+    found = SlotWork()
     for branch in shapes.model.layout.period:
         found += _branch(shapes, branch)
     if "layer" in recomputed:
-        found += Slots(backward=found.forward)
+        found += SlotWork(backward=found.forward)
     return found + _gathered_weights(shapes, period_parameters(shapes))
 
 
@@ -191,7 +191,7 @@ def table_parameters(shapes: Shapes) -> float:
     return embedding_parameters(shapes) + (0 if shapes.model.tied_head else shapes.model.hidden_size * shapes.vocab)
 
 
-def embedding(shapes: Shapes) -> Slots:
+def embedding(shapes: Shapes) -> SlotWork:
     """Look-up in the vocabulary-sharded table, positions and dropout; the gradient is added row by row in float32."""
     model, width = shapes.model, shapes.width
     size = shapes.residual_bytes
@@ -201,17 +201,17 @@ def embedding(shapes: Shapes) -> Slots:
     reduced = _scatter(shapes, size)
     returned = _gather(shapes, size)
     table = _gathered_weights(shapes, embedding_parameters(shapes))
-    return table + Slots(
+    return table + SlotWork(
         forward=Work(stream=2 * size + drop, kernels=3, collectives=reduced),
         backward=Work(stream=back + drop, kernels=3, collectives=returned),
     )
 
 
-def head(shapes: Shapes) -> Slots:
+def head(shapes: Shapes) -> SlotWork:
     """Final norm, head and loss with their gradients, which are formed at once in the last stage's forward."""
     n, h, v = shapes.tokens, shapes.model.hidden_size, shapes.vocab
     size = shapes.residual_bytes
-    stream = n * v * shapes.practice.logit_bytes + 8 * shapes.own_tokens * h * shapes.width
+    stream = n * v * shapes.profile.logit_bytes + 8 * shapes.own_tokens * h * shapes.width
     products = (
         Product(n, v, h, width=shapes.width, output_width=0),
         Product(n, h, v, width=shapes.width, output_width=shapes.width),
@@ -221,17 +221,17 @@ def head(shapes: Shapes) -> Slots:
     moved = (*_gather(shapes, size), *_scatter(shapes, size), *sums)
     weights = _gathered_weights(shapes, h * v)
     work = Work(products, stream=stream, kernels=8, collectives=moved)
-    return Slots(forward=work + weights.forward + weights.weight)
+    return SlotWork(forward=work + weights.forward + weights.weight)
 
 
-def _branch(shapes: Shapes, branch: Branch) -> Slots:
+def _branch(shapes: Shapes, branch: Branch) -> SlotWork:
     """One residual layer: a norm, what reads it, and the residual sum of each."""
     model, width = shapes.model, shapes.width
     stream = shapes.own_tokens * model.hidden_size * width
     gather = _gather(shapes, shapes.residual_bytes)
     again = _gather(shapes, shapes.residual_bytes, "regather")
     # norm: input read, output written; backward: input, its gradient and the residual's read, their sum written
-    found = Slots(
+    found = SlotWork(
         forward=Work(stream=2 * stream, kernels=1, collectives=gather),
         backward=Work(stream=4 * stream, kernels=2, collectives=_scatter(shapes, shapes.residual_bytes)),
         weight=Work(collectives=again),
@@ -242,11 +242,11 @@ def _branch(shapes: Shapes, branch: Branch) -> Slots:
     return found
 
 
-def _residual(shapes: Shapes) -> Slots:
+def _residual(shapes: Shapes) -> SlotWork:
     """What a branch ends with: its partial sums reduced, dropout, and the sum with the residual stream."""
     stream = shapes.own_tokens * shapes.model.hidden_size * shapes.width
     drop = _dropout_bytes(shapes)
-    return Slots(
+    return SlotWork(
         forward=Work(stream=3 * stream + drop, kernels=1, collectives=_scatter(shapes, shapes.residual_bytes)),
         backward=Work(
             stream=(2 * stream if drop else 0) + drop,
@@ -256,7 +256,7 @@ def _residual(shapes: Shapes) -> Slots:
     )
 
 
-def _attention(shapes: Shapes, in_window: bool) -> Slots:
+def _attention(shapes: Shapes, in_window: bool) -> SlotWork:
     model, n, d = shapes.model, shapes.tokens, shapes.model.head_size
     heads, kv_heads = shapes.heads, shapes.kv_heads
     projections = _linear(shapes, model.hidden_size, (heads + 2 * kv_heads) * d)
@@ -264,36 +264,36 @@ def _attention(shapes: Shapes, in_window: bool) -> Slots:
     core = _core(shapes, in_window)
     if model.position == "rotary":
         rotated = Work(stream=2 * n * (heads + kv_heads) * d * shapes.width, kernels=1)
-        projections += Slots(forward=rotated, backward=rotated)
+        projections += SlotWork(forward=rotated, backward=rotated)
     found = projections + core + _travelling(shapes)
     if "attention" in model.recomputed:
         gathered = Work(collectives=_gather(shapes, shapes.residual_bytes))
-        return found + Slots(backward=found.forward + gathered)
+        return found + SlotWork(backward=found.forward + gathered)
     if "attention_core" in model.recomputed:
-        return found + Slots(backward=core.forward)
+        return found + SlotWork(backward=core.forward)
     return found
 
 
-def _travelling(shapes: Shapes) -> Slots:
+def _travelling(shapes: Shapes) -> SlotWork:
     """Keys and values of the other parts of a sequence, and their gradients' sums in float32 on the way back.
 
     A ring sends what an all-gather and a reduce-scatter do; other methods send no more.
     """
     if shapes.parts == 1:
-        return Slots()
+        return SlotWork()
     elements = 2 * shapes.tokens * shapes.parts * shapes.kv_heads * shapes.model.head_size
-    gather = Collective("all_gather", elements * shapes.width, "context")
-    back = (gather, Collective("reduce_scatter", 4 * elements, "context"))
-    return Slots(forward=Work(collectives=(gather,)), backward=Work(collectives=back))
+    gather = CollectiveWork("all_gather", elements * shapes.width, "context")
+    back = (gather, CollectiveWork("reduce_scatter", 4 * elements, "context"))
+    return SlotWork(forward=Work(collectives=(gather,)), backward=Work(collectives=back))
 
 
-def _core(shapes: Shapes, in_window: bool) -> Slots:
+def _core(shapes: Shapes, in_window: bool) -> SlotWork:
     """Scores, softmax, dropout and the mix of values; a kernel leaves out what is outside of a window."""
     model, s, d = shapes.model, shapes.length, shapes.model.head_size
     count, queries = shapes.rows * shapes.heads, s / shapes.parts
     square = count * queries * s
     drops = model.attention_dropout > 0
-    if shapes.practice.attention == "fused":
+    if shapes.profile.attention == "fused":
         # forward two products of the half below the diagonal; the backward makes the scores again: five
         product = 2.0 * square * d
         if in_window:
@@ -301,14 +301,14 @@ def _core(shapes: Shapes, in_window: bool) -> Slots:
             inside = count * queries * d * min(model.attention.window or s, s)
             kernel = {"attention_flops": 4.0 * inside, "stream": 4 * count * queries * d * shapes.width, "kernels": 1}
             again = {"attention_flops": 10.0 * inside, "masked_flops": -2.0 * inside}
-            return Slots(Work(**kernel), Work(**{**kernel, **again}))
+            return SlotWork(Work(**kernel), Work(**{**kernel, **again}))
         keys = count * queries * d * shapes.width
-        return Slots(
+        return SlotWork(
             forward=Work(attention_flops=product, masked_flops=product, stream=4 * keys, kernels=1),
             # the formulas count four products; of five halves run
             backward=Work(attention_flops=2.5 * product, masked_flops=1.5 * product, stream=8 * keys, kernels=2),
         )
-    wide = 4 if shapes.practice.attention == "plain" else 2
+    wide = 4 if shapes.profile.attention == "plain" else 2
     narrow = shapes.width
     scores = Product(queries, s, d, count, narrow, output_width=wide)
     mix = Product(queries, d, s, count, narrow, output_width=narrow)
@@ -316,7 +316,7 @@ def _core(shapes: Shapes, in_window: bool) -> Slots:
     softmax = square * (wide * (3 if wide == 4 else 1) + narrow)
     dropped = square * (2 * narrow + MASK_BYTES) if drops else 0
     back = square * (2 * narrow + wide)
-    return Slots(
+    return SlotWork(
         forward=Work((scores, mix), stream=softmax + dropped, kernels=2 + drops),
         backward=Work(
             (
@@ -331,26 +331,26 @@ def _core(shapes: Shapes, in_window: bool) -> Slots:
     )
 
 
-def _mlp(shapes: Shapes) -> Slots:
+def _mlp(shapes: Shapes) -> SlotWork:
     model, f = shapes.model, shapes.mlp_width
     inputs = 2 if model.activation in GATED else 1
     found = _linear(shapes, model.hidden_size, inputs * f) + _linear(shapes, f, model.hidden_size)
     stream = shapes.tokens * f * shapes.width
-    found += Slots(
+    found += SlotWork(
         forward=Work(stream=(inputs + 1) * stream, kernels=1),
         backward=Work(stream=(2 * inputs + 1) * stream, kernels=1),
     )
     if "mlp" in model.recomputed:
         gathered = Work(collectives=_gather(shapes, shapes.residual_bytes))
-        return found + Slots(backward=found.forward + gathered)
+        return found + SlotWork(backward=found.forward + gathered)
     return found
 
 
-def _linear(shapes: Shapes, inputs: float, outputs: float) -> Slots:
+def _linear(shapes: Shapes, inputs: float, outputs: float) -> SlotWork:
     """A product with a weight, the input's gradient, and the weight's, which is added to a float32 sum."""
     n, width = shapes.tokens, shapes.width
     bias = Work(stream=n * outputs * width, kernels=1) if shapes.model.bias else NOTHING
-    return Slots(
+    return SlotWork(
         forward=Work((Product(n, outputs, inputs, width=width, output_width=width),)),
         backward=Work((Product(n, inputs, outputs, width=width, output_width=width),)),
         weight=Work((Product(inputs, outputs, n, width=width, output_width=8),)) + bias,
@@ -362,27 +362,27 @@ def _dropout_bytes(shapes: Shapes) -> float:
     return shapes.own_tokens * shapes.model.hidden_size * MASK_BYTES if shapes.model.dropout > 0 else 0.0
 
 
-def _gather(shapes: Shapes, size: float, purpose: str = "tensor") -> tuple[Collective, ...]:
+def _gather(shapes: Shapes, size: float, purpose: str = "tensor") -> tuple[CollectiveWork, ...]:
     """The sequence's parts put together; nothing where it was not split."""
-    return _tensor(shapes, "all_gather", size, purpose) if shapes.practice.sequence_sharded else ()
+    return _tensor(shapes, "all_gather", size, purpose) if shapes.profile.sequence_sharded else ()
 
 
-def _scatter(shapes: Shapes, size: float) -> tuple[Collective, ...]:
+def _scatter(shapes: Shapes, size: float) -> tuple[CollectiveWork, ...]:
     """Partial sums added: to parts of the sequence, or to the whole of it everywhere."""
-    return _tensor(shapes, "reduce_scatter" if shapes.practice.sequence_sharded else "all_reduce", size)
+    return _tensor(shapes, "reduce_scatter" if shapes.profile.sequence_sharded else "all_reduce", size)
 
 
-def _tensor(shapes: Shapes, kind: CollectiveKind, size: float, purpose: str = "tensor") -> tuple[Collective, ...]:
-    return (Collective(kind, size, purpose),) if shapes.tensor > 1 else ()
+def _tensor(shapes: Shapes, kind: CollectiveKind, size: float, purpose: str = "tensor") -> tuple[CollectiveWork, ...]:
+    return (CollectiveWork(kind, size, purpose),) if shapes.tensor > 1 else ()
 
 
-def _gathered_weights(shapes: Shapes, parameters: float) -> Slots:
+def _gathered_weights(shapes: Shapes, parameters: float) -> SlotWork:
     """Weights gathered at use in 16 bits, again in the backward, and their gradients reduced there (ZeRO-3)."""
     if shapes.gathered == 1:
-        return Slots()
+        return SlotWork()
     size = parameters * shapes.width
-    gather = Work(collectives=(Collective("all_gather", size, "fsdp"),))
-    return Slots(gather, gather, Work(collectives=(Collective("reduce_scatter", size, "fsdp"),)))
+    gather = Work(collectives=(CollectiveWork("all_gather", size, "fsdp"),))
+    return SlotWork(gather, gather, Work(collectives=(CollectiveWork("reduce_scatter", size, "fsdp"),)))
 
 
 @dataclass(frozen=True)
@@ -391,9 +391,9 @@ class Once:
 
     parameters: float
     """Of the device's share, which the optimizer updates."""
-    reduced: tuple[Collective, ...] = field(default=())
-    gathered: tuple[Collective, ...] = field(default=())
-    tables: tuple[Collective, ...] = field(default=())
+    reduced: tuple[CollectiveWork, ...] = field(default=())
+    gathered: tuple[CollectiveWork, ...] = field(default=())
+    tables: tuple[CollectiveWork, ...] = field(default=())
     """Gradients of the embedding and the head, which all stages hold, summed over `pipe`."""
 
 
@@ -406,22 +406,22 @@ def once(config: Configuration, shapes: Shapes, periods: int) -> Once:
     tables = ()
     if sizes["pipe"] > 1:
         rest = table_parameters(shapes) / shapes.gathered / (data if zero == "optimizer" else 1)
-        tables = (Collective("all_reduce", 4 * rest, "pipe"),)
+        tables = (CollectiveWork("all_reduce", 4 * rest, "pipe"),)
     if zero == "parameters" or data == 1:
         return Once(local, tables=tables)
     if zero == "none":
-        return Once(local, (Collective("all_reduce", 4 * local, "data"),), tables=tables)
+        return Once(local, (CollectiveWork("all_reduce", 4 * local, "data"),), tables=tables)
     # what is gathered again at use stays in float32 until then
     width = shapes.width if sizes["fsdp"] == 1 else 4
     return Once(
         local / data,
-        (Collective("reduce_scatter", 4 * local, "data"),),
-        (Collective("all_gather", width * local, "data"),),
+        (CollectiveWork("reduce_scatter", 4 * local, "data"),),
+        (CollectiveWork("all_gather", width * local, "data"),),
         tables=tables,
     )
 
 
-def slot_work(slots: Slots, slot: Slot, *, split: bool) -> Work:
+def slot_work(slots: SlotWork, slot: Slot, *, split: bool) -> Work:
     """What a slot of a schedule runs; a backward that is not split has the weight gradient too."""
     if slot == "backward" and not split:
         return slots.backward + slots.weight

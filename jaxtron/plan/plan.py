@@ -1,0 +1,108 @@
+"""A plan: all that is known of a step before it runs, from its compiled program and the model of time."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxtron.models.decoder.cost import model_flops_per_token
+from jaxtron.pipeline.lowering import lower, message_counts
+from jaxtron.plan.compiled import flops
+from jaxtron.plan.compiled.communication import CommunicationRow, communication_rows, compiled_overlap
+from jaxtron.plan.compiled.diagnostics import Diagnostic, diagnostics
+from jaxtron.plan.compiled.rehearsal import Rehearsal
+from jaxtron.plan.formula.prediction import Prediction, predict
+from jaxtron.plan.hint import first_change
+from jaxtron.plan.machine import Machine
+from jaxtron.plan.memory_use import MemoryUse
+from jaxtron.plan.profile import JAXTRON, Profile
+from jaxtron.run.configuration import Configuration
+from jaxtron.words import plural
+
+# of the file that --json writes: 2 has `communication`, `diagnostics` and `hint`
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a run before it runs. Bytes, FLOPs and seconds are those of one GPU and one step.
+
+    `compiled_flops` are those of the products in the program, where no schedule chooses among them; `padding` is the
+    part of the model's FLOPs that rows of the vocabulary take which are no tokens.
+    """
+
+    title: str
+    mesh: dict[str, int]
+    gpu: str
+    num_gpus: int
+    gpus_per_node: int
+    schedule: str
+    jax_version: str
+    rehearsal_seconds: float
+    parameters: int
+    memory: MemoryUse
+    communication: list[CommunicationRow]
+    messages: tuple[int, int]
+    prediction: Prediction
+    compiled_flops: int | None
+    attention: tuple[str, ...]
+    padding: float
+    diagnostics: list[Diagnostic]
+    hint: str | None
+
+    def json(self) -> dict[str, Any]:
+        """Plain data, read again by `plan/compare.py`."""
+        plain = dataclasses.asdict(self)
+        memory = {**plain["memory"], "total": self.memory.total, "fits": self.memory.fits}
+        return {"format": FORMAT, **plain, "memory": memory}
+
+
+def profile_of(rehearsal: Rehearsal, machine: Machine) -> Profile:
+    """How the compiled step runs, for the model of time: what it hides is what its schedule hides."""
+    return dataclasses.replace(JAXTRON, overlap=compiled_overlap(rehearsal, machine))
+
+
+def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
+    """Everything at once, from one compiled step and the constants of a machine."""
+    config, sizes = rehearsal.config, dict(rehearsal.mesh.shape)
+    profile = profile_of(rehearsal, machine)
+    train, tokens = config.train, config.data.sequence_length
+    rows = train.global_batch // train.microbatches // (sizes["data"] * sizes["fsdp"])
+    name = f"{config.pipeline.schedule}, " if sizes["pipe"] > 1 else ""
+    memory = rehearsal.memory_use
+    return Plan(
+        title=title,
+        mesh=sizes,
+        gpu=rehearsal.gpu.name,
+        num_gpus=rehearsal.mesh.size,
+        gpus_per_node=rehearsal.gpus_per_node,
+        schedule=f"{name}{plural(train.microbatches, 'microbatch')} of {rows:,} x {tokens:,} tokens",
+        jax_version=jax.__version__,
+        rehearsal_seconds=rehearsal.seconds,
+        parameters=rehearsal.trainer.blueprint.num_parameters,
+        memory=memory,
+        communication=communication_rows(rehearsal, machine),
+        messages=message_counts(lower(config.schedule(sizes["pipe"]))),
+        prediction=predict(config, sizes, machine, gpus_per_node=rehearsal.gpus_per_node, profile=profile),
+        compiled_flops=_executed(rehearsal),
+        attention=rehearsal.attention,
+        padding=_padding(config),
+        diagnostics=diagnostics(rehearsal),
+        hint=None if memory.fits else first_change(config, sizes, memory),
+    )
+
+
+def _executed(rehearsal: Rehearsal) -> int | None:
+    """FLOPs of the compiled program's products; None where they depend on a stage's table or on data."""
+    if rehearsal.mesh.shape["pipe"] > 1:
+        return None
+    try:
+        return flops.work(rehearsal.module).most
+    except ValueError:
+        return None
+
+
+def _padding(config: Configuration) -> float:
+    padded = model_flops_per_token(config.model, config.data.sequence_length)
+    return 6 * config.model.hidden_size * (config.model.padded_vocab - config.model.vocab_size) / padded
