@@ -502,8 +502,8 @@ def test_a_killed_process_leaves_no_workers_and_goes_on(tmp_path):
     source = write_lines(tmp_path / "in.jsonl", texts)
     settings = f"input=({source!r},), steps=('exact', 'near'), piece_bytes=200_000, workers=2"
     program = f"""
-from jaxtron.preprocess.curate.config import Curation
-from jaxtron.preprocess.curate.run import curate
+from jaxtron.curate.config import Curation
+from jaxtron.curate.run import curate
 if __name__ == "__main__":
     curate(Curation(output={str(tmp_path / "out")!r}, {settings}))
 """

@@ -21,8 +21,8 @@ PROGRAM = """
 import os, sys
 from jaxtron.command import run_command
 from jaxtron.config import load
-from jaxtron.train.runtime import start_runtime
-from jaxtron.train.runtime_config import RuntimeConfig
+from jaxtron.runtime.start import start_runtime
+from jaxtron.runtime.config import RuntimeConfig
 
 def main(argv):
     devices, *flags = argv

@@ -20,9 +20,9 @@ from jaxtron.command import run_command
 from jaxtron.config import UserError, load
 from jaxtron.quiet import import_jax
 import_jax()
-from jaxtron.train.runtime import start_runtime
-from jaxtron.train.runtime_config import RuntimeConfig
-from jaxtron.train.together import leaving_together
+from jaxtron.runtime.start import start_runtime
+from jaxtron.runtime.config import RuntimeConfig
+from jaxtron.runtime.together import leaving_together
 
 def main(argv):
     folder, *flags = argv
