@@ -20,8 +20,9 @@ from benchmarks import record
 from benchmarks.train import TrainBenchmark, random_batch
 from jaxtron.command import configure, run_command
 from jaxtron.config import UserError
+from jaxtron.data.batch import TokenBatch
 from jaxtron.run.dtypes import DTYPES
-from jaxtron.run.step import BATCH_SPEC, Batch, Trainer
+from jaxtron.run.step import BATCH_SPEC, Trainer
 from jaxtron.runtime.start import start_runtime
 from jaxtron.sharding.collectives import all_reduce, vary
 from jaxtron.sharding.config import BATCH_AXES, MANUAL_AXES
@@ -81,19 +82,19 @@ def measure(config: TrainBenchmark) -> dict[str, Any]:
     }
 
 
-def plain(trainer: Trainer, params: PyTree, batch: Batch) -> tuple[Array, PyTree]:
+def plain(trainer: Trainer, params: PyTree, batch: TokenBatch) -> tuple[Array, PyTree]:
     """Loss and float32 gradients by `jax.value_and_grad` in a scan over microbatches, without dropout."""
 
-    def local(params: PyTree, batch: Batch) -> tuple[Array, PyTree]:
+    def local(params: PyTree, batch: TokenBatch) -> tuple[Array, PyTree]:
         working = trainer.blueprint.working(params, DTYPES[trainer.config.precision])
         count, specs = trainer.config.microbatches, trainer.blueprint.specs
-        scaled = Batch(batch.tokens, batch.targets, batch.weights / all_reduce(batch.weights.sum(), BATCH_AXES))
+        scaled = TokenBatch(batch.tokens, batch.targets, batch.weights / all_reduce(batch.weights.sum(), BATCH_AXES))
         parts = jax.tree.map(lambda leaf: vary(leaf.reshape(count, -1, *leaf.shape[1:])), scaled)
 
-        def loss(working: PyTree, part: Batch) -> tuple[Array, Array]:
+        def loss(working: PyTree, part: TokenBatch) -> tuple[Array, Array]:
             return trainer.blueprint.module(working).loss(part.tokens, part.targets, part.weights)
 
-        def step(sums: PyTree, part: Batch) -> tuple[PyTree, Array]:
+        def step(sums: PyTree, part: TokenBatch) -> tuple[PyTree, Array]:
             (_, nll), gradients = jax.value_and_grad(loss, has_aux=True)(working, part)
             return jax.tree.map(lambda total, one: total + one.astype(jnp.float32), sums, gradients), nll
 

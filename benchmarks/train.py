@@ -17,6 +17,7 @@ from pydantic import Field
 from benchmarks import record
 from jaxtron.command import configure, run_command
 from jaxtron.config import Config, dump
+from jaxtron.data.batch import TokenBatch
 from jaxtron.data.loader import LocalBatch
 from jaxtron.gpus import GPUS, peak_flops
 from jaxtron.models.decoder.attention_choice import attention_lines
@@ -25,7 +26,7 @@ from jaxtron.plan.compiled.deviceless import memory
 from jaxtron.run.attention import choose_attention
 from jaxtron.run.batches import Placement
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.step import Batch, TrainState, batch_sharding, jit_step
+from jaxtron.run.step import TrainState, batch_sharding, jit_step
 from jaxtron.runtime.start import start_runtime
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import make_rules, use
@@ -110,7 +111,7 @@ def measure(config: TrainBenchmark, name: str) -> dict[str, Any]:
     }
 
 
-def random_batch(config: Configuration) -> Batch:
+def random_batch(config: Configuration) -> TokenBatch:
     """A global batch of the configuration's shape; every target weighs 1."""
     size, length = config.train.global_batch, config.data.sequence_length
     placement = Placement(batch_sharding())
@@ -118,11 +119,11 @@ def random_batch(config: Configuration) -> Batch:
     generator = np.random.default_rng(config.seed)
     tokens = generator.integers(config.model.vocab_size, size=(size, length + 1), dtype=np.int32)[rows]
     weights = np.ones((len(rows), length), np.float32)
-    return placement.globalize(LocalBatch(0, size, size, rows, tokens[:, :-1], tokens[:, 1:], weights))
+    return placement.globalize(LocalBatch(0, size, size, rows, TokenBatch(tokens[:, :-1], tokens[:, 1:], weights)))
 
 
 def time_steps(
-    compiled: jax.stages.Compiled, state: TrainState, batch: Batch, config: BenchmarkConfig
+    compiled: jax.stages.Compiled, state: TrainState, batch: TokenBatch, config: BenchmarkConfig
 ) -> tuple[list[float], float]:
     """Seconds of each timed step, and the last loss."""
     seconds: list[float] = []

@@ -152,14 +152,10 @@ class DataConfig(Config):
         return self
 
     @property
-    def has_positions(self) -> bool:
-        """Whether samples come with positions of their own."""
-        return self.reset_positions or self.format == "chat"
-
-    @property
-    def has_segments(self) -> bool:
-        """Whether samples say which document each token is of."""
-        return self.reset_attention or self.format == "chat"
+    def optional_fields(self) -> frozenset[str]:
+        """Those of a `TokenBatch` that samples come with: positions of their own, the document of each token."""
+        has = {"positions": self.reset_positions, "segments": self.reset_attention}
+        return frozenset(name for name, is_there in has.items() if is_there or self.format == "chat")
 
     def check_format(self, name: str) -> None:
         """`UserError` for a setting that data of this format does not read."""

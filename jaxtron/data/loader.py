@@ -14,9 +14,10 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Float32, Int32, Integer
+from jaxtyping import Integer
 
 from jaxtron import interrupts
+from jaxtron.data.batch import BatchField, map_batch, stack_samples
 from jaxtron.data.source import Source
 
 BatchSize = Callable[[int], int]
@@ -28,17 +29,16 @@ LocalRows = Callable[[int], Integer[np.ndarray, "R"]]
 
 @dataclass(frozen=True)
 class LocalBatch:
-    """This process's rows of the global batch of `size` samples from number `start` on, to before `end`."""
+    """This process's rows of the global batch of `size` samples from number `start` on, to before `end`.
+
+    `arrays` is of the class that the source's samples are.
+    """
 
     start: int
     end: int
     size: int
     rows: Integer[np.ndarray, "R"]
-    tokens: Int32[np.ndarray, "R S"]
-    targets: Int32[np.ndarray, "R S"]
-    weights: Float32[np.ndarray, "R S"]
-    positions: Int32[np.ndarray, "R S"] | None = None
-    segments: Int32[np.ndarray, "R S"] | None = None
+    arrays: Any
 
 
 class Loader:
@@ -162,22 +162,10 @@ def _read_batch(
     source: Source, samples: Sequence[int | None], *, start: int, end: int, size: int, rows: Integer[np.ndarray, "R"]
 ) -> LocalBatch:
     """The numbered samples as rows; None is a row of padding, a sample's copy that weighs nothing."""
-    found = [source[0 if index is None else index] for index in samples]
+    found = stack_samples([source[0 if index is None else index] for index in samples])
     is_sample = np.array([index is not None for index in samples], np.float32)
-    return LocalBatch(
-        start=start,
-        end=end,
-        size=size,
-        rows=rows,
-        tokens=np.stack([sample.tokens for sample in found]),
-        targets=np.stack([sample.targets for sample in found]),
-        weights=np.stack([sample.weights for sample in found]) * is_sample[:, None],
-        positions=_stack_given([sample.positions for sample in found]),
-        segments=_stack_given([sample.segments for sample in found]),
-    )
 
+    def weigh(field: BatchField, array: np.ndarray) -> np.ndarray:
+        return array if field.normalizer is None else array * is_sample.reshape(-1, *(1,) * (array.ndim - 1))
 
-def _stack_given(arrays: Sequence[Int32[np.ndarray, "S"] | None]) -> Int32[np.ndarray, "R S"] | None:
-    given = [array for array in arrays if array is not None]
-    assert len(given) in (0, len(arrays)), "a source gives this of all its samples or of none"
-    return np.stack(given) if given else None
+    return LocalBatch(start=start, end=end, size=size, rows=rows, arrays=map_batch(weigh, found))

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, Integer
 
 from jaxtron.config import UserError
-from jaxtron.data.source import Sample
+from jaxtron.data.batch import TokenBatch
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Sequences(Protocol):
     def __getitem__(self, index: int) -> PackedSequence: ...
 
 
-def pack_row(sequences: list[PackedSequence], sequence_length: int, *, pad: int = 0) -> Sample:
+def pack_row(sequences: list[PackedSequence], sequence_length: int, *, pad: int = 0) -> TokenBatch:
     """One row: each sequence predicts its own ids from the second on, so it takes one place less than it has ids.
 
     Weights are 1 where the id predicted is an answer. Positions start again at 0 in each sequence; segments count the
@@ -108,7 +108,7 @@ def pack_row(sequences: list[PackedSequence], sequence_length: int, *, pad: int 
         positions[start:end], segments[start:end] = np.arange(end - start), number
         start = end
     positions[start:], segments[start:] = np.arange(sequence_length - start), len(sequences)
-    return Sample(tokens=tokens, targets=targets, weights=weights, positions=positions, segments=segments)
+    return TokenBatch(tokens=tokens, targets=targets, weights=weights, positions=positions, segments=segments)
 
 
 class PackedSource:
@@ -133,7 +133,7 @@ class PackedSource:
     def __len__(self) -> int:
         return len(self.packing)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> TokenBatch:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         sequences = [self._sequences[number] for number in self.packing.row(index).tolist()]

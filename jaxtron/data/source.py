@@ -1,38 +1,21 @@
 """Training samples by number: the seam between a data format and the loader."""
 
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
-
-import numpy as np
-from jaxtyping import Float32, Int32
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sequence: ids, the id after each, and what each prediction weighs in the loss (0 for padding).
-
-    A source gives all of its samples positions, or none of them; segments likewise.
-    """
-
-    tokens: Int32[np.ndarray, "S"]
-    targets: Int32[np.ndarray, "S"]
-    weights: Float32[np.ndarray, "S"]
-    positions: Int32[np.ndarray, "S"] | None = None
-    """Places of the tokens, starting again at 0 in each document; none: those in the sequence."""
-    segments: Int32[np.ndarray, "S"] | None = None
-    """Documents by number: tokens see those of their own only; none: one document."""
+from typing import Any, Protocol, runtime_checkable
 
 
 @runtime_checkable
 class Source(Protocol):
-    """A fixed number of samples of one length, read in any order by several threads at once."""
+    """A fixed number of samples of one length, read in any order by several threads at once.
+
+    A sample is a batch (`batch.py`) without the axis of rows, for most models a `TokenBatch`.
+    """
 
     @property
     def sequence_length(self) -> int: ...
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, index: int) -> Any: ...
 
 
 class NoSamples:
@@ -43,7 +26,7 @@ class NoSamples:
     def __len__(self) -> int:
         return 0
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Any:
         raise IndexError(f"sample {index} of none")
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 from jaxtyping import Integer
 
+from jaxtron.data.batch import TokenBatch
 from jaxtron.data.megatron.boundaries import Boundaries, make_sample
-from jaxtron.data.source import Sample
 
 
 class WindowSource:
@@ -28,7 +28,7 @@ class WindowSource:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> TokenBatch:
         if not 0 <= index < self._length:
             raise IndexError(f"sample {index} of {self._length}")
         start = index * self.sequence_length

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Integer
 
-from jaxtron.data.source import Sample
+from jaxtron.data.batch import TokenBatch
 from jaxtron.data.tokenizers import CharacterTokenizer, Tokenizer
 
 # Megatron's bound on the exponent of a perplexity
@@ -32,7 +32,7 @@ class OverlappingWindows:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> TokenBatch:
         if not 0 <= index < self._length:
             raise IndexError(f"window {index} of {self._length}")
         start = index * self.stride
@@ -41,7 +41,7 @@ class OverlappingWindows:
         weights = np.zeros(self.sequence_length, np.float32)
         weights[0 if index == 0 else self.sequence_length - self.stride : num_targets] = 1
         window = np.pad(window, (0, self.sequence_length - num_targets))
-        return Sample(tokens=window[:-1], targets=window[1:], weights=weights)
+        return TokenBatch(tokens=window[:-1], targets=window[1:], weights=weights)
 
 
 @dataclass(frozen=True)

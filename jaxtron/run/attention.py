@@ -11,6 +11,6 @@ def choose_attention(config: Configuration, parts: int, kind: str) -> dict[str, 
 
     None: whole scores. `UserError` where the implementation asked for cannot.
     """
-    packed = config.data.has_segments
+    packed = "segments" in config.data.optional_fields
     length, dtype = config.data.sequence_length, DTYPES[config.train.precision]
     return attention_choices(config.model, length, dtype, kind=kind, parts=parts, packed=packed)

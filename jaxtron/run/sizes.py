@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxtron.config import UserError
+from jaxtron.data.batch import SEQUENCE, TokenBatch, row_bytes
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.typing import PyTree
 
 GIB = 2**30
-# tokens and targets as int32, weights as float32
-BYTES_OF_A_TOKEN = 12
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -34,7 +33,7 @@ def check_state_fits(model: ModelConfig, state: PyTree, *, what: str) -> None:
 
 def check_batch_fits(name: str, rows: int, sequence_length: int) -> None:
     """`UserError` if one device's part of a batch, whose size is the setting `name`, is larger than its memory."""
-    needed, memory = rows * sequence_length * BYTES_OF_A_TOKEN // jax.device_count(), device_memory()
+    needed, memory = rows * row_bytes(TokenBatch, {SEQUENCE: sequence_length}) // jax.device_count(), device_memory()
     if needed > memory:
         raise UserError(
             f"{name} {rows:,} x data.sequence_length {sequence_length:,} would take {_gib(needed)} of each device, and "

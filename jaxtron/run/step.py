@@ -1,18 +1,21 @@
 """The train step: one manual region for loss and gradients, then the optimizer on global arrays."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxtron.data.batch import SEQUENCE, BatchField, TokenBatch, map_batch, present
 from jaxtron.layers.inputs import row_keys
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.models.decoder.staged import StagedDecoder
+from jaxtron.models.family import as_pytree
 from jaxtron.optim.config import OptimizerConfig
 from jaxtron.optim.loss_scale import LossScale, initial_loss_scale, update_loss_scale
 from jaxtron.optim.optimizer import clip_by_global_norm, make_optimizer
@@ -35,23 +38,8 @@ from jaxtron.typing import Array, Float, Int, Key, PyTree
 BATCH_SPEC = PartitionSpec(BATCH_AXES)
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("tokens", "targets", "weights", "positions", "segments"),
-    meta_fields=(),
-)
-@dataclass(frozen=True)
-class Batch:
-    """Global arrays of one step, rows split over the batch axes; weight 0 is padding.
-
-    Tokens of packed documents have positions and segments, those of their own document only seeing each other.
-    """
-
-    tokens: Int[Array, "B S"]
-    targets: Int[Array, "B S"]
-    weights: Float[Array, "B S"]
-    positions: Int[Array, "B S"] | None = None
-    segments: Int[Array, "B S"] | None = None
+BatchT = TypeVar("BatchT")
+as_pytree(TokenBatch)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "optimizer", "loss_scale"), meta_fields=())
@@ -86,7 +74,7 @@ class Trainer:
         """Shapes, types and shardings of the state."""
         return jax.eval_shape(self._around, self.blueprint.abstract)
 
-    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         """One optimizer step on a global batch. With fp16, a step whose gradients overflow changes only the scale."""
         scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
         nll, gradients = self.loss_and_gradients(state.params, batch, state.step, scale)
@@ -108,7 +96,7 @@ class Trainer:
         return TrainState(chosen.step, chosen.params, chosen.optimizer, loss_scale), metrics
 
     def loss_and_gradients(
-        self, params: PyTree, batch: Batch, step: Int[Array, ""], scale: Float[Array, ""]
+        self, params: PyTree, batch: Any, step: Int[Array, ""], scale: Float[Array, ""]
     ) -> tuple[Float[Array, ""], PyTree]:
         """Mean negative log-likelihood over the batch's tokens, and the float32 gradients of the training loss.
 
@@ -125,16 +113,16 @@ class Trainer:
         )
         return region(params, batch, step_key, scale)
 
-    def evaluate(self, params: PyTree, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def evaluate(self, params: PyTree, batch: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Sums over a batch: negative log-likelihood in nats, and the weight of its tokens.
 
         Rows go through the model in microbatches as large as those of a step; a smaller batch is one.
         """
 
-        def local(params: PyTree, batch: Batch) -> tuple[Array, Array]:
+        def local(params: PyTree, batch: Any) -> tuple[Array, Array]:
             working = self.blueprint.working(params, DTYPES[self.config.precision])
-            count = all_reduce(batch.weights.sum(), BATCH_AXES)
-            microbatches = jax.tree.map(vary, self._cut(batch, vary(jnp.float32(1.0))))
+            count = counts(batch)["tokens"]
+            microbatches = jax.tree.map(vary, self._cut(batch))
             table = forward_only(self.partition, microbatches[1].shape[0])
             _, nll = self._run(table, working, microbatches, key=None)
             return all_reduce(nll, MANUAL_AXES), count
@@ -144,16 +132,16 @@ class Trainer:
         region = jax.shard_map(local, in_specs=(specs, BATCH_SPEC), out_specs=scalars, axis_names=set(MANUAL_AXES))
         return region(params, batch)
 
-    def held(self, batch: Batch) -> tuple[PyTree, executor.State]:
+    def held(self, batch: Any) -> tuple[PyTree, executor.State]:
         """Types of what a device holds all through an (abstract) batch: working parameters, the executor's buffers.
 
         Traced, never run. Their shapes are whole along `tensor`, as their shardings say.
         """
         found: list[tuple[PyTree, executor.State]] = []
 
-        def local(params: PyTree, batch: Batch) -> Array:
+        def local(params: PyTree, batch: Any) -> Array:
             working = self.blueprint.working(params, DTYPES[self.config.precision])
-            microbatches = jax.tree.map(vary, self._cut(batch, vary(jnp.float32(1.0))))
+            microbatches = jax.tree.map(vary, self._cut(batch))
             staged, model = self._pieces(working, self._dropout_key(jax.random.key(0)))
             table = self.schedule(microbatches[1].shape[0])
             buffers = executor.buffers(table, self.partition, model, staged.parameters, microbatches)
@@ -166,12 +154,12 @@ class Trainer:
         return found[0]
 
     def _local_gradients(
-        self, params: PyTree, batch: Batch, step_key: Key[Array, ""], scale: Float[Array, ""]
+        self, params: PyTree, batch: Any, step_key: Key[Array, ""], scale: Float[Array, ""]
     ) -> tuple[Float[Array, ""], PyTree]:
         """This device's part of `loss_and_gradients`."""
-        count = all_reduce(batch.weights.sum(), BATCH_AXES)
         working = self.blueprint.working(params, DTYPES[self.config.precision])
-        microbatches = jax.tree.map(vary, self._cut(batch, vary(scale / count)))
+        factors = {name: scale / count for name, count in counts(batch).items()}
+        microbatches = jax.tree.map(vary, self._cut(weigh(batch, factors)))
         table = self.schedule(microbatches[1].shape[0])
         gradients, nll = self._run(table, working, microbatches, self._dropout_key(step_key))
         gradients = reduce_gradients(gradients, self.blueprint.layouts)
@@ -185,7 +173,7 @@ class Trainer:
         )
 
     def _run(
-        self, table: Schedule, working: PyTree, microbatches: tuple[Batch, Array], key: Key[Array, ""] | None
+        self, table: Schedule, working: PyTree, microbatches: tuple[Any, Array], key: Key[Array, ""] | None
     ) -> tuple[PyTree, Array]:
         """Gradients like the working parameters, and the sum of the negative log-likelihood, on this device."""
         staged, model = self._pieces(working, key)
@@ -207,13 +195,13 @@ class Trainer:
         )
         return staged, model
 
-    def _cut(self, batch: Batch, factor: Array) -> tuple[Batch, Array]:
-        """The local batch as [microbatch, row, ...] with weights times `factor`, and its global row numbers."""
-        num_local = batch.tokens.shape[0]
+    def _cut(self, batch: BatchT) -> tuple[BatchT, Int[Array, "M B"]]:
+        """The local batch as [microbatch, row, ...], of sequences the part that lies here, and global row numbers."""
+        num_local = jax.tree.leaves(batch)[0].shape[0]
         shards = current().size(BATCH_AXES)
         size = min(num_local, self.config.global_batch // self.config.microbatches // shards)
         rows = jax.lax.axis_index(BATCH_AXES) * num_local + jnp.arange(num_local)
-        batch = _own_part(replace(batch, weights=batch.weights * factor))
+        batch = shard_sequence(batch)
         return jax.tree.map(lambda leaf: leaf.reshape(num_local // size, size, *leaf.shape[1:]), (batch, rows))
 
     def _dropout_key(self, key: Key[Array, ""]) -> Key[Array, ""] | None:
@@ -227,12 +215,35 @@ class Trainer:
         return TrainState(jnp.int32(0), params, self._rule().init(params), loss_scale)
 
 
-def _own_part(batch: Batch) -> Batch:
+def counts(batch: Any) -> dict[str, Float[Array, ""]]:
+    """Sums over the global batch of the weights of each normalizer, inside the manual region."""
+    sums: dict[str, Array] = {}
+    for _, field, array in present(batch):
+        if field.normalizer is not None:
+            sums[field.normalizer] = sums.get(field.normalizer, 0.0) + array.sum()
+    return {name: all_reduce(count, BATCH_AXES) for name, count in sums.items()}
+
+
+def weigh(batch: BatchT, factors: Mapping[str, Float[Array, ""]]) -> BatchT:
+    """The batch with its weights times the factor of their normalizer."""
+
+    def times(field: BatchField, array: Array) -> Array:
+        return array if field.normalizer is None else array * factors[field.normalizer]
+
+    return map_batch(times, batch)
+
+
+def shard_sequence(batch: BatchT) -> BatchT:
     """Of whole sequences those tokens that lie here, where `mesh.context` splits them."""
     rules = current()
-    if rules.context_size == 1:
-        return batch
-    return jax.tree.map(lambda leaf: part(rules.context, rules.context_size, leaf, 1), batch)
+
+    def cut(field: BatchField, array: Array) -> Array:
+        for axis, name in enumerate(field.axes, 1):
+            if name == SEQUENCE:
+                array = part(rules.context, rules.context_size, array, axis)
+        return array
+
+    return map_batch(cut, batch)
 
 
 def batch_sharding() -> NamedSharding:
@@ -240,7 +251,7 @@ def batch_sharding() -> NamedSharding:
     return NamedSharding(current().mesh, BATCH_SPEC)
 
 
-def jit_step(trainer: Trainer) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+def jit_step(trainer: Trainer) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """The compiled step; its input state is consumed."""
     return jax.jit(trainer.step, donate_argnums=0, compiler_options=_compiler_options())
 

@@ -26,7 +26,7 @@ from jaxtron.run.dtypes import DTYPES
 from jaxtron.run.history import Continuation, changes, check_changes, listed, recorded_settings
 from jaxtron.run.metrics import Tally
 from jaxtron.run.sizes import check_batch_fits, check_state_fits
-from jaxtron.run.step import Batch, Trainer, TrainState, batch_sharding
+from jaxtron.run.step import Trainer, TrainState, batch_sharding
 from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import current, make_rules, use
@@ -47,7 +47,7 @@ class Run:
     placement: Placement
     checkpoints: Checkpoints
     layer_order: LayerOrder
-    evaluate: Callable[[PyTree, Batch], tuple[Array, Array]]
+    evaluate: Callable[[PyTree, Any], tuple[Array, Array]]
     state: TrainState
     step: int
     position: int

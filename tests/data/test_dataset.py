@@ -55,7 +55,7 @@ def test_the_last_validation_window_is_padded(digits):
     assert last.weights.tolist() == [1] + [0] * 7
     assert (last.tokens[0], last.targets[0]) == (8, 9)
     batches = list(validation_batches(data.validation, batch_size=4, local_rows=np.arange))
-    assert sum(batch.weights.sum() for batch in batches) == 9
+    assert sum(batch.arrays.weights.sum() for batch in batches) == 9
 
 
 @pytest.mark.parametrize(("num_tokens", "windows"), [(0, 0), (1, 0), (2, 1), (5, 1), (6, 2)])
@@ -83,7 +83,7 @@ def test_the_loader_follows_the_settings_and_resumes(digits):
     with data.train_loader(**arguments, position=position) as loader:
         resumed = next(loader)
     assert resumed.start == expected.start == 4
-    np.testing.assert_array_equal(resumed.tokens, expected.tokens)
+    np.testing.assert_array_equal(resumed.arrays.tokens, expected.arrays.tokens)
 
 
 def test_the_fingerprint_names_everything_that_a_position_depends_on(digits):

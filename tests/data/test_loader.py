@@ -6,8 +6,8 @@ import threading
 import numpy as np
 import pytest
 
+from jaxtron.data.batch import TokenBatch
 from jaxtron.data.loader import Loader, validation_batches
-from jaxtron.data.source import Sample
 
 SAMPLES = 23
 
@@ -26,7 +26,7 @@ class NumberedSource:
     def __getitem__(self, index):
         assert 0 <= index < self._length
         tokens = np.full(self.sequence_length, index, np.int32)
-        return Sample(tokens=tokens, targets=tokens + 1, weights=np.ones(self.sequence_length, np.float32))
+        return TokenBatch(tokens=tokens, targets=tokens + 1, weights=np.ones(self.sequence_length, np.float32))
 
 
 def host_rows(host, num_hosts):
@@ -52,7 +52,7 @@ def global_batches(num_hosts, num_steps, *, position=0, **settings):
         assert len({(part.start, part.size) for part in parts}) == 1
         samples = np.full(parts[0].size, -1)
         for part in parts:
-            samples[part.rows] = part.tokens[:, 0]
+            samples[part.rows] = part.arrays.tokens[:, 0]
         batches.append(samples.tolist())
     (position,) = {loader.position for loader in loaders}
     for loader in loaders:
@@ -117,7 +117,7 @@ def test_only_the_rows_asked_for_are_read_and_hosts_may_share_them():
 
     rows = np.array([1, 2, 6])
     with Loader(Recorder(), seed=7, batch_size=lambda n: 8, local_rows=lambda size: rows, prefetch=1) as loader:
-        batch = next(loader)
+        batch = next(loader).arrays
     whole, _ = global_batches(1, 1, batch_size=lambda n: 8)
     assert batch.tokens[:, 0].tolist() == [whole[0][row] for row in rows] == read[:3]
     assert batch.tokens.shape == batch.targets.shape == batch.weights.shape == (3, 3)
@@ -180,7 +180,7 @@ def validation(num_hosts, **settings):
     for parts in zip(*hosts, strict=True):
         rows = [None] * parts[0].size
         for part in parts:
-            for row, tokens, weights in zip(part.rows, part.tokens, part.weights, strict=True):
+            for row, tokens, weights in zip(part.rows, part.arrays.tokens, part.arrays.weights, strict=True):
                 rows[row] = int(tokens[0]) if weights.all() else None
         result.append(rows)
     return result
@@ -194,7 +194,7 @@ def test_validation_takes_each_sample_once_and_pads_the_last_batch(num_hosts):
 
 def test_padding_rows_weigh_nothing():
     *_, last = validation_batches(NumberedSource(), batch_size=8, local_rows=np.arange)
-    assert last.weights[:7].all() and not last.weights[7].any()
+    assert last.arrays.weights[:7].all() and not last.arrays.weights[7].any()
 
 
 def test_limited_validation_is_spread_evenly():

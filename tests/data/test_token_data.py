@@ -76,7 +76,7 @@ def global_tokens(data, num_hosts, steps, position=0):
     batches = []
     for _ in range(steps):
         parts = [next(loader) for loader in loaders]
-        batches.append(np.concatenate([part.tokens for part in parts]))
+        batches.append(np.concatenate([part.arrays.tokens for part in parts]))
     (position,) = {loader.position for loader in loaders}
     for loader in loaders:
         loader.close()
@@ -193,7 +193,7 @@ def test_conversations(make, tmp_path):
     assert not data.is_ordered and len(data.train) > len(data.validation) > 0
     answer = sample.targets[sample.weights == 1].astype(np.uint8).tobytes().decode()
     assert answer.startswith("b<|im_end|>") and set(sample.segments) > {0, 1}
-    assert DataConfig(format="chat").has_segments and DataConfig(format="chat").has_positions
+    assert DataConfig(format="chat").optional_fields == {"positions", "segments"}
 
 
 def test_the_middle_is_filled_in(make, prefix):

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import pytest
 from evaluate_runs import TrainedRun, figures, run
 
+from jaxtron.data.batch import TokenBatch
 from jaxtron.evaluate.model import open_model
 from jaxtron.evaluate.request import parse, read_configuration
-from jaxtron.run.step import Batch
 
 
 def plain_loop(trained: TrainedRun, text: Path, stride: int) -> float:
@@ -26,7 +26,7 @@ def plain_loop(trained: TrainedRun, text: Path, stride: int) -> float:
         @jax.jit
         def nll(params, window, place):
             weights = (jnp.arange(length) == place).astype(jnp.float32)[None]
-            return model.trainer.evaluate(params, Batch(window[None, :-1], window[None, 1:], weights))[0]
+            return model.trainer.evaluate(params, TokenBatch(window[None, :-1], window[None, 1:], weights))[0]
 
         total = 0.0
         for target in range(1, len(tokens)):

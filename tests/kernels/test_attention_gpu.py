@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from test_attention_implementations import DEVICE_KIND, FEATURES, UNITS, check, make_case, widened
 
+from jaxtron.data.batch import TokenBatch
 from jaxtron.kernels.attention.attention import attention
 from jaxtron.kernels.attention.choose import IMPLEMENTATIONS
 from jaxtron.kernels.attention.mask import Mask
@@ -26,7 +27,7 @@ from jaxtron.pipeline.partition import partition
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.run.configuration import TrainConfig
 from jaxtron.run.dtypes import DTYPES
-from jaxtron.run.step import Batch, Trainer, batch_sharding, jit_step
+from jaxtron.run.step import Trainer, batch_sharding, jit_step
 from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.config import MeshConfig, ShardingConfig
 from jaxtron.sharding.mesh import build_mesh
@@ -208,7 +209,7 @@ def train(implementation, precision):
         plan = blueprint(lambda rngs: Decoder(model, dtype=DTYPES[precision], partition=stages, rngs=rngs))
         trainer = Trainer(plan, model, config, OptimizerConfig(), pipeline, stages, seed=3)
         state = trainer.initial_state()
-        batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((ROWS, LENGTH), np.float32))
+        batch = TokenBatch(tokens[:, :-1], tokens[:, 1:], np.ones((ROWS, LENGTH), np.float32))
         batch = jax.device_put(batch, batch_sharding())
         run = jax.jit(trainer.loss_and_gradients, compiler_options=QUICK)
         _, gradients = jax.device_get(run(state.params, batch, state.step, jnp.float32(1.0)))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtron.data.batch import TokenBatch
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.optim.config import OptimizerConfig
@@ -23,7 +24,7 @@ from jaxtron.pipeline.partition import Partition, partition
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.run.configuration import TrainConfig
 from jaxtron.run.dtypes import DTYPES
-from jaxtron.run.step import Batch, Trainer, TrainState, batch_sharding
+from jaxtron.run.step import Trainer, TrainState, batch_sharding
 from jaxtron.sharding.blueprint import Blueprint, blueprint
 from jaxtron.sharding.config import ContextConfig, MeshConfig, ShardingConfig
 from jaxtron.sharding.mesh import build_mesh
@@ -109,7 +110,7 @@ class Result(NamedTuple):
     gradients: dict[str, np.ndarray]
 
 
-def make_batch(rows: int = ROWS, packed: bool = False) -> Batch:
+def make_batch(rows: int = ROWS, packed: bool = False) -> TokenBatch:
     """Rows with ever fewer tokens and the last five with none: devices and microbatches differ in their counts.
 
     `packed`: each row is several documents, cut anywhere.
@@ -118,7 +119,7 @@ def make_batch(rows: int = ROWS, packed: bool = False) -> Batch:
     tokens, targets = generator.integers(0, VOCAB, (2, rows, LENGTH), dtype=np.int32)
     weights = generator.random((rows, LENGTH)) > np.arange(rows)[:, None] / (rows - 5)
     assert weights[0].all() and not weights[-5:].any()
-    batch = Batch(tokens, targets, weights.astype(np.float32))
+    batch = TokenBatch(tokens, targets, weights.astype(np.float32))
     if not packed:
         return batch
     segments = np.cumsum(generator.random((rows, LENGTH)) < 0.2, 1, dtype=np.int32)

@@ -8,6 +8,7 @@ from commands import run_main
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtron.data.batch import SEQUENCE, TokenBatch, row_bytes
 from jaxtron.plan.__main__ import main as plan
 from jaxtron.run import sizes
 from jaxtron.run.sizes import bytes_on_a_device, check_batch_fits, device_memory, machine_memory
@@ -61,7 +62,7 @@ def test_simulated_devices_share_the_memory_of_the_machine(monkeypatch, tmp_path
 
 def test_what_fits_just_so_is_taken(monkeypatch):
     rows = jax.device_count() * 10
-    monkeypatch.setattr(sizes, "device_memory", lambda: 10 * 7 * sizes.BYTES_OF_A_TOKEN)
+    monkeypatch.setattr(sizes, "device_memory", lambda: 10 * row_bytes(TokenBatch, {SEQUENCE: 7}))
     check_batch_fits("train.global_batch", rows, 7)
     with pytest.raises(sizes.UserError, match="train.global_batch 88 x data.sequence_length 7"):
         check_batch_fits("train.global_batch", rows + jax.device_count(), 7)

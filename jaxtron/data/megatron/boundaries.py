@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from jaxtron.config import UserError
-from jaxtron.data.source import Sample
+from jaxtron.data.batch import TokenBatch
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Boundaries:
             )
 
 
-def make_sample(text: Int32[np.ndarray, "T"], *, sequence_length: int, boundaries: Boundaries) -> Sample:
+def make_sample(text: Int32[np.ndarray, "T"], *, sequence_length: int, boundaries: Boundaries) -> TokenBatch:
     """A sample from up to `sequence_length` + 1 tokens: each of the first `sequence_length` predicts the next one.
 
     Where tokens are missing the sample is padded with 0, of weight 0. Padding is known by its place, so a pad id equal
@@ -43,7 +43,7 @@ def make_sample(text: Int32[np.ndarray, "T"], *, sequence_length: int, boundarie
     weights = np.zeros(sequence_length, np.float32)
     weights[:num_targets] = 1
     if not (boundaries.mask_loss or boundaries.reset_positions or boundaries.reset_attention):
-        return Sample(tokens=tokens, targets=targets, weights=weights)
+        return TokenBatch(tokens=tokens, targets=targets, weights=weights)
     is_end = tokens == boundaries.end_of_document
     is_end[num_tokens:] = False
     if boundaries.mask_loss:
@@ -51,7 +51,7 @@ def make_sample(text: Int32[np.ndarray, "T"], *, sequence_length: int, boundarie
     segments = np.cumsum(is_end, dtype=np.int32) - is_end
     starts = np.concatenate([[0], np.flatnonzero(is_end) + 1])
     positions = (np.arange(sequence_length) - starts[segments]).astype(np.int32)
-    return Sample(
+    return TokenBatch(
         tokens=tokens,
         targets=targets,
         weights=weights,

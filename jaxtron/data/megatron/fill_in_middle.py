@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Int32, Integer
 
 from jaxtron.config import UserError
+from jaxtron.data.batch import TokenBatch
 from jaxtron.data.megatron.boundaries import Boundaries, make_sample
-from jaxtron.data.source import Sample, Source
+from jaxtron.data.source import Source
 from jaxtron.data.tokenizers import Tokenizer
 
 REPLACEMENT = "\ufffd"
@@ -63,7 +64,7 @@ class FillInMiddleSource:
     """A decoder's samples with documents cut; as many and as long as those of `source`.
 
     `source` must leave documents' boundaries alone (positions, segments and weights inside the text): they move, and
-    `boundaries` is applied to the new text. Sample i draws from `RandomState((seed + i) % 2^32)`. With a tokenizer
+    `boundaries` is applied to the new text. TokenBatch i draws from `RandomState((seed + i) % 2^32)`. With a tokenizer
     documents are cut between characters, otherwise between tokens.
     """
 
@@ -86,7 +87,7 @@ class FillInMiddleSource:
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> TokenBatch:
         sample = self._source[index]
         real = np.flatnonzero(sample.weights)
         count = int(real[-1]) + 1 if len(real) else 0

@@ -10,13 +10,13 @@ import numpy as np
 from jaxtyping import Int32, Shaped
 
 from jaxtron.config import UserError
+from jaxtron.data.batch import TokenBatch
 from jaxtron.data.megatron.blend import component_samples
 from jaxtron.data.megatron.boundaries import Boundaries, make_sample
 from jaxtron.data.megatron.gpt_index import count_epochs
 from jaxtron.data.megatron.index_cache import cached_blend, cached_gpt_index, lengths_digest
 from jaxtron.data.megatron.indexed import IndexedReader
 from jaxtron.data.megatron.splits import split_ranges
-from jaxtron.data.source import Sample
 from jaxtron.words import plural
 
 SPLITS = ("train", "validation", "test")
@@ -89,7 +89,7 @@ class GPTSource:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> TokenBatch:
         return make_sample(self.text(index), sequence_length=self.sequence_length, boundaries=self._boundaries)
 
     def text(self, index: int) -> Int32[np.ndarray, "T"]:
@@ -171,7 +171,7 @@ class BlendedSource:
     def __len__(self) -> int:
         return len(self.blend)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> TokenBatch:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in a blend")
         return self._sources[self.blend.datasets[index]][int(self.blend.samples[index])]

@@ -1,6 +1,7 @@
 """What fills a GPU's memory in a compiled step, by what it is for."""
 
 import math
+from typing import Any
 
 import jax
 
@@ -9,11 +10,11 @@ from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.schedules.figures import figures
 from jaxtron.plan.compiled import deviceless
 from jaxtron.plan.memory_use import NCCL_BUFFERS, MemoryUse, StageActivations, device_bytes, reserved
-from jaxtron.run.step import Batch, Trainer
+from jaxtron.run.step import Trainer
 from jaxtron.typing import PyTree
 
 
-def memory_use(trainer: Trainer, batch: Batch, compiled: deviceless.Memory, gpu: Gpu, num_groups: int) -> MemoryUse:
+def memory_use(trainer: Trainer, batch: Any, compiled: deviceless.Memory, gpu: Gpu, num_groups: int) -> MemoryUse:
     """Bytes a GPU by class of a compiled step, inside `sharding.use(rules)`; `num_groups` sets of GPUs communicate."""
     state = trainer.abstract_state()
     working, buffers = trainer.held(batch)

@@ -1,5 +1,6 @@
 """The real train step, compiled for GPUs that are not there."""
 
+import functools
 import os
 import sys
 import tempfile
@@ -7,11 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from jaxtron.data.batch import SEQUENCE, TokenBatch, make_batch
 from jaxtron.gpus import Gpu, gpu_named
 from jaxtron.models.decoder.attention_choice import attention_lines
 from jaxtron.plan.compiled import hlo
@@ -22,12 +22,11 @@ from jaxtron.plan.layout import ParameterRow, parameter_rows
 from jaxtron.plan.memory_use import MemoryUse
 from jaxtron.run.attention import choose_attention
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.step import Batch, Trainer, batch_sharding, jit_step
+from jaxtron.run.step import Trainer, batch_sharding, jit_step
 from jaxtron.runtime.xla_flags import gpu_options, refused_option
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import make_rules, use
 from jaxtron.train.setup import make_trainer
-from jaxtron.typing import DTypeLike
 
 # Without a GPU there is nothing to tune on, and trying costs half of the compilation. Everything else is as in a run.
 COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
@@ -112,20 +111,11 @@ def _compile(lowered: jax.stages.Lowered, options: dict[str, bool | int | str]) 
     return lowered.compile(compiler_options={**options, "xla_gpu_enable_triton_gemm": False})
 
 
-def abstract_batch(config: Configuration) -> Batch:
+def abstract_batch(config: Configuration) -> TokenBatch:
     """Shapes, types and shardings of the global batch, inside `sharding.use(rules)`."""
-    shape, sharding = (config.train.global_batch, config.data.sequence_length), batch_sharding()
-
-    def rows(dtype: DTypeLike, is_there: bool = True) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) if is_there else None
-
-    return Batch(
-        tokens=rows(jnp.int32),
-        targets=rows(jnp.int32),
-        weights=rows(jnp.float32),
-        positions=rows(jnp.int32, config.data.has_positions),
-        segments=rows(jnp.int32, config.data.has_segments),
-    )
+    make = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding())
+    lengths = {SEQUENCE: config.data.sequence_length}
+    return make_batch(TokenBatch, config.train.global_batch, lengths, config.data.optional_fields, make)
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def kept_bytes(config: Configuration, tensor: int, context: int = 1, kind: str |
 
         def local(params: PyTree, tokens: Array, numbers: Array) -> Array:
             tokens = part(current().context, parts, tokens, 1)
-            segments = tokens if config.data.has_segments else None
+            segments = tokens if "segments" in config.data.optional_fields else None
             working = plan.working(params, dtype)
             drops = model.dropout > 0 or model.attention_dropout > 0
             keys = row_keys(jax.random.key(0), vary(numbers)) if drops else None

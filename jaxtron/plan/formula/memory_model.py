@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
+from jaxtron.data.batch import SEQUENCE, TokenBatch, row_bytes
 from jaxtron.gpus import Gpu
 from jaxtron.layers.config import GATED
 from jaxtron.layers.loss import CHUNK_ELEMENTS
@@ -29,8 +30,6 @@ from jaxtron.sharding.parameters import working_dtype
 from jaxtron.sharding.rules import Rules, make_rules, use
 
 FLOAT = COUNTER = 4
-# of a token: itself, its target and its weight
-BATCH_BYTES = 12
 # What compiled steps hold at their peak beside the classes that shapes explain, as multiples of arrays that are there
 # at the same time. Measured on 20 layouts of 1.3 to 1008 billion parameters, JAX 0.11.2 (2026-11): tests/plan/
 # test_estimate.py has them. Scores of attention in float32, and MLP's matrix in float32 and the step's type:
@@ -106,6 +105,7 @@ class Estimator:
         travels = stages * chunks > 1
         held = (slots.activations + 1 if travels else 0) + slots.gradients + 1 + travels
         communication = NCCL_BUFFERS * _groups(sizes)
+        row = row_bytes(TokenBatch, {SEQUENCE: config.data.sequence_length}, config.data.optional_fields)
         used = MemoryUse(
             master_weights=state.master,
             optimizer=state.optimizer,
@@ -113,7 +113,7 @@ class Estimator:
             gradients=state.gradients,
             activations=rows * chunk_rows * (slots.residuals * kept.residuals + slots.pairs * kept.pairs),
             messages=held * x,
-            batch=rows * train.microbatches * config.data.sequence_length * BATCH_BYTES,
+            batch=rows * train.microbatches * row,
             temporaries=0,
             communication=communication,
             reserve=reserved(gpu, communication),
