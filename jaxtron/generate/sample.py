@@ -12,7 +12,8 @@ from jaxtyping import Int32, Integer
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.models.decoder.staged import StagedDecoder
 from jaxtron.pipeline import executor
-from jaxtron.pipeline.partition import Partition, forward_only
+from jaxtron.pipeline.model import HeadOutput
+from jaxtron.pipeline.partition import Partition, StagePlan, forward_only
 from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.sharding.collectives import all_reduce, largest, vary
 from jaxtron.sharding.config import MANUAL_AXES
@@ -105,11 +106,11 @@ def _next_logits(
 ) -> Float[Array, "V"]:
     """Logits of what follows the first `filled` tokens, from one microbatch of one row through all stages."""
 
-    def head(decoder: Decoder, x: Array, microbatch: tuple[Array, Array]) -> tuple[Array, Array]:
+    def head(decoder: Decoder, x: Array, microbatch: tuple[Array, Array]) -> HeadOutput:
         x = constrain(x, "batch", "full_seq", "embed")
         logits = decoder.predict(jax.lax.dynamic_slice_in_dim(x, microbatch[1] - 1, 1, axis=1))
         # no loss, for nothing is trained
-        return jnp.float32(0.0), constrain(logits[0, 0], None)
+        return HeadOutput(jnp.float32(0.0), {"logits": constrain(logits[0, 0], None)})
 
     model = staged.model(
         embed=lambda decoder, microbatch: decoder.embed(microbatch[0]),
@@ -117,6 +118,7 @@ def _next_logits(
         head=head,
     )
     microbatches = jax.tree.map(vary, (tokens[None, None], filled[None]))
-    _, logits = executor.run(forward_only(partition), partition, model, staged.parameters, microbatches)
+    stages = StagePlan((partition,))
+    logits = executor.run(forward_only(stages), stages, model, staged.parameters, microbatches).sums["logits"]
     # only the last stage has any
     return all_reduce(logits, ("pipe",))

@@ -8,121 +8,157 @@ accumulation: the same loop, with nothing to send and nothing kept from tick to 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtron.pipeline.layer_loop import Buffer, LayerFunction, LayerLoop, read, write
-from jaxtron.pipeline.lowering import Channel, IntTable, Pairs, Program, Segment, Slots, lower, segments
-from jaxtron.pipeline.partition import Partition
+from jaxtron.pipeline import buffers
+from jaxtron.pipeline.layer_loop import ChunkWork, LayerLoop, PreparedLayer, StackBuffers
+from jaxtron.pipeline.lowering import Channel, IntTable, Pairs, Segment, Slots, lower, segments
+from jaxtron.pipeline.model import Microbatch, Model, Parameters, Stream, merge
+from jaxtron.pipeline.partition import StagePlan
 from jaxtron.pipeline.schedules.schedule import Schedule
-from jaxtron.sharding.collectives import permute, vary, zeros_like_type
-from jaxtron.typing import Array, PyTree
+from jaxtron.sharding.collectives import permute
+from jaxtron.typing import Array, Float, PyTree
 
 PIPE = "pipe"
 # how operations of backwards are named in compiled programs, where autodiff's own names may be lost
 BACKWARD = "backward"
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model in the pieces that stages run; a microbatch is a pytree of its arrays."""
+class Result(NamedTuple):
+    """What a step's microbatches sum to on this device."""
 
-    embed: Callable[[PyTree, PyTree], Array]
-    """(ends, microbatch) -> the first layer's input."""
-    shared: Callable[[PyTree], PyTree]
-    """microbatch -> what all layers read beside their input."""
-    layer: LayerFunction
-    head: Callable[[PyTree, Array, PyTree], tuple[Array, PyTree]]
-    """(ends, the last layer's output, microbatch) -> (loss to differentiate, sums to report)."""
-    unroll: int = 1
-    """Layers unrolled in each iteration of the loop over them."""
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=("layers", "ends"), meta_fields=())
-@dataclass(frozen=True)
-class Parameters:
-    """A stage's layers along a leading axis, as `Partition` orders them, and every stage's embedding and head."""
-
-    layers: PyTree
-    ends: PyTree
+    gradients: Parameters | None
+    """Float32, like the trained parameters; None from a table without backwards."""
+    sums: dict[str, Float[Array, "..."]]
+    """The head's."""
+    layer_metrics: tuple[PyTree, ...]
+    """By stack, each array [layer slot, ...]: `layer_rows.restore` puts them in the model's order."""
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("activations", "gradients", "residuals", "pairs", "sent", "sums", "reports"),
+    data_fields=("inputs", "cotangents", "sent", "stacks", "outer_accumulators", "sums"),
     meta_fields=(),
 )
 @dataclass(frozen=True)
-class State:
+class ExecutorState:
     """What a stage holds between ticks. A field is empty where the schedule has no use for it."""
 
-    activations: Array
+    inputs: Stream
     """Inputs of forwards to come, by slot; the last slot is for what nobody reads."""
-    gradients: Array
+    cotangents: Stream
     """Cotangents for backwards to come, likewise."""
-    residuals: Buffer
-    """What forwards leave for backwards, by slot and layer."""
-    pairs: Buffer
-    """What backwards leave for weight gradients, likewise."""
-    sent: Array | None
-    """The gradient that the last tick's backward sends."""
-    sums: Parameters
-    """Float32 gradients so far; empty where there are none to come."""
-    reports: PyTree
+    sent: Stream | None
+    """The cotangent that the last tick's backward sends."""
+    stacks: tuple[StackBuffers, ...]
+    outer_accumulators: PyTree
+    """Float32 gradients so far of the trained parameters outside of stacks."""
+    sums: dict[str, Float[Array, "..."]]
+    """The head's so far."""
 
 
 def run(
-    schedule: Schedule, partition: Partition, model: Model, params: Parameters, batch: PyTree
-) -> tuple[Parameters | None, PyTree]:
-    """Float32 gradients of the loss summed over all microbatches, and the summed reports.
+    schedule: Schedule,
+    stages: StagePlan,
+    model: Model,
+    params: Parameters,
+    batch: PyTree,
+    frozen: Parameters | None = None,
+) -> Result:
+    """Float32 gradients of the head's and the layers' losses summed over all microbatches, and what these report.
 
-    `batch` leaves have leading axes [microbatch, row] and are the same on every stage. Called inside the manual region
-    with varying parameters: nothing is reduced over the batch axes but what gathering weights at use asks for.
-    Gradients of layers are this stage's own; those of the ends, and reports, are yet to be summed over `pipe`. A table
-    without backwards has no gradients (None).
+    `batch` leaves have leading axes [microbatch, row] and are the same on every stage. `frozen` is like `params` with
+    None where that has a leaf, and the other way round (None: all are trained). Called inside the manual region with
+    varying parameters: nothing is reduced over the batch axes but what gathering weights at use asks for. Gradients and
+    metrics of layers are this stage's own; outer gradients, and sums, are yet to be summed over `pipe`.
     """
-    program = lower(schedule)
-    executor = _Executor(program, partition, model, params, batch)
+    executor = _Executor(schedule, stages, model, params, batch, frozen)
     state = executor.initial()
-    for segment in segments(program):
+    for segment in segments(executor.program):
         state = executor.loop_over(segment, state)
-    return state.sums if executor.trains else None, state.reports
+    gradients = None
+    if executor.trains:
+        gradients = Parameters(tuple(held.grad_accumulators for held in state.stacks), state.outer_accumulators)
+    return Result(gradients, state.sums, tuple(held.metrics for held in state.stacks))
 
 
-def buffers(schedule: Schedule, partition: Partition, model: Model, params: Parameters, batch: PyTree) -> State:
+def initial_state(
+    schedule: Schedule,
+    stages: StagePlan,
+    model: Model,
+    params: Parameters,
+    batch: PyTree,
+    frozen: Parameters | None = None,
+) -> ExecutorState:
     """What `run` holds from its first tick to its last, still empty, for its sizes; called where `run` is."""
-    return _Executor(lower(schedule), partition, model, params, batch).initial()
+    return _Executor(schedule, stages, model, params, batch, frozen).initial()
 
 
 class _Executor:
     """One stage's program, traced once for all stages."""
 
-    def __init__(self, program: Program, partition: Partition, model: Model, params: Parameters, batch: PyTree) -> None:
-        self.program = program
-        self.partition = partition
+    def __init__(
+        self,
+        schedule: Schedule,
+        stages: StagePlan,
+        model: Model,
+        params: Parameters,
+        batch: PyTree,
+        frozen: Parameters | None,
+    ) -> None:
+        assert schedule.num_chunks == stages.num_chunks and len(model.stacks) == len(stages.partitions)
+        self.program = lower(schedule, stages.stack_chunks)
+        self.stages = stages
         self.model = model
-        self.params = params
+        self.outer = params.outer
+        self.frozen_outer = None if frozen is None else frozen.outer
         self.batch = batch
-        self.num_stages = program.schedule.num_stages
-        self.trains = program.num_residuals > 0
+        self.num_stages = schedule.num_stages
+        self.trains = any(self.program.num_residuals)
         self.stage = jax.lax.axis_index(PIPE) if self.num_stages > 1 else 0
-        numbers = np.maximum(np.asarray(partition.rows, np.int32), 0).reshape(self.num_stages, -1)
-        self.loop = LayerLoop(model.layer, params.layers, jnp.asarray(numbers)[self.stage], model.unroll)
-        lengths = np.asarray(partition.chunk_lengths, np.int32)
-        self.lengths = tuple(sorted(set(lengths.reshape(-1).tolist())))
-        self.x = jax.eval_shape(model.embed, params.ends, jax.tree.map(lambda leaf: leaf[0], batch))
-        self.length_index = jnp.asarray(np.searchsorted(self.lengths, lengths))[self.stage]
+        self.loops = tuple(
+            LayerLoop(
+                stack.layer,
+                params.stacks[index],
+                self._numbers(index),
+                stack.unroll,
+                None if frozen is None else frozen.stacks[index],
+            )
+            for index, stack in enumerate(model.stacks)
+        )
+        self.stream = jax.eval_shape(partial(self._enter, 0), self.outer, None, self._first_microbatch())
+        self.prepared = self._prepare()
+        self.variants, self.variant_of_chunk = self._chunk_variants()
 
-    def loop_over(self, segment: Segment, state: State) -> State:
+    def _numbers(self, stack: int) -> Array:
+        """The numbers in their stack of this stage's layers, by slot."""
+        layers = np.maximum(np.asarray(self.stages.partitions[stack].slot_layers, np.int32), 0)
+        return jnp.asarray(layers.reshape(self.num_stages, -1))[self.stage]
+
+    def _first_microbatch(self) -> Microbatch:
+        return jax.tree.map(lambda leaf: leaf[0], self.batch)
+
+    def _prepare(self) -> tuple[PreparedLayer, ...]:
+        """Every stack's layer, traced once."""
+        found = []
+        for stack, loop in zip(self.model.stacks, self.loops, strict=True):
+            shared = jax.eval_shape(stack.shared, self._first_microbatch())
+            splits = self.program.schedule.split
+            found.append(loop.prepare(self.stream, shared, trains=self.trains, splits=splits))
+        return tuple(found)
+
+    def loop_over(self, segment: Segment, state: ExecutorState) -> ExecutorState:
         """The segment's ticks."""
         length = segment.stop - segment.start
         iterations = -(-length // segment.period)
         rows = self._rows(segment, iterations * segment.period)
         here = jax.tree.map(lambda table: jnp.asarray(table)[:, self.stage].reshape(iterations, segment.period), rows)
 
-        def iterate(state: State, rows: PyTree) -> tuple[State, None]:
+        def iterate(state: ExecutorState, rows: PyTree) -> tuple[ExecutorState, None]:
             for phase in range(segment.period):
                 state = self.tick(state, jax.tree.map(lambda row, phase=phase: row[phase], rows), segment, phase)
             return state, None
@@ -146,38 +182,27 @@ class _Executor:
             tuple(part(channel.slots, program.num_gradients) for channel in program.gradients),
         )
 
-    def initial(self) -> State:
+    def initial(self) -> ExecutorState:
         """Empty buffers and zero sums."""
-        program, model = self.program, self.model
-        first = jax.tree.map(lambda leaf: leaf[0], self.batch)
-        x = self.x
-        shared = jax.eval_shape(model.shared, first)
-        reports = jax.eval_shape(
-            lambda ends, x, microbatch: model.head(ends, x, microbatch)[1], self.params.ends, x, first
+        program = self.program
+        head = jax.eval_shape(self._run_head, self.outer, self.stream, self._first_microbatch())[1]
+        stacks = tuple(
+            loop.buffers(prepared, program.num_residuals[stack], program.num_pairs[stack], partition.slots_per_chunk)
+            for stack, (loop, prepared, partition) in enumerate(
+                zip(self.loops, self.prepared, self.stages.partitions, strict=True)
+            )
         )
-        residuals, pairs = self._buffers(shared)
-        sums = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), self.params)
-        return State(
-            activations=zeros_like_type(x, (program.num_activations + 1 if program.activations else 0,)),
-            gradients=zeros_like_type(x, (program.num_gradients + 1 if self.trains else 0,)),
-            residuals=residuals,
-            pairs=pairs,
-            sent=zeros_like_type(x, ()) if program.gradients else None,
-            sums=sums if self.trains else Parameters({}, {}),
-            reports=jax.tree.map(lambda leaf: zeros_like_type(leaf, ()), reports),
+        accumulators = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), self.outer)
+        return ExecutorState(
+            inputs=buffers.zeros(self.stream, program.num_activations + 1 if program.activations else 0),
+            cotangents=buffers.zeros(self.stream, program.num_gradients + 1 if self.trains else 0),
+            sent=buffers.zeros(self.stream) if program.gradients else None,
+            stacks=stacks,
+            outer_accumulators=accumulators if self.trains else (),
+            sums=buffers.zeros(head),
         )
 
-    def _buffers(self, shared: PyTree) -> tuple[Buffer, Buffer]:
-        """For residuals and for pairs; empty where nothing is to be kept."""
-        program, rows = self.program, self.partition.chunk_rows
-        if not self.trains:
-            return [], []
-        residuals = self.loop.buffer(self.x, shared, program.num_residuals, rows)
-        if not program.num_pairs:
-            return residuals, []
-        return residuals, self.loop.pairs(self.x, shared, residuals, program.num_pairs, rows)
-
-    def tick(self, state: State, row: PyTree, segment: Segment, phase: int) -> State:
+    def tick(self, state: ExecutorState, row: PyTree, segment: Segment, phase: int) -> ExecutorState:
         """One row of the table, in a segment's loop."""
         (forward, backward, weight), arrivals, gradient_arrivals = row
         program = self.program
@@ -186,162 +211,178 @@ class _Executor:
         if self._has_any(program.forward, segment, phase):
             state, y = self._run(self._forward, program.forward, forward, state)
         for message, slot in zip(messages, gradient_arrivals, strict=True):
-            state = replace(state, gradients=_receive(state.gradients, message, slot))
+            state = replace(state, cotangents=_receive(state.cotangents, message, slot))
         messages = self._travel(program.activations, segment.activations[phase], y)
         if self._has_any(program.backward, segment, phase):
             state, cotangent = self._run(self._backward, program.backward, backward, state)
         if program.gradients:
-            state = replace(state, sent=zeros_like_type(self.x, ()) if cotangent is None else cotangent)
+            state = replace(state, sent=buffers.zeros(self.stream) if cotangent is None else cotangent)
         if self._has_any(program.weight, segment, phase):
             state, _ = self._run(self._weight, program.weight, weight, state)
         for message, slot in zip(messages, arrivals, strict=True):
-            state = replace(state, activations=_receive(state.activations, message, slot))
+            state = replace(state, inputs=_receive(state.inputs, message, slot))
         return state
 
     def _has_any(self, table: Slots[IntTable], segment: Segment, phase: int) -> bool:
         return bool(table.active[segment.start + phase : segment.stop : segment.period].any())
 
-    def _microbatch(self, slots: Slots[Array]) -> PyTree:
+    def _microbatch(self, slots: Slots[Array]) -> Microbatch:
         return jax.tree.map(lambda leaf: leaf[slots.microbatch], self.batch)
 
-    def _run(self, work: Callable, table: Slots[IntTable], slots: Slots[Array], state: State) -> tuple[State, Array]:
+    def _shared(self, microbatch: Microbatch) -> tuple[PyTree, ...]:
+        return tuple(stack.shared(microbatch) for stack in self.model.stacks)
+
+    def _run(
+        self, work: Callable, table: Slots[IntTable], slots: Slots[Array], state: ExecutorState
+    ) -> tuple[ExecutorState, Stream]:
         """`work` if this tick has any; without a branch where every tick of every stage has."""
         if table.active.all():
             return work(state, slots)
-        return jax.lax.cond(slots.active, work, lambda state, _: (state, zeros_like_type(self.x, ())), state, slots)
+        return jax.lax.cond(slots.active, work, lambda state, _: (state, buffers.zeros(self.stream)), state, slots)
 
-    def _forward(self, state: State, slots: Slots[Array]) -> tuple[State, Array]:
-        """Embedding on the first virtual stage, layers, head and loss with their gradient on the last."""
+    def _forward(self, state: ExecutorState, slots: Slots[Array]) -> tuple[ExecutorState, Stream]:
+        """What enters the chunk, its layers, and on the last virtual stage head and loss with their gradient."""
         microbatch = self._microbatch(slots)
-        shared = self.model.shared(microbatch)
+        shared = self._shared(microbatch)
 
-        def embed(state: State) -> Array:
-            return self.model.embed(self.params.ends, microbatch)
+        def enter(stack: int, state: ExecutorState) -> Stream:
+            received = None if stack == 0 else buffers.read(state.inputs, slots.activation)
+            return received if stack < 0 else self._enter(stack, self.outer, received, microbatch)
 
-        def received(state: State) -> Array:
-            return read(state.activations, (slots.activation,))
+        entered = self._by_enters(slots, enter, state)
 
-        x = self._branch(slots.is_first, embed, received, state)
-        first = slots.chunk * self.partition.chunk_rows
-        if self.trains:
-            y, residuals = self._by_length(
-                slots,
-                lambda length: self.loop.forward(x, shared, first, length, state.residuals, slots.residual),
-            )
-            state = replace(state, residuals=residuals)
-        else:
-            y = self._by_length(slots, lambda length: self.loop.evaluate(x, shared, first, length))
+        def layers(stack: int, work: ChunkWork) -> tuple[Stream, tuple[StackBuffers, ...]]:
+            loop, held = self.loops[stack], state.stacks[stack]
+            if self.trains:
+                y, held = loop.forward(self.prepared[stack], work, entered, shared[stack], held)
+            else:
+                y, held = loop.evaluate(work, entered, shared[stack], held)
+            return y, _put(state.stacks, stack, held)
+
+        y, stacks = self._by_chunk(slots, layers)
+        state = replace(state, stacks=stacks)
         head = partial(self._head, y=y, microbatch=microbatch, slot=slots.gradient)
-        return self._branch(slots.is_last, head, lambda state: state, state), y
+        if self.program.schedule.num_virtual == 1:
+            return head(state), y
+        return jax.lax.cond(slots.is_last, head, lambda state: state, state), y
 
-    def _head(self, state: State, *, y: Array, microbatch: PyTree, slot: Array) -> State:
+    def _head(self, state: ExecutorState, *, y: Stream, microbatch: Microbatch, slot: Array) -> ExecutorState:
         """Loss and, when training, its gradient at once, left where the backward finds it."""
         if not self.trains:
-            reports = self.model.head(self.params.ends, y, microbatch)[1]
-            return replace(state, reports=_add(state.reports, reports))
-        differentiate = jax.value_and_grad(self.model.head, argnums=(0, 1), has_aux=True)
-        (_, reports), (ends, cotangent) = differentiate(self.params.ends, y, microbatch)
+            return replace(state, sums=buffers.add(state.sums, self._run_head(self.outer, y, microbatch)[1]))
+        differentiate = jax.value_and_grad(self._run_head, argnums=(0, 1), has_aux=True)
+        (_, sums), (outer, cotangent) = differentiate(self.outer, y, microbatch)
         return replace(
             state,
-            reports=_add(state.reports, reports),
-            sums=replace(state.sums, ends=self._add_to_ends(state.sums.ends, ends)),
-            gradients=write(state.gradients, cotangent, (slot,)),
+            sums=buffers.add(state.sums, sums),
+            outer_accumulators=self._add_to_outer(state.outer_accumulators, outer),
+            cotangents=buffers.write(state.cotangents, cotangent, slot),
         )
 
     @jax.named_scope(BACKWARD)
-    def _backward(self, state: State, slots: Slots[Array]) -> tuple[State, Array]:
-        """Layers in reverse, then the embedding on the first virtual stage."""
+    def _backward(self, state: ExecutorState, slots: Slots[Array]) -> tuple[ExecutorState, Stream]:
+        """Layers in reverse, then what entered the chunk."""
         microbatch = self._microbatch(slots)
-        shared = self.model.shared(microbatch)
-        cotangent = read(state.gradients, (slots.gradient,))
-        first = slots.chunk * self.partition.chunk_rows
+        shared = self._shared(microbatch)
+        cotangent = buffers.read(state.cotangents, slots.gradient)
 
-        place = (cotangent, shared, first)
-        if self.program.num_pairs:
-            cotangent, layers, pairs = self._by_length(
-                slots,
-                lambda length: self.loop.backward_inputs(
-                    *place, length, state.residuals, slots.residual, state.sums.layers, state.pairs, slots.pair
-                ),
-            )
-            state = replace(state, sums=replace(state.sums, layers=layers), pairs=pairs)
-        else:
-            cotangent, layers = self._by_length(
-                slots,
-                lambda length: self.loop.backward(*place, length, state.residuals, slots.residual, state.sums.layers),
-            )
-            state = replace(state, sums=replace(state.sums, layers=layers))
+        def layers(stack: int, work: ChunkWork) -> tuple[Stream, tuple[StackBuffers, ...]]:
+            arguments = (work, cotangent, shared[stack], state.stacks[stack])
+            entered, held = self.loops[stack].backward(self.prepared[stack], *arguments)
+            return entered, _put(state.stacks, stack, held)
 
-        def embed(state: State) -> State:
-            pull = jax.vjp(lambda ends: self.model.embed(ends, microbatch), self.params.ends)[1]
-            return replace(state, sums=replace(state.sums, ends=self._add_to_ends(state.sums.ends, pull(cotangent)[0])))
+        entered, stacks = self._by_chunk(slots, layers)
+        state = replace(state, stacks=stacks)
 
-        return self._branch(slots.is_first, embed, lambda state: state, state), cotangent
+        def enter(stack: int, accumulators: PyTree) -> tuple[PyTree, Stream]:
+            if stack < 0:
+                return accumulators, entered
+            received = None if stack == 0 else buffers.read(state.inputs, slots.activation)
+            pull = jax.vjp(partial(self._enter, stack, microbatch=microbatch), self.outer, received)[1]
+            outer, before = pull(entered)
+            # nothing is before the first stack; what it sends nobody reads
+            return self._add_to_outer(accumulators, outer), entered if stack == 0 else before
+
+        accumulators, cotangent = self._by_enters(slots, enter, state.outer_accumulators)
+        return replace(state, outer_accumulators=accumulators), cotangent
 
     @jax.named_scope(BACKWARD)
-    def _weight(self, state: State, slots: Slots[Array]) -> tuple[State, Array]:
+    def _weight(self, state: ExecutorState, slots: Slots[Array]) -> tuple[ExecutorState, Stream]:
         """The layers' weight gradients that a backward put off."""
-        shared = self.model.shared(self._microbatch(slots))
-        first = slots.chunk * self.partition.chunk_rows
+        shared = self._shared(self._microbatch(slots))
 
-        def run(length: int) -> PyTree:
-            return self.loop.weight_gradients(shared, first, length, state.pairs, slots.pair, state.sums.layers)
+        def layers(stack: int, work: ChunkWork) -> tuple[StackBuffers, ...]:
+            loop, held = self.loops[stack], state.stacks[stack]
+            return _put(state.stacks, stack, loop.weight_grads(self.prepared[stack], work, shared[stack], held))
 
-        sums = replace(state.sums, layers=self._by_length(slots, run))
-        return replace(state, sums=sums), zeros_like_type(self.x, ())
+        return replace(state, stacks=self._by_chunk(slots, layers)), buffers.zeros(self.stream)
 
-    def _add_to_ends(self, sums: PyTree, parts: PyTree) -> PyTree:
-        return (_add if self.program.schedule.num_virtual == 1 else _add_in_branch)(sums, parts)
+    def _enter(self, stack: int, outer: PyTree, received: Stream | None, microbatch: Microbatch) -> Stream:
+        return self.model.stacks[stack].enter(merge(outer, self.frozen_outer), received, microbatch)
 
-    def _branch(self, condition: Array, yes: Callable, no: Callable, state: State) -> PyTree:
-        """One of two functions of the state; the first at once where there is one virtual stage."""
-        return yes(state) if self.program.schedule.num_virtual == 1 else jax.lax.cond(condition, yes, no, state)
+    def _run_head(
+        self, outer: PyTree, y: Stream, microbatch: Microbatch
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, "..."]]]:
+        loss, sums = self.model.head(merge(outer, self.frozen_outer), y, microbatch)
+        return loss, sums
 
-    def _by_length(self, slots: Slots[Array], run: Callable[[int], PyTree]) -> PyTree:
-        """`run(length)` with the number of layers of this chunk, which is static in each branch."""
-        if len(self.lengths) == 1:
-            return run(self.lengths[0])
-        branches = [partial(lambda length, _: run(length), length) for length in self.lengths]
-        return jax.lax.switch(self.length_index[slots.chunk], branches, None)
+    def _add_to_outer(self, totals: PyTree, parts: PyTree) -> PyTree:
+        return (buffers.add if self.program.schedule.num_virtual == 1 else buffers.add_in_branch)(totals, parts)
+
+    def _by_enters(self, slots: Slots[Array], run: Callable[[int, PyTree], PyTree], operand: PyTree) -> PyTree:
+        """`run(stack, operand)` with the stack that begins with this chunk, or -1, which is static in each branch."""
+        if self.program.schedule.num_virtual == 1:
+            return run(0, operand)
+        branches = [partial(run, stack) for stack in range(-1, len(self.loops))]
+        return jax.lax.switch(slots.enters + 1, branches, operand)
+
+    def _by_chunk(self, slots: Slots[Array], run: Callable[[int, ChunkWork], PyTree]) -> PyTree:
+        """`run(stack, work)` of this chunk, whose stack and number of layers are static in each branch."""
+
+        def run_variant(variant: tuple[int, int]) -> PyTree:
+            stack, length = variant
+            partition = self.stages.partitions[stack]
+            chunk = slots.chunk - partition.first_chunk if partition.first_chunk else slots.chunk
+            return run(stack, ChunkWork(chunk * partition.slots_per_chunk, length, slots.residual, slots.pair))
+
+        if len(self.variants) == 1:
+            return run_variant(self.variants[0])
+        branches = [partial(lambda variant, _: run_variant(variant), variant) for variant in self.variants]
+        return jax.lax.switch(self.variant_of_chunk[slots.chunk], branches, None)
+
+    def _chunk_variants(self) -> tuple[list[tuple[int, int]], Array]:
+        """The pairs (stack, layers of a chunk) there are, and by chunk of this stage which it is."""
+        plan = self.stages
+        chunks = [
+            [
+                (stack, partition.chunk_lengths[stage][chunk])
+                for stack, partition in enumerate(plan.partitions)
+                for chunk in range(partition.num_chunks)
+            ]
+            for stage in range(self.num_stages)
+        ]
+        variants = sorted({variant for row in chunks for variant in row})
+        table = np.asarray([[variants.index(variant) for variant in row] for row in chunks], np.int32)
+        return variants, jnp.asarray(table)[self.stage]
 
     def _travel(
-        self, channels: tuple[Channel, ...], pairs: tuple[Pairs, ...], message: Array | None
-    ) -> list[Array | None]:
+        self, channels: tuple[Channel, ...], pairs: tuple[Pairs, ...], message: Stream | None
+    ) -> list[Stream | None]:
         """What arrives on each channel; None where nothing is sent at this tick of the loop."""
         if message is None:
             return [None] * len(channels)
-        return [
-            message if not channel.pairs else permute(message, PIPE, now) if now else None
-            for channel, now in zip(channels, pairs, strict=True)
-        ]
+
+        def send(channel: Channel, now: Pairs) -> Stream | None:
+            if not channel.pairs:
+                return message
+            return jax.tree.map(lambda leaf: permute(leaf, PIPE, now), message) if now else None
+
+        return [send(channel, now) for channel, now in zip(channels, pairs, strict=True)]
 
 
-def _receive(buffer: Array, message: Array | None, slot: Array) -> Array:
-    return buffer if message is None else write(buffer, message, (slot,))
+def _receive(buffer: Stream, message: Stream | None, slot: Array) -> Stream:
+    return buffer if message is None else buffers.write(buffer, message, slot)
 
 
-def _add(sums: PyTree, parts: PyTree) -> PyTree:
-    return jax.tree.map(lambda total, part: total + vary(part).astype(total.dtype), sums, parts)
-
-
-def _add_in_branch(sums: PyTree, parts: PyTree) -> PyTree:
-    """As `_add` for sums that other branches pass on as they are.
-
-    A plain sum is another array to XLA, so that every tick without one copied the embedding's; what a loop writes into
-    stays where it is.
-    """
-
-    def add(total: Array, part: Array) -> Array:
-        part = vary(part).astype(total.dtype)
-        if total.ndim < 2 or total.shape[-1] % 2:
-            return total + part
-        size = total.shape[-1] // 2
-
-        def add_half(half: Array, total: Array) -> Array:
-            axis, start = total.ndim - 1, half * size
-            old, new = (jax.lax.dynamic_slice_in_dim(array, start, size, axis) for array in (total, part))
-            return jax.lax.dynamic_update_slice_in_dim(total, old + new, start, axis)
-
-        return jax.lax.fori_loop(0, 2, add_half, total)
-
-    return jax.tree.map(add, sums, parts)
+def _put(stacks: tuple[StackBuffers, ...], stack: int, held: StackBuffers) -> tuple[StackBuffers, ...]:
+    return (*stacks[:stack], held, *stacks[stack + 1 :])

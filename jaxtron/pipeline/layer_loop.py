@@ -4,186 +4,230 @@ The loops are written out instead of differentiating a scan: so residuals go str
 weights are not among them, and gradients are added in float32 where they are summed.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxtron.pipeline.residuals import Recipe, take_apart
-from jaxtron.pipeline.split import Halves, split
-from jaxtron.sharding.collectives import zeros_like_type
-from jaxtron.typing import Array, PyTree
-
-# (a layer's parameters, its input, its number in the model, shared inputs) -> its output
-LayerFunction = Callable[[PyTree, Array, Array, PyTree], Array]
-Buffer = list[Array]
+from jaxtron.pipeline import buffers
+from jaxtron.pipeline.model import LayerFunction, LayerOutput, Stream, merge
+from jaxtron.pipeline.residuals import Pullback, split_residuals
+from jaxtron.pipeline.split_backward import SplitBackward, split_backward
+from jaxtron.typing import Array, Float, Int, PyTree
 
 
-@dataclass
+class ChunkWork(NamedTuple):
+    """One microbatch's work of one chunk: which layers, and the buffer slots that it uses."""
+
+    first: Int[Array, ""] | int
+    """The slot of its first layer among the stage's of this stack."""
+    length: int
+    """Its layers: known when the program is compiled."""
+    residual: Int[Array, ""] | int
+    deferred: Int[Array, ""] | int
+
+
+class StackBuffers(NamedTuple):
+    """What a stage holds of one stack between ticks. A field is empty where the schedule has no use for it."""
+
+    residuals: list[Array]
+    """What forwards leave for backwards: [residual slot, layer of the chunk, ...]."""
+    deferred: list[Array]
+    """What backwards leave for the weight gradients that they put off: [deferred slot, layer of the chunk, ...]."""
+    grad_accumulators: PyTree
+    """Float32 gradients so far, like the trained parameters: [layer slot, ...]."""
+    metrics: PyTree
+    """The layers' float32 metrics so far: [layer slot, ...]."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("loss", "residuals", "deferred", "metrics"),
+    meta_fields=("pullback", "split"),
+)
+@dataclass(frozen=True)
+class PreparedLayer:
+    """A layer's derivative, as it comes out of tracing it once: the same for every layer of a stack."""
+
+    loss: jax.ShapeDtypeStruct | None
+    """The type of its loss, None where it has none."""
+    residuals: list[jax.ShapeDtypeStruct]
+    deferred: list[jax.ShapeDtypeStruct]
+    metrics: PyTree
+    pullback: Pullback | None
+    """From the residuals to the derivative; None where nothing is differentiated."""
+    split: SplitBackward | None
+    """The derivative in two, where weight gradients are put off."""
+
+
+@dataclass(frozen=True)
 class LayerLoop:
-    """Loops over rows of stacked parameters, `numbers` being the layers' places in the model."""
+    """Loops over one stack's layers on one stage, whose parameters are stacked along a leading axis of slots."""
 
     layer: LayerFunction
-    weights: PyTree
-    numbers: Array
-    unroll: int
-    _recipe: list[Recipe] = field(default_factory=list)
-    _halves: list[Halves] = field(default_factory=list)
+    trained: PyTree
+    """The parameters to differentiate."""
+    numbers: Int[Array, "slots"]
+    """The layers' numbers in the stack."""
+    unroll: int = 1
+    frozen: PyTree = None
+    """The other parameters, like `trained` with None where that has a leaf, and the other way round (None: no others).
+    """
 
-    def evaluate(self, x: Array, shared: PyTree, first: Array | int, length: int) -> Array:
-        """The output of `length` layers from row `first` on."""
+    def prepare(self, stream: Stream, shared: PyTree, *, trains: bool = True, splits: bool = False) -> PreparedLayer:
+        """What a layer leaves for its backward, and (`splits`) this for its weight gradients; by types, never run."""
 
-        def body(x: Array, index: Array) -> tuple[Array, None]:
-            return self.layer(self._row(first + index), x, self.numbers[first + index], shared), None
+        def trace(stream: Stream, shared: PyTree) -> PreparedLayer:
+            if not trains:
+                output = self._run(0, stream, shared)
+                return PreparedLayer(output.loss, [], [], output.metrics, None, None)
+            output, residuals, pullback = self._differentiate(0, stream, shared)
+            whole = PreparedLayer(output.loss, residuals, [], output.metrics, pullback, None)
+            if not splits:
+                return whole
+            inputs, given = (residuals, output.stream), self._given(0, shared)
+            is_deferred = [*self._is_deferred(), *(False for _ in jax.tree.leaves(stream))]
+            split = split_backward(partial(_pull, whole), inputs, given, is_deferred)
+            deferred = split.input_grads(inputs, given)[1]
+            return PreparedLayer(output.loss, residuals, deferred, output.metrics, pullback, split)
 
-        return jax.lax.scan(body, x, jnp.arange(length), unroll=self._unrolled(length))[0]
+        prepared = jax.eval_shape(trace, stream, shared)
+        assert all(metric.dtype == jnp.float32 for metric in jax.tree.leaves(prepared.metrics))
+        return prepared
 
-    def buffer(self, x: jax.ShapeDtypeStruct, shared: PyTree, slots: int, rows: int) -> Buffer:
-        """Zeros for the residuals of `rows` layers in each slot."""
-        stored = jax.eval_shape(lambda x, shared: self._differentiate(x, shared, 0)[1], x, shared)
-        return [zeros_like_type(leaf, (slots, rows)) for leaf in stored]
-
-    def forward(
-        self, x: Array, shared: PyTree, first: Array | int, length: int, buffer: Buffer, slot: Array | int
-    ) -> tuple[Array, Buffer]:
-        """As `evaluate`, with each layer's residuals written to the buffer's slot."""
-
-        def body(carry: tuple[Array, Buffer], index: Array) -> tuple[tuple[Array, Buffer], None]:
-            x, buffer = carry
-            y, stored = self._differentiate(x, shared, first + index)
-            buffer = [write(part, leaf, (slot, index)) for part, leaf in zip(buffer, stored, strict=True)]
-            return (y, buffer), None
-
-        return jax.lax.scan(body, (x, buffer), jnp.arange(length), unroll=self._unrolled(length))[0]
-
-    def backward(
-        self,
-        cotangent: Array,
-        shared: PyTree,
-        first: Array | int,
-        length: int,
-        buffer: Buffer,
-        slot: Array | int,
-        sums: PyTree,
-    ) -> tuple[Array, PyTree]:
-        """The input's cotangent, and the stacked `sums` with the layers' gradients added in place."""
-
-        def body(carry: tuple[Array, PyTree], index: Array) -> tuple[tuple[Array, PyTree], None]:
-            cotangent, sums = carry
-            row = first + index
-            stored = [read(part, (slot, index)) for part in buffer]
-            pull = self._recipe[0](stored, self._given(row, shared))
-            gradients, cotangent = pull(cotangent)
-            return (cotangent, jax.tree.map(lambda total, part: add(total, part, row), sums, gradients)), None
-
-        carry = (cotangent, sums)
-        return jax.lax.scan(body, carry, jnp.arange(length), reverse=True, unroll=self._unrolled(length))[0]
-
-    def pairs(self, x: jax.ShapeDtypeStruct, shared: PyTree, buffer: Buffer, slots: int, rows: int) -> Buffer:
-        """Zeros for what `backward_inputs` leaves of `rows` layers in each slot; after `buffer`."""
-        kept = jax.eval_shape(lambda x, shared, buffer: self._split(x, shared, 0, buffer, (0, 0))[1], x, shared, buffer)
-        return [zeros_like_type(leaf, (slots, rows)) for leaf in kept]
-
-    def backward_inputs(
-        self,
-        cotangent: Array,
-        shared: PyTree,
-        first: Array | int,
-        length: int,
-        buffer: Buffer,
-        slot: Array | int,
-        sums: PyTree,
-        pairs: Buffer,
-        pair: Array | int,
-    ) -> tuple[Array, PyTree, Buffer]:
-        """As `backward` without the products of weight gradients, whose operands are written to `pairs`."""
-
-        def body(carry: tuple[Array, PyTree, Buffer], index: Array) -> tuple[tuple[Array, PyTree, Buffer], None]:
-            cotangent, sums, pairs = carry
-            gradients, kept, cotangent = self._split(cotangent, shared, first + index, buffer, (slot, index))
-            pairs = [write(part, leaf, (pair, index)) for part, leaf in zip(pairs, kept, strict=True)]
-            return (cotangent, self._add(sums, gradients, first + index, is_later=False), pairs), None
-
-        carry = (cotangent, sums, pairs)
-        return jax.lax.scan(body, carry, jnp.arange(length), reverse=True, unroll=self._unrolled(length))[0]
-
-    def weight_gradients(
-        self, shared: PyTree, first: Array | int, length: int, pairs: Buffer, pair: Array | int, sums: PyTree
-    ) -> PyTree:
-        """The sums with the products that `backward_inputs` put off."""
-
-        def body(sums: PyTree, index: Array) -> tuple[PyTree, None]:
-            row = first + index
-            kept = [read(part, (pair, index)) for part in pairs]
-            gradients = self._halves[0].later(kept, self._given(row, shared))
-            return self._add(sums, gradients, row, is_later=True), None
-
-        return jax.lax.scan(body, sums, jnp.arange(length), unroll=self._unrolled(length))[0]
-
-    def _split(
-        self, cotangent: Array, shared: PyTree, row: Array | int, buffer: Buffer, place: tuple[Array | int, ...]
-    ) -> tuple[list[Array], list[Array], Array]:
-        """Gradients formed at once, what to keep for the others, and the input's cotangent."""
-
-        def pull(inputs: tuple[list[Array], Array], given: PyTree) -> list[Array]:
-            stored, cotangent = inputs
-            gradients, cotangent = self._recipe[0](stored, given)(cotangent)
-            return [*jax.tree.leaves(gradients), cotangent]
-
-        inputs = ([read(part, place) for part in buffer], cotangent)
-        given = self._given(row, shared)
-        halves = split(pull, inputs, given, [*self._put_off(), False])
-        self._halves[:] = [halves]
-        (*gradients, cotangent), kept = halves.now(inputs, given)
-        return gradients, kept, cotangent
-
-    def _put_off(self) -> list[bool]:
-        """For each of a layer's parameters, whether its gradient is a product worth putting off: not those of norms."""
-        return [leaf.ndim > 2 for leaf in jax.tree.leaves(self.weights)]
-
-    def _add(self, sums: PyTree, gradients: list[Array], row: Array | int, *, is_later: bool) -> PyTree:
-        leaves, treedef = jax.tree.flatten(sums)
-        parts = iter(gradients)
-        put_off = self._put_off()
-        return jax.tree.unflatten(
-            treedef,
-            [
-                add(leaf, next(parts), row) if later == is_later else leaf
-                for leaf, later in zip(leaves, put_off, strict=True)
-            ],
+    def buffers(self, prepared: PreparedLayer, num_residuals: int, num_deferred: int, num_layers: int) -> StackBuffers:
+        """Empty buffers of so many slots for chunks of so many layers, and zero sums."""
+        trains = prepared.pullback is not None
+        accumulators = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), self.trained) if trains else ()
+        return StackBuffers(
+            buffers.zeros(prepared.residuals, num_residuals, num_layers),
+            buffers.zeros(prepared.deferred, num_deferred, num_layers),
+            accumulators,
+            buffers.zeros(prepared.metrics, self.numbers.shape[0]),
         )
 
-    def _given(self, row: Array | int, shared: PyTree) -> PyTree:
-        return self._row(row), self.numbers[row], shared
+    def evaluate(
+        self, work: ChunkWork, stream: Stream, shared: PyTree, held: StackBuffers
+    ) -> tuple[Stream, StackBuffers]:
+        """What leaves the chunk's layers, and the buffers with their metrics added."""
 
-    def _differentiate(self, x: Array, shared: PyTree, row: Array | int) -> tuple[Array, list[Array]]:
-        weights, number = self._row(row), self.numbers[row]
-        y, pull = jax.vjp(lambda weights, x: self.layer(weights, x, number, shared), weights, x)
-        stored, recipe = take_apart(pull, (weights, number, shared))
-        self._recipe[:] = [recipe]
-        return y, stored
+        def body(carry: tuple[Stream, PyTree], index: Array) -> tuple[tuple[Stream, PyTree], None]:
+            stream, metrics = carry
+            output = self._run(work.first + index, stream, shared)
+            return (output.stream, buffers.add_at(metrics, output.metrics, work.first + index)), None
 
-    def _row(self, row: Array | int) -> PyTree:
-        return jax.tree.map(lambda leaf: read(leaf, (row,)), self.weights)
+        stream, metrics = self._scan(body, (stream, held.metrics), work.length)
+        return stream, held._replace(metrics=metrics)
 
-    def _unrolled(self, length: int) -> int:
-        return max(1, min(self.unroll, length))
+    def forward(
+        self, prepared: PreparedLayer, work: ChunkWork, stream: Stream, shared: PyTree, held: StackBuffers
+    ) -> tuple[Stream, StackBuffers]:
+        """As `evaluate`, with each layer's residuals written to the work's slot."""
+
+        def body(carry: tuple[Stream, PyTree, PyTree], index: Array) -> tuple[tuple[Stream, PyTree, PyTree], None]:
+            stream, residuals, metrics = carry
+            output, stored, pullback = self._differentiate(work.first + index, stream, shared)
+            assert prepared.pullback is not None and pullback.sources == prepared.pullback.sources
+            residuals = buffers.write(residuals, stored, work.residual, index)
+            return (output.stream, residuals, buffers.add_at(metrics, output.metrics, work.first + index)), None
+
+        stream, residuals, metrics = self._scan(body, (stream, held.residuals, held.metrics), work.length)
+        return stream, held._replace(residuals=residuals, metrics=metrics)
+
+    def backward(
+        self, prepared: PreparedLayer, work: ChunkWork, cotangent: Stream, shared: PyTree, held: StackBuffers
+    ) -> tuple[Stream, StackBuffers]:
+        """The cotangent of what entered the chunk, and the buffers with the layers' gradients added in place.
+
+        Where the layer is prepared in two parts, without the products of weight gradients: their operands are kept.
+        """
+
+        def body(carry: tuple[Stream, PyTree, PyTree], index: Array) -> tuple[tuple[Stream, PyTree, PyTree], None]:
+            cotangent, accumulators, deferred = carry
+            slot = work.first + index
+            inputs = (buffers.read(held.residuals, work.residual, index), cotangent)
+            given = self._given(slot, shared)
+            if prepared.split is None:
+                outputs = _pull(prepared, inputs, given)
+                wanted = [True] * len(self._is_deferred())
+            else:
+                outputs, kept = prepared.split.input_grads(inputs, given)
+                deferred = buffers.write(deferred, kept, work.deferred, index)
+                wanted = [not later for later in self._is_deferred()]
+            num_grads = sum(wanted)
+            accumulators = _add_some(accumulators, outputs[:num_grads], wanted, slot)
+            return (
+                jax.tree.unflatten(jax.tree.structure(cotangent), outputs[num_grads:]),
+                accumulators,
+                deferred,
+            ), None
+
+        carry = (cotangent, held.grad_accumulators, held.deferred)
+        cotangent, accumulators, deferred = self._scan(body, carry, work.length, reverse=True)
+        return cotangent, held._replace(grad_accumulators=accumulators, deferred=deferred)
+
+    def weight_grads(
+        self, prepared: PreparedLayer, work: ChunkWork, shared: PyTree, held: StackBuffers
+    ) -> StackBuffers:
+        """The buffers with the products added that `backward` put off."""
+        split = prepared.split
+        assert split is not None
+
+        def body(accumulators: PyTree, index: Array) -> tuple[PyTree, None]:
+            slot = work.first + index
+            kept = buffers.read(held.deferred, work.deferred, index)
+            gradients = split.weight_grads(kept, self._given(slot, shared))
+            return _add_some(accumulators, gradients, self._is_deferred(), slot), None
+
+        return held._replace(grad_accumulators=self._scan(body, held.grad_accumulators, work.length))
+
+    def _is_deferred(self) -> list[bool]:
+        """For each trained parameter, whether its gradient is a product worth putting off: not those of norms."""
+        return [leaf.ndim > 2 for leaf in jax.tree.leaves(self.trained)]
+
+    def _run(self, slot: Array | int, stream: Stream, shared: PyTree) -> LayerOutput:
+        trained, frozen, number, shared = self._given(slot, shared)
+        return self.layer(merge(trained, frozen), stream, number, shared)
+
+    def _differentiate(
+        self, slot: Array | int, stream: Stream, shared: PyTree
+    ) -> tuple[LayerOutput, list[Array], Pullback]:
+        """The layer's output, its residuals, and how to make its derivative of these and of what is given."""
+        given = self._given(slot, shared)
+        trained, frozen, number, shared = given
+
+        def run(trained: PyTree, stream: Stream) -> tuple[tuple[Stream, Float[Array, ""] | None], PyTree]:
+            output = self.layer(merge(trained, frozen), stream, number, shared)
+            return (output.stream, output.loss), output.metrics
+
+        (stream, loss), pull, metrics = jax.vjp(run, trained, stream, has_aux=True)
+        return LayerOutput(stream, loss, metrics), *split_residuals(pull, given)
+
+    def _given(self, slot: Array | int, shared: PyTree) -> tuple[PyTree, PyTree, Array, PyTree]:
+        """What a layer reads that is there again in its backward, so that none of it is kept."""
+        return (*buffers.read((self.trained, self.frozen), slot), self.numbers[slot], shared)
+
+    def _scan(self, body, carry: PyTree, length: int, *, reverse: bool = False) -> PyTree:
+        unroll = max(1, min(self.unroll, length))
+        return jax.lax.scan(body, carry, jnp.arange(length), reverse=reverse, unroll=unroll)[0]
 
 
-def read(array: Array, indices: tuple[Array | int, ...]) -> Array:
-    """`array` at those indices of its leading axes, sharded as the rest of it is."""
-    for index in indices:
-        array = jax.lax.dynamic_index_in_dim(array, index, 0, keepdims=False)
-    return array
+def _pull(prepared: PreparedLayer, inputs: tuple[list[Array], Stream], given: PyTree) -> list[Array]:
+    """From (residuals, cotangent) and what is given: gradients of the trained parameters, the stream's cotangent."""
+    residuals, cotangent = inputs
+    assert prepared.pullback is not None
+    # a layer's loss is a summand of the differentiated loss
+    one = jax.tree.map(lambda loss: loss + 1, buffers.zeros(prepared.loss))
+    return jax.tree.leaves(prepared.pullback(residuals, given)((cotangent, one)))
 
 
-def write(array: Array, value: Array, indices: tuple[Array | int, ...]) -> Array:
-    """`array` with `value` at those indices of its leading axes."""
-    start = (*indices, *(0,) * value.ndim)
-    return jax.lax.dynamic_update_slice(array, value[(None,) * len(indices)], start)
-
-
-def add(total: Array, part: Array, row: Array | int) -> Array:
-    """`total` with `part` added to one of its rows."""
-    return write(total, read(total, (row,)) + part.astype(total.dtype), (row,))
+def _add_some(accumulators: PyTree, parts: list[Array], is_given: list[bool], slot: Array | int) -> PyTree:
+    """The accumulators with `parts` added at the slot to those leaves for which there is one."""
+    leaves, treedef = jax.tree.flatten(accumulators)
+    rest = iter(parts)
+    added = [
+        buffers.add_at(leaf, next(rest), slot) if given else leaf for leaf, given in zip(leaves, is_given, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, added)

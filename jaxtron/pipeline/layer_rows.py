@@ -11,11 +11,11 @@ def arrange(partition: Partition, layers: Array) -> Array:
     """Stacked layers [layers, ...] in the model's order as the rows [rows, ...] of all stages, empty ones zeros."""
     if partition.is_in_order:
         return layers
-    rows = jnp.asarray(partition.rows, jnp.int32)
+    rows = jnp.asarray(partition.slot_layers, jnp.int32)
     filled = (rows >= 0).reshape(-1, *(1,) * (layers.ndim - 1))
     return jnp.where(filled, layers[jnp.maximum(rows, 0)], jnp.zeros((), layers.dtype))
 
 
 def restore(partition: Partition, rows: Array) -> Array:
     """The inverse of `arrange`."""
-    return rows if partition.is_in_order else rows[np.argsort(partition.rows)[-partition.num_layers :]]
+    return rows if partition.is_in_order else rows[np.argsort(partition.slot_layers)[-partition.num_layers :]]

@@ -1,10 +1,12 @@
 """From a schedule to what the executor reads at each tick: buffer slots, arrivals, and how big the buffers must be."""
 
+import bisect
 import heapq
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 from typing import Generic, Literal, TypeVar
 
 import jax
@@ -31,7 +33,7 @@ Place = tuple[int, int, int]
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("active", "microbatch", "chunk", "is_first", "is_last", "activation", "gradient", "residual", "pair"),
+    data_fields=("active", "microbatch", "chunk", "enters", "is_last", "activation", "gradient", "residual", "pair"),
     meta_fields=(),
 )
 @dataclass(frozen=True)
@@ -41,18 +43,39 @@ class Slots(Generic[Leaf]):
     active: Leaf
     microbatch: Leaf
     chunk: Leaf
-    is_first: Leaf
-    """The virtual stage with the embedding."""
+    enters: Leaf
+    """The stack that begins with this virtual stage, or -1."""
     is_last: Leaf
     """The virtual stage with the head and the loss."""
     activation: Leaf
-    """Where a forward's input waits."""
+    """Where a forward's input waits, and stays until the backward if a later stack begins with it."""
     gradient: Leaf
     """Where a backward's cotangent waits; the last virtual stage's forward puts it there itself."""
     residual: Leaf
     """What a forward leaves for its backward."""
     pair: Leaf
     """What a backward leaves for its weight gradients."""
+
+
+@dataclass(frozen=True)
+class _Stacks:
+    """Which virtual stages each stack has: those of the first stack come first."""
+
+    chunks: tuple[int, ...]
+    """Chunks that a stage has of each stack."""
+    num_stages: int
+
+    def of(self, virtual: int) -> int:
+        """The stack of a virtual stage."""
+        return bisect.bisect_right(self._ends, virtual)
+
+    def enters(self, virtual: int) -> int:
+        """The stack that begins with a virtual stage, or -1."""
+        return self.of(virtual) if virtual == 0 or virtual in self._ends else -1
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return [chunks * self.num_stages for chunks in itertools.accumulate(self.chunks)]
 
 
 @dataclass(frozen=True)
@@ -108,15 +131,19 @@ class Program:
     """They arrive at the beginning of the tick after the one that sent them."""
     num_activations: int
     num_gradients: int
-    num_residuals: int
-    num_pairs: int
+    num_residuals: tuple[int, ...]
+    """By stack, each having buffers of its own."""
+    num_pairs: tuple[int, ...]
 
 
-def lower(schedule: Schedule) -> Program:
+def lower(schedule: Schedule, stack_chunks: tuple[int, ...] | None = None) -> Program:
     """The schedule's buffers and messages; each slot is used again as soon as the table allows.
 
-    A table without backwards runs forwards alone (evaluation).
+    `stack_chunks` are the chunks that a stage has of each stack, in order (none: one stack has all). A table without
+    backwards runs forwards alone (evaluation).
     """
+    stacks = _Stacks(stack_chunks or (schedule.num_chunks,), schedule.num_stages)
+    assert sum(stacks.chunks) == schedule.num_chunks
     forward, backward, weight = (_ticks(schedule, kind) for kind in ("forward", "backward", "weight"))
     last = schedule.num_virtual - 1
 
@@ -125,7 +152,13 @@ def lower(schedule: Schedule) -> Program:
 
     # spans of time that a slot is taken: a tick has three points, as its three slots run
     activations = {
-        key: (3 * sent(forward, key[1] - 1, key[2]) + 2, 3 * tick) for key, tick in forward.items() if key[1] > 0
+        # what enters a later stack is there for its backward too
+        key: (
+            3 * sent(forward, key[1] - 1, key[2]) + 2,
+            max(3 * tick, 3 * backward.get(key, -1) + 1 if stacks.enters(key[1]) > 0 else 0),
+        )
+        for key, tick in forward.items()
+        if key[1] > 0
     }
     gradients = {
         key: (3 * forward[key] if key[1] == last else 3 * sent(backward, key[1] + 1, key[2]) + 3, 3 * tick + 1)
@@ -135,9 +168,9 @@ def lower(schedule: Schedule) -> Program:
     pairs = {key: (3 * backward[key] + 1, 3 * tick + 2) for key, tick in weight.items()}
     activation, num_activations = _allocate(activations)
     gradient, num_gradients = _allocate(gradients)
-    residual, num_residuals = _allocate(residuals)
-    pair, num_pairs = _allocate(pairs)
-    slots = partial(_slots, schedule, activation=activation, gradient=gradient, residual=residual, pair=pair)
+    residual, num_residuals = _allocate_by_stack(residuals, stacks)
+    pair, num_pairs = _allocate_by_stack(pairs, stacks)
+    slots = partial(_slots, schedule, stacks, activation=activation, gradient=gradient, residual=residual, pair=pair)
     return Program(
         schedule,
         forward=slots("forward"),
@@ -286,7 +319,20 @@ def _allocate(spans: dict[Place, tuple[int, int]]) -> tuple[dict[Place, int], in
     return slots, max(slots.values(), default=-1) + 1
 
 
-def _slots(schedule: Schedule, kind: str, **buffers: dict[Place, int]) -> Slots[IntTable]:
+def _allocate_by_stack(
+    spans: dict[Place, tuple[int, int]], stacks: _Stacks
+) -> tuple[dict[Place, int], tuple[int, ...]]:
+    """As `_allocate`, each stack with slots of its own: what they hold differs."""
+    slots: dict[Place, int] = {}
+    counts = []
+    for stack in range(len(stacks.chunks)):
+        own, count = _allocate({key: span for key, span in spans.items() if stacks.of(key[1]) == stack})
+        slots |= own
+        counts.append(count)
+    return slots, tuple(counts)
+
+
+def _slots(schedule: Schedule, stacks: _Stacks, kind: str, **buffers: dict[Place, int]) -> Slots[IntTable]:
     tables = {field.name: _zeros(schedule) for field in fields(Slots)}
     for tick, stage, work in _works(schedule, kind):
         virtual = schedule.virtual(stage, work.chunk)
@@ -295,7 +341,7 @@ def _slots(schedule: Schedule, kind: str, **buffers: dict[Place, int]) -> Slots[
             "active": 1,
             "microbatch": work.microbatch,
             "chunk": work.chunk,
-            "is_first": virtual == 0,
+            "enters": stacks.enters(virtual),
             "is_last": virtual == schedule.num_virtual - 1,
         }
         values |= {name: slots.get(key, 0) for name, slots in buffers.items()}

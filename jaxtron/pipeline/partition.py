@@ -1,5 +1,6 @@
 """Which layers each stage has."""
 
+import bisect
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,16 +11,18 @@ from jaxtron.pipeline.schedules.schedule import Entry, Placement, Schedule, Work
 
 @dataclass(frozen=True)
 class Partition:
-    """Layers (repeated periods of a pattern) on the virtual stages, in the model's order.
+    """One stack's layers (repeated periods of a pattern) on its virtual stages, in the model's order.
 
-    A stage holds its chunks one after the other, each in `chunk_rows` rows of its stacked parameters; a chunk with
-    fewer layers leaves its last rows empty (zeros).
+    A stage holds its chunks one after the other, each in `slots_per_chunk` slots of its stacked parameters; a chunk
+    with fewer layers leaves its last slots empty (zeros).
     """
 
     lengths: tuple[int, ...]
     """Layers of each virtual stage."""
     num_stages: int = 1
     placement: Placement = "loop"
+    first_chunk: int = 0
+    """A stage's chunks of the stacks before this one."""
 
     @property
     def num_layers(self) -> int:
@@ -32,35 +35,81 @@ class Partition:
         return len(self.lengths) // self.num_stages
 
     @property
-    def chunk_rows(self) -> int:
-        """Rows of a chunk."""
+    def slots_per_chunk(self) -> int:
+        """Slots of a chunk."""
         return max(self.lengths)
 
     @cached_property
-    def rows(self) -> tuple[int, ...]:
-        """The number of the layer in each row of all stages' stacked parameters, -1 in an empty one."""
-        rows = [-1] * (self.num_stages * self.num_chunks * self.chunk_rows)
+    def slot_layers(self) -> tuple[int, ...]:
+        """The number of the layer in each slot of all stages' stacked parameters, -1 in an empty one."""
+        layers = [-1] * (self.num_stages * self.num_chunks * self.slots_per_chunk)
         first = 0
         for virtual, length in enumerate(self.lengths):
-            stage, chunk = place(virtual, self.num_stages, self.placement)
-            start = (stage * self.num_chunks + chunk) * self.chunk_rows
-            rows[start : start + length] = range(first, first + length)
+            stage, chunk = self._place(virtual)
+            start = (stage * self.num_chunks + chunk) * self.slots_per_chunk
+            layers[start : start + length] = range(first, first + length)
             first += length
-        return tuple(rows)
+        return tuple(layers)
 
     @cached_property
     def chunk_lengths(self) -> tuple[tuple[int, ...], ...]:
         """Layers by [stage][chunk]."""
         lengths = [[0] * self.num_chunks for _ in range(self.num_stages)]
         for virtual, length in enumerate(self.lengths):
-            stage, chunk = place(virtual, self.num_stages, self.placement)
+            stage, chunk = self._place(virtual)
             lengths[stage][chunk] = length
         return tuple(map(tuple, lengths))
 
     @property
     def is_in_order(self) -> bool:
-        """Whether the rows are the layers in order, none empty."""
-        return self.rows == tuple(range(self.num_layers))
+        """Whether the slots have the layers in order, none empty."""
+        return self.slot_layers == tuple(range(self.num_layers))
+
+    def _place(self, virtual: int) -> tuple[int, int]:
+        """Stage, and chunk among those of this stack, of one of its virtual stages."""
+        before = self.first_chunk * self.num_stages
+        stage, chunk = place(before + virtual, self.num_stages, self.placement)
+        return stage, chunk - self.first_chunk
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Where all stacks are: on the same stages, each with some chunks of every stack, those of the first stack first.
+
+    So virtual stages are numbered as a microbatch passes them: all of the first stack, then all of the next.
+    """
+
+    partitions: tuple[Partition, ...]
+    """By stack."""
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages."""
+        return self.partitions[0].num_stages
+
+    @property
+    def placement(self) -> Placement:
+        """How chunks go round the stages."""
+        return self.partitions[0].placement
+
+    @property
+    def stack_chunks(self) -> tuple[int, ...]:
+        """A stage's chunks of each stack."""
+        return tuple(stack.num_chunks for stack in self.partitions)
+
+    @property
+    def num_chunks(self) -> int:
+        """A stage's chunks of all stacks: those of a schedule that runs them."""
+        return sum(self.stack_chunks)
+
+    @property
+    def num_virtual(self) -> int:
+        """Virtual stages of all stacks."""
+        return self.num_stages * self.num_chunks
+
+    def stack(self, chunk: int) -> int:
+        """The stack of one of a stage's chunks."""
+        return bisect.bisect_right([stack.first_chunk for stack in self.partitions], chunk) - 1
 
 
 def partition(num_layers: int, schedule: Schedule, config: PipelineConfig) -> Partition:
@@ -81,16 +130,16 @@ def partition(num_layers: int, schedule: Schedule, config: PipelineConfig) -> Pa
     return Partition(tuple(lengths), schedule.num_stages, schedule.placement)
 
 
-def forward_only(partition: Partition, num_microbatches: int = 1) -> Schedule:
+def forward_only(stages: StagePlan, num_microbatches: int = 1) -> Schedule:
     """Microbatches forward through all stages, each as early as it can be, the older ones first; for evaluation."""
-    num_virtual = len(partition.lengths)
-    places = [place(virtual, partition.num_stages, partition.placement) for virtual in range(num_virtual)]
+    num_virtual = stages.num_virtual
+    places = [place(virtual, stages.num_stages, stages.placement) for virtual in range(num_virtual)]
     table = []
     # how many virtual stages each microbatch on its way has passed, the oldest first
     passed: dict[int, int] = {}
     started = 0
     while passed or started < num_microbatches:
-        row = [Entry()] * partition.num_stages
+        row = [Entry()] * stages.num_stages
         next_one = [(started, 0)] if started < num_microbatches else []
         for microbatch, virtual in [*passed.items(), *next_one]:
             stage, chunk = places[virtual]
@@ -102,9 +151,7 @@ def forward_only(partition: Partition, num_microbatches: int = 1) -> Schedule:
             if passed[microbatch] == num_virtual:
                 del passed[microbatch]
         table.append(tuple(row))
-    return Schedule(
-        "forward", tuple(table), num_microbatches, num_chunks=partition.num_chunks, placement=partition.placement
-    )
+    return Schedule("forward", tuple(table), num_microbatches, stages.num_chunks, stages.placement)
 
 
 def _share_out(num_layers: int, num_parts: int, first: float, last: float) -> list[int]:

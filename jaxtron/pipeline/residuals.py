@@ -11,8 +11,9 @@ from jax.core import Tracer
 from jaxtron.typing import Array, PyTree
 
 
-@dataclass(frozen=True)
-class Recipe:
+@jax.tree_util.register_static
+@dataclass(frozen=True, eq=False)
+class Pullback:
     """How to make a `jax.vjp` function again; from which leaves, by index: (is given again, place)."""
 
     treedef: Any
@@ -21,7 +22,7 @@ class Recipe:
     constants: tuple[Array, ...]
 
     def __call__(self, stored: list[Array], given: PyTree) -> Callable:
-        """The function; `given` are today's values of what was `given` to `take_apart`."""
+        """The function; `given` are today's values of what was `given` to `split_residuals`."""
         values = [
             leaf if key is None else jax.random.wrap_key_data(leaf, impl=key)
             for leaf, key in zip(stored, self.keys, strict=True)
@@ -32,8 +33,8 @@ class Recipe:
         )
 
 
-def take_apart(pull: Callable, given: PyTree) -> tuple[list[Array], Recipe]:
-    """The arrays that a `jax.vjp` function holds, less those among `given` (weights, shared inputs), and its recipe.
+def split_residuals(pull: Callable, given: PyTree) -> tuple[list[Array], Pullback]:
+    """The arrays that a `jax.vjp` function holds, less those among `given` (weights, shared inputs), and what is left.
 
     What is given need not be stored: it is there again when the function is.
     """
@@ -58,4 +59,4 @@ def take_apart(pull: Callable, given: PyTree) -> tuple[list[Array], Recipe]:
         jax.random.key_impl(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else None for leaf in stored
     )
     plain = [leaf if key is None else jax.random.key_data(leaf) for leaf, key in zip(stored, keys, strict=True)]
-    return plain, Recipe(treedef, tuple(sources), keys, constants)
+    return plain, Pullback(treedef, tuple(sources), keys, constants)

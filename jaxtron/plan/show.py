@@ -95,7 +95,7 @@ def show_schedule(config: Configuration, request: Request) -> None:
     if request.png is not None:
         draw_schedule(table, request.png)
     print(f"mesh: {mesh}")
-    print(schedule_text(table, width=width, color=color, chunk_bytes=partition.chunk_rows * each))
+    print(schedule_text(table, width=width, color=color, chunk_bytes=partition.slots_per_chunk * each))
     print(f"layers    {_lengths(partition.lengths)}; one keeps {readable_bytes(each)} of a microbatch on a device")
     if partition.num_stages > 1:
         print("memory    one program runs on all stages, so every device makes room for the fullest one's activations")

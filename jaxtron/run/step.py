@@ -22,7 +22,8 @@ from jaxtron.optim.optimizer import clip_by_global_norm, make_optimizer
 from jaxtron.optim.schedule import learning_rate_schedule
 from jaxtron.pipeline import executor
 from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.pipeline.partition import Partition, forward_only
+from jaxtron.pipeline.model import HeadOutput, Model
+from jaxtron.pipeline.partition import Partition, StagePlan, forward_only
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.run.configuration import TrainConfig
@@ -123,7 +124,7 @@ class Trainer:
             working = self.blueprint.working(params, DTYPES[self.config.precision])
             count = counts(batch)["tokens"]
             microbatches = jax.tree.map(vary, self._cut(batch))
-            table = forward_only(self.partition, microbatches[1].shape[0])
+            table = forward_only(StagePlan((self.partition,)), microbatches[1].shape[0])
             _, nll = self._run(table, working, microbatches, key=None)
             return all_reduce(nll, MANUAL_AXES), count
 
@@ -132,19 +133,21 @@ class Trainer:
         region = jax.shard_map(local, in_specs=(specs, BATCH_SPEC), out_specs=scalars, axis_names=set(MANUAL_AXES))
         return region(params, batch)
 
-    def held(self, batch: Any) -> tuple[PyTree, executor.State]:
+    def held(self, batch: Any) -> tuple[PyTree, executor.ExecutorState]:
         """Types of what a device holds all through an (abstract) batch: working parameters, the executor's buffers.
 
         Traced, never run. Their shapes are whole along `tensor`, as their shardings say.
         """
-        found: list[tuple[PyTree, executor.State]] = []
+        found: list[tuple[PyTree, executor.ExecutorState]] = []
 
         def local(params: PyTree, batch: Any) -> Array:
             working = self.blueprint.working(params, DTYPES[self.config.precision])
             microbatches = jax.tree.map(vary, self._cut(batch))
             staged, model = self._pieces(working, self._dropout_key(jax.random.key(0)))
             table = self.schedule(microbatches[1].shape[0])
-            buffers = executor.buffers(table, self.partition, model, staged.parameters, microbatches)
+            buffers = executor.initial_state(
+                table, StagePlan((self.partition,)), model, staged.parameters, microbatches
+            )
             found.append(jax.tree.map(jax.typeof, (working, buffers)))
             return jnp.zeros(())
 
@@ -177,21 +180,25 @@ class Trainer:
     ) -> tuple[PyTree, Array]:
         """Gradients like the working parameters, and the sum of the negative log-likelihood, on this device."""
         staged, model = self._pieces(working, key)
-        gradients, nll = executor.run(table, self.partition, model, staged.parameters, microbatches)
-        return None if gradients is None else staged.nested(gradients), nll
+        result = executor.run(table, StagePlan((self.partition,)), model, staged.parameters, microbatches)
+        return None if result.gradients is None else staged.nested(result.gradients), result.sums["nll"]
 
-    def _pieces(self, working: PyTree, key: Key[Array, ""] | None) -> tuple[StagedDecoder, executor.Model]:
+    def _pieces(self, working: PyTree, key: Key[Array, ""] | None) -> tuple[StagedDecoder, Model]:
         staged = StagedDecoder(self.blueprint, working)
 
         def keys(rows: Array) -> Array | None:
             return None if key is None else row_keys(key, rows)
+
+        def head(decoder: Decoder, x: Array, part: tuple[Batch, Array]) -> HeadOutput:
+            loss, nll = decoder.score(x, part[0].targets, part[0].weights)
+            return HeadOutput(loss, {"nll": nll})
 
         model = staged.model(
             embed=lambda decoder, part: decoder.embed(part[0].tokens, keys(part[1]), part[0].positions),
             inputs=lambda decoder, part: decoder.inputs(
                 part[0].tokens.shape[1], keys(part[1]), part[0].positions, part[0].segments
             ),
-            head=lambda decoder, x, part: decoder.score(x, part[0].targets, part[0].weights),
+            head=head,
         )
         return staged, model
 

@@ -24,7 +24,7 @@ PARTITIONS = {
 
 
 def make_order(partition: Partition) -> LayerOrder:
-    return LayerOrder(partition, STACKED, {("stack", "v"): (len(partition.rows), 5)})
+    return LayerOrder(partition, STACKED, {("stack", "v"): (len(partition.slot_layers), 5)})
 
 
 def make_state(partition: Partition, rules):

@@ -46,9 +46,10 @@ def arrays_kept(rules_for, config, rows=1, **mesh):
                 inputs=lambda decoder, tokens: decoder.inputs(tokens.shape[1], keys),
                 head=lambda *_: None,
             )
-            loop = LayerLoop(model.layer, staged.parameters.layers, jnp.arange(config.num_layers), 1)
-            x = jax.eval_shape(model.embed, staged.parameters.ends, vary(tokens))
-            found.extend(jax.typeof(array) for array in loop.buffer(x, model.shared(tokens), 1, 1))
+            loop = LayerLoop(model.stacks[0].layer, staged.parameters.stacks[0], jnp.arange(config.num_layers), 1)
+            x = jax.eval_shape(model.stacks[0].enter, staged.parameters.outer, None, vary(tokens))
+            held = loop.buffers(loop.prepare(x, model.stacks[0].shared(tokens)), 1, 0, 1)
+            found.extend(jax.typeof(array) for array in held.residuals)
             return jnp.zeros(())
 
         whole = PartitionSpec()

@@ -11,9 +11,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.pipeline.executor import Model, Parameters, run
+from jaxtron.pipeline.executor import run
 from jaxtron.pipeline.layer_rows import arrange, restore
-from jaxtron.pipeline.partition import Partition, forward_only, partition
+from jaxtron.pipeline.model import HeadOutput, LayerOutput, Model, Parameters, Stack
+from jaxtron.pipeline.partition import Partition, StagePlan, forward_only, partition
 from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
 from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work, one_stage
 from jaxtron.sharding.collectives import vary
@@ -26,22 +27,24 @@ ROWS, WIDTH, HIDDEN = 3, 6, 5
 def layer(weights, x, number, shared):
     """Numbers of layers and what all of them read are in the values: one that had another's would differ."""
     scale = (1 + 0.2 * number).astype(x.dtype) * shared["scale"]
-    return x + jnp.tanh(x @ weights["up"] * scale) @ weights["down"] + weights["bias"]
+    return LayerOutput(x + jnp.tanh(x @ weights["up"] * scale) @ weights["down"] + weights["bias"])
 
 
-def embed(ends, microbatch):
-    return microbatch["x"] @ ends["embedding"]
+def enter(outer, stream, microbatch):
+    assert stream is None
+    return microbatch["x"] @ outer["embedding"]
 
 
 def head(ends, y, microbatch):
     error = y @ ends["head"] - microbatch["y"]
     # tied: also the first stage has a part in its gradient
     loss = jnp.sum(error**2) + jnp.sum((y @ ends["embedding"].T) ** 2)
-    return loss, {"absolute": jnp.sum(jnp.abs(error)), "rows": jnp.sum(0 * error[:, 0] + 1)}
+    return HeadOutput(loss, {"absolute": jnp.sum(jnp.abs(error)), "rows": jnp.sum(0 * error[:, 0] + 1)})
 
 
-TOY = Model(embed=embed, shared=lambda microbatch: {"scale": microbatch["scale"]}, layer=layer, head=head)
-UNROLLED = replace(TOY, unroll=100)
+STACK = Stack(enter=enter, shared=lambda microbatch: {"scale": microbatch["scale"]}, layer=layer)
+TOY = Model((STACK,), head)
+UNROLLED = Model((replace(STACK, unroll=100),), head)
 
 
 def make(num_layers: int, num_microbatches: int) -> tuple[Parameters, dict]:
@@ -54,7 +57,7 @@ def make(num_layers: int, num_microbatches: int) -> tuple[Parameters, dict]:
     layers["bias"] = normal(num_layers, WIDTH)
     ends = {"embedding": normal(WIDTH, WIDTH), "head": normal(WIDTH, 2)}
     batch = {"x": normal(num_microbatches, ROWS, WIDTH), "y": normal(num_microbatches, ROWS, 2)}
-    return Parameters(layers, ends), batch | {"scale": 0.2 + jnp.abs(normal(num_microbatches))}
+    return Parameters((layers,), ends), batch | {"scale": 0.2 + jnp.abs(normal(num_microbatches))}
 
 
 def plain(params: Parameters, batch: dict, chosen=None) -> tuple[Parameters, dict]:
@@ -64,11 +67,11 @@ def plain(params: Parameters, batch: dict, chosen=None) -> tuple[Parameters, dic
         losses, reports = [], []
         for number in range(len(batch["scale"])) if chosen is None else chosen:
             part = jax.tree.map(lambda leaf, number=number: leaf[number], batch)
-            x = embed(params.ends, part)
-            for index in range(len(params.layers["bias"])):
-                weights = jax.tree.map(lambda leaf, index=index: leaf[index], params.layers)
-                x = layer(weights, x, jnp.int32(index), {"scale": part["scale"]})
-            one, report = head(params.ends, x, part)
+            x = enter(params.outer, None, part)
+            for index in range(len(params.stacks[0]["bias"])):
+                weights = jax.tree.map(lambda leaf, index=index: leaf[index], params.stacks[0])
+                x = layer(weights, x, jnp.int32(index), {"scale": part["scale"]}).stream
+            one, report = head(params.outer, x, part)
             losses.append(one)
             reports.append(report)
         return sum(losses), jax.tree.map(lambda *parts: sum(parts), *reports)
@@ -88,19 +91,19 @@ def on_stages(rules, schedule: Schedule, stages: Partition, model: Model, params
 
     def local(params, batch):
         params, batch = jax.tree.map(vary, (params, batch))
-        gradients, reports = run(schedule, stages, model, params, batch)
-        ends = None if gradients is None else gradients.ends
-        layers = None if gradients is None else gradients.layers
+        gradients, reports, _ = run(schedule, StagePlan((stages,)), model, params, batch)
+        ends = None if gradients is None else gradients.outer
+        layers = None if gradients is None else gradients.stacks[0]
         return layers, jax.tree.map(lambda leaf: leaf[None], (ends, reports))
 
     with use(rules), jax.set_mesh(rules.mesh):
-        arranged = Parameters(jax.tree.map(functools.partial(arrange, stages), params.layers), params.ends)
+        arranged = Parameters(jax.tree.map(functools.partial(arrange, stages), params.stacks), params.outer)
         specs = Parameters(P("pipe"), P())
         region = jax.shard_map(local, in_specs=(specs, P()), out_specs=P(MANUAL_AXES), axis_names=set(MANUAL_AXES))
         placed = jax.device_put((arranged, batch), jax.sharding.NamedSharding(rules.mesh, P()))
         layers, (ends, reports) = jax.tree.map(np.asarray, jax.jit(region)(*placed))
     for leaf in jax.tree.leaves(layers):
-        assert leaf.dtype == np.float32 and not leaf[np.asarray(stages.rows) < 0].any()
+        assert leaf.dtype == np.float32 and not leaf[np.asarray(stages.slot_layers) < 0].any()
     return jax.tree.map(functools.partial(restore, stages), layers), ends, reports
 
 
@@ -131,8 +134,8 @@ def test_every_schedule_is_plain_differentiation(rules_for, name):
     stages = partition(num_layers, schedule, PipelineConfig())
     assert len(set(stages.lengths)) > 1
     layers, ends, found = on_stages(rules_for(pipe=num_stages), schedule, stages, TOY, params, batch)
-    assert_close(layers, gradients.layers)
-    assert_close(jax.tree.map(lambda leaf: leaf.sum(0), ends), gradients.ends)
+    assert_close(layers, gradients.stacks[0])
+    assert_close(jax.tree.map(lambda leaf: leaf.sum(0), ends), gradients.outer)
     assert_close(jax.tree.map(lambda leaf: leaf.sum(0), found), reports)
     # loss and head on the last virtual stage alone, the embedding there (tied) and on the first
     last, first = (schedule.place(virtual)[0] for virtual in (schedule.num_virtual - 1, 0))
@@ -147,8 +150,8 @@ def test_accumulation(rules_for, model, num_layers, num_microbatches):
     params, batch, gradients, reports = toy(num_layers, num_microbatches)
     stages = Partition((num_layers,))
     layers, ends, found = on_stages(rules_for(data=1), one_stage(num_microbatches), stages, model, params, batch)
-    assert_close(layers, gradients.layers)
-    assert_close(jax.tree.map(lambda leaf: leaf[0], (ends, found)), (gradients.ends, reports))
+    assert_close(layers, gradients.stacks[0])
+    assert_close(jax.tree.map(lambda leaf: leaf[0], (ends, found)), (gradients.outer, reports))
     assert found["rows"] == ROWS * num_microbatches
 
 
@@ -172,8 +175,8 @@ def test_the_table_decides_what_runs(rules_for, table, chosen, model):
     params, batch = make(2, 3)
     gradients, reports = plain(params, batch, chosen)
     layers, ends, found = on_stages(rules_for(data=1), table, Partition((2,)), model, params, batch)
-    assert_close(layers, gradients.layers)
-    assert_close(jax.tree.map(lambda leaf: leaf[0], (ends, found)), (gradients.ends, reports))
+    assert_close(layers, gradients.stacks[0])
+    assert_close(jax.tree.map(lambda leaf: leaf[0], (ends, found)), (gradients.outer, reports))
 
 
 @pytest.mark.parametrize("name", ["gpipe", "zero_bubble"])
@@ -181,19 +184,22 @@ def test_the_table_decides_what_runs(rules_for, table, chosen, model):
 def test_gradients_are_summed_in_float32(rules_for, name, num_stages):
     # in bfloat16 a sum of ones stops at 256
     count = 300
-    params = Parameters({"weight": jnp.ones((2, 1, 1), jnp.bfloat16)}, {"scale": jnp.ones((), jnp.bfloat16)})
-    model = Model(
-        embed=lambda ends, microbatch: microbatch,
+    params = Parameters(({"weight": jnp.ones((2, 1, 1), jnp.bfloat16)},), {"scale": jnp.ones((), jnp.bfloat16)})
+    stack = Stack(
+        enter=lambda outer, _, microbatch: microbatch,
         shared=lambda microbatch: (),
-        layer=lambda weights, x, number, shared: x @ weights["weight"],
-        head=lambda ends, y, microbatch: (jnp.sum(ends["scale"] * y), jnp.sum(y / y, dtype=jnp.float32)),
+        layer=lambda weights, x, number, shared: LayerOutput(x @ weights["weight"]),
+    )
+    model = Model(
+        (stack,),
+        lambda outer, y, _: HeadOutput(jnp.sum(outer["scale"] * y), {"rows": jnp.sum(y / y, dtype=jnp.float32)}),
     )
     schedule = make_schedule(name, num_stages, count)
     stages = partition(2, schedule, PipelineConfig())
     batch = jnp.ones((count, 1, 1), jnp.bfloat16)
     layers, ends, found = on_stages(rules_for(pipe=num_stages), schedule, stages, model, params, batch)
     assert (layers["weight"] == count).all()
-    assert ends["scale"].dtype == np.float32 and ends["scale"].sum() == found.sum() == count
+    assert ends["scale"].dtype == np.float32 and ends["scale"].sum() == found["rows"].sum() == count
 
 
 @pytest.mark.parametrize("lengths", [(3,), (2, 3), (1, 2, 0, 2), (2, 1, 1, 2)], ids=str)
@@ -204,6 +210,6 @@ def test_a_table_without_backwards_has_reports_and_no_gradients(rules_for, lengt
             continue
         stages = Partition(lengths, num_stages, placement)
         rules = rules_for(pipe=num_stages)
-        layers, ends, found = on_stages(rules, forward_only(stages, 5), stages, TOY, params, batch)
+        layers, ends, found = on_stages(rules, forward_only(StagePlan((stages,)), 5), stages, TOY, params, batch)
         assert layers is ends is None
         assert_close(jax.tree.map(lambda leaf: leaf.sum(0), found), reports)

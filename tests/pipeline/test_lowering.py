@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxtron.pipeline.lowering import Channel, Program, Segment, Slots, lower, segments
-from jaxtron.pipeline.partition import Partition, forward_only
+from jaxtron.pipeline.partition import Partition, StagePlan, forward_only
 from jaxtron.pipeline.schedules.figures import figures
 from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
 from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work, one_stage
@@ -52,7 +52,7 @@ class Machine:
         self.program = program
         self.schedule = program.schedule
         self.stages = range(self.schedule.num_stages)
-        sizes = (program.num_activations, program.num_gradients, program.num_residuals, program.num_pairs)
+        sizes = (program.num_activations, program.num_gradients, *program.num_residuals, *program.num_pairs)
         self.buffers = [[Buffer(size) for _ in self.stages] for size in sizes]
         self.activations, self.gradients, self.residuals, self.pairs = self.buffers
         self.sent: list = [NOTHING for _ in self.stages]
@@ -121,8 +121,8 @@ class Machine:
 
     def begin(self, kind: str, stage: int, row: dict[str, int]) -> tuple[int, int]:
         virtual = self.schedule.virtual(stage, row["chunk"])
-        if (row["is_first"], row["is_last"]) != (virtual == 0, virtual == self.schedule.num_virtual - 1):
-            raise Broken(f"virtual stage {virtual} runs as first {row['is_first']} or last {row['is_last']}")
+        if (row["enters"], row["is_last"]) != (-1 if virtual else 0, virtual == self.schedule.num_virtual - 1):
+            raise Broken(f"virtual stage {virtual} begins stack {row['enters']} or is last {row['is_last']}")
         self.ran[kind, virtual, row["microbatch"]] += 1
         return virtual, row["microbatch"]
 
@@ -130,9 +130,9 @@ class Machine:
         if row is None:
             return NOTHING
         virtual, microbatch = self.begin("forward", stage, row)
-        if not row["is_first"]:
+        if row["enters"] < 0:
             self.activations[stage].take(row["activation"], ("activation", virtual, microbatch))
-        if self.program.num_residuals:
+        if any(self.program.num_residuals):
             self.residuals[stage].put(row["residual"], ("residual", virtual, microbatch))
             if row["is_last"]:
                 self.gradients[stage].put(row["gradient"], ("gradient", virtual, microbatch))
@@ -144,9 +144,9 @@ class Machine:
         virtual, microbatch = self.begin("backward", stage, row)
         self.gradients[stage].take(row["gradient"], ("gradient", virtual, microbatch))
         self.residuals[stage].take(row["residual"], ("residual", virtual, microbatch))
-        if self.program.num_pairs:
+        if any(self.program.num_pairs):
             self.pairs[stage].put(row["pair"], ("pair", virtual, microbatch))
-        return NOTHING if row["is_first"] else ("gradient", virtual - 1, microbatch)
+        return NOTHING if row["enters"] == 0 else ("gradient", virtual - 1, microbatch)
 
     def weight(self, stage: int, row: dict[str, int] | None) -> None:
         if row is not None:
@@ -175,10 +175,10 @@ def test_everything_reads_what_it_needs_from_buffers_no_larger_than_that(name):
         program = lower(schedule)
         machine = simulate(program)
         stages = figures(schedule).stages
-        assert program.num_residuals == max(stage.in_flight for stage in stages)
-        assert program.num_pairs == max(stage.pairs for stage in stages)
+        assert program.num_residuals == (max(stage.in_flight for stage in stages),)
+        assert program.num_pairs == (max(stage.pairs for stage in stages),)
         peaks = [max(buffer.peak for buffer in buffers) for buffers in machine.buffers]
-        sizes = [program.num_activations, program.num_gradients, program.num_residuals, program.num_pairs]
+        sizes = [program.num_activations, program.num_gradients, *program.num_residuals, *program.num_pairs]
         assert sizes == peaks
 
 
@@ -187,20 +187,22 @@ def test_accumulation_sends_nothing_and_keeps_one_of_each():
         program = lower(one_stage(count))
         simulate(program)
         assert program.activations == program.gradients == ()
-        assert (program.num_activations, program.num_gradients, program.num_residuals) == (0, 1, 1)
+        assert (program.num_activations, program.num_gradients, program.num_residuals) == (0, 1, (1,))
 
 
 @pytest.mark.parametrize("placement", ["loop", "vee"])
 def test_evaluation(placement):
     for num_stages in (1, 2, 3, 8):
-        program = lower(forward_only(Partition((1,) * (2 * num_stages), num_stages, placement)))
+        program = lower(forward_only(StagePlan((Partition((1,) * (2 * num_stages), num_stages, placement),))))
         simulate(program)
-        assert (program.num_activations, program.num_residuals, program.num_gradients) == (1, 0, 0)
+        assert (program.num_activations, program.num_residuals, program.num_gradients) == (1, (0,), 0)
         for count in (2, 9):
-            program = lower(forward_only(Partition((1,) * (2 * num_stages), num_stages, placement), count))
+            program = lower(
+                forward_only(StagePlan((Partition((1,) * (2 * num_stages), num_stages, placement),)), count)
+            )
             simulate(program)
             # inputs wait on a stage while another of its chunks runs, not for every microbatch
-            assert program.num_activations <= num_stages and program.num_residuals == program.num_gradients == 0
+            assert program.num_activations <= num_stages and program.num_gradients == 0 == program.num_residuals[0]
 
 
 def test_a_table_of_ones_own():
@@ -221,21 +223,21 @@ def test_a_table_of_ones_own():
     )
     program = lower(Schedule("mine", table, 2))
     simulate(program)
-    sizes = (program.num_activations, program.num_gradients, program.num_residuals, program.num_pairs)
+    sizes = (program.num_activations, program.num_gradients, *program.num_residuals, *program.num_pairs)
     assert sizes == (2, 2, 2, 2)
 
 
 # tables and what is read in them
 READ = [
-    ("forward", ("microbatch", "chunk", "is_first", "is_last", "activation", "gradient", "residual")),
-    ("backward", ("microbatch", "chunk", "is_first", "is_last", "gradient", "residual", "pair")),
+    ("forward", ("microbatch", "chunk", "enters", "is_last", "activation", "gradient", "residual")),
+    ("backward", ("microbatch", "chunk", "enters", "is_last", "gradient", "residual", "pair")),
     ("weight", ("microbatch", "chunk", "pair")),
 ]
 
 
 def is_read(schedule: Schedule, table: Slots, kind: str, name: str, place: tuple[int, int]) -> bool:
     if name == "activation":
-        return not table.is_first[place]
+        return table.enters[place] < 0
     return name != "gradient" or kind == "backward" or bool(table.is_last[place])
 
 
@@ -247,12 +249,12 @@ def test_the_simulator_notices_every_wrong_number(name):
     for kind, names in READ:
         table = getattr(program, kind)
         for field, place in itertools.product(names, zip(*np.nonzero(table.active), strict=True)):
-            if (field == "pair" and not program.num_pairs) or not is_read(schedule, table, kind, field, place):
+            if (field == "pair" and not any(program.num_pairs)) or not is_read(schedule, table, kind, field, place):
                 continue
             if field == "chunk" and schedule.num_chunks == 1:
                 continue
             changed = getattr(table, field).copy()
-            limit = {"microbatch": 4, "chunk": schedule.num_chunks, "is_first": 2, "is_last": 2}.get(field, 100)
+            limit = {"microbatch": 4, "chunk": schedule.num_chunks, "is_last": 2}.get(field, 100)
             changed[place] = (changed[place] + 1) % limit
             with pytest.raises(Broken):
                 simulate(replace(program, **{kind: replace(table, **{field: changed})}))
@@ -290,9 +292,10 @@ def test_the_simulator_notices_a_closed_way_and_a_buffer_too_small():
                     changed = dataclasses.replace(loop, **{kind: (*phases[:phase], row, *phases[phase + 1 :])})
                     with pytest.raises(Broken):
                         Machine(program).run((*loops[:number], changed, *loops[number + 1 :]))
-    for name in ("num_activations", "num_gradients", "num_residuals"):
+    fewer = {name: getattr(program, name) - 1 for name in ("num_activations", "num_gradients")}
+    for name, count in {**fewer, "num_residuals": (program.num_residuals[0] - 1,)}.items():
         with pytest.raises(Broken):
-            simulate(replace(program, **{name: getattr(program, name) - 1}))
+            simulate(replace(program, **{name: count}))
     with pytest.raises(Broken):
         Machine(program).run(loops[:-1])
 

@@ -8,7 +8,7 @@ import pytest
 from jaxtron.config import UserError
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.layer_rows import arrange, restore
-from jaxtron.pipeline.partition import Partition, forward_only, partition
+from jaxtron.pipeline.partition import Partition, StagePlan, forward_only, partition
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.schedule import Work
 
@@ -30,24 +30,24 @@ def even(num_layers: int, num_stages: int, num_chunks: int = 1, **settings) -> P
 
 
 def test_rows_by_hand():
-    assert Partition((3,)).rows == (0, 1, 2)
+    assert Partition((3,)).slot_layers == (0, 1, 2)
     # round and round: stage 0 has the parts 0 and 2; each part has as many rows as the longest
-    assert Partition((2, 1, 1, 2), 2).rows == (0, 1, 3, -1, 2, -1, 4, 5)
+    assert Partition((2, 1, 1, 2), 2).slot_layers == (0, 1, 3, -1, 2, -1, 4, 5)
     # there and back: stage 0 has the first and the last
-    assert Partition((2, 1, 1, 2), 2, "vee").rows == (0, 1, 4, 5, 2, -1, 3, -1)
+    assert Partition((2, 1, 1, 2), 2, "vee").slot_layers == (0, 1, 4, 5, 2, -1, 3, -1)
 
 
 @pytest.mark.parametrize("stages", PARTITIONS, ids=str)
 def test_rows_have_every_layer_once_where_the_schedule_looks_for_it(stages: Partition):
-    assert sorted(row for row in stages.rows if row >= 0) == list(range(stages.num_layers))
-    by_place = np.asarray(stages.rows).reshape(stages.num_stages, stages.num_chunks, stages.chunk_rows)
-    table = forward_only(stages)
+    assert sorted(row for row in stages.slot_layers if row >= 0) == list(range(stages.num_layers))
+    by_place = np.asarray(stages.slot_layers).reshape(stages.num_stages, stages.num_chunks, stages.slots_per_chunk)
+    table = forward_only(StagePlan((stages,)))
     order = []
     for virtual, length in enumerate(stages.lengths):
         stage, chunk = table.place(virtual)
         here = by_place[stage, chunk].tolist()
         # the layers first, then the empty rows
-        assert here[length:] == [-1] * (stages.chunk_rows - length)
+        assert here[length:] == [-1] * (stages.slots_per_chunk - length)
         assert stages.chunk_lengths[stage][chunk] == length
         order += here[:length]
     assert order == list(range(stages.num_layers))
@@ -57,8 +57,8 @@ def test_rows_have_every_layer_once_where_the_schedule_looks_for_it(stages: Part
 def test_arranging_and_restoring(stages: Partition):
     layers = 1 + np.arange(2 * stages.num_layers, dtype=np.float32).reshape(-1, 2)
     rows = np.asarray(arrange(stages, layers))
-    assert rows.shape == (len(stages.rows), 2)
-    for row, number in zip(rows, stages.rows, strict=True):
+    assert rows.shape == (len(stages.slot_layers), 2)
+    for row, number in zip(rows, stages.slot_layers, strict=True):
         np.testing.assert_array_equal(row, layers[number] if number >= 0 else np.zeros(2))
     np.testing.assert_array_equal(restore(stages, rows), layers)
     assert stages.is_in_order == (rows.shape == layers.shape and bool((rows == layers).all()))
@@ -103,7 +103,7 @@ def test_lengths_as_set():
 
 @pytest.mark.parametrize("stages", PARTITIONS, ids=str)
 def test_evaluation_runs_one_virtual_stage_after_the_other(stages: Partition):
-    table = forward_only(stages)
+    table = forward_only(StagePlan((stages,)))
     works = [
         (stage, entry.forward) for row in table.table for stage, entry in enumerate(row) if entry.forward is not None
     ]
@@ -115,7 +115,7 @@ def test_evaluation_runs_one_virtual_stage_after_the_other(stages: Partition):
 @pytest.mark.parametrize("count", [1, 2, 5, 16])
 @pytest.mark.parametrize("stages", PARTITIONS, ids=str)
 def test_microbatches_of_an_evaluation_fill_the_stages(stages: Partition, count: int):
-    table = forward_only(stages, count)
+    table = forward_only(StagePlan((stages,)), count)
     ticks = {}
     for tick, row in enumerate(table.table):
         for stage, entry in enumerate(row):

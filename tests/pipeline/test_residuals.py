@@ -1,6 +1,5 @@
 """What a backward needs: taken apart, put together again, and without weights among what is kept."""
 
-import functools
 import math
 
 import jax
@@ -14,7 +13,8 @@ from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.models.decoder.staged import StagedDecoder
 from jaxtron.pipeline.layer_loop import LayerLoop
-from jaxtron.pipeline.residuals import take_apart
+from jaxtron.pipeline.model import LayerOutput
+from jaxtron.pipeline.residuals import split_residuals
 from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.collectives import vary
 from jaxtron.sharding.config import MANUAL_AXES
@@ -39,8 +39,8 @@ def test_the_function_made_again_gives_the_same():
 
     def there_and_back(weights, x, scale):
         y, pull = jax.vjp(lambda weights, x: layer(weights, x, scale), weights, x)
-        stored, recipe = take_apart(pull, (weights, scale))
-        return y, stored, pull(y), recipe(stored, (weights, scale))(y)
+        stored, pullback = split_residuals(pull, (weights, scale))
+        return y, stored, pull(y), pullback(stored, (weights, scale))(y)
 
     _, stored, expected, found = jax.jit(there_and_back)(weights, x, scale)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
@@ -54,10 +54,10 @@ def test_what_is_given_is_read_anew():
     @jax.jit
     def run(weights, x, scale):
         pull = jax.vjp(lambda weights, x: layer(weights, x, scale), weights, x)[1]
-        stored, recipe = take_apart(pull, (weights, scale))
+        stored, pullback = split_residuals(pull, (weights, scale))
         other = {**weights, "down": 2 * weights["down"]}
         # the first matrix gets its cotangent through the second
-        return recipe(stored, (other, scale))(x)[0]["up"], pull(x)[0]["up"]
+        return pullback(stored, (other, scale))(x)[0]["up"], pull(x)[0]["up"]
 
     double, single = run(weights, x, scale)
     np.testing.assert_allclose(double, 2 * single, rtol=1e-6)
@@ -70,8 +70,8 @@ def test_keys_are_kept_as_numbers_and_constants_are_not_kept():
     def run(x, key):
         noise = jax.checkpoint(lambda x, key: x * constant * jax.random.uniform(key, x.shape))
         y, pull = jax.vjp(noise, x, key)
-        stored, recipe = take_apart(pull, ())
-        return stored, recipe(stored, ())(y)[0], pull(y)[0]
+        stored, pullback = split_residuals(pull, ())
+        return stored, pullback(stored, ())(y)[0], pull(y)[0]
 
     stored, found, expected = run(jnp.ones((7, 5)), jax.random.key(3))
     assert stored and not any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in stored)
@@ -130,11 +130,11 @@ def stored_leaves(rules, model: ModelConfig, *, is_split: bool = False) -> list[
                 inputs=lambda decoder, _: decoder.inputs(LENGTH, keys),
                 head=lambda *_: None,
             )
-            loop = LayerLoop(pieces.layer, staged.parameters.layers, jnp.arange(3), 1)
-            x = jax.eval_shape(lambda: pieces.embed(staged.parameters.ends, None))
-            buffer = loop.buffer(x, pieces.shared(None), 2, 3)
-            if is_split:
-                buffer = loop.pairs(x, pieces.shared(None), buffer, 2, 3)
+            (stack,), (layers,) = pieces.stacks, staged.parameters.stacks
+            loop = LayerLoop(stack.layer, layers, jnp.arange(3))
+            x = jax.eval_shape(lambda: stack.enter(staged.parameters.outer, None, None))
+            held = loop.buffers(loop.prepare(x, stack.shared(None), splits=is_split), 2, 2, 3)
+            buffer = held.deferred if is_split else held.residuals
             assert all(leaf.shape[:2] == (2, 3) for leaf in buffer)
             shapes.extend(leaf.shape[2:] for leaf in buffer)
             return params
@@ -164,13 +164,16 @@ def test_no_weights_are_kept(rules_for, name, recompute, mesh, is_split):
 def test_the_check_notices_weights(rules_for):
     # the sum of the squares of a matrix needs the matrix again, in the precision of the layer
     loop = LayerLoop(
-        lambda weights, x, number, shared: x * jnp.sum(jnp.square(weights.astype(jnp.bfloat16))),
+        lambda weights, x, number, shared: LayerOutput(x * jnp.sum(jnp.square(weights.astype(jnp.bfloat16)))),
         jnp.ones((3, 40, 160)),
         jnp.arange(3),
-        1,
     )
     with use(rules_for(data=1)):
-        make_buffer = functools.partial(loop.buffer, jax.ShapeDtypeStruct((ROWS, LENGTH, 40), jnp.bfloat16), (), 2, 3)
+        x = jax.ShapeDtypeStruct((ROWS, LENGTH, 40), jnp.bfloat16)
+
+        def make_buffer():
+            return loop.buffers(loop.prepare(x, ()), 2, 0, 3).residuals
+
         region = jax.shard_map(make_buffer, in_specs=(), out_specs=PartitionSpec(), axis_names=set(MANUAL_AXES))
         shapes = [leaf.shape[2:] for leaf in jax.eval_shape(region)]
     assert [shape for shape in shapes if len(shape) > 1 and not has_rows(shape)] == [(40, 160)]

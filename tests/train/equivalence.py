@@ -172,7 +172,7 @@ def by_name(tree, trainer: Trainer) -> dict[str, np.ndarray]:
                 assert np.abs(value).sum() == pytest.approx(np.abs(own).sum()), "padding is not zero"
                 value = own
         if is_stacked(path):
-            assert not value[np.asarray(stages.rows) < 0].any(), "an empty row is not zero"
+            assert not value[np.asarray(stages.slot_layers) < 0].any(), "an empty row is not zero"
             value = np.asarray(restore(stages, value))
         leaves[name] = value
     return leaves

@@ -19,7 +19,7 @@ from jaxtron.models.decoder import recompute
 from jaxtron.models.decoder.attention_choice import attention_mask
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.pattern import ATTENTION, MLP, WINDOW, Branch
-from jaxtron.pipeline.layer_loop import LayerFunction
+from jaxtron.pipeline.model import LayerFunction, LayerOutput
 from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding.parameters import gather_at_use
 from jaxtron.sharding.rules import current
@@ -134,7 +134,7 @@ class Stack(nnx.Module):
         graph = nnx.split(nnx.eval_shape(lambda: Period(config, nnx.Rngs(0))))[0]
         keys = jax.random.split(rngs.params(), config.layout.repeats)
         # keys are put in the rows' order, not values: so each device makes only its own
-        keys = keys if partition.is_in_order else keys[np.maximum(np.asarray(partition.rows), 0)]
+        keys = keys if partition.is_in_order else keys[np.maximum(np.asarray(partition.slot_layers), 0)]
         states = jax.vmap(lambda key: nnx.split(Period(config, nnx.Rngs(key)))[1])(keys)
         self.periods = nnx.merge(graph, jax.tree.map(functools.partial(_empty_as_zeros, partition), states))
 
@@ -143,7 +143,7 @@ class Stack(nnx.Module):
 
         def body(x: Array, step: tuple[Array, nnx.State]) -> tuple[Array, None]:
             number, state = step
-            return layer(state, x, number, inputs), None
+            return layer(state, x, number, inputs).stream, None
 
         steps = (jnp.arange(self.config.layout.repeats), self.state())
         return jax.lax.scan(body, x, steps, unroll=self.unroll())[0]
@@ -156,9 +156,9 @@ class Stack(nnx.Module):
         """(a period's parameters, its input, its number, inputs shared by all) -> its output, under its policy."""
         graph = nnx.split(self.periods)[0]
 
-        def layer(state: nnx.State, x: Array, number: Array, inputs: LayerInputs) -> Array:
+        def layer(state: nnx.State, x: Array, number: Array, inputs: LayerInputs) -> LayerOutput:
             period = nnx.merge(graph, gather_at_use(state, self.dtype))
-            return period(x, inputs.fold(number))
+            return LayerOutput(period(x, inputs.fold(number)))
 
         return recompute.layer(self.config.recomputed, layer)
 
@@ -168,5 +168,5 @@ class Stack(nnx.Module):
 
 
 def _empty_as_zeros(partition: Partition, rows: Array) -> Array:
-    filled = (np.asarray(partition.rows) >= 0).reshape(-1, *(1,) * (rows.ndim - 1))
+    filled = (np.asarray(partition.slot_layers) >= 0).reshape(-1, *(1,) * (rows.ndim - 1))
     return rows if filled.all() else jnp.where(filled, rows, 0)

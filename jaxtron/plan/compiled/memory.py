@@ -19,10 +19,10 @@ def memory_use(trainer: Trainer, batch: Any, compiled: deviceless.Memory, gpu: G
     state = trainer.abstract_state()
     working, buffers = trainer.held(batch)
     master, optimizer = _at_rest(state.params), _at_rest((state.optimizer, state.step, state.loss_scale))
-    kept = _in_region((buffers.residuals, buffers.pairs))
-    messages = _in_region((buffers.activations, buffers.gradients, buffers.sent))
+    kept = _in_region([(held.residuals, held.deferred) for held in buffers.stacks])
+    messages = _in_region((buffers.inputs, buffers.cotangents, buffers.sent))
     weights = _copies(state.params, working)
-    gradients = _in_region(buffers.sums)
+    gradients = _in_region(([held.grad_accumulators for held in buffers.stacks], buffers.outer_accumulators))
     inputs = compiled.arguments - master - optimizer
     communication = NCCL_BUFFERS * num_groups
     return MemoryUse(
@@ -45,7 +45,7 @@ def _stages(trainer: Trainer, kept: int) -> tuple[StageActivations, ...]:
     """What of the activations' room each stage fills at most."""
     table = trainer.schedule(trainer.config.microbatches)
     program, partition = lower(table), trainer.partition
-    slots = (program.num_residuals + program.num_pairs) * partition.chunk_rows
+    slots = (program.num_residuals[0] + program.num_pairs[0]) * partition.slots_per_chunk
     layers = [sum(chunks) for chunks in partition.chunk_lengths]
     held = [stage.held for stage in figures(table).stages]
     return tuple(

@@ -67,11 +67,11 @@ def kept_bytes(config: Configuration, tensor: int, context: int = 1, kind: str |
             decoder = plan.module(working)
             x = jax.eval_shape(decoder.embed, vary(tokens), keys)
             shared = decoder.inputs(tokens.shape[1], keys, segments=segments)
-            layers = StagedDecoder(plan, working).parameters.layers
+            (layers,) = StagedDecoder(plan, working).parameters.stacks
             loop = LayerLoop(decoder.stack.layer(), layers, jnp.arange(model.layout.repeats), 1)
-            buffer = loop.buffer(x, shared, 1, 1)
-            pairs = loop.pairs(x, shared, buffer, 1, 1)
-            found.extend([[device_bytes(jax.typeof(array)) for array in part] for part in (buffer, pairs)])
+            held = loop.buffers(loop.prepare(x, shared, splits=True), 1, 1, 1)
+            kept = (held.residuals, held.deferred)
+            found.extend([[device_bytes(jax.typeof(array)) for array in arrays] for arrays in kept])
             return jnp.float32(0.0)
 
         scalar = PartitionSpec()

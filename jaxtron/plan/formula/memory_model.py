@@ -146,7 +146,7 @@ class Estimator:
     def _chunk_rows(self, config: Configuration, num_stages: int) -> int:
         key = (num_stages, config.pipeline)
         if key not in self._rows:
-            self._rows[key] = shortened(config, num_stages).partition(num_stages).chunk_rows
+            self._rows[key] = shortened(config, num_stages).partition(num_stages).slots_per_chunk
         return self._rows[key]
 
     def _kept_bytes(self, config: Configuration, tensor: int, context: int, kind: str) -> Kept:
@@ -277,11 +277,11 @@ def _slots(config: Configuration, num_stages: int) -> BufferSlots:
     pipeline, count = config.pipeline, config.train.microbatches
     if pipeline.schedule.endswith(".csv"):
         program = lower(config.schedule(num_stages))
-        return BufferSlots(program.num_residuals, program.num_pairs, program.num_activations, program.num_gradients)
+        return BufferSlots(program.num_residuals[0], program.num_pairs[0], program.num_activations, program.num_gradients)
     return _made_slots(pipeline.schedule, num_stages, count, pipeline.chunks)
 
 
 @functools.lru_cache(maxsize=4096)
 def _made_slots(name: str, num_stages: int, num_microbatches: int, num_chunks: int) -> BufferSlots:
     program = lower(make_schedule(name, num_stages, num_microbatches, num_chunks))
-    return BufferSlots(program.num_residuals, program.num_pairs, program.num_activations, program.num_gradients)
+    return BufferSlots(program.num_residuals[0], program.num_pairs[0], program.num_activations, program.num_gradients)

@@ -21,27 +21,31 @@ CALLS |= {"custom_vjp_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
 REPEATED = {"reshard", "all_gather", "transpose", "reshape", "broadcast_in_dim", "squeeze", "convert_element_type"}
 
 
-@dataclass(frozen=True)
-class Halves:
-    """`now(*inputs)` gives the outputs wanted at once and what to keep; `later(kept, *given)` the others."""
+@jax.tree_util.register_static
+@dataclass(frozen=True, eq=False)
+class SplitBackward:
+    """`input_grads(inputs, given)` gives the outputs wanted at once, and what to keep for the others: the operands of
+    `weight_grads(kept, given)`."""
 
-    now: Callable[..., tuple[list[Array], list[Array]]]
-    later: Callable[..., list[Array]]
+    input_grads: Callable[[PyTree, PyTree], tuple[list[Array], list[Array]]]
+    weight_grads: Callable[[list[Array], PyTree], list[Array]]
 
 
-def split(function: Callable[..., Sequence[Array]], inputs: PyTree, given: PyTree, is_later: Sequence[bool]) -> Halves:
-    """Cut `function(inputs, given)`, whose flat outputs are wanted at once or later.
+def split_backward(
+    function: Callable[[PyTree, PyTree], Sequence[Array]], inputs: PyTree, given: PyTree, is_deferred: Sequence[bool]
+) -> SplitBackward:
+    """Cut `function(inputs, given)`, whose flat outputs are wanted at once or deferred.
 
-    `given` is there again when `later` runs, so none of it is kept.
+    `given` is there again when `weight_grads` runs, so none of it is kept.
     """
     flat, treedef = jax.tree.flatten((inputs, given))
     num_inputs = len(jax.tree.leaves(inputs))
     whole = jax.make_jaxpr(lambda *leaves: function(*jax.tree.unflatten(treedef, leaves)))(*flat)
     closed = jax.make_jaxpr(_inlined(whole))(*flat)
     jaxpr = closed.jaxpr
-    outputs = list(zip(jaxpr.outvars, is_later, strict=True))
-    at_once = [var for var, later in outputs if not later]
-    put_off = [var for var, later in outputs if later]
+    outputs = list(zip(jaxpr.outvars, is_deferred, strict=True))
+    at_once = [var for var, deferred in outputs if not deferred]
+    put_off = [var for var, deferred in outputs if deferred]
     first = _needed(jaxpr.eqns, at_once, stop=set())
     made = {var for equation in first for var in equation.outvars}
     second = _needed(jaxpr.eqns, put_off, stop=made)
@@ -53,18 +57,18 @@ def split(function: Callable[..., Sequence[Array]], inputs: PyTree, given: PyTre
         if isinstance(var, Var) and var not in own and var not in again
     )
 
-    def now(inputs: PyTree, given: PyTree) -> tuple[list[Array], list[Array]]:
+    def input_grads(inputs: PyTree, given: PyTree) -> tuple[list[Array], list[Array]]:
         values = _evaluate(jaxpr, first, _bind(closed, jax.tree.leaves((inputs, given))))
         return [_value(values, var) for var in at_once], [values[var] for var in kept]
 
-    def later(kept_values: list[Array], given: PyTree) -> list[Array]:
+    def weight_grads(kept_values: list[Array], given: PyTree) -> list[Array]:
         values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
         values |= dict(zip(jaxpr.invars[num_inputs:], jax.tree.leaves(given), strict=True))
         values |= dict(zip(kept, kept_values, strict=True))
         values = _evaluate(jaxpr, second, values)
         return [_value(values, var) for var in put_off]
 
-    return Halves(now, later)
+    return SplitBackward(input_grads, weight_grads)
 
 
 def _inlined(closed: ClosedJaxpr) -> Callable[..., list[Array]]:
