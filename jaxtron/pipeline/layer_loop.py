@@ -49,12 +49,17 @@ class StackBuffers(NamedTuple):
 )
 @dataclass(frozen=True)
 class PreparedLayer:
-    """A layer's derivative, as it comes out of tracing it once: the same for every layer of a stack."""
+    """A layer's derivative, as it comes out of tracing it once: the same for every layer of a stack.
 
-    loss: jax.ShapeDtypeStruct | None
-    """The type of its loss, None where it has none."""
-    residuals: list[jax.ShapeDtypeStruct]
-    deferred: list[jax.ShapeDtypeStruct]
+    Arrays are abstract: shapes, types and shardings of one layer's.
+    """
+
+    loss: PyTree
+    """None where it has none."""
+    residuals: PyTree
+    """What a forward leaves for its backward."""
+    deferred: PyTree
+    """What a backward leaves for its weight gradients."""
     metrics: PyTree
     pullback: Pullback | None
     """From the residuals to the derivative; None where nothing is differentiated."""

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.pipeline.executor import run
+from jaxtron.pipeline.executor import Result, run
 from jaxtron.pipeline.layer_rows import arrange, restore
 from jaxtron.pipeline.model import HeadOutput, LayerOutput, Model, Parameters, Stack
 from jaxtron.pipeline.partition import Partition, StagePlan, forward_only, partition
@@ -27,7 +27,10 @@ ROWS, WIDTH, HIDDEN = 3, 6, 5
 def layer(weights, x, number, shared):
     """Numbers of layers and what all of them read are in the values: one that had another's would differ."""
     scale = (1 + 0.2 * number).astype(x.dtype) * shared["scale"]
-    return LayerOutput(x + jnp.tanh(x @ weights["up"] * scale) @ weights["down"] + weights["bias"])
+    hidden = jnp.tanh(x @ weights["up"] * scale)
+    y = x + hidden @ weights["down"] + weights["bias"]
+    loss = 0.1 * jnp.sum(y**2) * scale
+    return LayerOutput(y, loss, {"size": loss * (1.0 + number), "hidden": jnp.sum(hidden, 0)})
 
 
 def enter(outer, stream, microbatch):
@@ -35,48 +38,65 @@ def enter(outer, stream, microbatch):
     return microbatch["x"] @ outer["embedding"]
 
 
-def head(ends, y, microbatch):
-    error = y @ ends["head"] - microbatch["y"]
+def head(outer, y, microbatch):
+    error = y @ outer["head"] - microbatch["y"]
     # tied: also the first stage has a part in its gradient
-    loss = jnp.sum(error**2) + jnp.sum((y @ ends["embedding"].T) ** 2)
+    loss = jnp.sum(error**2) + jnp.sum((y @ outer["embedding"].T) ** 2)
     return HeadOutput(loss, {"absolute": jnp.sum(jnp.abs(error)), "rows": jnp.sum(0 * error[:, 0] + 1)})
 
 
-STACK = Stack(enter=enter, shared=lambda microbatch: {"scale": microbatch["scale"]}, layer=layer)
-TOY = Model((STACK,), head)
-UNROLLED = Model((replace(STACK, unroll=100),), head)
+def shared(microbatch):
+    return {"scale": microbatch["scale"]}
+
+
+TOY = Model((Stack(enter=enter, shared=shared, layer=layer),), head)
+UNROLLED = Model((replace(TOY.stacks[0], unroll=100),), head)
+
+
+def make_layers(num_layers: int, seed: int = 0) -> dict:
+    normal = random_arrays(seed)
+    layers = {"up": normal(num_layers, WIDTH, HIDDEN), "down": normal(num_layers, HIDDEN, WIDTH)}
+    return layers | {"bias": normal(num_layers, WIDTH)}
 
 
 def make(num_layers: int, num_microbatches: int) -> tuple[Parameters, dict]:
-    generator = np.random.default_rng(0)
-
-    def normal(*shape: int):
-        return jnp.asarray(0.3 * generator.normal(size=shape), jnp.float32)
-
-    layers = {"up": normal(num_layers, WIDTH, HIDDEN), "down": normal(num_layers, HIDDEN, WIDTH)}
-    layers["bias"] = normal(num_layers, WIDTH)
-    ends = {"embedding": normal(WIDTH, WIDTH), "head": normal(WIDTH, 2)}
+    normal = random_arrays(1)
+    outer = {"embedding": normal(WIDTH, WIDTH), "head": normal(WIDTH, 2)}
     batch = {"x": normal(num_microbatches, ROWS, WIDTH), "y": normal(num_microbatches, ROWS, 2)}
-    return Parameters((layers,), ends), batch | {"scale": 0.2 + jnp.abs(normal(num_microbatches))}
+    batch |= {"scale": 0.2 + jnp.abs(normal(num_microbatches))}
+    return Parameters((make_layers(num_layers),), outer), batch
 
 
-def plain(params: Parameters, batch: dict, chosen=None) -> tuple[Parameters, dict]:
-    """Gradients and reports by `jax.grad`."""
+def random_arrays(seed: int):
+    generator = np.random.default_rng(seed)
+    return lambda *shape: jnp.asarray(0.3 * generator.normal(size=shape), jnp.float32)
 
-    def loss(params):
-        losses, reports = [], []
-        for number in range(len(batch["scale"])) if chosen is None else chosen:
-            part = jax.tree.map(lambda leaf, number=number: leaf[number], batch)
-            x = enter(params.outer, None, part)
-            for index in range(len(params.stacks[0]["bias"])):
-                weights = jax.tree.map(lambda leaf, index=index: leaf[index], params.stacks[0])
-                x = layer(weights, x, jnp.int32(index), {"scale": part["scale"]}).stream
-            one, report = head(params.outer, x, part)
+
+def plain(model: Model, params: Parameters, batch: dict, chosen=None) -> Result:
+    """What `run` gives, by `jax.grad` of the model's functions one after the other; layers in the model's order."""
+    microbatches = range(len(batch["scale"])) if chosen is None else chosen
+
+    def loss(params: Parameters):
+        losses, sums, metrics = [], [], []
+        for part in (jax.tree.map(lambda leaf, number=number: leaf[number], batch) for number in microbatches):
+            stream = None
+            here = []
+            for stack, layers in zip(model.stacks, params.stacks, strict=True):
+                stream, found = stack.enter(params.outer, stream, part), []
+                for index in range(len(layers["bias"])):
+                    weights = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
+                    output = stack.layer(weights, stream, jnp.int32(index), stack.shared(part))
+                    stream = output.stream
+                    found.append(output.metrics)
+                    losses.append(output.loss)
+                here.append(jax.tree.map(lambda *layers: jnp.stack(layers), *found))
+            one, reported = model.head(params.outer, stream, part)
             losses.append(one)
-            reports.append(report)
-        return sum(losses), jax.tree.map(lambda *parts: sum(parts), *reports)
+            sums.append(reported)
+            metrics.append(tuple(here))
+        return sum(losses), tuple(jax.tree.map(lambda *parts: sum(parts), *found) for found in (sums, metrics))
 
-    return jax.jit(jax.grad(loss, has_aux=True))(params)
+    return Result(*(lambda grads, found: (grads, *found))(*jax.jit(jax.grad(loss, has_aux=True))(params)))
 
 
 def assert_close(found, expected, tolerance: float = 1e-5) -> None:
@@ -86,25 +106,42 @@ def assert_close(found, expected, tolerance: float = 1e-5) -> None:
     jax.tree.map(compare, found, expected)
 
 
-def on_stages(rules, schedule: Schedule, stages: Partition, model: Model, params: Parameters, batch: dict):
-    """What every stage has: (layers' gradients in the model's order, ends' gradients and reports by stage)."""
+def on_stages(rules, schedule: Schedule, stages: StagePlan, model: Model, params: Parameters, batch: dict) -> Result:
+    """What the stages have: layers' gradients and metrics in the model's order, the others by stage."""
 
     def local(params, batch):
         params, batch = jax.tree.map(vary, (params, batch))
-        gradients, reports, _ = run(schedule, StagePlan((stages,)), model, params, batch)
-        ends = None if gradients is None else gradients.outer
-        layers = None if gradients is None else gradients.stacks[0]
-        return layers, jax.tree.map(lambda leaf: leaf[None], (ends, reports))
+        gradients, sums, metrics = run(schedule, stages, model, params, batch)
+        outer = None if gradients is None else gradients.outer
+        layers = None if gradients is None else gradients.stacks
+        return layers, metrics, jax.tree.map(lambda leaf: leaf[None], (outer, sums))
+
+    def ordered(of_stacks, move):
+        pairs = zip(stages.partitions, of_stacks, strict=True)
+        return tuple(jax.tree.map(functools.partial(move, partition), layers) for partition, layers in pairs)
 
     with use(rules), jax.set_mesh(rules.mesh):
-        arranged = Parameters(jax.tree.map(functools.partial(arrange, stages), params.stacks), params.outer)
+        arranged = Parameters(ordered(params.stacks, arrange), params.outer)
         specs = Parameters(P("pipe"), P())
         region = jax.shard_map(local, in_specs=(specs, P()), out_specs=P(MANUAL_AXES), axis_names=set(MANUAL_AXES))
         placed = jax.device_put((arranged, batch), jax.sharding.NamedSharding(rules.mesh, P()))
-        layers, (ends, reports) = jax.tree.map(np.asarray, jax.jit(region)(*placed))
-    for leaf in jax.tree.leaves(layers):
-        assert leaf.dtype == np.float32 and not leaf[np.asarray(stages.slot_layers) < 0].any()
-    return jax.tree.map(functools.partial(restore, stages), layers), ends, reports
+        layers, metrics, (outer, sums) = jax.tree.map(np.asarray, jax.jit(region)(*placed))
+    for found in (metrics, layers or ()):
+        for stack, tree in zip(stages.partitions, found, strict=bool(found)):
+            for leaf in jax.tree.leaves(tree):
+                assert leaf.dtype == np.float32 and not leaf[np.asarray(stack.slot_layers) < 0].any()
+    gradients = None if layers is None else Parameters(ordered(layers, restore), outer)
+    return Result(gradients, sums, ordered(metrics, restore))
+
+
+def assert_same(found: Result, expected: Result) -> None:
+    """What stages have is what plain differentiation gives, summed over them."""
+    summed = jax.tree.map(lambda leaf: leaf.sum(0), (found.gradients and found.gradients.outer, found.sums))
+    assert_close(found.layer_metrics, expected.layer_metrics)
+    if found.gradients is None:
+        return assert_close(summed[1], expected.sums)
+    assert_close(found.gradients.stacks, expected.gradients.stacks)
+    assert_close(summed, (expected.gradients.outer, expected.sums))
 
 
 def sizes(name: str) -> tuple[int, int, int]:
@@ -115,7 +152,7 @@ def sizes(name: str) -> tuple[int, int, int]:
 @functools.cache
 def toy(num_layers: int, num_microbatches: int):
     params, batch = make(num_layers, num_microbatches)
-    return params, batch, *plain(params, batch)
+    return params, batch, plain(TOY, params, batch)
 
 
 # one of each kind; `slow` has them all
@@ -130,29 +167,26 @@ def test_every_schedule_is_plain_differentiation(rules_for, name):
     num_chunks = 3 if "interleaved" in name else num_chunks
     schedule = make_schedule(name, num_stages, num_microbatches, num_chunks)
     num_layers = num_stages * num_chunks + 2
-    params, batch, gradients, reports = toy(num_layers, num_microbatches)
+    params, batch, expected = toy(num_layers, num_microbatches)
     stages = partition(num_layers, schedule, PipelineConfig())
     assert len(set(stages.lengths)) > 1
-    layers, ends, found = on_stages(rules_for(pipe=num_stages), schedule, stages, TOY, params, batch)
-    assert_close(layers, gradients.stacks[0])
-    assert_close(jax.tree.map(lambda leaf: leaf.sum(0), ends), gradients.outer)
-    assert_close(jax.tree.map(lambda leaf: leaf.sum(0), found), reports)
+    found = on_stages(rules_for(pipe=num_stages), schedule, StagePlan((stages,)), TOY, params, batch)
+    assert_same(found, expected)
     # loss and head on the last virtual stage alone, the embedding there (tied) and on the first
     last, first = (schedule.place(virtual)[0] for virtual in (schedule.num_virtual - 1, 0))
-    assert set(np.flatnonzero(found["rows"])) == {last}
-    assert set(np.flatnonzero(ends["head"].any((1, 2)))) == {last}
-    assert set(np.flatnonzero(ends["embedding"].any((1, 2)))) == {first, last}
+    assert set(np.flatnonzero(found.sums["rows"])) == {last}
+    assert set(np.flatnonzero(found.gradients.outer["head"].any((1, 2)))) == {last}
+    assert set(np.flatnonzero(found.gradients.outer["embedding"].any((1, 2)))) == {first, last}
 
 
 @pytest.mark.parametrize("model", [TOY, UNROLLED], ids=["loop", "unrolled"])
 @pytest.mark.parametrize(("num_layers", "num_microbatches"), [(1, 1), (3, 2), (2, 5)])
 def test_accumulation(rules_for, model, num_layers, num_microbatches):
-    params, batch, gradients, reports = toy(num_layers, num_microbatches)
-    stages = Partition((num_layers,))
-    layers, ends, found = on_stages(rules_for(data=1), one_stage(num_microbatches), stages, model, params, batch)
-    assert_close(layers, gradients.stacks[0])
-    assert_close(jax.tree.map(lambda leaf: leaf[0], (ends, found)), (gradients.outer, reports))
-    assert found["rows"] == ROWS * num_microbatches
+    params, batch, expected = toy(num_layers, num_microbatches)
+    stages = StagePlan((Partition((num_layers,)),))
+    found = on_stages(rules_for(data=1), one_stage(num_microbatches), stages, model, params, batch)
+    assert_same(found, expected)
+    assert found.sums["rows"] == ROWS * num_microbatches
 
 
 def one_stage_table(*rows: tuple[int | None, int | None, int | None]) -> Schedule:
@@ -173,10 +207,8 @@ def one_stage_table(*rows: tuple[int | None, int | None, int | None]) -> Schedul
 @pytest.mark.parametrize("model", [TOY, UNROLLED], ids=["loop", "unrolled"])
 def test_the_table_decides_what_runs(rules_for, table, chosen, model):
     params, batch = make(2, 3)
-    gradients, reports = plain(params, batch, chosen)
-    layers, ends, found = on_stages(rules_for(data=1), table, Partition((2,)), model, params, batch)
-    assert_close(layers, gradients.stacks[0])
-    assert_close(jax.tree.map(lambda leaf: leaf[0], (ends, found)), (gradients.outer, reports))
+    found = on_stages(rules_for(data=1), table, StagePlan((Partition((2,)),)), model, params, batch)
+    assert_same(found, plain(model, params, batch, chosen))
 
 
 @pytest.mark.parametrize("name", ["gpipe", "zero_bubble"])
@@ -197,19 +229,20 @@ def test_gradients_are_summed_in_float32(rules_for, name, num_stages):
     schedule = make_schedule(name, num_stages, count)
     stages = partition(2, schedule, PipelineConfig())
     batch = jnp.ones((count, 1, 1), jnp.bfloat16)
-    layers, ends, found = on_stages(rules_for(pipe=num_stages), schedule, stages, model, params, batch)
-    assert (layers["weight"] == count).all()
-    assert ends["scale"].dtype == np.float32 and ends["scale"].sum() == found["rows"].sum() == count
+    found = on_stages(rules_for(pipe=num_stages), schedule, StagePlan((stages,)), model, params, batch)
+    assert (found.gradients.stacks[0]["weight"] == count).all()
+    scale = found.gradients.outer["scale"]
+    assert scale.dtype == np.float32 and scale.sum() == found.sums["rows"].sum() == count
+    assert found.layer_metrics == ((),)
 
 
 @pytest.mark.parametrize("lengths", [(3,), (2, 3), (1, 2, 0, 2), (2, 1, 1, 2)], ids=str)
 def test_a_table_without_backwards_has_reports_and_no_gradients(rules_for, lengths):
-    params, batch, _, reports = toy(sum(lengths), 5)
+    params, batch, expected = toy(sum(lengths), 5)
     for num_stages, placement in itertools.product((len(lengths), len(lengths) // 2), ("loop", "vee")):
         if num_stages == 0 or (placement == "vee") != (2 * num_stages == len(lengths)):
             continue
-        stages = Partition(lengths, num_stages, placement)
-        rules = rules_for(pipe=num_stages)
-        layers, ends, found = on_stages(rules, forward_only(StagePlan((stages,)), 5), stages, TOY, params, batch)
-        assert layers is ends is None
-        assert_close(jax.tree.map(lambda leaf: leaf.sum(0), found), reports)
+        stages = StagePlan((Partition(lengths, num_stages, placement),))
+        found = on_stages(rules_for(pipe=num_stages), forward_only(stages, 5), stages, TOY, params, batch)
+        assert found.gradients is None
+        assert_same(found, expected)
