@@ -277,7 +277,9 @@ def _slots(config: Configuration, num_stages: int) -> BufferSlots:
     pipeline, count = config.pipeline, config.train.microbatches
     if pipeline.schedule.endswith(".csv"):
         program = lower(config.schedule(num_stages))
-        return BufferSlots(program.num_residuals[0], program.num_pairs[0], program.num_activations, program.num_gradients)
+        return BufferSlots(
+            program.num_residuals[0], program.num_pairs[0], program.num_activations, program.num_gradients
+        )
     return _made_slots(pipeline.schedule, num_stages, count, pipeline.chunks)
 
 
