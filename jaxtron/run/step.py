@@ -189,7 +189,7 @@ class Trainer:
         def keys(rows: Array) -> Array | None:
             return None if key is None else row_keys(key, rows)
 
-        def head(decoder: Decoder, x: Array, part: tuple[Batch, Array]) -> HeadOutput:
+        def head(decoder: Decoder, x: Array, part: tuple[Any, Array]) -> HeadOutput:
             loss, nll = decoder.score(x, part[0].targets, part[0].weights)
             return HeadOutput(loss, {"nll": nll})
 
