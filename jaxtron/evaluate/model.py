@@ -97,7 +97,7 @@ def open_model(request: Request, trained: Configuration, config: Configuration) 
         trainer = make_trainer(config)
         order = layer_order(trainer.partition, trainer.blueprint)
         abstract = {"params": trainer.blueprint.abstract}
-        check_state_fits(config.model, abstract, what="parameters")
+        check_state_fits(config.family.sizes(config.model), abstract, what="parameters")
         checkpoints = (request.run / "checkpoints").absolute()
         check = partial(_check_record, trained=trained, path=request.run / CONFIG_FILE)
         restored = restore_part(

@@ -9,7 +9,7 @@ from jaxtron.data.config import DataConfig
 from jaxtron.data.files.file_kind import file_kind
 from jaxtron.data.files.reader import decode_text, read_content
 from jaxtron.evaluate.detokenize import DETOKENIZERS
-from jaxtron.run.configuration import Configuration
+from jaxtron.run.configuration import Configuration, configuration_type
 
 PROGRAM = "python -m jaxtron.evaluate"
 USAGE = f"{PROGRAM} RUN_DIRECTORY --text FILE [FILE ...] [--flag value ...]"
@@ -72,8 +72,9 @@ def read_configuration(request: Request) -> tuple[Configuration, Configuration]:
     if not path.is_file():
         what = f"{request.run} has no config.yaml" if request.run.is_dir() else f"no directory {request.run}"
         raise UserError(f"{what}; give the --run.directory of a training, such as runs/gpt_tiny")
-    trained = load(Configuration, path).resolved()
-    config = load(Configuration, path, request.overrides).resolved()
+    config_type = configuration_type([str(path)])
+    trained = load(config_type, path).resolved()
+    config = load(config_type, path, request.overrides).resolved()
     # layouts are not the training's but those asked for
     given = load(Configuration, None, request.overrides)
     mesh = given.mesh
@@ -86,7 +87,7 @@ def read_configuration(request: Request) -> tuple[Configuration, Configuration]:
         sequence_length=config.data.sequence_length,
     )
     layout = {name: getattr(given, name) for name in SECTIONS} | {"mesh": mesh, "devices": given.devices}
-    model = config.model.model_copy(update={"dropout": 0.0, "attention_dropout": 0.0})
+    model = config.family.evaluated(config.model)
     return trained, config.model_copy(update={**layout, "data": data, "model": model})
 
 

@@ -1,13 +1,62 @@
-"""What the rest of the house knows of a family of models."""
+"""What the rest of the house knows of a family of models from its configuration alone; `program.py` has the rest.
 
-import functools
+A family is a package with two modules: `family.py`, whose `FAMILY` needs no JAX, and the module of a `Program` that it
+names. `families.py` finds it by the name in `model.family`.
+"""
 
-import jax
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
-from jaxtron.data.batch import batch_fields
+from jaxtron.config import Config
+from jaxtron.sharding.config import ContextConfig
 
 
-@functools.cache
-def as_pytree(batch_type: type) -> type:
-    """The class of a batch, its arrays seen by JAX from now on; data that are only read need none."""
-    return jax.tree_util.register_dataclass(batch_type, data_fields=list(batch_fields(batch_type)), meta_fields=[])
+class FamilyConfig(Config):
+    """The settings of a model; a family adds its own, all with defaults."""
+
+    family: str = "decoder"
+    """decoder, or the dotted name of a package of your own (docs/families.md)."""
+
+    # names of settings, with spaces between: a run may go on with other values of the first; the second only name
+    # something that decides by itself, for shapes tell
+    FREE: ClassVar[str] = ""
+    CONTENT: ClassVar[str] = ""
+
+
+ConfigT = TypeVar("ConfigT", bound=FamilyConfig)
+
+
+class Cuts(NamedTuple):
+    """Layers of each part of a pipeline, and the setting that says so, by its full name."""
+
+    layers: tuple[int, ...]
+    name: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Family(Generic[ConfigT]):
+    """A family of models. Functions get its configuration first; `length` is data.sequence_length, in tokens."""
+
+    config: type[ConfigT]
+    program: str
+    """The module whose `PROGRAM` computes; it needs JAX."""
+    stacks: Callable[[ConfigT], dict[str, int]]
+    """Layers of each stack in the order that a microbatch takes, by the stack's path in the parameters."""
+    num_parameters: Callable[[ConfigT, int], int]
+    """(config, length) -> parameters, exactly those that are made."""
+    flops_per_token: Callable[[ConfigT, int], float]
+    """(config, length) -> FLOPs of a token's forward and backward, without what is recomputed."""
+    check: Callable[[ConfigT, Mapping[str, int], int, ContextConfig], None] = lambda *_: None
+    """(config, sizes of the mesh by flag, length, how sequences are split): `UserError` where they do not fit."""
+    cuts: Callable[[ConfigT], Cuts | None] = lambda config: None
+    """Where a setting of the model cuts it into the parts of a pipeline itself."""
+    resolve: Callable[[ConfigT, int], ConfigT] = lambda config, length: config
+    """(config, length) -> the same with defaults that follow from other settings; `UserError` for a length too long."""
+    evaluated: Callable[[ConfigT], ConfigT] = lambda config: config
+    """The same where nothing is trained: without dropout."""
+    sizes: Callable[[ConfigT], str] = lambda config: f"model.family {config.family}"
+    """The settings that decide how large the model is, for messages."""
+    meaning: Callable[[ConfigT], dict[str, Any]] = lambda config: {}
+    """What those settings mean, by name, that can say the same in other words."""

@@ -5,7 +5,7 @@ import sys
 from jaxtron import interrupts  # noqa: F401  (answers Ctrl-C while the rest is imported)
 from jaxtron.command import configure, hand_over, run_command
 from jaxtron.plan.request import PURPOSES, USAGE, flags_text, parse, program_of
-from jaxtron.run.configuration import Configuration
+from jaxtron.run.configuration import configuration_type
 
 
 def main(argv: list[str]) -> int:
@@ -15,9 +15,8 @@ def main(argv: list[str]) -> int:
         return 2
     request = parse(argv)
     kind = request.kind
-    config = configure(
-        Configuration, request.words, program=program_of(kind), purpose=PURPOSES[kind], flags=flags_text(kind)
-    )
+    texts = {"program": program_of(kind), "purpose": PURPOSES[kind], "flags": flags_text(kind)}
+    config = configure(configuration_type(argv), request.words, **texts)
     if config is None:
         return 0
     hand_over("jaxtron.plan.show").SHOW[kind](config.resolved(), request)

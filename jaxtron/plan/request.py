@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxtron.command import HELP, PRINT, FlagParser, check_output, file_path, positive
 from jaxtron.config import UserError, settings
 from jaxtron.gpus import GPUS
-from jaxtron.run.configuration import Configuration
+from jaxtron.run.configuration import Configuration, configuration_type
 
 PROGRAM = "python -m jaxtron.plan"
 # what each kind of request shows; "plan" is the one without a flag that chooses another
@@ -106,7 +106,8 @@ class Request:
 
 def parse(argv: list[str]) -> Request:
     """The request of a command line; a `UserError` for flags that do not go together."""
-    found, words = _parser(PROGRAM, *PURPOSES).parse_known_args(argv)
+    config_type = configuration_type(argv)
+    found, words = _parser(config_type, PROGRAM, *PURPOSES).parse_known_args(argv)
     kinds = [kind for kind in KINDS if getattr(found, kind)]
     if len(kinds) > 1:
         raise UserError(f"{' and '.join(f'--{kind}' for kind in kinds)}: one at a time")
@@ -130,7 +131,7 @@ def program_of(kind: str) -> str:
 
 def flags_text(kind: str) -> str:
     """The planner's own flags that a kind of request takes, a line each; empty where it has none."""
-    text = _parser(program_of(kind), kind).format_help()
+    text = _parser(Configuration, program_of(kind), kind).format_help()
     title = "options:"
     return f"flags{text[text.index(title) + len(title) :]}".rstrip() if title in text else ""
 
@@ -146,9 +147,9 @@ def _budget(text: str) -> float:
     return tokens
 
 
-def _parser(program: str, *kinds: str) -> FlagParser:
+def _parser(config_type: type[Configuration], program: str, *kinds: str) -> FlagParser:
     """The flags of these kinds of request; those that choose another kind belong to a plan."""
-    others = {*settings(Configuration), *(word.lstrip("-") for word in (*HELP, *PRINT)), ""}
+    others = {*settings(config_type), *(word.lstrip("-") for word in (*HELP, *PRINT)), ""}
     parser = FlagParser(program, "", others=others, add_help=False)
 
     def add(flag: str, **options) -> None:

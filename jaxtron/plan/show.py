@@ -25,7 +25,7 @@ from jaxtron.plan.schedule import draw_schedule, schedule_text
 from jaxtron.plan.search.candidates import splits_sequences
 from jaxtron.plan.search.ranking import ranking_text, write_ranking
 from jaxtron.plan.search.search import compile_best, search
-from jaxtron.run.configuration import Configuration
+from jaxtron.run.configuration import Configuration, configuration_type
 from jaxtron.runtime.start import simulate_devices, start_compiler, start_runtime
 from jaxtron.sharding.config import AXES
 from jaxtron.sharding.mesh import build_mesh
@@ -159,7 +159,7 @@ def _machine(request: Request) -> Machine:
 
 
 def _title(request: Request) -> str:
-    path, _ = take_file(Configuration, request.words)
+    path, _ = take_file(configuration_type(request.words), request.words)
     return path.stem if path else "the default configuration"
 
 

@@ -1,15 +1,19 @@
 """The whole configuration of a run: every part's own settings, and what must agree between them."""
 
 import difflib
-from typing import Literal
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
 from jaxtron.checkpoint.config import CheckpointConfig
-from jaxtron.config import Config, NoEffect, UserError
+from jaxtron.config import FILE_ENDINGS, Config, NoEffect, UserError, read_file
 from jaxtron.data.config import DataConfig
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.cost import num_parameters
+from jaxtron.models.families import DECODER, family_named, family_of
+from jaxtron.models.family import Family
 from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
 from jaxtron.optim.config import BatchRampConfig, LossScaleConfig, OptimizerConfig
 from jaxtron.pipeline.config import PipelineConfig
@@ -89,9 +93,8 @@ class Configuration(Config):
 
     @model_validator(mode="after")
     def _agree(self) -> "Configuration":
-        length, positions = self.data.sequence_length, self.model.max_positions
-        if positions is not None and positions < length:
-            raise UserError(f"data.sequence_length {length} is longer than model.max_positions {positions}")
+        assert type(self.model) is self.family.config, "`configuration_type` gives the type for other families"
+        self.family.resolve(self.model, self.data.sequence_length)
         self._check_sizes()
         # where the axis is filled, `check_mesh` knows more
         if self.mesh.pipe == 1 and self.pipeline != PipelineConfig():
@@ -102,13 +105,12 @@ class Configuration(Config):
 
     def _check_sizes(self) -> None:
         """`UserError` for products whose bytes a 64-bit number cannot count, far beyond every machine."""
-        model, tokens = self.model, self.train.global_batch * self.data.sequence_length
-        parameters = num_parameters(model, self.data.sequence_length)
+        tokens = self.train.global_batch * self.data.sequence_length
+        parameters = self.family.num_parameters(self.model, self.data.sequence_length)
         if parameters > PARAMETERS_MOST:
             raise UserError(
-                f"model.num_layers {model.num_layers}, model.hidden_size {model.hidden_size:,}, model.mlp_size "
-                f"{model.mlp_width:,} and model.vocab_size {model.vocab_size:,} make {parameters:.2g} parameters, more "
-                f"than the {PARAMETERS_MOST:.0e} that can be counted: lower them"
+                f"{self.family.sizes(self.model)} make {parameters:.2g} parameters, more than the "
+                f"{PARAMETERS_MOST:.0e} that can be counted: lower them"
             )
         if tokens > TOKENS_MOST:
             raise UserError(
@@ -117,12 +119,14 @@ class Configuration(Config):
                 "that can be counted: lower one"
             )
 
+    @property
+    def family(self) -> Family[Any]:
+        """What is known of models of model.family."""
+        return family_of(self.model)
+
     def resolved(self) -> "Configuration":
         """The same with defaults that follow from other settings filled in."""
-        if self.model.position != "learned" or self.model.max_positions is not None:
-            return self
-        model = self.model.model_copy(update={"max_positions": self.data.sequence_length})
-        return self.model_copy(update={"model": model})
+        return self.model_copy(update={"model": self.family.resolve(self.model, self.data.sequence_length)})
 
     def train_samples(self) -> int:
         """Samples of the whole run, growing batches included."""
@@ -151,22 +155,22 @@ class Configuration(Config):
 
     def partition(self, num_stages: int) -> Partition:
         """Which of the model's layers each stage of mesh.pipe has; a `UserError` where they cannot be shared out."""
-        layout, pipeline = self.model.layout, self.pipeline
+        (num_layers,), pipeline = self.family.stacks(self.model).values(), self.pipeline
         if num_stages == 1:
-            return Partition((layout.repeats,))
-        if layout.parts is not None:
+            return Partition((num_layers,))
+        if (cuts := self.family.cuts(self.model)) is not None:
             num_parts = num_stages * pipeline.chunks
-            if len(layout.parts) != num_parts:
+            if len(cuts.layers) != num_parts:
                 raise UserError(
-                    f"model.pattern {self.model.pattern!r} is cut into {len(layout.parts)} parts, but mesh.pipe "
-                    f"{num_stages} x pipeline.chunks {pipeline.chunks} = {num_parts}; change the | or one of these"
+                    f"{cuts.name} {cuts.value!r} is cut into {len(cuts.layers)} parts, but mesh.pipe {num_stages} x "
+                    f"pipeline.chunks {pipeline.chunks} = {num_parts}; change the cuts or one of these"
                 )
-            pipeline = pipeline.model_copy(update={"stage_layers": layout.parts})
-        return partition(layout.repeats, self.schedule(num_stages), pipeline)
+            pipeline = pipeline.model_copy(update={"stage_layers": cuts.layers})
+        return partition(num_layers, self.schedule(num_stages), pipeline)
 
     def check_mesh(self, sizes: dict[str, int]) -> None:
         """`UserError` where batch, sequence, heads, vocabulary or layers do not fit a mesh of these sizes."""
-        train, model, tensor = self.train, self.model, sizes["tensor"]
+        train, tensor = self.train, sizes["tensor"]
         shards = sizes["data"] * sizes["fsdp"]
         if train.global_batch % (shards * train.microbatches):
             axes = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in BATCH_AXES)
@@ -176,16 +180,10 @@ class Configuration(Config):
             )
         microbatch = train.global_batch // train.microbatches
         batches = check_batch_ramp(train.batch_ramp, train.global_batch, microbatch)
-        for name, size in (
-            ("data.sequence_length", self.data.sequence_length),
-            ("model.num_heads", model.num_heads),
-            ("model.mlp_size", model.mlp_width),
-            ("the padded vocabulary (model.vocab_multiple)", model.padded_vocab),
-        ):
-            if size % tensor:
-                raise UserError(f"{name} {size} is not a multiple of mesh.tensor {tensor}; change one of them")
         self._check_preset(tensor)
-        self._check_context(sizes)
+        if sizes["context"] == 1 and self.context != ContextConfig():
+            raise NoEffect("context", self.context, {"mesh.context": 1}, "leave it out, or set --mesh.context")
+        self.family.check(self.model, sizes, self.data.sequence_length, self.context)
         self._check_pipeline(sizes["pipe"], [batch // microbatch for batch in batches])
 
     def _check_preset(self, tensor: int) -> None:
@@ -196,48 +194,22 @@ class Configuration(Config):
                 "XLA's compiler; raise --train.microbatches, or choose another preset"
             )
 
-    def _check_context(self, sizes: dict[str, int]) -> None:
-        """`UserError` unless `mesh.context` can split sequences as `context.method` asks, and for what does nothing."""
-        context, parts, model = self.context, sizes["context"], self.model
-        if parts == 1:
-            if context != ContextConfig():
-                raise NoEffect("context", context, {"mesh.context": 1}, "leave it out, or set --mesh.context")
-            return
-        pieces = 2 * parts * sizes["tensor"]
-        if self.data.sequence_length % pieces:
-            raise UserError(
-                f"data.sequence_length {self.data.sequence_length} is not a multiple of 2 x mesh.context {parts} x "
-                f"mesh.tensor {sizes['tensor']} = {pieces}, for every device has two pieces of a sequence"
-            )
-        if model.attention_dropout:
-            raise UserError(
-                f"model.attention_dropout {model.attention_dropout} needs whole sequences: set it to 0, or "
-                "mesh.context to 1"
-            )
-        inner = context.groups(parts)[0]
-        for name, heads in (("num_heads", model.num_heads), ("num_kv_heads", max(model.kv_heads, sizes["tensor"]))):
-            if heads % (inner * sizes["tensor"]):
-                raise UserError(
-                    f"context.method {context.method} splits heads {inner} ways beside mesh.tensor {sizes['tensor']}, "
-                    f"and model.{name} {heads} is not a multiple of {inner * sizes['tensor']}; use context.method ring"
-                )
-
     def _check_pipeline(self, num_stages: int, microbatches: list[int]) -> None:
         """`UserError` for settings without effect, and unless the schedule runs every number of microbatches."""
-        pipeline, cuts = self.pipeline, self.model.layout.parts
+        pipeline, cuts = self.pipeline, self.family.cuts(self.model)
         if num_stages == 1:
             if pipeline != PipelineConfig():
                 raise NoEffect("pipeline", pipeline, {"mesh.pipe": 1}, "leave it out, or set --mesh.pipe")
             return
         if cuts is not None and pipeline.stage_layers is not None:
             raise UserError(
-                f"model.pattern {self.model.pattern!r} has cuts, and pipeline.stage_layers "
+                f"{cuts.name} {cuts.value!r} has cuts, and pipeline.stage_layers "
                 f"{list(pipeline.stage_layers)} too; keep one"
             )
         if cuts is not None or pipeline.stage_layers is not None:
             for name in ("embedding_weight", "loss_weight"):
                 if getattr(pipeline, name):
-                    given = {"model.pattern": self.model.pattern} if cuts is not None else {}
+                    given = {cuts.name: cuts.value} if cuts is not None else {}
                     given |= {"pipeline.stage_layers": pipeline.stage_layers} if cuts is None else {}
                     raise NoEffect(f"pipeline.{name}", getattr(pipeline, name), given)
         self.partition(num_stages)
@@ -248,3 +220,22 @@ class Configuration(Config):
                 if count == self.train.microbatches:
                     raise
                 raise UserError(f"train.batch_ramp has batches of {count} microbatches: {error}") from None
+
+
+def configuration_type(words: Sequence[str]) -> type[Configuration]:
+    """The type of the configuration that a command line asks for: its flags or its file name the family of models."""
+    flags = [following for word, following in zip(words, [*words[1:], ""], strict=True) if word == "--model.family"]
+    flags += [word.partition("=")[2] for word in words if word.startswith("--model.family=")]
+    files = [Path(word) for word in words if word.endswith(FILE_ENDINGS) and not word.startswith("-")]
+    names = flags or [read_file(path).get("model.family") for path in files if path.is_file()]
+    return configuration_of(next((name for name in names if isinstance(name, str) and name), DECODER))
+
+
+@functools.cache
+def configuration_of(family: str) -> type[Configuration]:
+    """`Configuration` with the settings of a family's models; a `UserError` where there is no such family."""
+    config = family_named(family).config
+    if family == DECODER:
+        return Configuration
+    section = (config, Field(default=config(family=family), description="The model."))
+    return create_model(f"{config.__name__}Configuration", __base__=Configuration, model=section)

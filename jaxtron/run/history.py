@@ -9,7 +9,7 @@ import json
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from pydantic import ValidationError
 from jaxtron.command import write_whole
 from jaxtron.config import UserError, dump, format_value, gather
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.pattern import parse
+from jaxtron.models.families import DECODER
+from jaxtron.models.family import FamilyConfig
 from jaxtron.optim.config import OptimizerConfig
 from jaxtron.optim.schedule import learning_rate_schedule
-from jaxtron.run.configuration import Configuration
+from jaxtron.run.configuration import Configuration, configuration_type
 
 CONFIG_FILE, HISTORY_FILE = "config.yaml", "history.jsonl"
 
@@ -35,14 +36,8 @@ FIXED, CONTENT, FREE, HERE = "fixed", "content", "free", "here"
 # Settings below a name that is here are as it is.
 CHANGES: dict[str, dict[str, str]] = {
     "": {FIXED: "seed", HERE: "devices"},
-    "model": {
-        FIXED: "pattern num_layers hidden_size num_heads num_kv_heads head_dim mlp_size vocab_size max_positions "
-        "activation norm norm_epsilon embedding_norm qk_norm bias qkv_bias position rotary.fraction rotary.base "
-        "rotary.scaling tied_head dropout attention_dropout initial_std attention.window attention.soft_cap "
-        "attention.scale attention.sinks z_loss",
-        CONTENT: "vocab_multiple",
-        FREE: "attention.implementation attention.deterministic recompute unroll",
-    },
+    # and what else its family's `FamilyConfig` names; the rest is fixed
+    "model": {FIXED: "family"},
     "data": {
         FIXED: "sequence_length mask_end_of_document reset_positions reset_attention fill_in_middle chat.too_long",
         CONTENT: "path format train split samples tokenizer end_of_document validation_fraction chat.template "
@@ -81,26 +76,24 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that differs from the recorded one."""
+    """A setting that differs from the recorded one, and whether it may change: a value of `CHANGES`."""
 
     name: str
     old: Any
     new: Any
+    kind: str = FIXED
 
     def __str__(self) -> str:
         return f"{self.name} {format_value(self.old)} -> {format_value(self.new)}"
 
-    @property
-    def kind(self) -> str:
-        """Whether it may change: a value of `CHANGES`; what is not named there may not."""
-        return kind_of(self.name)
 
-
-def kind_of(name: str) -> str:
-    """How a setting may change; one that is forgotten in `CHANGES` is fixed."""
-    while name not in KINDS and "." in name:
+def kind_of(name: str, model: type[FamilyConfig] = ModelConfig) -> str:
+    """How a setting may change, of models with these settings; one that nobody names is fixed."""
+    kinds = KINDS | {f"model.{free}": FREE for free in model.FREE.split()}
+    kinds |= {f"model.{content}": CONTENT for content in model.CONTENT.split()}
+    while name not in kinds and "." in name:
         name = name.rpartition(".")[0]
-    return KINDS.get(name, FIXED)
+    return kinds.get(name, FIXED)
 
 
 def changes(recorded: Mapping[str, Any], config: Configuration) -> list[Change]:
@@ -108,9 +101,13 @@ def changes(recorded: Mapping[str, Any], config: Configuration) -> list[Change]:
 
     A setting that the record does not know had today's default.
     """
-    found = _differences(recorded, config.model_dump(mode="json"), Configuration().model_dump(mode="json"))
+    family = recorded.get("model", {}).get("family", DECODER)
+    if family != config.model.family:
+        return [Change("model.family", family, config.model.family)]
+    found = _differences(recorded, config.model_dump(mode="json"), type(config)().model_dump(mode="json"))
     meant = _same_meaning(recorded, config)
-    return [change for change in found if change.kind != HERE and change.name not in meant]
+    known = [replace(change, kind=kind_of(change.name, type(config.model))) for change in found]
+    return [change for change in known if change.kind != HERE and change.name not in meant]
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], default: Any, prefix: str = "") -> Iterator[Change]:
@@ -125,25 +122,13 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], default: Any, p
 
 def _same_meaning(recorded: Mapping[str, Any], config: Configuration) -> set[str]:
     """The model's settings that say the same in other words: a default spelled out, cuts for stages."""
+    family = config.family
     try:
-        old = ModelConfig.model_validate_json(json.dumps(recorded.get("model", {})), strict=True)
+        old = family.config.model_validate_json(json.dumps(recorded.get("model", {})), strict=True)
     except (ValidationError, UserError):
         return set()
-    meanings = []
-    for model in (old, config.model):
-        layers = parse(model.pattern, model.num_layers).layers
-        meanings.append(
-            {
-                "pattern": layers,
-                "num_layers": layers,
-                "num_kv_heads": model.kv_heads,
-                "head_dim": model.head_size,
-                "mlp_size": model.mlp_width,
-                "qkv_bias": model.bias if model.qkv_bias is None else model.qkv_bias,
-                "attention.scale": model.attention.scale or model.head_size**-0.5,
-            }
-        )
-    return {f"model.{name}" for name, meaning in meanings[0].items() if meaning == meanings[1][name]}
+    before, after = (family.meaning(model) for model in (old, config.model))
+    return {f"model.{name}" for name, meaning in before.items() if meaning == after[name]}
 
 
 def recorded_settings(extra: Mapping[str, Any], directory: Path) -> dict[str, Any] | None:
@@ -151,7 +136,7 @@ def recorded_settings(extra: Mapping[str, Any], directory: Path) -> dict[str, An
     if "settings" in extra:
         return extra["settings"]
     path = directory / CONFIG_FILE
-    return gather(Configuration, path).tree if path.is_file() else None
+    return gather(configuration_type([str(path)]), path).tree if path.is_file() else None
 
 
 def check_changes(found: Sequence[Change], what: str) -> None:

@@ -9,25 +9,22 @@ import jax.numpy as jnp
 
 from jaxtron.config import UserError
 from jaxtron.data.batch import SEQUENCE, TokenBatch, row_bytes
-from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.typing import PyTree
 
 GIB = 2**30
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def check_state_fits(model: ModelConfig, state: PyTree, *, what: str) -> None:
-    """`UserError` if one device's part of an abstract state, called `what`, is larger than its memory.
+def check_state_fits(sizes: str, state: PyTree, *, what: str) -> None:
+    """`UserError` if one device's part of an abstract state, `what` of such a model, is larger than its memory.
 
     Only what is certain before anything runs: a program needs more than its arguments.
     """
     needed, memory = sum(map(bytes_on_a_device, jax.tree.leaves(state))), device_memory()
     if needed > memory:
         raise UserError(
-            f"the {what} of model.num_layers {model.num_layers}, model.hidden_size {model.hidden_size:,}, "
-            f"model.mlp_size {model.mlp_width:,} and model.vocab_size {model.vocab_size:,} would take {_gib(needed)} "
-            f"of each device, and {_device()} has {_gib(memory)}: choose a smaller model, or split it over more "
-            "devices with --mesh.fsdp"
+            f"the {what} of {sizes} would take {_gib(needed)} of each device, and {_device()} has {_gib(memory)}: "
+            "choose a smaller model, or split it over more devices with --mesh.fsdp"
         )
 
 

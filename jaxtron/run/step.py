@@ -15,7 +15,7 @@ from jaxtron.layers.inputs import row_keys
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.models.decoder.staged import StagedDecoder
-from jaxtron.models.family import as_pytree
+from jaxtron.models.program import as_pytree
 from jaxtron.optim.config import OptimizerConfig
 from jaxtron.optim.loss_scale import LossScale, initial_loss_scale, update_loss_scale
 from jaxtron.optim.optimizer import clip_by_global_norm, make_optimizer

@@ -5,7 +5,7 @@ import sys
 from jaxtron import interrupts  # noqa: F401  (answers Ctrl-C while the rest is imported)
 from jaxtron.command import configure, hand_over, run_command
 from jaxtron.config import take_file
-from jaxtron.run.configuration import Configuration
+from jaxtron.run.configuration import configuration_type
 from jaxtron.runtime.machine import is_first_process
 
 PROGRAM = "python -m jaxtron.train"
@@ -22,13 +22,14 @@ def main(argv: list[str]) -> int:
     if not argv:
         print(USAGE)
         return 2
-    config = configure(Configuration, argv, program=PROGRAM, purpose="Train a decoder.")
+    config_type = configuration_type(argv)
+    config = configure(config_type, argv, program=PROGRAM, purpose="Train a model.")
     if config is None:
         return 0
     hand_over("jaxtron.train.early", jax=False).check_early(config)
     if is_first_process(config.runtime):
         print("starting JAX", flush=True)
-    path, _ = take_file(Configuration, argv)
+    path, _ = take_file(config_type, argv)
     return hand_over("jaxtron.train.run").run(config, path.stem if path else "train")
 
 

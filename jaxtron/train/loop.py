@@ -12,7 +12,6 @@ from jaxtron.checkpoint.processes import gather_texts
 from jaxtron.data.loader import Loader
 from jaxtron.gpus import peak_flops
 from jaxtron.interrupts import Request, finish_first
-from jaxtron.models.decoder.cost import model_flops_per_token
 from jaxtron.run.history import Recorder
 from jaxtron.run.metrics import MetricsWriter, Tally
 from jaxtron.run.step import TrainState, jit_step
@@ -123,7 +122,7 @@ def _hooks(run: Run, saver: Saver, log: MetricsLog | None, outcome: Outcome, sta
 def _metrics_log(run: Run, throughput: Throughput, stack: ExitStack) -> MetricsLog:
     config = run.config
     peak = peak_flops(jax.devices()[0].device_kind)
-    flops = model_flops_per_token(config.model, config.data.sequence_length)
+    flops = config.family.flops_per_token(config.model, config.data.sequence_length)
     log = MetricsLog(
         MetricsWriter(run.directory / "metrics.jsonl", resume_step=run.step),
         Progress(config.train.steps, shown=True, first_step=run.step, print_seconds=config.run.print_seconds),

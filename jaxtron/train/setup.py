@@ -101,7 +101,7 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
     with use(make_rules(mesh, config.sharding, config.context)), contextlib.ExitStack() as stack:
         trainer = make_trainer(config)
         abstract = _placed(trainer.abstract_state(), mesh)
-        check_state_fits(config.model, abstract, what="training state")
+        check_state_fits(config.family.sizes(config.model), abstract, what="training state")
         order = layer_order(trainer.partition, trainer.blueprint)
         directory = Path(config.run.directory or f"runs/{name}")
         if not directory.exists():

@@ -1,13 +1,14 @@
 """A decoder's configuration: its pattern and what its layers are made of."""
 
 import math
-from typing import Literal, NoReturn
+from typing import ClassVar, Literal, NoReturn
 
 from pydantic import Field, model_validator
 
-from jaxtron.config import Config, NoEffect, UserError
+from jaxtron.config import NoEffect, UserError
 from jaxtron.layers.config import Activation, AttentionConfig, NormKind, PositionKind, RotaryConfig
 from jaxtron.models.decoder.pattern import ATTENTIONS, MLP, SYMBOLS, WINDOW, Pattern, parse
+from jaxtron.models.family import FamilyConfig
 
 # What `recompute: selective` drops and computes again (2205.05198): the part quadratic in the sequence.
 SELECTIVE = ("attention_core",)
@@ -20,8 +21,11 @@ REGIONS_OF = {ATTENTIONS: ("attention_core", "attention"), (MLP,): ("mlp",)}
 RecomputeName = Literal["attention_core", "attention", "mlp"]
 
 
-class ModelConfig(Config):
+class ModelConfig(FamilyConfig):
     """A decoder-only language model (GPT, Llama, PaLM, BLOOM, Nemotron, ...)."""
+
+    FREE: ClassVar[str] = "attention.implementation attention.deterministic recompute unroll"
+    CONTENT: ClassVar[str] = "vocab_multiple"
 
     pattern: str = "*-"
     """Residual layers in order: `*` attention, `W` attention in a window, `-` MLP, `(*-)` both in parallel on one norm.

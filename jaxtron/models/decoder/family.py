@@ -1,0 +1,100 @@
+"""The family of decoders, as a configuration knows it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtron.config import UserError
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.cost import model_flops_per_token, num_parameters
+from jaxtron.models.decoder.pattern import parse
+from jaxtron.models.family import Cuts, Family
+from jaxtron.sharding.config import ContextConfig
+
+
+def check(model: ModelConfig, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
+    """`UserError` where sequence, heads, MLP or vocabulary do not fit a mesh of these sizes."""
+    tensor = sizes["tensor"]
+    for name, size in (
+        ("data.sequence_length", length),
+        ("model.num_heads", model.num_heads),
+        ("model.mlp_size", model.mlp_width),
+        ("the padded vocabulary (model.vocab_multiple)", model.padded_vocab),
+    ):
+        if size % tensor:
+            raise UserError(f"{name} {size} is not a multiple of mesh.tensor {tensor}; change one of them")
+    if sizes["context"] > 1:
+        _check_context(model, sizes, length, context)
+
+
+def _check_context(model: ModelConfig, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
+    parts, tensor = sizes["context"], sizes["tensor"]
+    pieces = 2 * parts * tensor
+    if length % pieces:
+        raise UserError(
+            f"data.sequence_length {length} is not a multiple of 2 x mesh.context {parts} x mesh.tensor {tensor} = "
+            f"{pieces}, for every device has two pieces of a sequence"
+        )
+    if model.attention_dropout:
+        raise UserError(
+            f"model.attention_dropout {model.attention_dropout} needs whole sequences: set it to 0, or "
+            "mesh.context to 1"
+        )
+    inner = context.groups(parts)[0]
+    for name, heads in (("num_heads", model.num_heads), ("num_kv_heads", max(model.kv_heads, tensor))):
+        if heads % (inner * tensor):
+            raise UserError(
+                f"context.method {context.method} splits heads {inner} ways beside mesh.tensor {tensor}, and "
+                f"model.{name} {heads} is not a multiple of {inner * tensor}; use context.method ring"
+            )
+
+
+def cuts(model: ModelConfig) -> Cuts | None:
+    """Those of a pattern with `|`."""
+    parts = model.layout.parts
+    return None if parts is None else Cuts(parts, "model.pattern", model.pattern)
+
+
+def resolve(model: ModelConfig, length: int) -> ModelConfig:
+    """The model with a table of learned positions as long as sequences are, where its settings say nothing."""
+    if model.max_positions is not None and model.max_positions < length:
+        raise UserError(f"data.sequence_length {length} is longer than model.max_positions {model.max_positions}")
+    if model.position != "learned" or model.max_positions is not None:
+        return model
+    return model.model_copy(update={"max_positions": length})
+
+
+def sizes(model: ModelConfig) -> str:
+    """What decides how large a decoder is."""
+    return (
+        f"model.num_layers {model.num_layers}, model.hidden_size {model.hidden_size:,}, model.mlp_size "
+        f"{model.mlp_width:,} and model.vocab_size {model.vocab_size:,}"
+    )
+
+
+def meaning(model: ModelConfig) -> dict[str, Any]:
+    """A default spelled out, and cuts for stages, are the same model."""
+    layers = parse(model.pattern, model.num_layers).layers
+    return {
+        "pattern": layers,
+        "num_layers": layers,
+        "num_kv_heads": model.kv_heads,
+        "head_dim": model.head_size,
+        "mlp_size": model.mlp_width,
+        "qkv_bias": model.bias if model.qkv_bias is None else model.qkv_bias,
+        "attention.scale": model.attention.scale or model.head_size**-0.5,
+    }
+
+
+FAMILY = Family(
+    config=ModelConfig,
+    program="jaxtron.models.decoder.program",
+    stacks=lambda model: {"stack/periods": model.layout.repeats},
+    num_parameters=num_parameters,
+    flops_per_token=model_flops_per_token,
+    check=check,
+    cuts=cuts,
+    resolve=resolve,
+    evaluated=lambda model: model.model_copy(update={"dropout": 0.0, "attention_dropout": 0.0}),
+    sizes=sizes,
+    meaning=meaning,
+)
