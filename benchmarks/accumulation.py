@@ -22,14 +22,12 @@ from jaxtron.command import configure, run_command
 from jaxtron.config import UserError
 from jaxtron.data.batch import TokenBatch
 from jaxtron.run.dtypes import DTYPES
+from jaxtron.run.session import make_session
 from jaxtron.run.step import BATCH_SPEC, Trainer
 from jaxtron.runtime.start import start_runtime
 from jaxtron.sharding.collectives import all_reduce, vary
 from jaxtron.sharding.config import BATCH_AXES, MANUAL_AXES
-from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.parameters import manual_specs, reduce_gradients
-from jaxtron.sharding.rules import make_rules, use
-from jaxtron.train.setup import make_trainer
 from jaxtron.typing import Array, PyTree
 
 
@@ -55,9 +53,10 @@ def measure(config: TrainBenchmark) -> dict[str, Any]:
     if run.mesh.pipe != 1:
         raise UserError(f"this benchmark is of one stage, not mesh.pipe {run.mesh.pipe}")
     devices = jax.devices()
-    with use(make_rules(build_mesh(run.mesh, devices), run.sharding)):
-        trainer = make_trainer(run)
-        params, batch = trainer.initial_state().params, random_batch(run)
+    session = make_session(run, devices)
+    with session.use():
+        trainer = session.trainer
+        params, batch = session.initial_state().params, random_batch(session)
         one = jnp.float32(1.0)
         executor = jax.jit(lambda params, batch: trainer.loss_and_gradients(params, batch, jnp.int32(0), one))
         programs = (executor, jax.jit(lambda params, batch: plain(trainer, params, batch)))

@@ -23,14 +23,10 @@ from jaxtron.gpus import GPUS, peak_flops
 from jaxtron.models.decoder.attention_choice import attention_lines
 from jaxtron.models.decoder.cost import model_flops_per_token
 from jaxtron.plan.compiled.deviceless import memory
-from jaxtron.run.attention import choose_attention
-from jaxtron.run.batches import Placement
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.step import TrainState, batch_sharding, jit_step
+from jaxtron.run.session import Session, make_session
+from jaxtron.run.step import TrainState
 from jaxtron.runtime.start import start_runtime
-from jaxtron.sharding.mesh import build_mesh
-from jaxtron.sharding.rules import make_rules, use
-from jaxtron.train.setup import make_trainer
 
 # seconds after which a plan is given up: a billion parameters take 15 on two cores
 PLAN_SECONDS = 90
@@ -75,15 +71,13 @@ def main(argv: list[str]) -> int:
 
 def measure(config: TrainBenchmark, name: str) -> dict[str, Any]:
     """Compiles the configuration's step, runs it, and reports; seconds of a step include waiting for its end."""
-    run = config.resolved()
     devices = jax.devices()
-    sizes = run.mesh.shape(len(devices))
-    run.check_mesh(sizes)
-    with use(make_rules(build_mesh(run.mesh, devices), run.sharding)):
-        trainer = make_trainer(run)
-        state, batch = trainer.initial_state(), random_batch(run)
+    session = make_session(config, devices)
+    run = session.config
+    with session.use():
+        state, batch = session.initial_state(), random_batch(session)
         start = time.perf_counter()
-        lowered = jit_step(trainer).lower(state, batch)
+        lowered = session.lower_step(state, batch)
         traced = time.perf_counter()
         compiled = lowered.compile()
         compiled_at = time.perf_counter()
@@ -95,12 +89,12 @@ def measure(config: TrainBenchmark, name: str) -> dict[str, Any]:
         "name": name,
         **record.circumstances(devices[0].platform, kind, len(devices)),
         "runtime": devices[0].client.platform_version.splitlines(),
-        "mesh": sizes,
+        "mesh": dict(session.mesh.shape),
         "precision": run.train.precision,
-        "attention": attention_lines(run.model, choose_attention(run, sizes["context"], kind), kind),
+        "attention": attention_lines(run.model, session.attention, kind),
         "recompute": run.model.recompute,
         "microbatches": run.train.microbatches,
-        "parameters": trainer.blueprint.num_parameters,
+        "parameters": session.blueprint.num_parameters,
         "sequence_length": run.data.sequence_length,
         "tokens_per_step": tokens,
         "trace_seconds": round(traced - start, 3),
@@ -111,15 +105,15 @@ def measure(config: TrainBenchmark, name: str) -> dict[str, Any]:
     }
 
 
-def random_batch(config: Configuration) -> TokenBatch:
+def random_batch(session: Session) -> TokenBatch:
     """A global batch of the configuration's shape; every target weighs 1."""
+    config, batches = session.config, session.batches
     size, length = config.train.global_batch, config.data.sequence_length
-    placement = Placement(batch_sharding())
-    rows = placement.local_rows(size)
+    rows = batches.local_rows(size)
     generator = np.random.default_rng(config.seed)
     tokens = generator.integers(config.model.vocab_size, size=(size, length + 1), dtype=np.int32)[rows]
     weights = np.ones((len(rows), length), np.float32)
-    return placement.globalize(LocalBatch(0, size, size, rows, TokenBatch(tokens[:, :-1], tokens[:, 1:], weights)))
+    return batches.globalize(LocalBatch(0, size, size, rows, TokenBatch(tokens[:, :-1], tokens[:, 1:], weights)))
 
 
 def time_steps(

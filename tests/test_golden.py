@@ -12,10 +12,10 @@ import pytest
 from jaxtron.config import dump, load
 from jaxtron.plan.layout import layout_text
 from jaxtron.run.configuration import Configuration
+from jaxtron.run.session import Session
 from jaxtron.sharding.config import MeshConfig
 from jaxtron.sharding.mesh import build_mesh
-from jaxtron.sharding.rules import make_rules, use
-from jaxtron.train.setup import make_trainer
+from jaxtron.sharding.rules import make_rules
 
 ROOT = Path(__file__).parent
 RECIPES = sorted((ROOT.parent / "configs").glob("*.yaml"))
@@ -24,8 +24,11 @@ MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 
 def describe(path: Path) -> str:
     config = load(Configuration, path).resolved()
-    with use(make_rules(build_mesh(MESH, jax.devices()), config.sharding)):
-        layout = layout_text(make_trainer(config).blueprint)
+    # the recipe's own batches and stages do not matter
+    rules = make_rules(build_mesh(MESH, jax.devices()), config.sharding)
+    session = Session(config, rules, attention={})
+    with session.use():
+        layout = layout_text(session.blueprint)
     return f"{dump(config)}\n{layout}\n"
 
 

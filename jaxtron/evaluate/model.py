@@ -11,7 +11,6 @@ from typing import Any
 import jax
 
 from jaxtron.checkpoint.finite import first_not_finite
-from jaxtron.checkpoint.layer_order import layer_order
 from jaxtron.checkpoint.restore import committed_steps, restore_part
 from jaxtron.config import UserError
 from jaxtron.data.dataset import open_data
@@ -19,26 +18,21 @@ from jaxtron.data.loader import validation_batches
 from jaxtron.data.source import Source
 from jaxtron.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtron.evaluate.request import Request
-from jaxtron.run.attention import choose_attention
-from jaxtron.run.batches import Placement
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CONFIG_FILE, FIXED, changes, listed, recorded_settings
+from jaxtron.run.session import Session, make_session
 from jaxtron.run.sizes import check_batch_fits, check_state_fits
-from jaxtron.run.step import Trainer, batch_sharding
 from jaxtron.sharding.config import AXES, BATCH_AXES
-from jaxtron.sharding.mesh import build_mesh
-from jaxtron.sharding.rules import make_rules, use
-from jaxtron.train.setup import make_trainer
 from jaxtron.typing import PyTree
 
 WINDOWS_PER_PART = 8
 
 
 @dataclass(frozen=True)
-class Model:
+class EvaluatedModel:
     """A trained model on a mesh; made by `open_model`, used inside it."""
 
-    trainer: Trainer
+    session: Session
     params: PyTree
     tokenizer: Tokenizer
     checkpoints: Path
@@ -52,11 +46,10 @@ class Model:
 
         A `UserError` where it is not finite.
         """
-        placement = Placement(batch_sharding())
-        evaluate = jax.jit(self.trainer.evaluate)
+        batches = self.session.batches
         total, earlier = 0.0, None
-        for batch in validation_batches(source, batch_size=self.batch, local_rows=placement.local_rows):
-            nll, _ = evaluate(self.params, placement.globalize(batch))
+        for batch in validation_batches(source, batch_size=self.batch, local_rows=batches.local_rows):
+            nll, _ = self.session.evaluate(self.params, batches.globalize(batch))
             # read a step late, so that devices need not wait and batches do not pile up
             total += 0.0 if earlier is None else float(earlier)
             earlier = nll
@@ -74,7 +67,7 @@ def diverged(checkpoints: Path, step: int, what: str) -> UserError:
 
 
 @contextlib.contextmanager
-def open_model(request: Request, trained: Configuration, config: Configuration) -> Iterator[Model]:
+def open_model(request: Request, trained: Configuration, config: Configuration) -> Iterator[EvaluatedModel]:
     """The model of `read_configuration`, with the parameters of the checkpoint that is asked for."""
     devices = jax.devices()
     known = [getattr(config.mesh, axis) for axis in AXES]
@@ -88,15 +81,9 @@ def open_model(request: Request, trained: Configuration, config: Configuration) 
         axes = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in BATCH_AXES)
         raise UserError(f"--batch {batch} is not a multiple of {axes} = {parts}")
     check_batch_fits("--batch", batch, config.data.sequence_length)
-    # a pipeline's stages want a microbatch each, though here one goes through all of them
-    counts = {"global_batch": batch * sizes["pipe"], "microbatches": sizes["pipe"], "batch_ramp": None}
-    config = config.model_copy(update={"train": config.train.model_copy(update=counts)})
-    config.check_mesh(sizes)
-    choose_attention(config, sizes["context"], devices[0].device_kind)
-    with use(make_rules(build_mesh(config.mesh, devices), config.sharding, config.context)):
-        trainer = make_trainer(config)
-        order = layer_order(trainer.partition, trainer.blueprint)
-        abstract = {"params": trainer.blueprint.abstract}
+    session = make_session(config, devices, trains=False)
+    with session.use():
+        order, abstract = session.layer_order, {"params": session.blueprint.abstract}
         check_state_fits(config.family.sizes(config.model), abstract, what="parameters")
         checkpoints = (request.run / "checkpoints").absolute()
         check = partial(_check_record, trained=trained, path=request.run / CONFIG_FILE)
@@ -107,8 +94,8 @@ def open_model(request: Request, trained: Configuration, config: Configuration) 
         name = first_not_finite(state)
         if name is not None:
             raise diverged(checkpoints, restored.step, f"{name} has numbers that are not finite")
-        yield Model(
-            trainer=trainer,
+        yield EvaluatedModel(
+            session=session,
             params=state["params"],
             tokenizer=_open_tokenizer(trained, config, restored.extra),
             checkpoints=checkpoints,

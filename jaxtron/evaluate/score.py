@@ -12,7 +12,7 @@ from jaxtron.command import write_whole
 from jaxtron.config import UserError
 from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.evaluate.detokenize import DETOKENIZERS
-from jaxtron.evaluate.model import Model, open_model
+from jaxtron.evaluate.model import EvaluatedModel, open_model
 from jaxtron.evaluate.perplexity import MOST_NATS, OverlappingWindows, Score, num_words, unknown_characters
 from jaxtron.evaluate.request import Request
 from jaxtron.run.configuration import Configuration
@@ -96,7 +96,7 @@ def score(request: Request, trained: Configuration, config: Configuration, raw: 
             print(f"{'written':<19}{request.json}")
 
 
-def evaluate(model: Model, request: Request, raw: str, stride: int) -> Report:
+def evaluate(model: EvaluatedModel, request: Request, raw: str, stride: int) -> Report:
     """The figures of a text as it was read; a `UserError` unless it has two tokens, all known to the tokenizer."""
     text = DETOKENIZERS[request.detokenize](raw)
     tokens = encode(model.tokenizer, text, request.text)

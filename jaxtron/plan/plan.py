@@ -65,7 +65,7 @@ def profile_of(rehearsal: Rehearsal, machine: Machine) -> Profile:
 
 def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
     """Everything at once, from one compiled step and the constants of a machine."""
-    config, sizes = rehearsal.config, dict(rehearsal.mesh.shape)
+    config, sizes = rehearsal.session.config, dict(rehearsal.session.mesh.shape)
     profile = profile_of(rehearsal, machine)
     train, tokens = config.train, config.data.sequence_length
     rows = train.global_batch // train.microbatches // (sizes["data"] * sizes["fsdp"])
@@ -75,12 +75,12 @@ def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
         title=title,
         mesh=sizes,
         gpu=rehearsal.gpu.name,
-        num_gpus=rehearsal.mesh.size,
+        num_gpus=rehearsal.session.mesh.size,
         gpus_per_node=rehearsal.gpus_per_node,
         schedule=f"{name}{plural(train.microbatches, 'microbatch')} of {rows:,} x {tokens:,} tokens",
         jax_version=jax.__version__,
         rehearsal_seconds=rehearsal.seconds,
-        parameters=rehearsal.trainer.blueprint.num_parameters,
+        parameters=rehearsal.session.blueprint.num_parameters,
         memory=memory,
         communication=communication_rows(rehearsal, machine),
         messages=message_counts(lower(config.schedule(sizes["pipe"]))),
@@ -95,7 +95,7 @@ def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
 
 def _executed(rehearsal: Rehearsal) -> int | None:
     """FLOPs of the compiled program's products; None where they depend on a stage's table or on data."""
-    if rehearsal.mesh.shape["pipe"] > 1:
+    if rehearsal.session.mesh.shape["pipe"] > 1:
         return None
     try:
         return flops.work(rehearsal.module).most

@@ -26,11 +26,9 @@ from jaxtron.plan.search.candidates import splits_sequences
 from jaxtron.plan.search.ranking import ranking_text, write_ranking
 from jaxtron.plan.search.search import compile_best, search
 from jaxtron.run.configuration import Configuration, configuration_type
+from jaxtron.run.session import make_session
 from jaxtron.runtime.start import simulate_devices, start_compiler, start_runtime
 from jaxtron.sharding.config import AXES
-from jaxtron.sharding.mesh import build_mesh
-from jaxtron.sharding.rules import make_rules, use
-from jaxtron.train.setup import make_trainer
 from jaxtron.words import readable_bytes
 
 
@@ -54,7 +52,7 @@ def show_plan(config: Configuration, request: Request) -> None:
     rehearsal = rehearse(config, gpu=request.gpu, num_gpus=num_gpus, gpus_per_node=node_size)
     if request.calibrate is not None:
         assert fitted is not None
-        profile, sizes = profile_of(rehearsal, machine), dict(rehearsal.mesh.shape)
+        profile, sizes = profile_of(rehearsal, machine), dict(rehearsal.session.mesh.shape)
         machine = calibrate(request.calibrate, config, sizes, machine, gpus_per_node=node_size, profile=profile)
         write_machine(machine, fitted)
     plan = make_plan(rehearsal, machine, _title(request))
@@ -74,10 +72,9 @@ def show_plan(config: Configuration, request: Request) -> None:
 def show_layout(config: Configuration, request: Request) -> None:
     """Every parameter's layout on the machine's devices, or simulated ones."""
     start_runtime(config.runtime, devices=config.devices)
-    devices = jax.devices()
-    config.check_mesh(config.mesh.shape(len(devices)))
-    with use(make_rules(build_mesh(config.mesh, devices), config.sharding, config.context)):
-        print(layout_text(make_trainer(config).blueprint))
+    session = make_session(config, jax.devices())
+    with session.use():
+        print(layout_text(session.blueprint))
 
 
 def show_schedule(config: Configuration, request: Request) -> None:

@@ -12,8 +12,8 @@ from jaxtron.data.loader import LocalBatch
 
 
 @dataclass(frozen=True)
-class Placement:
-    """How global batches lie on the devices: rows over the batch axes."""
+class BatchSharding:
+    """How global batches are laid out on the devices: rows over the batch axes."""
 
     sharding: NamedSharding
 

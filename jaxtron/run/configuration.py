@@ -150,11 +150,16 @@ class Configuration(Config):
         except UserError as error:
             if name.endswith(".csv"):
                 raise UserError(f"pipeline.schedule: {error}") from None
-            sizes = f"mesh.pipe {num_stages}, pipeline.chunks {chunks}, train.microbatches {self.train.microbatches}"
+            sizes = f"mesh.pipe {num_stages}, pipeline.chunks {chunks}"
+            if num_microbatches in (None, self.train.microbatches):
+                sizes += f", train.microbatches {count}"
             raise UserError(f"pipeline.schedule {name} with {sizes}: {error}") from None
 
-    def partition(self, num_stages: int) -> Partition:
-        """Which of the model's layers each stage of mesh.pipe has; a `UserError` where they cannot be shared out."""
+    def partition(self, num_stages: int, num_microbatches: int | None = None) -> Partition:
+        """Which of the model's layers each stage of mesh.pipe has; a `UserError` where they cannot be shared out.
+
+        The schedule, which says where chunks lie, is that of so many microbatches (none: those of the whole batch).
+        """
         (num_layers,), pipeline = self.family.stacks(self.model).values(), self.pipeline
         if num_stages == 1:
             return Partition((num_layers,))
@@ -166,12 +171,11 @@ class Configuration(Config):
                     f"pipeline.chunks {pipeline.chunks} = {num_parts}; change the cuts or one of these"
                 )
             pipeline = pipeline.model_copy(update={"stage_layers": cuts.layers})
-        return partition(num_layers, self.schedule(num_stages), pipeline)
+        return partition(num_layers, self.schedule(num_stages, num_microbatches), pipeline)
 
     def check_mesh(self, sizes: dict[str, int]) -> None:
         """`UserError` where batch, sequence, heads, vocabulary or layers do not fit a mesh of these sizes."""
-        train, tensor = self.train, sizes["tensor"]
-        shards = sizes["data"] * sizes["fsdp"]
+        train, shards = self.train, sizes["data"] * sizes["fsdp"]
         if train.global_batch % (shards * train.microbatches):
             axes = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in BATCH_AXES)
             raise UserError(
@@ -180,11 +184,19 @@ class Configuration(Config):
             )
         microbatch = train.global_batch // train.microbatches
         batches = check_batch_ramp(train.batch_ramp, train.global_batch, microbatch)
-        self._check_preset(tensor)
+        self._check_preset(sizes["tensor"])
+        self.check_model(sizes, train.microbatches)
+        self._check_schedule(sizes["pipe"], [batch // microbatch for batch in batches])
+
+    def check_model(self, sizes: dict[str, int], num_microbatches: int | None = None) -> None:
+        """`UserError` where the model, its sequences or its layers do not fit a mesh of these sizes.
+
+        The settings of batches are not looked at; of a pipeline, so many microbatches (none: one a stage).
+        """
         if sizes["context"] == 1 and self.context != ContextConfig():
             raise NoEffect("context", self.context, {"mesh.context": 1}, "leave it out, or set --mesh.context")
         self.family.check(self.model, sizes, self.data.sequence_length, self.context)
-        self._check_pipeline(sizes["pipe"], [batch // microbatch for batch in batches])
+        self._check_pipeline(sizes["pipe"], num_microbatches or sizes["pipe"])
 
     def _check_preset(self, tensor: int) -> None:
         if self.runtime.xla_preset == "collective_matmul" and tensor > 1 and self.train.microbatches == 1:
@@ -194,8 +206,8 @@ class Configuration(Config):
                 "XLA's compiler; raise --train.microbatches, or choose another preset"
             )
 
-    def _check_pipeline(self, num_stages: int, microbatches: list[int]) -> None:
-        """`UserError` for settings without effect, and unless the schedule runs every number of microbatches."""
+    def _check_pipeline(self, num_stages: int, num_microbatches: int) -> None:
+        """`UserError` for settings without effect, and unless the stages can share the layers out."""
         pipeline, cuts = self.pipeline, self.family.cuts(self.model)
         if num_stages == 1:
             if pipeline != PipelineConfig():
@@ -212,7 +224,12 @@ class Configuration(Config):
                     given = {cuts.name: cuts.value} if cuts is not None else {}
                     given |= {"pipeline.stage_layers": pipeline.stage_layers} if cuts is None else {}
                     raise NoEffect(f"pipeline.{name}", getattr(pipeline, name), given)
-        self.partition(num_stages)
+        self.partition(num_stages, num_microbatches)
+
+    def _check_schedule(self, num_stages: int, microbatches: list[int]) -> None:
+        """`UserError` unless the schedule runs every number of microbatches."""
+        if num_stages == 1:
+            return
         for count in microbatches:
             try:
                 self.schedule(num_stages, count)

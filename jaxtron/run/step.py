@@ -114,16 +114,18 @@ class Trainer:
         )
         return region(params, batch, step_key, scale)
 
-    def evaluate(self, params: PyTree, batch: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def evaluate(
+        self, params: PyTree, batch: Any, num_microbatches: int | None = None
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Sums over a batch: negative log-likelihood in nats, and the weight of its tokens.
 
-        Rows go through the model in microbatches as large as those of a step; a smaller batch is one.
+        Rows go through the model in so many microbatches (none: as large as those of a step; a smaller batch is one).
         """
 
         def local(params: PyTree, batch: Any) -> tuple[Array, Array]:
             working = self.blueprint.working(params, DTYPES[self.config.precision])
             count = counts(batch)["tokens"]
-            microbatches = jax.tree.map(vary, self._cut(batch))
+            microbatches = jax.tree.map(vary, self._cut(batch, num_microbatches))
             table = forward_only(StagePlan((self.partition,)), microbatches[1].shape[0])
             _, nll = self._run(table, working, microbatches, key=None)
             return all_reduce(nll, MANUAL_AXES), count
@@ -202,11 +204,13 @@ class Trainer:
         )
         return staged, model
 
-    def _cut(self, batch: BatchT) -> tuple[BatchT, Int[Array, "M B"]]:
+    def _cut(self, batch: BatchT, num_microbatches: int | None = None) -> tuple[BatchT, Int[Array, "M B"]]:
         """The local batch as [microbatch, row, ...], of sequences the part that lies here, and global row numbers."""
         num_local = jax.tree.leaves(batch)[0].shape[0]
         shards = current().size(BATCH_AXES)
         size = min(num_local, self.config.global_batch // self.config.microbatches // shards)
+        if num_microbatches is not None:
+            size = num_local // num_microbatches
         rows = jax.lax.axis_index(BATCH_AXES) * num_local + jnp.arange(num_local)
         batch = shard_sequence(batch)
         return jax.tree.map(lambda leaf: leaf.reshape(num_local // size, size, *leaf.shape[1:]), (batch, rows))

@@ -14,7 +14,7 @@ from jaxtron.gpus import peak_flops
 from jaxtron.interrupts import Request, finish_first
 from jaxtron.run.history import Recorder
 from jaxtron.run.metrics import MetricsWriter, Tally
-from jaxtron.run.step import TrainState, jit_step
+from jaxtron.run.step import TrainState
 from jaxtron.train.divergence import Watch, check_state
 from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
 from jaxtron.train.progress import Progress
@@ -44,7 +44,6 @@ def train(run: Run) -> Outcome:
     if run.step >= total:
         return outcome
     throughput = Throughput()
-    step = jit_step(run.trainer)
     with ExitStack() as stack:
         stop = _Stop(stack)
         loader = stack.enter_context(run.train_loader())
@@ -55,7 +54,7 @@ def train(run: Run) -> Outcome:
         hooks = [Hook(watch), *_hooks(run, saver, log, outcome, stack)]
         for number in range(run.step + 1, total + 1):
             batch = next(loader)
-            outcome.state, metrics = step(outcome.state, run.placement.globalize(batch))
+            outcome.state, metrics = run.session.step(outcome.state, run.session.batches.globalize(batch))
             outcome.step = number
             info = StepInfo(number, total, outcome.state, metrics, batch.size * run.config.data.sequence_length)
             throughput.finish_step(info.tokens, metrics)

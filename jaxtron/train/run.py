@@ -5,12 +5,11 @@ from functools import partial
 import jax
 
 from jaxtron.models.decoder.attention_choice import attention_lines
-from jaxtron.run.attention import choose_attention
 from jaxtron.run.configuration import Configuration
 from jaxtron.runtime.start import out_of_memory_as_user_error, start_runtime
 from jaxtron.runtime.together import leaving_together
 from jaxtron.train.loop import train
-from jaxtron.train.setup import open_run
+from jaxtron.train.setup import Run, open_run
 from jaxtron.train.summary import finish
 
 ROOM = "Raise --train.microbatches or --mesh.fsdp, set --model.recompute full, or choose a smaller model"
@@ -35,14 +34,14 @@ def run(config: Configuration, name: str) -> int:
     return 0
 
 
-def announce(run) -> None:
+def announce(run: Run) -> None:
     """One line of what is about to run, and one if it continues."""
-    sizes = run.trainer.blueprint.num_parameters
-    mesh = " x ".join(f"{axis} {size}" for axis, size in run.placement.sharding.mesh.shape.items() if size > 1)
-    devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
-    print(f"{sizes:,} parameters on {devices}{f' ({mesh})' if mesh else ''}, run in {run.directory}")
-    kind, parts = jax.devices()[0].device_kind, run.placement.sharding.mesh.shape["context"]
-    for line in attention_lines(run.config.model, choose_attention(run.config, parts, kind), kind):
+    session = run.session
+    mesh = " x ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items() if size > 1)
+    devices = f"{jax.device_count()} {session.device_kind}"
+    where = f"{devices}{f' ({mesh})' if mesh else ''}"
+    print(f"{session.blueprint.num_parameters:,} parameters on {where}, run in {run.directory}")
+    for line in attention_lines(run.config.model, session.attention, session.device_kind):
         print(line)
     for line in run.data.notes:
         print(line)

@@ -1,58 +1,49 @@
 """From a configuration to a run that is ready to step: mesh, data, trainer, directory, state."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtron.checkpoint.layer_order import LayerOrder, layer_order
 from jaxtron.checkpoint.manager import Checkpoints
 from jaxtron.checkpoint.restore import committed_steps
 from jaxtron.config import UserError
 from jaxtron.data.dataset import Data, open_data
 from jaxtron.data.loader import Loader
-from jaxtron.models.decoder.model import Decoder
 from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
-from jaxtron.pipeline.partition import Partition
-from jaxtron.run.attention import choose_attention
-from jaxtron.run.batches import Placement
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.dtypes import DTYPES
 from jaxtron.run.history import Continuation, changes, check_changes, listed, recorded_settings
 from jaxtron.run.metrics import Tally
+from jaxtron.run.session import Session, make_session
 from jaxtron.run.sizes import check_batch_fits, check_state_fits
-from jaxtron.run.step import Trainer, TrainState, batch_sharding
-from jaxtron.sharding.blueprint import blueprint
-from jaxtron.sharding.mesh import build_mesh
-from jaxtron.sharding.rules import current, make_rules, use
+from jaxtron.run.step import TrainState
 from jaxtron.train.divergence import check_state
 from jaxtron.train.run_lock import run_lock
 from jaxtron.train.trackers import import_tracker
-from jaxtron.typing import Array, PyTree
 
 
 @dataclass(frozen=True)
 class Run:
     """Everything a training loop needs; made by `open_run`."""
 
-    config: Configuration
+    session: Session
     directory: Path
     data: Data
-    trainer: Trainer
-    placement: Placement
     checkpoints: Checkpoints
-    layer_order: LayerOrder
-    evaluate: Callable[[PyTree, Any], tuple[Array, Array]]
     state: TrainState
     step: int
     position: int
     continuation: Continuation
     tally: Tally
+
+    @property
+    def config(self) -> Configuration:
+        """The settings, resolved."""
+        return self.session.config
 
     def save(self, step: int, state: TrainState, position: int, tally: Tally) -> None:
         """Save a checkpoint of the state after this step, with the position of the data after it."""
@@ -64,7 +55,7 @@ class Run:
             "seed": self.config.seed,
             "settings": self.config.model_dump(mode="json"),
         }
-        order = self.layer_order
+        order = self.session.layer_order
         self.checkpoints.save(step, order.in_model_order(state), extra, order.on_disk(state))
 
     def train_loader(self) -> Loader:
@@ -73,7 +64,7 @@ class Run:
         # plain data and functions of modules, which processes that read can be sent
         size = partial(batch_size, train.batch_ramp, train.global_batch)
         rows = {
-            found: self.placement.local_rows(found)
+            found: self.session.batches.local_rows(found)
             for found in check_batch_ramp(train.batch_ramp, train.global_batch, 1)
         }
         return self.data.train_loader(batch_size=size, local_rows=rows.__getitem__, position=self.position)
@@ -86,23 +77,18 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
     Nothing is written before everything that can be checked was: a `UserError` leaves no half-made directory. Where
     there are steps to take, the directory is locked.
     """
-    config = config.resolved()
-    devices = jax.devices()
-    sizes = config.mesh.shape(len(devices))
-    config.check_mesh(sizes)
-    choose_attention(config, sizes["context"], devices[0].device_kind)
     check_records(config)
+    session = make_session(config, jax.devices())
+    config = session.config
     check_batch_fits("train.global_batch", config.train.global_batch, config.data.sequence_length)
-    mesh = build_mesh(config.mesh, devices)
     if jax.process_index() == 0:
         print("reading the data", flush=True)
     data = open_data(config.data, seed=config.seed, train_samples=config.train_samples())
     check_vocabulary(config, data)
-    with use(make_rules(mesh, config.sharding, config.context)), contextlib.ExitStack() as stack:
-        trainer = make_trainer(config)
-        abstract = _placed(trainer.abstract_state(), mesh)
+    with session.use(), contextlib.ExitStack() as stack:
+        abstract = session.abstract_state()
         check_state_fits(config.family.sizes(config.model), abstract, what="training state")
-        order = layer_order(trainer.partition, trainer.blueprint)
+        order = session.layer_order
         directory = Path(config.run.directory or f"runs/{name}")
         if not directory.exists():
             stack.callback(_remove_empty, directory / "checkpoints", directory)
@@ -117,7 +103,7 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
         check = partial(check_record, config=config, data=data, directory=directory)
         restored = checkpoints.restore(order.abstract(abstract), check, order.on_disk(abstract))
         if restored is None:
-            state, step, position, continuation = trainer.initial_state(), 0, 0, Continuation()
+            state, step, position, continuation = session.initial_state(), 0, 0, Continuation()
         else:
             state = order.in_stage_order(restored.state, abstract)
             check_state(checkpoints, restored.step, state)
@@ -127,27 +113,16 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
             # the newest was damaged
             lock.enter_context(run_lock(directory))
         yield Run(
-            config=config,
+            session=session,
             directory=directory,
             data=data,
-            trainer=trainer,
-            placement=Placement(batch_sharding()),
             checkpoints=checkpoints,
-            layer_order=order,
-            evaluate=jax.jit(trainer.evaluate),
             state=state,
             step=step,
             position=position,
             continuation=continuation,
             tally=Tally() if restored is None else Tally.of(restored.extra, config.data.sequence_length),
         )
-
-
-def make_trainer(config: Configuration) -> Trainer:
-    """The trainer of a resolved configuration, inside `sharding.use(rules)`."""
-    stages = config.partition(current().mesh.shape["pipe"])
-    plan = blueprint(partial(_build, config, stages), layers=stages.num_layers)
-    return Trainer(plan, config.model, config.train, config.optimizer, config.pipeline, stages, config.seed)
 
 
 def check_vocabulary(config: Configuration, data: Data) -> None:
@@ -189,22 +164,8 @@ def check_record(extra: dict[str, Any], config: Configuration, data: Data, direc
         )
 
 
-def _build(config: Configuration, stages: Partition, rngs) -> Decoder:
-    return Decoder(config.model, dtype=DTYPES[config.train.precision], partition=stages, rngs=rngs)
-
-
 def _remove_empty(*folders: Path) -> None:
     """Remove those without contents: what a run that could not begin would leave."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
-
-
-def _placed(abstract: TrainState, mesh: Mesh) -> TrainState:
-    """The abstract state with its shardings on the mesh's devices, where arrays can be restored to."""
-
-    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(place, abstract)

@@ -74,10 +74,10 @@ def generate(run: Run, outcome: Outcome) -> str:
     prompt = np.asarray(source[0].tokens[: min(16, length)])
     try:
         tokens = sample(
-            run.trainer.blueprint,
+            run.session.blueprint,
             outcome.state.params,
             prompt,
-            partition=run.trainer.partition,
+            partition=run.session.trainer.partition,
             num_tokens=run.config.train.sample_tokens,
             window=length,
             dtype=DTYPES[run.config.train.precision],

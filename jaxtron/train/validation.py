@@ -30,10 +30,10 @@ def _loss(run: Run, state: TrainState, source: Source, max_batches: int | None, 
     batches = validation_batches(
         source,
         batch_size=run.config.train.global_batch,
-        local_rows=run.placement.local_rows,
+        local_rows=run.session.batches.local_rows,
         max_batches=max_batches,
     )
-    sums = [run.evaluate(state.params, run.placement.globalize(batch)) for batch in batches]
+    sums = [run.session.evaluate(state.params, run.session.batches.globalize(batch)) for batch in batches]
     nll, weight = (sum(float(number) for number in numbers) for numbers in zip(*sums, strict=True)) if sums else (0, 0)
     if weight == 0:
         return None

@@ -17,9 +17,7 @@ from jaxtron.plan.compiled.rehearsal import abstract_batch, rehearse
 from jaxtron.plan.formula.memory_model import Estimator, shortened
 from jaxtron.plan.search.search import MARGIN
 from jaxtron.run.configuration import Configuration
-from jaxtron.sharding.mesh import build_mesh
-from jaxtron.sharding.rules import make_rules, use
-from jaxtron.train.setup import make_trainer
+from jaxtron.run.session import make_session
 
 A100 = gpu_named("a100")
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -62,16 +60,16 @@ def configuration(flags: str, path: Path | None = None) -> Configuration:
 )
 def test_classes_are_those_of_the_real_step(flags: str):
     config = configuration(SMALL + flags)
-    mesh = build_mesh(config.mesh, jax.devices()[:8])
-    with use(make_rules(mesh, config.sharding, config.context)):
-        trainer, batch = make_trainer(config), abstract_batch(config)
+    session = make_session(config, jax.devices()[:8])
+    with session.use():
+        trainer, batch = session.trainer, abstract_batch(session.config)
         arguments = 0
         for leaf in jax.tree.leaves((trainer.abstract_state(), batch)):
             shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
             arguments += math.prod(shape) * leaf.dtype.itemsize
         compiled = Memory(arguments=arguments, outputs=0, aliases=0, temporaries=0)
         real = memory_use(trainer, batch, compiled, A100, 1)
-    found = Estimator(config).memory(config, dict(mesh.shape), A100)
+    found = Estimator(config).memory(config, dict(session.mesh.shape), A100)
     assert {name: getattr(found, name) for name in SHAPED} == {name: getattr(real, name) for name in SHAPED}
     # how many sets of GPUs communicate is not known before, but what there is beside JAX's pool is
     assert found.reserve + found.communication == real.reserve + real.communication

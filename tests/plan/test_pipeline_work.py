@@ -10,9 +10,7 @@ from jaxtron.plan.compiled import hlo
 from jaxtron.plan.compiled.flops import Branches, ProductWork, work
 from jaxtron.plan.compiled.rehearsal import abstract_batch
 from jaxtron.run.configuration import Configuration
-from jaxtron.sharding.mesh import build_mesh
-from jaxtron.sharding.rules import make_rules, use
-from jaxtron.train.setup import make_trainer
+from jaxtron.run.session import make_session
 
 LAYERS, HIDDEN, LENGTH, ROWS, MICROBATCHES, VOCAB = 4, 32, 16, 2, 4, 64
 TOKENS = ROWS * LENGTH
@@ -42,8 +40,9 @@ def program(schedule: str, pipe: int, chunks: int = 1, recompute: str = "none") 
             "pipeline": {"schedule": schedule, "chunks": chunks} if pipe > 1 else {},
         }
     ).resolved()
-    with use(make_rules(build_mesh(config.mesh, jax.devices()[:pipe]), config.sharding)):
-        trainer = make_trainer(config)
+    session = make_session(config, jax.devices()[:pipe])
+    with session.use():
+        trainer = session.trainer
         scalars = (jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32))
         lowered = jax.jit(trainer.loss_and_gradients).lower(
             trainer.abstract_state().params, abstract_batch(config), *scalars

@@ -50,13 +50,13 @@ def arrays(entries: list[Collective]) -> int:
 
 
 def matrix_elements(rehearsal: Rehearsal) -> int:
-    shapes = rehearsal.trainer.blueprint.shapes
+    shapes = rehearsal.session.blueprint.shapes
     return sum(leaf.size for leaf in jax.tree.leaves(shapes) if leaf.ndim > 2 or leaf.shape == (VOCAB, HIDDEN))
 
 
 def padded_elements(rehearsal: Rehearsal) -> int:
     """Of matrices, with what makes their parts even."""
-    layouts = jax.tree.leaves(rehearsal.trainer.blueprint.layouts)
+    layouts = jax.tree.leaves(rehearsal.session.blueprint.layouts)
     return sum(math.prod(found.padded) for found in layouts if len(found.shape) > 2 or found.shape == (VOCAB, HIDDEN))
 
 
@@ -90,7 +90,7 @@ def test_data_parallel_gradients_are_reduced_once_a_step(microbatches: int) -> N
     rehearsal = step(zero="none", microbatches=microbatches, data=8)
     assert {(entry.kind, entry.axes, entry.loops) for entry in rehearsal.collectives} == {("all_reduce", ("data",), ())}
     # and two float32 scalars: the loss, and the count of tokens
-    assert total_bytes(list(rehearsal.collectives)) == 4 * rehearsal.trainer.blueprint.num_parameters + 8
+    assert total_bytes(list(rehearsal.collectives)) == 4 * rehearsal.session.blueprint.num_parameters + 8
 
 
 def test_zero_optimizer_scatters_gradients_and_gathers_weights_once() -> None:

@@ -32,8 +32,8 @@ from jaxtron.checkpoint.layer_order import layer_order
 from jaxtron.checkpoint.manager import Checkpoints
 from jaxtron.checkpoint.restore import step_path
 from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.run.session import placed
 from jaxtron.sharding.rules import use
-from jaxtron.train.setup import _placed
 
 # shared out evenly by 2, 3, 5 and 6
 ROWS = 30
@@ -94,7 +94,7 @@ def test_a_checkpoint_does_not_know_the_mesh(tmp_path: Path):
             trainer = make_trainer(model, ADAMW, pipeline, global_batch=60, microbatches=microbatches)
             order, abstract = layer_order(trainer.partition, trainer.blueprint), trainer.abstract_state()
             padded = [leaf.shape for leaf in jax.tree.leaves(abstract)]
-            abstract = _placed(abstract, rules.mesh)
+            abstract = placed(abstract, rules.mesh)
             if step:
                 restored = checkpoints.restore(order.abstract(abstract), on_disk=order.on_disk(abstract))
                 assert restored is not None and restored.step == step - 1

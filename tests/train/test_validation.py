@@ -10,6 +10,7 @@ from command_runs import small
 
 from jaxtron.config import load
 from jaxtron.run.configuration import Configuration
+from jaxtron.run.session import Session
 from jaxtron.train.setup import open_run
 from jaxtron.train.validation import validate
 
@@ -42,15 +43,17 @@ def validated(folder: Path, words: str) -> tuple[float, list[int], float]:
     """The loss of the initial state by these settings, the samples that were read, and the sum of their weights."""
     flags = [*small(folder), "--model.num_layers", "4", "--train.global_batch", "16", *words.split()]
     with open_run(load(Configuration, None, flags), "run") as run:
-        source, weights = Read(run.data.validation), []
+        source, weights, evaluate = Read(run.data.validation), [], Session.evaluate
 
-        def evaluate(params, batch):
-            nll, weight = run.evaluate(params, batch)
+        def watched(session, params, batch):
+            nll, weight = evaluate(session, params, batch)
             weights.append(float(weight))
             return nll, weight
 
-        watched = dataclasses.replace(run, data=dataclasses.replace(run.data, validation=source), evaluate=evaluate)
-        loss = validate(watched, run.state)
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, validation=source))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Session, "evaluate", watched)
+            loss = validate(run, run.state)
         assert sum(weights) == sum(float(source[index].weights.sum()) for index in set(source.samples))
         return loss, source.samples, sum(weights)
 

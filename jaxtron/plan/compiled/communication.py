@@ -90,7 +90,7 @@ def runs(rehearsal: Rehearsal) -> Callable[[Collective], float]:
 
     What a schedule's ticks choose runs where the stage has such work, not at every tick of the loop.
     """
-    table = rehearsal.config.schedule(rehearsal.mesh.shape["pipe"])
+    table = rehearsal.session.config.schedule(rehearsal.session.mesh.shape["pipe"])
     if table.num_stages == 1:
         return lambda entry: entry.executions
     program = lower(table)
@@ -104,7 +104,7 @@ Weigher = Callable[[Collective], tuple[float, float]]
 
 def _weigher(rehearsal: Rehearsal, machine: Machine) -> Weigher:
     """Seconds a step of one communication, and how many of them are hidden."""
-    sizes, times = dict(rehearsal.mesh.shape), runs(rehearsal)
+    sizes, times = dict(rehearsal.session.mesh.shape), runs(rehearsal)
     speed = machine.datasheet.peak_flops * machine.product_fraction
 
     def weigh(entry: Collective) -> tuple[float, float]:
@@ -137,7 +137,7 @@ def _row(
     weighed = [weigh(entry) for entry in entries]
     return CommunicationRow(
         key=key,
-        link=link(rehearsal.mesh, key.axes, rehearsal.gpus_per_node),
+        link=link(rehearsal.session.mesh, key.axes, rehearsal.gpus_per_node),
         operations=len(entries),
         arrays=sum(entry.operands for entry in entries),
         executions=round(sum(map(times, entries))),

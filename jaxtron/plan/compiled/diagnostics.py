@@ -82,13 +82,14 @@ def _is_expected(entry: Collective) -> bool:
 
 def _replicated(rehearsal: Rehearsal) -> Iterator[Diagnostic]:
     """Parameters that every device of an axis keeps whole, although the axis divides one of their dimensions."""
-    for axis, number in rehearsal.mesh.shape.items():
-        whole = [row for row in rehearsal.layout if number > 1 and _could_split(row, axis, rehearsal.mesh.shape)]
+    sizes = rehearsal.session.mesh.shape
+    for axis, number in sizes.items():
+        whole = [row for row in rehearsal.layout if number > 1 and _could_split(row, axis, sizes)]
         saved = sum(row.bytes * STATE_COPIES * (number - 1) // number for row in whole)
         if saved >= NOTABLE * rehearsal.gpu.memory_bytes:
             whole.sort(key=lambda row: -row.bytes)
             names = ", ".join(row.name for row in whole[:3]) + (", ..." if len(whole) > 3 else "")
-            is_unshared = axis in ("data", "context") and rehearsal.config.sharding.zero == "none"
+            is_unshared = axis in ("data", "context") and rehearsal.session.config.sharding.zero == "none"
             fix = "; --sharding.zero optimizer shares them" if is_unshared else ""
             yield Diagnostic(
                 f"whole on all {number} of {axis}: the state of {names}, {readable_bytes(saved)} a GPU{fix}", saved
@@ -107,6 +108,6 @@ def _could_split(row: ParameterRow, axis: str, sizes: Mapping[str, int]) -> bool
 
 def _missing(rehearsal: Rehearsal) -> Iterator[Diagnostic]:
     """Axes of the mesh over which nothing is communicated."""
-    for axis, parts in rehearsal.mesh.shape.items():
+    for axis, parts in rehearsal.session.mesh.shape.items():
         if parts > 1 and not any(axis in entry.names for entry in rehearsal.collectives):
             yield Diagnostic(f"mesh.{axis} is {parts}, but the compiled step communicates nothing over it")

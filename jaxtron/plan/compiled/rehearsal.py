@@ -20,13 +20,10 @@ from jaxtron.plan.compiled.deviceless import MORE, Memory, gpu_devices, memory
 from jaxtron.plan.compiled.memory import memory_use
 from jaxtron.plan.layout import ParameterRow, parameter_rows
 from jaxtron.plan.memory_use import MemoryUse
-from jaxtron.run.attention import choose_attention
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.step import Trainer, batch_sharding, jit_step
+from jaxtron.run.session import Session, make_session
+from jaxtron.run.step import batch_sharding
 from jaxtron.runtime.xla_flags import gpu_options, refused_option
-from jaxtron.sharding.mesh import build_mesh
-from jaxtron.sharding.rules import make_rules, use
-from jaxtron.train.setup import make_trainer
 
 # Without a GPU there is nothing to tune on, and trying costs half of the compilation. Everything else is as in a run.
 COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
@@ -41,12 +38,10 @@ class Rehearsal:
     `messages` are lines that the compiler printed; `seconds` went into tracing and compiling.
     """
 
-    config: Configuration
+    session: Session
     attention: tuple[str, ...]
     gpu: Gpu
     gpus_per_node: int
-    mesh: jax.sharding.Mesh
-    trainer: Trainer
     collectives: tuple[Collective, ...]
     memory: Memory
     memory_use: MemoryUse
@@ -60,30 +55,25 @@ class Rehearsal:
 def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: int = 8) -> Rehearsal:
     """Traces and compiles the configuration's step for `num_gpus` GPUs of that name, on a machine without any."""
     began = time.perf_counter()
-    config = config.resolved()
-    sizes, kind = config.mesh.shape(num_gpus, more=MORE), gpu_named(gpu).device_kind
-    config.check_mesh(sizes)
-    choices = choose_attention(config, sizes["context"], kind)
-    mesh = build_mesh(config.mesh, gpu_devices(gpu, num_gpus, gpus_per_node))
-    with use(make_rules(mesh, config.sharding, config.context)):
-        trainer = make_trainer(config)
-        batch = abstract_batch(config)
-        lowered = jit_step(trainer).lower(trainer.abstract_state(), batch)
+    # what does not fit is refused before the compiler's devices are made
+    config.resolved().check_mesh(config.mesh.shape(num_gpus, more=MORE))
+    session = make_session(config, gpu_devices(gpu, num_gpus, gpus_per_node))
+    with session.use():
+        trainer, batch = session.trainer, abstract_batch(session.config)
+        lowered = session.lower_step(trainer.abstract_state(), batch)
         with _compiler_messages() as messages:
             compiled = _compile(lowered, {**gpu_options(config.runtime), **COMPILER_OPTIONS})
         text, planned = compiled.as_text() or "", memory(compiled)
         module = hlo.parse(text)
-        collectives = census(module, mesh)
+        collectives = census(module, session.mesh)
         num_groups = len({entry.axes for entry in collectives if entry.group_size > 1})
         rows = tuple(parameter_rows(trainer.blueprint))
         use_of_memory = memory_use(trainer, batch, planned, gpu_named(gpu), num_groups)
     return Rehearsal(
-        config=config,
-        attention=attention_lines(config.model, choices, kind),
+        session=session,
+        attention=attention_lines(session.config.model, session.attention, session.device_kind),
         gpu=gpu_named(gpu),
         gpus_per_node=gpus_per_node,
-        mesh=mesh,
-        trainer=trainer,
         collectives=collectives,
         memory=planned,
         memory_use=use_of_memory,

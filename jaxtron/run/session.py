@@ -1,0 +1,154 @@
+"""A configuration on devices: the mesh, its rules, the attention and the trainer, made once for every command."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtron.checkpoint.layer_order import LayerOrder, layer_order
+from jaxtron.kernels.attention.choose import Choice
+from jaxtron.models.decoder.model import Decoder
+from jaxtron.pipeline.partition import Partition
+from jaxtron.run.attention import choose_attention
+from jaxtron.run.batches import BatchSharding
+from jaxtron.run.configuration import Configuration
+from jaxtron.run.dtypes import DTYPES
+from jaxtron.run.step import Trainer, TrainState, batch_sharding, jit_step
+from jaxtron.sharding.blueprint import Blueprint, blueprint
+from jaxtron.sharding.mesh import build_mesh
+from jaxtron.sharding.rules import Rules, make_rules, use
+from jaxtron.typing import Array, Device, Float, PyTree
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """What a resolved configuration becomes on a mesh; made by `make_session`.
+
+    Its methods enter its rules by themselves; what else builds or runs the model does so inside `use()`.
+    """
+
+    config: Configuration
+    rules: Rules
+    attention: dict[str, Choice | None]
+    """By the pattern's symbol, who computes attention here."""
+    trains: bool = True
+    """Whether steps are taken; one that only evaluates does not look at the settings of batches."""
+
+    def use(self) -> contextlib.AbstractContextManager[Rules]:
+        """Within this context, models are built and run on the session's mesh."""
+        return use(self.rules)
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices, by named axes."""
+        return self.rules.mesh
+
+    @property
+    def device_kind(self) -> str:
+        """What JAX calls one of the devices."""
+        return self.mesh.devices.flat[0].device_kind
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """The pure functions of the step, on the session's mesh."""
+        with self.use():
+            return _make_trainer(self.config, self.mesh.shape["pipe"], trains=self.trains)
+
+    @property
+    def blueprint(self) -> Blueprint[Decoder]:
+        """Shapes, layouts and roles of the parameters."""
+        return self.trainer.blueprint
+
+    @cached_property
+    def batches(self) -> BatchSharding:
+        """How global batches are laid out on the devices."""
+        with self.use():
+            return BatchSharding(batch_sharding())
+
+    @cached_property
+    def layer_order(self) -> LayerOrder:
+        """Between the layers of a state here and those of a checkpoint."""
+        with self.use():
+            return layer_order(self.trainer.partition, self.blueprint)
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, sharded as at rest."""
+        with self.use():
+            return self.trainer.initial_state()
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the state, where arrays can be restored to."""
+        with self.use():
+            return placed(self.trainer.abstract_state(), self.mesh)
+
+    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        """`Trainer.step`, compiled; `state` is consumed."""
+        with self.use():
+            return self._step(state, batch)
+
+    def lower_step(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
+        """The step traced for a state and a batch, real or abstract, ready to be compiled."""
+        with self.use():
+            return self._step.lower(state, batch)
+
+    def evaluate(self, params: PyTree, batch: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """`Trainer.evaluate`, compiled; where the session does not train, a batch is one microbatch."""
+        with self.use():
+            return self._evaluate(params, batch)
+
+    @cached_property
+    def _step(self) -> Any:
+        return jit_step(self.trainer)
+
+    @cached_property
+    def _evaluate(self) -> Any:
+        return jax.jit(partial(self.trainer.evaluate, num_microbatches=None if self.trains else 1))
+
+
+def make_session(config: Configuration, devices: Sequence[Device], *, trains: bool = True) -> Session:
+    """The session of a configuration on these devices; a `UserError` where it does not fit them.
+
+    One that does not train only evaluates: batches are of any size that the batch axes divide, each a microbatch.
+    """
+    config = config.resolved()
+    sizes = config.mesh.shape(len(devices))
+    if trains:
+        config.check_mesh(sizes)
+    else:
+        config.check_model(sizes)
+    attention = choose_attention(config, sizes["context"], devices[0].device_kind)
+    rules = make_rules(build_mesh(config.mesh, devices), config.sharding, config.context)
+    return Session(config, rules, attention, trains)
+
+
+def placed(abstract: PyTree, mesh: Mesh) -> PyTree:
+    """The abstract arrays with their shardings on the mesh's devices, where arrays can be restored to."""
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, abstract)
+
+
+def _make_trainer(config: Configuration, num_stages: int, *, trains: bool) -> Trainer:
+    stages = config.partition(num_stages, None if trains else num_stages)
+    plan = blueprint(partial(_build, config, stages), layers=stages.num_layers)
+    return Trainer(
+        blueprint=plan,
+        model=config.model,
+        config=config.train,
+        optimizer=config.optimizer,
+        pipeline=config.pipeline,
+        partition=stages,
+        seed=config.seed,
+    )
+
+
+def _build(config: Configuration, stages: Partition, rngs: nnx.Rngs) -> Decoder:
+    return Decoder(config.model, dtype=DTYPES[config.train.precision], partition=stages, rngs=rngs)
