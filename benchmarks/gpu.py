@@ -16,7 +16,7 @@ from pydantic import Field
 from benchmarks import attention, record
 from jaxtron.command import configure, run_command
 from jaxtron.config import Config, UserError
-from jaxtron.runtime.start import expects_gpu
+from jaxtron.runtime.devices import expects_gpu
 
 Section = Literal["tests", "ceilings", "attention_jax", "attention_torch", "train"]
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,9 @@ FLOORS = [
     {"pipeline", "data", "optim", "runtime"},
     {"layers"},
     {"models"},
-    {"checkpoint", "generate", "preprocess"},
+    {"checkpoint", "preprocess"},
     {"run", "curate"},
-    {"train"},
-    {"plan", "evaluate"},
+    {"train", "plan", "evaluate", "generate"},
     {"__main__"},
 ]
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
@@ -46,6 +46,7 @@ INNER_FLOORS = {
 }
 # the dispatcher imports the one verb that was asked for
 LAZY = {"jaxtron/__main__.py"}
+MOST_FILES = 15
 MOST_FILE_LINES = 500
 MOST_FUNCTION_LINES = 100
 
@@ -84,6 +85,42 @@ def test_imports_point_down_inside_a_package(package: str) -> None:
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[:2] == ["jaxtron", package]:
                 for room in node.module.split(".")[2:3] or [alias.name for alias in node.names]:
                     assert room == here or floors[room] < floors[here], f"{path}:{node.lineno} imports {room}"
+
+
+def test_no_room_is_crowded() -> None:
+    rooms: dict[Path, int] = {}
+    for path in FILES:
+        if path.name != "__init__.py":
+            rooms[path.parent] = rooms.get(path.parent, 0) + 1
+    crowded = {str(room): count for room, count in rooms.items() if count > MOST_FILES}
+    assert not crowded, f"more than {MOST_FILES} files in a folder, make rooms inside: {crowded}"
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(path: Path, modules: set[str]) -> set[str]:
+    """The modules of `jaxtron` that a file imports at any place."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            # `from jaxtron.plan import layout` names a module, `from jaxtron.plan.layout import text` does not
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inner & modules) or {node.module}
+    return found & modules
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    modules = {module_of(path) for path in FILES}
+    graph = {module_of(path): imported_modules(path, modules) for path in FILES}
+    assert graph["jaxtron.run.session"] >= {"jaxtron.run.step", "jaxtron.sharding.rules"}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

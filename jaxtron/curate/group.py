@@ -5,7 +5,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from jaxtron.curate.duplicates import Numbers, among, dropped_of_components, equal_documents, shared_keys, similar_pairs
+from jaxtron.curate.criteria.duplicates import (
+    Numbers,
+    among,
+    dropped_of_components,
+    equal_documents,
+    shared_keys,
+    similar_pairs,
+)
 from jaxtron.curate.records import FilePart, read_records
 from jaxtron.curate.scan import document_shingles
 from jaxtron.curate.work import Job, load, save

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxtron.config import UserError
-from jaxtron.curate import decontaminate, group, hashing, language, scan, write
+from jaxtron.curate import group, scan, write
 from jaxtron.curate.config import STEPS, Curation
+from jaxtron.curate.criteria import decontaminate, hashing, language
+from jaxtron.curate.criteria.minhash import best_bands
 from jaxtron.curate.engine import Engine, LocalEngine
-from jaxtron.curate.minhash import best_bands
 from jaxtron.curate.ray_engine import RayEngine
 from jaxtron.curate.records import find_parts, write_json, written_whole
 from jaxtron.curate.report import make_report, summary

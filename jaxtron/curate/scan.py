@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Int64
 
 from jaxtron.config import UserError
-from jaxtron.curate import hashing, language, minhash, quality
 from jaxtron.curate.config import Curation
-from jaxtron.curate.decontaminate import TaskNgrams, find_hits
-from jaxtron.curate.hashing import Units
-from jaxtron.curate.minhash import Bands
-from jaxtron.curate.quality import Broken
+from jaxtron.curate.criteria import hashing, language, minhash, quality
+from jaxtron.curate.criteria.decontaminate import TaskNgrams, find_hits
+from jaxtron.curate.criteria.hashing import Units
+from jaxtron.curate.criteria.minhash import Bands
+from jaxtron.curate.criteria.quality import Broken
 from jaxtron.curate.records import FilePart, Record, count_lines, read_records
 from jaxtron.curate.work import Job, load, write_folder
 

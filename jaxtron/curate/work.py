@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from jaxtron.curate.config import Curation
-from jaxtron.curate.duplicates import Numbers, exact_jaccard
-from jaxtron.curate.minhash import Bands, estimated_jaccard
+from jaxtron.curate.criteria.duplicates import Numbers, exact_jaccard
+from jaxtron.curate.criteria.minhash import Bands, estimated_jaccard
 from jaxtron.curate.records import FilePart
 
 

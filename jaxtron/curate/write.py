@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxtron.curate import decontaminate, rows
-from jaxtron.curate.decontaminate import Cut
-from jaxtron.curate.duplicates import Numbers, among
+from jaxtron.curate import rows
+from jaxtron.curate.criteria import decontaminate
+from jaxtron.curate.criteria.decontaminate import Cut
+from jaxtron.curate.criteria.duplicates import Numbers, among
 from jaxtron.curate.group import alike_drops, equal_drops
 from jaxtron.curate.records import FilePart, Record, read_records, record_id, with_text, write_json, written_whole
 from jaxtron.curate.work import Job, load, save

@@ -16,7 +16,8 @@ from jaxtron.evaluate.model import EvaluatedModel, open_model
 from jaxtron.evaluate.perplexity import MOST_NATS, OverlappingWindows, Score, num_words, unknown_characters
 from jaxtron.evaluate.request import Request
 from jaxtron.run.configuration import Configuration
-from jaxtron.runtime.start import out_of_memory_as_user_error, start_runtime
+from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
+from jaxtron.runtime.start import start_runtime
 from jaxtron.runtime.together import leaving_together
 from jaxtron.words import plural
 

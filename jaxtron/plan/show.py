@@ -27,7 +27,8 @@ from jaxtron.plan.search.ranking import ranking_text, write_ranking
 from jaxtron.plan.search.search import compile_best, search
 from jaxtron.run.configuration import Configuration, configuration_type
 from jaxtron.run.session import make_session
-from jaxtron.runtime.start import simulate_devices, start_compiler, start_runtime
+from jaxtron.runtime.devices import simulate_devices
+from jaxtron.runtime.start import start_compiler, start_runtime
 from jaxtron.sharding.config import AXES
 from jaxtron.words import readable_bytes
 

@@ -30,7 +30,8 @@ def main(argv: list[str]) -> int:
     if is_first_process(config.runtime):
         print("starting JAX", flush=True)
     path, _ = take_file(config_type, argv)
-    return hand_over("jaxtron.train.run").run(config, path.stem if path else "train")
+    sampler = hand_over("jaxtron.generate.text").continue_tokens
+    return hand_over("jaxtron.train.run").run(config, path.stem if path else "train", sampler)
 
 
 if __name__ == "__main__":

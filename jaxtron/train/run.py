@@ -6,17 +6,21 @@ import jax
 
 from jaxtron.models.decoder.attention_choice import attention_lines
 from jaxtron.run.configuration import Configuration
-from jaxtron.runtime.start import out_of_memory_as_user_error, start_runtime
+from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
+from jaxtron.runtime.start import start_runtime
 from jaxtron.runtime.together import leaving_together
 from jaxtron.train.loop import train
 from jaxtron.train.setup import Run, open_run
-from jaxtron.train.summary import finish
+from jaxtron.train.summary import Sampler, finish
 
 ROOM = "Raise --train.microbatches or --mesh.fsdp, set --model.recompute full, or choose a smaller model"
 
 
-def run(config: Configuration, name: str) -> int:
-    """Trains to the last step; 130 if a signal ended the run early, with a checkpoint. `name` names its directory."""
+def run(config: Configuration, name: str, sampler: Sampler) -> int:
+    """Trains to the last step; 130 if a signal ended the run early, with a checkpoint.
+
+    `name` names its directory; the sampler draws the text that a run ends with.
+    """
     start_runtime(config.runtime, devices=config.devices)
     room = partial(out_of_memory_as_user_error, ROOM)
     # an error is told before the run is closed, which may need the others
@@ -30,7 +34,7 @@ def run(config: Configuration, name: str) -> int:
                 then = "the last, which is saved" if last else "the same command continues from its checkpoint"
                 print(f"stopped after step {outcome.step}{',' if last else ';'} {then}")
             return 130
-        finish(run, outcome)
+        finish(run, outcome, sampler)
     return 0
 
 

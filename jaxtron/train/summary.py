@@ -1,17 +1,20 @@
 """What a run ends with: losses, a sample of text, and where everything is."""
 
+from typing import Protocol
+
 import jax
 import numpy as np
+from jaxtyping import Int32, Integer
 from rich.console import Console
 
-from jaxtron.generate.sample import sample
-from jaxtron.run.dtypes import DTYPES
 from jaxtron.run.metrics import read_metrics
+from jaxtron.run.session import Session
 from jaxtron.train.divergence import diverged
 from jaxtron.train.loop import Outcome
 from jaxtron.train.loss_plot import plot_losses
 from jaxtron.train.setup import Run
 from jaxtron.train.validation import validate
+from jaxtron.typing import PyTree
 
 FILES = {
     "configuration": "config.yaml",
@@ -21,9 +24,19 @@ FILES = {
 }
 
 
-def finish(run: Run, outcome: Outcome) -> None:
+class Sampler(Protocol):
+    """What draws `num_tokens` tokens after a prompt, all below `vocab`; a `FloatingPointError` where it cannot."""
+
+    def __call__(
+        self, session: Session, params: PyTree, prompt: Integer[np.ndarray, "P"], *, num_tokens: int, vocab: int
+    ) -> Int32[np.ndarray, "N"]:
+        """Draw them."""
+        ...
+
+
+def finish(run: Run, outcome: Outcome, sampler: Sampler) -> None:
     """Draw `loss.png` and print the summary (process 0); every process takes part in validating and sampling."""
-    text = generate(run, outcome)
+    text = sample_text(run, outcome, sampler)
     validation_loss = outcome.validation_loss
     if validation_loss is None:
         validation_loss = validate(run, outcome.state)
@@ -62,7 +75,7 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
 
 
-def generate(run: Run, outcome: Outcome) -> str:
+def sample_text(run: Run, outcome: Outcome, sampler: Sampler) -> str:
     """A sample of text after a few tokens of the validation data; empty where none is asked for.
 
     A `UserError` where the state cannot predict any token.
@@ -70,19 +83,14 @@ def generate(run: Run, outcome: Outcome) -> str:
     source = run.data.validation if len(run.data.validation) else run.data.train
     if run.config.train.sample_tokens == 0:
         return ""
-    length = run.config.data.sequence_length
-    prompt = np.asarray(source[0].tokens[: min(16, length)])
+    prompt = np.asarray(source[0].tokens[: min(16, run.config.data.sequence_length)])
     try:
-        tokens = sample(
-            run.session.blueprint,
+        tokens = sampler(
+            run.session,
             outcome.state.params,
             prompt,
-            partition=run.session.trainer.partition,
             num_tokens=run.config.train.sample_tokens,
-            window=length,
-            dtype=DTYPES[run.config.train.precision],
             vocab=run.data.tokenizer.vocab_size,
-            seed=run.config.seed,
         )
     except FloatingPointError as error:
         raise diverged(run.checkpoints, outcome.step, f"no text after step {outcome.step}, {error}") from None

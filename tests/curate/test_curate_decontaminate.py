@@ -7,8 +7,8 @@ import pytest
 
 from jaxtron.config import UserError
 from jaxtron.curate.config import Decontaminate
-from jaxtron.curate.decontaminate import cut, find_hits, read_tasks
-from jaxtron.curate.hashing import words
+from jaxtron.curate.criteria.decontaminate import cut, find_hits, read_tasks
+from jaxtron.curate.criteria.hashing import words
 
 TASK = "the quick brown fox jumps over the lazy dog and then runs far away home"
 

@@ -5,8 +5,14 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxtron.curate import duplicates
-from jaxtron.curate.duplicates import dropped_of_components, equal_documents, exact_jaccard, shared_keys, similar_pairs
+from jaxtron.curate.criteria import duplicates
+from jaxtron.curate.criteria.duplicates import (
+    dropped_of_components,
+    equal_documents,
+    exact_jaccard,
+    shared_keys,
+    similar_pairs,
+)
 
 
 def integers(values):

@@ -3,8 +3,8 @@
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.curate import language
 from jaxtron.curate.config import Language
+from jaxtron.curate.criteria import language
 
 TEXTS = {
     "en": "The committee agreed that the old bridge over the river should be repaired before winter.",

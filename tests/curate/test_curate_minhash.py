@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxtron.curate.hashing import Units, characters, ngrams, shingles, text_hash, words
-from jaxtron.curate.minhash import Bands, band_keys, best_bands, estimated_jaccard, signatures
+from jaxtron.curate.criteria.hashing import Units, characters, ngrams, shingles, text_hash, words
+from jaxtron.curate.criteria.minhash import Bands, band_keys, best_bands, estimated_jaccard, signatures
 
 TEXTS = ["a b c d e", "", "a b c", "B C d e f", "x"]
 

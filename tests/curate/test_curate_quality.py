@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 
 from jaxtron.curate.config import Length, Quality
-from jaxtron.curate.hashing import words
-from jaxtron.curate.quality import broken_length, broken_rules, duplicate_ngram_share, repeated_ngrams, top_ngram_share
+from jaxtron.curate.criteria.hashing import words
+from jaxtron.curate.criteria.quality import (
+    broken_length,
+    broken_rules,
+    duplicate_ngram_share,
+    repeated_ngrams,
+    top_ngram_share,
+)
 
 LETTERS = "abcdefghijklmnop"
 

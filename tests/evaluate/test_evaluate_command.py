@@ -26,7 +26,8 @@ def plain_loop(trained: TrainedRun, text: Path, stride: int) -> float:
         @jax.jit
         def nll(params, window, place):
             weights = (jnp.arange(length) == place).astype(jnp.float32)[None]
-            return model.trainer.evaluate(params, TokenBatch(window[None, :-1], window[None, 1:], weights))[0]
+            batch = TokenBatch(window[None, :-1], window[None, 1:], weights)
+            return model.session.trainer.evaluate(params, batch, num_microbatches=1)[0]
 
         total = 0.0
         for target in range(1, len(tokens)):

@@ -10,7 +10,7 @@ from command_runs import Ended, FinishedRun, contents, end, run_here, small, sta
 from jaxtron.config import UserError
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.table_file import write_csv
-from jaxtron.runtime.start import out_of_memory_as_user_error
+from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
 from jaxtron.train.run import ROOM
 
 

@@ -14,8 +14,10 @@ import pytest
 
 from jaxtron.config import UserError, load
 from jaxtron.runtime.config import RuntimeConfig
+from jaxtron.runtime.devices import expects_gpu, simulate_devices
+from jaxtron.runtime.distributed import initialize_distributed
 from jaxtron.runtime.machine import find_launcher
-from jaxtron.runtime.start import expects_gpu, initialize_distributed, simulate_devices, start_runtime
+from jaxtron.runtime.start import start_runtime
 
 PROGRAM = """
 import os, sys
@@ -153,7 +155,7 @@ def test_slurm_gives_the_coordinates(monkeypatch: pytest.MonkeyPatch):
         return SimpleNamespace(address="127.0.0.1:5")
 
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: seen.update(arguments=a, **k))
-    monkeypatch.setattr("jaxtron.runtime.start.join", join)
+    monkeypatch.setattr("jaxtron.runtime.distributed.join", join)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
     for name, value in {**slurm, "SLURM_LOCALID": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -167,7 +169,7 @@ def test_slurm_gives_the_coordinates(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_platform(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("jaxtron.runtime.start.jax", SimpleNamespace(config=SimpleNamespace(jax_platforms=None)))
+    monkeypatch.setattr("jaxtron.runtime.devices.jax", SimpleNamespace(config=SimpleNamespace(jax_platforms=None)))
     assert expects_gpu({"JAX_PLATFORMS": "cuda,cpu"})
     assert not expects_gpu({"JAX_PLATFORMS": "cpu"})
     monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidiactl")

@@ -12,7 +12,7 @@ import pytest
 PROGRAM = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from jaxtron.runtime.start import simulate_devices
+from jaxtron.runtime.devices import simulate_devices
 simulate_devices(8)
 import jax, jax.numpy as jnp
 from equivalence import (

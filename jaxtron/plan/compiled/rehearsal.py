@@ -1,12 +1,7 @@
 """The real train step, compiled for GPUs that are not there."""
 
 import functools
-import os
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import jax
@@ -20,6 +15,7 @@ from jaxtron.plan.compiled.deviceless import MORE, Memory, gpu_devices, memory
 from jaxtron.plan.compiled.memory import memory_use
 from jaxtron.plan.layout import ParameterRow, parameter_rows
 from jaxtron.plan.memory_use import MemoryUse
+from jaxtron.quiet import collect_stderr
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import Session, make_session
 from jaxtron.run.step import batch_sharding
@@ -61,7 +57,8 @@ def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: i
     with session.use():
         trainer, batch = session.trainer, abstract_batch(session.config)
         lowered = session.lower_step(trainer.abstract_state(), batch)
-        with _compiler_messages() as messages:
+        # lines of XLA's C++, which Python does not see
+        with collect_stderr() as messages:
             compiled = _compile(lowered, {**gpu_options(config.runtime), **COMPILER_OPTIONS})
         text, planned = compiled.as_text() or "", memory(compiled)
         module = hlo.parse(text)
@@ -106,20 +103,3 @@ def abstract_batch(config: Configuration) -> TokenBatch:
     make = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding())
     lengths = {SEQUENCE: config.data.sequence_length}
     return make_batch(TokenBatch, config.train.global_batch, lengths, config.data.optional_fields, make)
-
-
-@contextmanager
-def _compiler_messages() -> Iterator[list[str]]:
-    """Collects the lines that XLA's C++ writes to the process's standard error, which Python does not see."""
-    found: list[str] = []
-    sys.stderr.flush()
-    before = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield found
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
-            file.seek(0)
-            found.extend(file.read().decode(errors="replace").splitlines())

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Float64, Int64, UInt32, UInt64
 
-from jaxtron.curate.hashing import combined
+from jaxtron.curate.criteria.hashing import combined
 
 INTEGRATION_POINTS = 1001
 

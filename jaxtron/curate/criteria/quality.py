@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from jaxtron.curate.config import Length, Quality
-from jaxtron.curate.hashing import Units, mixed, ngrams_of_sizes
+from jaxtron.curate.criteria.hashing import Units, mixed, ngrams_of_sizes
 
 BULLETS = ("-", "*", "\u2022", "\u2023", "\u25e6", "\u2043", "\u25cf", "\u25aa")
 ELLIPSES = ("...", "\u2026")
