@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a logged step; docs/metrics.md says what its names mean."""
+"""`metrics.jsonl`: one JSON object a logged step, and `arrays.jsonl` beside it; docs/metrics.md says what they mean."""
 
 import errno
 import json
@@ -10,8 +10,13 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool, Num
+
 from jaxtron.command import write_whole
 from jaxtron.config import UserError
+
+ARRAYS_FILE = "arrays.jsonl"
 
 
 @dataclass
@@ -34,20 +39,43 @@ class Tally:
 class MetricsWriter:
     """Appends logged steps to a file; a line is whole on disk once `write` returns, or nothing of it: a `UserError`.
 
-    The file is continued at `resume_step`: lines of later steps, which will be taken again, are dropped first.
+    Arrays go to a file beside it, before the line that tells of them. Both are continued at `resume_step`: lines of
+    later steps, which will be taken again, are dropped first.
     """
 
     def __init__(self, path: Path, *, resume_step: int = 0):
         self.path = path
+        self._lines = _JsonLines(path, resume_step)
+        self._arrays = _JsonLines(path.with_name(ARRAYS_FILE), resume_step)
+
+    def write(
+        self,
+        step: int,
+        metrics: Mapping[str, float | int | str],
+        arrays: Mapping[str, Num[np.ndarray, "..."] | Bool[np.ndarray, "..."]] | None = None,
+    ) -> None:
+        """Append one step; NaN and infinity are written as null, beside `"finite": false`."""
+        if arrays:
+            self._arrays.append(step, {name: _numbers(array) for name, array in arrays.items()})
+        self._lines.append(step, metrics)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._lines.close()
+        self._arrays.close()
+
+
+class _JsonLines:
+    """A file of one JSON object a step, whose lines after `resume_step` are dropped."""
+
+    def __init__(self, path: Path, resume_step: int):
+        self.path = path
         drop_steps_after(path, resume_step)
         self._file: FileIO | None = None
 
-    def write(self, step: int, metrics: Mapping[str, float | int | str]) -> None:
-        """Append one step; NaN and infinity are written as null, beside `"finite": false`."""
-        line: dict[str, float | int | str | bool | None] = {"step": step}
-        for name, value in metrics.items():
-            line[name] = value if isinstance(value, str) or math.isfinite(value) else None
-        if None in line.values():
+    def append(self, step: int, values: Mapping[str, Any]) -> None:
+        line = {"step": step} | {name: _finite(value) for name, value in values.items()}
+        if any(_has_null(value) for value in line.values()):
             line["finite"] = False
         self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
 
@@ -101,3 +129,36 @@ def _read_lines(path: Path) -> list[tuple[dict, str]]:
         if line.endswith("\n") and isinstance(record, dict) and type(record.get("step")) is int:
             lines.append((record, line))
     return lines
+
+
+def summarize(arrays: Mapping[str, Num[np.ndarray, "..."] | Bool[np.ndarray, "..."]]) -> dict[str, float]:
+    """Mean, least and largest of each array as NAME_mean, NAME_min and NAME_max; nothing of an empty one."""
+    found: dict[str, float] = {}
+    for name, array in arrays.items():
+        if array.size:
+            # a mean of numbers that are too large for their own type is none
+            wide = array.astype(np.float64)
+            found |= {
+                f"{name}_mean": wide.mean().item(),
+                f"{name}_min": wide.min().item(),
+                f"{name}_max": wide.max().item(),
+            }
+    return found
+
+
+def _numbers(array: np.ndarray) -> list:
+    """An array as lists, with the digits of float32."""
+    if array.dtype.kind in "biu":
+        return array.tolist()
+    digits = np.array([float(str(number)) for number in array.astype(np.float32).ravel()], np.float64)
+    return digits.reshape(array.shape).tolist()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return value if isinstance(value, str) or math.isfinite(value) else None
+
+
+def _has_null(value: Any) -> bool:
+    return any(map(_has_null, value)) if isinstance(value, list) else value is None

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxtron.config import UserError
-from jaxtron.run.metrics import MetricsWriter, Tally
+from jaxtron.run.metrics import MetricsWriter, Tally, summarize
 from jaxtron.train.progress import Progress
 from jaxtron.train.throughput import Throughput
 from jaxtron.train.trackers import Tracker
@@ -62,8 +62,9 @@ class MetricsLog:
     """Writes logged steps to `metrics.jsonl`, the trackers and the progress; call it on process 0, after every step.
 
     A step is logged every `every`-th time, at the end, and where validation was measured; its loss is the mean since
-    the last line. `tally` goes on from that of an earlier command. `utilization` gives the MFU of tokens a second; None
-    where the device's peak is unknown.
+    the last line. Of a metric that is an array, such as one by layer, the line has the mean and the extremes, and the
+    file of arrays all of it; each process has it whole. `tally` goes on from that of an earlier command. `utilization`
+    gives the MFU of tokens a second; None where the device's peak is unknown.
     """
 
     def __init__(
@@ -97,7 +98,9 @@ class MetricsLog:
             self._progress.update(info.step)
             return
         # fetching waits for the step, so the rate after it is of work done
-        measured = {name: np.asarray(value).item() for name, value in jax.device_get(info.metrics).items()}
+        fetched = {name: np.asarray(value) for name, value in jax.device_get(info.metrics).items()}
+        arrays = {name: value for name, value in fetched.items() if value.ndim}
+        measured = {name: value.item() for name, value in fetched.items() if not value.ndim} | summarize(arrays)
         tally, rate = self.tally(), self._throughput.measure()
         measured["loss"] = tally.loss_sum / tally.steps
         tally.steps, tally.loss_sum = 0, 0.0
@@ -106,7 +109,7 @@ class MetricsLog:
             measured["mfu"] = self._utilization(rate.tokens_per_second)
         figures = {"tokens": tally.tokens, "loss": measured["loss"], **measured, **_peak_memory()}
         self.last = {**figures, **_place_and_time()}
-        self._writer.write(info.step, self.last)
+        self._writer.write(info.step, self.last, arrays)
         for tracker in self._trackers:
             tracker.log(info.step, figures)
         self._progress.update(info.step, figures)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int32, Integer
 from rich.console import Console
 
-from jaxtron.run.metrics import read_metrics
+from jaxtron.run.metrics import ARRAYS_FILE, read_metrics
 from jaxtron.run.session import Session
 from jaxtron.train.divergence import diverged
 from jaxtron.train.loop import Outcome
@@ -19,6 +19,7 @@ from jaxtron.typing import PyTree
 FILES = {
     "configuration": "config.yaml",
     "metrics": "metrics.jsonl",
+    "arrays": ARRAYS_FILE,
     "loss curve": "loss.png",
     "checkpoints": "checkpoints",
 }

@@ -88,6 +88,31 @@ def test_metrics_log_writes_logged_steps_and_those_with_validation(tmp_path):
         assert record["loss"] == pytest.approx(sum(4 / step for step in steps) / len(steps))
 
 
+def test_metrics_by_layer_are_summarized_for_the_line_and_the_trackers(tmp_path):
+    tracked = {}
+
+    class Tracker:
+        def log(self, step, metrics):
+            tracked[step] = metrics
+
+        def close(self):
+            pass
+
+    writer, throughput = MetricsWriter(tmp_path / "metrics.jsonl"), Throughput()
+    log = MetricsLog(writer, Progress(2, shown=False), throughput, every=2, trackers=[Tracker()])
+    for step in (1, 2):
+        load = jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3) * step
+        throughput.finish_step(768, None)
+        log(StepInfo(step, 2, None, {"loss": jnp.float32(1), "router/load": load}))
+    log.close()
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    summary = {"router/load_mean": 5.0, "router/load_min": 0.0, "router/load_max": 10.0}
+    assert line.items() >= summary.items() and tracked[2].items() >= summary.items()
+    assert "router/load" not in line.keys() | tracked[2].keys()
+    (arrays,) = read_metrics(tmp_path / "arrays.jsonl")
+    assert arrays == {"step": 2, "router/load": [[0.0, 2.0, 4.0], [6.0, 8.0, 10.0]]}
+
+
 def test_metrics_log_goes_on_where_an_interrupted_one_ended(tmp_path):
     def log(name: str, tally: Tally | None = None) -> MetricsLog:
         writer = MetricsWriter(tmp_path / name, resume_step=2 if tally else 0)

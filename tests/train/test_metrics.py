@@ -1,10 +1,12 @@
 """metrics.jsonl, over writing, resuming and being killed."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 
-from jaxtron.run.metrics import MetricsWriter, drop_steps_after, read_metrics
+from jaxtron.run.metrics import MetricsWriter, drop_steps_after, read_metrics, summarize
 
 
 def write_steps(path, steps, resume_step=0):
@@ -69,3 +71,46 @@ def test_file_with_nothing_to_drop_is_left_alone(tmp_path):
     before = path.stat()
     drop_steps_after(path, 3)
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def write_arrays(path, steps, resume_step=0):
+    writer = MetricsWriter(path, resume_step=resume_step)
+    for step in steps:
+        writer.write(step, {"loss": 1 / step}, {"router/load": np.full((2, 3), step / 10, np.float32)})
+    writer.close()
+
+
+def test_arrays_lie_beside_the_lines_with_the_digits_that_they_have(tmp_path):
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    counts, norms = np.array([[1, 2], [3, 4]]), np.array([0.1, np.inf, 1e-9], np.float32)
+    writer.write(1, {"loss": 2.0}, {"counts": counts, "norms": norms})
+    writer.write(2, {"loss": 1.0})
+    writer.close()
+    (line,) = (tmp_path / "arrays.jsonl").read_text().splitlines()
+    assert line == '{"step": 1, "counts": [[1, 2], [3, 4]], "norms": [0.1, null, 1e-09], "finite": false}'
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_arrays_are_resumed_and_rewound_as_the_lines_are(tmp_path):
+    path, arrays = tmp_path / "metrics.jsonl", tmp_path / "arrays.jsonl"
+    write_arrays(path, range(1, 10))
+    whole = arrays.read_text()
+    for begun, kept in ((range(1, 8), 4), (range(1, 3), 2)):
+        arrays.unlink(missing_ok=True)
+        write_arrays(path, begun)
+        with arrays.open("a") as file:
+            # killed while it was written
+            file.write('{"step": 9, "router/lo')
+        write_arrays(path, range(kept + 1, 10), resume_step=kept)
+        assert arrays.read_text() == whole
+        assert [record["step"] for record in read_metrics(path)] == list(range(1, 10))
+    # a run that begins again
+    write_arrays(path, [1])
+    assert [record["step"] for record in read_metrics(arrays)] == [1]
+
+
+def test_summaries_of_arrays():
+    load = np.array([[0.5, 1.5], [2.0, 4.0]], np.float32)
+    assert summarize({"load": load, "none": np.zeros((0,))}) == {"load_mean": 2.0, "load_min": 0.5, "load_max": 4.0}
+    assert summarize({"x": np.full(4, 60000, np.float16)})["x_mean"] == 60000
+    assert math.isnan(summarize({"x": np.array([1.0, np.nan])})["x_max"])
