@@ -30,12 +30,18 @@ TASK_TEXTS, TASK_WORDS = 2000, 60
 class CurateBenchmark(Config):
     """What is measured."""
 
-    input: tuple[str, ...] = Field(default=(), description="A corpus; none: one is made.")
-    documents: int = Field(default=20_000, ge=100, description="Documents of a corpus that is made.")
-    words: int = Field(default=400, ge=20, description="Words of each, on average.")
-    workers: int = Field(default=1, ge=1, description="Processes.")
-    seed: int = Field(default=0, ge=0, description="Of the corpus that is made.")
-    output: str | None = Field(default=None, description="A .json file or a folder for the result; none: only printed.")
+    input: tuple[str, ...] = ()
+    """A corpus; none: one is made."""
+    documents: int = Field(default=20_000, ge=100)
+    """Documents of a corpus that is made."""
+    words: int = Field(default=400, ge=20)
+    """Words of each, on average."""
+    workers: int = Field(default=1, ge=1)
+    """Processes."""
+    seed: int = Field(default=0, ge=0)
+    """Of the corpus that is made."""
+    output: str | None = None
+    """A .json file or a folder for the result; none: only printed."""
 
 
 def main(argv: list[str]) -> int:

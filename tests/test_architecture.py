@@ -179,3 +179,17 @@ def test_every_setting_says_whether_a_run_may_go_on_with_another_value() -> None
     # one of an optional section, such as train.batch_ramp.start, is as the section
     forgotten = [name for name in known if not any(name == own or name.startswith(f"{own}.") for own in named)]
     assert not forgotten, f"add {forgotten} to CHANGES of run/history.py"
+
+
+def test_settings_are_documented_in_one_way() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            for field in node.body if isinstance(node, ast.ClassDef) else ():
+                described = [
+                    keyword
+                    for call in ast.walk(field)
+                    if isinstance(field, ast.AnnAssign) and isinstance(call, ast.Call)
+                    for keyword in call.keywords
+                    if keyword.arg == "description"
+                ]
+                assert not described, f"{path}:{field.lineno} describe it in a docstring below"

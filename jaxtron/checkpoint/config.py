@@ -8,9 +8,11 @@ from jaxtron.config import Config
 class CheckpointConfig(Config):
     """When a run writes checkpoints, how many it keeps, and whether it continues from them."""
 
-    every: int = Field(default=500, ge=0, description="steps between checkpoints; 0 writes one at the end only")
-    keep: int = Field(
-        default=2, ge=1, description="newest checkpoints to keep; 2 leaves one to fall back on if the last is lost"
-    )
-    asynchronous: bool = Field(default=True, description="write files in the background while training goes on")
-    resume: bool = Field(default=True, description="continue from the newest checkpoint when the run directory has one")
+    every: int = Field(default=500, ge=0)
+    """steps between checkpoints; 0 writes one at the end only"""
+    keep: int = Field(default=2, ge=1)
+    """newest checkpoints to keep; 2 leaves one to fall back on if the last is lost"""
+    asynchronous: bool = True
+    """write files in the background while training goes on"""
+    resume: bool = True
+    """continue from the newest checkpoint when the run directory has one"""

@@ -26,30 +26,38 @@ SCHEDULE_FIELDS = {
 class OptimizerConfig(Config):
     """How gradients become updates; a field that the chosen rule or schedule ignores must keep its default."""
 
-    name: Literal["adamw", "sgd"] = Field(default="adamw", description="update rule")
-    learning_rate: float = Field(default=3e-4, gt=0, description="peak learning rate, reached after warm-up")
-    schedule: Schedule = Field(default="cosine", description="course of the learning rate after warm-up")
-    warmup_steps: int = Field(default=0, ge=0, description="updates of linear warm-up before the schedule begins")
-    decay_steps: int | None = Field(
-        default=None, gt=0, description="update at which the minimum is reached, warm-up included; None: train.steps"
-    )
-    minimum_learning_rate: float = Field(default=0.0, ge=0, description="learning rate at the end of the decay")
-    anneal_steps: int | None = Field(
-        default=None, gt=0, description="warmup_stable_decay: length of the final decay; None: a tenth of decay_steps"
-    )
-    anneal_style: AnnealStyle = Field(default="linear", description="warmup_stable_decay: course of the final decay")
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="adamw: decay of the first moment")
-    beta2: float = Field(default=0.95, ge=0, lt=1, description="adamw: decay of the second moment")
-    epsilon: float = Field(default=1e-8, gt=0, description="adamw: added to the root of the second moment")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd: momentum; 0 turns it off")
-    nesterov: bool = Field(default=False, description="sgd: Nesterov's momentum")
-    weight_decay: float = Field(default=0.1, ge=0, description="weight decay of the parameters named by decay_roles")
-    decay_roles: tuple[Role, ...] = Field(
-        default=("kernel", "embedding", "position"), description="roles of the parameters that decay"
-    )
-    clip_norm: float = Field(
-        default=1.0, ge=0, description="largest global norm of the gradients; 0 turns clipping off"
-    )
+    name: Literal["adamw", "sgd"] = "adamw"
+    """update rule"""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """peak learning rate, reached after warm-up"""
+    schedule: Schedule = "cosine"
+    """course of the learning rate after warm-up"""
+    warmup_steps: int = Field(default=0, ge=0)
+    """updates of linear warm-up before the schedule begins"""
+    decay_steps: int | None = Field(default=None, gt=0)
+    """update at which the minimum is reached, warm-up included; None: train.steps"""
+    minimum_learning_rate: float = Field(default=0.0, ge=0)
+    """learning rate at the end of the decay"""
+    anneal_steps: int | None = Field(default=None, gt=0)
+    """warmup_stable_decay: length of the final decay; None: a tenth of decay_steps"""
+    anneal_style: AnnealStyle = "linear"
+    """warmup_stable_decay: course of the final decay"""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """adamw: decay of the first moment"""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """adamw: decay of the second moment"""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """adamw: added to the root of the second moment"""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """sgd: momentum; 0 turns it off"""
+    nesterov: bool = False
+    """sgd: Nesterov's momentum"""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """weight decay of the parameters named by decay_roles"""
+    decay_roles: tuple[Role, ...] = ("kernel", "embedding", "position")
+    """roles of the parameters that decay"""
+    clip_norm: float = Field(default=1.0, ge=0)
+    """largest global norm of the gradients; 0 turns clipping off"""
 
     @model_validator(mode="after")
     def _refuse_ignored_fields(self) -> "OptimizerConfig":
@@ -95,17 +103,18 @@ LARGEST_LOSS_SCALE = 2.0**64
 class LossScaleConfig(Config):
     """When the loss scale grows and when it backs off."""
 
-    initial: float = Field(
-        default=2.0**16,
-        gt=0,
-        le=LARGEST_LOSS_SCALE,
-        description="first scale; Megatron's 2**32 skips its first dozen steps",
-    )
-    minimum: float = Field(default=1.0, gt=0, description="smallest scale")
-    growth: float = Field(default=2.0, gt=1, description="factor of growth after a window without overflow")
-    backoff: float = Field(default=0.5, gt=0, lt=1, description="factor on overflow, once hysteresis is used up")
-    window: int = Field(default=1000, gt=0, description="consecutive finite steps before the scale grows")
-    hysteresis: int = Field(default=2, gt=0, description="overflows before the scale backs off, renewed when it grows")
+    initial: float = Field(default=2.0**16, gt=0, le=LARGEST_LOSS_SCALE)
+    """first scale; Megatron's 2**32 skips its first dozen steps"""
+    minimum: float = Field(default=1.0, gt=0)
+    """smallest scale"""
+    growth: float = Field(default=2.0, gt=1)
+    """factor of growth after a window without overflow"""
+    backoff: float = Field(default=0.5, gt=0, lt=1)
+    """factor on overflow, once hysteresis is used up"""
+    window: int = Field(default=1000, gt=0)
+    """consecutive finite steps before the scale grows"""
+    hysteresis: int = Field(default=2, gt=0)
+    """overflows before the scale backs off, renewed when it grows"""
 
     @model_validator(mode="after")
     def _check_minimum(self) -> "LossScaleConfig":
@@ -119,6 +128,9 @@ class LossScaleConfig(Config):
 class BatchRampConfig(Config):
     """From `start` to the global batch, `increment` at a time, over `samples`."""
 
-    start: int = Field(gt=0, description="global batch of the first step")
-    increment: int = Field(gt=0, description="what each stage adds to the global batch")
-    samples: int = Field(gt=0, description="samples after which the global batch is whole")
+    start: int = Field(gt=0)
+    """global batch of the first step"""
+    increment: int = Field(gt=0)
+    """what each stage adds to the global batch"""
+    samples: int = Field(gt=0)
+    """samples after which the global batch is whole"""

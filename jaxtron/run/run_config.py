@@ -12,18 +12,18 @@ TrackerName = Literal["tensorboard", "wandb"]
 class RunConfig(Config):
     """Where a run lies, and what it records and prints."""
 
-    directory: FileName | None = Field(
-        default=None, description="directory of the run; none: runs/<name of the configuration>"
-    )
-    log_every: int = Field(default=10, ge=1, description="steps between logged steps; the last one is always logged")
-    print_seconds: float = Field(
-        default=10.0, gt=0, description="least seconds between progress lines where the output is no terminal"
-    )
-    trackers: tuple[TrackerName, ...] = Field(default=(), description="also log to these: tensorboard, wandb")
-    wandb_project: str = Field(default="jaxtron", description="project at Weights & Biases")
-    profile_steps: tuple[int, int] | None = Field(
-        default=None, description="first and last step of a jax.profiler trace in <run>/profile; none: no trace"
-    )
+    directory: FileName | None = None
+    """directory of the run; none: runs/<name of the configuration>"""
+    log_every: int = Field(default=10, ge=1)
+    """steps between logged steps; the last one is always logged"""
+    print_seconds: float = Field(default=10.0, gt=0)
+    """least seconds between progress lines where the output is no terminal"""
+    trackers: tuple[TrackerName, ...] = ()
+    """also log to these: tensorboard, wandb"""
+    wandb_project: str = "jaxtron"
+    """project at Weights & Biases"""
+    profile_steps: tuple[int, int] | None = None
+    """first and last step of a jax.profiler trace in <run>/profile; none: no trace"""
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

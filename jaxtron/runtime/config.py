@@ -15,32 +15,25 @@ COORDINATES = ("coordinator_address", "num_processes", "process_id")
 class RuntimeConfig(Config):
     """Processes, XLA's flags and its compilation cache."""
 
-    launcher: Literal["auto", "none"] = Field(
-        default="auto",
-        description="auto: join the processes that Slurm, Open MPI or Kubernetes started; none: run alone",
-    )
-    coordinator_address: str | None = Field(
-        default=None, description="host:port of process 0, with num_processes and process_id, where no launcher tells"
-    )
-    num_processes: int | None = Field(default=None, ge=1, description="processes of the run, with coordinator_address")
-    process_id: int | None = Field(default=None, ge=0, description="which of them this one is, from 0")
-    connect_seconds: int = Field(
-        default=300, ge=1, description="how long the processes wait for each other at the start"
-    )
-    heartbeat_seconds: int = Field(
-        default=30, ge=1, description="how soon the processes end, with a line that names it, when one of them is gone"
-    )
-    xla_preset: Preset = Field(
-        default="auto",
-        description="XLA flags for GPUs: auto (latency-hiding scheduler), latency (also pipelined collectives and "
-        "double-buffered loops), collective_matmul (tensor-parallel products in overlapped parts), none",
-    )
-    xla_flags: str = Field(
-        default="", description="further XLA flags, '--xla_a=1 --xla_b=2'; they win over the preset's"
-    )
-    compilation_cache: FileName | None = Field(
-        default=None, description="directory where compiled programs are kept for later runs; none: not kept"
-    )
+    launcher: Literal["auto", "none"] = "auto"
+    """auto: join the processes that Slurm, Open MPI or Kubernetes started; none: run alone"""
+    coordinator_address: str | None = None
+    """host:port of process 0, with num_processes and process_id, where no launcher tells"""
+    num_processes: int | None = Field(default=None, ge=1)
+    """processes of the run, with coordinator_address"""
+    process_id: int | None = Field(default=None, ge=0)
+    """which of them this one is, from 0"""
+    connect_seconds: int = Field(default=300, ge=1)
+    """how long the processes wait for each other at the start"""
+    heartbeat_seconds: int = Field(default=30, ge=1)
+    """how soon the processes end, with a line that names it, when one of them is gone"""
+    xla_preset: Preset = "auto"
+    """XLA flags for GPUs: auto (latency-hiding scheduler), latency (also pipelined collectives and double-buffered
+    loops), collective_matmul (tensor-parallel products in overlapped parts), none"""
+    xla_flags: str = ""
+    """further XLA flags, '--xla_a=1 --xla_b=2'; they win over the preset's"""
+    compilation_cache: FileName | None = None
+    """directory where compiled programs are kept for later runs; none: not kept"""
 
     @model_validator(mode="after")
     def _check(self) -> "RuntimeConfig":
