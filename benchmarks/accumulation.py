@@ -23,11 +23,12 @@ from jaxtron.config import UserError
 from jaxtron.data.batch import TokenBatch
 from jaxtron.run.dtypes import DTYPES
 from jaxtron.run.session import make_session
-from jaxtron.run.step import BATCH_SPEC, Trainer
+from jaxtron.run.step import Trainer, batch_spec
 from jaxtron.runtime.start import start_runtime
 from jaxtron.sharding.collectives import all_reduce, vary
-from jaxtron.sharding.config import BATCH_AXES, MANUAL_AXES
 from jaxtron.sharding.parameters import manual_specs, reduce_gradients
+from jaxtron.sharding.regions import region
+from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, PyTree
 
 
@@ -86,8 +87,9 @@ def plain(trainer: Trainer, params: PyTree, batch: TokenBatch) -> tuple[Array, P
 
     def local(params: PyTree, batch: TokenBatch) -> tuple[Array, PyTree]:
         working = trainer.blueprint.working(params, DTYPES[trainer.config.precision])
-        count, specs = trainer.config.microbatches, trainer.blueprint.specs
-        scaled = TokenBatch(batch.tokens, batch.targets, batch.weights / all_reduce(batch.weights.sum(), BATCH_AXES))
+        count = trainer.config.microbatches
+        total = all_reduce(batch.weights.sum(), current().batch)
+        scaled = TokenBatch(batch.tokens, batch.targets, batch.weights / total)
         parts = jax.tree.map(lambda leaf: vary(leaf.reshape(count, -1, *leaf.shape[1:])), scaled)
 
         def loss(working: PyTree, part: TokenBatch) -> tuple[Array, Array]:
@@ -99,12 +101,10 @@ def plain(trainer: Trainer, params: PyTree, batch: TokenBatch) -> tuple[Array, P
 
         zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), working)
         gradients, nll = jax.lax.scan(step, zeros, parts)
-        return all_reduce(nll.sum(), MANUAL_AXES), reduce_gradients(gradients, specs)
+        return all_reduce(nll.sum(), current().manual), reduce_gradients(gradients, trainer.blueprint.parameters)
 
-    specs = manual_specs(trainer.blueprint.specs)
-    outputs = (PartitionSpec(), specs)
-    region = jax.shard_map(local, in_specs=(specs, BATCH_SPEC), out_specs=outputs, axis_names=set(MANUAL_AXES))
-    return region(params, batch)
+    specs = manual_specs(trainer.blueprint.parameters)
+    return region(local, (specs, batch_spec()), (PartitionSpec(), specs))(params, batch)
 
 
 def times(run: Callable[[], Any], count: int) -> list[float]:

@@ -89,7 +89,7 @@ def measure(config: TrainBenchmark, name: str) -> dict[str, Any]:
         "name": name,
         **record.circumstances(devices[0].platform, kind, len(devices)),
         "runtime": devices[0].client.platform_version.splitlines(),
-        "mesh": dict(session.mesh.shape),
+        "mesh": session.sizes,
         "precision": run.train.precision,
         "attention": attention_lines(run.model, session.attention, kind),
         "recompute": run.model.recompute,

@@ -24,11 +24,12 @@ def rules_for() -> Callable:
     import jax
 
     from jaxtron.sharding.config import MeshConfig, ShardingConfig
+    from jaxtron.sharding.folding import FLAGS
     from jaxtron.sharding.mesh import build_mesh
     from jaxtron.sharding.rules import make_rules
 
     def rules(zero: str = "optimizer", **mesh: int):
-        devices = jax.devices()[: math.prod(mesh.values())]
+        devices = jax.devices()[: math.prod(mesh.get(flag, 1) for flag in FLAGS)]
         return make_rules(build_mesh(MeshConfig(**{"data": 1, **mesh}), devices), ShardingConfig(zero=zero))
 
     return rules

@@ -18,8 +18,8 @@ from jaxtron.checkpoint.names import Signature, parts, signature
 from jaxtron.pipeline.layer_rows import arrange, restore
 from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding.blueprint import Blueprint
+from jaxtron.sharding.layout import spec_axes
 from jaxtron.sharding.parameters import fit
-from jaxtron.sharding.rules import spec_axes
 from jaxtron.typing import Array, PyTree
 
 HOST = "pinned_host"
@@ -102,12 +102,11 @@ class LayerOrder:
 
 def layer_order(partition: Partition, blueprint: Blueprint) -> LayerOrder:
     """The order of a model whose stacked parameters `partition` lays out."""
-    axes = jax.tree.leaves_with_path(blueprint.axes, is_leaf=lambda node: isinstance(node, tuple))
-    layouts = jax.tree.leaves_with_path(blueprint.layouts)
+    specs = [(parts(path), spec) for path, spec in jax.tree.leaves_with_path(blueprint.parameters)]
     return LayerOrder(
         partition,
-        frozenset(parts(path) for path, names in axes if names[:1] == ("layers",)),
-        {parts(path): layout.shape for path, layout in layouts if layout.shape != layout.padded},
+        frozenset(path for path, spec in specs if spec.is_stacked),
+        {path: spec.shape for path, spec in specs if spec.shape != spec.layout.padded},
     )
 
 
@@ -116,7 +115,7 @@ def _without_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[tupl
 
     Where they divide none, the one that is padded least; without any they are left out, and the array is copied.
     """
-    rows, *rest = (spec_axes(entry) for entry in (*sharding.spec, *(None,) * (len(shape) + 1 - len(sharding.spec))))
+    rows, *rest = (*spec_axes(sharding.spec), *((),) * (len(shape) + 1 - len(sharding.spec)))
     counts = [math.prod(sharding.mesh.shape[axis] for axis in (*axes, *rows)) for axes in rest]
     padded = [math.ceil(size / count) * count for size, count in zip(shape, counts, strict=True)]
     if shape:

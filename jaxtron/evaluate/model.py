@@ -22,7 +22,7 @@ from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CONFIG_FILE, FIXED, changes, listed, recorded_settings
 from jaxtron.run.session import Session, make_session
 from jaxtron.run.sizes import check_batch_fits, check_state_fits
-from jaxtron.sharding.config import AXES, BATCH_AXES
+from jaxtron.sharding.folding import BATCH_FLAGS, FLAGS
 from jaxtron.typing import PyTree
 
 WINDOWS_PER_PART = 8
@@ -70,15 +70,15 @@ def diverged(checkpoints: Path, step: int, what: str) -> UserError:
 def open_model(request: Request, trained: Configuration, config: Configuration) -> Iterator[EvaluatedModel]:
     """The model of `read_configuration`, with the parameters of the checkpoint that is asked for."""
     devices = jax.devices()
-    known = [getattr(config.mesh, axis) for axis in AXES]
+    known = [getattr(config.mesh, axis) for axis in FLAGS]
     if -1 not in known and config.devices is None and jax.process_count() == 1:
         # too few devices are an error below
         devices = devices[: math.prod(known)]
     sizes = config.mesh.shape(len(devices))
-    parts = math.prod(sizes[axis] for axis in BATCH_AXES)
+    parts = math.prod(sizes[axis] for axis in BATCH_FLAGS)
     batch = request.batch or WINDOWS_PER_PART * parts
     if batch % parts:
-        axes = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in BATCH_AXES)
+        axes = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in BATCH_FLAGS)
         raise UserError(f"--batch {batch} is not a multiple of {axes} = {parts}")
     check_batch_fits("--batch", batch, config.data.sequence_length)
     session = make_session(config, devices, trains=False)

@@ -1,6 +1,5 @@
 """Text from a model: one token after another, each from a whole forward over a window of the sequence."""
 
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -16,8 +15,8 @@ from jaxtron.pipeline.model import HeadOutput
 from jaxtron.pipeline.partition import Partition, StagePlan, forward_only
 from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.sharding.collectives import all_reduce, largest, vary
-from jaxtron.sharding.config import MANUAL_AXES
 from jaxtron.sharding.parameters import manual_specs
+from jaxtron.sharding.regions import region
 from jaxtron.sharding.rules import constrain, current, use
 from jaxtron.typing import Array, DTypeLike, Float, Int, Key, PyTree
 
@@ -46,7 +45,7 @@ def sample(
     prompt = prompt[-window:]
     start = np.zeros(window, np.int32)
     start[: len(prompt)] = prompt
-    specs = manual_specs(blueprint.specs)
+    specs = manual_specs(blueprint.parameters)
     scalar = PartitionSpec()
     local = partial(
         _local,
@@ -59,9 +58,9 @@ def sample(
         temperature=temperature,
     )
     # a row is short, and whole on every device
-    with use(replace(current(), whole_sequences=True)):
-        region = jax.shard_map(local, in_specs=(specs, scalar, scalar), out_specs=scalar, axis_names=set(MANUAL_AXES))
-        tokens = np.asarray(jax.jit(region)(params, jnp.asarray(start), jax.random.key(seed)))
+    with use(current().without("context")):
+        run = jax.jit(region(local, (specs, scalar, scalar), scalar))
+        tokens = np.asarray(run(params, jnp.asarray(start), jax.random.key(seed)))
     if (tokens == NO_TOKEN).any():
         raise FloatingPointError(f"the logits of token {np.argmax(tokens == NO_TOKEN) + 1} are not finite")
     return tokens
@@ -91,7 +90,7 @@ def _local(
         token = jax.random.categorical(jax.random.fold_in(key, number), logits).astype(jnp.int32)
         token = jnp.where(is_finite, token, NO_TOKEN)
         # the same on every device: the largest of equals says so to the type system
-        token = largest(vary(token), MANUAL_AXES)
+        token = largest(vary(token), current().manual)
         is_full = filled == tokens.shape[0]
         tokens = jnp.where(is_full, jnp.roll(tokens, -1), tokens)
         filled = jnp.where(is_full, filled, filled + 1)
@@ -121,4 +120,4 @@ def _next_logits(
     stages = StagePlan((partition,))
     logits = executor.run(forward_only(stages), stages, model, staged.parameters, microbatches).sums["logits"]
     # only the last stage has any
-    return all_reduce(logits, ("pipe",))
+    return all_reduce(logits, current().axes("pipe"))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtron.kernels.attention.choose import Choice
 from jaxtron.kernels.attention.mask import Mask
 from jaxtron.sharding.collectives import vary
-from jaxtron.sharding.config import AXIS, ContextConfig
+from jaxtron.sharding.config import ContextConfig
 from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, Float
 
@@ -79,6 +79,11 @@ class _Way:
     on_cpu: bool
 
     @property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes that split the sequence."""
+        return current().axes("context")
+
+    @property
     def inner(self) -> int:
         """Devices that split heads."""
         return self.config.groups(self.size)[0]
@@ -91,7 +96,7 @@ class _Way:
     @property
     def rank(self) -> Array:
         """This device's place along the axis."""
-        return jax.lax.axis_index(AXIS)
+        return jax.lax.axis_index(self.axes)
 
     @property
     def member(self) -> Array:
@@ -111,13 +116,13 @@ class _Way:
         """What the previous member of the ring holds."""
         pairs = tuple((rank, (rank + self.inner) % self.size) for rank in range(self.size))
         if not self.on_cpu:
-            return tuple(jax.lax.ppermute(x, AXIS, pairs) for x in arrays)
+            return tuple(jax.lax.ppermute(x, self.axes, pairs) for x in arrays)
         # Simulated devices are threads that wait inside a collective, and two at once can wait for each other for ever;
         # and their permutes mix up messages where stages of a pipeline are in different branches.
         found: list[Array] = []
         for x in arrays:
             x = jax.lax.optimization_barrier((x, *found[-1:]))[0]
-            everybody = jax.lax.all_gather(x, AXIS)
+            everybody = jax.lax.all_gather(x, self.axes)
             found.append(jax.lax.dynamic_index_in_dim(everybody, (self.rank - self.inner) % self.size, 0, False))
         return tuple(found)
 
@@ -140,11 +145,11 @@ class _Way:
     def _exchange(self, x: Array, *, split: int, join: int) -> Array:
         groups = [list(range(first, first + self.inner)) for first in range(0, self.size, self.inner)]
         whole = None if self.inner == self.size else groups
-        return jax.lax.all_to_all(x, AXIS, split, join, tiled=True, axis_index_groups=whole)
+        return jax.lax.all_to_all(x, self.axes, split, join, tiled=True, axis_index_groups=whole)
 
     def in_order(self, x: Array) -> Array:
         """The whole sequence of everybody's two pieces, in order."""
-        whole = jax.lax.all_gather(x, AXIS, axis=1, tiled=True)
+        whole = jax.lax.all_gather(x, self.axes, axis=1, tiled=True)
         pieces = whole.reshape(x.shape[0], self.outer, self.inner, 2, self.half, *x.shape[2:])
         ordered = jnp.concatenate([pieces[:, :, :, 0], pieces[:, ::-1, :, 1]], 1)
         return ordered.reshape(whole.shape)
@@ -153,7 +158,7 @@ class _Way:
         """Sums over all devices of a whole sequence, each keeping its two pieces: `in_order` transposed, inner 1."""
         pieces = x.reshape(x.shape[0], 2, self.size, self.half, *x.shape[2:])
         mixed = jnp.stack([pieces[:, 0], pieces[:, 1, ::-1]], 2).reshape(x.shape)
-        return jax.lax.psum_scatter(mixed, AXIS, scatter_dimension=1, tiled=True)
+        return jax.lax.psum_scatter(mixed, self.axes, scatter_dimension=1, tiled=True)
 
 
 def _way(config: ContextConfig, size: int, mask: Mask, length: int) -> _Way:

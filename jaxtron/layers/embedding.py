@@ -9,6 +9,7 @@ from jaxtron.layers.linear import normal
 from jaxtron.layers.positions import local_positions
 from jaxtron.sharding.collectives import vary
 from jaxtron.sharding.parameters import parameter
+from jaxtron.sharding.regions import over_tensor
 from jaxtron.sharding.rules import constrain, current
 from jaxtron.typing import Array, Float, Int
 
@@ -36,7 +37,7 @@ class Embedding(nnx.Module):
         """Learned positions of the tokens here."""
         assert self.positions is not None
         table = self.positions[...]
-        return table[:length] if current().context_size == 1 else table[local_positions(length)]
+        return table[:length] if current().parts("context") == 1 else table[local_positions(length)]
 
 
 @jax.custom_vjp
@@ -45,18 +46,17 @@ def look_up(table: Float[Array, "V E"], tokens: Int[Array, "B S"]) -> Float[Arra
 
     (Megatron-LM, 1909.08053 sec. 3, with the sequence split of 2205.05198.)
     """
-    if _parts() == 1:
-        return table.at[tokens].get(out_sharding=PartitionSpec(None, "tensor"))
+    tensor = current().axes("tensor")
+    if current().size(tensor) == 1:
+        return table.at[tokens].get(out_sharding=PartitionSpec(None, tensor))
 
     def local(table: Array, tokens: Array) -> Array:
         index, mine = _local_index(table.shape[0], tokens)
         x = jnp.where(mine[..., None], table[index], jnp.zeros((), table.dtype))
-        return jax.lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)
+        return jax.lax.psum_scatter(x, tensor, scatter_dimension=1, tiled=True)
 
-    specs = (PartitionSpec("tensor"), PartitionSpec())
-    return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(None, "tensor"), axis_names={"tensor"})(
-        table, tokens
-    )
+    specs = (PartitionSpec(tensor), PartitionSpec())
+    return over_tensor(local, specs, PartitionSpec(None, tensor))(table, tokens)
 
 
 def _forward(table: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -66,31 +66,25 @@ def _forward(table: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, None]:
     shape, tokens = residuals
+    tensor = current().axes("tensor")
 
     def local(shape: Array, tokens: Array, cotangent: Array) -> Array:
-        if _parts() > 1:
-            cotangent = jax.lax.all_gather(cotangent, "tensor", axis=1, tiled=True)
+        if current().size(tensor) > 1:
+            cotangent = jax.lax.all_gather(cotangent, tensor, axis=1, tiled=True)
         index, mine = _local_index(shape.shape[0], tokens)
         # float32 sums: a frequent token adds up thousands of cotangents
         rows = jnp.where(mine[..., None], cotangent, jnp.zeros((), cotangent.dtype)).astype(jnp.float32)
         zeros = vary(jnp.zeros((shape.shape[0], cotangent.shape[-1]), jnp.float32))
         return zeros.at[index].add(rows).astype(shape.dtype)
 
-    specs = (PartitionSpec("tensor"), PartitionSpec(), PartitionSpec(None, "tensor"))
-    gradient = jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec("tensor"), axis_names={"tensor"})(
-        shape, tokens, cotangent
-    )
-    return gradient, None
+    specs = (PartitionSpec(tensor), PartitionSpec(), PartitionSpec(None, tensor))
+    return over_tensor(local, specs, PartitionSpec(tensor))(shape, tokens, cotangent), None
 
 
 look_up.defvjp(_forward, _backward)
 
 
-def _parts() -> int:
-    return current().size(("tensor",))
-
-
 def _local_index(size: int, tokens: Array) -> tuple[Array, Array]:
-    index = tokens - jax.lax.axis_index("tensor") * size
+    index = tokens - jax.lax.axis_index(current().axes("tensor")) * size
     mine = (index >= 0) & (index < size)
     return jnp.where(mine, index, 0), mine

@@ -14,15 +14,12 @@ from jaxtron.layers import context_parallel
 from jaxtron.layers.config import AttentionConfig
 from jaxtron.layers.inputs import LayerInputs
 from jaxtron.layers.keep import kept
+from jaxtron.sharding.regions import over_tensor
 from jaxtron.sharding.rules import constrain, current
 from jaxtron.typing import Array, Float, Int
 
 # sequences up to which whole scores are affordable where no kernel is at hand
 SHORT = 4096
-
-
-# one device's part is [batch, sequence, heads, dim] with its heads; statistics are [batch, heads, sequence]
-HEADS, STATISTICS = PartitionSpec(None, None, "tensor"), PartitionSpec(None, "tensor")
 
 
 def chosen(config: AttentionConfig, mask: Mask, rate: float, shapes: Shapes, *, kind: str, parts: int) -> Choice | None:
@@ -92,11 +89,11 @@ def _mix(
 ) -> tuple[Array, Array]:
     def local(query: Array, key: Array, value: Array, slopes: Array | None, segments: Array | None) -> tuple:
         own, rules = _with_arrays(mask, slopes, segments), current()
-        if rules.context_size == 1:
+        if rules.parts("context") == 1:
             return choice.forward(query, key, value, own)
-        return context_parallel.forward(query, key, value, own, choice, rules.context, rules.context_size)
+        return context_parallel.forward(query, key, value, own, choice, rules.context, rules.parts("context"))
 
-    return _over_heads(local, (HEADS, STATISTICS))(query, key, value, slopes, segments)
+    return _over_heads(local, (_heads(), _statistics()))(query, key, value, slopes, segments)
 
 
 def _forward(
@@ -124,11 +121,11 @@ def _backward(
         own, rules = _with_arrays(mask, slopes, segments), current()
         delta = jnp.swapaxes(jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), -1), 1, 2) - dlse
         parts = (query, key, value, lse, delta, dout, own)
-        if rules.context_size == 1:
+        if rules.parts("context") == 1:
             return choice.backward(*parts)
-        return context_parallel.backward(*parts, choice, rules.context, rules.context_size)
+        return context_parallel.backward(*parts, choice, rules.context, rules.parts("context"))
 
-    dquery, dkey, dvalue = _over_heads(local, (HEADS, HEADS, HEADS))(*residuals, *cotangents)
+    dquery, dkey, dvalue = _over_heads(local, (_heads(),) * 3)(*residuals, *cotangents)
     return dquery, dkey, dvalue, None, None
 
 
@@ -148,7 +145,7 @@ def attend(
     def local(query: Array, key: Array, value: Array, *_: None) -> Array:
         return choice.module.attend(query, key, value, mask)
 
-    return _over_heads(local, HEADS)(query, key, value, None, None)
+    return _over_heads(local, _heads())(query, key, value, None, None)
 
 
 def _attend_forward(
@@ -162,7 +159,7 @@ def _attend_backward(mask: Mask, choice: Choice, residuals: tuple, cotangent: Ar
     def local(query: Array, key: Array, value: Array, _slopes: None, _segments: None, cotangent: Array) -> tuple:
         return jax.vjp(lambda *heads: choice.module.attend(*heads, mask), query, key, value)[1](cotangent)
 
-    return _over_heads(local, (HEADS, HEADS, HEADS))(*residuals, None, None, cotangent)
+    return _over_heads(local, (_heads(),) * 3)(*residuals, None, None, cotangent)
 
 
 attend.defvjp(_attend_forward, _attend_backward)
@@ -176,11 +173,21 @@ def _over_heads(local, out_specs):
     """`local` on each device's heads; what is None has no spec."""
 
     def run(query, key, value, slopes, segments, *rest):
-        per_head = None if slopes is None else PartitionSpec("tensor")
-        specs = (HEADS, HEADS, HEADS, per_head, None if segments is None else PartitionSpec())
+        heads, statistics = _heads(), _statistics()
+        per_head = None if slopes is None else PartitionSpec(current().axes("tensor"))
+        specs = (heads, heads, heads, per_head, None if segments is None else PartitionSpec())
         # of backwards: output, log-sum-exp and their cotangents, or the output's cotangent alone
-        specs += (HEADS,) if len(rest) == 1 else (HEADS, STATISTICS, HEADS, STATISTICS)[: len(rest)]
-        region = jax.shard_map(local, in_specs=specs, out_specs=out_specs, axis_names={"tensor"})
-        return region(query, key, value, slopes, segments, *rest)
+        specs += (heads,) if len(rest) == 1 else (heads, statistics, heads, statistics)[: len(rest)]
+        return over_tensor(local, specs, out_specs)(query, key, value, slopes, segments, *rest)
 
     return run
+
+
+def _heads() -> PartitionSpec:
+    """Of one device's [batch, sequence, heads, dim], with its heads."""
+    return PartitionSpec(None, None, current().axes("tensor"))
+
+
+def _statistics() -> PartitionSpec:
+    """Of its [batch, heads, sequence]."""
+    return PartitionSpec(None, current().axes("tensor"))

@@ -53,7 +53,7 @@ def dropout_mask(
         return None
     rules, row_spec = current(), spec(*logical[1:])
     sequence = [axis - 1 for axis, name in enumerate(logical) if name in SEQUENCE]
-    parts = rules.context_size if sequence else 1
+    parts = rules.parts("context") if sequence else 1
     assert len(sequence) == 1 or parts == 1, "probabilities are not dropped where the sequence is split"
 
     def keep_row(key: Array) -> Array:

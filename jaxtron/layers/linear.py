@@ -55,7 +55,7 @@ def project(
     """
     num_inputs = x.ndim - 2
     layout = spec(*logical)
-    if current().size(("tensor",)) > 1:
+    if current().parts("tensor") > 1:
         contracted = (tuple(range(2, x.ndim)), tuple(range(num_inputs)))
         return jax.lax.dot_general(x, kernel, (contracted, ((), ())), out_sharding=layout)
     rows = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])

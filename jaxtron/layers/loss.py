@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxtron.sharding.collectives import vary
+from jaxtron.sharding.regions import over_tensor
 from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, Float, Int
 
@@ -50,7 +51,8 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _run(x, table, targets, weights, *, vocab: int, z_loss: float, with_gradients: bool):
-    whole, rows, sequence = PartitionSpec(), PartitionSpec("tensor"), PartitionSpec(None, "tensor")
+    tensor = current().axes("tensor")
+    whole, rows, sequence = PartitionSpec(), PartitionSpec(tensor), PartitionSpec(None, tensor)
 
     def local(x: Array, table: Array, targets: Array, weights: Array):
         x = _gather_sequence(x)
@@ -65,21 +67,17 @@ def _run(x, table, targets, weights, *, vocab: int, z_loss: float, with_gradient
 
     out_specs = (whole, whole, sequence, rows) if with_gradients else (whole, whole)
     in_specs = (sequence, rows, whole, whole)
-    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names={"tensor"})(
-        x, table, targets, weights
-    )
+    return over_tensor(local, in_specs, out_specs)(x, table, targets, weights)
 
 
 def _gather_sequence(x: Array) -> Array:
-    return jax.lax.all_gather(x, "tensor", axis=1, tiled=True) if _parts() > 1 else x
+    tensor = current().axes("tensor")
+    return jax.lax.all_gather(x, tensor, axis=1, tiled=True) if current().size(tensor) > 1 else x
 
 
 def _scatter_sequence(x: Array) -> Array:
-    return jax.lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True) if _parts() > 1 else x
-
-
-def _parts() -> int:
-    return current().size(("tensor",))
+    tensor = current().axes("tensor")
+    return jax.lax.psum_scatter(x, tensor, scatter_dimension=1, tiled=True) if current().size(tensor) > 1 else x
 
 
 def _over_chunks(chunk, x: Array, table: Array, targets: Array, weights: Array):
@@ -119,14 +117,15 @@ def _chunk_length(tokens: int, vocab: int) -> int:
 
 
 def _chunk(x: Array, table: Array, targets: Array, weights: Array, *, vocab: int, z_loss: float, with_gradients: bool):
-    offset = jax.lax.axis_index("tensor") * table.shape[0]
+    tensor = current().axes("tensor")
+    offset = jax.lax.axis_index(tensor) * table.shape[0]
     logits = jnp.einsum("ne,ve->nv", x, table, preferred_element_type=jnp.float32)
     entry = offset + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     logits = jnp.where(entry < vocab, logits, -jnp.inf)
     hit = entry == targets[..., None]
-    peak = jax.lax.pmax(logits.max(-1), "tensor")
+    peak = jax.lax.pmax(logits.max(-1), tensor)
     sums = jnp.stack([jnp.exp(logits - peak[..., None]).sum(-1), jnp.where(hit, logits, 0.0).sum(-1)])
-    normalizer, label = jax.lax.psum(sums, "tensor")
+    normalizer, label = jax.lax.psum(sums, tensor)
     log_z = jnp.log(normalizer) + peak
     nll = jnp.sum(weights * (log_z - label))
     total = nll + z_loss * jnp.sum(weights * jnp.square(log_z))

@@ -14,7 +14,7 @@ from jaxtron.typing import Array, Float, Int
 def local_positions(length: int) -> Int[Array, "S"]:
     """Places in the whole sequence of the `length` tokens here, which are some of it where `mesh.context` splits it."""
     rules = current()
-    return positions(rules.context, rules.context_size, length) if rules.context_size > 1 else jnp.arange(length)
+    return positions(rules.context, rules.parts("context"), length)
 
 
 def rotary_frequencies(config: RotaryConfig, head_dim: int) -> np.ndarray:

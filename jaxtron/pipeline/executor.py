@@ -21,9 +21,9 @@ from jaxtron.pipeline.model import Microbatch, Model, Parameters, Stream, merge
 from jaxtron.pipeline.partition import StagePlan
 from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.sharding.collectives import permute
+from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, Float, PyTree
 
-PIPE = "pipe"
 # how operations of backwards are named in compiled programs, where autodiff's own names may be lost
 BACKWARD = "backward"
 
@@ -119,7 +119,7 @@ class _Executor:
         self.batch = batch
         self.num_stages = schedule.num_stages
         self.trains = any(self.program.num_residuals)
-        self.stage = jax.lax.axis_index(PIPE) if self.num_stages > 1 else 0
+        self.stage = jax.lax.axis_index(current().axes("pipe")) if self.num_stages > 1 else 0
         self.loops = tuple(
             LayerLoop(
                 stack.layer,
@@ -375,7 +375,7 @@ class _Executor:
         def send(channel: Channel, now: Pairs) -> Stream | None:
             if not channel.pairs:
                 return message
-            return jax.tree.map(lambda leaf: permute(leaf, PIPE, now), message) if now else None
+            return jax.tree.map(lambda leaf: permute(leaf, current().axes("pipe"), now), message) if now else None
 
         return [send(channel, now) for channel, now in zip(channels, pairs, strict=True)]
 

@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import PartitionSpec
 
 from jaxtron.plan.table import aligned
 from jaxtron.sharding.blueprint import Blueprint
+from jaxtron.sharding.layout import spec_axes
 from jaxtron.sharding.rules import current
 from jaxtron.words import plural, readable_bytes
 
@@ -19,13 +19,13 @@ class ParameterRow:
     """One parameter: what it is, where it lies at rest, and what of it a device holds.
 
     `bytes` are those of its float32 master weights on one device; `replicas` how many devices hold the same part;
-    `padding` the elements behind it, which make its parts even.
+    `padding` the elements behind it, which make its parts even. `split` are the flags that split each dimension.
     """
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    spec: PartitionSpec
+    split: tuple[tuple[str, ...], ...]
     role: str
     bytes: int
     replicas: int
@@ -35,17 +35,20 @@ class ParameterRow:
 def parameter_rows(blueprint: Blueprint) -> list[ParameterRow]:
     """Every parameter in order, on the current mesh."""
     mesh = current().mesh
-    leaves = jax.tree_util.tree_leaves_with_path(blueprint.shapes)
-    layouts = jax.tree.leaves(blueprint.layouts)
-    axes = jax.tree.leaves(blueprint.axes, is_leaf=lambda node: isinstance(node, tuple))
     found = []
-    for (path, leaf), layout, names, role in zip(leaves, layouts, axes, jax.tree.leaves(blueprint.roles), strict=True):
-        part = current().part(layout)
-        copies = mesh.size * math.prod(part) // math.prod(layout.padded)
-        name = ".".join(str(getattr(key, "key", key)) for key in path)
-        padding = math.prod(layout.padded) - leaf.size
+    for path, spec in jax.tree_util.tree_leaves_with_path(blueprint.parameters):
+        held, padded = math.prod(current().part(spec.layout)), math.prod(spec.layout.padded)
         found.append(
-            ParameterRow(name, leaf.shape, names, layout.spec, role, math.prod(part) * STATE_BYTES, copies, padding)
+            ParameterRow(
+                name=".".join(str(getattr(key, "key", key)) for key in path),
+                shape=spec.shape,
+                axes=spec.axes,
+                split=tuple(map(current().folding.names, spec_axes(spec.layout.spec))),
+                role=spec.role,
+                bytes=held * STATE_BYTES,
+                replicas=mesh.size * held // padded,
+                padding=padded - spec.size,
+            )
         )
     return found
 
@@ -53,17 +56,16 @@ def parameter_rows(blueprint: Blueprint) -> list[ParameterRow]:
 def layout_text(blueprint: Blueprint) -> str:
     """The table as text: a header, a line a parameter, and the totals of a device."""
     found = parameter_rows(blueprint)
-    mesh = current().mesh
-    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    sizes = " x ".join(f"{flag} {size}" for flag, size in current().sizes.items() if size > 1) or "one device"
     cells = [("parameter", "shape", "logical axes", "spec at rest", "role", "a device", "replicas")]
     for row in found:
         shape = " x ".join(str(size) for size in row.shape)
         size = readable_bytes(row.bytes)
-        cells.append((row.name, shape, ", ".join(row.axes), _spec(row.spec), row.role, size, str(row.replicas)))
+        cells.append((row.name, shape, ", ".join(row.axes), _spec(row), row.role, size, str(row.replicas)))
     lines = aligned(cells, right=(5, 6))
     held = sum(row.bytes for row in found)
     whole = blueprint.num_parameters
-    ideal = whole * STATE_BYTES / mesh.size
+    ideal = whole * STATE_BYTES / current().mesh.size
     total = f"{whole:,} parameters; {readable_bytes(held)} of float32 weights a device, "
     total += f"{held / ideal:.2f} times an even split"
     return "\n".join([f"mesh: {sizes}", *lines, total, *_padding(found), *_empty_rows(blueprint, found)])
@@ -89,10 +91,5 @@ def _empty_rows(blueprint: Blueprint, found: list[ParameterRow]) -> list[str]:
     ]
 
 
-def _spec(spec: PartitionSpec) -> str:
-    mesh = current().mesh
-    names = []
-    for entry in spec:
-        axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
-        names.append("+".join(axis for axis in axes if mesh.shape[axis] > 1) or "-")
-    return "(" + ", ".join(names) + ")"
+def _spec(row: ParameterRow) -> str:
+    return "(" + ", ".join("+".join(flags) or "-" for flags in row.split) + ")"

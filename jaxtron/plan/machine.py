@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from jaxtron.config import Config, UserError, load
 from jaxtron.gpus import GPUS, Gpu, gpu_named
-from jaxtron.sharding.config import AXES
+from jaxtron.sharding.folding import FLAGS
 
 CONSTANTS = Path(__file__).with_name("machines.yaml")
 CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce"]
@@ -131,7 +131,7 @@ class Machine(Config):
 def axes_group(sizes: dict[str, int], axes: tuple[str, ...], gpus_per_node: int) -> Group:
     """The devices along neighbouring axes of a mesh whose devices fill nodes in order, `tensor` innermost."""
     size = math.prod(sizes[axis] for axis in axes)
-    inner = AXES[max(map(AXES.index, axes)) + 1 :]
+    inner = FLAGS[max(map(FLAGS.index, axes)) + 1 :]
     stride = math.prod(sizes[axis] for axis in inner)
     local = max(1, min(size, gpus_per_node // stride))
     while size % local:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtron.gpus import Gpu
+from jaxtron.sharding.layout import spec_axes
 from jaxtron.sharding.rules import current
 
 GIB = 2**30
@@ -83,5 +84,5 @@ def reserved(gpu: Gpu, communication: int) -> int:
 
 def device_bytes(abstract: Any) -> int:
     """Those of a device's part of an array inside the manual region, which its sharding splits along `tensor` alone."""
-    entries = ((entry,) if isinstance(entry, str) else entry or () for entry in abstract.sharding.spec)
-    return abstract.size * abstract.dtype.itemsize // current().size(tuple(axis for entry in entries for axis in entry))
+    axes = sum(spec_axes(abstract.sharding.spec), ())
+    return abstract.size * abstract.dtype.itemsize // current().size(axes)

@@ -65,7 +65,7 @@ def profile_of(rehearsal: Rehearsal, machine: Machine) -> Profile:
 
 def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
     """Everything at once, from one compiled step and the constants of a machine."""
-    config, sizes = rehearsal.session.config, dict(rehearsal.session.mesh.shape)
+    config, sizes = rehearsal.session.config, rehearsal.session.sizes
     profile = profile_of(rehearsal, machine)
     train, tokens = config.train, config.data.sequence_length
     rows = train.global_batch // train.microbatches // (sizes["data"] * sizes["fsdp"])
@@ -95,7 +95,7 @@ def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
 
 def _executed(rehearsal: Rehearsal) -> int | None:
     """FLOPs of the compiled program's products; None where they depend on a stage's table or on data."""
-    if rehearsal.session.mesh.shape["pipe"] > 1:
+    if rehearsal.session.sizes["pipe"] > 1:
         return None
     try:
         return flops.work(rehearsal.module).most

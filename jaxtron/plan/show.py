@@ -29,7 +29,7 @@ from jaxtron.run.configuration import Configuration, configuration_type
 from jaxtron.run.session import make_session
 from jaxtron.runtime.devices import simulate_devices
 from jaxtron.runtime.start import start_compiler, start_runtime
-from jaxtron.sharding.config import AXES
+from jaxtron.sharding.folding import FLAGS
 from jaxtron.words import readable_bytes
 
 
@@ -53,7 +53,7 @@ def show_plan(config: Configuration, request: Request) -> None:
     rehearsal = rehearse(config, gpu=request.gpu, num_gpus=num_gpus, gpus_per_node=node_size)
     if request.calibrate is not None:
         assert fitted is not None
-        profile, sizes = profile_of(rehearsal, machine), dict(rehearsal.session.mesh.shape)
+        profile, sizes = profile_of(rehearsal, machine), rehearsal.session.sizes
         machine = calibrate(request.calibrate, config, sizes, machine, gpus_per_node=node_size, profile=profile)
         write_machine(machine, fitted)
     plan = make_plan(rehearsal, machine, _title(request))
@@ -133,13 +133,13 @@ SHOW: dict[str, Callable[[Configuration, Request], None]] = {
 
 def _known(config: Configuration) -> int:
     """Devices that the mesh asks for, axes left open counting as one."""
-    return math.prod(size for size in (getattr(config.mesh, axis) for axis in AXES) if size != -1)
+    return math.prod(size for size in (getattr(config.mesh, axis) for axis in FLAGS) if size != -1)
 
 
 def _fill(config: Configuration, num_gpus: int) -> Configuration:
     """The configuration with as many replicas of its mesh as the GPUs hold; the batch grows with them."""
     known = _known(config)
-    is_open = -1 in (getattr(config.mesh, axis) for axis in AXES)
+    is_open = -1 in (getattr(config.mesh, axis) for axis in FLAGS)
     if is_open or num_gpus <= known or num_gpus % known:
         return config
     mesh = config.mesh.model_copy(update={"data": config.mesh.data * num_gpus // known})

@@ -22,7 +22,8 @@ from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
 from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.run.run_config import RunConfig
 from jaxtron.runtime.config import RuntimeConfig
-from jaxtron.sharding.config import BATCH_AXES, ContextConfig, MeshConfig, ShardingConfig
+from jaxtron.sharding.config import ContextConfig, MeshConfig, ShardingConfig
+from jaxtron.sharding.folding import BATCH_FLAGS
 
 # a thousand times the largest models and batches there are
 PARAMETERS_MOST, TOKENS_MOST = 10**15, 10**12
@@ -101,6 +102,10 @@ class Configuration(Config):
             raise NoEffect("pipeline", self.pipeline, {"mesh.pipe": 1}, "leave it out, or set --mesh.pipe")
         if self.mesh.context == 1 and self.context != ContextConfig():
             raise NoEffect("context", self.context, {"mesh.context": 1}, "leave it out, or set --mesh.context")
+        for name in ("expert", "expert_tensor"):
+            if (size := getattr(self.mesh, name)) > 1:
+                pattern = {"model.pattern": self.model.pattern}
+                raise NoEffect(f"mesh.{name}", size, pattern, "the model has no experts; leave it out")
         return self
 
     def _check_sizes(self) -> None:
@@ -177,7 +182,7 @@ class Configuration(Config):
         """`UserError` where batch, sequence, heads, vocabulary or layers do not fit a mesh of these sizes."""
         train, shards = self.train, sizes["data"] * sizes["fsdp"]
         if train.global_batch % (shards * train.microbatches):
-            axes = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in BATCH_AXES)
+            axes = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in BATCH_FLAGS)
             raise UserError(
                 f"train.global_batch {train.global_batch} is not a multiple of {axes} x train.microbatches "
                 f"{train.microbatches} = {shards * train.microbatches}"

@@ -49,6 +49,11 @@ class Session:
         return self.rules.mesh
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Parts by flag of `mesh`, outermost first."""
+        return self.rules.sizes
+
+    @property
     def device_kind(self) -> str:
         """What JAX calls one of the devices."""
         return self.mesh.devices.flat[0].device_kind
@@ -57,7 +62,7 @@ class Session:
     def trainer(self) -> Trainer:
         """The pure functions of the step, on the session's mesh."""
         with self.use():
-            return _make_trainer(self.config, self.mesh.shape["pipe"], trains=self.trains)
+            return _make_trainer(self.config, self.sizes["pipe"], trains=self.trains)
 
     @property
     def blueprint(self) -> Blueprint[Decoder]:

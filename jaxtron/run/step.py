@@ -30,14 +30,11 @@ from jaxtron.run.configuration import TrainConfig
 from jaxtron.run.dtypes import DTYPES
 from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.sharding.collectives import all_reduce, vary
-from jaxtron.sharding.config import BATCH_AXES, MANUAL_AXES
 from jaxtron.sharding.context import part
 from jaxtron.sharding.parameters import manual_specs, reduce_gradients
+from jaxtron.sharding.regions import region
 from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, Float, Int, Key, PyTree
-
-BATCH_SPEC = PartitionSpec(BATCH_AXES)
-
 
 BatchT = TypeVar("BatchT")
 as_pytree(TokenBatch)
@@ -104,15 +101,14 @@ class Trainer:
         The mean is over the global count of tokens that weigh, so it does not depend on how the batch is cut. The
         gradients lie as the state at rest does; `scale` multiplies the loss before the backward and is divided out.
         """
-        specs = manual_specs(self.blueprint.specs)
+        specs = manual_specs(self.blueprint.parameters)
         step_key = jax.random.fold_in(jax.random.key(self.seed), step)
-        region = jax.shard_map(
+        run = region(
             self._local_gradients,
-            in_specs=(specs, BATCH_SPEC, PartitionSpec(), PartitionSpec()),
+            in_specs=(specs, batch_spec(), PartitionSpec(), PartitionSpec()),
             out_specs=(PartitionSpec(), specs),
-            axis_names=set(MANUAL_AXES),
         )
-        return region(params, batch, step_key, scale)
+        return run(params, batch, step_key, scale)
 
     def evaluate(
         self, params: PyTree, batch: Any, num_microbatches: int | None = None
@@ -128,12 +124,11 @@ class Trainer:
             microbatches = jax.tree.map(vary, self._cut(batch, num_microbatches))
             table = forward_only(StagePlan((self.partition,)), microbatches[1].shape[0])
             _, nll = self._run(table, working, microbatches, key=None)
-            return all_reduce(nll, MANUAL_AXES), count
+            return all_reduce(nll, current().manual), count
 
-        specs = manual_specs(self.blueprint.specs)
+        specs = manual_specs(self.blueprint.parameters)
         scalars = (PartitionSpec(), PartitionSpec())
-        region = jax.shard_map(local, in_specs=(specs, BATCH_SPEC), out_specs=scalars, axis_names=set(MANUAL_AXES))
-        return region(params, batch)
+        return region(local, (specs, batch_spec()), scalars)(params, batch)
 
     def held(self, batch: Any) -> tuple[PyTree, executor.ExecutorState]:
         """Types of what a device holds all through an (abstract) batch: working parameters, the executor's buffers.
@@ -153,9 +148,8 @@ class Trainer:
             found.append(jax.tree.map(jax.typeof, (working, buffers)))
             return jnp.zeros(())
 
-        specs = (manual_specs(self.blueprint.specs), BATCH_SPEC)
-        region = jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(), axis_names=set(MANUAL_AXES))
-        jax.eval_shape(region, self.blueprint.abstract, batch)
+        specs = (manual_specs(self.blueprint.parameters), batch_spec())
+        jax.eval_shape(region(local, specs, PartitionSpec()), self.blueprint.abstract, batch)
         return found[0]
 
     def _local_gradients(
@@ -167,15 +161,13 @@ class Trainer:
         microbatches = jax.tree.map(vary, self._cut(weigh(batch, factors)))
         table = self.schedule(microbatches[1].shape[0])
         gradients, nll = self._run(table, working, microbatches, self._dropout_key(step_key))
-        gradients = reduce_gradients(gradients, self.blueprint.layouts)
+        gradients = reduce_gradients(gradients, self.blueprint.parameters)
         gradients = jax.tree.map(lambda gradient: gradient / scale, gradients)
-        return all_reduce(nll, MANUAL_AXES) / scale, gradients
+        return all_reduce(nll, current().manual) / scale, gradients
 
     def schedule(self, num_microbatches: int) -> Schedule:
         """The table of a step with this many microbatches."""
-        return make_schedule(
-            self.pipeline.schedule, current().mesh.shape["pipe"], num_microbatches, self.pipeline.chunks
-        )
+        return make_schedule(self.pipeline.schedule, current().parts("pipe"), num_microbatches, self.pipeline.chunks)
 
     def _run(
         self, table: Schedule, working: PyTree, microbatches: tuple[Any, Array], key: Key[Array, ""] | None
@@ -207,11 +199,11 @@ class Trainer:
     def _cut(self, batch: BatchT, num_microbatches: int | None = None) -> tuple[BatchT, Int[Array, "M B"]]:
         """The local batch as [microbatch, row, ...], of sequences the part that lies here, and global row numbers."""
         num_local = jax.tree.leaves(batch)[0].shape[0]
-        shards = current().size(BATCH_AXES)
+        shards = current().size(current().batch)
         size = min(num_local, self.config.global_batch // self.config.microbatches // shards)
         if num_microbatches is not None:
             size = num_local // num_microbatches
-        rows = jax.lax.axis_index(BATCH_AXES) * num_local + jnp.arange(num_local)
+        rows = jax.lax.axis_index(current().batch) * num_local + jnp.arange(num_local)
         batch = shard_sequence(batch)
         return jax.tree.map(lambda leaf: leaf.reshape(num_local // size, size, *leaf.shape[1:]), (batch, rows))
 
@@ -232,7 +224,7 @@ def counts(batch: Any) -> dict[str, Float[Array, ""]]:
     for _, field, array in present(batch):
         if field.normalizer is not None:
             sums[field.normalizer] = sums.get(field.normalizer, 0.0) + array.sum()
-    return {name: all_reduce(count, BATCH_AXES) for name, count in sums.items()}
+    return {name: all_reduce(count, current().batch) for name, count in sums.items()}
 
 
 def weigh(batch: BatchT, factors: Mapping[str, Float[Array, ""]]) -> BatchT:
@@ -251,15 +243,20 @@ def shard_sequence(batch: BatchT) -> BatchT:
     def cut(field: BatchField, array: Array) -> Array:
         for axis, name in enumerate(field.axes, 1):
             if name == SEQUENCE:
-                array = part(rules.context, rules.context_size, array, axis)
+                array = part(rules.context, rules.parts("context"), array, axis)
         return array
 
     return map_batch(cut, batch)
 
 
+def batch_spec() -> PartitionSpec:
+    """Spec of a global batch: rows over the batch axes."""
+    return PartitionSpec(current().batch)
+
+
 def batch_sharding() -> NamedSharding:
     """How a global batch lies: rows over the batch axes, copied along the others."""
-    return NamedSharding(current().mesh, BATCH_SPEC)
+    return NamedSharding(current().mesh, batch_spec())
 
 
 def jit_step(trainer: Trainer) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
@@ -269,9 +266,8 @@ def jit_step(trainer: Trainer) -> Callable[[TrainState, Any], tuple[TrainState, 
 
 def _compiler_options() -> dict[str, int]:
     """A pipeline's messages, and a ring's blocks, travel beside work and several at once: XLA would allow one."""
-    mesh = current().mesh
-    sends = mesh.shape["pipe"] > 1 or mesh.shape["context"] > 1
-    is_on_gpu = mesh.devices.flat[0].platform != "cpu"
+    sends = current().parts("pipe", "context") > 1
+    is_on_gpu = current().mesh.devices.flat[0].platform != "cpu"
     return {"xla_gpu_experimental_parallel_collective_overlap_limit": 8} if sends and is_on_gpu else {}
 
 

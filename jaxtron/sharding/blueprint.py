@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtron.sharding import parameters
+from jaxtron.sharding.parameters import ParameterSpec, fit, gather_once, parameter_specs, shardings
 from jaxtron.typing import Array, DTypeLike, Key, PyTree
 
 ModuleType = TypeVar("ModuleType", bound=nnx.Module)
@@ -16,18 +16,14 @@ ModuleType = TypeVar("ModuleType", bound=nnx.Module)
 
 @dataclass(frozen=True)
 class Blueprint(Generic[ModuleType]):
-    """Structure of a module and its parameters as nested dicts: shapes, layouts and specs at rest, roles, logical axes.
+    """Structure of a module, and what its parameters are, as nested dicts of `ParameterSpec`.
 
     Made by `blueprint` inside `sharding.use(rules)`, and used there.
     """
 
     build: Callable[[nnx.Rngs], ModuleType]
     graph: nnx.GraphDef
-    shapes: PyTree
-    layouts: PyTree
-    specs: PyTree
-    roles: PyTree
-    axes: PyTree
+    parameters: PyTree
     layers: int | None = None
     """Layers among the rows of stacked parameters, of which a pipeline can have more (none: all rows)."""
 
@@ -35,22 +31,25 @@ class Blueprint(Generic[ModuleType]):
     def abstract(self) -> PyTree:
         """Shapes, types and shardings of the parameters at rest, for compilation and restoring."""
         return jax.tree.map(
-            lambda leaf, layout, sharding: jax.ShapeDtypeStruct(layout.padded, leaf.dtype, sharding=sharding),
-            self.shapes,
-            self.layouts,
-            parameters.shardings(self.specs),
+            lambda spec, sharding: jax.ShapeDtypeStruct(spec.layout.padded, spec.dtype, sharding=sharding),
+            self.parameters,
+            shardings(self.parameters),
         )
+
+    @property
+    def roles(self) -> PyTree:
+        """What every parameter is, for the optimizer."""
+        return jax.tree.map(lambda spec: spec.role, self.parameters)
 
     @property
     def num_parameters(self) -> int:
         """Parameters, the vocabulary's padding included and empty rows of a pipeline's stages left out."""
-        axes = jax.tree.leaves(self.axes, is_leaf=lambda node: isinstance(node, tuple))
-        return sum(map(self.count, jax.tree.leaves(self.shapes), axes))
+        return sum(map(self.count, jax.tree.leaves(self.parameters)))
 
-    def count(self, leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> int:
-        """Parameters in an array with these logical axes, without empty rows."""
-        is_stacked = self.layers is not None and axes[:1] == ("layers",)
-        return leaf.size // leaf.shape[0] * self.layers if is_stacked else leaf.size
+    def count(self, spec: ParameterSpec) -> int:
+        """Parameters in an array, without empty rows."""
+        has_empty = self.layers is not None and spec.is_stacked
+        return spec.size // spec.shape[0] * self.layers if has_empty else spec.size
 
     def initialize(self, key: Key[Array, ""]) -> PyTree:
         """Initial parameters, each device making its own part; their values do not depend on the mesh."""
@@ -58,11 +57,12 @@ class Blueprint(Generic[ModuleType]):
         def values(key: Array) -> PyTree:
             return self.at_rest(nnx.to_pure_dict(nnx.split(self.build(nnx.Rngs(key)))[1]))
 
-        return jax.jit(jax.sharding.auto_axes(values, out_sharding=self.specs))(key)
+        specs = jax.tree.map(lambda spec: spec.layout.spec, self.parameters)
+        return jax.jit(jax.sharding.auto_axes(values, out_sharding=specs))(key)
 
     def at_rest(self, params: PyTree) -> PyTree:
         """Values in the parameters' own shapes, with the padding that they have at rest."""
-        return jax.tree.map(lambda value, layout: parameters.fit(value, layout.padded), params, self.layouts)
+        return jax.tree.map(lambda value, spec: fit(value, spec.layout.padded), params, self.parameters)
 
     def module(self, params: PyTree) -> ModuleType:
         """The module with these parameter values."""
@@ -70,20 +70,10 @@ class Blueprint(Generic[ModuleType]):
 
     def working(self, params: PyTree, dtype: DTypeLike) -> PyTree:
         """Parameters of a step, inside its manual region; see `parameters.gather_once`."""
-        return parameters.gather_once(params, self.layouts, self.roles, jnp.dtype(dtype))
+        return gather_once(params, self.parameters, jnp.dtype(dtype))
 
 
 def blueprint(build: Callable[[nnx.Rngs], ModuleType], *, layers: int | None = None) -> Blueprint[ModuleType]:
     """The blueprint of what `build` makes, without making it; `layers` where stacked parameters have empty rows."""
     graph, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-    layouts = parameters.layouts(state)
-    return Blueprint(
-        build=build,
-        graph=graph,
-        shapes=nnx.to_pure_dict(state),
-        layouts=layouts,
-        specs=jax.tree.map(lambda layout: layout.spec, layouts),
-        roles=parameters.roles(state),
-        axes=parameters.logical_axes(state),
-        layers=layers,
-    )
+    return Blueprint(build, graph, parameter_specs(state), layers)

@@ -5,25 +5,17 @@ form which lowers on every supported JAX when a manual axis communicates beside 
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxtron.sharding.folding import Axes
+from jaxtron.sharding.layout import Gathers, only
+from jaxtron.sharding.regions import over_tensor
 from jaxtron.sharding.rules import current
 from jaxtron.typing import Array
-
-
-class Gather(NamedTuple):
-    """A dimension that axes split; `sizes` where it has padding: of the gathered one, without it and with it."""
-
-    dim: int
-    axes: tuple[str, ...]
-    sizes: tuple[int, int] | None = None
-
-
-Gathers = tuple[Gather, ...]
 
 
 def manual_axes() -> frozenset[str]:
@@ -42,7 +34,7 @@ def all_gather(x: Array, gathers: Gathers, dtype: jnp.dtype) -> Array:
 
     So a float32 shard is sent as `dtype` and its gradient is summed over the devices in float32.
     """
-    return _all_gather(x, _several(gathers), dtype, x.dtype)
+    return _all_gather(x, gathers, dtype, x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -53,7 +45,7 @@ def _all_gather(x: Array, gathers: Gathers, dtype: jnp.dtype, gradient_dtype: jn
             x = x if sizes is None else jax.lax.slice_in_dim(x, 0, sizes[0], axis=dim)
         return x
 
-    return _over_tensor(body, x.astype(dtype))
+    return _along_tensor(body, x.astype(dtype))
 
 
 def _all_gather_fwd(x: Array, gathers: Gathers, dtype: jnp.dtype, gradient_dtype: jnp.dtype) -> tuple[Array, None]:
@@ -71,7 +63,6 @@ _all_gather.defvjp(_all_gather_fwd, _all_gather_bwd)
 
 def reduce_scatter(x: Array, gathers: Gathers) -> Array:
     """The sum of `x` over the axes, each device keeping its part along each of `gathers`; padding is zeros."""
-    gathers = _several(gathers)
     if not gathers:
         return x
 
@@ -81,22 +72,22 @@ def reduce_scatter(x: Array, gathers: Gathers) -> Array:
             x = jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
         return x
 
-    return _over_tensor(body, x)
+    return _along_tensor(body, x)
 
 
-def all_reduce(x: Array, axes: tuple[str, ...]) -> Array:
+def all_reduce(x: Array, axes: Axes) -> Array:
     """The sum of `x` over the axes, on every device."""
-    return _over_tensor(lambda x: jax.lax.psum(x, axes), x) if axes else x
+    return _along_tensor(lambda x: jax.lax.psum(x, axes), x) if axes else x
 
 
-def largest(x: Array, axes: tuple[str, ...]) -> Array:
+def largest(x: Array, axes: Axes) -> Array:
     """The largest `x` over the axes, on every device."""
-    return _over_tensor(lambda x: jax.lax.pmax(x, axes), x)
+    return _along_tensor(lambda x: jax.lax.pmax(x, axes), x)
 
 
-def permute(x: Array, axis: str, pairs: tuple[tuple[int, int], ...]) -> Array:
-    """Each destination's `x` from its source along `axis`, zeros where nobody sends; a part of tensor at a time."""
-    return jax.lax.ppermute(x, axis, pairs)
+def permute(x: Array, axes: Axes, pairs: tuple[tuple[int, int], ...]) -> Array:
+    """Each destination's `x` from its source along `axes`, zeros where nobody sends; a part of tensor at a time."""
+    return jax.lax.ppermute(x, axes, pairs)
 
 
 def zeros_like_type(x: Array | jax.ShapeDtypeStruct, leading: tuple[int, ...]) -> Array:
@@ -108,14 +99,10 @@ def zeros_like_type(x: Array | jax.ShapeDtypeStruct, leading: tuple[int, ...]) -
     return jax.lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
 
 
-def _several(gathers: Gathers) -> Gathers:
-    return tuple(gather for gather in gathers if current().size(gather.axes) > 1)
-
-
 def _padded(x: Array, dim: int, more: int) -> Array:
     return jnp.pad(x, [(0, more if dim == padded else 0) for padded in range(x.ndim)])
 
 
-def _over_tensor(body, x: Array) -> Array:
-    spec = PartitionSpec(*(axes if axes == "tensor" else None for axes in jax.typeof(x).sharding.spec))
-    return jax.shard_map(body, in_specs=spec, out_specs=spec, axis_names={"tensor"})(x)
+def _along_tensor(body: Callable[[Array], Array], x: Array) -> Array:
+    spec = only(jax.typeof(x).sharding.spec, current().axes("tensor"))
+    return over_tensor(body, spec, spec)(x)

@@ -1,4 +1,4 @@
-"""The mesh's axes, and the settings of what they split: devices, sequences, parameters and their state."""
+"""The settings of what the devices split (the flags of `mesh`): the batch, sequences, parameters and their state."""
 
 import math
 from typing import Literal
@@ -6,14 +6,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from jaxtron.config import Config, UserError
+from jaxtron.sharding.folding import FLAGS, refine
 from jaxtron.words import plural
 
-AXES = ("pipe", "data", "fsdp", "context", "tensor")
-BATCH_AXES = ("data", "fsdp")
-# those that may share a parameter and its state: gradients are summed over them
-SHARD_AXES = (*BATCH_AXES, "context")
-MANUAL_AXES = ("pipe", "data", "fsdp", "context")
-AXIS = "context"
 Method = Literal["ring", "all_gather", "all_to_all", "hierarchical"]
 Zero = Literal["none", "optimizer", "parameters"]
 
@@ -31,10 +26,14 @@ class MeshConfig(Config):
     """Pipeline stages, each with its part of the layers."""
     context: int = 1
     """Parts of every sequence, each on its own devices; attention sees the others (settings: context)."""
+    expert: int = Field(default=1, ge=1)
+    """Parts of every layer's experts, over the devices of a stage: from those of a tensor group to those of all."""
+    expert_tensor: int = Field(default=1, ge=1)
+    """Parts of every expert's width, over neighbours; devices that neither splits have copies of the experts."""
 
     @model_validator(mode="after")
     def _check(self) -> "MeshConfig":
-        sizes = {axis: getattr(self, axis) for axis in AXES}
+        sizes = {axis: getattr(self, axis) for axis in FLAGS}
         for axis, size in sizes.items():
             if size < 1 and size != -1:
                 raise ValueError(f"mesh.{axis} must be a positive number or -1, not {size}")
@@ -48,7 +47,7 @@ class MeshConfig(Config):
 
         `more` is what to type for as many devices as the mesh needs.
         """
-        sizes = {axis: getattr(self, axis) for axis in AXES}
+        sizes = {axis: getattr(self, axis) for axis in FLAGS}
         known = math.prod(size for size in sizes.values() if size != -1)
         text = " x ".join(f"mesh.{axis} {size}" for axis, size in sizes.items() if size != 1) or "mesh.data 1"
         there = f"there {'is' if num_devices == 1 else 'are'} {num_devices:,}"
@@ -63,6 +62,8 @@ class MeshConfig(Config):
             raise UserError(
                 f"{text} needs {plural(known, 'device')}, {there}; change the mesh, set one axis to -1, or {simulate}"
             )
+        # the experts' view of the same devices
+        refine(sizes, self.expert, self.expert_tensor)
         return sizes
 
 

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from jaxtron.sharding.config import AXIS, ContextConfig
+from jaxtron.sharding.config import ContextConfig
+from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, Int
 
 
@@ -26,7 +27,7 @@ def positions(config: ContextConfig, size: int, length: int) -> Int[Array, "S"]:
     if size == 1:
         return jnp.arange(length)
     half = jnp.arange(length // 2)
-    first, second = starts(config, size, jax.lax.axis_index(AXIS), length)
+    first, second = starts(config, size, jax.lax.axis_index(current().axes("context")), length)
     return jnp.concatenate([first + half, second + half])
 
 
@@ -35,6 +36,6 @@ def part(config: ContextConfig, size: int, x: Array, axis: int) -> Array:
     if size == 1:
         return x
     length = x.shape[axis] // size
-    first, second = starts(config, size, jax.lax.axis_index(AXIS), length)
+    first, second = starts(config, size, jax.lax.axis_index(current().axes("context")), length)
     pieces = [jax.lax.dynamic_slice_in_dim(x, start, length // 2, axis) for start in (first, second)]
     return jnp.concatenate(pieces, axis)

@@ -1,16 +1,72 @@
-"""The mesh: five named axes over the devices, ordered from least to most communication."""
+"""The mesh over the devices, ordered from least to most communication, and which of its axes a flag has."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from jaxtron.sharding.config import AXES, MeshConfig
+from jaxtron.sharding.config import MeshConfig
+from jaxtron.sharding.folding import EXPERT_FLAGS, FLAGS, Axes, Refinement, refine
 from jaxtron.typing import Device
 
 
-def build_mesh(config: MeshConfig, devices: Sequence[Device]) -> Mesh:
+@dataclass(frozen=True)
+class Folding:
+    """A mesh, and the axes of every flag of its two views (`folding.py`); one without devices tells sizes alone."""
+
+    mesh: Mesh
+    flags: Mapping[str, Axes]
+
+    def axes(self, *flags: str) -> Axes:
+        """The mesh axes of these flags, in their order."""
+        return tuple(axis for flag in flags for axis in self.flags[flag])
+
+    def size(self, axes: Axes) -> int:
+        """Number of parts that these mesh axes make."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    @property
+    def manual(self) -> Axes:
+        """The axes that are manual in a region: all but those of `tensor`."""
+        return tuple(axis for axis in self.mesh.axis_names if axis not in self.flags["tensor"])
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes by flag of the layers' view, outermost first."""
+        return {flag: self.size(self.flags[flag]) for flag in FLAGS}
+
+    def names(self, axes: Axes) -> Axes:
+        """What people call these mesh axes: the flags that they make up, and the axes that make up none."""
+        rest, found = [axis for axis in axes if self.mesh.shape[axis] > 1], []
+        while rest:
+            views = (self.flags[flag] for flag in (*FLAGS, *EXPERT_FLAGS))
+            own = next((own for own in views if rest[0] in own and {*own} <= {*rest}), ())
+            found.append(next((flag for flag in self.flags if own and self.flags[flag] == own), rest[0]))
+            rest = [axis for axis in rest[1:] if axis not in own]
+        return tuple(found)
+
+    def without(self, flag: str) -> "Folding":
+        """The same mesh with nothing split over `flag`: devices along it are copies."""
+        assert flag != "tensor", "what is not of tensor is manual"
+        return replace(self, flags={**self.flags, flag: ()})
+
+
+def build_mesh(config: MeshConfig, devices: Sequence[Device]) -> Folding:
     """The mesh over `devices` in their given order, all axes `Explicit`; `tensor` takes neighbours."""
-    sizes = config.shape(len(devices))
-    grid = np.array(devices).reshape([sizes[axis] for axis in AXES])
-    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    sizes, flags = _refined(config, len(devices))
+    grid = np.array(devices).reshape(list(sizes.values()))
+    return Folding(Mesh(grid, tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes)), flags)
+
+
+def abstract_mesh(config: MeshConfig, num_devices: int) -> Folding:
+    """As `build_mesh`, of so many devices that are not there."""
+    sizes, flags = _refined(config, num_devices)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
+    return Folding(cast(Mesh, mesh), flags)
+
+
+def _refined(config: MeshConfig, num_devices: int) -> Refinement:
+    return refine(config.shape(num_devices), config.expert, config.expert_tensor)

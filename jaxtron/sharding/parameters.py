@@ -1,19 +1,46 @@
 """Parameters: created with logical axes, stored in parts, gathered where they are used."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from jaxtron.roles import Role
-from jaxtron.sharding.collectives import Gather, Gathers, all_gather, all_reduce, manual_axes, reduce_scatter, vary
-from jaxtron.sharding.config import MANUAL_AXES, SHARD_AXES
-from jaxtron.sharding.rules import Layout, current, spec_axes
+from jaxtron.sharding.collectives import all_gather, all_reduce, manual_axes, reduce_scatter, vary
+from jaxtron.sharding.layout import Gathers, Layout, only, spec_axes
+from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, PyTree
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], Array]
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """All that is known of a parameter without its values; `axes` names its dimensions, `layers` first if stacked."""
+
+    dtype: jnp.dtype
+    axes: tuple[str, ...]
+    role: Role
+    layout: Layout
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its own, without the padding that it has at rest."""
+        return self.layout.shape
+
+    @property
+    def size(self) -> int:
+        """Numbers in it, padding left out."""
+        return math.prod(self.shape)
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether its rows are layers."""
+        return self.axes[:1] == ("layers",)
 
 
 def parameter(
@@ -24,21 +51,23 @@ def parameter(
     The layout at rest follows from the names (`Rules.parameter_layout`) and stays with the parameter, as metadata.
     """
     value = initializer(rngs.params(), shape, jnp.float32)
-    layout = current().parameter_layout(axes, shape)
-    return nnx.Param(value, axes=axes, role=role, layout=layout)
+    return nnx.Param(value, spec=ParameterSpec(value.dtype, axes, role, current().parameter_layout(axes, shape)))
 
 
-def layouts(state: PyTree) -> PyTree:
-    """Layout of every parameter of an abstract state, as a plain nested dict; a stack's axis comes first."""
-    layers = current().parameters["layers"]
+def parameter_specs(state: PyTree) -> PyTree:
+    """Of every parameter of an abstract state, as a plain nested dict; a stack's axis comes first."""
+    rules = current()
+    layers = rules.axes(*rules.parameters["layers"])
 
-    def layout(variable: nnx.Variable) -> Layout:
-        found, shape = variable.get_metadata("layout"), variable.get_value().shape
-        if len(shape) == len(found.shape):
-            return found
-        return Layout(PartitionSpec(layers, *found.spec), shape, (shape[0], *found.padded))
+    def stacked(variable: nnx.Variable) -> ParameterSpec:
+        spec, shape = variable.get_metadata("spec"), variable.get_value().shape
+        rows = shape[: len(shape) - len(spec.shape)]
+        return ParameterSpec(
+            spec.dtype, ("layers",) * len(rows) + spec.axes, spec.role, spec.layout.stacked(rows, layers)
+        )
 
-    return _metadata(state, layout)
+    tree = jax.tree.map(stacked, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
 
 
 def fit(value: Array, shape: tuple[int, ...]) -> Array:
@@ -49,30 +78,16 @@ def fit(value: Array, shape: tuple[int, ...]) -> Array:
     return jnp.pad(value, [(0, wanted - size) for wanted, size in zip(shape, value.shape, strict=True)])
 
 
-def roles(state: PyTree) -> PyTree:
-    """Role of every parameter of an abstract state, as a plain nested dict."""
-    return _metadata(state, lambda variable: variable.get_metadata("role"))
-
-
-def logical_axes(state: PyTree) -> PyTree:
-    """Logical axes of every parameter of an abstract state; `layers` for stacked ones."""
-
-    def names(variable: nnx.Variable) -> tuple[str, ...]:
-        axes = variable.get_metadata("axes")
-        return ("layers",) * (variable.get_value().ndim - len(axes)) + tuple(axes)
-
-    return _metadata(state, names)
-
-
 def shardings(specs: PyTree) -> PyTree:
-    """`NamedSharding`s on the current mesh for a tree of specs."""
+    """How every parameter lies at rest on the current mesh."""
     mesh = current().mesh
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec.layout.spec), specs)
 
 
 def manual_specs(specs: PyTree) -> PyTree:
-    """The manual part of each spec: what `shard_map` is told at the border of the train step."""
-    return jax.tree.map(lambda spec: _only(spec, MANUAL_AXES), specs, is_leaf=_is_spec)
+    """The manual part of how every parameter lies: what the region of the train step is told at its border."""
+    manual = current().manual
+    return jax.tree.map(lambda spec: only(spec.layout.spec, manual), specs)
 
 
 def gather_at_use(state: nnx.State, dtype: jnp.dtype) -> nnx.State:
@@ -81,12 +96,11 @@ def gather_at_use(state: nnx.State, dtype: jnp.dtype) -> nnx.State:
     Called where a module is about to run, so that one layer's weights are whole at a time (ZeRO-3). The backward
     reduce-scatters their gradients in the type of what was gathered.
     """
-    axes = current().gather_at_use
 
     def gather(variable: nnx.Variable) -> nnx.Variable:
-        value = variable[...]
-        layout = _stacked(variable.get_metadata("layout"), value.shape)
-        return variable.replace(_gather(value, layout, axes, working_dtype(variable.get_metadata("role"), dtype)))
+        value, spec = variable[...], variable.get_metadata("spec")
+        layout = spec.layout.stacked(value.shape[: value.ndim - len(spec.shape)])
+        return variable.replace(_gather(value, layout, working_dtype(spec.role, dtype)))
 
     return jax.tree.map(gather, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
@@ -96,74 +110,37 @@ def working_dtype(role: Role, dtype: jnp.dtype) -> jnp.dtype:
     return dtype if role in ("kernel", "embedding", "position") else jnp.dtype(jnp.float32)
 
 
-def gather_once(params: PyTree, layouts: PyTree, roles: PyTree, dtype: jnp.dtype) -> PyTree:
+def gather_once(params: PyTree, specs: PyTree, dtype: jnp.dtype) -> PyTree:
     """Working parameters of a step: local, varying, whole over the axes that only the state is sharded on (ZeRO-1).
 
     They are cast here, once; those gathered at use stay in float32 and are cast on the way, layer by layer.
     """
-    rules = current()
 
-    def gather(value: Array, layout: Layout, role: Role) -> Array:
-        later = any(rules.size(axes) > 1 for _, axes in _along(layout.spec, rules.gather_at_use))
-        wanted = value.dtype if later else working_dtype(role, dtype)
-        return all_gather(vary(value), _gathers(layout, rules.gather_once), wanted)
+    def gather(value: Array, spec: ParameterSpec) -> Array:
+        wanted = value.dtype if spec.layout.at_use else working_dtype(spec.role, dtype)
+        return all_gather(vary(value), spec.layout.once, wanted)
 
-    return jax.tree.map(gather, params, layouts, roles)
+    return jax.tree.map(gather, params, specs)
 
 
-def reduce_gradients(gradients: PyTree, layouts: PyTree) -> PyTree:
+def reduce_gradients(gradients: PyTree, specs: PyTree) -> PyTree:
     """Gradients summed over the devices, each keeping the part that the state at rest has.
 
     Axes gathered at use were reduced by their gather's backward; this is the once-a-step part.
     """
-    rules = current()
+    manual = current().manual
 
-    def reduce(gradient: Array, layout: Layout) -> Array:
-        sharded = {axis for entry in layout.spec for axis in spec_axes(entry)}
-        gradient = reduce_scatter(gradient, _gathers(layout, rules.gather_once))
-        whole = tuple(axis for axis in MANUAL_AXES if axis not in sharded)
-        return all_reduce(gradient, whole)
+    def reduce(gradient: Array, spec: ParameterSpec) -> Array:
+        gradient = reduce_scatter(gradient, spec.layout.once)
+        split = {axis for axes in spec_axes(spec.layout.spec) for axis in axes}
+        return all_reduce(gradient, tuple(axis for axis in manual if axis not in split))
 
-    return jax.tree.map(reduce, gradients, layouts)
+    return jax.tree.map(reduce, gradients, specs)
 
 
-def _gather(value: Array, layout: Layout, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
+def _gather(value: Array, layout: Layout, dtype: jnp.dtype) -> Array:
     if manual_axes():
-        gathers = _gathers(layout, axes)
+        gathers: Gathers = layout.at_use
         return all_gather(value, gathers, dtype) if value.dtype != dtype or gathers else value
     # outside the train step the axes are Explicit, and a change of layout is the gather
-    whole = PartitionSpec(*(tuple(a for a in spec_axes(entry) if a not in SHARD_AXES) for entry in layout.spec))
-    return fit(jax.sharding.reshard(value.astype(dtype), whole), layout.shape)
-
-
-def _along(spec: PartitionSpec, axes: tuple[str, ...]) -> tuple[tuple[int, tuple[str, ...]], ...]:
-    found = [(dim, tuple(axis for axis in spec_axes(entry) if axis in axes)) for dim, entry in enumerate(spec)]
-    return tuple((dim, axes) for dim, axes in found if axes)
-
-
-def _gathers(layout: Layout, axes: tuple[str, ...]) -> Gathers:
-    """Of a parameter over `axes`, after those that are gathered before: padding ends where none are left."""
-    rules, gathers = current(), []
-    for dim, along in _along(layout.spec, axes):
-        sizes = layout.shape[dim], layout.padded[dim]
-        is_whole = rules.is_whole(spec_axes(layout.spec[dim]), (*axes, *rules.gather_once))
-        gathers.append(Gather(dim, along, sizes if sizes[0] != sizes[1] and is_whole else None))
-    return tuple(gathers)
-
-
-def _only(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
-    return PartitionSpec(*(tuple(axis for axis in spec_axes(entry) if axis in axes) or None for entry in spec))
-
-
-def _stacked(layout: Layout, shape: tuple[int, ...]) -> Layout:
-    rows = shape[: len(shape) - len(layout.shape)]
-    return Layout(PartitionSpec(*(None,) * len(rows), *layout.spec), (*rows, *layout.shape), (*rows, *layout.padded))
-
-
-def _is_spec(node: object) -> bool:
-    return isinstance(node, PartitionSpec)
-
-
-def _metadata(state: PyTree, read: Callable[[nnx.Variable], object]) -> PyTree:
-    tree = jax.tree.map(read, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
-    return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
+    return fit(jax.sharding.reshard(value.astype(dtype), layout.used), layout.shape)

@@ -1,24 +1,31 @@
-"""Which mesh axis splits which logical axis: two tables, and nothing else decides it."""
+"""Which flag of the mesh splits which logical axis: two tables, and nothing else decides it.
+
+A flag names a setting of `mesh`; the mesh axes that are its are `Rules.axes(flag)`, here and everywhere else.
+"""
 
 import contextlib
 import contextvars
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxtron.config import UserError
-from jaxtron.sharding.config import AXIS, BATCH_AXES, SHARD_AXES, ContextConfig, ShardingConfig
+from jaxtron.sharding.config import ContextConfig, ShardingConfig
+from jaxtron.sharding.folding import BATCH_FLAGS, Axes
+from jaxtron.sharding.layout import Gather, Gathers, Layout, spec_axes
+from jaxtron.sharding.mesh import Folding
 from jaxtron.typing import Array
 
+# logical axis -> flags
 Table = Mapping[str, tuple[str, ...]]
 
-# Parameters, gradients and optimizer state at rest. `embed` is on every matrix: the axes of ZeRO shard along it.
+# Parameters, gradients and optimizer state where they are used; at rest ZeRO shares them out besides.
 PARAMETERS: Table = {
     "layers": ("pipe",),
-    "embed": ("fsdp",),
+    "embed": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
@@ -32,7 +39,7 @@ PARAMETERS: Table = {
 # Activations. `seq` is the sequence of the residual stream (sequence parallelism: split over tensor);
 # `full_seq` is the same sequence where a layer sees all of it.
 ACTIVATIONS: Table = {
-    "batch": BATCH_AXES,
+    "batch": BATCH_FLAGS,
     "seq": ("tensor",),
     "full_seq": (),
     "embed": (),
@@ -49,78 +56,83 @@ REPLICABLE = frozenset({"kv_heads"})
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a parameter lies at rest: `padded` is its shape there, with zeros behind what `shape`, its own, has."""
-
-    spec: PartitionSpec
-    shape: tuple[int, ...]
-    padded: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Rules:
-    """The two tables on one mesh, with the ZeRO level applied to the parameters' one.
+    """The two tables on one mesh, and the flags that share parameters and their state (ZeRO).
 
-    `gather_once` axes are gathered at the start of a step, `gather_at_use` axes in the layer that uses the weight.
+    `shared` names, by the logical axis along which they share, flags in the order of their turn. Those of `gather_once`
+    are gathered at the start of a step, the others in the layer that uses the weight.
     """
 
-    mesh: Mesh
+    folding: Folding
     parameters: Table
     activations: Table
-    gather_once: tuple[str, ...]
-    gather_at_use: tuple[str, ...]
+    shared: Table
+    gather_once: frozenset[str] = frozenset()
     context: ContextConfig = ContextConfig()
     kind: str | None = None
     """What the devices are to be taken for, where others stand for them."""
-    whole_sequences: bool = False
-    """Every device along `context` has whole sequences all the same (sampling)."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """All axes, outermost first."""
+        return self.folding.mesh
 
     @property
     def device_kind(self) -> str:
         """What the mesh's devices are, as `jax.Device.device_kind`."""
         return self.kind or self.mesh.devices.flat[0].device_kind
 
-    @property
-    def context_size(self) -> int:
-        """Parts of a sequence."""
-        return 1 if self.whole_sequences else self.size((AXIS,))
+    def axes(self, *flags: str) -> Axes:
+        """The mesh axes that these flags split over, outermost first; empty where there is nothing to split."""
+        return self.folding.axes(*flags)
 
-    def size(self, axes: tuple[str, ...]) -> int:
-        """Number of parts that these mesh axes make."""
-        return math.prod(self.mesh.shape[axis] for axis in axes)
+    def parts(self, *flags: str) -> int:
+        """Parts that these flags make together."""
+        return self.size(self.axes(*flags))
+
+    def size(self, axes: Axes) -> int:
+        """Parts that these mesh axes make."""
+        return self.folding.size(axes)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Parts by flag, outermost first."""
+        return self.folding.sizes
+
+    @property
+    def manual(self) -> Axes:
+        """The axes over which a region is manual (`regions.region`)."""
+        return self.folding.manual
+
+    @property
+    def batch(self) -> Axes:
+        """The axes that split the rows of a batch."""
+        return self.axes(*BATCH_FLAGS)
+
+    def without(self, flag: str) -> "Rules":
+        """The rules of the same mesh with nothing split over `flag`: every device along it has the whole."""
+        return replace(self, folding=self.folding.without(flag))
 
     def parameter_layout(self, logical: tuple[str, ...], shape: tuple[int, ...]) -> Layout:
         """Layout of a parameter with these logical axes; collisions and what `tensor` cannot split are `UserError`s.
 
-        An axis of ZeRO that does not divide `embed` moves to the first other dimension that it divides; where there is
+        A flag of ZeRO that does not divide `embed` shares the first other dimension that it divides; where there is
         none, `embed` is padded to the next multiple.
         """
-        table = {name: self._lookup(self.parameters, name) for name in logical}
-        spec: list[tuple[str, ...]] = []
-        for name, size in zip(logical, shape, strict=True):
-            axes = tuple(axis for axis in table[name] if axis not in SHARD_AXES)
-            if size % self.size(axes) and self._replicable(name, size, axes):
-                axes = ()
-            spec.append(axes)
-        self._check(logical, shape, spec)
-        padded = list(shape)
-        for name in logical:
-            for axis in (axis for axis in table[name] if axis in SHARD_AXES):
-                self._place(axis, logical.index(name), padded, spec)
-        return Layout(PartitionSpec(*spec), shape, tuple(padded))
+        placed = self._placement(logical, shape)
+        home = next((dim for dim, name in enumerate(logical) if name in self.shared), None)
+        flags = () if home is None else self.shared[logical[home]]
+        shares, padded = self._share(flags, home, placed, shape)
+        at_rest = [(*self.axes(*flags), *axes) for flags, axes in zip(shares, placed, strict=True)]
+        once, at_use = self._gathers(shares, shape, padded)
+        return Layout(PartitionSpec(*at_rest), PartitionSpec(*placed), shape, padded, once, at_use)
 
-    def part(self, layout: Layout, gathered: tuple[str, ...] = ()) -> tuple[int, ...]:
-        """Shape of a device's part of a parameter, once it is whole along the axes `gathered`."""
-        splits = [spec_axes(entry) for entry in layout.spec]
-        return tuple(
-            (layout.shape if self.is_whole(axes, gathered) else layout.padded)[dim]
-            // self.size(tuple(axis for axis in axes if axis not in gathered))
-            for dim, axes in enumerate(splits)
-        )
-
-    def is_whole(self, axes: tuple[str, ...], gathered: tuple[str, ...]) -> bool:
-        """Whether a dimension at rest on `axes` is whole again over those of ZeRO, once the axes `gathered` are."""
-        return self.size(tuple(axis for axis in axes if axis in SHARD_AXES and axis not in gathered)) == 1
+    def part(self, layout: Layout, gathers: Gathers = ()) -> tuple[int, ...]:
+        """Shape of a device's part of a parameter, at rest or after some of its gathers."""
+        part = [size // self.size(axes) for size, axes in zip(layout.padded, spec_axes(layout.spec), strict=True)]
+        for dim, axes, sizes in gathers:
+            part[dim] = part[dim] * self.size(axes) if sizes is None else sizes[0]
+        return tuple(part)
 
     def activation_spec(self, *logical: str | None) -> PartitionSpec:
         """Spec of an activation; axes that are manual where this is called are local already and left out."""
@@ -139,7 +151,7 @@ class Rules:
             return True
         if self._replicable(name, size, axes):
             return False
-        raise UserError(f"{name} {size} is not a multiple of {_text(axes)} = {self.size(axes)}")
+        raise UserError(f"{name} {size} is not a multiple of {self._text(axes)} = {self.size(axes)}")
 
     def _replicable(self, name: str, size: int, axes: tuple[str, ...]) -> bool:
         return name in REPLICABLE and self.size(axes) % size == 0
@@ -147,18 +159,50 @@ class Rules:
     def _lookup(self, table: Table, name: str) -> tuple[str, ...]:
         if name not in table:
             raise UserError(f"no logical axis {name!r}; known: {', '.join(table)}")
-        return table[name]
+        return self.axes(*table[name])
 
-    def _place(self, axis: str, home: int, padded: list[int], spec: list[tuple[str, ...]]) -> None:
-        """Put an axis of ZeRO on a dimension, of which `home` is the first choice; padded if it divides none."""
+    def _placement(self, logical: tuple[str, ...], shape: tuple[int, ...]) -> list[Axes]:
+        """The axes that split each dimension where the parameter is used, by the table."""
+        placed = []
+        for name, size in zip(logical, shape, strict=True):
+            axes = self._lookup(self.parameters, name)
+            placed.append(() if size % self.size(axes) and self._replicable(name, size, axes) else axes)
+        self._check(logical, shape, placed)
+        return placed
+
+    def _share(
+        self, flags: tuple[str, ...], home: int | None, placed: list[Axes], shape: tuple[int, ...]
+    ) -> tuple[list[tuple[str, ...]], tuple[int, ...]]:
+        """The flags that share each dimension, `home` if it can be, and the shape with the padding that they need."""
         # manual axes are outermost: on a dimension that tensor splits, each part would be scattered rows
-        free = [dim for dim, axes in enumerate(spec) if self.size(_without_zero(axes)) == 1]
-        choices = sorted(free, key=lambda dim: dim != home)
-        assert choices, f"no dimension without other axes: {spec}"
-        parts = {dim: self.size((*_of_zero(spec[dim]), axis)) for dim in choices}
-        dim = next((dim for dim in choices if padded[dim] % parts[dim] == 0), choices[0])
-        padded[dim] = math.ceil(padded[dim] / parts[dim]) * parts[dim]
-        spec[dim] = (*_of_zero(spec[dim]), axis, *_without_zero(spec[dim]))
+        free = sorted((dim for dim, axes in enumerate(placed) if self.size(axes) == 1), key=lambda dim: dim != home)
+        assert free or not flags, f"no dimension without other axes: {placed}"
+        shares: list[tuple[str, ...]] = [()] * len(shape)
+        padded = list(shape)
+        for flag in flags:
+            parts = {dim: self.parts(*shares[dim], flag) for dim in free}
+            dim = next((dim for dim in free if padded[dim] % parts[dim] == 0), free[0])
+            padded[dim] = math.ceil(padded[dim] / parts[dim]) * parts[dim]
+            shares[dim] = (*shares[dim], flag)
+        return shares, tuple(padded)
+
+    def _gathers(
+        self, shares: list[tuple[str, ...]], shape: tuple[int, ...], padded: tuple[int, ...]
+    ) -> tuple[Gathers, Gathers]:
+        """Those once a step and those at use; the last one of a dimension leaves its padding out."""
+        once, at_use = [], []
+        for dim, flags in enumerate(shares):
+            early = self.axes(*(flag for flag in flags if flag in self.gather_once))
+            late = self.axes(*(flag for flag in flags if flag not in self.gather_once))
+            sizes = (shape[dim], padded[dim]) if shape[dim] != padded[dim] else None
+            if self.size(early) > 1:
+                once.append(Gather(dim, early, sizes if self.size(late) == 1 else None))
+            if self.size(late) > 1:
+                at_use.append(Gather(dim, late, sizes))
+        return tuple(once), tuple(at_use)
+
+    def _text(self, axes: Axes) -> str:
+        return " x ".join(f"mesh.{flag}" for flag in self.folding.names(axes))
 
     def _check(self, logical: tuple[str, ...], shape: tuple[int, ...] | None, spec: list[tuple[str, ...]]) -> None:
         used = [axis for axes in spec for axis in axes]
@@ -167,20 +211,20 @@ class Rules:
         for name, size, axes in zip(logical, shape or (), spec, strict=False):
             if size % self.size(axes):
                 raise UserError(
-                    f"{name} {size} is not a multiple of {_text(axes)} = {self.size(axes)}, "
+                    f"{name} {size} is not a multiple of {self._text(axes)} = {self.size(axes)}, "
                     f"as {PartitionSpec(*spec)} asks"
                 )
 
 
-def make_rules(mesh: Mesh, config: ShardingConfig, context: ContextConfig | None = None) -> Rules:
-    """The tables for `mesh`, edited for the ZeRO level (Rajbhandari et al., 1910.02054)."""
-    shared = () if config.zero == "none" else ("data", AXIS)
+def make_rules(folding: Folding, config: ShardingConfig, context: ContextConfig | None = None) -> Rules:
+    """The tables for a mesh, edited for the ZeRO level (Rajbhandari et al., 1910.02054)."""
+    shared = () if config.zero == "none" else ("data", "context")
     return Rules(
-        mesh=mesh,
-        parameters={**PARAMETERS, "embed": ("fsdp", *shared)},
+        folding=folding,
+        parameters=PARAMETERS,
         activations=ACTIVATIONS,
-        gather_once=shared if config.zero == "optimizer" else (),
-        gather_at_use=("fsdp", *shared) if config.zero == "parameters" else ("fsdp",),
+        shared={"embed": ("fsdp", *shared)},
+        gather_once=frozenset(shared if config.zero == "optimizer" else ()),
         context=context or ContextConfig(),
     )
 
@@ -215,20 +259,3 @@ def spec(*logical: str | None) -> PartitionSpec:
 def constrain(x: Array, *logical: str | None) -> Array:
     """`x` laid out as its logical axes say; moves data only where the layout changes."""
     return jax.sharding.reshard(x, spec(*logical))
-
-
-def spec_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of a dimension's entry in a spec."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def _of_zero(axes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(axis for axis in axes if axis in SHARD_AXES)
-
-
-def _without_zero(axes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(axis for axis in axes if axis not in SHARD_AXES)
-
-
-def _text(axes: tuple[str, ...]) -> str:
-    return " x ".join(f"mesh.{axis}" for axis in axes)

@@ -41,7 +41,7 @@ def run(config: Configuration, name: str, sampler: Sampler) -> int:
 def announce(run: Run) -> None:
     """One line of what is about to run, and one if it continues."""
     session = run.session
-    mesh = " x ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items() if size > 1)
+    mesh = " x ".join(f"{flag} {size}" for flag, size in session.sizes.items() if size > 1)
     devices = f"{jax.device_count()} {session.device_kind}"
     where = f"{devices}{f' ({mesh})' if mesh else ''}"
     print(f"{session.blueprint.num_parameters:,} parameters on {where}, run in {run.directory}")

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxtron.sharding.collectives import all_reduce, vary
-from jaxtron.sharding.config import MANUAL_AXES
+from jaxtron.sharding.regions import region
+from jaxtron.sharding.rules import current
 
 
 @pytest.fixture
@@ -15,11 +16,11 @@ def in_region() -> Callable:
     """`in_region(function)` runs on arrays split over tensor, with manual batch axes as in the train step."""
 
     def wrap(function: Callable) -> Callable:
-        def region(*arrays):
+        def local(*arrays):
             outputs = function(*(vary(array) for array in arrays))
-            return jax.tree.map(lambda array: all_reduce(vary(array), MANUAL_AXES), outputs)
+            return jax.tree.map(lambda array: all_reduce(vary(array), current().manual), outputs)
 
         whole = PartitionSpec()
-        return jax.jit(jax.shard_map(region, in_specs=whole, out_specs=whole, axis_names=set(MANUAL_AXES)))
+        return jax.jit(region(local, whole, whole))
 
     return wrap

@@ -14,8 +14,9 @@ from jaxtron.kernels.attention import chunked, reference
 from jaxtron.kernels.attention.mask import Mask
 from jaxtron.kernels.attention.mosaic_tiles import Scoring, visits
 from jaxtron.layers import context_parallel
-from jaxtron.sharding.config import AXES, ContextConfig, MeshConfig, ShardingConfig
+from jaxtron.sharding.config import ContextConfig, MeshConfig, ShardingConfig
 from jaxtron.sharding.context import part, positions, starts
+from jaxtron.sharding.folding import FLAGS
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import make_rules, use
 
@@ -70,7 +71,7 @@ def split(config: ContextConfig, size: int, mask: Mask, arrays, module=chunked):
         return Mask(causal=mask.causal, window=mask.window, q_segments=segments, kv_segments=segments)
 
     specs = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec("context")}
-    run = jax.shard_map(local, **specs, axis_names=set(AXES), check_vma=False)
+    run = jax.shard_map(local, **specs, axis_names=set(FLAGS), check_vma=False)
     with use(rules):
         place, *parts = jax.jit(run)(mask.q_segments, *arrays)
     order = np.argsort(np.asarray(place).reshape(-1))

@@ -15,8 +15,8 @@ from jaxtron.models.decoder.staged import StagedDecoder
 from jaxtron.pipeline.layer_loop import LayerLoop
 from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.collectives import vary
-from jaxtron.sharding.config import MANUAL_AXES
 from jaxtron.sharding.parameters import manual_specs
+from jaxtron.sharding.regions import region
 from jaxtron.sharding.rules import use
 
 LENGTH, TENSOR = 2048, 8
@@ -53,10 +53,9 @@ def arrays_kept(rules_for, config, rows=1, **mesh):
             return jnp.zeros(())
 
         whole = PartitionSpec()
-        specs = (manual_specs(plan.specs), whole, whole)
-        region = jax.shard_map(local, in_specs=specs, out_specs=whole, axis_names=set(MANUAL_AXES))
+        specs = (manual_specs(plan.parameters), whole, whole)
         tokens = jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32)
-        jax.eval_shape(region, plan.abstract, tokens, jax.random.key(0))
+        jax.eval_shape(region(local, specs, whole), plan.abstract, tokens, jax.random.key(0))
     return found
 
 

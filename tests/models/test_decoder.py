@@ -10,9 +10,9 @@ from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.collectives import all_reduce, vary
-from jaxtron.sharding.config import MANUAL_AXES
 from jaxtron.sharding.parameters import shardings
-from jaxtron.sharding.rules import use
+from jaxtron.sharding.regions import region
+from jaxtron.sharding.rules import current, use
 
 ROWS, LENGTH = 2, 8
 GPT2 = ModelConfig(
@@ -45,11 +45,10 @@ LLAMA = ModelConfig(
 def make_params(plan):
     generator = np.random.default_rng(0)
     values = jax.tree.map(
-        lambda leaf, role: (0.3 * generator.normal(size=leaf.shape) + (role == "scale")).astype(np.float32),
-        plan.shapes,
-        plan.roles,
+        lambda spec: (0.3 * generator.normal(size=spec.shape) + (spec.role == "scale")).astype(np.float32),
+        plan.parameters,
     )
-    return jax.device_put(values, shardings(plan.specs))
+    return jax.device_put(values, shardings(plan.parameters))
 
 
 def on_host(params):
@@ -65,13 +64,12 @@ def make_batch():
 def in_region(function):
     """As in the train step: batch axes manual."""
 
-    def region(*arrays):
+    def local(*arrays):
         outputs = function(*jax.tree.map(vary, arrays))
-        return jax.tree.map(lambda array: all_reduce(vary(array), MANUAL_AXES), outputs)
+        return jax.tree.map(lambda array: all_reduce(vary(array), current().manual), outputs)
 
     whole = PartitionSpec()
-    region = jax.shard_map(region, in_specs=whole, out_specs=whole, axis_names=set(MANUAL_AXES))
-    return jax.jit(region)
+    return jax.jit(region(local, whole, whole))
 
 
 def causal_attention(query, key, value):
@@ -192,10 +190,10 @@ def count(config):
 def test_parameters_are_as_many_as_megatron_counts(rules_for):
     with use(rules_for(data=1)):
         plan, total = count(ModelConfig(num_layers=2, max_positions=4, tied_head=False, **TINY))
-        sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in plan.shapes.items()}
+        sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in plan.parameters.items()}
         assert sizes == {"embedding": 1248, "stack": 2 * 1884, "final_norm": 24, "head": 1200}
         assert total == 6240
-        layers = plan.shapes["stack"]["periods"]["layers"]
+        layers = plan.parameters["stack"]["periods"]["layers"]
         parts = {name: part for layer in layers.values() for name, part in layer.items() if name != "norm"}
         sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) // 2 for name, part in parts.items()}
         # with its norm, as Megatron's fused layer counts it, attention has 648 + 24

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax.sharding import AbstractMesh
 
 from jaxtron.config import load
 from jaxtron.models.decoder.cost import hardware_flops_per_token, model_flops_per_token, num_parameters
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.blueprint import Blueprint, blueprint
-from jaxtron.sharding.config import AXES
+from jaxtron.sharding.folding import FLAGS
+from jaxtron.sharding.mesh import abstract_mesh
 from jaxtron.sharding.rules import make_rules, use
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def configuration(name: str, *flags: str) -> Configuration:
 
 def sizes(config: Configuration) -> dict[str, int]:
     """The mesh that the file spells out; what it leaves to fill is one."""
-    return {axis: max(getattr(config.mesh, axis), 1) for axis in AXES}
+    return {axis: max(getattr(config.mesh, axis), 1) for axis in FLAGS}
 
 
 def count(name: str) -> int:
@@ -124,10 +124,8 @@ def abstract_model(config: Configuration) -> Blueprint:
 
 def specs_on(config: Configuration, plan: Blueprint) -> list:
     """Where every parameter lies on the configuration's own mesh; a `UserError` where a size does not divide."""
-    rules = make_rules(AbstractMesh(tuple(sizes(config).values()), AXES), config.sharding)
-    axes = jax.tree.leaves(plan.axes, is_leaf=lambda node: isinstance(node, tuple))
-    leaves = jax.tree.leaves(plan.shapes)
-    return [rules.parameter_layout(names, leaf.shape).spec for names, leaf in zip(axes, leaves, strict=True)]
+    rules = make_rules(abstract_mesh(config.mesh, math.prod(sizes(config).values())), config.sharding)
+    return [rules.parameter_layout(spec.axes, spec.shape).spec for spec in jax.tree.leaves(plan.parameters)]
 
 
 def test_every_configuration_of_a_paper_is_tested_here():
@@ -142,7 +140,7 @@ def test_it_fits_its_mesh_and_has_as_many_parameters_as_the_real_model(name, rul
     with use(rules_for()):
         plan = abstract_model(config)
     assert plan.num_parameters == count(name)
-    assert len(specs_on(config, plan)) == len(jax.tree.leaves(plan.shapes))
+    assert len(specs_on(config, plan)) == len(jax.tree.leaves(plan.parameters))
 
 
 def test_a_trillion_parameters_fit_3072_gpus_too(rules_for):
@@ -254,7 +252,7 @@ def test_nemotron():
         flags = ("--mesh.data", str(replicas), "--train.global_batch", str(batch))
         row = configuration("nemotron_4_15b", *flags)
         row.check_mesh(sizes(row))
-        rules = make_rules(AbstractMesh(tuple(sizes(row).values()), AXES), row.sharding)
+        rules = make_rules(abstract_mesh(row.mesh, math.prod(sizes(row).values())), row.sharding)
         layout = rules.parameter_layout(("vocab", "embed"), (256_000, 6144))
         assert rules.part(layout) == (32_000, math.ceil(6144 / replicas))
 

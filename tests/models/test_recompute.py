@@ -13,9 +13,10 @@ from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.collectives import vary
-from jaxtron.sharding.config import MANUAL_AXES, MeshConfig, ShardingConfig
+from jaxtron.sharding.config import MeshConfig, ShardingConfig
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.parameters import manual_specs, reduce_gradients
+from jaxtron.sharding.regions import region
 from jaxtron.sharding.rules import make_rules, use
 
 LENGTH = 128
@@ -41,16 +42,15 @@ def measure(recompute, **mesh) -> Cost:
     with use(make_rules(build_mesh(MeshConfig(**{"data": 1, **mesh}), devices), ShardingConfig())):
         plan = blueprint(lambda rngs: Decoder(config, rngs=rngs))
 
-        def region(params, tokens):
+        def local(params, tokens):
             params, tokens = jax.tree.map(vary, (params, tokens))
             weights = jnp.ones(tokens.shape)
             gradients = jax.grad(lambda params: plan.module(params).loss(tokens, tokens, weights)[0])(params)
-            return reduce_gradients(gradients, plan.layouts)
+            return reduce_gradients(gradients, plan.parameters)
 
-        specs = manual_specs(plan.specs)
-        region = jax.shard_map(region, in_specs=(specs, PartitionSpec()), out_specs=specs, axis_names=set(MANUAL_AXES))
+        specs = manual_specs(plan.parameters)
         tokens = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
-        program = jax.jit(region).lower(plan.abstract, tokens)
+        program = jax.jit(region(local, (specs, PartitionSpec()), specs)).lower(plan.abstract, tokens)
         program = program.compile()
     return Cost(program.as_text().count(" dot("), program.memory_analysis().temp_size_in_bytes)
 

@@ -18,7 +18,7 @@ from jaxtron.pipeline.partition import Partition, StagePlan, forward_only, parti
 from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
 from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work, one_stage
 from jaxtron.sharding.collectives import vary
-from jaxtron.sharding.config import MANUAL_AXES
+from jaxtron.sharding.regions import region
 from jaxtron.sharding.rules import use
 
 ROWS, WIDTH, HIDDEN = 3, 6, 5
@@ -123,9 +123,9 @@ def on_stages(rules, schedule: Schedule, stages: StagePlan, model: Model, params
     with use(rules), jax.set_mesh(rules.mesh):
         arranged = Parameters(ordered(params.stacks, arrange), params.outer)
         specs = Parameters(P("pipe"), P())
-        region = jax.shard_map(local, in_specs=(specs, P()), out_specs=P(MANUAL_AXES), axis_names=set(MANUAL_AXES))
         placed = jax.device_put((arranged, batch), jax.sharding.NamedSharding(rules.mesh, P()))
-        layers, metrics, (outer, sums) = jax.tree.map(np.asarray, jax.jit(region)(*placed))
+        step = jax.jit(region(local, (specs, P()), P(rules.manual)))
+        layers, metrics, (outer, sums) = jax.tree.map(np.asarray, step(*placed))
     for found in (metrics, layers or ()):
         for stack, tree in zip(stages.partitions, found, strict=bool(found)):
             for leaf in jax.tree.leaves(tree):

@@ -17,8 +17,8 @@ from jaxtron.pipeline.model import LayerOutput
 from jaxtron.pipeline.residuals import split_residuals
 from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.collectives import vary
-from jaxtron.sharding.config import MANUAL_AXES
 from jaxtron.sharding.parameters import manual_specs
+from jaxtron.sharding.regions import region
 from jaxtron.sharding.rules import use
 
 
@@ -120,7 +120,7 @@ def stored_leaves(rules, model: ModelConfig, *, is_split: bool = False) -> list[
     with use(rules):
         plan = blueprint(lambda rngs: Decoder(model, dtype=jnp.bfloat16, rngs=rngs))
 
-        def region(params):
+        def local(params):
             working = plan.working(params, jnp.bfloat16)
             staged = StagedDecoder(plan, working)
             tokens = vary(jnp.zeros((ROWS, LENGTH), jnp.int32))
@@ -139,9 +139,8 @@ def stored_leaves(rules, model: ModelConfig, *, is_split: bool = False) -> list[
             shapes.extend(leaf.shape[2:] for leaf in buffer)
             return params
 
-        specs = manual_specs(plan.specs)
-        whole = jax.shard_map(region, in_specs=(specs,), out_specs=specs, axis_names=set(MANUAL_AXES))
-        jax.eval_shape(whole, plan.abstract)
+        specs = manual_specs(plan.parameters)
+        jax.eval_shape(region(local, (specs,), specs), plan.abstract)
     return shapes
 
 
@@ -174,6 +173,5 @@ def test_the_check_notices_weights(rules_for):
         def make_buffer():
             return loop.buffers(loop.prepare(x, ()), 2, 0, 3).residuals
 
-        region = jax.shard_map(make_buffer, in_specs=(), out_specs=PartitionSpec(), axis_names=set(MANUAL_AXES))
-        shapes = [leaf.shape[2:] for leaf in jax.eval_shape(region)]
+        shapes = [leaf.shape[2:] for leaf in jax.eval_shape(region(make_buffer, (), PartitionSpec()))]
     assert [shape for shape in shapes if len(shape) > 1 and not has_rows(shape)] == [(40, 160)]

@@ -69,7 +69,7 @@ def test_classes_are_those_of_the_real_step(flags: str):
             arguments += math.prod(shape) * leaf.dtype.itemsize
         compiled = Memory(arguments=arguments, outputs=0, aliases=0, temporaries=0)
         real = memory_use(trainer, batch, compiled, A100, 1)
-    found = Estimator(config).memory(config, dict(session.mesh.shape), A100)
+    found = Estimator(config).memory(config, session.sizes, A100)
     assert {name: getattr(found, name) for name in SHAPED} == {name: getattr(real, name) for name in SHAPED}
     # how many sets of GPUs communicate is not known before, but what there is beside JAX's pool is
     assert found.reserve + found.communication == real.reserve + real.communication

@@ -5,8 +5,6 @@ import functools
 import json
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
 from jaxtron.config import load
@@ -25,7 +23,9 @@ from jaxtron.plan.machine import machine_named
 from jaxtron.plan.plan import make_plan
 from jaxtron.plan.report import plan_text, write_plan
 from jaxtron.run.configuration import Configuration
-from jaxtron.sharding.config import AXES
+from jaxtron.sharding.config import MeshConfig, ShardingConfig
+from jaxtron.sharding.mesh import abstract_mesh
+from jaxtron.sharding.rules import make_rules
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LAYERS, HIDDEN, LENGTH, VOCAB, MICROBATCHES = 4, 512, 256, 1024, 4
@@ -86,15 +86,10 @@ def test_sharing_the_optimizer_halves_it() -> None:
     assert step("optimizer").memory_use.program == step("optimizer").memory.peak
 
 
-def mesh(**sizes: int) -> jax.sharding.Mesh:
-    devices = np.array(jax.devices()[:1] * int(np.prod(list(sizes.values())))).reshape(tuple(sizes.values()))
-    return jax.sharding.Mesh(devices, tuple(sizes))
-
-
 def test_links_follow_the_order_of_devices_in_nodes() -> None:
-    both = mesh(pipe=2, data=2, tensor=4)
-    assert [link(both, (axis,), 8) for axis in both.axis_names] == ["network", "NVLink", "NVLink"]
-    assert [link(both, (axis,), 4) for axis in both.axis_names] == ["network", "network", "NVLink"]
+    both = {"pipe": 2, "data": 2, "tensor": 4}
+    assert [link(both, (axis,), 8) for axis in both] == ["network", "NVLink", "NVLink"]
+    assert [link(both, (axis,), 4) for axis in both] == ["network", "network", "NVLink"]
     assert link(both, ("tensor",), 2) == link(both, ("data", "tensor"), 4) == link(both, ("?",), 16) == "network"
     assert link(both, (), 4) is None and link(both, ("pipe", "tensor"), 16) == "NVLink"
 
@@ -237,10 +232,11 @@ def test_what_parts_of_a_sequence_share_is_hidden_where_it_runs_beside_products(
     machine = machine_named("h100")
     entry = max(step().collectives, key=lambda entry: entry.bytes)
     once = dataclasses.replace(entry, kind="reduce_scatter", axes=("context",), group_size=2, loops=(), beside=10**18)
-    mesh = jax.sharding.AbstractMesh((1, 1, 1, 2, 1), AXES)
+    rules = make_rules(abstract_mesh(MeshConfig(data=1, context=2), 2), ShardingConfig())
+    session = dataclasses.replace(step().session, rules=rules)
     for beside, part in ((10**18, 1.0), (0, 0.0)):
         planted = dataclasses.replace(once, beside=beside, asynchronous=True, conditional=False)
-        rehearsal = dataclasses.replace(step(), collectives=(planted,), mesh=mesh)
+        rehearsal = dataclasses.replace(step(), collectives=(planted,), session=session)
         assert compiled_overlap(rehearsal, machine).data == part
 
 

@@ -9,6 +9,7 @@ import pytest
 from jaxtron.plan.compiled.census import Collective
 from jaxtron.plan.compiled.rehearsal import Rehearsal, rehearse
 from jaxtron.run.configuration import Configuration
+from jaxtron.sharding.parameters import ParameterSpec
 
 LAYERS, HIDDEN, HEADS, LENGTH, VOCAB, ROWS = 3, 512, 8, 256, 1024, 2
 # one transformer layer: query, key, value and output of attention, up and down of the MLP
@@ -49,15 +50,18 @@ def arrays(entries: list[Collective]) -> int:
     return sum(entry.operands * entry.executions for entry in entries)
 
 
+def matrices(rehearsal: Rehearsal) -> list[ParameterSpec]:
+    specs = jax.tree.leaves(rehearsal.session.blueprint.parameters)
+    return [spec for spec in specs if len(spec.shape) > 2 or spec.shape == (VOCAB, HIDDEN)]
+
+
 def matrix_elements(rehearsal: Rehearsal) -> int:
-    shapes = rehearsal.session.blueprint.shapes
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes) if leaf.ndim > 2 or leaf.shape == (VOCAB, HIDDEN))
+    return sum(spec.size for spec in matrices(rehearsal))
 
 
 def padded_elements(rehearsal: Rehearsal) -> int:
     """Of matrices, with what makes their parts even."""
-    layouts = jax.tree.leaves(rehearsal.session.blueprint.layouts)
-    return sum(math.prod(found.padded) for found in layouts if len(found.shape) > 2 or found.shape == (VOCAB, HIDDEN))
+    return sum(math.prod(spec.layout.padded) for spec in matrices(rehearsal))
 
 
 def total_bytes(entries: list[Collective]) -> int:

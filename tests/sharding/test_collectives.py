@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxtron.sharding.collectives import Gather, all_gather, all_reduce, largest, manual_axes, reduce_scatter, vary
-from jaxtron.sharding.config import MANUAL_AXES
+from jaxtron.sharding.collectives import all_gather, all_reduce, largest, manual_axes, reduce_scatter, vary
+from jaxtron.sharding.layout import Gather
+from jaxtron.sharding.regions import region
 from jaxtron.sharding.rules import use
 
 BATCH = ("data", "fsdp")
+MANUAL = ("pipe", "data", "fsdp", "context")
 # rows over all manual axes, most of them of one part
-ROWS = P(MANUAL_AXES)
+ROWS = P(MANUAL)
 
 
 def in_region(function, in_specs, out_specs):
-    return jax.jit(jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=set(MANUAL_AXES)))
+    return jax.jit(region(function, in_specs, out_specs))
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def test_manual_axes_only_inside(cube):
     assert manual_axes() == frozenset()
     inside = []
     in_region(lambda x: (inside.append(manual_axes()), x)[1], P(BATCH), P(BATCH))(jnp.ones(4))
-    assert inside[0] == set(MANUAL_AXES)
+    assert inside[0] == set(MANUAL) == set(cube.manual)
 
 
 def test_gather_then_scatter_is_a_sum_of_copies(cube):
@@ -52,7 +54,7 @@ def test_gather_along_two_dimensions(cube):
 
     def gather(x):
         whole = all_gather(vary(x), (Gather(0, ("data",)), Gather(1, ("fsdp",))), jnp.dtype(jnp.float32))
-        return all_reduce(whole, MANUAL_AXES)
+        return all_reduce(whole, MANUAL)
 
     np.testing.assert_array_equal(in_region(gather, P("data", "fsdp"), P())(x), 4 * x)
 
@@ -74,7 +76,7 @@ def test_a_gather_leaves_out_padding_and_a_scatter_puts_it_back(rules_for, mesh)
             assert whole.shape == (2, 5)
             return pull(whole)[0]
 
-        found = in_region(run, P(None, MANUAL_AXES), P(None, MANUAL_AXES))(x)
+        found = in_region(run, P(None, MANUAL), P(None, MANUAL))(x)
     np.testing.assert_array_equal(found, parts * values)
 
 
@@ -87,7 +89,7 @@ def test_gather_sends_the_type_asked_for_and_sums_gradients_in_that_of_the_shard
         assert whole.dtype == jnp.bfloat16
         (gradient,) = pull(jnp.full_like(whole, 1 + 2.0**-7) + vary(jnp.bfloat16(0)))
         assert gradient.dtype == jnp.float32
-        return all_reduce(whole.astype(jnp.float32), MANUAL_AXES) / 4, gradient
+        return all_reduce(whole.astype(jnp.float32), MANUAL) / 4, gradient
 
     whole, gradient = in_region(run, ROWS, (P(), ROWS))(x)
     np.testing.assert_array_equal(whole, 1)
@@ -103,7 +105,7 @@ def test_sums_and_maxima(cube):
 
 
 def test_vary_is_the_identity_and_repeatable(cube):
-    y = in_region(lambda x: all_reduce(vary(vary(x)), MANUAL_AXES), P(), P())(np.ones(3, np.float32))
+    y = in_region(lambda x: all_reduce(vary(vary(x)), MANUAL), P(), P())(np.ones(3, np.float32))
     np.testing.assert_array_equal(y, 4)
     x = jnp.ones(3)
     assert vary(x) is x

@@ -6,13 +6,14 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxtron.config import UserError, load
-from jaxtron.sharding.config import AXES, MeshConfig
+from jaxtron.sharding.config import MeshConfig
+from jaxtron.sharding.folding import FLAGS
 from jaxtron.sharding.mesh import build_mesh
 
 
 def test_axes_go_from_least_to_most_communication():
-    mesh = build_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
-    assert mesh.axis_names == AXES == ("pipe", "data", "fsdp", "context", "tensor")
+    mesh = build_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()).mesh
+    assert mesh.axis_names == FLAGS == ("pipe", "data", "fsdp", "context", "tensor")
     assert dict(mesh.shape) == {"pipe": 1, "data": 2, "fsdp": 2, "context": 1, "tensor": 2}
     assert set(mesh.axis_types) == {AxisType.Explicit}
     # devices in their given order: neighbours share tensor, then fsdp
@@ -20,7 +21,7 @@ def test_axes_go_from_least_to_most_communication():
     assert list(mesh.devices[0, 0, 0, 0]) == jax.devices()[:2]
     assert list(mesh.devices[0, 1, :, 0, 0]) == [jax.devices()[4], jax.devices()[6]]
     # stages are farthest apart
-    mesh = build_mesh(MeshConfig(pipe=2, data=2, tensor=2), jax.devices())
+    mesh = build_mesh(MeshConfig(pipe=2, data=2, tensor=2), jax.devices()).mesh
     assert list(mesh.devices[:, 0, 0, 0, 0]) == [jax.devices()[0], jax.devices()[4]]
 
 
@@ -39,7 +40,7 @@ def test_axes_go_from_least_to_most_communication():
 )
 def test_minus_one_fills(config, num_devices, filled):
     sizes = MeshConfig(**config).shape(num_devices)
-    assert list(sizes) == list(AXES)
+    assert list(sizes) == list(FLAGS)
     assert {axis: size for axis, size in sizes.items() if size > 1} == filled
 
 

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.collectives import vary
-from jaxtron.sharding.config import MANUAL_AXES
 from jaxtron.sharding.parameters import gather_at_use, gather_once, manual_specs, parameter, reduce_gradients, shardings
+from jaxtron.sharding.regions import region
 from jaxtron.sharding.rules import use
 
 MESHES = [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "context": 4}]
@@ -68,20 +68,26 @@ def test_initial_values_are_the_same_on_every_mesh(rules_for):
     assert len({layer.tobytes() for layer in layers}) == 3
 
 
+def of_each(plan, name):
+    return jax.tree.map(lambda spec: getattr(spec, name), plan.parameters)
+
+
 def test_a_blueprint_knows_every_parameter_without_making_any(rules_for):
     with use(rules_for(data=2, fsdp=2, tensor=2)):
         plan = blueprint(Model)
+        manual = manual_specs(plan.parameters)
     assert plan.num_parameters == 16 * 24 + 3 * (24 * 32 + 32)
     assert plan.roles == {"table": "embedding", "layers": {"up": "kernel", "bias": "bias"}}
-    assert plan.axes == {
+    assert of_each(plan, "axes") == {
         "table": ("vocab", "embed"),
         "layers": {"up": ("layers", "embed", "mlp"), "bias": ("layers", "mlp")},
     }
     batch, tensor = ("fsdp", "data", "context"), ("tensor",)
     # the axis over layers is split over the stages, here one
     pipe = ("pipe",)
-    assert plan.specs == {"table": P(tensor, batch), "layers": {"up": P(pipe, batch, tensor), "bias": P(pipe, tensor)}}
-    assert manual_specs(plan.specs) == {
+    specs = jax.tree.map(lambda layout: layout.spec, of_each(plan, "layout"))
+    assert specs == {"table": P(tensor, batch), "layers": {"up": P(pipe, batch, tensor), "bias": P(pipe, tensor)}}
+    assert manual == {
         "table": P(None, batch),
         "layers": {"up": P(pipe, batch, None), "bias": P(pipe, None)},
     }
@@ -95,10 +101,10 @@ def test_every_device_holds_its_part(rules_for):
     assert params["layers"]["bias"].addressable_shards[0].data.shape == (3, 16)
 
 
-def region(plan, function, in_axes):
+def in_region(plan, function, in_axes):
     """`function(params, x)` in the manual region; what it returns is a tree like the parameters."""
-    specs = manual_specs(plan.specs)
-    return jax.jit(jax.shard_map(function, in_specs=(specs, in_axes), out_specs=specs, axis_names=set(MANUAL_AXES)))
+    specs = manual_specs(plan.parameters)
+    return jax.jit(region(function, (specs, in_axes), specs))
 
 
 CASES = [*((Model, mesh, 24) for mesh in MESHES), *((UnevenModel, mesh, padded) for mesh, padded in UNEVEN)]
@@ -110,14 +116,14 @@ def test_gathers_make_parameters_whole_and_reductions_sum_their_gradients(rules_
     with use(rules_for(zero=zero, **mesh)):
         plan = blueprint(model)
         generator = np.random.default_rng(0)
-        values = jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype(np.float32), plan.shapes)
-        params = jax.device_put(plan.at_rest(values), shardings(plan.specs))
+        values = jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype(np.float32), plan.parameters)
+        params = jax.device_put(plan.at_rest(values), shardings(plan.parameters))
         if zero != "none":
-            assert plan.layouts["table"].padded == (16, padded)
+            assert plan.parameters["table"].layout.padded == (16, padded)
         shapes = []
 
         def gradients(params, factor):
-            working = gather_once(params, plan.layouts, plan.roles, jnp.dtype(jnp.float32))
+            working = gather_once(params, plan.parameters, jnp.dtype(jnp.float32))
 
             def loss(working):
                 whole = gather_at_use(nnx.state(plan.module(working)), jnp.dtype(jnp.float32))
@@ -126,12 +132,12 @@ def test_gathers_make_parameters_whole_and_reductions_sum_their_gradients(rules_
                 # each device has a factor of its own, as it would have its own rows or part of a sequence
                 return sum(factor[0] * jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(whole))
 
-            return reduce_gradients(jax.grad(loss)(jax.tree.map(vary, working)), plan.layouts)
+            return reduce_gradients(jax.grad(loss)(jax.tree.map(vary, working)), plan.parameters)
 
         axes = ("data", "fsdp", "context")
         shards = math.prod(mesh.get(axis, 1) for axis in axes)
         factors = np.arange(1, shards + 1, dtype=np.float32)
-        found = region(plan, gradients, P(axes))(params, factors)
+        found = in_region(plan, gradients, P(axes))(params, factors)
         for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
             assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
     # whole over these axes; what tensor splits is still one array to the type system
@@ -152,10 +158,10 @@ def test_matrices_work_in_the_type_of_the_step_and_vectors_in_float32(rules_for)
         types = []
 
         def read(params, _):
-            working = gather_once(params, plan.layouts, plan.roles, jnp.dtype(jnp.bfloat16))
+            working = gather_once(params, plan.parameters, jnp.dtype(jnp.bfloat16))
             used = gather_at_use(nnx.state(plan.module(working)), jnp.dtype(jnp.bfloat16))
             types.append(jax.tree.map(lambda leaf: leaf.dtype.name, nnx.to_pure_dict(used)))
             return params
 
-        jax.eval_shape(region(plan, read, P()), plan.abstract, jax.ShapeDtypeStruct((), jnp.float32))
+        jax.eval_shape(in_region(plan, read, P()), plan.abstract, jax.ShapeDtypeStruct((), jnp.float32))
     assert types[0] == {"table": "bfloat16", "layers": {"up": "bfloat16", "bias": "float32"}}

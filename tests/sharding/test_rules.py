@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxtron.config import UserError
-from jaxtron.sharding.config import MANUAL_AXES
+from jaxtron.sharding.layout import Gather
+from jaxtron.sharding.regions import region
 from jaxtron.sharding.rules import constrain, current, spec, use
 
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -57,11 +58,34 @@ def test_parameters_at_rest(rules_for, zero, batch):
 
 @pytest.mark.parametrize(
     ("zero", "once", "at_use"),
-    [("none", (), {"fsdp"}), ("optimizer", ("data", "context"), {"fsdp"}), ("parameters", (), set(SHARED))],
+    [
+        ("none", (), (Gather(0, ("fsdp",)),)),
+        ("optimizer", (Gather(0, ("data", "context")),), (Gather(0, ("fsdp",)),)),
+        ("parameters", (), (Gather(0, SHARED),)),
+    ],
 )
 def test_when_parameters_are_gathered(rules_for, zero, once, at_use):
     rules = rules_for(zero=zero, **CUBE)
-    assert (rules.gather_once, set(rules.gather_at_use)) == (once, at_use)
+    layout = rules.parameter_layout(*KERNELS["query"])
+    assert (layout.once, layout.at_use, layout.used) == (once, at_use, P((), "tensor", ()))
+    # of several stacked in one array, a dimension later
+    stacked = layout.stacked((6,), ("pipe",))
+    assert stacked.spec == P("pipe", *layout.spec) and stacked.used == P("pipe", *layout.used)
+    assert (stacked.shape, stacked.padded) == ((6, 32, 8, 4), (6, 32, 8, 4))
+    for gathers, wanted in ((stacked.once, once), (stacked.at_use, at_use)):
+        assert gathers == tuple(Gather(1, gather.axes) for gather in wanted)
+    # what no axis of several parts shares is not gathered
+    norm = rules.parameter_layout(*VECTORS["norm"])
+    assert (norm.once, norm.at_use, norm.used) == ((), (), norm.spec)
+
+
+def test_the_last_gather_of_a_dimension_leaves_its_padding_out(rules_for):
+    rules = rules_for(fsdp=2, data=3)
+    layout = rules.parameter_layout(("embed", "mlp"), (8, 5))
+    assert layout.once == (Gather(0, ("data", "context")),)
+    assert layout.at_use == (Gather(0, ("fsdp",), (8, 12)),)
+    alone = rules_for(data=3).parameter_layout(("embed", "mlp"), (8, 5))
+    assert (alone.once, alone.at_use) == ((Gather(0, ("data", "context"), (8, 9)),), ())
 
 
 def test_activations_split_batch_heads_and_sequence(rules_for):
@@ -77,13 +101,12 @@ def test_manual_axes_are_local_already(rules_for):
     with use(rules_for(**CUBE)):
         seen = []
 
-        def region(x):
+        def local(x):
             seen.append(spec("batch", "seq", "embed"))
             return x
 
         whole = P(("data", "fsdp"))
-        region = jax.shard_map(region, in_specs=whole, out_specs=whole, axis_names=set(MANUAL_AXES))
-        jax.eval_shape(region, jax.ShapeDtypeStruct((4, 4, 4), "float32"))
+        jax.eval_shape(region(local, whole, whole), jax.ShapeDtypeStruct((4, 4, 4), "float32"))
     assert seen == [P((), ("tensor",), ())]
 
 
@@ -136,7 +159,8 @@ def test_a_device_s_part_is_without_padding_once_it_is_whole(rules_for):
     layout = rules.parameter_layout(("embed", "mlp"), (8, 5))
     assert layout.padded == (12, 5)
     # gathered over data alone, each half of what fsdp splits has padding; over both, none has
-    assert [rules.part(layout, axes) for axes in ((), ("data",), ("data", "fsdp"))] == [(2, 5), (6, 5), (8, 5)]
+    gathers = ((), layout.once, layout.once + layout.at_use)
+    assert [rules.part(layout, some) for some in gathers] == [(2, 5), (6, 5), (8, 5)]
 
 
 def test_a_batch_axis_never_joins_tensor_on_a_dimension(rules_for):

@@ -27,6 +27,7 @@ from jaxtron.run.dtypes import DTYPES
 from jaxtron.run.step import Trainer, TrainState, batch_sharding
 from jaxtron.sharding.blueprint import Blueprint, blueprint
 from jaxtron.sharding.config import ContextConfig, MeshConfig, ShardingConfig
+from jaxtron.sharding.folding import FLAGS
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.parameters import shardings
 from jaxtron.sharding.rules import current, make_rules, use
@@ -128,7 +129,8 @@ def make_batch(rows: int = ROWS, packed: bool = False) -> TokenBatch:
 
 
 def rules_for(mesh: dict[str, int], zero: str = "optimizer", context: ContextConfig | None = None):
-    devices = jax.devices()[: math.prod(mesh.values())]
+    # experts' flags are another view of the same devices
+    devices = jax.devices()[: math.prod(mesh.get(flag, 1) for flag in FLAGS)]
     return make_rules(build_mesh(MeshConfig(**{"data": 1, **mesh}), devices), ShardingConfig(zero=zero), context)
 
 
@@ -136,7 +138,7 @@ def make_trainer(
     model: ModelConfig, optimizer: OptimizerConfig | None = None, pipeline: PipelineConfig = ONE_STAGE, **train
 ) -> Trainer:
     config = TrainConfig(**{"global_batch": ROWS, "precision": "fp32", **train})
-    table = make_schedule(pipeline.schedule, current().mesh.shape["pipe"], config.microbatches, pipeline.chunks)
+    table = make_schedule(pipeline.schedule, current().parts("pipe"), config.microbatches, pipeline.chunks)
     stages = partition(model.layout.repeats, table, pipeline)
     plan = blueprint(lambda rngs: Decoder(model, dtype=DTYPES[config.precision], partition=stages, rngs=rngs))
     return Trainer(plan, model, config, optimizer or OptimizerConfig(), pipeline, stages, seed=3)
@@ -146,13 +148,13 @@ def make_params(plan: Blueprint, stages: Partition):
     """Values for every parameter, none of them special: also biases that are not 0 and scales that are not 1."""
     generator = np.random.default_rng(1)
 
-    def values(path, leaf, role: str) -> np.ndarray:
+    def values(path, leaf) -> np.ndarray:
         shape = (stages.num_layers, *leaf.shape[1:]) if is_stacked(path) else leaf.shape
-        value = 0.2 * generator.standard_normal(shape, np.float32) + (role == "scale")
+        value = 0.2 * generator.standard_normal(shape, np.float32) + (leaf.role == "scale")
         return np.asarray(arrange(stages, value)) if is_stacked(path) else value
 
-    made = plan.at_rest(jax.tree.map_with_path(values, plan.shapes, plan.roles))
-    return jax.device_put(made, shardings(plan.specs))
+    made = plan.at_rest(jax.tree.map_with_path(values, plan.parameters))
+    return jax.device_put(made, shardings(plan.parameters))
 
 
 def is_stacked(path) -> bool:
@@ -162,13 +164,13 @@ def is_stacked(path) -> bool:
 
 def by_name(tree, trainer: Trainer) -> dict[str, np.ndarray]:
     """Leaves on the host, layers in the model's order and without padding, named by their place in the tree."""
-    stages, layouts = trainer.partition, jax.tree.leaves_with_path(trainer.blueprint.layouts)
+    stages, specs = trainer.partition, jax.tree.leaves_with_path(trainer.blueprint.parameters)
     leaves = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
         name, value = jax.tree_util.keystr(path), np.asarray(leaf)
-        for end, layout in layouts:
+        for end, spec in specs:
             if name.endswith(jax.tree_util.keystr(end)):
-                own = value[tuple(map(slice, layout.shape))]
+                own = value[tuple(map(slice, spec.shape))]
                 assert np.abs(value).sum() == pytest.approx(np.abs(own).sum()), "padding is not zero"
                 value = own
         if is_stacked(path):

@@ -87,7 +87,7 @@ def _core(config: ModelConfig, mask: Mask) -> Core:
         query: Array, key: Array, value: Array, slopes: Array | None, sinks: Array | None, inputs: LayerInputs
     ) -> Array:
         given = replace(mask, slopes=slopes, q_segments=inputs.segments, kv_segments=inputs.segments)
-        devices = {"kind": current().device_kind, "parts": current().context_size}
+        devices = {"kind": current().device_kind, "parts": current().parts("context")}
         choice = flash.chosen(config.attention, given, config.attention_dropout, (query, key, value), **devices)
         if choice is None:
             return attention_core(config.attention_dropout, mask)(query, key, value, slopes, sinks, inputs)

@@ -2,10 +2,9 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from jaxtron.pipeline.executor import BACKWARD
@@ -98,15 +97,17 @@ class Collective:
         return self.sent_bytes * self.executions
 
 
-def census(text: str | hlo.Module, mesh: jax.sharding.Mesh) -> tuple[Collective, ...]:
-    """The collectives in `compiled.as_text()` (or that text parsed), in program order, with the names of mesh axes.
+def census(text: str | hlo.Module, sizes: Mapping[str, int]) -> tuple[Collective, ...]:
+    """The collectives in `compiled.as_text()` (or that text parsed), in program order, with the flags of the mesh.
 
-    The mesh is the one compiled for: devices in HLO are positions in `mesh.devices.flat`. `ValueError` if sizes differ.
+    `sizes` are those of the mesh compiled for, by flag, outermost first: devices in HLO are positions in
+    `mesh.devices.flat`, however finely the mesh cuts a flag. `ValueError` if there are more or fewer of them.
     """
     module = text if isinstance(text, hlo.Module) else hlo.parse(text)
-    if module.num_partitions not in (None, mesh.size):
-        raise ValueError(f"HLO is for {module.num_partitions} devices, the mesh {dict(mesh.shape)} has {mesh.size}")
-    groups, beside = _Groups(mesh), products_beside(module)
+    if module.num_partitions not in (None, math.prod(sizes.values())):
+        have = math.prod(sizes.values())
+        raise ValueError(f"HLO is for {module.num_partitions} devices, the mesh {dict(sizes)} has {have}")
+    groups, beside = _Groups(sizes), products_beside(module)
     found = (_collective(module, site, groups, beside) for site in hlo.walk(module))
     return tuple(collective for collective in found if collective is not None)
 
@@ -163,10 +164,9 @@ def _payload(opcode: str, instruction: hlo.Instruction, group_size: int) -> tupl
 class _Groups:
     """Finds the mesh axes that a collective's replica groups, or its pairs of source and target, run along."""
 
-    def __init__(self, mesh: jax.sharding.Mesh):
-        self._names = mesh.axis_names
-        self._sizes = tuple(mesh.shape.values())
-        self._positions = np.arange(mesh.size).reshape(self._sizes)
+    def __init__(self, sizes: Mapping[str, int]):
+        self._names, self._sizes = tuple(sizes), tuple(sizes.values())
+        self._positions = np.arange(math.prod(self._sizes)).reshape(self._sizes)
         self._known: dict[str, tuple[tuple[str, ...], int]] = {}
 
     def of(self, attributes: str) -> tuple[tuple[str, ...], int]:

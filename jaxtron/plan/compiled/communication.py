@@ -10,7 +10,7 @@ from jaxtron.plan.compiled.links import Link, link
 from jaxtron.plan.compiled.rehearsal import Rehearsal
 from jaxtron.plan.machine import CollectiveKind, Group, Machine, axes_group
 from jaxtron.plan.profile import Overlap
-from jaxtron.sharding.config import BATCH_AXES, SHARD_AXES
+from jaxtron.sharding.folding import BATCH_FLAGS, SHARD_FLAGS
 
 _KINDS: dict[str, CollectiveKind] = {
     "all_gather": "all_gather",
@@ -62,9 +62,9 @@ def communication_rows(rehearsal: Rehearsal, machine: Machine) -> list[Communica
 def compiled_overlap(rehearsal: Rehearsal, machine: Machine) -> Overlap:
     """The part of each kind of communication that the compiled schedule hides, for the model of time."""
     weigh = _weigher(rehearsal, machine)
-    batch = set(BATCH_AXES)
+    batch = set(BATCH_FLAGS)
     # parts of a sequence share the state as the batch does: what travels in attention does so in a loop over layers
-    once = [entry for entry in rehearsal.collectives if not entry.loops and set(entry.names) & set(SHARD_AXES)]
+    once = [entry for entry in rehearsal.collectives if not entry.loops and set(entry.names) & set(SHARD_FLAGS)]
     at_use = [entry for entry in rehearsal.collectives if entry.loops and set(entry.axes) & batch]
     tensor = [entry for entry in rehearsal.collectives if entry.axes == ("tensor",)]
     split = [entry for entry in rehearsal.collectives if entry.loops and entry.names == ("context",)]
@@ -90,7 +90,7 @@ def runs(rehearsal: Rehearsal) -> Callable[[Collective], float]:
 
     What a schedule's ticks choose runs where the stage has such work, not at every tick of the loop.
     """
-    table = rehearsal.session.config.schedule(rehearsal.session.mesh.shape["pipe"])
+    table = rehearsal.session.config.schedule(rehearsal.session.sizes["pipe"])
     if table.num_stages == 1:
         return lambda entry: entry.executions
     program = lower(table)
@@ -104,7 +104,7 @@ Weigher = Callable[[Collective], tuple[float, float]]
 
 def _weigher(rehearsal: Rehearsal, machine: Machine) -> Weigher:
     """Seconds a step of one communication, and how many of them are hidden."""
-    sizes, times = dict(rehearsal.session.mesh.shape), runs(rehearsal)
+    sizes, times = rehearsal.session.sizes, runs(rehearsal)
     speed = machine.datasheet.peak_flops * machine.product_fraction
 
     def weigh(entry: Collective) -> tuple[float, float]:
@@ -137,7 +137,7 @@ def _row(
     weighed = [weigh(entry) for entry in entries]
     return CommunicationRow(
         key=key,
-        link=link(rehearsal.session.mesh, key.axes, rehearsal.gpus_per_node),
+        link=link(rehearsal.session.sizes, key.axes, rehearsal.gpus_per_node),
         operations=len(entries),
         arrays=sum(entry.operands for entry in entries),
         executions=round(sum(map(times, entries))),

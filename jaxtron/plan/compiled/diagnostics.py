@@ -82,7 +82,7 @@ def _is_expected(entry: Collective) -> bool:
 
 def _replicated(rehearsal: Rehearsal) -> Iterator[Diagnostic]:
     """Parameters that every device of an axis keeps whole, although the axis divides one of their dimensions."""
-    sizes = rehearsal.session.mesh.shape
+    sizes = rehearsal.session.sizes
     for axis, number in sizes.items():
         whole = [row for row in rehearsal.layout if number > 1 and _could_split(row, axis, sizes)]
         saved = sum(row.bytes * STATE_COPIES * (number - 1) // number for row in whole)
@@ -98,16 +98,15 @@ def _replicated(rehearsal: Rehearsal) -> Iterator[Diagnostic]:
 
 def _could_split(row: ParameterRow, axis: str, sizes: Mapping[str, int]) -> bool:
     """Whether a parameter lies whole along an axis that divides what a device has of one of its dimensions."""
-    used = [entry if isinstance(entry, tuple) else (entry,) for entry in row.spec]
-    if any(axis in axes for axes in used):
+    if any(axis in flags for flags in row.split):
         return False
-    parts = [math.prod(sizes[name] for name in axes if name) for axes in used]
+    parts = [math.prod(sizes[name] for name in flags) for flags in row.split]
     dims = zip(row.shape, row.axes, parts, strict=True)
     return any(name != "layers" and dim % (part * sizes[axis]) == 0 for dim, name, part in dims)
 
 
 def _missing(rehearsal: Rehearsal) -> Iterator[Diagnostic]:
     """Axes of the mesh over which nothing is communicated."""
-    for axis, parts in rehearsal.session.mesh.shape.items():
+    for axis, parts in rehearsal.session.sizes.items():
         if parts > 1 and not any(axis in entry.names for entry in rehearsal.collectives):
             yield Diagnostic(f"mesh.{axis} is {parts}, but the compiled step communicates nothing over it")

@@ -17,10 +17,11 @@ from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
 from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.collectives import vary
-from jaxtron.sharding.config import MANUAL_AXES, MeshConfig, ShardingConfig
+from jaxtron.sharding.config import MeshConfig, ShardingConfig
 from jaxtron.sharding.context import part
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.parameters import manual_specs
+from jaxtron.sharding.regions import region
 from jaxtron.sharding.rules import current, make_rules, use
 from jaxtron.typing import Array, PyTree
 
@@ -75,9 +76,8 @@ def kept_bytes(config: Configuration, tensor: int, context: int = 1, kind: str |
             return jnp.float32(0.0)
 
         scalar = PartitionSpec()
-        specs = (manual_specs(plan.specs), scalar, scalar)
-        region = jax.shard_map(local, in_specs=specs, out_specs=scalar, axis_names=set(MANUAL_AXES))
+        specs = (manual_specs(plan.parameters), scalar, scalar)
         tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-        jax.eval_shape(region, plan.abstract, tokens, jax.ShapeDtypeStruct((1,), jnp.int32))
+        jax.eval_shape(region(local, specs, scalar), plan.abstract, tokens, jax.ShapeDtypeStruct((1,), jnp.int32))
     residuals, pairs = found
     return Kept(sum(residuals), sum(pairs))

@@ -3,11 +3,10 @@
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from jaxtron.data.batch import SEQUENCE, TokenBatch, row_bytes
 from jaxtron.gpus import Gpu
@@ -24,8 +23,9 @@ from jaxtron.run.attention import choose_attention
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
 from jaxtron.sharding.blueprint import blueprint
-from jaxtron.sharding.config import AXES, MeshConfig, ShardingConfig
-from jaxtron.sharding.mesh import build_mesh
+from jaxtron.sharding.config import MeshConfig, ShardingConfig
+from jaxtron.sharding.folding import FLAGS
+from jaxtron.sharding.mesh import abstract_mesh, build_mesh
 from jaxtron.sharding.parameters import working_dtype
 from jaxtron.sharding.rules import Rules, make_rules, use
 
@@ -127,7 +127,7 @@ class Estimator:
         """Of all parameters; a `UserError` where one does not divide, or the layers cannot be shared out."""
         stages = sizes["pipe"]
         rows = self._chunk_rows(config, stages) * (config.pipeline.chunks if stages > 1 else 1)
-        key = (*(sizes[axis] for axis in AXES), config.sharding.zero, rows)
+        key = (*(sizes[axis] for axis in FLAGS), config.sharding.zero, rows)
         if key not in self._states:
             self._states[key] = self._added(_rules(sizes, config.sharding), rows)
         return self._states[key]
@@ -224,37 +224,27 @@ def _parameters(config: Configuration) -> tuple[Parameter, ...]:
     """All arrays of the model, from its blueprint on one device."""
     with use(make_rules(build_mesh(MeshConfig(data=1), jax.devices()[:1]), ShardingConfig())):
         plan = blueprint(lambda rngs: Decoder(config.model, dtype=DTYPES[config.train.precision], rngs=rngs))
-        axes = jax.tree.leaves(plan.axes, is_leaf=lambda node: isinstance(node, tuple))
-        columns = zip(axes, jax.tree.leaves(plan.shapes), jax.tree.leaves(plan.roles), strict=True)
-        found = []
-        for names, leaf, role in columns:
-            is_stacked = names[:1] == ("layers",)
-            found.append(Parameter(names[is_stacked:], leaf.shape[is_stacked:], role, is_stacked))
-    return tuple(found)
+    specs = jax.tree.leaves(plan.parameters)
+    rows = [spec.is_stacked for spec in specs]
+    return tuple(
+        Parameter(spec.axes[row:], spec.shape[row:], spec.role, row) for spec, row in zip(specs, rows, strict=True)
+    )
 
 
 def _rules(sizes: dict[str, int], config: ShardingConfig) -> Rules:
     """Of a mesh without devices: rules read nothing but its sizes."""
-    mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-    return make_rules(cast(Mesh, mesh), config)
+    return make_rules(abstract_mesh(MeshConfig(**sizes), math.prod(sizes.values())), config)
 
 
 def _state(parameter: Parameter, rules: Rules, rows: int, dtype: jnp.dtype) -> StateBytes:
     """One parameter on a device; as `parameters.gather_once` makes the copy to compute with."""
     layout = rules.parameter_layout(parameter.axes, parameter.shape)
-    axes = _axes(layout.spec)
     count = rows if parameter.is_stacked else 1
-    at_rest, whole = (count * math.prod(rules.part(layout, gathered)) for gathered in ((), rules.gather_once))
-    later = rules.size(tuple(axis for axis in axes if axis in rules.gather_at_use)) > 1
+    at_rest, whole = (count * math.prod(rules.part(layout, gathers)) for gathers in ((), layout.once))
+    later = layout.at_use != ()
     width = FLOAT if later else working_dtype(parameter.role, dtype).itemsize
     is_copied = (width, whole) != (FLOAT, at_rest)
     return StateBytes(FLOAT * at_rest, 0, width * whole * is_copied, FLOAT * whole, FLOAT * whole, later)
-
-
-def _axes(spec: PartitionSpec) -> tuple[str, ...]:
-    """All mesh axes in a spec."""
-    entries = ((entry,) if isinstance(entry, str) else entry or () for entry in spec)
-    return tuple(axis for entry in entries for axis in entry)
 
 
 def shortened(config: Configuration, num_stages: int) -> Configuration:

@@ -15,7 +15,7 @@ from jaxtron.plan.formula.workload import OPTIMIZER_BYTES, CollectiveWork, Once,
 from jaxtron.plan.machine import Group, Machine, axes_group
 from jaxtron.plan.profile import JAXTRON, Profile
 from jaxtron.run.configuration import Configuration
-from jaxtron.sharding.config import AXES, SHARD_AXES
+from jaxtron.sharding.folding import FLAGS, SHARD_FLAGS
 
 SLOTS: tuple[Slot, ...] = ("forward", "backward", "weight")
 
@@ -99,7 +99,7 @@ class Timer:
             inner = axes_group(self.sizes, ("context",), self.gpus_per_node)
             return Group(inner.size * self.sizes["data"], inner.local)
         if purpose == "fsdp" and self.zero == "parameters":
-            return axes_group(self.sizes, SHARD_AXES, self.gpus_per_node)
+            return axes_group(self.sizes, SHARD_FLAGS, self.gpus_per_node)
         return axes_group(self.sizes, ("tensor" if purpose == "regather" else purpose,), self.gpus_per_node)
 
     def cost(self, work: Work) -> SlotCost:
@@ -181,7 +181,7 @@ def _prediction(
     flops: float,
     durations: dict[Slot, list[float]],
 ) -> Prediction:
-    num_gpus = math.prod(sizes[axis] for axis in AXES)
+    num_gpus = math.prod(sizes[axis] for axis in FLAGS)
     tokens = config.train.global_batch * config.data.sequence_length
     seconds, peak = breakdown.total, machine.datasheet.peak_flops
     model_flops = model_flops_per_token(config.model, config.data.sequence_length) * tokens / num_gpus

@@ -9,7 +9,8 @@ from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.plan.compiled.deviceless import MORE
 from jaxtron.plan.hint import LEAST_PART
 from jaxtron.run.configuration import Configuration
-from jaxtron.sharding.config import AXES, ContextConfig, MeshConfig
+from jaxtron.sharding.config import ContextConfig, MeshConfig
+from jaxtron.sharding.folding import FLAGS
 from jaxtron.words import plural
 
 # Rows of a microbatch on a device. More only fill memory: products of so many tokens are large enough.
@@ -21,7 +22,7 @@ ONE_CHUNK = ("1f1b", "eager_1f1b", "zero_bubble")
 TWO_CHUNKS = ("zero_bubble_v", "dualpipe_v")
 MORE_CHUNKS = ("interleaved", "eager_interleaved")
 # Settings that a layout decides, by section; of the pipeline an own layout may have more.
-FLAGS = {
+SETTINGS = {
     "mesh": ("data", "fsdp", "context", "tensor", "pipe"),
     "context": ("method", "inner"),
     "pipeline": ("schedule", "chunks", "embedding_weight", "loss_weight"),
@@ -50,7 +51,7 @@ class Layout:
     @property
     def sizes(self) -> dict[str, int]:
         """The mesh by axis."""
-        return {axis: getattr(self, axis) for axis in AXES}
+        return {axis: getattr(self, axis) for axis in FLAGS}
 
     @property
     def has_shared_state(self) -> bool:
@@ -79,7 +80,7 @@ class Layout:
         """What to type after the configuration's file to have this layout."""
         config = self.config(base)
         words = []
-        for section, names in FLAGS.items():
+        for section, names in SETTINGS.items():
             for name in names:
                 value, before = (getattr(getattr(one, section), name) for one in (config, base))
                 # an axis left open is filled with what the others leave
@@ -202,7 +203,7 @@ def _attention(config: Configuration, tensor: int, context: int) -> Iterator[Con
     sequence do not split so: what `check_mesh` says of one stage and one replica."""
     train = config.train.model_copy(update={"batch_ramp": None, "microbatches": 1})
     alone = config.model_copy(update={"pipeline": PipelineConfig(), "train": train})
-    sizes = {axis: 1 for axis in AXES} | {"tensor": tensor, "context": context}
+    sizes = {axis: 1 for axis in FLAGS} | {"tensor": tensor, "context": context}
     for attention in dict.fromkeys((config.context, ContextConfig())):
         try:
             alone.model_copy(update={"context": attention}).check_mesh(sizes)

@@ -1,0 +1,83 @@
+"""One grid of devices seen two ways: the factors of either view as axes of a mesh that has the cuts of both.
+
+The layers' view is (pipe, data, fsdp, context, tensor), the experts' (pipe, expert_data, expert, expert_tensor), both
+from least to most communication (MoE Parallel Folding, 2504.14960). A factor is named by its setting, its flag.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from jaxtron.config import UserError
+from jaxtron.words import plural
+
+Axes = tuple[str, ...]
+
+# names of settings, not of mesh axes, which are `Rules.axes(flag)`
+FLAGS = ("pipe", "data", "fsdp", "context", "tensor")
+EXPERT_FLAGS = ("expert_data", "expert", "expert_tensor")
+BATCH_FLAGS = ("data", "fsdp")
+# those that may share a parameter and its state: gradients are summed over them
+SHARD_FLAGS = (*BATCH_FLAGS, "context")
+
+
+class Refinement(NamedTuple):
+    """Sizes of the refined axes, outermost first, and the axes that each flag of either view is made of."""
+
+    sizes: dict[str, int]
+    flags: dict[str, Axes]
+
+
+def refine(sizes: Mapping[str, int], expert: int = 1, expert_tensor: int = 1) -> Refinement:
+    """The coarsest axes that make up the flags of both views; `UserError` where there are none.
+
+    `sizes` are those of the layers' flags. Devices that are in no part of the experts' view are its `expert_data`.
+    Along the devices of a stage a view is cut at the products of its sizes from the innermost on; the axes are cut at
+    those of both views, so each cut must divide the next. An axis has its flag's name, or `data_0`, `data_1` where the
+    experts' view cuts it.
+    """
+    dense = {flag: sizes[flag] for flag in FLAGS[1:]}
+    devices = math.prod(dense.values())
+    if devices % (expert * expert_tensor):
+        asked = _text({"expert": expert, "expert_tensor": expert_tensor})
+        raise UserError(
+            f"{asked} needs a multiple of {plural(expert * expert_tensor, 'device')} in a stage, there "
+            f"{'is' if devices == 1 else 'are'} {devices:,} ({_text(dense)}); change one of them"
+        )
+    view = {"expert_data": devices // (expert * expert_tensor), "expert": expert, "expert_tensor": expert_tensor}
+    ours, theirs = _spans(dense), _spans(view)
+    cuts = sorted({cut for span in (*ours.values(), *theirs.values()) for cut in span})
+    for inner, outer in zip(cuts, cuts[1:], strict=False):
+        if outer % inner:
+            raise UserError(
+                f"the devices of a stage cannot be {_text(dense)} and {_text(view)} at once: these cut them every "
+                f"{inner} and every {outer}, which is not a multiple; change one of the sizes"
+            )
+    pieces = list(zip(cuts, cuts[1:], strict=False))[::-1]
+    found, flags, names = {"pipe": sizes["pipe"]}, {"pipe": ("pipe",)}, {}
+    for flag, span in ours.items():
+        own = [piece for piece in pieces if _inside(piece, span)]
+        flags[flag] = tuple(f"{flag}_{number}" for number in range(len(own))) if len(own) > 1 else (flag,)
+        found |= zip(flags[flag], [outer // inner for inner, outer in own] or [1], strict=True)
+        names |= zip(own, flags[flag], strict=False)
+    flags |= {flag: tuple(names[piece] for piece in pieces if _inside(piece, span)) for flag, span in theirs.items()}
+    assert tuple(flags) == (*FLAGS, *EXPERT_FLAGS)
+    return Refinement(found, flags)
+
+
+def _spans(sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Of each factor, outermost first, the devices of a step along it and along the next outer one."""
+    spans, inner = {}, 1
+    for flag, size in reversed(sizes.items()):
+        spans[flag] = (inner, inner * size)
+        inner *= size
+    return dict(reversed(spans.items()))
+
+
+def _inside(piece: tuple[int, int], span: tuple[int, int]) -> bool:
+    return span[0] <= piece[0] and piece[1] <= span[1]
+
+
+def _text(sizes: Mapping[str, int]) -> str:
+    named = {flag: f"{size} copies" if flag == "expert_data" else f"mesh.{flag} {size}" for flag, size in sizes.items()}
+    return " x ".join(named[flag] for flag, size in sizes.items() if size > 1) or "one device"
