@@ -52,10 +52,6 @@ class Checkpoints:
         self._saving: tuple[int, Future[None]] | None = None
         self._good = set(committed_steps(self.directory))
 
-    def due(self, step: int) -> bool:
-        """Whether the configuration asks for a checkpoint after this step."""
-        return self.config.every > 0 and step > 0 and step % self.config.every == 0
-
     def steps(self) -> list[int]:
         """The steps with a finished checkpoint that is not known to be damaged, oldest first."""
         return sorted(self._good)

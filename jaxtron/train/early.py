@@ -7,7 +7,7 @@ from jaxtron.runtime.machine import known_devices
 
 
 def check_early(config: Configuration) -> None:
-    """`UserError` for what can be refused before JAX is imported: a mesh, a batch, names of files."""
+    """`UserError` for what can be refused before JAX is imported: a mesh, a batch, a trace without end, names of files."""
     train = config.train
     if (devices := known_devices(config.runtime, config.devices)) is not None:
         config.check_mesh(config.mesh.shape(devices))
@@ -16,4 +16,7 @@ def check_early(config: Configuration) -> None:
             f"train.global_batch {train.global_batch} is not a multiple of train.microbatches {train.microbatches}; "
             "change one of them"
         )
+    if config.run.profile_steps is not None and config.run.profile_steps[1] > train.steps:
+        first, last = config.run.profile_steps
+        raise UserError(f"run.profile_steps {first} {last} ends after train.steps {train.steps}; end it earlier")
     check_there(config.data)

@@ -111,7 +111,7 @@ def _hooks(run: Run, saver: Saver, log: MetricsLog | None, outcome: Outcome, sta
         hooks.append(Hook(Recorder(run.directory, config, found, first_step=run.step, notes=notes)))
         hooks.append(Hook(log))
         if config.run.profile_steps is not None:
-            profiler = Profiler(run.directory / "profile", config.run.profile_steps, total)
+            profiler = Profiler(run.directory / "profile", config.run.profile_steps)
             stack.callback(profiler.close)
             hooks.append(Hook(profiler))
     hooks.append(Hook(saver, every=config.checkpoint.every or total, excluded=True))

@@ -77,7 +77,9 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
     Nothing is written before everything that can be checked was: a `UserError` leaves no half-made directory. Where
     there are steps to take, the directory is locked.
     """
-    check_records(config)
+    for name in config.run.trackers:
+        # missing packages are told before anything is made
+        import_tracker(name)
     session = make_session(config, jax.devices())
     config = session.config
     check_batch_fits("train.global_batch", config.train.global_batch, config.data.sequence_length)
@@ -132,15 +134,6 @@ def check_vocabulary(config: Configuration, data: Data) -> None:
             f"the tokenizer {config.data.tokenizer} has {data.tokenizer.vocab_size} tokens, more than "
             f"model.vocab_size {config.model.vocab_size}; set --model.vocab_size {data.tokenizer.vocab_size}"
         )
-
-
-def check_records(config: Configuration) -> None:
-    """`UserError` for a tracker whose package is missing, and a trace that would not end with the run."""
-    for name in config.run.trackers:
-        import_tracker(name)
-    if config.run.profile_steps is not None and config.run.profile_steps[1] > config.train.steps:
-        first, last = config.run.profile_steps
-        raise UserError(f"run.profile_steps {first} {last} ends after train.steps {config.train.steps}; end it earlier")
 
 
 def check_record(extra: dict[str, Any], config: Configuration, data: Data, directory: Path) -> None:

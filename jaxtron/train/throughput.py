@@ -40,7 +40,6 @@ class Throughput:
         self._clock = clock
         self._window_start = clock()
         self._steps, self._tokens, self._excluded_seconds = 0, 0, 0.0
-        self._total_steps, self._total_tokens, self._total_seconds = 0, 0, 0.0
         self._first: Rate | None = None
 
     def finish_step(self, tokens: int, outputs: PyTree) -> None:
@@ -71,18 +70,8 @@ class Throughput:
         # a clock that did not move is no division by zero
         seconds = max(self._clock() - self._window_start - self._excluded_seconds, 1e-9)
         rate = Rate(self._steps, self._tokens, seconds)
-        self._total_steps += rate.steps
-        self._total_tokens += rate.tokens
-        self._total_seconds += rate.seconds
         self._start_window()
         return rate
-
-    def total(self) -> Rate:
-        """Return the speed over all windows measured so far."""
-        if self._total_steps == 0:
-            assert self._first is not None, "total() comes after the first finish_step()"
-            return self._first
-        return Rate(self._total_steps, self._total_tokens, self._total_seconds)
 
     def _start_window(self) -> None:
         self._window_start = self._clock()

@@ -224,11 +224,6 @@ def test_without_writes_no_directory_is_made(tmp_path, make_state, abstract, one
     assert list(tmp_path.iterdir()) == []
 
 
-def test_due_steps(checkpoints):
-    assert [step for step in range(10) if checkpoints(every=3).due(step)] == [3, 6, 9]
-    assert not any(checkpoints(every=0).due(step) for step in range(10))
-
-
 @pytest.mark.parametrize("below", ["", "deeper"])
 def test_an_unwritable_directory_is_one_line(tmp_path, below):
     (tmp_path / "file").write_text("in the way")

@@ -6,12 +6,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from spans_put_back import put_back
 
 from jaxtron.config import UserError
 from jaxtron.data.masked.bert import BertSource, BertVocabulary, make_bert_sample
 from jaxtron.data.masked.mapping import build_mapping
 from jaxtron.data.masked.ngrams import Masking, NgramChooser, word_positions
-from jaxtron.data.masked.spans import SpanVocabulary, put_back
+from jaxtron.data.masked.spans import SpanVocabulary
 from jaxtron.data.masked.t5 import T5_MASKING, T5Source
 from jaxtron.data.masked.words import Spelling, continuations
 from jaxtron.data.megatron.indexed import IndexedReader, IndexedWriter

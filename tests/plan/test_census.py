@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtron.plan.compiled.census import UNKNOWN_AXES, Collective, census, summarize
+from jaxtron.plan.compiled.census import UNKNOWN_AXES, Collective, census
 from jaxtron.plan.compiled.deviceless import gpu_devices
 from jaxtron.plan.compiled.hlo import replica_groups
 
@@ -291,15 +291,6 @@ def test_calls_inside_loops_and_trip_counts_without_a_record():
         ("all_reduce", ("data", "tensor"), (6, None), 6, 32, False),
     ]
     assert (found[2].source, found[2].location) == ("psum", "a.py:7")
-
-
-def test_summary_adds_up(manual_census):
-    lines = summarize(manual_census).splitlines()
-    assert len(lines) == len(manual_census) + 2
-    assert "collective_permute  data         5 x 3    1       1    15   960 KiB    960 KiB    1/1" in lines
-    assert lines[-1].split()[:2] == ["total", "6"]
-    assert "5 if" in summarize(manual_census)
-    assert summarize(()).splitlines()[-1].split() == ["total", "0", "0", "B"]
 
 
 def test_mesh_of_another_size_is_refused():

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from jaxtron.config import UserError
 from jaxtron.run.metrics import MetricsWriter, Tally, read_metrics
 from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, _peak_memory, run_hooks
 from jaxtron.train.progress import Progress
@@ -163,7 +162,7 @@ def test_profiler_traces_the_steps_asked_for(tmp_path, monkeypatch):
     calls, step = [], 0
     monkeypatch.setattr(jax.profiler, "start_trace", lambda directory: calls.append(("start before", step + 1)))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop after", step)))
-    profiler = Profiler(tmp_path / "profile", (3, 5), total_steps=10)
+    profiler = Profiler(tmp_path / "profile", (3, 5))
     for step in range(1, 11):
         profiler(StepInfo(step, 10, state=None))
     profiler.close()
@@ -171,18 +170,13 @@ def test_profiler_traces_the_steps_asked_for(tmp_path, monkeypatch):
 
 
 def test_profiler_writes_a_trace(tmp_path):
-    profiler = Profiler(tmp_path / "profile", (2, 2), total_steps=2)
+    profiler = Profiler(tmp_path / "profile", (2, 2))
     run_loop([Hook(profiler)], 2)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_trace_of_a_run_that_stops_inside_the_range_is_ended(tmp_path):
-    profiler = Profiler(tmp_path / "profile", (2, 9), total_steps=10)
+    profiler = Profiler(tmp_path / "profile", (2, 9))
     run_loop([Hook(profiler)], 3)
     profiler.close()
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-
-
-def test_profiled_steps_past_the_end_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"run.profile_steps 3 12 ends after train.steps 10"):
-        Profiler(tmp_path, (3, 12), total_steps=10)

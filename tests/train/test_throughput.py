@@ -37,7 +37,6 @@ def test_window_of_the_first_step_alone_includes_compilation():
     throughput = Throughput(clock)
     take_steps(throughput, clock, 1, 30.0)
     assert throughput.measure().step_seconds == pytest.approx(30)
-    assert throughput.total().step_seconds == pytest.approx(30)
     take_steps(throughput, clock, 1, 0.5)
     assert throughput.measure().step_seconds == pytest.approx(0.5)
 
@@ -56,7 +55,7 @@ def test_excluded_time_does_not_count():
     assert throughput.measure().step_seconds == pytest.approx(0.5)
 
 
-def test_windows_are_apart_and_the_total_is_over_all():
+def test_windows_are_apart():
     clock = Clock()
     throughput = Throughput(clock)
     take_steps(throughput, clock, 1, 30.0)
@@ -65,8 +64,6 @@ def test_windows_are_apart_and_the_total_is_over_all():
         take_steps(throughput, clock, 4, seconds)
         rates.append(throughput.measure().step_seconds)
     assert rates == [pytest.approx(1.0), pytest.approx(0.25)]
-    assert throughput.total().step_seconds == pytest.approx(5 / 8)
-    assert throughput.total().tokens == 8 * 768
 
 
 def test_results_are_waited_for_before_the_clock_is_read(monkeypatch):

@@ -86,15 +86,5 @@ def take_out(
     )
 
 
-def put_back(sample: SpanSample, vocabulary: SpanVocabulary) -> Int32[np.ndarray, "N"]:
-    """The text of a sample, with its prefix: each sentinel of the encoder replaced by what the targets say after it."""
-    targets = sample.targets[sample.weights > 0]
-    targets = targets[: int(np.argmax(targets == vocabulary.end))] if vocabulary.end in targets else targets
-    text = sample.encoder_tokens[~sample.encoder_padding]
-    places = np.flatnonzero(np.isin(targets, vocabulary.sentinels))
-    spoken = {int(part[0]): part[1:] for part in np.split(targets, places)[1:]}
-    return _joined([spoken.get(token, [token]) for token in text.tolist()])
-
-
 def _joined(parts: Sequence[Sequence[int] | Integer[np.ndarray, "..."]]) -> Int32[np.ndarray, "N"]:
     return np.concatenate([np.asarray(part, np.int32) for part in parts])

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +10,6 @@ import numpy as np
 from jaxtron.pipeline.executor import BACKWARD
 from jaxtron.plan.compiled import hlo
 from jaxtron.plan.compiled.overlap import products_beside
-from jaxtron.plan.table import aligned
-from jaxtron.words import readable_bytes
 
 # HLO's names, and how much of the payload each device sends when a ring of n carries it out
 _RING_PASSES = {
@@ -211,34 +209,3 @@ class _Groups:
 def _canonical(groups: np.ndarray) -> np.ndarray:
     ordered = np.sort(groups, axis=1)
     return ordered[np.argsort(ordered[:, 0])]
-
-
-def summarize(collectives: Sequence[Collective]) -> str:
-    """A table of kinds, axes and loops: instructions, arrays, executions, payload and ring bytes a step and device."""
-    rows = [("kind", "axes", "loops", "ops", "arrays", "runs", "payload", "sent", "async")]
-    for (kind, axes, loops, conditional), found in _grouped(collectives):
-        rows.append(
-            (
-                kind,
-                ",".join(axes) or "-",
-                " x ".join("?" if trips is None else str(trips) for trips in loops) + (" if" if conditional else ""),
-                str(len(found)),
-                str(sum(collective.operands for collective in found)),
-                str(sum(collective.executions for collective in found)),
-                readable_bytes(sum(collective.step_bytes for collective in found)),
-                readable_bytes(sum(collective.step_sent_bytes for collective in found)),
-                f"{sum(collective.asynchronous for collective in found)}/{len(found)}",
-            )
-        )
-    total = readable_bytes(sum(collective.step_sent_bytes for collective in collectives))
-    rows.append(("total", "", "", str(len(collectives)), "", "", "", total, ""))
-    return "\n".join(aligned(rows, right=range(3, len(rows[0]))))
-
-
-def _grouped(collectives: Sequence[Collective]) -> list[tuple[tuple, list[Collective]]]:
-    """Collectives that differ only in their arrays, those that send most first."""
-    groups: dict[tuple, list[Collective]] = {}
-    for collective in collectives:
-        key = (collective.kind, collective.axes, collective.loops, collective.conditional)
-        groups.setdefault(key, []).append(collective)
-    return sorted(groups.items(), key=lambda group: -sum(c.step_sent_bytes for c in group[1]))
