@@ -7,7 +7,7 @@ from jaxtron.runtime.machine import known_devices
 
 
 def check_early(config: Configuration) -> None:
-    """`UserError` for what can be refused before JAX is imported: a mesh, a batch, a trace without end, names of files."""
+    """`UserError` for what can be refused before JAX is imported: a mesh, a batch, a trace, names of files."""
     train = config.train
     if (devices := known_devices(config.runtime, config.devices)) is not None:
         config.check_mesh(config.mesh.shape(devices))
