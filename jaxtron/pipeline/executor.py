@@ -132,7 +132,8 @@ class _Executor:
         )
         self.stream = jax.eval_shape(partial(self._enter, 0), self.outer, None, self._first_microbatch())
         self.prepared = self._prepare()
-        self.variants, self.variant_of_chunk = self._chunk_variants()
+        self.variants, self.variant_numbers = self._chunk_variants()
+        self.variant_number = jnp.asarray(self.variant_numbers)[self.stage]
 
     def _numbers(self, stack: int) -> Array:
         """The numbers in their stack of this stage's layers, by slot."""
@@ -156,11 +157,14 @@ class _Executor:
         length = segment.stop - segment.start
         iterations = -(-length // segment.period)
         rows = self._rows(segment, iterations * segment.period)
+        known = [self._known(rows[0], phase, segment.period) for phase in range(segment.period)]
         here = jax.tree.map(lambda table: jnp.asarray(table)[:, self.stage].reshape(iterations, segment.period), rows)
 
         def iterate(state: ExecutorState, rows: PyTree) -> tuple[ExecutorState, None]:
             for phase in range(segment.period):
-                state = self.tick(state, jax.tree.map(lambda row, phase=phase: row[phase], rows), segment, phase)
+                works, *arrivals = jax.tree.map(lambda row, phase=phase: row[phase], rows)
+                works = tuple(replace(work, **found) for work, found in zip(works, known[phase], strict=True))
+                state = self.tick(state, (works, *arrivals), segment, phase)
             return state, None
 
         if iterations == 1:
@@ -181,6 +185,22 @@ class _Executor:
             tuple(part(channel.slots, program.num_activations) for channel in program.activations),
             tuple(part(channel.slots, program.num_gradients) for channel in program.gradients),
         )
+
+    def _known(self, works: tuple[Slots[IntTable], ...], phase: int, period: int) -> list[dict[str, int]]:
+        """Of each kind of work, what is the same whenever there is any at this tick of the iterations.
+
+        On one stage no branch is needed for it; on several it differs by stage.
+        """
+        if self.num_stages > 1:
+            return [{} for _ in works]
+        found = []
+        for work in works:
+            active = work.active[phase::period] > 0
+            columns = {name: getattr(work, name)[phase::period][active] for name in ("chunk", "enters", "is_last")}
+            columns["active"] = active
+            values = {name: set(map(int, column.flat)) for name, column in columns.items()}
+            found.append({name: min(column) for name, column in values.items() if len(column) == 1})
+        return found
 
     def initial(self) -> ExecutorState:
         """Empty buffers and zero sums."""
@@ -236,9 +256,13 @@ class _Executor:
         self, work: Callable, table: Slots[IntTable], slots: Slots[Array], state: ExecutorState
     ) -> tuple[ExecutorState, Stream]:
         """`work` if this tick has any; without a branch where every tick of every stage has."""
-        if table.active.all():
+        if table.active.all() or (isinstance(slots.active, int) and slots.active > 0):
             return work(state, slots)
-        return jax.lax.cond(slots.active, work, lambda state, _: (state, buffers.zeros(self.stream)), state, slots)
+
+        def nothing(state: ExecutorState) -> tuple[ExecutorState, Stream]:
+            return state, buffers.zeros(self.stream)
+
+        return jax.lax.cond(slots.active, lambda state: work(state, slots), nothing, state)
 
     def _forward(self, state: ExecutorState, slots: Slots[Array]) -> tuple[ExecutorState, Stream]:
         """What enters the chunk, its layers, and on the last virtual stage head and loss with their gradient."""
@@ -262,8 +286,8 @@ class _Executor:
         y, stacks = self._by_chunk(slots, layers)
         state = replace(state, stacks=stacks)
         head = partial(self._head, y=y, microbatch=microbatch, slot=slots.gradient)
-        if self.program.schedule.num_virtual == 1:
-            return head(state), y
+        if isinstance(slots.is_last, int):
+            return (head(state) if slots.is_last else state), y
         return jax.lax.cond(slots.is_last, head, lambda state: state, state), y
 
     def _head(self, state: ExecutorState, *, y: Stream, microbatch: Microbatch, slot: Array) -> ExecutorState:
@@ -327,12 +351,12 @@ class _Executor:
         return loss, sums
 
     def _add_to_outer(self, totals: PyTree, parts: PyTree) -> PyTree:
-        return (buffers.add if self.program.schedule.num_virtual == 1 else buffers.add_in_branch)(totals, parts)
+        return (buffers.add if self.num_stages == 1 else buffers.add_in_branch)(totals, parts)
 
     def _by_enters(self, slots: Slots[Array], run: Callable[[int, PyTree], PyTree], operand: PyTree) -> PyTree:
         """`run(stack, operand)` with the stack that begins with this chunk, or -1, which is static in each branch."""
-        if self.program.schedule.num_virtual == 1:
-            return run(0, operand)
+        if isinstance(slots.enters, int):
+            return run(slots.enters, operand)
         branches = [partial(run, stack) for stack in range(-1, len(self.loops))]
         return jax.lax.switch(slots.enters + 1, branches, operand)
 
@@ -347,11 +371,13 @@ class _Executor:
 
         if len(self.variants) == 1:
             return run_variant(self.variants[0])
+        if isinstance(slots.chunk, int):
+            return run_variant(self.variants[self.variant_numbers[0, slots.chunk]])
         branches = [partial(lambda variant, _: run_variant(variant), variant) for variant in self.variants]
-        return jax.lax.switch(self.variant_of_chunk[slots.chunk], branches, None)
+        return jax.lax.switch(self.variant_number[slots.chunk], branches, None)
 
-    def _chunk_variants(self) -> tuple[list[tuple[int, int]], Array]:
-        """The pairs (stack, layers of a chunk) there are, and by chunk of this stage which it is."""
+    def _chunk_variants(self) -> tuple[list[tuple[int, int]], np.ndarray]:
+        """The pairs (stack, layers of a chunk) there are, and by [stage, chunk] which it is."""
         plan = self.stages
         chunks = [
             [
@@ -362,8 +388,7 @@ class _Executor:
             for stage in range(self.num_stages)
         ]
         variants = sorted({variant for row in chunks for variant in row})
-        table = np.asarray([[variants.index(variant) for variant in row] for row in chunks], np.int32)
-        return variants, jnp.asarray(table)[self.stage]
+        return variants, np.asarray([[variants.index(variant) for variant in row] for row in chunks], np.int32)
 
     def _travel(
         self, channels: tuple[Channel, ...], pairs: tuple[Pairs, ...], message: Stream | None

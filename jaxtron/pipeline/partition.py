@@ -1,6 +1,7 @@
 """Which layers each stage has."""
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -112,22 +113,49 @@ class StagePlan:
         return bisect.bisect_right([stack.first_chunk for stack in self.partitions], chunk) - 1
 
 
-def partition(num_layers: int, schedule: Schedule, config: PipelineConfig) -> Partition:
-    """The layers shared out among the schedule's virtual stages; a `UserError` where that cannot be."""
-    num_parts = schedule.num_virtual
-    sizes = f"mesh.pipe {schedule.num_stages} x pipeline.chunks {schedule.num_chunks}"
-    if config.stage_layers is not None:
-        lengths = config.stage_layers
-        if len(lengths) != num_parts or sum(lengths) != num_layers or min(lengths) < 0:
-            raise UserError(
-                f"pipeline.stage_layers {list(lengths)} must be {num_parts} numbers ({sizes}) that add up "
-                f"to the model's {num_layers} layers"
-            )
-    elif num_layers < num_parts:
-        raise UserError(f"the model's {num_layers} layers are too few for {sizes} = {num_parts} parts")
+def stage_plan(num_layers: Sequence[int], schedule: Schedule, config: PipelineConfig) -> StagePlan:
+    """The layers of each stack shared out among its virtual stages, of which all stacks have as many.
+
+    The first stack's first part has the embedding's work, the last stack's last part that of the head and the loss.
+    Raises `UserError` where layers are too few, or `pipeline.stage_layers` does not fit.
+    """
+    assert schedule.num_chunks % len(num_layers) == 0
+    chunks = schedule.num_chunks // len(num_layers)
+    num_parts = schedule.num_stages * chunks
+    sizes = f"mesh.pipe {schedule.num_stages} x pipeline.chunks {chunks}"
+    if config.stage_layers is None:
+        lengths = _even_lengths(num_layers, num_parts, sizes, config)
     else:
-        lengths = _share_out(num_layers, num_parts, config.embedding_weight, config.loss_weight)
-    return Partition(tuple(lengths), schedule.num_stages, schedule.placement)
+        lengths = [
+            config.stage_layers[start : start + num_parts] for start in range(0, len(config.stage_layers), num_parts)
+        ]
+        fits = [sum(part) for part in lengths] == list(num_layers) and len(config.stage_layers) == len(
+            lengths
+        ) * num_parts
+        if not fits or min(config.stage_layers) < 0:
+            several = f" x {len(num_layers)} stacks" if len(num_layers) > 1 else ""
+            raise UserError(
+                f"pipeline.stage_layers {list(config.stage_layers)} must be {num_parts * len(num_layers)} numbers "
+                f"({sizes}{several}) that add up to the model's {' and '.join(map(str, num_layers))} layers"
+            )
+    return StagePlan(
+        tuple(
+            Partition(tuple(own), schedule.num_stages, schedule.placement, stack * chunks)
+            for stack, own in enumerate(lengths)
+        )
+    )
+
+
+def _even_lengths(num_layers: Sequence[int], num_parts: int, sizes: str, config: PipelineConfig) -> list[list[int]]:
+    last = len(num_layers) - 1
+    lengths = []
+    for stack, count in enumerate(num_layers):
+        if count < num_parts:
+            layers = f"model's {count} layers" if last == 0 else f"{count} layers of the model's stack {stack}"
+            raise UserError(f"the {layers} are too few for {sizes} = {num_parts} parts")
+        ends = (config.embedding_weight * (stack == 0), config.loss_weight * (stack == last))
+        lengths.append(_share_out(count, num_parts, *ends))
+    return lengths
 
 
 def forward_only(stages: StagePlan, num_microbatches: int = 1) -> Schedule:

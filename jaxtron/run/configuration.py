@@ -17,7 +17,7 @@ from jaxtron.models.family import Family
 from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
 from jaxtron.optim.config import BatchRampConfig, LossScaleConfig, OptimizerConfig
 from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.pipeline.partition import Partition, partition
+from jaxtron.pipeline.partition import Partition, stage_plan
 from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
 from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.run.run_config import RunConfig
@@ -176,7 +176,7 @@ class Configuration(Config):
                     f"pipeline.chunks {pipeline.chunks} = {num_parts}; change the cuts or one of these"
                 )
             pipeline = pipeline.model_copy(update={"stage_layers": cuts.layers})
-        return partition(num_layers, self.schedule(num_stages, num_microbatches), pipeline)
+        return stage_plan((num_layers,), self.schedule(num_stages, num_microbatches), pipeline).partitions[0]
 
     def check_mesh(self, sizes: dict[str, int]) -> None:
         """`UserError` where batch, sequence, heads, vocabulary or layers do not fit a mesh of these sizes."""

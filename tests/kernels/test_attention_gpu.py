@@ -23,7 +23,7 @@ from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.optim.config import OptimizerConfig
 from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.pipeline.partition import partition
+from jaxtron.pipeline.partition import stage_plan
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.run.configuration import TrainConfig
 from jaxtron.run.dtypes import DTYPES
@@ -205,7 +205,8 @@ def train(implementation, precision):
     tokens = generator.integers(model.vocab_size, size=(ROWS, LENGTH + 1), dtype=np.int32)
     mesh = build_mesh(MeshConfig(data=1), jax.devices()[:1])
     with use(make_rules(mesh, ShardingConfig())), jax.default_matmul_precision("highest"):
-        stages = partition(model.layout.repeats, make_schedule(pipeline.schedule, 1, config.microbatches, 1), pipeline)
+        table = make_schedule(pipeline.schedule, 1, config.microbatches, 1)
+        (stages,) = stage_plan((model.layout.repeats,), table, pipeline).partitions
         plan = blueprint(lambda rngs: Decoder(model, dtype=DTYPES[precision], partition=stages, rngs=rngs))
         trainer = Trainer(plan, model, config, OptimizerConfig(), pipeline, stages, seed=3)
         state = trainer.initial_state()

@@ -14,7 +14,7 @@ from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.executor import Result, run
 from jaxtron.pipeline.layer_rows import arrange, restore
 from jaxtron.pipeline.model import HeadOutput, LayerOutput, Model, Parameters, Stack
-from jaxtron.pipeline.partition import Partition, StagePlan, forward_only, partition
+from jaxtron.pipeline.partition import Partition, StagePlan, forward_only, stage_plan
 from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
 from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work, one_stage
 from jaxtron.sharding.collectives import vary
@@ -94,7 +94,7 @@ def plain(model: Model, params: Parameters, batch: dict, chosen=None) -> Result:
             losses.append(one)
             sums.append(reported)
             metrics.append(tuple(here))
-        return sum(losses), tuple(jax.tree.map(lambda *parts: sum(parts), *found) for found in (sums, metrics))
+        return sum(loss for loss in losses if loss is not None), tuple(jax.tree.map(lambda *parts: sum(parts), *found) for found in (sums, metrics))
 
     return Result(*(lambda grads, found: (grads, *found))(*jax.jit(jax.grad(loss, has_aux=True))(params)))
 
@@ -168,9 +168,9 @@ def test_every_schedule_is_plain_differentiation(rules_for, name):
     schedule = make_schedule(name, num_stages, num_microbatches, num_chunks)
     num_layers = num_stages * num_chunks + 2
     params, batch, expected = toy(num_layers, num_microbatches)
-    stages = partition(num_layers, schedule, PipelineConfig())
-    assert len(set(stages.lengths)) > 1
-    found = on_stages(rules_for(pipe=num_stages), schedule, StagePlan((stages,)), TOY, params, batch)
+    stages = stage_plan((num_layers,), schedule, PipelineConfig())
+    assert len(set(stages.partitions[0].lengths)) > 1
+    found = on_stages(rules_for(pipe=num_stages), schedule, stages, TOY, params, batch)
     assert_same(found, expected)
     # loss and head on the last virtual stage alone, the embedding there (tied) and on the first
     last, first = (schedule.place(virtual)[0] for virtual in (schedule.num_virtual - 1, 0))
@@ -227,9 +227,9 @@ def test_gradients_are_summed_in_float32(rules_for, name, num_stages):
         lambda outer, y, _: HeadOutput(jnp.sum(outer["scale"] * y), {"rows": jnp.sum(y / y, dtype=jnp.float32)}),
     )
     schedule = make_schedule(name, num_stages, count)
-    stages = partition(2, schedule, PipelineConfig())
+    stages = stage_plan((2,), schedule, PipelineConfig())
     batch = jnp.ones((count, 1, 1), jnp.bfloat16)
-    found = on_stages(rules_for(pipe=num_stages), schedule, StagePlan((stages,)), model, params, batch)
+    found = on_stages(rules_for(pipe=num_stages), schedule, stages, model, params, batch)
     assert (found.gradients.stacks[0]["weight"] == count).all()
     scale = found.gradients.outer["scale"]
     assert scale.dtype == np.float32 and scale.sum() == found.sums["rows"].sum() == count
@@ -246,3 +246,66 @@ def test_a_table_without_backwards_has_reports_and_no_gradients(rules_for, lengt
         found = on_stages(rules_for(pipe=num_stages), forward_only(stages, 5), stages, TOY, params, batch)
         assert found.gradients is None
         assert_same(found, expected)
+
+
+def two_stacks() -> Model:
+    """An encoder-decoder: what leaves the encoder is `memory` for every layer of the decoder."""
+
+    def encode(weights, stream, number, shared):
+        output = layer(weights, stream["x"], number, shared)
+        return replace(output, stream={**stream, "x": output.stream})
+
+    def decode(weights, stream, number, shared):
+        # reads what no layer of the encoder does, and reports other metrics
+        y = layer(weights, stream["x"] * jnp.cos(stream["memory"]), number, {"scale": shared["decoder scale"]}).stream
+        return LayerOutput(stream | {"x": y}, metrics={"memory": jnp.sum(stream["memory"] * y)})
+
+    def enter_encoder(outer, stream, microbatch):
+        x = enter(outer, stream, microbatch)
+        return {"x": x, "memory": jnp.zeros_like(x)}
+
+    def enter_decoder(outer, stream, microbatch):
+        return {"x": microbatch["target"] @ outer["embedding"], "memory": jnp.tanh(stream["x"] * outer["norm"])}
+
+    decoder = Stack(enter_decoder, lambda microbatch: {"decoder scale": 2 * microbatch["scale"]}, decode)
+    return Model(
+        (Stack(enter_encoder, shared, encode), decoder),
+        lambda outer, stream, microbatch: head(outer, stream["x"], microbatch),
+    )
+
+
+def make_two(num_layers: tuple[int, int], num_microbatches: int) -> tuple[Parameters, dict]:
+    params, batch = make(num_layers[0], num_microbatches)
+    normal = random_arrays(2)
+    batch |= {"target": normal(num_microbatches, ROWS, WIDTH)}
+    outer = params.outer | {"norm": normal(WIDTH)}
+    return Parameters((*params.stacks, make_layers(num_layers[1], seed=3)), outer), batch
+
+
+@functools.cache
+def two(num_layers: tuple[int, int], num_microbatches: int):
+    params, batch = make_two(num_layers, num_microbatches)
+    return params, batch, plain(two_stacks(), params, batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_stages", "num_chunks"),
+    [
+        ("1f1b", 1, 1),
+        ("interleaved", 2, 1),
+        pytest.param("interleaved", 3, 2, marks=pytest.mark.slow),
+        pytest.param("eager_interleaved", 3, 1, marks=pytest.mark.slow),
+        ("zero_bubble_v", 2, 1),
+        pytest.param("dualpipe_v", 2, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_an_encoder_decoder_is_plain_differentiation(rules_for, name, num_stages, num_chunks):
+    num_microbatches = 5
+    num_layers = (num_stages * num_chunks + 1, num_stages * num_chunks)
+    schedule = make_schedule(name, num_stages, num_microbatches, num_chunks, num_stacks=2)
+    stages = stage_plan(num_layers, schedule, PipelineConfig())
+    params, batch, expected = two(num_layers, num_microbatches)
+    rules = rules_for(pipe=num_stages)
+    assert_same(on_stages(rules, schedule, stages, two_stacks(), params, batch), expected)
+    found = on_stages(rules, forward_only(stages, num_microbatches), stages, two_stacks(), params, batch)
+    assert_same(found, expected)

@@ -8,7 +8,7 @@ import pytest
 from jaxtron.config import UserError
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.layer_rows import arrange, restore
-from jaxtron.pipeline.partition import Partition, StagePlan, forward_only, partition
+from jaxtron.pipeline.partition import Partition, StagePlan, forward_only, stage_plan
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.schedule import Work
 
@@ -26,7 +26,7 @@ PARTITIONS = [
 def even(num_layers: int, num_stages: int, num_chunks: int = 1, **settings) -> Partition:
     name = "1f1b" if num_chunks == 1 else "interleaved"
     table = make_schedule(name, num_stages, 2 * num_stages, num_chunks)
-    return partition(num_layers, table, PipelineConfig(**settings))
+    return stage_plan((num_layers,), table, PipelineConfig(**settings)).partitions[0]
 
 
 def test_rows_by_hand():

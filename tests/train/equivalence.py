@@ -20,7 +20,7 @@ from jaxtron.models.decoder.model import Decoder
 from jaxtron.optim.config import OptimizerConfig
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.layer_rows import arrange, restore
-from jaxtron.pipeline.partition import Partition, partition
+from jaxtron.pipeline.partition import Partition, stage_plan
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.run.configuration import TrainConfig
 from jaxtron.run.dtypes import DTYPES
@@ -139,7 +139,7 @@ def make_trainer(
 ) -> Trainer:
     config = TrainConfig(**{"global_batch": ROWS, "precision": "fp32", **train})
     table = make_schedule(pipeline.schedule, current().parts("pipe"), config.microbatches, pipeline.chunks)
-    stages = partition(model.layout.repeats, table, pipeline)
+    (stages,) = stage_plan((model.layout.repeats,), table, pipeline).partitions
     plan = blueprint(lambda rngs: Decoder(model, dtype=DTYPES[config.precision], partition=stages, rngs=rngs))
     return Trainer(plan, model, config, optimizer or OptimizerConfig(), pipeline, stages, seed=3)
 

@@ -123,20 +123,23 @@ SCHEDULES: dict[str, Generator] = {
 }
 
 
-def make_schedule(name: str, num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
+def make_schedule(
+    name: str, num_stages: int, num_microbatches: int, num_chunks: int = 1, num_stacks: int = 1
+) -> Schedule:
     """The schedule of that name, or the one in that CSV file; on one stage always plain accumulation.
 
+    `num_chunks` are a stage's chunks of each of a model's `num_stacks` stacks: the table has so many of all of them.
     Raises `UserError` for an unknown name, sizes the schedule does not run, or a table that is wrong or of other sizes.
     """
     if name.endswith(".csv"):
-        return _custom(name, num_stages, num_microbatches, num_chunks)
+        return _custom(name, num_stages, num_microbatches, num_chunks * num_stacks)
     if name not in SCHEDULES:
         raise UserError(f"no schedule {name!r}: use one of {', '.join(SCHEDULES)}, or the path of a .csv table")
     if num_stages == 1:
         if num_chunks != 1:
             raise UserError(f"{num_chunks} chunks on one pipeline stage have no effect; use 1 chunk or more stages")
-        return one_stage(num_microbatches)
-    return _made(name, num_stages, num_microbatches, num_chunks)
+        return one_stage(num_microbatches, num_stacks)
+    return _made(name, num_stages, num_microbatches, num_chunks * num_stacks)
 
 
 @functools.lru_cache(maxsize=16)

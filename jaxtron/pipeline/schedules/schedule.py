@@ -88,12 +88,21 @@ def place(virtual: int, num_stages: int, placement: Placement) -> tuple[int, int
     return (num_stages - 1 - stage if placement == "vee" and chunk == 1 else stage), chunk
 
 
-def one_stage(num_microbatches: int) -> Schedule:
-    """Gradient accumulation: one stage that runs each microbatch forward and backward in one tick, in order."""
+def one_stage(num_microbatches: int, num_chunks: int = 1) -> Schedule:
+    """Gradient accumulation: one stage that runs one microbatch after the other forward and backward.
+
+    With one chunk in one tick; with more, chunk after chunk there and back, the last one's both in one tick.
+    """
     if num_microbatches < 1:
         raise UserError(f"a step needs at least one microbatch, not {num_microbatches}")
-    works = [Work(0, index) for index in range(num_microbatches)]
-    return Schedule("one_stage", tuple((Entry(work, work),) for work in works), num_microbatches)
+    last = num_chunks - 1
+    table = []
+    for index in range(num_microbatches):
+        works = [Work(chunk, index) for chunk in range(num_chunks)]
+        table += [(Entry(forward=work),) for work in works[:last]]
+        table += [(Entry(forward=works[last], backward=works[last]),)]
+        table += [(Entry(backward=work),) for work in works[:last][::-1]]
+    return Schedule("one_stage", tuple(table), num_microbatches, num_chunks)
 
 
 def check(schedule: Schedule) -> None:
