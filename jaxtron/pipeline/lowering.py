@@ -234,8 +234,9 @@ def _cheapest_cuts(program: Program, price: float) -> list[tuple[int, int, int]]
         for channel, spare in _all_channels(program)
     ]
     events = np.concatenate([*messages, *kinds], 1)
-    counts = {period: _counts(events, period) for period in PERIODS}
-    bounds = _ends(num_ticks, int(kinds[1].argmax()), num_ticks - int(kinds[0][::-1].argmax()))
+    periods = _periods(program.schedule)
+    counts = {period: _counts(events, period) for period in periods}
+    bounds = _ends(num_ticks, math.lcm(*periods), int(kinds[1].argmax()), num_ticks - int(kinds[0][::-1].argmax()))
     costs, cuts = [0.0], [(0, 0)]
     for index, stop in enumerate(bounds[1:], 1):
         starts, choices = bounds[:index], []
@@ -259,9 +260,15 @@ def _cheapest_cuts(program: Program, price: float) -> list[tuple[int, int, int]]
     return loops[::-1]
 
 
-def _ends(num_ticks: int, first_backward: int, last_forward: int) -> Int32[np.ndarray, "ends"]:
-    """Where loops may begin and end: every tick, or of many ticks some that lie whole periods apart."""
-    step = 1 if num_ticks <= MOST_CUTS else math.lcm(*PERIODS) * -(-num_ticks // (MOST_CUTS * math.lcm(*PERIODS)))
+def _periods(schedule: Schedule) -> tuple[int, ...]:
+    """Ticks that an iteration of a loop may have."""
+    # on one stage a microbatch goes through its chunks there and back before the next begins
+    return tuple({*PERIODS, 2 * schedule.num_chunks - 1}) if schedule.num_stages == 1 else PERIODS
+
+
+def _ends(num_ticks: int, whole: int, first_backward: int, last_forward: int) -> Int32[np.ndarray, "ends"]:
+    """Where loops may begin and end: every tick, or of many ticks some that lie whole periods (`whole`) apart."""
+    step = 1 if num_ticks <= MOST_CUTS else whole * -(-num_ticks // (MOST_CUTS * whole))
     ends = {tick for start in (0, first_backward, last_forward) for tick in range(start % step, num_ticks, step)}
     return np.array(sorted({0, *ends, num_ticks}), np.int32)
 
@@ -370,7 +377,7 @@ def _channels(
 
 def _shift(distance: int, num_stages: int) -> int:
     """Direction along the ring of stages: 1, -1, or 0 for a message that stays."""
-    return distance % 2 if num_stages == 2 else (distance + 1) % num_stages - 1
+    return distance % num_stages if num_stages <= 2 else (distance + 1) % num_stages - 1
 
 
 def _zeros(schedule: Schedule) -> IntTable:

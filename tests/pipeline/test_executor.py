@@ -94,7 +94,9 @@ def plain(model: Model, params: Parameters, batch: dict, chosen=None) -> Result:
             losses.append(one)
             sums.append(reported)
             metrics.append(tuple(here))
-        return sum(loss for loss in losses if loss is not None), tuple(jax.tree.map(lambda *parts: sum(parts), *found) for found in (sums, metrics))
+        return sum(loss for loss in losses if loss is not None), tuple(
+            jax.tree.map(lambda *parts: sum(parts), *found) for found in (sums, metrics)
+        )
 
     return Result(*(lambda grads, found: (grads, *found))(*jax.jit(jax.grad(loss, has_aux=True))(params)))
 

@@ -9,11 +9,11 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from jaxtron.pipeline.lowering import Channel, Program, Segment, Slots, lower, segments
+from jaxtron.pipeline.lowering import Channel, Program, Segment, Slots, lower, message_counts, segments
 from jaxtron.pipeline.partition import Partition, StagePlan, forward_only
 from jaxtron.pipeline.schedules.figures import figures
 from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
-from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work, one_stage
+from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work, check, one_stage
 
 TWO_CHUNKS = ("zero_bubble_v", "dualpipe_v")
 MANY_CHUNKS = ("interleaved", "eager_interleaved")
@@ -48,13 +48,16 @@ class Buffer:
 class Machine:
     """The stages of a program. A content is (kind, virtual stage, microbatch), those of who is to use it."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, stack_chunks: tuple[int, ...] = ()) -> None:
         self.program = program
+        self.stack_chunks = stack_chunks or (program.schedule.num_chunks,)
         self.schedule = program.schedule
         self.stages = range(self.schedule.num_stages)
         sizes = (program.num_activations, program.num_gradients, *program.num_residuals, *program.num_pairs)
         self.buffers = [[Buffer(size) for _ in self.stages] for size in sizes]
-        self.activations, self.gradients, self.residuals, self.pairs = self.buffers
+        self.activations, self.gradients, *others = self.buffers
+        # by stack
+        self.residuals, self.pairs = others[: len(self.stack_chunks)], others[len(self.stack_chunks) :]
         self.sent: list = [NOTHING for _ in self.stages]
         self.ran = Counter()
 
@@ -121,19 +124,31 @@ class Machine:
 
     def begin(self, kind: str, stage: int, row: dict[str, int]) -> tuple[int, int]:
         virtual = self.schedule.virtual(stage, row["chunk"])
-        if (row["enters"], row["is_last"]) != (-1 if virtual else 0, virtual == self.schedule.num_virtual - 1):
+        if (row["enters"], row["is_last"]) != (self.enters(virtual), virtual == self.schedule.num_virtual - 1):
             raise Broken(f"virtual stage {virtual} begins stack {row['enters']} or is last {row['is_last']}")
         self.ran[kind, virtual, row["microbatch"]] += 1
         return virtual, row["microbatch"]
+
+    def stack(self, virtual: int) -> int:
+        firsts = [self.schedule.num_stages * first for first in itertools.accumulate(self.stack_chunks)]
+        return sum(virtual >= first for first in firsts)
+
+    def enters(self, virtual: int) -> int:
+        is_first = virtual == 0 or self.stack(virtual) > self.stack(virtual - 1)
+        return self.stack(virtual) if is_first else -1
 
     def forward(self, stage: int, row: dict[str, int] | None):
         if row is None:
             return NOTHING
         virtual, microbatch = self.begin("forward", stage, row)
-        if row["enters"] < 0:
+        trains = any(self.program.num_residuals)
+        # a later stack's backward reads once more what entered it
+        if virtual and not (trains and row["enters"] > 0):
             self.activations[stage].take(row["activation"], ("activation", virtual, microbatch))
-        if any(self.program.num_residuals):
-            self.residuals[stage].put(row["residual"], ("residual", virtual, microbatch))
+        elif virtual and self.activations[stage].slots.get(row["activation"]) != ("activation", virtual, microbatch):
+            raise Broken(f"slot {row['activation']} does not have what enters virtual stage {virtual}")
+        if trains:
+            self.residuals[self.stack(virtual)][stage].put(row["residual"], ("residual", virtual, microbatch))
             if row["is_last"]:
                 self.gradients[stage].put(row["gradient"], ("gradient", virtual, microbatch))
         return NOTHING if row["is_last"] else ("activation", virtual + 1, microbatch)
@@ -143,20 +158,22 @@ class Machine:
             return NOTHING
         virtual, microbatch = self.begin("backward", stage, row)
         self.gradients[stage].take(row["gradient"], ("gradient", virtual, microbatch))
-        self.residuals[stage].take(row["residual"], ("residual", virtual, microbatch))
+        if row["enters"] > 0:
+            self.activations[stage].take(row["activation"], ("activation", virtual, microbatch))
+        self.residuals[self.stack(virtual)][stage].take(row["residual"], ("residual", virtual, microbatch))
         if any(self.program.num_pairs):
-            self.pairs[stage].put(row["pair"], ("pair", virtual, microbatch))
+            self.pairs[self.stack(virtual)][stage].put(row["pair"], ("pair", virtual, microbatch))
         return NOTHING if row["enters"] == 0 else ("gradient", virtual - 1, microbatch)
 
     def weight(self, stage: int, row: dict[str, int] | None) -> None:
         if row is not None:
             virtual, microbatch = self.begin("weight", stage, row)
-            self.pairs[stage].take(row["pair"], ("pair", virtual, microbatch))
+            self.pairs[self.stack(virtual)][stage].take(row["pair"], ("pair", virtual, microbatch))
 
 
-def simulate(program: Program) -> Machine:
+def simulate(program: Program, stack_chunks: tuple[int, ...] = ()) -> Machine:
     """The machine after all ticks; `Broken` where anything is not what was meant."""
-    machine = Machine(program)
+    machine = Machine(program, stack_chunks)
     machine.run(segments(program))
     return machine
 
@@ -180,6 +197,35 @@ def test_everything_reads_what_it_needs_from_buffers_no_larger_than_that(name):
         peaks = [max(buffer.peak for buffer in buffers) for buffers in machine.buffers]
         sizes = [program.num_activations, program.num_gradients, *program.num_residuals, *program.num_pairs]
         assert sizes == peaks
+
+
+@pytest.mark.parametrize("name", MANY_CHUNKS + TWO_CHUNKS)
+def test_stacks_have_buffers_of_their_own(name):
+    for num_stages, num_microbatches, stack_chunks in itertools.product((2, 3, 4), (8, 9), ((1, 1), (2, 1), (1, 2, 1))):
+        if name in TWO_CHUNKS and sum(stack_chunks) > 2:
+            continue
+        schedule = make_schedule(name, num_stages, num_microbatches, sum(stack_chunks))
+        program = lower(schedule, stack_chunks)
+        machine = simulate(program, stack_chunks)
+        peaks = [max(buffer.peak for buffer in buffers) for buffers in machine.buffers]
+        sizes = [program.num_activations, program.num_gradients, *program.num_residuals, *program.num_pairs]
+        assert sizes == peaks and len(program.num_residuals) == len(stack_chunks)
+    with pytest.raises(Broken):
+        simulate(program)
+
+
+def test_several_stacks_on_one_stage_keep_one_microbatch():
+    for num_stacks, count in itertools.product((2, 3), (1, 2, 9)):
+        schedule = one_stage(count, num_stacks)
+        check(schedule)
+        program = lower(schedule, (1,) * num_stacks)
+        simulate(program, (1,) * num_stacks)
+        assert program.num_residuals == (1,) * num_stacks
+        # of many microbatches all but the first and the last are iterations of one loop
+        longest = max(segments(program), key=lambda loop: loop.stop - loop.start)
+        assert count < 9 or (longest.stop - longest.start) // longest.period >= count - 2
+        assert longest.period in (1, 2 * num_stacks - 1)
+        assert message_counts(program) == (0, 0)
 
 
 def test_accumulation_sends_nothing_and_keeps_one_of_each():
