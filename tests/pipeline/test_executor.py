@@ -108,12 +108,20 @@ def assert_close(found, expected, tolerance: float = 1e-5) -> None:
     jax.tree.map(compare, found, expected)
 
 
-def on_stages(rules, schedule: Schedule, stages: StagePlan, model: Model, params: Parameters, batch: dict) -> Result:
+def on_stages(
+    rules,
+    schedule: Schedule,
+    stages: StagePlan,
+    model: Model,
+    params: Parameters,
+    batch: dict,
+    frozen: Parameters | None = None,
+) -> Result:
     """What the stages have: layers' gradients and metrics in the model's order, the others by stage."""
 
-    def local(params, batch):
-        params, batch = jax.tree.map(vary, (params, batch))
-        gradients, sums, metrics = run(schedule, stages, model, params, batch)
+    def local(params, batch, frozen):
+        params, batch, frozen = jax.tree.map(vary, (params, batch, frozen))
+        gradients, sums, metrics = run(schedule, stages, model, params, batch, frozen)
         outer = None if gradients is None else gradients.outer
         layers = None if gradients is None else gradients.stacks
         return layers, metrics, jax.tree.map(lambda leaf: leaf[None], (outer, sums))
@@ -123,10 +131,12 @@ def on_stages(rules, schedule: Schedule, stages: StagePlan, model: Model, params
         return tuple(jax.tree.map(functools.partial(move, partition), layers) for partition, layers in pairs)
 
     with use(rules), jax.set_mesh(rules.mesh):
-        arranged = Parameters(ordered(params.stacks, arrange), params.outer)
-        specs = Parameters(P("pipe"), P())
-        placed = jax.device_put((arranged, batch), jax.sharding.NamedSharding(rules.mesh, P()))
-        step = jax.jit(region(local, (specs, P()), P(rules.manual)))
+        arranged = [
+            None if tree is None else Parameters(ordered(tree.stacks, arrange), tree.outer) for tree in (params, frozen)
+        ]
+        specs = (Parameters(P("pipe"), P()), P(), arranged[1] and Parameters(P("pipe"), P()))
+        step = jax.jit(region(local, specs, P(rules.manual)))
+        placed = jax.device_put((arranged[0], batch, arranged[1]), jax.sharding.NamedSharding(rules.mesh, P()))
         layers, metrics, (outer, sums) = jax.tree.map(np.asarray, step(*placed))
     for found in (metrics, layers or ()):
         for stack, tree in zip(stages.partitions, found, strict=bool(found)):
@@ -311,3 +321,40 @@ def test_an_encoder_decoder_is_plain_differentiation(rules_for, name, num_stages
     assert_same(on_stages(rules, schedule, stages, two_stacks(), params, batch), expected)
     found = on_stages(rules, forward_only(stages, num_microbatches), stages, two_stacks(), params, batch)
     assert_same(found, expected)
+
+
+def divided(params: Parameters, is_frozen) -> tuple[Parameters, Parameters]:
+    """Trained and frozen parameters, each with None where the other has a leaf."""
+
+    def kept(frozen: bool) -> Parameters:
+        return jax.tree.map_with_path(
+            lambda path, leaf: leaf if is_frozen(jax.tree_util.keystr(path)) == frozen else None, params
+        )
+
+    return kept(False), kept(True)
+
+
+# an adapter's way (some matrices of every layer), an encoder's, and all but the head's
+FREEZES = {
+    "some": lambda name: "up" in name or "embedding" in name,
+    "first stack": lambda name: "stacks[0]" in name,
+    "all but the head": lambda name: "head" not in name,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_stages"),
+    [("1f1b", 1), ("zero_bubble_v", 2), pytest.param("interleaved", 2, marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("which", FREEZES)
+def test_frozen_parameters_have_no_gradients_and_nothing_is_held_for_them(rules_for, name, num_stages, which):
+    num_layers, num_microbatches = (num_stages + 1, num_stages), 5
+    schedule = make_schedule(name, num_stages, num_microbatches, 1, num_stacks=2)
+    stages = stage_plan(num_layers, schedule, PipelineConfig())
+    params, batch, expected = two(num_layers, num_microbatches)
+    trained, frozen = divided(params, FREEZES[which])
+    assert jax.tree.leaves(trained) and jax.tree.leaves(frozen)
+    found = on_stages(rules_for(pipe=num_stages), schedule, stages, two_stacks(), trained, batch, frozen)
+    wanted = divided(expected.gradients, FREEZES[which])[0]
+    assert jax.tree.structure(found.gradients) == jax.tree.structure(trained)
+    assert_same(found, expected._replace(gradients=wanted))
