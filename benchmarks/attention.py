@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtron.kernels.attention import cudnn
 from jaxtron.kernels.attention.attention import attention
-from jaxtron.kernels.attention.mask import Mask
+from jaxtron.kernels.attention.backend import select_backend
+from jaxtron.kernels.attention.spec import AttentionSpec
 
 DIRECTIONS = ("forward", "backward")
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -82,13 +84,19 @@ class Case:
         query, key = ((self.rows, self.length, heads, self.head_dim) for heads in (self.heads, self.kv_heads))
         return query, key, key, query
 
-    def mask(self) -> Mask:
-        """Who attends to whom."""
+    def spec(self, *, deterministic: bool = False) -> AttentionSpec:
+        """What is to be computed."""
         segments = None
         if self.documents > 1:
             row = np.repeat(np.arange(self.documents, dtype=np.int32), self.lengths)
             segments = jnp.broadcast_to(row, (self.rows, self.length))
-        return Mask(causal=self.causal, window=self.window, q_segments=segments, kv_segments=segments)
+        return AttentionSpec(
+            causal=self.causal,
+            window=self.window,
+            q_segment_ids=segments,
+            kv_segment_ids=segments,
+            deterministic=deterministic,
+        )
 
 
 CASES = (
@@ -109,8 +117,19 @@ def ours(case: Case, device_kind: str, *, implementation: str = "mosaic", determ
     """One of `jaxtron.kernels.attention`, which raises for what it cannot do."""
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        options = {"implementation": implementation, "device_kind": device_kind, "deterministic": deterministic}
-        return attention(q, k, v, case.mask(), needs_lse=False, **options)[0]
+        spec = case.spec(deterministic=deterministic)
+        backend = select_backend(implementation, q, k, v, spec, device_kind, needs_log_sum_exp=False)
+        return attention(q, k, v, spec, backend.implementation)[0]
+
+    return attend
+
+
+def by_cudnn(case: Case, device_kind: str) -> Attend:
+    """cuDNN's kernels under JAX's own rule, whose backward is given what its forward left; raises where they cannot."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        select_backend("cudnn", q, k, v, case.spec(), device_kind, needs_log_sum_exp=False)
+        return cudnn.attend(q, k, v, case.spec())
 
     return attend
 
@@ -127,7 +146,7 @@ def tokamax(case: Case, device_kind: str) -> Attend:
 IMPLEMENTATIONS: dict[str, Callable[[Case, str], Attend]] = {
     "mosaic": ours,
     "mosaic_deterministic": functools.partial(ours, deterministic=True),
-    "cudnn": functools.partial(ours, implementation="cudnn"),
+    "cudnn": by_cudnn,
     "tokamax": tokamax,
 }
 

@@ -20,7 +20,7 @@ from jaxtron.config import Config, dump
 from jaxtron.data.batch import TokenBatch
 from jaxtron.data.loader import LocalBatch
 from jaxtron.gpus import GPUS, peak_flops
-from jaxtron.models.decoder.attention_choice import attention_lines
+from jaxtron.models.decoder.attention_backends import attention_lines
 from jaxtron.models.decoder.cost import model_flops_per_token
 from jaxtron.plan.compiled.deviceless import memory
 from jaxtron.run.configuration import Configuration
@@ -91,7 +91,7 @@ def measure(config: TrainBenchmark, name: str) -> dict[str, Any]:
         "runtime": devices[0].client.platform_version.splitlines(),
         "mesh": session.sizes,
         "precision": run.train.precision,
-        "attention": attention_lines(run.model, session.attention, kind),
+        "attention": attention_lines(session.attention),
         "recompute": run.model.recompute,
         "microbatches": run.train.microbatches,
         "parameters": session.blueprint.num_parameters,

@@ -53,7 +53,7 @@ def test_the_train_step_on_two_devices(tmp_path: Path):
     assert result["tokens_per_second"] == pytest.approx(128 / times["median"] * 1e3, rel=1e-2)
     # a CPU has none of these: not zero, not a number of something else
     assert result["mfu"] is None and "device_peak_bytes" not in result and result["plan"] is None
-    assert [line.split(" (")[0] for line in result["attention"]] == ["attention: whole scores"]
+    assert [line.split(" (")[0] for line in result["attention"]] == ["attention: materialized"]
     assert 0 < result["predicted_peak_bytes"] < result["process_max_rss_bytes"]
     assert 0 < result["loss_after"] < 6
 

@@ -5,8 +5,9 @@ interpreter's parameters; then it runs on the CPU, and may look for races. The i
 tensor-core product of an operand in registers, and no accumulator with a first value.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -147,30 +148,44 @@ def spread(vector: Array, shape: tuple[int, ...], axis: int) -> Array:
     return lax.broadcast_in_dim(vector, shape, [axis])
 
 
-def kernel(
-    body: Callable[..., None],
+class Refs(SimpleNamespace):
+    """What a kernel reads, writes and works in, references by name; None where it needs no such thing."""
+
+
+def run_kernel(
+    body: Callable[[Refs], None],
     *,
-    outputs: Sequence[jax.ShapeDtypeStruct],
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, jax.ShapeDtypeStruct | None],
+    scratch: Mapping[str, Any],
     grid: dict[str, int],
-    scratch: Sequence[Any],
     warpgroups: int,
     target: Target,
     name: str,
     flops: int,
-) -> Callable[..., Any]:
-    """A Mosaic GPU kernel of `body(*inputs, *outputs, *scratch)`.
+) -> dict[str, Array]:
+    """The outputs by name of a Mosaic GPU kernel, whose body gets all three sorts by their names.
 
-    `grid` names the axes of the blocks, `warpgroups` counts those of a block, whose axis is `warpgroup`. The compiled
-    program carries `name` and the most `flops` of its products, which its text does not show.
+    None among them is not there. `grid` names the axes of the blocks, `warpgroups` counts those of a block, whose axis
+    is `warpgroup`. The compiled program carries `name` and the most `flops` of its products, which its text does not
+    show.
     """
+    absent = dict.fromkeys(key for sort in (inputs, outputs, scratch) for key, part in sort.items() if part is None)
+    given, made, kept = (
+        {key: part for key, part in sort.items() if part is not None} for sort in (inputs, outputs, scratch)
+    )
+
+    def by_name(*refs: Any) -> None:
+        body(Refs(**absent, **dict(zip((*given, *made, *kept), refs, strict=True))))
+
     run = plgpu.kernel(
-        body,
-        out_type=list(outputs),
+        by_name,
+        out_type=list(made.values()),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         num_threads=warpgroups,
         thread_name="warpgroup",
-        scratch_types=list(scratch),
+        scratch_types=list(kept.values()),
         interpret=target.interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
@@ -180,4 +195,4 @@ def kernel(
         # a kernel's outputs are typed as the same on all devices, whatever its inputs are
         return vary_alike((run(*inputs), inputs))[0]
 
-    return call
+    return dict(zip(made, call(*given.values()), strict=True))

@@ -1,36 +1,47 @@
-"""Self-attention with multi-head, grouped and multi-query heads."""
+"""Self-attention with multi-head, grouped and multi-query heads: projections, and the core on every device's part.
 
-import functools
+Its settings are `layers.config.AttentionConfig`, apart because reading a configuration imports no JAX.
+"""
+
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from jaxtron.kernels.attention.mask import Mask, allowed
-from jaxtron.layers.inputs import LayerInputs, drop, dropout, dropout_mask
-from jaxtron.layers.keep import kept
+from jaxtron.kernels.attention.attention import Implementation, attention
+from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads
+from jaxtron.layers import context_parallel
+from jaxtron.layers.inputs import LayerInputs, dropout, dropout_mask
 from jaxtron.layers.linear import Linear, project
 from jaxtron.layers.norm import Norm
 from jaxtron.layers.positions import alibi_slopes, rotate
+from jaxtron.layers.saved import save_for_backward
+from jaxtron.sharding.collectives import manual_axes
 from jaxtron.sharding.parameters import parameter
 from jaxtron.sharding.rules import constrain, current, spec
-from jaxtron.typing import Array, Bool, Float
+from jaxtron.typing import Array, Float, PyTree
 
-Core = Callable[..., Float[Array, "B S H D"]]
-
-CAUSAL = Mask()
-
-# axes of what the core computes with, query heads by the key/value head that they share
-QUERIES = ("batch", "full_seq", "kv_heads", "gate", "head_dim")
-KEYS = ("batch", "full_seq", "kv_heads", "head_dim")
-SCORES = ("batch", "kv_heads", "gate", "full_seq", "full_seq")
+# from queries, keys, values, slopes, sinks and the layer's inputs to the sum of values
+CoreFunction = Callable[..., Float[Array, "B S H D"]]
+HEADS = ("batch", "full_seq", "heads", "head_dim")
+# of the probabilities, query heads by the key/value head that they share
+PROBABILITIES = ("batch", "kv_heads", "group", "full_seq", "full_seq")
+# what splits the arrays that an implementation is given and makes, by name; offsets are one number for all
+AXES = {
+    **dict.fromkeys(("q", "k", "v", "dout"), HEADS),
+    **dict.fromkeys(("statistics", "delta"), ("batch", "heads")),
+    **dict.fromkeys(("q_segment_ids", "kv_segment_ids"), ("batch", "full_seq")),
+    "alibi_slopes": ("heads",),
+    "dropout_mask": PROBABILITIES,
+}
 
 
 class Attention(nnx.Module):
-    """Causal self-attention: projections to heads, the core, and the projection back.
+    """Causal self-attention: projections to heads, the core (`Core`), and the projection back.
 
     Queries and keys/values are stored apart, so that a checkpoint does not depend on the mesh; where key/value heads
     are split like query heads, the weights are joined by group and one product serves all three.
@@ -48,7 +59,7 @@ class Attention(nnx.Module):
         qk_norm: Callable[[int], Norm] | None,
         alibi: bool,
         sinks: bool,
-        core: Core,
+        core: CoreFunction,
         std: float,
         output_std: float,
         dropout: float,
@@ -75,10 +86,10 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if inputs.rotary is not None:
             query, key = rotate(query, inputs.rotary), rotate(key, inputs.rotary)
-        slopes = None if self.slopes is None else constrain(jnp.asarray(self.slopes, jnp.float32), "heads")
+        slopes = None if self.slopes is None else jnp.asarray(self.slopes, jnp.float32)
         sinks = None if self.sinks is None else constrain(self.sinks[...], "heads")
-        mixed = kept(self.core(query, key, value, slopes, sinks, inputs))
-        y = self.output(mixed, "batch", "seq", "embed")
+        attended = save_for_backward(self.core(query, key, value, slopes, sinks, inputs))
+        y = self.output(attended, "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 
     def _project(
@@ -88,7 +99,7 @@ class Attention(nnx.Module):
         if not current().splits("kv_heads", num_kv_heads):
             return self._project_shared(x)
         groups = self.num_groups
-        joined = project(x, self._join("kernel"), ("batch", "full_seq", "kv_heads", "gate", "head_dim"))
+        joined = project(x, self._join("kernel"), ("batch", "full_seq", "kv_heads", "group", "head_dim"))
         if self.query.bias is not None:
             joined = joined + self._join("bias").astype(joined.dtype)
         query = joined[:, :, :, :groups]
@@ -100,7 +111,7 @@ class Attention(nnx.Module):
         query, key, value = (getattr(layer, name)[...] for layer in (self.query, self.key, self.value))
         key, value = jnp.expand_dims(key, -2), jnp.expand_dims(value, -2)
         shape = (*key.shape[:-2], self.num_groups, key.shape[-1])
-        # told where to lie: a split of the heads into one group would name the mesh axis on the queries instead
+        # its layout is given: a split of the heads into one group would name the mesh axis on the queries instead
         query = jnp.reshape(query, shape, out_sharding=jax.typeof(key).sharding.spec)
         return jnp.concatenate([query, key, value], -2)
 
@@ -120,105 +131,106 @@ class Attention(nnx.Module):
         return query, heads[0], heads[1]
 
 
-def attention_core(rate: float, mask: Mask = CAUSAL) -> Core:
-    """Plain attention with float32 softmax; `rate` is the dropout of the probabilities.
+@dataclass(frozen=True)
+class Core:
+    """Attention from heads to heads, by an implementation selected before; `spec` without what is an array."""
 
-    `mask` says who attends to whom, and the scale of scores; it has no soft cap. Memory is quadratic in the sequence:
-    the probabilities of one layer live until its backward unless recomputed.
-    """
+    implementation: Implementation
+    spec: AttentionSpec = AttentionSpec()
 
-    def core(
+    def __call__(
+        self,
         query: Float[Array, "B S H D"],
-        key: Float[Array, "B S K D"],
-        value: Float[Array, "B S K D"],
+        key: Float[Array, "B T K D"],
+        value: Float[Array, "B T K D"],
         slopes: Float[Array, "H"] | None,
-        sinks: None,
+        sinks: Float[Array, "H"] | None,
         inputs: LayerInputs,
     ) -> Float[Array, "B S H D"]:
-        assert sinks is None and mask.soft_cap is None, "whole scores have neither sinks nor a soft cap"
-        rows, length, num_heads, head_dim = query.shape
-        num_kv_heads = key.shape[2]
-        num_groups = num_heads // num_kv_heads
-        grouped = query.reshape(rows, length, num_kv_heads, num_groups, head_dim)
-        grouped = grouped * jnp.asarray(mask.factor(head_dim), grouped.dtype)
-        per_head = None
-        if slopes is not None:
-            per_head = constrain(slopes.reshape(num_kv_heads, num_groups), "kv_heads", None)
-        shape = (rows, num_kv_heads, num_groups, length, length)
-        drops = dropout_mask(shape, rate, inputs.fold(1), *SCORES)
-        attends = allowed(replace(mask, q_segments=inputs.segments, kv_segments=inputs.segments), length, length)
-        # laid out for `mix`, whose backward lays their gradients out so
-        grouped, key, value = constrain(grouped, *QUERIES), constrain(key, *KEYS), constrain(value, *KEYS)
-        mixed: Array = mix(grouped, key, value, per_head, attends[:, None, None], drops, rate)
-        return mixed.reshape(rows, length, num_heads, head_dim)
-
-    return core
+        query, key, value = (constrain(x, *HEADS) for x in (query, key, value))
+        (rows, queries, heads, _), (_, keys, kv_heads, _) = query.shape, key.shape
+        shape = (rows, kv_heads, heads // kv_heads, queries, keys)
+        segments = None if inputs.segments is None else constrain(inputs.segments, "batch", "full_seq")
+        given = replace(
+            self.spec,
+            alibi_slopes=None if slopes is None else constrain(slopes, "heads"),
+            q_segment_ids=segments,
+            kv_segment_ids=segments,
+            dropout_mask=dropout_mask(shape, self.spec.dropout_rate, inputs.fold(1), *PROBABILITIES),
+        )
+        return attention(query, key, value, given, Sharded(self.implementation), sinks=sinks)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def mix(
-    query: Float[Array, "B S K G D"],
-    key: Float[Array, "B T K D"],
-    value: Float[Array, "B T K D"],
-    slopes: Float[Array, "K G"] | None,
-    attends: Bool[Array, "#B 1 1 S T"],
-    mask: Bool[Array, "B K G S T"] | None,
-    rate: float,
-) -> Float[Array, "B S K G D"]:
-    """Values mixed by the softmax of `query . key` less ALiBi's `slopes` times distance; `mask` is dropout's.
+@dataclass(frozen=True)
+class Sharded:
+    """An implementation on every device's rows, heads and part of the sequence, whose arrays are whole along the axes
+    of tensor outside."""
 
-    Beside its inputs the backward keeps the probabilities in the values' precision, the mask as their sign.
-    """
-    return _mix(query, key, value, slopes, attends, mask, rate)[0]
+    implementation: Implementation
 
+    @property
+    def features(self) -> frozenset[Feature]:
+        """Those of the implementation."""
+        return self.implementation.features
 
-def _mix(
-    query: Array, key: Array, value: Array, slopes: Array | None, attends: Array, mask: Array | None, rate: float
-) -> tuple[Array, Array]:
-    """What is mixed, and the probabilities, negative where dropped."""
-    scores = _score(query, key, jnp.float32)
-    if slopes is not None:
-        queries, keys = jnp.arange(query.shape[1])[:, None], jnp.arange(key.shape[1])[None, :]
-        scores = scores - slopes[:, :, None, None] * (queries - keys).astype(jnp.float32)
-    scores = jnp.where(attends, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, -1).astype(value.dtype)
-    dropped: Array = weights if mask is None else drop(weights, mask, rate)
-    return _weigh(dropped, value), weights if mask is None else jnp.where(mask, weights, -weights)
+    def unsupported_reason(self, q: Heads, k: Heads, v: Heads, spec: AttentionSpec, device_kind: str) -> str | None:
+        """That of the implementation."""
+        return self.implementation.unsupported_reason(q, k, v, spec, device_kind)
 
+    def forward(
+        self, q: Float[Array, "B S H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K V"], spec: AttentionSpec
+    ) -> tuple[Float[Array, "B S H V"], PyTree]:
+        """As `Implementation.forward`."""
+        known, arrays = spec.split()
 
-def _score(query: Array, key: Array, dtype: jnp.dtype) -> Array:
-    return jnp.einsum("bskgd,btkd->bkgst", query, key, preferred_element_type=dtype, out_sharding=spec(*SCORES))
+        def local(q: Array, k: Array, v: Array, **arrays: Array) -> tuple[Array, PyTree]:
+            own, rules = known.with_arrays(arrays), current()
+            if rules.parts("context") == 1:
+                return self.implementation.forward(q, k, v, own)
+            return context_parallel.forward(q, k, v, own, self.implementation, rules.context, rules.parts("context"))
 
+        return _over_heads(local, {"q": q, "k": k, "v": v, **arrays}, ("q", "statistics"))
 
-def _weigh(weights: Array, value: Array) -> Array:
-    return jnp.einsum("bkgst,btkd->bskgd", weights, value, out_sharding=spec(*QUERIES))
+    def backward(
+        self,
+        q: Float[Array, "B S H D"],
+        k: Float[Array, "B T K D"],
+        v: Float[Array, "B T K V"],
+        statistics: PyTree,
+        delta: Any,
+        dout: Float[Array, "B S H V"],
+        spec: AttentionSpec,
+    ) -> tuple[Float[Array, "B S H D"], Float[Array, "B T K D"], Float[Array, "B T K V"]]:
+        """As `Implementation.backward`."""
+        known, arrays = spec.split()
 
+        def local(
+            q: Array, k: Array, v: Array, dout: Array, statistics: PyTree = None, delta: Any = None,
+            **arrays: Array,
+        ) -> tuple[Array, Array, Array]:  # fmt: skip
+            own, rules = known.with_arrays(arrays), current()
+            given = (q, k, v, statistics, delta, dout, own)
+            if rules.parts("context") == 1:
+                return self.implementation.backward(*given)
+            return context_parallel.backward(*given, self.implementation, rules.context, rules.parts("context"))
 
-def _mix_forward(
-    query: Array, key: Array, value: Array, slopes: Array | None, attends: Array, mask: Array | None, rate: float
-) -> tuple[Array, tuple]:
-    mixed, signed = _mix(query, key, value, slopes, attends, mask, rate)
-    # an empty tuple stands for a mask: there was one
-    return mixed, (query, key, value, kept(signed), None if mask is None else ())
-
-
-def _mix_backward(rate: float, residuals: tuple, cotangent: Array) -> tuple[Array, Array, Array, None, None, None]:
-    query, key, value, signed, masked = residuals
-    weights = dropped = signed
-    mask = None
-    if masked is not None:
-        weights, mask = jnp.abs(signed), signed > 0
-        dropped = drop(weights, mask, rate)
-    # the products' own transposes: those written out as einsums cost a CPU more copies
-    pulled: Array
-    pulled, dvalue = jax.vjp(_weigh, dropped, value)[1](cotangent)
-    if mask is not None:
-        pulled = drop(pulled, mask, rate)
-    weights, pulled = weights.astype(jnp.float32), pulled.astype(jnp.float32)
-    dscores = weights * (pulled - jnp.sum(pulled * weights, -1, keepdims=True))
-    score = functools.partial(_score, dtype=query.dtype)
-    dquery, dkey = jax.vjp(score, query, key)[1](dscores.astype(query.dtype))
-    return dquery, dkey, dvalue, None, None, None
+        named = {"q": q, "k": k, "v": v, "statistics": statistics, "delta": delta, "dout": dout, **arrays}
+        return _over_heads(local, named, ("q", "k", "v"))
 
 
-mix.defvjp(_mix_forward, _mix_backward)
+def _over_heads(local: Callable[..., PyTree], arrays: dict[str, PyTree], results: tuple[str, ...]) -> PyTree:
+    """`local` on each device's part of arrays by name (none: not there); its results lie as those of these names."""
+    manual = manual_axes()
+    assert current().parts("context") == 1 or manual, "a sequence is split inside the train step's region alone"
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    # in that region the batch's axes and the sequence's are manual already
+    axes = set(current().mesh.axis_names) - manual
+    if not axes:
+        return local(**arrays)
+    region = jax.shard_map(
+        lambda arrays: local(**arrays),
+        in_specs=({name: spec(*AXES.get(name, ())) for name in arrays},),
+        out_specs=tuple(spec(*AXES[name]) for name in results),
+        axis_names=axes,
+    )
+    return region(arrays)

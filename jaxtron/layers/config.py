@@ -14,11 +14,11 @@ PositionKind = Literal["learned", "rotary", "alibi", "none"]
 
 
 class AttentionConfig(Config):
-    """What attention computes beside its product, and who computes it."""
+    """What attention computes beside its product, and by which implementation."""
 
     implementation: Implementation = "auto"
     """auto: the fastest that can do what is asked on the mesh's devices; mosaic (Hopper), cudnn, xla (anywhere, memory
-    linear in the sequence), reference (plain mathematics). Whole scores where probabilities are dropped."""
+    linear in the sequence), materialized (probabilities in memory, which alone can be dropped), reference (float32)."""
     deterministic: bool = False
     """The same bits from every run: a slower backward on GPUs, where sums else come in any order."""
     window: int | None = Field(default=None, ge=1)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtron.kernels.attention.choose import Choice
-from jaxtron.kernels.attention.mask import Mask
+from jaxtron.kernels.attention.attention import Implementation
+from jaxtron.kernels.attention.spec import AttentionSpec
 from jaxtron.sharding.collectives import vary
 from jaxtron.sharding.config import ContextConfig
 from jaxtron.sharding.rules import current
@@ -24,16 +24,16 @@ def forward(
     q: Float[Array, "B S H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K V"],
-    mask: Mask,
-    run: Choice,
+    spec: AttentionSpec,
+    run: Implementation,
     config: ContextConfig,
     size: int,
 ) -> tuple[Float[Array, "B S H V"], Float[Array, "B H S"]]:
     """Output and log-sum-exp of this device's positions over the whole sequence (ring: 2310.01889; heads: 2309.14509).
 
-    `mask` has this device's segment ids in both fields, and no offsets.
+    `spec` has this device's segment ids in both fields, and no offsets.
     """
-    way = _way(config, size, mask, q.shape[1])
+    way = _way(config, size, spec, q.shape[1])
     if config.method == "all_gather":
         return _forward_gathered(way, q, k, v, run)
     q, k, v = (way.to_heads(x) for x in (q, k, v))
@@ -48,13 +48,13 @@ def backward(
     lse: Float[Array, "B H S"],
     delta: Float[Array, "B H S"],
     dout: Float[Array, "B S H V"],
-    mask: Mask,
-    run: Choice,
+    spec: AttentionSpec,
+    run: Implementation,
     config: ContextConfig,
     size: int,
 ) -> tuple[Float[Array, "B S H D"], Float[Array, "B S K D"], Float[Array, "B S K V"]]:
     """Gradients of this device's queries, keys and values; sums over blocks are in float32, on the way too."""
-    way = _way(config, size, mask, q.shape[1])
+    way = _way(config, size, spec, q.shape[1])
     if config.method == "all_gather":
         return _backward_gathered(way, q, k, v, lse, delta, dout, run)
     lse, delta = (_last(way.to_heads(_first(x))) for x in (lse, delta))
@@ -74,7 +74,7 @@ class _Way:
 
     config: ContextConfig
     size: int
-    mask: Mask
+    spec: AttentionSpec
     half: int
     on_cpu: bool
 
@@ -161,47 +161,49 @@ class _Way:
         return jax.lax.psum_scatter(mixed, self.axes, scatter_dimension=1, tiled=True)
 
 
-def _way(config: ContextConfig, size: int, mask: Mask, length: int) -> _Way:
-    way = _Way(config, size, mask, length // 2, on_cpu=current().mesh.devices.flat[0].platform == "cpu")
-    if mask.slopes is not None and way.inner > 1:
-        heads = mask.slopes.shape[0] // way.inner
+def _way(config: ContextConfig, size: int, spec: AttentionSpec, length: int) -> _Way:
+    way = _Way(config, size, spec, length // 2, on_cpu=current().mesh.devices.flat[0].platform == "cpu")
+    if spec.alibi_slopes is not None and way.inner > 1:
+        heads = spec.alibi_slopes.shape[0] // way.inner
         first = way.rank % way.inner * heads
-        mask = replace(mask, slopes=jax.lax.dynamic_slice_in_dim(mask.slopes, first, heads))
-    if mask.q_segments is None:
-        return replace(way, mask=mask)
-    segments = way.in_order(mask.q_segments)
-    return replace(way, mask=replace(mask, q_segments=segments, kv_segments=segments))
+        spec = replace(spec, alibi_slopes=jax.lax.dynamic_slice_in_dim(spec.alibi_slopes, first, heads))
+    if spec.q_segment_ids is None:
+        return replace(way, spec=spec)
+    segments = way.in_order(spec.q_segment_ids)
+    return replace(way, spec=replace(spec, q_segment_ids=segments, kv_segment_ids=segments))
 
 
 class _Block(NamedTuple):
-    """A half of the queries against a half of a member's keys, and the mask between them."""
+    """A half of the queries against a half of a member's keys, and the spec between them."""
 
     query: int
     key: int
-    mask: Mask
+    spec: AttentionSpec
 
 
 def _blocks(way: _Way, source: Array) -> list[_Block]:
     """What this member computes with the blocks of member `source`."""
     ours, theirs = way.starts(way.member), way.starts(source)
     # in causal order no first block sees a second one
-    pairs = ((0, 0), (1, 0), (1, 1)) if way.mask.causal else ((0, 0), (0, 1), (1, 0), (1, 1))
-    return [_Block(i, j, _between(way.mask, ours[i], theirs[j], way.block, way.block)) for i, j in pairs]
+    pairs = ((0, 0), (1, 0), (1, 1)) if way.spec.causal else ((0, 0), (0, 1), (1, 0), (1, 1))
+    return [_Block(i, j, _between(way.spec, ours[i], theirs[j], way.block, way.block)) for i, j in pairs]
 
 
-def _between(mask: Mask, q_start: Array | int, kv_start: Array | int, q_length: int, kv_length: int) -> Mask:
-    """The mask of a part of the queries and of the keys, out of that of the whole sequence."""
-    if mask.q_segments is not None:
-        assert mask.kv_segments is not None
-        mask = replace(
-            mask,
-            q_segments=jax.lax.dynamic_slice_in_dim(mask.q_segments, q_start, q_length, 1),
-            kv_segments=jax.lax.dynamic_slice_in_dim(mask.kv_segments, kv_start, kv_length, 1),
+def _between(
+    spec: AttentionSpec, q_start: Array | int, kv_start: Array | int, q_length: int, kv_length: int
+) -> AttentionSpec:
+    """The spec of a part of the queries and of the keys, out of that of the whole sequence."""
+    if spec.q_segment_ids is not None:
+        assert spec.kv_segment_ids is not None
+        spec = replace(
+            spec,
+            q_segment_ids=jax.lax.dynamic_slice_in_dim(spec.q_segment_ids, q_start, q_length, 1),
+            kv_segment_ids=jax.lax.dynamic_slice_in_dim(spec.kv_segment_ids, kv_start, kv_length, 1),
         )
-    return replace(mask, q_offset=q_start, kv_offset=kv_start)
+    return replace(spec, q_offset=q_start, kv_offset=kv_start)
 
 
-def _forward_ring(way: _Way, q: Array, k: Array, v: Array, run: Choice) -> Pair:
+def _forward_ring(way: _Way, q: Array, k: Array, v: Array, run: Implementation) -> Pair:
     queries = _halves(q, 1)
     rows, heads = q.shape[0], q.shape[2]
     nothing = (
@@ -211,8 +213,8 @@ def _forward_ring(way: _Way, q: Array, k: Array, v: Array, run: Choice) -> Pair:
 
     def compute(found: tuple[Pair, Pair], source: Array, k: Array, v: Array) -> tuple[Pair, Pair]:
         merged, keys, values = list(found), _halves(k, 1), _halves(v, 1)
-        for i, j, mask in _blocks(way, source):
-            merged[i] = _merge(merged[i], run.forward(queries[i], keys[j], values[j], mask))
+        for i, j, spec in _blocks(way, source):
+            merged[i] = _merge(merged[i], run.forward(queries[i], keys[j], values[j], spec))
         return merged[0], merged[1]
 
     def step(carry: tuple, number: Array) -> tuple[tuple, None]:
@@ -230,7 +232,7 @@ def _forward_ring(way: _Way, q: Array, k: Array, v: Array, run: Choice) -> Pair:
 
 
 def _backward_ring(
-    way: _Way, q: Array, k: Array, v: Array, lse: Array, delta: Array, dout: Array, run: Choice
+    way: _Way, q: Array, k: Array, v: Array, lse: Array, delta: Array, dout: Array, run: Implementation
 ) -> tuple[Array, Array, Array]:
     queries, cotangents = _halves(q, 1), _halves(dout, 1)
     normalizers, deltas = _halves(lse, 2), _halves(delta, 2)
@@ -239,8 +241,8 @@ def _backward_ring(
         """Float32 gradients by half: of the queries, of this block's keys, of its values."""
         keys, values = _halves(k, 1), _halves(v, 1)
         dq, dk, dv = ([vary(jnp.zeros(x.shape, jnp.float32)) for x in halves] for halves in (queries, keys, values))
-        for i, j, mask in _blocks(way, source):
-            parts = run.backward(queries[i], keys[j], values[j], normalizers[i], deltas[i], cotangents[i], mask)
+        for i, j, spec in _blocks(way, source):
+            parts = run.backward(queries[i], keys[j], values[j], normalizers[i], deltas[i], cotangents[i], spec)
             for sums, index, part in zip((dq, dk, dv), (i, j, j), parts, strict=True):
                 sums[index] = sums[index] + part.astype(jnp.float32)
         return dq, dk, dv
@@ -275,21 +277,21 @@ def _backward_ring(
     return dq, dk, dv
 
 
-def _forward_gathered(way: _Way, q: Array, k: Array, v: Array, run: Choice) -> Pair:
+def _forward_gathered(way: _Way, q: Array, k: Array, v: Array, run: Implementation) -> Pair:
     k, v = way.in_order(k), way.in_order(v)
-    found = [run.forward(query, k, v, mask) for query, mask in zip(_halves(q, 1), _rows(way, k.shape[1]), strict=True)]
+    found = [run.forward(query, k, v, spec) for query, spec in zip(_halves(q, 1), _rows(way, k.shape[1]), strict=True)]
     return jnp.concatenate([out for out, _ in found], 1), jnp.concatenate([lse for _, lse in found], 2)
 
 
 def _backward_gathered(
-    way: _Way, q: Array, k: Array, v: Array, lse: Array, delta: Array, dout: Array, run: Choice
+    way: _Way, q: Array, k: Array, v: Array, lse: Array, delta: Array, dout: Array, run: Implementation
 ) -> tuple[Array, Array, Array]:
     k, v = way.in_order(k), way.in_order(v)
     halves = zip(_halves(q, 1), _halves(lse, 2), _halves(delta, 2), _halves(dout, 1), strict=True)
     masks = _rows(way, k.shape[1])
     found = [
-        run.backward(query, k, v, normalizer, shift, cotangent, mask)
-        for (query, normalizer, shift, cotangent), mask in zip(halves, masks, strict=True)
+        run.backward(query, k, v, normalizer, shift, cotangent, spec)
+        for (query, normalizer, shift, cotangent), spec in zip(halves, masks, strict=True)
     ]
     dq = jnp.concatenate([parts[0] for parts in found], 1)
     first, second = ([part.astype(jnp.float32) for part in parts] for parts in found)
@@ -297,9 +299,9 @@ def _backward_gathered(
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-def _rows(way: _Way, length: int) -> list[Mask]:
+def _rows(way: _Way, length: int) -> list[AttentionSpec]:
     """The masks of this device's two pieces of queries against the whole sequence."""
-    return [_between(way.mask, start, 0, way.half, length) for start in way.starts(way.rank)]
+    return [_between(way.spec, start, 0, way.half, length) for start in way.starts(way.rank)]
 
 
 def _merge(one: Pair, other: Pair) -> Pair:

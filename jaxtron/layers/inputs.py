@@ -6,7 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxtron.layers.keep import kept
+from jaxtron.kernels import dropout as arithmetic
+from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.context import part
 from jaxtron.sharding.rules import constrain, current, spec
 from jaxtron.typing import Array, Bool, Float, Int, Key
@@ -69,11 +70,11 @@ def dropout_mask(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def drop(x: Float[Array, "..."], mask: Bool[Array, "..."], rate: float) -> Float[Array, "..."]:
     """`x` where the mask is, scaled to keep its expectation, else 0; `rate` as drawn, from 16 bits."""
-    return jnp.where(mask, x / (1.0 - round(rate * 65536) / 65536), jnp.zeros((), x.dtype)).astype(x.dtype)
+    return arithmetic.drop(x, mask, rate)
 
 
 def _drop_forward(x: Array, mask: Array, rate: float) -> tuple[Array, Array]:
-    return drop(x, mask, rate), kept(mask)
+    return drop(x, mask, rate), save_for_backward(mask)
 
 
 def _drop_backward(rate: float, mask: Array, cotangent: Array) -> tuple[Array, None]:

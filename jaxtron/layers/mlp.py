@@ -10,8 +10,8 @@ from flax import nnx
 
 from jaxtron.layers.config import GATED, Activation
 from jaxtron.layers.inputs import LayerInputs, dropout
-from jaxtron.layers.keep import keeping_inputs
 from jaxtron.layers.linear import Linear
+from jaxtron.layers.saved import checkpoint_inputs
 from jaxtron.sharding.rules import constrain
 from jaxtron.typing import Array, Float
 
@@ -58,8 +58,8 @@ class Mlp(nnx.Module):
         function = FUNCTIONS[self.activation]
         if self.activation in GATED:
             gate_up = self.up(x, "batch", "full_seq", "gate", "mlp")
-            hidden = keeping_inputs(lambda pair: function(pair[:, :, 0]) * pair[:, :, 1])(gate_up)
+            hidden = checkpoint_inputs(lambda pair: function(pair[:, :, 0]) * pair[:, :, 1])(gate_up)
         else:
-            hidden = keeping_inputs(function)(self.up(x, "batch", "full_seq", "mlp"))
+            hidden = checkpoint_inputs(function)(self.up(x, "batch", "full_seq", "mlp"))
         y = self.down(hidden, "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")

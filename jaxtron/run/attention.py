@@ -1,16 +1,23 @@
-"""Who computes the attention of a run."""
+"""The attention backends of a run, selected once for its configuration and its devices."""
 
-from jaxtron.kernels.attention.choose import Choice
-from jaxtron.models.decoder.attention_choice import attention_choices
+from collections.abc import Mapping
+
+from jaxtron.kernels.attention.backend import Backend
+from jaxtron.models.decoder.attention_backends import attention_backends
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
 
 
-def choose_attention(config: Configuration, parts: int, kind: str) -> dict[str, Choice | None]:
-    """By the pattern's symbol, who computes attention with mesh.context `parts` on devices of this kind.
+def select_attention(config: Configuration, parts: int, device_kind: str) -> Mapping[str, Backend]:
+    """By the pattern's symbol, for mesh.context `parts` on devices of this kind (`jax.Device.device_kind`).
 
-    None: whole scores. `UserError` where the implementation asked for cannot.
+    `UserError` where the implementation asked for cannot.
     """
-    packed = "segments" in config.data.optional_fields
-    length, dtype = config.data.sequence_length, DTYPES[config.train.precision]
-    return attention_choices(config.model, length, dtype, kind=kind, parts=parts, packed=packed)
+    return attention_backends(
+        config.model,
+        DTYPES[config.train.precision],
+        device_kind=device_kind,
+        parts=parts,
+        length=config.data.sequence_length,
+        packed="segments" in config.data.optional_fields,
+    )

@@ -1,7 +1,7 @@
 """A configuration on devices: the mesh, its rules, the attention and the trainer, made once for every command."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -11,10 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtron.checkpoint.layer_order import LayerOrder, layer_order
-from jaxtron.kernels.attention.choose import Choice
+from jaxtron.kernels.attention.backend import Backend
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.pipeline.partition import Partition
-from jaxtron.run.attention import choose_attention
+from jaxtron.run.attention import select_attention
 from jaxtron.run.batches import BatchSharding
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
@@ -34,8 +34,8 @@ class Session:
 
     config: Configuration
     rules: Rules
-    attention: dict[str, Choice | None]
-    """By the pattern's symbol, who computes attention here."""
+    attention: Mapping[str, Backend]
+    """The backend of each kind of attention, by the pattern's symbol."""
     trains: bool = True
     """Whether steps are taken; one that only evaluates does not look at the settings of batches."""
 
@@ -62,7 +62,7 @@ class Session:
     def trainer(self) -> Trainer:
         """The pure functions of the step, on the session's mesh."""
         with self.use():
-            return _make_trainer(self.config, self.sizes["pipe"], trains=self.trains)
+            return _make_trainer(self.config, self.attention, self.sizes["pipe"], trains=self.trains)
 
     @property
     def blueprint(self) -> Blueprint[Decoder]:
@@ -126,7 +126,7 @@ def make_session(config: Configuration, devices: Sequence[Device], *, trains: bo
         config.check_mesh(sizes)
     else:
         config.check_model(sizes)
-    attention = choose_attention(config, sizes["context"], devices[0].device_kind)
+    attention = select_attention(config, sizes["context"], devices[0].device_kind)
     rules = make_rules(build_mesh(config.mesh, devices), config.sharding, config.context)
     return Session(config, rules, attention, trains)
 
@@ -141,9 +141,9 @@ def placed(abstract: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(place, abstract)
 
 
-def _make_trainer(config: Configuration, num_stages: int, *, trains: bool) -> Trainer:
+def _make_trainer(config: Configuration, attention: Mapping[str, Backend], num_stages: int, *, trains: bool) -> Trainer:
     stages = config.partition(num_stages, None if trains else num_stages)
-    plan = blueprint(partial(_build, config, stages), layers=stages.num_layers)
+    plan = blueprint(partial(_build, config, attention, stages), layers=stages.num_layers)
     return Trainer(
         blueprint=plan,
         model=config.model,
@@ -155,5 +155,6 @@ def _make_trainer(config: Configuration, num_stages: int, *, trains: bool) -> Tr
     )
 
 
-def _build(config: Configuration, stages: Partition, rngs: nnx.Rngs) -> Decoder:
-    return Decoder(config.model, dtype=DTYPES[config.train.precision], partition=stages, rngs=rngs)
+def _build(config: Configuration, attention: Mapping[str, Backend], stages: Partition, rngs: nnx.Rngs) -> Decoder:
+    dtype = DTYPES[config.train.precision]
+    return Decoder(config.model, dtype=dtype, partition=stages, attention=attention, rngs=rngs)

@@ -48,6 +48,7 @@ ACTIVATIONS: Table = {
     "head_dim": (),
     "mlp": ("tensor",),
     "gate": (),
+    "group": (),
     "vocab": ("tensor",),
 }
 
@@ -69,8 +70,6 @@ class Rules:
     shared: Table
     gather_once: frozenset[str] = frozenset()
     context: ContextConfig = ContextConfig()
-    kind: str | None = None
-    """What the devices are to be taken for, where others stand for them."""
 
     @property
     def mesh(self) -> Mesh:
@@ -80,7 +79,7 @@ class Rules:
     @property
     def device_kind(self) -> str:
         """What the mesh's devices are, as `jax.Device.device_kind`."""
-        return self.kind or self.mesh.devices.flat[0].device_kind
+        return self.mesh.devices.flat[0].device_kind
 
     def axes(self, *flags: str) -> Axes:
         """The mesh axes that these flags split over, outermost first; empty where there is nothing to split."""

@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 
-from jaxtron.models.decoder.attention_choice import attention_lines
+from jaxtron.models.decoder.attention_backends import attention_lines
 from jaxtron.run.configuration import Configuration
 from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
 from jaxtron.runtime.start import start_runtime
@@ -45,7 +45,7 @@ def announce(run: Run) -> None:
     devices = f"{jax.device_count()} {session.device_kind}"
     where = f"{devices}{f' ({mesh})' if mesh else ''}"
     print(f"{session.blueprint.num_parameters:,} parameters on {where}, run in {run.directory}")
-    for line in attention_lines(run.config.model, session.attention, session.device_kind):
+    for line in attention_lines(session.attention):
         print(line)
     for line in run.data.notes:
         print(line)

@@ -14,8 +14,8 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxtron.kernels.attention import mosaic, mosaic_forward
-from jaxtron.kernels.attention.mask import Mask
-from jaxtron.kernels.mosaic import Target, kernel
+from jaxtron.kernels.attention.spec import AttentionSpec
+from jaxtron.kernels.mosaic import Refs, Target, run_kernel
 
 # memory that nobody wrote is NaN: what is read of it shows
 INTERPRETER = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
@@ -23,7 +23,7 @@ INTERPRETER = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes and mask of one call; `segments` cuts queries and keys there, `slopes` are powers of two."""
+    """Sizes and spec of one call; `segments` cuts queries and keys there, `slopes` are powers of two."""
 
     rows: int = 1
     queries: int = 200
@@ -33,7 +33,7 @@ class Case:
     heads: int = 2
     kv_heads: int = 1
     dtype: str = "bfloat16"
-    mask: Mask = Mask()
+    spec: AttentionSpec = AttentionSpec()
     segments: tuple[int, ...] = ()
     slopes: bool = False
     backward: bool = False
@@ -43,7 +43,7 @@ class Case:
 EVERYTHING = Case(
     queries=100,
     keys=150,
-    mask=Mask(window=90, soft_cap=3.0, q_offset=30, scale=0.2),
+    spec=AttentionSpec(window=90, logits_soft_cap=3.0, q_offset=30, logits_scale=0.2),
     segments=(40, 110),
     slopes=True,
 )
@@ -51,18 +51,18 @@ FORWARD = {
     "causal": Case(),
     "everything": EVERYTHING,
     "everything in two rows": replace(EVERYTHING, rows=2),
-    "full": Case(queries=130, keys=300, mask=Mask(causal=False)),
-    "window": Case(mask=Mask(window=50)),
-    "window around": Case(mask=Mask(window=50, causal=False)),
-    "queries later": Case(queries=70, mask=Mask(q_offset=130)),
-    "keys later": Case(mask=Mask(kv_offset=100)),
-    "keys all later": Case(mask=Mask(kv_offset=200)),
-    "soft cap": Case(mask=Mask(soft_cap=2.0)),
+    "full": Case(queries=130, keys=300, spec=AttentionSpec(causal=False)),
+    "window": Case(spec=AttentionSpec(window=50)),
+    "window around": Case(spec=AttentionSpec(window=50, causal=False)),
+    "queries later": Case(queries=70, spec=AttentionSpec(q_offset=130)),
+    "keys later": Case(spec=AttentionSpec(kv_offset=100)),
+    "keys all later": Case(spec=AttentionSpec(kv_offset=200)),
+    "soft cap": Case(spec=AttentionSpec(logits_soft_cap=2.0)),
     "slopes": Case(slopes=True),
-    "negative scale": Case(mask=Mask(scale=-0.1)),
+    "negative scale": Case(spec=AttentionSpec(logits_scale=-0.1)),
     "segments": Case(rows=2, segments=(70, 170)),
-    "segments in full": Case(mask=Mask(causal=False), segments=(70, 170)),
-    "whole tiles": Case(queries=256, keys=384, heads=1, mask=Mask(q_offset=128)),
+    "segments in full": Case(spec=AttentionSpec(causal=False), segments=(70, 170)),
+    "whole tiles": Case(queries=256, keys=384, heads=1, spec=AttentionSpec(q_offset=128)),
     "one": Case(queries=1, keys=1),
     "float16": Case(dtype="float16"),
     "96": Case(queries=130, head_dim=96, value_dim=96, heads=1),
@@ -78,40 +78,40 @@ CASES = (
 )
 
 
-def inputs(case: Case) -> tuple[list[jax.Array], Mask]:
-    """Queries, keys, values, the gradients of the output and of the log-sum-exp, and the mask with its arrays."""
+def inputs(case: Case) -> tuple[list[jax.Array], AttentionSpec]:
+    """Queries, keys, values, the gradients of the output and of the log-sum-exp, and the spec with its arrays."""
     keys = jax.random.split(jax.random.key(0), 5)
     query, key = (case.rows, case.queries, case.heads), (case.rows, case.keys, case.kv_heads)
     shapes = [(*query, case.head_dim), (*key, case.head_dim), (*key, case.value_dim), (*query, case.value_dim)]
     arrays = [jax.random.normal(at, shape, case.dtype) for at, shape in zip(keys, shapes, strict=False)]
     arrays.append(jax.random.normal(keys[4], (case.rows, case.heads, case.queries)))
-    mask = case.mask
+    spec = case.spec
     if case.segments:
         # the second row's documents end elsewhere
         ends = np.array(case.segments)[:, None] - 15 * np.arange(case.rows)
         numbers = [(np.arange(length)[None, None] >= ends[:, :, None]).sum(0) for length in (case.queries, case.keys)]
-        mask = replace(mask, q_segments=jnp.array(numbers[0]), kv_segments=jnp.array(numbers[1]))
+        spec = replace(spec, q_segment_ids=jnp.array(numbers[0]), kv_segment_ids=jnp.array(numbers[1]))
     if case.slopes:
-        mask = replace(mask, slopes=2.0 ** -(1.0 + jnp.arange(case.heads)))
-    return arrays, mask
+        spec = replace(spec, alibi_slopes=2.0 ** -(1.0 + jnp.arange(case.heads)))
+    return arrays, spec
 
 
-def attention(q: Any, k: Any, v: Any, mask: Mask) -> tuple[jax.Array, jax.Array]:
-    """Output and log-sum-exp in plain float32, by the definition of `Mask`."""
+def attention(q: Any, k: Any, v: Any, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
+    """Output and log-sum-exp in plain float32, by the definition of `AttentionSpec`."""
     k, v = (jnp.repeat(array, q.shape[2] // k.shape[2], axis=2) for array in (k, v))
-    scores = jnp.einsum("bshd,bthd->bhst", q, k) * mask.factor(q.shape[3])
-    if mask.soft_cap is not None:
-        scores = mask.soft_cap * jnp.tanh(scores / mask.soft_cap)
-    distance = (mask.q_offset + np.arange(q.shape[1]))[:, None] - (mask.kv_offset + np.arange(k.shape[1]))[None]
-    if mask.slopes is not None:
-        scores = scores - mask.slopes[:, None, None] * distance
+    scores = jnp.einsum("bshd,bthd->bhst", q, k) * spec.scale(q.shape[3])
+    if spec.logits_soft_cap is not None:
+        scores = spec.logits_soft_cap * jnp.tanh(scores / spec.logits_soft_cap)
+    distance = (spec.q_offset + np.arange(q.shape[1]))[:, None] - (spec.kv_offset + np.arange(k.shape[1]))[None]
+    if spec.alibi_slopes is not None:
+        scores = scores - spec.alibi_slopes[:, None, None] * distance
     counts = np.ones((1, *distance.shape), bool)
-    if mask.causal:
+    if spec.causal:
         counts = counts & (distance >= 0)
-    if mask.window is not None:
-        counts = counts & (distance < mask.window) & (distance > -mask.window)
-    if mask.q_segments is not None:
-        counts = counts & (mask.q_segments[:, :, None] == mask.kv_segments[:, None, :])
+    if spec.window is not None:
+        counts = counts & (distance < spec.window) & (distance > -spec.window)
+    if spec.q_segment_ids is not None:
+        counts = counts & (spec.q_segment_ids[:, :, None] == spec.kv_segment_ids[:, None, :])
     counts = counts[:, None]
     highest = jnp.where(counts, scores, -1e30).max(-1, keepdims=True)
     weights = jnp.where(counts, jnp.exp(jnp.where(counts, scores - highest, 0.0)), 0.0)
@@ -124,18 +124,17 @@ def attention(q: Any, k: Any, v: Any, mask: Mask) -> tuple[jax.Array, jax.Array]
 
 def errors_of(case: Case) -> dict[str, float]:
     """Greatest error of each result, as a share of the greatest value (of the log-sum-exp: absolute)."""
-    (q, k, v, dout, dlse), mask = inputs(case)
+    (q, k, v, dout, dlse), spec = inputs(case)
     exact = [array.astype(jnp.float32) for array in (q, k, v)]
-    (out, lse), pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask), *exact)
+    (out, lse), pull = jax.vjp(lambda q, k, v: attention(q, k, v, spec), *exact)
     if not case.backward:
-        made, made_lse = mosaic.forward(q, k, v, mask, interpret=INTERPRETER)
+        made, made_lse = mosaic.forward(q, k, v, spec, interpret=INTERPRETER)
         return {"out": error(made, out), "lse": distance_of(made_lse, lse)}
     wide = dout.astype(jnp.float32)
     dlse = jnp.where(jnp.isfinite(lse), dlse, 0.0)
     delta = jnp.einsum("bshv,bshv->bhs", out, wide) - dlse
-    gradients = mosaic.backward(
-        q, k, v, lse, delta, dout, mask, deterministic=case.deterministic, interpret=INTERPRETER
-    )
+    spec = replace(spec, deterministic=case.deterministic)
+    gradients = mosaic.backward(q, k, v, lse, delta, dout, spec, interpret=INTERPRETER)
     return {
         name: error(made, wanted)
         for name, made, wanted in zip(("dq", "dk", "dv"), gradients, pull((wide, dlse)), strict=True)
@@ -169,23 +168,24 @@ def without_fences() -> None:
 def without_wait() -> None:
     """A copy into shared memory that is read before it was waited for."""
 
-    def body(source: Any, result: Any, shared: Any, ready: Any) -> None:
-        plgpu.copy_gmem_to_smem(source, shared, ready)
-        result[...] = shared[...]
-        plgpu.barrier_wait(ready)
+    def body(refs: Refs) -> None:
+        plgpu.copy_gmem_to_smem(refs.source, refs.shared, refs.ready)
+        refs.result[...] = refs.shared[...]
+        plgpu.barrier_wait(refs.ready)
 
     given = jnp.ones((64, 64), jnp.bfloat16)
-    run = kernel(
+    made = run_kernel(
         body,
-        outputs=[jax.ShapeDtypeStruct(given.shape, given.dtype)],
+        inputs={"source": given},
+        outputs={"result": jax.ShapeDtypeStruct(given.shape, given.dtype)},
+        scratch={"shared": plgpu.SMEM(given.shape, given.dtype), "ready": plgpu.Barrier()},
         grid={"tile": 1},
-        scratch=[plgpu.SMEM(given.shape, given.dtype), plgpu.Barrier()],
         warpgroups=1,
         target=Target(INTERPRETER),
         name="without_wait",
         flops=0,
     )
-    jax.block_until_ready(run(given))
+    jax.block_until_ready(made)
 
 
 PLANTED = {"without fences": without_fences, "without wait": without_wait}

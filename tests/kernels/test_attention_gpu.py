@@ -16,9 +16,9 @@ from test_attention_implementations import DEVICE_KIND, FEATURES, UNITS, check, 
 
 from jaxtron.data.batch import TokenBatch
 from jaxtron.kernels.attention.attention import attention
-from jaxtron.kernels.attention.choose import IMPLEMENTATIONS
-from jaxtron.kernels.attention.mask import Mask
-from jaxtron.models.decoder.attention_choice import attention_choices
+from jaxtron.kernels.attention.backend import IMPLEMENTATIONS
+from jaxtron.kernels.attention.spec import AttentionSpec
+from jaxtron.models.decoder.attention_backends import attention_backends
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.optim.config import OptimizerConfig
@@ -35,7 +35,7 @@ from jaxtron.sharding.rules import make_rules, use
 
 IMPLEMENTATION = os.environ.get("JAXTRON_TEST_ATTENTION", "mosaic")
 _PLAIN = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
-_REFUSAL = IMPLEMENTATIONS[IMPLEMENTATION].refusal(_PLAIN, _PLAIN, _PLAIN, Mask(), DEVICE_KIND)
+_REFUSAL = IMPLEMENTATIONS[IMPLEMENTATION].unsupported_reason(_PLAIN, _PLAIN, _PLAIN, AttentionSpec(), DEVICE_KIND)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_REFUSAL is not None, reason=str(_REFUSAL))]
 
 # the reference is to be right, not fast: trying out its products would take most of the time
@@ -80,31 +80,32 @@ CASES = (
 )  # fmt: skip
 
 
-def results(inputs, mask, cotangents, *, implementation=IMPLEMENTATION, deterministic=False):
+def results(inputs, spec, cotangents, *, implementation=IMPLEMENTATION, deterministic=False):
     """Output, log-sum-exp and the gradient of every input, by name."""
 
     def run(inputs):
         heads, sinks = [inputs[name] for name in "qkv"], inputs.get("sinks")
-        return attention(*heads, mask, sinks=sinks, implementation=implementation, deterministic=deterministic)
+        asked = replace(spec, deterministic=deterministic)
+        return attention(*heads, asked, IMPLEMENTATIONS[implementation], sinks=sinks)
 
     (out, lse), pull = jax.vjp(run, inputs)
     return {"out": out, "lse": lse, **{f"d{name}": array for name, array in pull(cotangents)[0].items()}}
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
-def both(inputs, mask, cotangents):
+def both(inputs, spec, cotangents):
     """With the fast and with the deterministic backward."""
-    return [results(inputs, mask, cotangents, deterministic=deterministic) for deterministic in (False, True)]
+    return [results(inputs, spec, cotangents, deterministic=deterministic) for deterministic in (False, True)]
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
-def _expected(inputs, mask, cotangents):
-    return results(inputs, mask, cotangents, implementation="reference")
+def _expected(inputs, spec, cotangents):
+    return results(inputs, spec, cotangents, implementation="reference")
 
 
-def expected(inputs, mask, cotangents):
+def expected(inputs, spec, cotangents):
     """What the reference makes of the same numbers in float32."""
-    return _expected(widened(inputs), mask, widened(cotangents))
+    return _expected(widened(inputs), spec, widened(cotangents))
 
 
 def check_lse(got, want, soft_cap=None):
@@ -118,14 +119,14 @@ def check_lse(got, want, soft_cap=None):
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_reference(name):
     case = {"sizes": (500, 500), "dtype": "bfloat16", **CASES[name]}
-    inputs, mask, cotangents = make_case(**case)
-    want = expected(inputs, mask, cotangents)
+    inputs, spec, cotangents = make_case(**case)
+    want = expected(inputs, spec, cotangents)
     # of one key's weight, 1, no gradient is left but the rounding of two sums over the values' dimensions
     unit = UNITS[case["dtype"]] * (inputs["v"].shape[-1] ** 0.5 if inputs["k"].shape[1] == 1 else 1)
-    made = both(inputs, mask, cotangents)
+    made = both(inputs, spec, cotangents)
     for got in made:
         assert all(got[f"d{name}"].dtype == array.dtype for name, array in inputs.items())
-        check_lse(got["lse"], want["lse"], mask.soft_cap)
+        check_lse(got["lse"], want["lse"], spec.logits_soft_cap)
         check(got, want, unit)
     # the forward is one kernel for both
     for part in ("out", "lse"):
@@ -143,10 +144,10 @@ def test_padding_leaves_no_trace(dims, dtype):
     # sums of products stay finite: a weight of 0 times infinity is no number in any kernel that multiplies whole tiles
     huge = {"q": 0, "k": 3e4 if dtype == "float16" else 1e30, "v": 6e4 if dtype == "float16" else 1e30}
     poisoned = {name: jnp.where(after[:, None, None], jnp.asarray(huge[name], dtype), x) for name, x in inputs.items()}
-    mask = Mask(causal=False, q_segments=0 * segments, kv_segments=segments)
+    spec = AttentionSpec(causal=False, q_segment_ids=0 * segments, kv_segment_ids=segments)
     alone = {"q": poisoned["q"], **{name: inputs[name][:, :real] for name in "kv"}}
-    want = expected(alone, Mask(causal=False), cotangents)
-    for got in both(poisoned, mask, cotangents):
+    want = expected(alone, AttentionSpec(causal=False), cotangents)
+    for got in both(poisoned, spec, cotangents):
         for name in ("dk", "dv"):
             assert not np.asarray(got[name][:, real:], np.float32).any(), name
             got[name] = got[name][:, :real]
@@ -160,15 +161,15 @@ def test_the_same_bits_every_time(dims):
 
     A product that reads shared memory while the next copy fills it would show here: no interpreter finds that.
     """
-    inputs, mask, cotangents = make_case((1000, 1000), heads=(8, 2), dims=dims, dtype="bfloat16")
+    inputs, spec, cotangents = make_case((1000, 1000), heads=(8, 2), dims=dims, dtype="bfloat16")
 
     @jax.jit
     def differences(first, again):
         return jax.tree.map(lambda a, b: jnp.sum(a != b), first, again)
 
-    first = both(inputs, mask, cotangents)
+    first = both(inputs, spec, cotangents)
     for _ in range(50):
-        fast, deterministic = differences(first, both(inputs, mask, cotangents))
+        fast, deterministic = differences(first, both(inputs, spec, cotangents))
         fast.pop("dq")
         assert not any(jax.tree.leaves((fast, deterministic))), (fast, deterministic)
 
@@ -176,15 +177,15 @@ def test_the_same_bits_every_time(dims):
 def test_inside_shard_map_with_traced_offsets():
     """Over all devices' rows, as the layers call it, and with positions that ring attention knows only then."""
     count = len(jax.devices())
-    inputs, mask, cotangents = make_case((300, 300), rows=2 * count, dtype="bfloat16", window=200, kv_offset=30)
+    inputs, spec, cotangents = make_case((300, 300), rows=2 * count, dtype="bfloat16", window=200, kv_offset=30)
     mesh, rows = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data")
 
     def body(inputs, cotangents, offset):
-        return results(inputs, replace(mask, q_offset=offset), cotangents)
+        return results(inputs, replace(spec, q_offset=offset), cotangents)
 
     mapped = jax.shard_map(body, mesh=mesh, in_specs=(rows, rows, PartitionSpec()), out_specs=rows)
     got = jax.jit(mapped, compiler_options=QUICK)(inputs, cotangents, jnp.int32(80))
-    want = expected(inputs, replace(mask, q_offset=80), cotangents)
+    want = expected(inputs, replace(spec, q_offset=80), cotangents)
     check_lse(got["lse"], want["lse"])
     check(got, want, UNITS["bfloat16"])
 
@@ -226,8 +227,8 @@ def train(implementation, precision):
 def test_a_training_step_by_our_own_choice():
     """A decoder in bfloat16 is as near to float32 with the kernels as with plain JAX, weight for weight."""
     kind = jax.devices()[0].device_kind
-    chosen = attention_choices(MODEL, LENGTH, jnp.bfloat16, kind=kind, parts=1, packed=False)["*"]
-    assert IMPLEMENTATION != "mosaic" or (chosen is not None and chosen.name == "mosaic")
+    backend = attention_backends(MODEL, jnp.bfloat16, device_kind=kind, length=LENGTH, packed=False)["*"]
+    assert IMPLEMENTATION != "mosaic" or backend.name == "mosaic"
     exact, exact_losses = train("xla", "fp32")
     plain, plain_losses = train("xla", "bf16")
     made, losses = train("auto", "bf16")

@@ -2,6 +2,7 @@
 
 One suite for all: an implementation that refuses a case on this device says why, any other must compute it."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxtron.config import UserError
 from jaxtron.kernels.attention import chunked, reference
 from jaxtron.kernels.attention.attention import attention
-from jaxtron.kernels.attention.choose import IMPLEMENTATIONS
-from jaxtron.kernels.attention.mask import Mask
+from jaxtron.kernels.attention.backend import IMPLEMENTATIONS
+from jaxtron.kernels.attention.spec import AttentionSpec
 
 DEVICE_KIND = jax.devices()[0].device_kind
 _PLAIN = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
@@ -24,8 +26,8 @@ HERE = [
     name
     for name, module in IMPLEMENTATIONS.items()
     if module is not reference
-    and hasattr(module, "forward")
-    and module.refusal(_PLAIN, _PLAIN, _PLAIN, Mask(), DEVICE_KIND) is None
+    and "log_sum_exp" in module.features
+    and module.unsupported_reason(_PLAIN, _PLAIN, _PLAIN, AttentionSpec(), DEVICE_KIND) is None
 ]
 # root mean square of the relative error: long sums for float32; in 16 bits three roundings (the output, of which the
 # backward makes delta; weights and scores' gradients for the products; the result), each of up to 2^-8 or 2^-11
@@ -39,8 +41,8 @@ FEATURES = {
     "full": {"causal": False},
     "window": {"window": 70},
     "full_window": {"causal": False, "window": 70},
-    "scale": {"scale": 0.3},
-    "soft_cap": {"soft_cap": 2.0},
+    "scale": {"logits_scale": 0.3},
+    "soft_cap": {"logits_soft_cap": 2.0},
     "slopes": {"slopes": True},
     "full_slopes": {"causal": False, "slopes": True},
     "segments": {"segments": True},
@@ -51,8 +53,8 @@ FEATURES = {
     "later_keys": {"q_offset": 60, "kv_offset": 100, "sinks": True},
     "all": {
         "window": 200,
-        "soft_cap": 2.0,
-        "scale": 0.2,
+        "logits_soft_cap": 2.0,
+        "logits_scale": 0.2,
         "slopes": True,
         "segments": True,
         "sinks": True,
@@ -76,9 +78,9 @@ def documents(length, rows, seed):
 
 
 def make_case(
-    sizes, heads=(4, 2), dims=(64, 64), dtype="float32", rows=2, segments=False, slopes=False, sinks=False, **mask
+    sizes, heads=(4, 2), dims=(64, 64), dtype="float32", rows=2, segments=False, slopes=False, sinks=False, **spec
 ):
-    """Inputs by name, their mask, and cotangents of output and log-sum-exp."""
+    """Inputs by name, their spec, and cotangents of output and log-sum-exp."""
     (queries, keys), (num_heads, num_kv_heads), (dim, value_dim) = sizes, heads, dims
     generator = np.random.default_rng(queries + 7 * keys)
 
@@ -93,31 +95,32 @@ def make_case(
     if sinks:
         inputs["sinks"] = normal(num_heads).astype(jnp.float32)
     if segments:
-        mask["q_segments"], mask["kv_segments"] = documents(queries, rows, 0), documents(keys, rows, 1)
+        spec["q_segment_ids"], spec["kv_segment_ids"] = documents(queries, rows, 0), documents(keys, rows, 1)
     if slopes:
-        mask["slopes"] = jnp.asarray(2.0 ** (-8 * np.arange(1, num_heads + 1) / num_heads), jnp.float32)
+        spec["alibi_slopes"] = jnp.asarray(2.0 ** (-8 * np.arange(1, num_heads + 1) / num_heads), jnp.float32)
     cotangents = normal(rows, queries, num_heads, value_dim), normal(rows, num_heads, queries).astype(jnp.float32)
-    return inputs, Mask(**mask), cotangents
+    return inputs, AttentionSpec(**spec), cotangents
 
 
-def attend(implementation, inputs, mask):
-    return attention(
-        inputs["q"], inputs["k"], inputs["v"], mask, sinks=inputs.get("sinks"), implementation=implementation
-    )
+def attend(implementation, inputs, spec):
+    heads = (inputs[name] for name in "qkv")
+    return attention(*heads, spec, IMPLEMENTATIONS[implementation], sinks=inputs.get("sinks"))
 
 
-def gradients(implementation, inputs, mask, cotangents):
+def gradients(implementation, inputs, spec, cotangents):
     """Output, log-sum-exp and the gradient of every input, by name."""
-    (out, lse), pull = jax.vjp(lambda inputs: attend(implementation, inputs, mask), inputs)
-    return {"out": out, "lse": lse, **{f"d{name}": gradient for name, gradient in pull(cotangents)[0].items()}}
+    (out, lse), pull = jax.vjp(lambda inputs: attend(implementation, inputs, spec), inputs)
+    (pulled,) = pull(cotangents if lse is not None else (cotangents[0], None))
+    told = {} if lse is None else {"lse": lse}
+    return {"out": out, **told, **{f"d{name}": gradient for name, gradient in pulled.items()}}
 
 
 run = jax.jit(gradients, static_argnums=0, compiler_options=OPTIONS)
 
 
-def expected(inputs, mask, cotangents):
+def expected(inputs, spec, cotangents):
     """`run` of the reference, from the same numbers in float32."""
-    return run("reference", widened(inputs), mask, widened(cotangents))
+    return run("reference", widened(inputs), spec, widened(cotangents))
 
 
 def widened(tree):
@@ -127,7 +130,7 @@ def widened(tree):
 def check(got, want, unit):
     """Each array within `unit` of the root mean square, and within 4 units of the largest at every element."""
     assert got.keys() == want.keys()
-    scores = np.asarray(want["lse"], np.float64)
+    scores = np.asarray(want.get("lse", 0.0), np.float64)
     # an exponential is relatively as wrong as its argument is absolutely: half the last place of the largest score
     unit = unit + 2.0**-24 * np.abs(scores[np.isfinite(scores)]).max(initial=0)
     for name in want:
@@ -147,18 +150,18 @@ def check(got, want, unit):
 
 
 def compare(implementation, dtype="float32", **case):
-    inputs, mask, cotangents = make_case(dtype=dtype, **case)
+    inputs, spec, cotangents = make_case(dtype=dtype, **case)
     module = IMPLEMENTATIONS[implementation]
-    why = module.refusal(inputs["q"], inputs["k"], inputs["v"], mask, DEVICE_KIND)
+    why = module.unsupported_reason(inputs["q"], inputs["k"], inputs["v"], spec, DEVICE_KIND)
     if why is not None:
         pytest.skip(f"{implementation} refuses: {why}")
-    got = run(implementation, inputs, mask, cotangents)
+    got = run(implementation, inputs, spec, cotangents)
     for name, array in inputs.items():
         assert got[f"d{name}"].dtype == array.dtype
     assert got["out"].dtype == inputs["q"].dtype and got["lse"].dtype == jnp.float32
     # of one key's weight, 1, no gradient is left but the rounding of two sums over the values' dimensions
     left = math.sqrt(inputs["v"].shape[-1]) if inputs["k"].shape[1] == 1 else 1
-    check(got, expected(inputs, mask, cotangents), UNITS[dtype] * left)
+    check(got, expected(inputs, spec, cotangents), UNITS[dtype] * left)
 
 
 # the grid has these too
@@ -198,6 +201,80 @@ def test_types(implementation, dtype):
     compare(implementation, dtype=dtype, sizes=(500, 500), **FEATURES["all"])
 
 
+# of no features that it lacks, the last with all that it has
+MATERIALIZED = {name: case for name, case in FEATURES.items() if not case.keys() & {"logits_soft_cap", "sinks"}} | {
+    "late_keys": {"q_offset": 60, "kv_offset": 100},
+    "most": {**FEATURES["all"], "logits_soft_cap": None, "sinks": False},
+}
+
+
+@pytest.mark.parametrize("feature", MATERIALIZED)
+def test_materialized_features(feature):
+    compare_materialized(sizes=(150, 170), **MATERIALIZED[feature])
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 500), (63, 20)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1)], ids=["multi_head", "multi_query"])
+def test_materialized_sizes(sizes, heads):
+    """As many keys as there are, whatever the number of queries: a token against a cache, for one."""
+    compare_materialized(sizes=sizes, heads=heads, dims=(24, 40), **MATERIALIZED["most"])
+
+
+def compare_materialized(**case):
+    inputs, spec, (cotangent, dlse) = make_case(**case)
+    want = expected(inputs, spec, (cotangent, jnp.zeros_like(dlse)))
+    want.pop("lse")
+    check(run("materialized", inputs, spec, (cotangent, None)), want, UNITS["float32"])
+
+
+def test_the_last_query_of_a_cache_is_the_last_row_of_the_whole():
+    """One query at its offset, traced as decoding's is, against all keys."""
+    inputs, spec, _ = make_case((40, 40), dims=(16, 16), window=17, slopes=True)
+    whole, _ = attend("materialized", inputs, spec)
+
+    @jax.jit
+    def last(inputs, offset):
+        return attend("materialized", {**inputs, "q": inputs["q"][:, -1:]}, dataclasses.replace(spec, q_offset=offset))
+
+    np.testing.assert_allclose(last(inputs, jnp.int32(39))[0], whole[:, -1:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(30, 30), (20, 30)], ids=str)
+def test_materialized_drops_probabilities(sizes):
+    inputs, spec, (cotangent, _) = make_case(sizes, dims=(16, 16))
+    rate, generator = 0.25, np.random.default_rng(3)
+    mask = jnp.asarray(generator.random((2, 2, 2, *sizes)) > rate)
+
+    def plain(inputs):
+        q, (k, v) = inputs["q"], (jnp.repeat(inputs[name], 2, 2) for name in "kv")
+        logits = jnp.einsum("bshd,bthd->bhst", q, k) / 4
+        logits = jnp.where(jnp.arange(sizes[0])[:, None] >= jnp.arange(sizes[1]), logits, -jnp.inf)
+        kept = mask.reshape(2, 4, *sizes) / (1 - rate)
+        return jnp.einsum("bhst,bthd->bshd", jax.nn.softmax(logits, -1) * kept, v)
+
+    out, pull = jax.vjp(plain, inputs)
+    want = {"out": out, **{f"d{name}": array for name, array in pull(cotangent)[0].items()}}
+    dropping = dataclasses.replace(spec, dropout_rate=rate, dropout_mask=mask)
+    check(run("materialized", inputs, dropping, (cotangent, None)), want, UNITS["float32"])
+    # without a mask, as in evaluation, nothing is dropped
+    whole = attend("materialized", inputs, dataclasses.replace(dropping, dropout_mask=None))[0]
+    np.testing.assert_array_equal(whole, attend("materialized", inputs, spec)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "sinks"),
+    [
+        ("xla", {"dropout_rate": 0.5}, False), ("materialized", {"logits_soft_cap": 2.0}, False),
+        ("materialized", {}, True), ("cudnn", {"q_offset": 3}, False),
+    ],
+)  # fmt: skip
+def test_what_an_implementation_lacks_is_refused_where_it_is_called(name, spec, sinks):
+    mask = {"dropout_mask": jnp.ones((2, 2, 2, 8, 8), bool)} if "dropout_rate" in spec else {}
+    inputs, spec, _ = make_case((8, 8), sinks=sinks, **spec, **mask)
+    with pytest.raises(UserError, match="this implementation of attention cannot: it"):
+        attend(name, inputs, spec)
+
+
 GRID = [
     pytest.param(feature, size, heads, dims, dtype, id=f"{feature}-{size}-{heads}-{dims}-{dtype}")
     for feature, size, (heads, dims), dtype in itertools.product(
@@ -216,26 +293,26 @@ def test_grid(implementation, feature, size, heads, dims, dtype):
     compare(implementation, dtype=dtype, sizes=(size, size), heads=heads, dims=dims, **FEATURES[feature])
 
 
-def definition(inputs, mask):
+def definition(inputs, spec):
     """Output and log-sum-exp by loops over rows, heads and queries in float64."""
     q, k, v = (np.asarray(inputs[name], np.float64) for name in "qkv")
     rows, queries, heads, _ = q.shape
     out, lse = np.zeros((*q.shape[:3], v.shape[-1])), np.full((rows, heads, queries), -np.inf)
     for row, head, i in np.ndindex(rows, heads, queries):
         kv_head = head // (heads // k.shape[2])
-        distance = (mask.q_offset + i) - (mask.kv_offset + np.arange(k.shape[1]))
+        distance = (spec.q_offset + i) - (spec.kv_offset + np.arange(k.shape[1]))
         seen = np.ones(k.shape[1], bool)
-        if mask.causal:
+        if spec.causal:
             seen &= distance >= 0
-        if mask.window is not None:
-            seen &= (distance < mask.window) & (distance > -mask.window)
-        if mask.q_segments is not None:
-            seen &= np.asarray(mask.q_segments[row, i] == mask.kv_segments[row])
-        scores = k[row, :, kv_head] @ q[row, i, head] * mask.factor(q.shape[-1])
-        if mask.soft_cap is not None:
-            scores = mask.soft_cap * np.tanh(scores / mask.soft_cap)
-        if mask.slopes is not None:
-            scores = scores - float(mask.slopes[head]) * distance
+        if spec.window is not None:
+            seen &= (distance < spec.window) & (distance > -spec.window)
+        if spec.q_segment_ids is not None:
+            seen &= np.asarray(spec.q_segment_ids[row, i] == spec.kv_segment_ids[row])
+        scores = k[row, :, kv_head] @ q[row, i, head] * spec.scale(q.shape[-1])
+        if spec.logits_soft_cap is not None:
+            scores = spec.logits_soft_cap * np.tanh(scores / spec.logits_soft_cap)
+        if spec.alibi_slopes is not None:
+            scores = scores - float(spec.alibi_slopes[head]) * distance
         weights = np.exp(scores[seen])
         sink = np.exp(float(inputs["sinks"][head])) if "sinks" in inputs else 0.0
         if weights.sum() + sink:
@@ -246,20 +323,20 @@ def definition(inputs, mask):
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_the_reference_is_the_definition(feature):
-    inputs, mask, cotangents = make_case((70, 90), dims=(8, 16), **FEATURES[feature])
-    got = run("reference", inputs, mask, cotangents)
-    check({name: got[name] for name in ("out", "lse")}, definition(inputs, mask), UNITS["float32"])
+    inputs, spec, cotangents = make_case((70, 90), dims=(8, 16), **FEATURES[feature])
+    got = run("reference", inputs, spec, cotangents)
+    check({name: got[name] for name in ("out", "lse")}, definition(inputs, spec), UNITS["float32"])
 
 
 @pytest.mark.parametrize("feature", ["causal", "full_window", "all"])
 def test_gradients_of_the_reference_are_differences_of_its_values(feature):
     """Along random directions: every row attends to something, for the log-sum-exp to have a derivative."""
     case = {**FEATURES[feature], "segments": False, "q_offset": 60, "kv_offset": 45}
-    inputs, mask, cotangents = make_case((30, 40), dims=(8, 16), **case)
-    got = run("reference", inputs, mask, cotangents)
+    inputs, spec, cotangents = make_case((30, 40), dims=(8, 16), **case)
+    got = run("reference", inputs, spec, cotangents)
 
     def value(inputs):
-        parts = definition(inputs, mask)
+        parts = definition(inputs, spec)
         return sum(np.vdot(parts[name], np.asarray(x)) for name, x in zip(("out", "lse"), cotangents, strict=True))
 
     generator = np.random.default_rng(0)
@@ -276,32 +353,26 @@ def test_gradients_of_the_reference_are_differences_of_its_values(feature):
 @pytest.mark.parametrize("feature", ["causal", "full", "window", "scale"])
 def test_cudnn_on_a_gpu(feature):
     """Beside the suite, as it returns no log-sum-exp."""
-    inputs, mask, (cotangent, _) = make_case((512, 512), dims=(128, 128), dtype="bfloat16", **FEATURES[feature])
+    inputs, spec, (cotangent, _) = make_case((512, 512), dims=(128, 128), dtype="bfloat16", **FEATURES[feature])
 
-    def run_without_lse(implementation, inputs):
-        def out(inputs):
-            return attention(*inputs.values(), mask, implementation=implementation, needs_lse=False)[0]
-
-        value, pull = jax.vjp(out, inputs)
-        (pulled,) = pull(cotangent.astype(value.dtype))
-        return {"out": value, **{f"d{name}": array for name, array in pulled.items()}, "lse": jnp.zeros(())}
-
-    check(run_without_lse("cudnn", inputs), run_without_lse("reference", widened(inputs)), UNITS["bfloat16"])
+    want = expected(inputs, spec, (cotangent, jnp.zeros((2, 4, 512))))
+    want.pop("lse")
+    check(gradients("cudnn", inputs, spec, (cotangent, None)), want, UNITS["bfloat16"])
 
 
 @pytest.mark.parametrize("implementation", [*HERE, "reference"])
 def test_rows_that_attend_to_nothing(implementation):
     """By position, by window and by document."""
     segments = jnp.asarray([[0] * 40 + [7] * 60], jnp.int32), jnp.asarray([[0] * 100], jnp.int32)
-    masks = {
-        20: Mask(kv_offset=20),
-        30: Mask(q_offset=-30),
-        100: Mask(kv_offset=1000, causal=False, window=10),
-        -60: Mask(causal=False, q_segments=segments[0], kv_segments=segments[1]),
+    specs = {
+        20: AttentionSpec(kv_offset=20),
+        30: AttentionSpec(q_offset=-30),
+        100: AttentionSpec(kv_offset=1000, causal=False, window=10),
+        -60: AttentionSpec(causal=False, q_segment_ids=segments[0], kv_segment_ids=segments[1]),
     }
     inputs, _, cotangents = make_case((100, 100), rows=1)
-    for count, mask in masks.items():
-        got = run(implementation, inputs, mask, cotangents)
+    for count, spec in specs.items():
+        got = run(implementation, inputs, spec, cotangents)
         empty = np.zeros(100, bool)
         empty[slice(count) if count > 0 else slice(count, None)] = True
         assert not np.asarray(got["out"])[:, empty].any() and not np.asarray(got["dq"])[:, empty].any()
@@ -320,11 +391,11 @@ def test_padding_leaves_no_trace(implementation, dtype):
     # values that nobody reads are the largest of the type, so that their products overflow; keys leave scores finite
     huge = {"q": 0, "k": 3e4 if dtype == "float16" else 1e30, "v": float(jnp.finfo(dtype).max)}
     poisoned = {name: jnp.where(after[:, None, None], jnp.asarray(huge[name], dtype), x) for name, x in inputs.items()}
-    mask = Mask(causal=False, q_segments=0 * segments, kv_segments=segments)
-    got = run(implementation, poisoned, mask, cotangents)
+    spec = AttentionSpec(causal=False, q_segment_ids=0 * segments, kv_segment_ids=segments)
+    got = run(implementation, poisoned, spec, cotangents)
     want = run(
         implementation, {**inputs, **{name: inputs[name][:, :real] for name in "kv"}, "q": poisoned["q"]},
-        Mask(causal=False), cotangents,
+        AttentionSpec(causal=False), cotangents,
     )  # fmt: skip
     for name in ("dk", "dv"):
         assert not np.asarray(got[name][:, real:], np.float32).any()
@@ -335,8 +406,8 @@ def test_padding_leaves_no_trace(implementation, dtype):
 @pytest.mark.parametrize("implementation", HERE)
 def test_parts_of_the_keys_join_by_their_log_sum_exp(implementation):
     """As ring attention does, with traced offsets."""
-    inputs, mask, cotangents = make_case((200, 600), q_offset=400, window=350)
-    whole = expected(inputs, mask, cotangents)
+    inputs, spec, cotangents = make_case((200, 600), q_offset=400, window=350)
+    whole = expected(inputs, spec, cotangents)
 
     def by_parts(inputs, cotangents, starts):
         def joined(inputs):
@@ -344,7 +415,9 @@ def test_parts_of_the_keys_join_by_their_log_sum_exp(implementation):
             for part in range(3):
                 here = slice(200 * part, 200 * (part + 1))
                 piece = {"q": inputs["q"], "k": inputs["k"][:, here], "v": inputs["v"][:, here]}
-                parts.append(attend(implementation, piece, Mask(q_offset=400, kv_offset=starts[part], window=350)))
+                parts.append(
+                    attend(implementation, piece, AttentionSpec(q_offset=400, kv_offset=starts[part], window=350))
+                )
             lse = functools.reduce(jnp.logaddexp, [lse for _, lse in parts])
             return sum(out * jnp.exp(part - lse).swapaxes(1, 2)[..., None] for out, part in parts), lse
 
@@ -368,15 +441,15 @@ def test_vmap(implementation):
 
 def test_the_backward_keeps_what_a_policy_names():
     """With output and log-sum-exp kept, nothing of the forward is computed again."""
-    inputs, mask, _ = make_case((256, 256), rows=1)
+    inputs, spec, _ = make_case((256, 256), rows=1)
 
     def loops(policy):
         def loss(inputs):
-            return jnp.sum(jax.checkpoint(lambda inputs: attend("xla", inputs, mask)[0], policy=policy)(inputs))
+            return jnp.sum(jax.checkpoint(lambda inputs: attend("xla", inputs, spec)[0], policy=policy)(inputs))
 
         return str(jax.make_jaxpr(jax.grad(loss))(inputs)).count(" scan[")
 
-    names = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+    names = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_statistics")
     assert loops(names) == 2 < loops(jax.checkpoint_policies.nothing_saveable)
 
 
@@ -398,7 +471,7 @@ EIGHT = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices: 
 def test_shard_map_over_batch_and_heads(implementation, manual):
     """Manual batch, and heads manual or Explicit: the numbers of one device, and no collective."""
     case = {**FEATURES["all"], "sinks": False}
-    inputs, mask, cotangents = make_case((300, 300), heads=(8, 4), **case)
+    inputs, spec, cotangents = make_case((300, 300), heads=(8, 4), **case)
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
     whole, heads = PartitionSpec("data", None, "tensor", None), PartitionSpec("data", "tensor", None)
     per_row, per_head = PartitionSpec("data", None), PartitionSpec("tensor")
@@ -407,13 +480,13 @@ def test_shard_map_over_batch_and_heads(implementation, manual):
         return PartitionSpec(*(axis if axis in manual else None for axis in spec))
 
     def body(inputs, cotangents, q_segments, kv_segments, slopes):
-        here = Mask(**{**rest, "q_segments": q_segments, "kv_segments": kv_segments, "slopes": slopes})
+        arrays = {"q_segment_ids": q_segments, "kv_segment_ids": kv_segments, "alibi_slopes": slopes}
+        here = dataclasses.replace(spec, **arrays)
         return gradients(implementation, inputs, here, cotangents)
 
-    rest = {name: value for name, value in vars(mask).items() if "segments" not in name and name != "slopes"}
     specs = ({"q": whole, "k": whole, "v": whole}, (whole, heads), per_row, per_row, per_head)
     outputs = {"out": whole, "lse": heads, "dq": whole, "dk": whole, "dv": whole}
-    arrays = (inputs, cotangents, mask.q_segments, mask.kv_segments, mask.slopes)
+    arrays = (inputs, cotangents, spec.q_segment_ids, spec.kv_segment_ids, spec.alibi_slopes)
     with jax.set_mesh(mesh):
         placed = place(mesh, specs, arrays)
         parts = [jax.tree.map(manual_part, tree, is_leaf=is_spec) for tree in (specs, outputs)]
@@ -424,49 +497,51 @@ def test_shard_map_over_batch_and_heads(implementation, manual):
     # JAX 0.10 gathers what enters and leaves any region on CPUs: those name nothing inside it
     assert not [line for line in lines if '/shard_map"' not in line]
     assert not lines or jax.__version_info__ < (0, 11)
-    for name, spec in outputs.items():
-        assert got[name].sharding.is_equivalent_to(NamedSharding(mesh, spec), got[name].ndim), name
-    check(got, expected(inputs, mask, cotangents), UNITS["float32"])
+    for name, layout in outputs.items():
+        assert got[name].sharding.is_equivalent_to(NamedSharding(mesh, layout), got[name].ndim), name
+    check(got, expected(inputs, spec, cotangents), UNITS["float32"])
 
 
 @EIGHT
 @pytest.mark.parametrize("implementation", HERE)
 def test_shared_keys_get_the_sum_of_gradients(implementation):
     """In a manual region where queries vary and keys are one for all, as in an all-gather of context."""
-    inputs, mask, cotangents = make_case((400, 400), sinks=True)
+    inputs, spec, cotangents = make_case((400, 400), sinks=True)
     mesh = jax.make_mesh((4,), ("context",), axis_types=(AxisType.Explicit,))
     split, shared, heads = PartitionSpec(None, "context"), PartitionSpec(), PartitionSpec(None, None, "context")
 
     def body(inputs, cotangents):
-        return gradients(implementation, inputs, Mask(q_offset=jax.lax.axis_index("context") * 100), cotangents)
+        return gradients(
+            implementation, inputs, AttentionSpec(q_offset=jax.lax.axis_index("context") * 100), cotangents
+        )
 
     in_specs = ({"q": split, "k": shared, "v": shared, "sinks": shared}, (split, heads))
     out_specs = {"out": split, "lse": heads, "dq": split, "dk": shared, "dv": shared, "dsinks": shared}
     with jax.set_mesh(mesh):
         mapped = jax.shard_map(body, in_specs=in_specs, out_specs=out_specs)
         got = jax.jit(mapped, compiler_options=OPTIONS)(*place(mesh, in_specs, (inputs, cotangents)))
-    check(got, expected(inputs, mask, cotangents), UNITS["float32"])
+    check(got, expected(inputs, spec, cotangents), UNITS["float32"])
 
 
-MASKS = {
-    "causal": Mask(),
-    "full": Mask(causal=False),
-    "window": Mask(window=100),
-    "full_window": Mask(causal=False, window=100),
-    "offset": Mask(q_offset=300, kv_offset=50, window=150),
-    "nothing": Mask(kv_offset=5000),
+SPECS = {
+    "causal": AttentionSpec(),
+    "full": AttentionSpec(causal=False),
+    "window": AttentionSpec(window=100),
+    "full_window": AttentionSpec(causal=False, window=100),
+    "offset": AttentionSpec(q_offset=300, kv_offset=50, window=150),
+    "nothing": AttentionSpec(kv_offset=5000),
 }
 
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", SPECS)
 def test_xla_visits_the_tiles_where_somebody_attends(name):
-    mask, sizes = MASKS[name], (700, 900)
+    spec, sizes = SPECS[name], (700, 900)
     tiles = chunked.cut(*sizes)
-    attends = np.asarray(reference.allowed(mask, *sizes))[0]
+    attends = np.asarray(reference.allowed(spec, *sizes))[0]
     padding = [(0, tiles.num_queries * tiles.query_block - sizes[0]), (0, tiles.num_keys * tiles.key_block - sizes[1])]
     blocks = np.pad(attends, padding).reshape(tiles.num_queries, tiles.query_block, tiles.num_keys, tiles.key_block)
     q = jnp.zeros((1, sizes[0], 1, 8))
-    needed = np.asarray(chunked._Scoring.of(q, q, mask, tiles).needed())
+    needed = np.asarray(chunked._Scoring.of(q, q, spec, tiles).needed())
     first, last = (np.asarray(x)[:, None] for x in chunked._bounds(jnp.asarray(needed)))
     columns = np.arange(tiles.num_keys)
     np.testing.assert_array_equal((first <= columns) & (columns < last), blocks.any((1, 3)))
@@ -477,8 +552,8 @@ def test_xla_skips_other_documents():
     segments = jnp.asarray(np.repeat(np.arange(4), 128)[None], jnp.int32)
     q = jnp.zeros((1, 512, 1, 8))
     tiles = chunked.Tiles(512, 512, 128, 128)
-    mask = Mask(causal=False, q_segments=segments, kv_segments=segments)
-    np.testing.assert_array_equal(chunked._Scoring.of(q, q, mask, tiles).needed(), np.eye(4, dtype=bool))
+    spec = AttentionSpec(causal=False, q_segment_ids=segments, kv_segment_ids=segments)
+    np.testing.assert_array_equal(chunked._Scoring.of(q, q, spec, tiles).needed(), np.eye(4, dtype=bool))
 
 
 def test_memory_of_xla_is_linear_in_the_sequence(monkeypatch):
@@ -487,7 +562,7 @@ def test_memory_of_xla_is_linear_in_the_sequence(monkeypatch):
     monkeypatch.setattr(chunked, "MOST_KEYS", LARGEST_TILES[1])
 
     def loss(q, k, v):
-        return jnp.sum(attention(q, k, v, Mask(), implementation="xla")[0])
+        return jnp.sum(attention(q, k, v, AttentionSpec(), chunked)[0])
 
     temporaries = []
     for length in (8192, 16384, 32768):

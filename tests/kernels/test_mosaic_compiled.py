@@ -5,6 +5,7 @@ Needs ptxas of CUDA 13.0 or later on the path.
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtron.kernels.attention import mosaic
-from jaxtron.kernels.attention.mask import Mask
+from jaxtron.kernels.attention.spec import AttentionSpec
 from jaxtron.plan.compiled.deviceless import gpu_devices
 
 HEADS = {"64": (64, 64), "96": (96, 96), "128": (128, 128), "192": (192, 128), "256": (256, 256)}
@@ -57,18 +58,18 @@ SHARED_MEMORY = 232448
 COLLECTIVES = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter")
 
 
-def mask_of(feature: str, segments: Any, slopes: Any) -> Mask:
-    """The mask of a name in `FEATURES`."""
-    documents = {"q_segments": segments, "kv_segments": segments}
+def spec_of(feature: str, segments: Any, slopes: Any) -> AttentionSpec:
+    """The spec of a name in `FEATURES`."""
+    documents = {"q_segment_ids": segments, "kv_segment_ids": segments}
     return {
-        "causal": Mask(),
-        "full": Mask(causal=False),
-        "window": Mask(window=300),
-        "soft cap": Mask(soft_cap=30.0),
-        "slopes": Mask(slopes=slopes),
-        "segments": Mask(**documents),
-        "padded": Mask(),
-        "everything": Mask(window=300, soft_cap=30.0, slopes=slopes, **documents),
+        "causal": AttentionSpec(),
+        "full": AttentionSpec(causal=False),
+        "window": AttentionSpec(window=300),
+        "soft cap": AttentionSpec(logits_soft_cap=30.0),
+        "slopes": AttentionSpec(alibi_slopes=slopes),
+        "segments": AttentionSpec(**documents),
+        "padded": AttentionSpec(),
+        "everything": AttentionSpec(window=300, logits_soft_cap=30.0, alibi_slopes=slopes, **documents),
     }[feature]
 
 
@@ -76,10 +77,10 @@ def program(direction: str, feature: str) -> Callable:
     """The kernels of one direction, as a function of `shapes`' arrays."""
 
     def run(q: Any, k: Any, v: Any, lse: Any, dout: Any, segments: Any, slopes: Any) -> Any:
-        mask = mask_of(feature, segments, slopes)
+        spec = spec_of(feature, segments, slopes)
         if direction == "forward":
-            return mosaic.forward(q, k, v, mask)
-        return mosaic.backward(q, k, v, lse, lse, dout, mask, deterministic=direction == "deterministic")
+            return mosaic.forward(q, k, v, spec)
+        return mosaic.backward(q, k, v, lse, lse, dout, replace(spec, deterministic=direction == "deterministic"))
 
     return run
 
@@ -117,7 +118,7 @@ def compile_for(monkeypatch, capfd) -> Callable[..., str]:
 
     def compiled(gpu: str, direction: str, heads: str, feature: str, dtype: str = "bfloat16") -> str:
         capfd.readouterr()
-        # no multiple of a tile: the kernels mask their padding
+        # no multiple of a tile: the kernels spec their padding
         length = 1000 if feature == "padded" else LENGTH
         given = shapes(one_gpu(gpu), heads, dtype, length=length)
         jax.jit(program(direction, feature)).lower(*given).compile()
@@ -195,7 +196,7 @@ def test_refusals_say_why() -> None:
 
     def why(dtype: Any = jnp.bfloat16, width: int = 128, kind: str = "NVIDIA H200") -> str | None:
         given = array(dtype, width)
-        return mosaic.refusal(given, given, given, Mask(), kind)
+        return mosaic.unsupported_reason(given, given, given, AttentionSpec(), kind)
 
     assert why() is None
     assert why(dtype=jnp.float16, width=96, kind="NVIDIA H100 80GB HBM3") is None

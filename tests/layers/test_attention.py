@@ -10,9 +10,11 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from jaxtron.kernels.attention import materialized
+from jaxtron.kernels.attention import reference as plain_attention
 from jaxtron.kernels.attention.attention import attention
-from jaxtron.kernels.attention.mask import Mask
-from jaxtron.layers.attention import Attention, attention_core
+from jaxtron.kernels.attention.spec import AttentionSpec
+from jaxtron.layers.attention import Attention, Core
 from jaxtron.layers.config import RotaryConfig
 from jaxtron.layers.inputs import LayerInputs, dropout_mask, row_keys
 from jaxtron.layers.norm import Norm
@@ -36,7 +38,7 @@ def make_attention(num_kv_heads=HEADS, *, bias=True, qk_norm=False, alibi=False,
         qk_norm=norm if qk_norm else None,
         alibi=alibi,
         sinks=False,
-        core=attention_core(rate),
+        core=Core(materialized, AttentionSpec(dropout_rate=rate)),
         std=0.3,
         output_std=0.3,
         dropout=dropout,
@@ -141,7 +143,7 @@ def test_scores_are_float32_inside_bfloat16(rules_for):
         query = jnp.full((1, 2, 1, 4), 32.0, jnp.bfloat16)
         key = jnp.asarray([[8.0, 8, 8, 8], [8, 8, 8, 8.0625]], jnp.bfloat16).reshape(1, 2, 1, 4)
         value = jnp.asarray([0.0, 1.0], jnp.bfloat16).reshape(1, 2, 1, 1) * jnp.ones((1, 2, 1, 4), jnp.bfloat16)
-        mixed = attention_core(0.0)(query, key, value, None, None, LayerInputs())
+        mixed = Core(materialized)(query, key, value, None, None, LayerInputs())
     assert mixed.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(mixed[0, 1, 0], np.float32), np.e / (1 + np.e), rtol=1e-2)
 
@@ -149,7 +151,7 @@ def test_scores_are_float32_inside_bfloat16(rules_for):
 def test_dropped_probabilities_keep_their_expectation(rules_for):
     rate, rows = 0.25, 512
     with use(rules_for(data=1)):
-        core = attention_core(rate)
+        core = Core(materialized, AttentionSpec(dropout_rate=rate))
         generator = np.random.default_rng(0)
         query, key, value = (jnp.asarray(generator.normal(size=(1, 5, 2, 4)), jnp.float32) for _ in range(3))
         many = [jnp.broadcast_to(array, (rows, *array.shape[1:])) for array in (query, key, value)]
@@ -206,7 +208,7 @@ def test_gradients_of_the_core(rules_for, num_kv_heads, alibi, rate):
     slopes = alibi_slopes(HEADS) if alibi else None
     with use(rules_for(data=1)):
         inputs = LayerInputs(keys=row_keys(jax.random.key(0), np.arange(ROWS)))
-        core = attention_core(rate)
+        core = Core(materialized, AttentionSpec(dropout_rate=rate))
         found, mixed = gradients(
             lambda *heads: core(*heads, None if slopes is None else jnp.asarray(slopes), None, inputs)
         )
@@ -228,7 +230,7 @@ def test_gradients_in_bfloat16_are_as_good_as_its_probabilities(rules_for):
 
         def gradients(dtype):
             def loss(*heads):
-                mixed = attention_core(0.0)(*heads, None, None, LayerInputs())
+                mixed = Core(materialized)(*heads, None, None, LayerInputs())
                 return jnp.sum(mixed.astype(jnp.float32) * cotangent)
 
             return jax.grad(loss, argnums=(0, 1, 2))(*(array.astype(dtype) for array in heads))
@@ -248,7 +250,8 @@ def test_gradients_do_not_depend_on_the_mesh(rules_for, in_region):
         heads = [constrain(array, "batch", "full_seq", "heads", "head_dim") for array in heads]
         cotangent = constrain(cotangent, "batch", "full_seq", "heads", "head_dim")
         inputs = LayerInputs(keys=keys)
-        found = jax.vjp(lambda *heads: attention_core(0.3)(*heads, None, None, inputs), *heads)[1](cotangent)
+        core = Core(materialized, AttentionSpec(dropout_rate=0.3))
+        found = jax.vjp(lambda *heads: core(*heads, None, None, inputs), *heads)[1](cotangent)
         return [jax.sharding.reshard(gradient, PartitionSpec()) for gradient in found]
 
     results = []
@@ -259,19 +262,20 @@ def test_gradients_do_not_depend_on_the_mesh(rules_for, in_region):
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mask", [Mask(window=3), Mask(), Mask(window=2, scale=0.7)], ids=str)
-def test_whole_scores_honour_windows_and_documents(rules_for, mask):
+@pytest.mark.parametrize("fields", [{"window": 3}, {}, {"window": 2, "logits_scale": 0.7}], ids=str)
+def test_windows_and_documents(rules_for, fields):
+    spec = AttentionSpec(**fields)
     *heads, cotangent = make_heads(2)
     segments = jnp.asarray(np.sort(np.random.default_rng(5).integers(0, 3, (ROWS, LENGTH))), jnp.int32)
 
     def gradients(core):
         mixed, pull = jax.vjp(core, *heads)
-        return mixed, *pull(cotangent)
+        return mixed, *pull(jax.sharding.reshard(cotangent, jax.typeof(mixed).sharding))
 
-    packed = dataclasses.replace(mask, q_segments=segments, kv_segments=segments)
+    packed = dataclasses.replace(spec, q_segment_ids=segments, kv_segment_ids=segments)
     with use(rules_for(data=1)):
-        core = attention_core(0.0, mask)
+        core = Core(materialized, spec)
         found = gradients(lambda *heads: core(*heads, None, None, LayerInputs(segments=segments)))
-        expected = gradients(lambda *heads: attention(*heads, packed, implementation="reference")[0])
+        expected = gradients(lambda *heads: attention(*heads, packed, plain_attention)[0])
     for name, one, two in zip(("out", "query", "key", "value"), found, expected, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=2e-5, err_msg=name)

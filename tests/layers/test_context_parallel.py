@@ -11,9 +11,11 @@ from jax.sharding import PartitionSpec
 
 from jaxtron.config import UserError
 from jaxtron.kernels.attention import chunked, reference
-from jaxtron.kernels.attention.mask import Mask
+from jaxtron.kernels.attention.attention import attention
 from jaxtron.kernels.attention.mosaic_tiles import Scoring, visits
+from jaxtron.kernels.attention.spec import AttentionSpec
 from jaxtron.layers import context_parallel
+from jaxtron.layers.attention import Sharded
 from jaxtron.sharding.config import ContextConfig, MeshConfig, ShardingConfig
 from jaxtron.sharding.context import part, positions, starts
 from jaxtron.sharding.folding import FLAGS
@@ -28,12 +30,12 @@ METHODS = {
     "hierarchical": ContextConfig(method="hierarchical", inner=2),
 }
 SLOW = pytest.mark.slow
-MASKS = {
-    "causal": Mask(),
-    "full": Mask(causal=False),
-    "window": Mask(window=11),
-    "slopes": Mask(slopes=jnp.linspace(0.1, 0.9, HEADS)),
-    "soft cap": Mask(soft_cap=2.0),
+SPECS = {
+    "causal": AttentionSpec(),
+    "full": AttentionSpec(causal=False),
+    "window": AttentionSpec(window=11),
+    "slopes": AttentionSpec(alibi_slopes=jnp.linspace(0.1, 0.9, HEADS)),
+    "soft cap": AttentionSpec(logits_soft_cap=2.0),
 }
 SEGMENTS = jnp.asarray(np.repeat([[0, 1, 2, 3], [0, 0, 1, 1]], LENGTH // 4, 1), jnp.int32)
 
@@ -48,32 +50,32 @@ def inputs(kv_heads: int = KV_HEADS, dtype: str = "float32") -> tuple[jax.Array,
     )
 
 
-def whole(mask: Mask, q, k, v, dout):
-    out, lse = reference.forward(q, k, v, mask)
+def whole(spec: AttentionSpec, q, k, v, dout):
+    out, lse = reference.forward(q, k, v, spec)
     delta = jnp.swapaxes(jnp.sum(dout * out, -1), 1, 2)
-    return out, lse, *reference.backward(q, k, v, lse, delta, dout, mask)
+    return out, lse, *reference.backward(q, k, v, lse, delta, dout, spec)
 
 
-def split(config: ContextConfig, size: int, mask: Mask, arrays, module=chunked):
+def split(config: ContextConfig, size: int, spec: AttentionSpec, arrays, module=chunked):
     """The same on devices that each have a part, put together again by position."""
     rules = make_rules(build_mesh(MeshConfig(data=1, context=size), jax.devices()[:size]), ShardingConfig(), config)
 
     def local(segments, *arrays):
         q, k, v, dout = (part(config, size, x, 1) for x in arrays)
-        own = mask if segments is None else with_segments(part(config, size, segments, 1))
-        out, lse = context_parallel.forward(q, k, v, own, module, config, size)
-        delta = jnp.swapaxes(jnp.sum(dout * out, -1), 1, 2)
-        gradients = context_parallel.backward(q, k, v, lse, delta, dout, own, module, config, size)
+        own = spec if segments is None else with_segments(part(config, size, segments, 1))
+        # as a layer calls it, with its own derivative
+        (out, lse), pull = jax.vjp(lambda q, k, v: attention(q, k, v, own, Sharded(module)), q, k, v)
+        gradients = pull((dout, jnp.zeros_like(lse)))
         place = positions(config, size, q.shape[1])
         return tuple(x[None] for x in (place, out, jnp.swapaxes(lse, 1, 2), *gradients))
 
     def with_segments(segments):
-        return Mask(causal=mask.causal, window=mask.window, q_segments=segments, kv_segments=segments)
+        return AttentionSpec(causal=spec.causal, window=spec.window, q_segment_ids=segments, kv_segment_ids=segments)
 
     specs = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec("context")}
     run = jax.shard_map(local, **specs, axis_names=set(FLAGS), check_vma=False)
     with use(rules):
-        place, *parts = jax.jit(run)(mask.q_segments, *arrays)
+        place, *parts = jax.jit(run)(spec.q_segment_ids, *arrays)
     order = np.argsort(np.asarray(place).reshape(-1))
     # [device, row, position, ...] to [row, position, ...]
     out, lse, *gradients = (
@@ -87,11 +89,11 @@ def assert_equal(found, expected):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("mask", [mask if mask == "causal" else pytest.param(mask, marks=SLOW) for mask in MASKS])
+@pytest.mark.parametrize("spec", [spec if spec == "causal" else pytest.param(spec, marks=SLOW) for spec in SPECS])
 @pytest.mark.parametrize("method", METHODS)
-def test_parts_of_a_sequence_equal_the_whole(method: str, mask: str):
+def test_parts_of_a_sequence_equal_the_whole(method: str, spec: str):
     arrays = inputs()
-    assert_equal(split(METHODS[method], 4, MASKS[mask], arrays), whole(MASKS[mask], *arrays))
+    assert_equal(split(METHODS[method], 4, SPECS[spec], arrays), whole(SPECS[spec], *arrays))
 
 
 @pytest.mark.slow
@@ -99,22 +101,22 @@ def test_parts_of_a_sequence_equal_the_whole(method: str, mask: str):
 @pytest.mark.parametrize("method", ["ring", "all_gather", "all_to_all"])
 def test_any_number_of_devices(method: str, size: int):
     arrays = inputs()
-    assert_equal(split(METHODS[method], size, Mask(), arrays), whole(Mask(), *arrays))
+    assert_equal(split(METHODS[method], size, AttentionSpec(), arrays), whole(AttentionSpec(), *arrays))
 
 
 @pytest.mark.parametrize("method", ["ring", *(pytest.param(name, marks=SLOW) for name in METHODS if name != "ring")])
 @pytest.mark.parametrize("causal", [True, pytest.param(False, marks=SLOW)])
 def test_documents_do_not_see_each_other(method: str, causal: bool):
-    mask = Mask(causal=causal, q_segments=SEGMENTS, kv_segments=SEGMENTS)
+    spec = AttentionSpec(causal=causal, q_segment_ids=SEGMENTS, kv_segment_ids=SEGMENTS)
     arrays = inputs()
-    assert_equal(split(METHODS[method], 4, mask, arrays), whole(mask, *arrays))
+    assert_equal(split(METHODS[method], 4, spec, arrays), whole(spec, *arrays))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ring", "all_gather"])
 def test_few_key_heads(method: str):
     arrays = inputs(kv_heads=2)
-    assert_equal(split(METHODS[method], 4, Mask(), arrays), whole(Mask(), *arrays))
+    assert_equal(split(METHODS[method], 4, AttentionSpec(), arrays), whole(AttentionSpec(), *arrays))
 
 
 @pytest.mark.parametrize(
@@ -136,11 +138,14 @@ def test_pieces_are_the_whole_and_causal_work_is_even(config: ContextConfig, siz
 class _Counting:
     """Instead of attention, the tiles that our kernels would visit, as an output that merges to their mean."""
 
+    features = frozenset({"log_sum_exp"})
+    unsupported_reason = backward = None
+
     @staticmethod
-    def forward(q, k, v, mask):
+    def forward(q, k, v, spec):
         block = (128, 128)
-        scoring = Scoring.of(mask, mask.factor(q.shape[3]), k.shape[1], block[1])
-        bounds = visits(mask, scoring, q.shape[1], k.shape[1], block)
+        scoring = Scoring.of(spec, spec.scale(q.shape[3]), k.shape[1], block[1])
+        bounds = visits(spec, scoring, q.shape[1], k.shape[1], block)
         count = jnp.sum(bounds[..., 1] - bounds[..., 0]) * q.shape[2]
         return jnp.full(q.shape, count, jnp.float32), jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
 
@@ -151,7 +156,7 @@ def test_every_device_visits_as_many_tiles(method: str):
     size, length, config = 8, 16384, METHODS[method]
 
     def count(q):
-        out, _ = context_parallel.forward(q, q, q, Mask(), _Counting, config, size)
+        out, _ = context_parallel.forward(q, q, q, AttentionSpec(), _Counting, config, size)
         return out[0, :, 0, 0]
 
     with use(make_rules(build_mesh(MeshConfig(data=1), jax.devices()[:1]), ShardingConfig(), config)):

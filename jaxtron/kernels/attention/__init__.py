@@ -1,1 +1,1 @@
-"""Attention in several implementations of one meaning: `mask.py` says who attends to whom, `choose.py` who computes."""
+"""Attention in several implementations of one meaning: `spec.py` says what to compute, `backend.py` selects by what."""

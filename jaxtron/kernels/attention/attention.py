@@ -1,75 +1,144 @@
-"""Attention's public function: one derivative for all implementations."""
+"""Attention's public function, which models call: one derivative for all implementations."""
 
+import dataclasses
 import functools
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtron.kernels.attention.choose import Choice, choose
-from jaxtron.kernels.attention.config import Implementation
-from jaxtron.kernels.attention.mask import Mask, check_shapes
+from jaxtron.config import UserError
+from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads, check_shapes
 from jaxtron.kernels.varying import vary_alike
-from jaxtron.typing import Array, Float
+from jaxtron.typing import Array, Float, PyTree
 
 # names of what the backward needs beside its inputs, for policies of recomputation
-OUT, LSE = "attention_out", "attention_lse"
+OUT, STATISTICS = "attention_out", "attention_statistics"
+# what is said of an implementation without a feature
+MISSING: dict[Feature, str] = {
+    "segments": "it knows no segments (packed documents)",
+    "soft_cap": "it knows no soft cap",
+    "alibi": "it knows no slopes (ALiBi)",
+    "offsets": "its positions start at 0: it knows no offsets of queries and keys",
+    "deterministic": "its backward adds up in any order",
+    "dropout": "it drops no probabilities",
+    "log_sum_exp": "it returns no log-sum-exp, which sinks and context parallelism need",
+}
+
+
+@runtime_checkable
+class Implementation(Protocol):
+    """One way to compute attention; a module of this package is one."""
+
+    @property
+    def features(self) -> frozenset[Feature]:
+        """What it can do beside plain attention."""
+        ...
+
+    def unsupported_reason(self, q: Heads, k: Heads, v: Heads, spec: AttentionSpec, device_kind: str) -> str | None:
+        """Why it cannot compute arrays of these shapes and types on devices of this kind (`jax.Device.device_kind`),
+        its features aside; none: it can."""
+        ...
+
+    def forward(
+        self, q: Float[Array, "B S H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K V"], spec: AttentionSpec, /
+    ) -> tuple[Float[Array, "B S H V"], PyTree]:
+        """The output in the type of `q`, and statistics for the backward.
+
+        With the feature `log_sum_exp` they are the logits' natural log-sum-exp [B, H, S] in float32, else what the
+        implementation likes, its arrays [B, heads, ...].
+        """
+        ...
+
+    def backward(
+        self,
+        q: Float[Array, "B S H D"],
+        k: Float[Array, "B T K D"],
+        v: Float[Array, "B T K V"],
+        statistics: PyTree,
+        delta: Any,
+        dout: Float[Array, "B S H V"],
+        spec: AttentionSpec,
+        /,
+    ) -> tuple[Float[Array, "B S H D"], Float[Array, "B T K D"], Float[Array, "B T K V"]]:
+        """Gradients of queries, keys and values.
+
+        `delta` is rowsum(dout * out) less the gradient of the log-sum-exp, float32 [B, H, S]; none without that
+        feature. The spec has no `dropout_mask` here: what is needed of it is among the statistics.
+        """
+        ...
 
 
 def attention(
     q: Float[Array, "B S H D"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K V"],
-    mask: Mask,
+    spec: AttentionSpec,
+    implementation: Implementation,
     *,
     sinks: Float[Array, " H"] | None = None,
-    implementation: Implementation = "auto",
-    device_kind: str | None = None,
-    needs_lse: bool = True,
-    deterministic: bool = False,
 ) -> tuple[Float[Array, "B S H V"], Float[Array, "B H S"] | None]:
-    """Values mixed by the softmax of masked scores, and the scores' natural log-sum-exp (none if not needed).
+    """Sums of values weighted by the softmax of the logits, and the logits' natural log-sum-exp if it can be told.
 
-    Query head h reads key/value head h // (H / K). `sinks` are logits that take part in each head's softmax without a
-    value (gpt-oss, 2508.10925, section 2.1); the log-sum-exp includes them. A row that may attend to nothing is 0, its
-    log-sum-exp -inf. `device_kind` is that of the devices this will run on (none: those of the mesh in use, else
-    JAX's default); `deterministic` gradients have the same bits in every run. `UserError` for sizes that do not fit and
-    for what the implementation cannot do.
+    `sinks` are logits that take part in each head's softmax without a value (gpt-oss, 2508.10925, section 2.1); the
+    log-sum-exp includes them. A row that may attend to nothing is 0, its log-sum-exp -inf. `UserError` for sizes that
+    do not fit and for what the implementation has no feature for.
     """
-    check_shapes(q, k, v, mask, sinks)
-    kind = device_kind or _device_kind()
-    needed = {"needs_lse": needs_lse or sinks is not None, "deterministic": deterministic}
-    choice = choose(implementation, (q, k, v), mask, kind, **needed)
-    if not choice.has_lse:
-        return checkpoint_name(choice.module.attend(q, k, v, mask), OUT), None
+    if spec.dropout_mask is None:
+        spec = dataclasses.replace(spec, dropout_rate=0.0)
+    check_shapes(q, k, v, spec, sinks)
+    missing = missing_feature(implementation, spec, needs_log_sum_exp=sinks is not None)
+    if missing is not None:
+        raise UserError(f"this implementation of attention cannot: {missing}")
+    known, arrays = spec.split()
     # here, where it is differentiated, and not in the implementations: gradients are summed over what did not vary
-    (q, k, v), mask, sinks = vary_alike(((q, k, v), mask, sinks))
-    attended: tuple[Array, Array] = _attend(choice, q, k, v, mask)
+    q, k, v, arrays, sinks = vary_alike((q, k, v, arrays, sinks))
+    attended: tuple[Array, Array | None] = _attend(implementation, known, q, k, v, arrays)
     out, lse = attended
-    if sinks is not None:
+    if sinks is not None and lse is not None:
         out, lse = with_sinks(out, lse, sinks)
-    return out, lse if needs_lse else None
+    return out, lse
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(choice: Choice, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
-    return choice.forward(q, k, v, mask)
+def missing_feature(implementation: Implementation, spec: AttentionSpec, *, needs_log_sum_exp: bool) -> str | None:
+    """What the implementation lacks of the features that a spec asks for, in words; none: nothing."""
+    needed = spec.features | ({"log_sum_exp"} if needs_log_sum_exp else set())
+    return next((words for name, words in MISSING.items() if name in needed - implementation.features), None)
 
 
-def _attend_forward(choice: Choice, q: Array, k: Array, v: Array, mask: Mask) -> tuple[tuple[Array, Array], tuple]:
-    out, lse = choice.forward(q, k, v, mask)
-    out, lse = checkpoint_name(out, OUT), checkpoint_name(lse, LSE)
-    return (out, lse), (q, k, v, out, lse, mask)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(
+    implementation: Implementation, known: AttentionSpec, q: Array, k: Array, v: Array, arrays: dict[str, Array]
+) -> tuple[Array, Array | None]:
+    out, statistics = implementation.forward(q, k, v, known.with_arrays(arrays))
+    return out, statistics if "log_sum_exp" in implementation.features else None
 
 
-def _attend_backward(choice: Choice, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
-    q, k, v, out, lse, mask = residuals
+def _forward(
+    implementation: Implementation, known: AttentionSpec, q: Array, k: Array, v: Array, arrays: dict[str, Array]
+) -> tuple[tuple[Array, Array | None], tuple]:
+    out, statistics = implementation.forward(q, k, v, known.with_arrays(arrays))
+    statistics = jax.tree.map(lambda array: checkpoint_name(array, STATISTICS), statistics)
+    arrays = {name: array for name, array in arrays.items() if name != "dropout_mask"}
+    if "log_sum_exp" not in implementation.features:
+        return (out, None), (q, k, v, None, statistics, arrays)
+    out = checkpoint_name(out, OUT)
+    return (out, statistics), (q, k, v, out, statistics, arrays)
+
+
+def _backward(
+    implementation: Implementation, known: AttentionSpec, residuals: tuple, cotangents: tuple[Array, Array | None]
+) -> tuple[Array, Array, Array, None]:
+    q, k, v, out, statistics, arrays = residuals
     dout, dlse = cotangents
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), -1).swapaxes(1, 2) - dlse
-    return *choice.backward(q, k, v, lse, delta, dout, mask), None
+    delta = None
+    if out is not None and dlse is not None:
+        delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), -1).swapaxes(1, 2) - dlse
+    return *implementation.backward(q, k, v, statistics, delta, dout, known.with_arrays(arrays)), None
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_forward, _backward)
 
 
 def with_sinks(
@@ -79,8 +148,3 @@ def with_sinks(
     sinks = sinks.astype(jnp.float32)[:, None]
     share = jax.nn.sigmoid(lse - sinks).swapaxes(1, 2)[..., None]
     return (out.astype(jnp.float32) * share).astype(out.dtype), jnp.logaddexp(lse, sinks)
-
-
-def _device_kind() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if device is None else device.device_kind

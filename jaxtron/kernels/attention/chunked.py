@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from jaxtron.kernels.attention.mask import Mask
+from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads
 from jaxtron.kernels.varying import vary_alike
 from jaxtron.typing import Array, Bool, Float, Int
 
@@ -26,8 +26,11 @@ MOST_KEYS = 512
 LOWEST = -1e38
 
 
-def refusal(q: Array, k: Array, v: Array, mask: Mask, device_kind: str) -> str | None:
-    """Never: it does all that a `Mask` can say, on any device."""
+features: frozenset[Feature] = frozenset({"segments", "soft_cap", "alibi", "offsets", "deterministic", "log_sum_exp"})
+
+
+def unsupported_reason(q: Heads, k: Heads, v: Heads, spec: AttentionSpec, device_kind: str) -> str | None:
+    """None: these features it has on any device, for arrays of any size and type."""
     return None
 
 
@@ -77,13 +80,13 @@ def cut(num_queries: int, num_keys: int) -> Tiles:
 
 
 def forward(
-    q: Float[Array, "B S H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K V"], mask: Mask
+    q: Float[Array, "B S H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K V"], spec: AttentionSpec
 ) -> tuple[Float[Array, "B S H V"], Float[Array, "B H S"]]:
     """What is attended to in `q`'s type, and the log-sum-exp of the scores in float32."""
-    q, k, v, mask = vary_alike((q, k, v, mask))
+    q, k, v, spec = vary_alike((q, k, v, spec))
     tiles = cut(q.shape[1], k.shape[1])
     queries, keys, values = tiles.pad_queries(_group(q, k)), tiles.pad_keys(k), tiles.pad_keys(v)
-    scoring = _Scoring.of(q, k, mask, tiles)
+    scoring = _Scoring.of(q, k, spec, tiles)
     first, last = _bounds(scoring.needed())
 
     def block(_: None, i: Array) -> tuple[None, tuple[Array, Array]]:
@@ -129,10 +132,10 @@ def backward(
     lse: Float[Array, "B H S"],
     delta: Float[Array, "B H S"],
     dout: Float[Array, "B S H V"],
-    mask: Mask,
+    spec: AttentionSpec,
 ) -> tuple[Float[Array, "B S H D"], Float[Array, "B T K D"], Float[Array, "B T K V"]]:
     """Gradients of queries, keys, values in their types, given `delta = sum(dout * out) - dlse`."""
-    q, k, v, lse, delta, dout, mask = vary_alike((q, k, v, lse, delta, dout, mask))
+    q, k, v, lse, delta, dout, spec = vary_alike((q, k, v, lse, delta, dout, spec))
     tiles = cut(q.shape[1], k.shape[1])
     queries, keys, values = tiles.pad_queries(_group(q, k)), tiles.pad_keys(k), tiles.pad_keys(v)
     douts = tiles.pad_queries(_group(dout, k))
@@ -140,7 +143,7 @@ def backward(
     # rows with nothing to attend to are masked everywhere: any finite number serves
     lses = tiles.pad_queries(jnp.where(lse == -jnp.inf, 0, lse).reshape(heads), 3)
     deltas = tiles.pad_queries(delta.reshape(heads), 3)
-    scoring = _Scoring.of(q, k, mask, tiles)
+    scoring = _Scoring.of(q, k, spec, tiles)
     first, last = _bounds(scoring.needed().T)
 
     def block(dquery: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -195,7 +198,7 @@ def _tile_gradients(
 class _Scoring:
     """Scores of one tile, and who attends in it."""
 
-    mask: Mask
+    spec: AttentionSpec
     tiles: Tiles
     factor: float
     q_segments: Int[Array, "B S"] | None
@@ -203,15 +206,15 @@ class _Scoring:
     slopes: Float[Array, "K G"] | None
 
     @classmethod
-    def of(cls, q: Array, k: Array, mask: Mask, tiles: Tiles) -> "_Scoring":
-        q_segments, kv_segments = mask.q_segments, mask.kv_segments
+    def of(cls, q: Array, k: Array, spec: AttentionSpec, tiles: Tiles) -> "_Scoring":
+        q_segments, kv_segments = spec.q_segment_ids, spec.kv_segment_ids
         return cls(
-            mask,
+            spec,
             tiles,
-            mask.factor(q.shape[-1]),
+            spec.scale(q.shape[-1]),
             None if q_segments is None else tiles.pad_queries(q_segments),
             None if kv_segments is None else tiles.pad_keys(kv_segments),
-            None if mask.slopes is None else mask.slopes.astype(jnp.float32).reshape(k.shape[2], -1),
+            None if spec.alibi_slopes is None else spec.alibi_slopes.astype(jnp.float32).reshape(k.shape[2], -1),
         )
 
     def positions(self, i: Array, j: Array) -> tuple[Array, Array]:
@@ -224,12 +227,12 @@ class _Scoring:
         """Scores [B, K, G, query, key] of tile (i, j) before masking, and their derivative by q . k."""
         scores = _product("bskgd,btkd->bkgst", query, key) * self.factor
         derivative: Array | float = self.factor
-        if self.mask.soft_cap is not None:
-            turned = jnp.tanh(scores / self.mask.soft_cap)
-            scores, derivative = self.mask.soft_cap * turned, self.factor * (1 - turned**2)
+        if self.spec.logits_soft_cap is not None:
+            turned = jnp.tanh(scores / self.spec.logits_soft_cap)
+            scores, derivative = self.spec.logits_soft_cap * turned, self.factor * (1 - turned**2)
         if self.slopes is not None:
             queries, keys = self.positions(i, j)
-            distance = (keys + self.mask.kv_offset) - (queries + self.mask.q_offset)
+            distance = (keys + self.spec.kv_offset) - (queries + self.spec.q_offset)
             scores = scores + self.slopes[:, :, None, None] * distance
         return scores, derivative
 
@@ -237,11 +240,11 @@ class _Scoring:
         """True where a query of tile (i, j) attends to a key of it."""
         queries, keys = self.positions(i, j)
         attends = (queries < self.tiles.queries) & (keys < self.tiles.keys)
-        distance = (queries + self.mask.q_offset) - (keys + self.mask.kv_offset)
-        if self.mask.causal:
+        distance = (queries + self.spec.q_offset) - (keys + self.spec.kv_offset)
+        if self.spec.causal:
             attends &= distance >= 0
-        if self.mask.window is not None:
-            attends &= jnp.abs(distance) < self.mask.window
+        if self.spec.window is not None:
+            attends &= jnp.abs(distance) < self.spec.window
         attends = attends[None, None, None]
         if self.q_segments is not None and self.kv_segments is not None:
             q_segments = self.tiles.take_queries(self.q_segments, i)[:, None, None, :, None]
@@ -251,19 +254,19 @@ class _Scoring:
 
     def needed(self) -> Bool[Array, "I J"]:
         """False for a tile (i, j) in which surely nobody attends, whatever its row."""
-        tiles, mask = self.tiles, self.mask
-        first_query = mask.q_offset + jnp.arange(tiles.num_queries)[:, None] * tiles.query_block
-        first_key = mask.kv_offset + jnp.arange(tiles.num_keys)[None, :] * tiles.key_block
+        tiles, spec = self.tiles, self.spec
+        first_query = spec.q_offset + jnp.arange(tiles.num_queries)[:, None] * tiles.query_block
+        first_key = spec.kv_offset + jnp.arange(tiles.num_keys)[None, :] * tiles.key_block
         farthest = first_query + (tiles.query_block - 1) - first_key
         nearest = first_query - (first_key + (tiles.key_block - 1))
         needed = jnp.ones((tiles.num_queries, tiles.num_keys), bool)
-        if mask.causal:
+        if spec.causal:
             needed &= farthest >= 0
-        if mask.window is not None:
-            needed &= (nearest < mask.window) & (farthest > -mask.window)
-        if mask.q_segments is not None and mask.kv_segments is not None:
-            lowest_q, highest_q = _extremes(mask.q_segments, tiles.query_block)
-            lowest_kv, highest_kv = _extremes(mask.kv_segments, tiles.key_block)
+        if spec.window is not None:
+            needed &= (nearest < spec.window) & (farthest > -spec.window)
+        if spec.q_segment_ids is not None and spec.kv_segment_ids is not None:
+            lowest_q, highest_q = _extremes(spec.q_segment_ids, tiles.query_block)
+            lowest_kv, highest_kv = _extremes(spec.kv_segment_ids, tiles.key_block)
             meets = (lowest_q[:, :, None] <= highest_kv[:, None, :]) & (lowest_kv[:, None, :] <= highest_q[:, :, None])
             needed &= meets.any(0)
         return needed

@@ -2,4 +2,4 @@
 
 from typing import Literal
 
-Implementation = Literal["auto", "mosaic", "cudnn", "xla", "reference"]
+Implementation = Literal["auto", "mosaic", "cudnn", "xla", "materialized", "reference"]

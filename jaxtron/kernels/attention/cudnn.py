@@ -1,7 +1,7 @@
 """Attention by cuDNN's fused kernels, which XLA calls: plain causal or full attention on NVIDIA GPUs since Ampere.
 
-JAX's public function does not return the log-sum-exp in float32, and takes no cotangent of it: so this one has no
-`forward` and `backward` pair but `attend`, differentiated by JAX's own rule, for callers that need the output alone.
+JAX's public function does not return the log-sum-exp in float32, and takes no cotangent of it: so the backward here
+runs the forward once more, and differentiates it by JAX's own rule.
 """
 
 import functools
@@ -10,7 +10,7 @@ import re
 import jax
 
 from jaxtron.config import UserError
-from jaxtron.kernels.attention.mask import Mask
+from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads
 from jaxtron.typing import Array, Float
 
 NVIDIA = re.compile(r"nvidia|tesla|geforce|quadro", re.IGNORECASE)
@@ -19,8 +19,11 @@ OLDER = re.compile(r"\b(P100|P40|P4|V100|T4|TITAN|RTX 20\d\d|GTX)\b|Quadro RTX",
 # Hopper and Blackwell compute with heads up to 256
 WIDER = re.compile(r"\b(H100|H200|H800|H20|GH200|B100|B200|B300|GB200|GB300)\b", re.IGNORECASE)
 
+# its backward adds up in any order
+features: frozenset[Feature] = frozenset()
 
-def refusal(q: Array, k: Array, v: Array, mask: Mask, device_kind: str) -> str | None:
+
+def unsupported_reason(q: Heads, k: Heads, v: Heads, spec: AttentionSpec, device_kind: str) -> str | None:
     """What of this cuDNN cannot do on a device of this kind, or none."""
     if not NVIDIA.search(device_kind) or OLDER.search(device_kind):
         return f"it needs an NVIDIA GPU since Ampere, not {device_kind}"
@@ -32,26 +35,11 @@ def refusal(q: Array, k: Array, v: Array, mask: Mask, device_kind: str) -> str |
         return f"its head dim is at most {widest} on {device_kind} and a multiple of 8, not {dim}"
     if value_dim != dim:
         return f"its values have the head dim of its queries, {dim}, not {value_dim}"
-    return _refusal_of_mask(q.shape[1], k.shape[1], mask) or _missing()
-
-
-def _refusal_of_mask(num_queries: int, num_keys: int, mask: Mask) -> str | None:
-    given = {
-        "segments (packed documents)": mask.q_segments is not None or mask.kv_segments is not None,
-        "soft cap": mask.soft_cap is not None,
-        "slopes (ALiBi)": mask.slopes is not None,
-    }
-    for name, present in given.items():
-        if present:
-            return f"it knows no {name}"
-    # traced ones too: their values are unknown here
-    if not all(isinstance(offset, int) and offset == 0 for offset in (mask.q_offset, mask.kv_offset)):
-        return "its positions start at 0: it knows no offsets of queries and keys"
-    if mask.window is not None and not mask.causal:
+    if spec.window is not None and not spec.causal:
         return "its windows are causal"
-    if mask.window is not None and num_queries > num_keys:
-        return f"its windows need a key at each of the {num_queries} queries' positions, not {num_keys} keys"
-    return None
+    if spec.window is not None and q.shape[1] > k.shape[1]:
+        return f"its windows need a key at each of the {q.shape[1]} queries' positions, not {k.shape[1]} keys"
+    return _missing()
 
 
 def _missing() -> str | None:
@@ -64,19 +52,39 @@ def _missing() -> str | None:
     return None
 
 
+def forward(
+    q: Float[Array, "B S H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"], spec: AttentionSpec
+) -> tuple[Float[Array, "B S H D"], None]:
+    """The output, and nothing for the backward; `UserError` with JAX's words where the installed cuDNN cannot."""
+    return attend(q, k, v, spec), None
+
+
+def backward(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    statistics: None,
+    delta: None,
+    dout: Float[Array, "B S H D"],
+    spec: AttentionSpec,
+) -> tuple[Float[Array, "B S H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+    """Gradients of queries, keys and values."""
+    return jax.vjp(lambda q, k, v: attend(q, k, v, spec), q, k, v)[1](dout)
+
+
 def attend(
-    q: Float[Array, "B S H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"], mask: Mask
+    q: Float[Array, "B S H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"], spec: AttentionSpec
 ) -> Float[Array, "B S H D"]:
-    """What is attended to; `UserError` with JAX's words where the installed cuDNN cannot."""
+    """The output, differentiable by JAX's own rule, which keeps what its backward needs."""
     try:
         return jax.nn.dot_product_attention(
             q,
             k,
             v,
-            scale=mask.factor(q.shape[-1]),
-            is_causal=mask.causal,
+            scale=spec.scale(q.shape[-1]),
+            is_causal=spec.causal,
             # keys at distances up to this one, to the left
-            local_window_size=None if mask.window is None else (mask.window - 1, 0),
+            local_window_size=None if spec.window is None else (spec.window - 1, 0),
             implementation="cudnn",
         )
     except (RuntimeError, NotImplementedError, ValueError) as error:

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxtron.kernels.attention import mosaic_backward, mosaic_forward, mosaic_queries
-from jaxtron.kernels.attention.mask import Mask
 from jaxtron.kernels.attention.mosaic_backward import Wanted
 from jaxtron.kernels.attention.mosaic_tiles import LOG2_E
+from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads
 from jaxtron.kernels.mosaic import Target
 from jaxtron.typing import Array, Float
 
@@ -24,14 +24,11 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 _BACKWARD_BLOCK = 128
 
 
-def refusal(
-    q: Array | jax.ShapeDtypeStruct,
-    k: Array | jax.ShapeDtypeStruct,
-    v: Array | jax.ShapeDtypeStruct,
-    mask: Mask,
-    device_kind: str,
-) -> str | None:
-    """Why these kernels cannot do this on such devices, or None if they can."""
+features: frozenset[Feature] = frozenset({"segments", "soft_cap", "alibi", "offsets", "deterministic", "log_sum_exp"})
+
+
+def unsupported_reason(q: Heads, k: Heads, v: Heads, spec: AttentionSpec, device_kind: str) -> str | None:
+    """Why these kernels cannot compute arrays of such sizes and types on such devices, or None if they can."""
     if not any(name in device_kind for name in ("H100", "H200", "H800", "H20", "GH200")):
         return f"its kernels are for Hopper GPUs, not {device_kind}"
     if jnp.dtype(q.dtype) not in (jnp.bfloat16, jnp.float16):
@@ -48,19 +45,19 @@ def forward(
     q: Float[Array, "B S H D"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K V"],
-    mask: Mask,
+    spec: AttentionSpec,
     *,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B S H V"], Float[Array, "B H S"]]:
     """Output and natural log-sum-exp; `interpret` takes `InterpretGPUParams` to run on a CPU."""
     queries, keys, value_dim = q.shape[1], k.shape[1], v.shape[3]
-    scale = mask.factor(q.shape[3])
+    scale = spec.scale(q.shape[3])
     head_dim, wide_value = _head_dims(q, v)
-    shape = mosaic_forward.Shape.of(head_dim, wide_value, keys, mask)
+    shape = mosaic_forward.Shape.of(head_dim, wide_value, keys, spec)
     q = _pad(q, shape.block_queries, head_dim)
     k, v = _pad(k, shape.block_keys, head_dim), _pad(v, shape.block_keys, wide_value)
-    mask = _pad_segments(mask, q.shape[1], k.shape[1])
-    out, lse = mosaic_forward.forward(q, k, v, mask, keys, queries, scale, Target(interpret))
+    spec = _pad_segments(spec, q.shape[1], k.shape[1])
+    out, lse = mosaic_forward.forward(q, k, v, spec, keys, queries, scale, Target(interpret))
     return out[:, :queries, :, :value_dim], lse[:, :, :queries]
 
 
@@ -71,18 +68,18 @@ def backward(
     lse: Float[Array, "B H S"],
     delta: Float[Array, "B H S"],
     dout: Float[Array, "B S H V"],
-    mask: Mask,
+    spec: AttentionSpec,
     *,
-    deterministic: bool = False,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B S H D"], Float[Array, "B T K D"], Float[Array, "B T K V"]]:
     """dq, dk, dv; `delta` is rowsum(dout * out) less the gradient of `lse`.
 
-    Head dims up to 128 take one kernel of five products that adds up dq in any order. `deterministic`, and larger heads
-    always, take two (seven products), or three (eight) where dk and dv do not fit into the registers together.
+    Head dims up to 128 take one kernel of five products that adds up dq in any order. A deterministic one
+    takes two (seven products), as larger heads always do, or three (eight) where dk and dv do not fit into the
+    registers together.
     """
     widths, target = (q.shape[3], v.shape[3]), Target(interpret)
-    sizes, scale = (q.shape[1], k.shape[1]), mask.factor(q.shape[3])
+    sizes, scale = (q.shape[1], k.shape[1]), spec.scale(q.shape[3])
     head_dim, value_dim = _head_dims(q, v)
     # halves of 96 columns are no whole tiles of any swizzle
     head_dim = 128 if head_dim == 96 else head_dim
@@ -92,9 +89,9 @@ def backward(
     # a weight is exp2(score - lse): 0 of a query that attends to nothing, and of padding
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E)
     lse, delta = jnp.pad(lse, missing, constant_values=jnp.inf), jnp.pad(delta, missing)
-    mask = _pad_segments(mask, q.shape[1], k.shape[1])
-    given = (q, k, v, dout, lse, delta, mask, sizes, scale)
-    dq, dk, dv = _gradients(given, deterministic or max(head_dim, value_dim) > 128, target)
+    spec = _pad_segments(spec, q.shape[1], k.shape[1])
+    given = (q, k, v, dout, lse, delta, spec, sizes, scale)
+    dq, dk, dv = _gradients(given, spec.deterministic or max(head_dim, value_dim) > 128, target)
     return (
         dq[:, : sizes[0], :, : widths[0]].astype(q.dtype),
         dk[:, : sizes[1], :, : widths[0]],
@@ -131,14 +128,14 @@ def _pad(array: Array, block: int, width: int) -> Array:
     return jnp.pad(array, missing) if any(after for _, after in missing) else array
 
 
-def _pad_segments(mask: Mask, queries: int, keys: int) -> Mask:
+def _pad_segments(spec: AttentionSpec, queries: int, keys: int) -> AttentionSpec:
     """Keys of the padding are of a segment that no query has, queries of the last one's."""
-    if mask.q_segments is None or mask.kv_segments is None:
-        return mask
-    q_segments, kv_segments = (array.astype(jnp.int32) for array in (mask.q_segments, mask.kv_segments))
+    if spec.q_segment_ids is None or spec.kv_segment_ids is None:
+        return spec
+    q_segments, kv_segments = (array.astype(jnp.int32) for array in (spec.q_segment_ids, spec.kv_segment_ids))
     missing = ((0, 0), (0, keys - kv_segments.shape[1]))
     return dataclasses.replace(
-        mask,
-        q_segments=jnp.pad(q_segments, ((0, 0), (0, queries - q_segments.shape[1])), mode="edge"),
-        kv_segments=jnp.pad(kv_segments, missing, constant_values=q_segments.max() + 1),
+        spec,
+        q_segment_ids=jnp.pad(q_segments, ((0, 0), (0, queries - q_segments.shape[1])), mode="edge"),
+        kv_segment_ids=jnp.pad(kv_segments, missing, constant_values=q_segments.max() + 1),
     )

@@ -17,14 +17,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxtron.kernels.attention.mask import Mask, most_pairs
-from jaxtron.kernels.attention.mosaic_tiles import Masked, Scoring, Tile, select, visitors
+from jaxtron.kernels.attention.mosaic_tiles import Masked, Scoring, Tile, inputs_of, select, visitors
+from jaxtron.kernels.attention.spec import AttentionSpec, most_pairs
 from jaxtron.kernels.mosaic import (
     COLUMNS,
     WARPGROUP_ROWS,
+    Refs,
     Registers,
     Target,
-    kernel,
+    run_kernel,
     spread,
     swizzled,
     transposed,
@@ -58,50 +59,6 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class _Refs:
-    """What a block reads, writes and works in; None where the mask or the wanted gradients need no such thing."""
-
-    bounds: Any
-    shift: Any
-    q: Any
-    k: Any
-    v: Any
-    dout: Any
-    lse: Any
-    delta: Any
-    slopes: Any
-    q_segments: Any
-    kv_segments: Any
-    dq: Any
-    dk: Any
-    dv: Any
-    k_shared: Any
-    v_shared: Any
-    q_shared: Any
-    dout_shared: Any
-    lse_shared: Any
-    delta_shared: Any
-    ds_shared: Any
-    dq_shared: Any
-    kv_ready: Any
-    q_ready: Any
-    dout_ready: Any
-    q_free: Any
-    dout_free: Any
-    meeting: Any
-
-    @property
-    def group(self) -> int:
-        """Query heads per key/value head."""
-        return self.q.shape[2] // self.k.shape[2]
-
-    @property
-    def stages(self) -> int:
-        """Tiles of queries in shared memory."""
-        return self.q_shared.shape[0]
-
-
-@dataclass(frozen=True)
 class _Block:
     """Where a warpgroup is."""
 
@@ -128,7 +85,7 @@ def backward(
     dout: Float[Array, "B S H V"],
     lse: Float[Array, "B H S"],
     delta: Float[Array, "B H S"],
-    mask: Mask,
+    spec: AttentionSpec,
     sizes: tuple[int, int],
     scale: float,
     wanted: Wanted,
@@ -139,54 +96,44 @@ def backward(
     `lse` is in units of log 2, and +inf for queries that attend to nothing or are padding.
     """
     (rows, _, _, head_dim), (_, keys, heads, value_dim) = q.shape, v.shape
-    scoring = Scoring.of(mask, scale, sizes[1], BLOCK_KEYS)
-    optional = [mask.slopes, mask.q_segments, mask.kv_segments]
+    scoring = Scoring.of(spec, scale, sizes[1], BLOCK_KEYS)
     tiles = keys // BLOCK_KEYS
-    outputs = [
-        jax.ShapeDtypeStruct(array.shape, array.dtype) if there else None
-        for array, there in ((k, wanted.dk), (v, wanted.dv))
-    ]
     total = None
     if wanted.dq:
         # the interpreter cannot add to memory: there each tile of keys has its own sum
         parts = tiles if target.interpret else 1
         total = jax.new_ref(jnp.zeros((parts, *q.shape), jnp.float32))
-    given = [*optional, total]
-    present = [array is not None for array in given] + [output is not None for output in outputs]
-
-    def body(*refs: Any) -> None:
-        first, rest = refs[:8], list(refs[8:])
-        chosen = [rest.pop(0) if there else None for there in present]
-        _run(_Refs(*first, *chosen, *rest), scoring, wanted, target)
-
-    made = kernel(
-        body,
-        outputs=[output for output in outputs if output is not None],
-        grid={"head": heads, "tile": tiles, "row": rows},
+    made = run_kernel(
+        lambda refs: _run(refs, scoring, wanted, target),
+        inputs={
+            "bounds": visitors(spec, scoring, sizes[0], sizes[1], (BLOCK_QUERIES, BLOCK_KEYS)),
+            **inputs_of(spec),
+            "q": q,
+            "k": k,
+            "v": v,
+            "dout": dout,
+            "lse": lse,
+            "delta": delta,
+            "dq": total,
+        },
+        outputs={
+            "dk": jax.ShapeDtypeStruct(k.shape, k.dtype) if wanted.dk else None,
+            "dv": jax.ShapeDtypeStruct(v.shape, v.dtype) if wanted.dv else None,
+        },
         scratch=_scratch(q.dtype, head_dim, value_dim, wanted),
+        grid={"head": heads, "tile": tiles, "row": rows},
         warpgroups=WARPGROUPS + 1,
         target=target,
         name="attention_backward",
-        flops=2 * rows * q.shape[2] * most_pairs(mask, *sizes) * wanted.width(head_dim, value_dim),
-    )(
-        visitors(mask, scoring, sizes[0], sizes[1], (BLOCK_QUERIES, BLOCK_KEYS)),
-        (jnp.asarray(mask.q_offset, jnp.int32) - jnp.asarray(mask.kv_offset, jnp.int32))[None],
-        q,
-        k,
-        v,
-        dout,
-        lse,
-        delta,
-        *[array for array in given if array is not None],
+        flops=2 * rows * q.shape[2] * most_pairs(spec, *sizes) * wanted.width(head_dim, value_dim),
     )
-    made = list(made)
-    dk, dv = (made.pop(0) if output is not None else None for output in outputs)
-    # like a kernel's outputs (`kernel`)
-    return None if total is None else vary_alike((total[...].sum(axis=0), q))[0], dk, dv
+    # like a kernel's outputs (`run_kernel`)
+    dq = None if total is None else vary_alike((total[...].sum(axis=0), q))[0]
+    return dq, made.get("dk"), made.get("dv")
 
 
-def _scratch(dtype: Any, head_dim: int, value_dim: int, wanted: Wanted) -> list[Any]:
-    """Shared memory and barriers, in the order of `_Refs`."""
+def _scratch(dtype: Any, head_dim: int, value_dim: int, wanted: Wanted) -> dict[str, Any]:
+    """Shared memory and barriers, in the order of `Refs`."""
     stages = 2 if max(head_dim, value_dim) <= 192 else 1
     # each warpgroup makes half of dQ's columns, and what it multiplies must be whole tiles of the swizzle
     narrow = wanted.dq and head_dim // WARPGROUPS * jnp.dtype(dtype).itemsize < 128
@@ -197,25 +144,25 @@ def _scratch(dtype: Any, head_dim: int, value_dim: int, wanted: Wanted) -> list[
     across = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
     copies = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
     sums = (WARPGROUPS, BLOCK_QUERIES, share)
-    return [
-        tile((BLOCK_KEYS, head_dim), transforms=swizzle(head_dim)),
-        tile((BLOCK_KEYS, value_dim), transforms=swizzled(dtype, value_dim)),
-        tile((stages, BLOCK_QUERIES, head_dim), transforms=swizzle(head_dim)),
-        tile((stages, BLOCK_QUERIES, value_dim), transforms=swizzled(dtype, value_dim)),
-        statistics,
-        statistics,
-        tile((2, BLOCK_KEYS, BLOCK_QUERIES), transforms=swizzle(BLOCK_QUERIES)) if wanted.dq else None,
-        plgpu.SMEM(sums, jnp.float32, transforms=swizzled(jnp.float32, share)) if wanted.dq else None,
-        plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
-        copies,
-        copies,
-        across,
-        across,
-        plgpu.Barrier(num_arrivals=WARPGROUPS),
-    ]
+    return {
+        "k_shared": tile((BLOCK_KEYS, head_dim), transforms=swizzle(head_dim)),
+        "v_shared": tile((BLOCK_KEYS, value_dim), transforms=swizzled(dtype, value_dim)),
+        "q_shared": tile((stages, BLOCK_QUERIES, head_dim), transforms=swizzle(head_dim)),
+        "dout_shared": tile((stages, BLOCK_QUERIES, value_dim), transforms=swizzled(dtype, value_dim)),
+        "lse_shared": statistics,
+        "delta_shared": statistics,
+        "ds_shared": tile((2, BLOCK_KEYS, BLOCK_QUERIES), transforms=swizzle(BLOCK_QUERIES)) if wanted.dq else None,
+        "dq_shared": plgpu.SMEM(sums, jnp.float32, transforms=swizzled(jnp.float32, share)) if wanted.dq else None,
+        "kv_ready": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
+        "q_ready": copies,
+        "dout_ready": copies,
+        "q_free": across,
+        "dout_free": across,
+        "meeting": plgpu.Barrier(num_arrivals=WARPGROUPS),
+    }
 
 
-def _run(refs: _Refs, scoring: Scoring, wanted: Wanted, target: Target) -> None:
+def _run(refs: Refs, scoring: Scoring, wanted: Wanted, target: Target) -> None:
     """One tile of keys of one head."""
     block = _Block(*(lax.axis_index(name) for name in ("row", "head", "tile", "warpgroup")))
     bounds = select(refs.bounds, block.row, block.tile)
@@ -231,40 +178,50 @@ def _run(refs: _Refs, scoring: Scoring, wanted: Wanted, target: Target) -> None:
         _copy_queries(refs, block, bounds)
 
 
-def _step_of(refs: _Refs, block: _Block, start: Any, index: Any) -> tuple[Any, Any]:
+def _group(refs: Refs) -> int:
+    """Query heads per key/value head."""
+    return refs.q.shape[2] // refs.k.shape[2]
+
+
+def _stages(refs: Refs) -> int:
+    """Tiles of queries in shared memory."""
+    return refs.q_shared.shape[0]
+
+
+def _step_of(refs: Refs, block: _Block, start: Any, index: Any) -> tuple[Any, Any]:
     """Tile of queries and query head of a step: all heads of the group, then the next tile."""
-    group = jnp.int32(refs.group)
+    group = jnp.int32(_group(refs))
     return start + lax.div(index, group), block.head * group + lax.rem(index, group)
 
 
-def _copy_queries(refs: _Refs, block: _Block, bounds: Any) -> None:
+def _copy_queries(refs: Refs, block: _Block, bounds: Any) -> None:
     """Keeps the stages full of queries, gradients of the output and their statistics."""
     start, end, *_ = bounds
-    steps = (end - start) * refs.group
+    steps = (end - start) * _group(refs)
 
     def step(index: Any, _: None) -> None:
-        slot = lax.rem(index, jnp.int32(refs.stages))
+        slot = lax.rem(index, jnp.int32(_stages(refs)))
         tile, head = _step_of(refs, block, start, index)
         queries = pl.ds(tile * BLOCK_QUERIES, BLOCK_QUERIES)
         for matrix, shared, vector, vector_shared, ready, free in (
             (refs.q, refs.q_shared, refs.lse, refs.lse_shared, refs.q_ready, refs.q_free),
             (refs.dout, refs.dout_shared, refs.delta, refs.delta_shared, refs.dout_ready, refs.dout_free),
         ):
-            pl.when(index >= refs.stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+            pl.when(index >= _stages(refs))(functools.partial(plgpu.barrier_wait, free.at[slot]))
             plgpu.copy_gmem_to_smem(matrix.at[block.row, queries, head], shared.at[slot], ready.at[slot])
             plgpu.copy_gmem_to_smem(vector.at[block.row, head, queries], vector_shared.at[slot], ready.at[slot])
 
     def drain(index: Any, _: None) -> None:
-        slot = lax.rem(index, jnp.int32(refs.stages))
+        slot = lax.rem(index, jnp.int32(_stages(refs)))
         plgpu.barrier_wait(refs.q_free.at[slot])
         plgpu.barrier_wait(refs.dout_free.at[slot])
 
     lax.fori_loop(0, steps, step, None)
     # a block ends only when every arrival was seen
-    lax.fori_loop(lax.max(steps - refs.stages, jnp.int32(0)), steps, drain, None)
+    lax.fori_loop(lax.max(steps - _stages(refs), jnp.int32(0)), steps, drain, None)
 
 
-def _compute(refs: _Refs, scoring: Scoring, wanted: Wanted, target: Target, block: _Block, bounds: Any) -> None:
+def _compute(refs: Refs, scoring: Scoring, wanted: Wanted, target: Target, block: _Block, bounds: Any) -> None:
     """64 keys: the loop over queries, then dK and dV."""
     keys, ready = pl.ds(block.first_key, WARPGROUP_ROWS), refs.kv_ready.at[block.warpgroup]
     k_shared, v_shared = refs.k_shared.at[block.rows], refs.v_shared.at[block.rows]
@@ -278,7 +235,7 @@ def _compute(refs: _Refs, scoring: Scoring, wanted: Wanted, target: Target, bloc
     start = bounds[0]
     for first, end, masked in scoring.pieces(bounds, once=True):
         step = functools.partial(_step, refs, scoring, wanted, target, block, start, masked)
-        carry = lax.fori_loop((first - start) * refs.group, (end - start) * refs.group, step, carry)
+        carry = lax.fori_loop((first - start) * _group(refs), (end - start) * _group(refs), step, carry)
     dk, dv = carry
     if wanted.dq:
         # the other warpgroup reads these keys for its last part of dQ
@@ -292,14 +249,14 @@ def _compute(refs: _Refs, scoring: Scoring, wanted: Wanted, target: Target, bloc
     plgpu.wait_smem_to_gmem(0)
 
 
-def _meet(refs: _Refs) -> None:
+def _meet(refs: Refs) -> None:
     """Both warpgroups wait for each other."""
     plgpu.barrier_arrive(refs.meeting)
     plgpu.barrier_wait(refs.meeting)
 
 
 def _step(
-    refs: _Refs,
+    refs: Refs,
     scoring: Scoring,
     wanted: Wanted,
     target: Target,
@@ -312,7 +269,7 @@ def _step(
     """One tile of queries of one head."""
     dk, dv = carry
     block = dataclasses.replace(block, warpgroup=block.warpgroup + unhoisted(index))
-    slot = lax.rem(index, jnp.int32(refs.stages))
+    slot = lax.rem(index, jnp.int32(_stages(refs)))
     number, head = _step_of(refs, block, start, index)
     first_query = number * BLOCK_QUERIES
     segments = None
@@ -348,7 +305,7 @@ def _step(
     return dk, dv
 
 
-def _add_to_dq(refs: _Refs, scoring: Scoring, target: Target, block: _Block, step: tuple, ds: Array) -> None:
+def _add_to_dq(refs: Refs, scoring: Scoring, target: Target, block: _Block, step: tuple, ds: Array) -> None:
     """This tile's part of dQ: each warpgroup multiplies both halves of the keys by half of their columns."""
     index, first_query, head = step
     share = refs.dq_shared.shape[2]

@@ -15,14 +15,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxtron.kernels.attention.mask import Mask, most_pairs
-from jaxtron.kernels.attention.mosaic_tiles import Masked, Scoring, Tile, select, visits
+from jaxtron.kernels.attention.mosaic_tiles import Masked, Scoring, Tile, inputs_of, select, visits
+from jaxtron.kernels.attention.spec import AttentionSpec, most_pairs
 from jaxtron.kernels.mosaic import (
     ROWS,
     WARPGROUP_ROWS,
+    Refs,
     Registers,
     Target,
-    kernel,
+    run_kernel,
     spread,
     swizzled,
     transposed,
@@ -46,49 +47,22 @@ class Shape:
         return self.warpgroups * WARPGROUP_ROWS
 
     @classmethod
-    def of(cls, head_dim: int, value_dim: int, keys: int, mask: Mask) -> "Shape":
+    def of(cls, head_dim: int, value_dim: int, keys: int, spec: AttentionSpec) -> "Shape":
         """The largest tiles whose registers do not spill, as ptxas told (tests/kernels/test_mosaic_compiled.py)."""
-        adjusted = mask.soft_cap is not None or mask.slopes is not None
-        segmented = mask.q_segments is not None
-        masked = mask.causal or mask.window is not None or segmented or keys % 128 > 0
+        adjusted = spec.logits_soft_cap is not None or spec.alibi_slopes is not None
+        segmented = spec.q_segment_ids is not None
+        masked = spec.causal or spec.window is not None or segmented or keys % 128 > 0
         if max(head_dim, value_dim) <= 64 and not masked and not adjusted:
             return cls(warpgroups=3, block_keys=128, stages=2, memory_registers=32)
         small = value_dim > 128 or head_dim > 128 or (value_dim > 64 and segmented and adjusted)
         return cls(warpgroups=2, block_keys=64 if small else 128, stages=2, memory_registers=24)
 
 
-@dataclass(frozen=True)
-class _Refs:
-    """What a block reads, writes and works in; optional inputs are None where the mask has none."""
-
-    bounds: Any
-    shift: Any
-    q: Any
-    k: Any
-    v: Any
-    slopes: Any
-    q_segments: Any
-    kv_segments: Any
-    out: Any
-    lse: Any
-    q_shared: Any
-    k_shared: Any
-    v_shared: Any
-    out_shared: Any
-    lse_shared: Any
-    q_ready: Any
-    k_ready: Any
-    v_ready: Any
-    k_free: Any
-    v_free: Any
-    turn: Any
-
-
 def forward(
     q: Float[Array, "B S H D"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K V"],
-    mask: Mask,
+    spec: AttentionSpec,
     keys: int,
     queries: int,
     scale: float,
@@ -96,62 +70,53 @@ def forward(
 ) -> tuple[Float[Array, "B S H V"], Float[Array, "B H S"]]:
     """Output and natural log-sum-exp; S and T are padded to whole tiles, `queries` and `keys` of them count."""
     (rows, padded, heads, head_dim), value_dim = q.shape, v.shape[3]
-    shape = Shape.of(head_dim, value_dim, keys, mask)
-    scoring = Scoring.of(mask, scale, keys, shape.block_keys)
-    optional = [mask.slopes, mask.q_segments, mask.kv_segments]
-    present = [array is not None for array in optional]
-    shift = jnp.asarray(mask.q_offset, jnp.int32) - jnp.asarray(mask.kv_offset, jnp.int32)
-
-    def body(*refs: Any) -> None:
-        given = list(refs)
-        first, rest = given[:5], given[5:]
-        chosen = [rest.pop(0) if there else None for there in present]
-        _block(_Refs(*first, *chosen, *rest), shape, scoring, target)
-
-    return kernel(
-        body,
-        outputs=[
-            jax.ShapeDtypeStruct((rows, padded, heads, value_dim), q.dtype),
-            jax.ShapeDtypeStruct((rows, heads, padded), jnp.float32),
-        ],
-        grid={"head": heads, "tile": padded // shape.block_queries, "row": rows},
+    shape = Shape.of(head_dim, value_dim, keys, spec)
+    scoring = Scoring.of(spec, scale, keys, shape.block_keys)
+    made = run_kernel(
+        lambda refs: _block(refs, shape, scoring, target),
+        inputs={
+            "bounds": visits(spec, scoring, queries, keys, (shape.block_queries, shape.block_keys)),
+            **inputs_of(spec),
+            "q": q,
+            "k": k,
+            "v": v,
+        },
+        outputs={
+            "out": jax.ShapeDtypeStruct((rows, padded, heads, value_dim), q.dtype),
+            "lse": jax.ShapeDtypeStruct((rows, heads, padded), jnp.float32),
+        },
         scratch=_scratch(shape, q.dtype, head_dim, value_dim),
+        grid={"head": heads, "tile": padded // shape.block_queries, "row": rows},
         warpgroups=shape.warpgroups + 1,
         target=target,
         name="attention_forward",
-        flops=2 * rows * heads * most_pairs(mask, queries, keys) * (head_dim + value_dim),
-    )(
-        visits(mask, scoring, queries, keys, (shape.block_queries, shape.block_keys)),
-        shift[None],
-        q,
-        k,
-        v,
-        *[array for array in optional if array is not None],
+        flops=2 * rows * heads * most_pairs(spec, queries, keys) * (head_dim + value_dim),
     )
+    return made["out"], made["lse"]
 
 
-def _scratch(shape: Shape, dtype: Any, head_dim: int, value_dim: int) -> list[Any]:
-    """Shared memory and barriers, in the order of `_Refs`."""
+def _scratch(shape: Shape, dtype: Any, head_dim: int, value_dim: int) -> dict[str, Any]:
+    """Shared memory and barriers."""
     tile = functools.partial(plgpu.SMEM, dtype=dtype)
     queries, keys, values = (shape.warpgroups, WARPGROUP_ROWS), (shape.stages, shape.block_keys), value_dim
     across = plgpu.Barrier(num_arrivals=shape.warpgroups, num_barriers=shape.stages)
-    return [
-        tile((*queries, head_dim), transforms=swizzled(dtype, head_dim)),
-        tile((*keys, head_dim), transforms=swizzled(dtype, head_dim)),
-        tile((*keys, values), transforms=swizzled(dtype, values)),
+    return {
+        "q_shared": tile((*queries, head_dim), transforms=swizzled(dtype, head_dim)),
+        "k_shared": tile((*keys, head_dim), transforms=swizzled(dtype, head_dim)),
+        "v_shared": tile((*keys, values), transforms=swizzled(dtype, values)),
         # the output takes the place of the queries where they are of one size
-        None if values == head_dim else tile((*queries, values), transforms=swizzled(dtype, values)),
-        plgpu.SMEM(queries, jnp.float32),
-        plgpu.Barrier(num_barriers=shape.warpgroups),
-        plgpu.Barrier(num_barriers=shape.stages),
-        plgpu.Barrier(num_barriers=shape.stages),
-        across,
-        across,
-        plgpu.Barrier(num_arrivals=shape.warpgroups),
-    ]
+        "out_shared": None if values == head_dim else tile((*queries, values), transforms=swizzled(dtype, values)),
+        "lse_shared": plgpu.SMEM(queries, jnp.float32),
+        "q_ready": plgpu.Barrier(num_barriers=shape.warpgroups),
+        "k_ready": plgpu.Barrier(num_barriers=shape.stages),
+        "v_ready": plgpu.Barrier(num_barriers=shape.stages),
+        "k_free": across,
+        "v_free": across,
+        "turn": plgpu.Barrier(num_arrivals=shape.warpgroups),
+    }
 
 
-def _block(refs: _Refs, shape: Shape, scoring: Scoring, target: Target) -> None:
+def _block(refs: Refs, shape: Shape, scoring: Scoring, target: Target) -> None:
     """One tile of queries of one head."""
     # under a causal mask the last tiles take longest: they start first
     tile = refs.q.shape[1] // shape.block_queries - 1 - lax.axis_index("tile")
@@ -170,7 +135,7 @@ def _block(refs: _Refs, shape: Shape, scoring: Scoring, target: Target) -> None:
         copy_keys(refs, shape, row, head, bounds)
 
 
-def copy_keys(refs: Any, shape: Any, row: Any, head: Any, bounds: Any) -> None:
+def copy_keys(refs: Refs, shape: Shape, row: Any, head: Any, bounds: Any) -> None:
     """Keeps the stages full of keys and values."""
     kv_head = lax.div(head, jnp.int32(refs.q.shape[2] // refs.k.shape[2]))
     start, end, *_ = bounds
@@ -197,7 +162,7 @@ def copy_keys(refs: Any, shape: Any, row: Any, head: Any, bounds: Any) -> None:
     lax.fori_loop(lax.max(steps - shape.stages, jnp.int32(0)), steps, drain, None)
 
 
-def _compute(refs: _Refs, shape: Shape, scoring: Scoring, target: Target, where: tuple, bounds: Any) -> None:
+def _compute(refs: Refs, shape: Shape, scoring: Scoring, target: Target, where: tuple, bounds: Any) -> None:
     """64 queries: the loop over their tiles of keys, then output and log-sum-exp."""
     row, tile, head, warpgroup = where
     first_query = tile * shape.block_queries + warpgroup * WARPGROUP_ROWS
@@ -229,7 +194,7 @@ def _compute(refs: _Refs, shape: Shape, scoring: Scoring, target: Target, where:
 
 
 def _step(
-    refs: _Refs,
+    refs: Refs,
     shape: Shape,
     scoring: Scoring,
     target: Target,
@@ -273,7 +238,7 @@ def _step(
     return out, new_maximum, total
 
 
-def _store(refs: _Refs, target: Target, where: tuple, queries: Any, carry: tuple) -> None:
+def _store(refs: Refs, target: Target, where: tuple, queries: Any, carry: tuple) -> None:
     """Output and log-sum-exp to global memory; a row without keys is 0 and -inf."""
     row, _, head, warpgroup = where
     out, maximum, total = carry

@@ -14,15 +14,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxtron.kernels.attention.mask import Mask, most_pairs
 from jaxtron.kernels.attention.mosaic_forward import Shape, copy_keys
-from jaxtron.kernels.attention.mosaic_tiles import Masked, Scoring, Tile, select, visits
+from jaxtron.kernels.attention.mosaic_tiles import Masked, Scoring, Tile, inputs_of, select, visits
+from jaxtron.kernels.attention.spec import AttentionSpec, most_pairs
 from jaxtron.kernels.mosaic import (
     ROWS,
     WARPGROUP_ROWS,
+    Refs,
     Registers,
     Target,
-    kernel,
+    run_kernel,
     spread,
     swizzled,
     transposed,
@@ -35,33 +36,6 @@ def shape_of(head_dim: int, value_dim: int) -> Shape:
     """Sizes of a block: two tiles of scores live at once, so half as many keys as forward."""
     stages = 1 if max(head_dim, value_dim) > 192 else 2
     return Shape(warpgroups=2, block_keys=64, stages=stages, memory_registers=24)
-
-
-@dataclass(frozen=True)
-class _Refs:
-    """What a block reads, writes and works in; optional inputs are None where the mask has none."""
-
-    bounds: Any
-    shift: Any
-    q: Any
-    k: Any
-    v: Any
-    dout: Any
-    lse: Any
-    delta: Any
-    slopes: Any
-    q_segments: Any
-    kv_segments: Any
-    dq: Any
-    q_shared: Any
-    dout_shared: Any
-    k_shared: Any
-    v_shared: Any
-    q_ready: Any
-    k_ready: Any
-    v_ready: Any
-    k_free: Any
-    v_free: Any
 
 
 @dataclass(frozen=True)
@@ -83,7 +57,7 @@ def backward(
     dout: Float[Array, "B S H V"],
     lse: Float[Array, "B H S"],
     delta: Float[Array, "B H S"],
-    mask: Mask,
+    spec: AttentionSpec,
     sizes: tuple[int, int],
     scale: float,
     target: Target,
@@ -91,55 +65,48 @@ def backward(
     """dQ of padded inputs of which `sizes` queries and keys count; `lse` as for the other half."""
     (rows, padded, heads, head_dim), value_dim = q.shape, v.shape[3]
     shape = shape_of(head_dim, value_dim)
-    scoring = Scoring.of(mask, scale, sizes[1], shape.block_keys)
-    optional = [mask.slopes, mask.q_segments, mask.kv_segments]
-    present = [array is not None for array in optional]
-
-    def body(*refs: Any) -> None:
-        first, rest = refs[:8], list(refs[8:])
-        chosen = [rest.pop(0) if there else None for there in present]
-        _run(_Refs(*first, *chosen, *rest), shape, scoring, target)
-
-    (dq,) = kernel(
-        body,
-        outputs=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
-        grid={"head": heads, "tile": padded // shape.block_queries, "row": rows},
+    scoring = Scoring.of(spec, scale, sizes[1], shape.block_keys)
+    return run_kernel(
+        lambda refs: _run(refs, shape, scoring, target),
+        inputs={
+            "bounds": visits(spec, scoring, sizes[0], sizes[1], (shape.block_queries, shape.block_keys)),
+            **inputs_of(spec),
+            "q": q,
+            "k": k,
+            "v": v,
+            "dout": dout,
+            "lse": lse,
+            "delta": delta,
+        },
+        outputs={"dq": jax.ShapeDtypeStruct(q.shape, q.dtype)},
         scratch=_scratch(shape, q.dtype, head_dim, value_dim),
+        grid={"head": heads, "tile": padded // shape.block_queries, "row": rows},
         warpgroups=shape.warpgroups + 1,
         target=target,
         name="attention_backward_queries",
-        flops=2 * rows * heads * most_pairs(mask, *sizes) * (2 * head_dim + value_dim),
-    )(
-        visits(mask, scoring, sizes[0], sizes[1], (shape.block_queries, shape.block_keys)),
-        (jnp.asarray(mask.q_offset, jnp.int32) - jnp.asarray(mask.kv_offset, jnp.int32))[None],
-        q,
-        k,
-        v,
-        dout,
-        lse,
-        delta,
-        *[array for array in optional if array is not None],
-    )
-    return dq
+        flops=2 * rows * heads * most_pairs(spec, *sizes) * (2 * head_dim + value_dim),
+    )["dq"]
 
 
-def _scratch(shape: Shape, dtype: Any, head_dim: int, value_dim: int) -> list[Any]:
-    """Shared memory and barriers, in the order of `_Refs`."""
+def _scratch(shape: Shape, dtype: Any, head_dim: int, value_dim: int) -> dict[str, Any]:
+    """Shared memory and barriers."""
     tile = functools.partial(plgpu.SMEM, dtype=dtype)
     queries, keys = (shape.warpgroups, WARPGROUP_ROWS), (shape.stages, shape.block_keys)
     across = plgpu.Barrier(num_arrivals=shape.warpgroups, num_barriers=shape.stages)
-    return [
-        *(tile((*queries, dim), transforms=swizzled(dtype, dim)) for dim in (head_dim, value_dim)),
-        *(tile((*keys, dim), transforms=swizzled(dtype, dim)) for dim in (head_dim, value_dim)),
-        plgpu.Barrier(num_arrivals=2, num_barriers=shape.warpgroups),
-        plgpu.Barrier(num_barriers=shape.stages),
-        plgpu.Barrier(num_barriers=shape.stages),
-        across,
-        across,
-    ]
+    return {
+        "q_shared": tile((*queries, head_dim), transforms=swizzled(dtype, head_dim)),
+        "dout_shared": tile((*queries, value_dim), transforms=swizzled(dtype, value_dim)),
+        "k_shared": tile((*keys, head_dim), transforms=swizzled(dtype, head_dim)),
+        "v_shared": tile((*keys, value_dim), transforms=swizzled(dtype, value_dim)),
+        "q_ready": plgpu.Barrier(num_arrivals=2, num_barriers=shape.warpgroups),
+        "k_ready": plgpu.Barrier(num_barriers=shape.stages),
+        "v_ready": plgpu.Barrier(num_barriers=shape.stages),
+        "k_free": across,
+        "v_free": across,
+    }
 
 
-def _run(refs: _Refs, shape: Shape, scoring: Scoring, target: Target) -> None:
+def _run(refs: Refs, shape: Shape, scoring: Scoring, target: Target) -> None:
     """One tile of queries of one head."""
     # under a causal mask the last tiles take longest: they start first
     tile = refs.q.shape[1] // shape.block_queries - 1 - lax.axis_index("tile")
@@ -159,7 +126,7 @@ def _run(refs: _Refs, shape: Shape, scoring: Scoring, target: Target) -> None:
         copy_keys(refs, shape, row, head, bounds)
 
 
-def _compute(refs: _Refs, shape: Shape, scoring: Scoring, target: Target, where: tuple, bounds: Any) -> None:
+def _compute(refs: Refs, shape: Shape, scoring: Scoring, target: Target, where: tuple, bounds: Any) -> None:
     """64 queries: the loop over tiles of keys, then dQ."""
     row, head, warpgroup, first_query = where
     queries, ready = pl.ds(first_query, WARPGROUP_ROWS), refs.q_ready.at[warpgroup]
@@ -180,7 +147,7 @@ def _compute(refs: _Refs, shape: Shape, scoring: Scoring, target: Target, where:
 
 
 def _step(
-    refs: _Refs,
+    refs: Refs,
     shape: Shape,
     scoring: Scoring,
     target: Target,

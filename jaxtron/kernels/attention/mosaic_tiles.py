@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxtron.kernels.attention.mask import Mask
+from jaxtron.kernels.attention.spec import AttentionSpec
 from jaxtron.kernels.mosaic import COLUMNS, ROWS, Target, spread
 from jaxtron.typing import Array, Int
 
@@ -21,7 +21,7 @@ Masked = bool | Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Scoring:
-    """The static half of a `Mask`, as the kernels use it; `keys` is the number of keys before padding."""
+    """The static half of an `AttentionSpec`, as the kernels use it; `keys` is the number of keys before padding."""
 
     causal: bool
     window: int | None
@@ -34,18 +34,18 @@ class Scoring:
     """Whether keys of the padding must be told by their number."""
 
     @classmethod
-    def of(cls, mask: Mask, scale: float, keys: int, block_keys: int) -> "Scoring":
-        """What `mask` means for scores of `scale` and keys in tiles of `block_keys`."""
+    def of(cls, spec: AttentionSpec, scale: float, keys: int, block_keys: int) -> "Scoring":
+        """What `spec` means for scores of `scale` and keys in tiles of `block_keys`."""
         return cls(
-            causal=mask.causal,
-            window=mask.window,
-            soft_cap=mask.soft_cap,
+            causal=spec.causal,
+            window=spec.window,
+            soft_cap=spec.logits_soft_cap,
             scale=scale,
-            biased=mask.slopes is not None,
-            segmented=mask.q_segments is not None,
+            biased=spec.alibi_slopes is not None,
+            segmented=spec.q_segment_ids is not None,
             keys=keys,
             # with segments those of the padding do
-            padded=keys % block_keys > 0 and mask.q_segments is None,
+            padded=keys % block_keys > 0 and spec.q_segment_ids is None,
         )
 
     @property
@@ -79,19 +79,36 @@ class Scoring:
         return [before, middle, after] if self.window is not None or self.segmented else [middle, after]
 
 
-def visits(mask: Mask, scoring: Scoring, queries: int, keys: int, tile: tuple[int, int]) -> Int[Array, "rows Q 4"]:
+def inputs_of(spec: AttentionSpec) -> dict[str, Array | None]:
+    """What every kernel reads of a spec: position of the first query less that of the first key, and its arrays."""
+    shift = jnp.asarray(spec.q_offset, jnp.int32) - jnp.asarray(spec.kv_offset, jnp.int32)
+    return {
+        "shift": shift[None],
+        "slopes": spec.alibi_slopes,
+        "q_segments": spec.q_segment_ids,
+        "kv_segments": spec.kv_segment_ids,
+    }
+
+
+def visits(
+    spec: AttentionSpec, scoring: Scoring, queries: int, keys: int, tile: tuple[int, int]
+) -> Int[Array, "rows Q 4"]:
     """For each row of the batch (one for all without segments) and tile of queries: its range of tiles of keys."""
-    visible, whole = _tiles(mask, scoring, queries, keys, tile)
+    visible, whole = _tiles(spec, scoring, queries, keys, tile)
     return _ranges(visible, whole)
 
 
-def visitors(mask: Mask, scoring: Scoring, queries: int, keys: int, tile: tuple[int, int]) -> Int[Array, "rows K 4"]:
+def visitors(
+    spec: AttentionSpec, scoring: Scoring, queries: int, keys: int, tile: tuple[int, int]
+) -> Int[Array, "rows K 4"]:
     """For each row of the batch (one for all without segments) and tile of keys: its range of tiles of queries."""
-    visible, whole = _tiles(mask, scoring, queries, keys, tile)
+    visible, whole = _tiles(spec, scoring, queries, keys, tile)
     return _ranges(visible.swapaxes(1, 2), whole.swapaxes(1, 2))
 
 
-def _tiles(mask: Mask, scoring: Scoring, queries: int, keys: int, tile: tuple[int, int]) -> tuple[Array, Array]:
+def _tiles(
+    spec: AttentionSpec, scoring: Scoring, queries: int, keys: int, tile: tuple[int, int]
+) -> tuple[Array, Array]:
     """[rows, query tiles, key tiles]: does any score of the tile count (it may say yes for none), and do all."""
     block_queries, block_keys = tile
     first_query = jnp.arange(math.ceil(queries / block_queries), dtype=jnp.int32)[:, None] * block_queries
@@ -99,7 +116,7 @@ def _tiles(mask: Mask, scoring: Scoring, queries: int, keys: int, tile: tuple[in
     # positions of padding count for nothing: the last tile is as long as what is in it
     last_query = jnp.minimum(first_query + block_queries, queries) - 1
     last_key = jnp.minimum(first_key + block_keys, keys) - 1
-    shift = jnp.asarray(mask.q_offset, jnp.int32) - jnp.asarray(mask.kv_offset, jnp.int32)
+    shift = jnp.asarray(spec.q_offset, jnp.int32) - jnp.asarray(spec.kv_offset, jnp.int32)
     nearest, farthest = first_query - last_key + shift, last_query - first_key + shift
     visible = jnp.ones((first_query.shape[0], first_key.shape[1]), bool)
     whole = visible & (first_key + block_keys <= keys)
@@ -111,8 +128,8 @@ def _tiles(mask: Mask, scoring: Scoring, queries: int, keys: int, tile: tuple[in
             visible, whole = visible & (farthest > -scoring.window), whole & (nearest > -scoring.window)
     visible, whole = visible[None], whole[None]
     if scoring.segmented:
-        low_query, high_query = (ends[:, :, None] for ends in _extremes(mask.q_segments, queries, block_queries))
-        low_key, high_key = (ends[:, None, :] for ends in _extremes(mask.kv_segments, keys, block_keys))
+        low_query, high_query = (ends[:, :, None] for ends in _extremes(spec.q_segment_ids, queries, block_queries))
+        low_key, high_key = (ends[:, None, :] for ends in _extremes(spec.kv_segment_ids, keys, block_keys))
         visible &= (low_query <= high_key) & (low_key <= high_query)
         whole &= (low_query == high_key) & (low_key == high_query)
     return visible, whole & visible

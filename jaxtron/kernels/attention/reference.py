@@ -7,24 +7,27 @@ Memory is quadratic in the sequence.
 import jax
 import jax.numpy as jnp
 
-from jaxtron.kernels.attention.mask import Mask, allowed
+from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads, alibi_bias, allowed
 from jaxtron.typing import Array, Float
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def refusal(q: Array, k: Array, v: Array, mask: Mask, device_kind: str) -> str | None:
-    """Never: it does all that a `Mask` can say, on any device."""
+features: frozenset[Feature] = frozenset({"segments", "soft_cap", "alibi", "offsets", "deterministic", "log_sum_exp"})
+
+
+def unsupported_reason(q: Heads, k: Heads, v: Heads, spec: AttentionSpec, device_kind: str) -> str | None:
+    """None: these features it has on any device, for arrays of any size and type."""
     return None
 
 
 def forward(
-    q: Float[Array, "B S H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K V"], mask: Mask
+    q: Float[Array, "B S H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K V"], spec: AttentionSpec
 ) -> tuple[Float[Array, "B S H V"], Float[Array, "B H S"]]:
     """What is attended to in `q`'s type, and the log-sum-exp of the scores in float32."""
     q32, k32, v32 = _per_query_head(q, k, v)
-    attends = allowed(mask, q.shape[1], k.shape[1])[:, None]
-    scores, _ = _scores(q32, k32, mask)
+    attends = allowed(spec, q.shape[1], k.shape[1])[:, None]
+    scores, _ = _scores(q32, k32, spec)
     scores = jnp.where(attends, scores, -jnp.inf)
     lse = jax.nn.logsumexp(scores, -1)
     weights = jnp.where(attends, jnp.exp(scores - jnp.where(lse == -jnp.inf, 0, lse)[..., None]), 0)
@@ -39,13 +42,13 @@ def backward(
     lse: Float[Array, "B H S"],
     delta: Float[Array, "B H S"],
     dout: Float[Array, "B S H V"],
-    mask: Mask,
+    spec: AttentionSpec,
 ) -> tuple[Float[Array, "B S H D"], Float[Array, "B T K D"], Float[Array, "B T K V"]]:
     """Gradients of queries, keys, values, given `delta = sum(dout * out) - dlse`."""
     q32, k32, v32 = _per_query_head(q, k, v)
     dout = dout.astype(jnp.float32)
-    attends = allowed(mask, q.shape[1], k.shape[1])[:, None]
-    scores, slope = _scores(q32, k32, mask)
+    attends = allowed(spec, q.shape[1], k.shape[1])[:, None]
+    scores, slope = _scores(q32, k32, spec)
     weights = jnp.where(attends, jnp.exp(scores - jnp.where(lse == -jnp.inf, 0, lse)[..., None]), 0)
     dvalue = jnp.einsum("bhst,bshv->bthv", weights, dout, precision=HIGHEST)
     dweights = jnp.einsum("bshv,bthv->bhst", dout, v32, precision=HIGHEST)
@@ -56,19 +59,16 @@ def backward(
     return dquery.astype(q.dtype), _per_kv_head(dkey, k), _per_kv_head(dvalue, v)
 
 
-def _scores(q: Array, k: Array, mask: Mask) -> tuple[Array, Array | float]:
+def _scores(q: Array, k: Array, spec: AttentionSpec) -> tuple[Array, Array | float]:
     """Scores [B, H, S, T] before masking, and their derivative by q . k."""
-    factor = mask.factor(q.shape[-1])
+    factor = spec.scale(q.shape[-1])
     scores = jnp.einsum("bshd,bthd->bhst", q, k, precision=HIGHEST) * factor
     derivative: Array | float = factor
-    if mask.soft_cap is not None:
-        turned = jnp.tanh(scores / mask.soft_cap)
-        scores, derivative = mask.soft_cap * turned, factor * (1 - turned**2)
-    if mask.slopes is not None:
-        queries = mask.q_offset + jnp.arange(q.shape[1])[:, None]
-        keys = mask.kv_offset + jnp.arange(k.shape[1])[None, :]
-        scores = scores + mask.slopes.astype(jnp.float32)[:, None, None] * (keys - queries)
-    return scores, derivative
+    if spec.logits_soft_cap is not None:
+        turned = jnp.tanh(scores / spec.logits_soft_cap)
+        scores, derivative = spec.logits_soft_cap * turned, factor * (1 - turned**2)
+    bias = alibi_bias(spec, q.shape[1], k.shape[1])
+    return scores if bias is None else scores + bias, derivative
 
 
 def _per_query_head(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:

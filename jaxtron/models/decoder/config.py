@@ -139,7 +139,8 @@ class ModelConfig(FamilyConfig):
                 f"model.attention.window {attention.window} and model.pattern {self.pattern!r} do not agree: layers "
                 f"with a window are {WINDOW}"
             )
-        for name in ("implementation", "soft_cap", "sinks", "deterministic"):
+        drops_by_name = attention.implementation == "materialized"
+        for name in ("soft_cap", "sinks", "deterministic", *(() if drops_by_name else ("implementation",))):
             if self.attention_dropout and getattr(attention, name) != fields[name].default:
                 raise NoEffect(
                     f"model.attention.{name}",

@@ -1,21 +1,24 @@
 """A decoder-only language model: embedding, stack of layers, final norm, head and loss."""
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxtron.kernels.attention.backend import Backend
 from jaxtron.layers.embedding import Embedding
 from jaxtron.layers.inputs import LayerInputs, dropout
 from jaxtron.layers.linear import normal
 from jaxtron.layers.loss import Sums, cross_entropy
 from jaxtron.layers.positions import local_positions, rotary_tables
+from jaxtron.models.decoder.attention_backends import attention_backends
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.stack import Stack, make_norm
 from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding.parameters import gather_at_use, parameter
-from jaxtron.sharding.rules import constrain, spec
+from jaxtron.sharding.rules import constrain, current, spec
 from jaxtron.typing import Array, DTypeLike, Float, Int, Key
 
 ModuleType = TypeVar("ModuleType", bound=nnx.Module)
@@ -25,6 +28,7 @@ class Decoder(nnx.Module):
     """The model of a pattern; `loss` and `score` train it, `logits` and `predict` let it speak.
 
     Build and run it inside `sharding.use(rules)`. Matrices and activations are in `dtype`, parameters in float32.
+    `attention` has the backend of each kind of attention (none: selected for short sequences on the rules' devices).
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class Decoder(nnx.Module):
         *,
         dtype: DTypeLike = jnp.float32,
         partition: Partition | None = None,
+        attention: Mapping[str, Backend] | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.config = config
@@ -42,7 +47,12 @@ class Decoder(nnx.Module):
             config.padded_vocab, config.hidden_size, num_positions=positions, std=config.initial_std, rngs=rngs
         )
         self.embedding_norm = make_norm(config, config.hidden_size, rngs) if config.embedding_norm else None
-        self.stack = Stack(config, self.dtype, partition or Partition((config.layout.repeats,)), rngs)
+        if attention is None:
+            rules = current()
+            attention = attention_backends(
+                config, self.dtype, device_kind=rules.device_kind, parts=rules.parts("context")
+            )
+        self.stack = Stack(config, self.dtype, partition or Partition((config.layout.repeats,)), attention, rngs)
         self.final_norm = make_norm(config, config.hidden_size, rngs)
         self.head = None if config.tied_head else Head(config, rngs)
 

@@ -5,16 +5,18 @@ from typing import Any
 
 import jax
 
-from jaxtron.layers.keep import KEPT, keeping_inputs
+from jaxtron.kernels.attention.attention import OUT, STATISTICS
+from jaxtron.layers.saved import SAVED, checkpoint_inputs
 
 # What a layer keeps of its own accord. Norms, biases, activations and rotations made of them are computed again: that
 # reads and writes no more than keeping their results would. Gathered arrays are gathered again.
 PRODUCTS = frozenset({"dot_general"})
+NAMES = frozenset({SAVED, OUT, STATISTICS})
 
 
 def keep_products(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Checkpoint policy of a layer: keep matrix products and what is marked `kept`."""
-    return primitive.name in PRODUCTS or (primitive.name == "name" and params["name"] == KEPT)
+    """Checkpoint policy of a layer: keep matrix products, and what was named to be saved."""
+    return primitive.name in PRODUCTS or (primitive.name == "name" and params["name"] in NAMES)
 
 
 def region(name: str, recomputed: frozenset[str], function: Callable) -> Callable:
@@ -22,7 +24,7 @@ def region(name: str, recomputed: frozenset[str], function: Callable) -> Callabl
 
     Not a nested `jax.checkpoint`: the policy of the one around it (`layer`) would decide what this one keeps.
     """
-    return keeping_inputs(function) if name in recomputed else function
+    return checkpoint_inputs(function) if name in recomputed else function
 
 
 def layer(recomputed: frozenset[str], function: Callable) -> Callable:

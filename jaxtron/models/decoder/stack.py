@@ -1,29 +1,30 @@
 """A pattern's residual layers, stacked by period and scanned."""
 
 import functools
-from dataclasses import replace
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtron.kernels.attention.mask import Mask
-from jaxtron.layers import flash
-from jaxtron.layers.attention import Attention, Core, attention_core
+from jaxtron.kernels.attention.backend import Backend
+from jaxtron.layers.attention import Attention, Core
 from jaxtron.layers.inputs import LayerInputs
-from jaxtron.layers.keep import kept
 from jaxtron.layers.mlp import Mlp
 from jaxtron.layers.norm import Norm
+from jaxtron.layers.saved import save_for_backward
 from jaxtron.models.decoder import recompute
-from jaxtron.models.decoder.attention_choice import attention_mask
+from jaxtron.models.decoder.attention_backends import attention_spec
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.pattern import ATTENTION, MLP, WINDOW, Branch
 from jaxtron.pipeline.model import LayerFunction, LayerOutput
 from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding.parameters import gather_at_use
-from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, Float
+
+# of attention, by the pattern's symbol
+Backends = Mapping[str, Backend]
 
 
 def make_norm(config: ModelConfig, size: int, rngs: nnx.Rngs) -> Norm:
@@ -34,12 +35,12 @@ def make_norm(config: ModelConfig, size: int, rngs: nnx.Rngs) -> Norm:
 class Layer(nnx.Module):
     """`x + sum of branches(norm(x))`: one attention or MLP, or several in parallel on one norm."""
 
-    def __init__(self, config: ModelConfig, branch: Branch, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, branch: Branch, backends: Backends, rngs: nnx.Rngs) -> None:
         self.recomputed = config.recomputed
         self.norm = make_norm(config, config.hidden_size, rngs)
         self.names = tuple("mlp" if symbol == MLP else "attention" for symbol in branch)
-        mask = attention_mask(config, WINDOW if WINDOW in branch else ATTENTION)
-        made = {"attention": lambda: _attention(config, mask, rngs), "mlp": lambda: _mlp(config, rngs)}
+        symbol = WINDOW if WINDOW in branch else ATTENTION
+        made = {"attention": lambda: _attention(config, symbol, backends, rngs), "mlp": lambda: _mlp(config, rngs)}
         for name, make in made.items():
             if name in self.names:
                 setattr(self, name, make())
@@ -48,7 +49,7 @@ class Layer(nnx.Module):
         normed = self.norm(x)
         for site, name in enumerate(self.names):
             branch = self._region(name, getattr(self, name))
-            x = kept(x + branch(normed, inputs.fold(site)))
+            x = save_for_backward(x + branch(normed, inputs.fold(site)))
         return x
 
     def _region(self, name: str, module: nnx.Module):
@@ -59,8 +60,8 @@ class Layer(nnx.Module):
         return functools.partial(run, state)
 
 
-def _attention(config: ModelConfig, mask: Mask, rngs: nnx.Rngs) -> Attention:
-    core = recompute.region("attention_core", config.recomputed, _core(config, mask))
+def _attention(config: ModelConfig, symbol: str, backends: Backends, rngs: nnx.Rngs) -> Attention:
+    core = Core(backends[symbol].implementation, attention_spec(config, symbol))
     qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
     return Attention(
         config.hidden_size,
@@ -72,28 +73,12 @@ def _attention(config: ModelConfig, mask: Mask, rngs: nnx.Rngs) -> Attention:
         qk_norm=functools.partial(make_norm, config, rngs=rngs) if config.qk_norm else None,
         alibi=config.position == "alibi",
         sinks=config.attention.sinks,
-        core=core,
+        core=recompute.region("attention_core", config.recomputed, core),
         std=config.initial_std,
         output_std=config.output_std,
         dropout=config.dropout,
         rngs=rngs,
     )
-
-
-def _core(config: ModelConfig, mask: Mask) -> Core:
-    """By whole scores, or by an implementation of `kernels/attention`; which, is known where it is traced."""
-
-    def core(
-        query: Array, key: Array, value: Array, slopes: Array | None, sinks: Array | None, inputs: LayerInputs
-    ) -> Array:
-        given = replace(mask, slopes=slopes, q_segments=inputs.segments, kv_segments=inputs.segments)
-        devices = {"kind": current().device_kind, "parts": current().parts("context")}
-        choice = flash.chosen(config.attention, given, config.attention_dropout, (query, key, value), **devices)
-        if choice is None:
-            return attention_core(config.attention_dropout, mask)(query, key, value, slopes, sinks, inputs)
-        return flash.core(query, key, value, slopes, sinks, inputs, mask=mask, choice=choice)
-
-    return core
 
 
 def _mlp(config: ModelConfig, rngs: nnx.Rngs) -> Mlp:
@@ -112,8 +97,8 @@ def _mlp(config: ModelConfig, rngs: nnx.Rngs) -> Mlp:
 class Period(nnx.Module):
     """The layers of one period, in order."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.layers = nnx.List([Layer(config, branch, rngs) for branch in config.layout.period])
+    def __init__(self, config: ModelConfig, backends: Backends, rngs: nnx.Rngs) -> None:
+        self.layers = nnx.List([Layer(config, branch, backends, rngs) for branch in config.layout.period])
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
         for number, layer in enumerate(self.layers):
@@ -127,15 +112,17 @@ class Stack(nnx.Module):
     With a `partition` of several stages the axis is in their order, and only the pipeline's executor runs the layers.
     """
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, partition: Partition, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: jnp.dtype, partition: Partition, backends: Backends, rngs: nnx.Rngs
+    ) -> None:
         self.config = config
         self.dtype = dtype
         self.partition = partition
-        graph = nnx.split(nnx.eval_shape(lambda: Period(config, nnx.Rngs(0))))[0]
+        graph = nnx.split(nnx.eval_shape(lambda: Period(config, backends, nnx.Rngs(0))))[0]
         keys = jax.random.split(rngs.params(), config.layout.repeats)
         # keys are put in the rows' order, not values: so each device makes only its own
         keys = keys if partition.is_in_order else keys[np.maximum(np.asarray(partition.slot_layers), 0)]
-        states = jax.vmap(lambda key: nnx.split(Period(config, nnx.Rngs(key)))[1])(keys)
+        states = jax.vmap(lambda key: nnx.split(Period(config, backends, nnx.Rngs(key)))[1])(keys)
         self.periods = nnx.merge(graph, jax.tree.map(functools.partial(_empty_as_zeros, partition), states))
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:

@@ -8,7 +8,7 @@ import jax
 
 from jaxtron.data.batch import SEQUENCE, TokenBatch, make_batch
 from jaxtron.gpus import Gpu, gpu_named
-from jaxtron.models.decoder.attention_choice import attention_lines
+from jaxtron.models.decoder.attention_backends import attention_lines
 from jaxtron.plan.compiled import hlo
 from jaxtron.plan.compiled.census import Collective, census
 from jaxtron.plan.compiled.deviceless import MORE, Memory, gpu_devices, memory
@@ -30,7 +30,7 @@ NO_CONFIGURATION = "default config"
 class Rehearsal:
     """A compiled step: its collectives, memory a device, parameters, and the scheduled program itself.
 
-    `attention` says who computes it; `memory` is the compiler's sum, `memory_use` the same by what it is for;
+    `attention` says by what it is computed; `memory` is the compiler's sum, `memory_use` the same by what it is for;
     `messages` are lines that the compiler printed; `seconds` went into tracing and compiling.
     """
 
@@ -68,7 +68,7 @@ def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: i
         use_of_memory = memory_use(trainer, batch, planned, gpu_named(gpu), num_groups)
     return Rehearsal(
         session=session,
-        attention=attention_lines(session.config.model, session.attention, session.device_kind),
+        attention=attention_lines(session.attention),
         gpu=gpu_named(gpu),
         gpus_per_node=gpus_per_node,
         collectives=collectives,

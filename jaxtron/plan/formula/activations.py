@@ -1,6 +1,5 @@
 """What a layer keeps for its backward, in bytes, from shapes alone."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from jaxtron.models.decoder.model import Decoder
 from jaxtron.models.decoder.staged import StagedDecoder
 from jaxtron.pipeline.layer_loop import LayerLoop
 from jaxtron.plan.memory_use import device_bytes
+from jaxtron.run.attention import select_attention
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
 from jaxtron.sharding.blueprint import blueprint
@@ -36,8 +36,7 @@ class Kept(NamedTuple):
 def layer_bytes(config: Configuration, sizes: dict[str, int], kind: str | None = None) -> int:
     """Bytes that a device keeps of one microbatch in one layer (a period of the pattern) of a pipeline's stage.
 
-    `kind` is what the devices are (`jax.Device.device_kind`): kernels keep less than whole scores (none: this
-    machine's).
+    `kind` is what the devices are (`jax.Device.device_kind`; none: this machine's): kernels keep no probabilities.
     """
     rows = config.train.global_batch // config.train.microbatches // (sizes["data"] * sizes["fsdp"])
     return rows * kept_bytes(config, sizes["tensor"], sizes["context"], kind).residuals
@@ -56,8 +55,9 @@ def kept_bytes(config: Configuration, tensor: int, context: int = 1, kind: str |
     mesh = build_mesh(MeshConfig(data=1, context=parts, tensor=tensor), jax.devices()[:count])
     model, dtype = config.model, DTYPES[config.train.precision]
     found: list[list[int]] = []
-    with use(replace(make_rules(mesh, ShardingConfig()), kind=kind)):
-        plan = blueprint(lambda rngs: Decoder(model, dtype=dtype, rngs=rngs))
+    with use(make_rules(mesh, ShardingConfig())):
+        attention = select_attention(config, parts, kind or current().device_kind)
+        plan = blueprint(lambda rngs: Decoder(model, dtype=dtype, attention=attention, rngs=rngs))
 
         def local(params: PyTree, tokens: Array, numbers: Array) -> Array:
             tokens = part(current().context, parts, tokens, 1)

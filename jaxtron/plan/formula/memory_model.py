@@ -19,7 +19,7 @@ from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.plan.formula.activations import Kept, kept_bytes
 from jaxtron.plan.memory_use import NCCL_BUFFERS, MemoryUse, reserved
 from jaxtron.roles import Role
-from jaxtron.run.attention import choose_attention
+from jaxtron.run.attention import select_attention
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
 from jaxtron.sharding.blueprint import blueprint
@@ -153,8 +153,8 @@ class Estimator:
         """Of one row. All that is kept has a device's tokens and no more, so that a whole sequence tells what is kept
         of a part, where the same implementation computes its attention."""
 
-        def names(parts: int) -> tuple[str | None, ...]:
-            return tuple(choice and choice.name for choice in choose_attention(config, parts, kind).values())
+        def names(parts: int) -> tuple[str, ...]:
+            return tuple(backend.name for backend in select_attention(config, parts, kind).values())
 
         parts = 1 if names(1) == names(context) else 2
         key = (config.model.recompute, tensor, parts, names(context), kind)
@@ -183,7 +183,8 @@ def _temporaries(
     rows = config.train.global_batch // config.train.microbatches // (sizes["data"] * sizes["fsdp"])
     width = DTYPES[config.train.precision].itemsize
     tokens, matrix = rows * length, model.hidden_size * model.mlp_width // tensor
-    has_scores = None in choose_attention(config, sizes["context"], kind).values()
+    backends = select_attention(config, sizes["context"], kind).values()
+    has_scores = any(backend.name == "materialized" for backend in backends)
     layer = SCORES * FLOAT * tokens * length * model.num_heads / tensor * has_scores
     layer += MATRICES * FLOAT * matrix + HIDDEN * tokens * width * model.mlp_width / tensor
     vocab = model.padded_vocab // tensor

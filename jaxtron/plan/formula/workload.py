@@ -11,7 +11,7 @@ from jaxtron.models.decoder.pattern import ATTENTIONS, MLP, WINDOW, Branch
 from jaxtron.pipeline.schedules.figures import Slot
 from jaxtron.plan.machine import CollectiveKind, Product
 from jaxtron.plan.profile import Profile
-from jaxtron.run.attention import choose_attention
+from jaxtron.run.attention import select_attention
 from jaxtron.run.configuration import Configuration
 
 MASK_BYTES = 1
@@ -139,7 +139,8 @@ class Shapes:
 def shapes_of(config: Configuration, sizes: dict[str, int], profile: Profile, kind: str) -> Shapes:
     """The sizes of a configuration on a mesh of these sizes by axis, of GPUs of this kind (`Gpu.device_kind`)."""
     shards = sizes["data"] * sizes["fsdp"]
-    if profile.attention == "plain" and None not in choose_attention(config, sizes["context"], kind).values():
+    backends = select_attention(config, sizes["context"], kind).values()
+    if profile.attention == "plain" and all(backend.name != "materialized" for backend in backends):
         profile = replace(profile, attention="fused")
     return Shapes(
         model=config.model,

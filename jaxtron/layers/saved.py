@@ -7,11 +7,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtron.typing import Array
 
-# the mark of arrays that are not products and yet kept (`models/decoder/recompute.py`)
-KEPT = "kept"
+# the name of arrays that are not products and yet saved (`models/decoder/recompute.py`)
+SAVED = "saved"
 
 
-def keeping_inputs(function: Callable) -> Callable:
+def checkpoint_inputs(function: Callable) -> Callable:
     """`function` of arrays, whose backward keeps its arguments and computes the rest again.
 
     Unlike a `jax.checkpoint` inside another, it is left alone by the outer one's policy.
@@ -21,6 +21,6 @@ def keeping_inputs(function: Callable) -> Callable:
     return run
 
 
-def kept(x: Array) -> Array:
+def save_for_backward(x: Array) -> Array:
     """`x`, to be kept if a backward needs it, rather than computed again from what it was made of."""
-    return checkpoint_name(x, KEPT)
+    return checkpoint_name(x, SAVED)

@@ -1,0 +1,96 @@
+"""Attention with its probabilities in memory: `materialized`, which alone can drop them.
+
+Softmax is in float32, products in the inputs' type. The backward keeps the probabilities: memory is quadratic in the
+sequence.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads, alibi_bias, allowed
+from jaxtron.kernels.dropout import drop
+from jaxtron.typing import Array, DTypeLike, Float
+
+features: frozenset[Feature] = frozenset({"segments", "alibi", "offsets", "deterministic", "dropout"})
+
+
+def unsupported_reason(q: Heads, k: Heads, v: Heads, spec: AttentionSpec, device_kind: str) -> str | None:
+    """None: these features it has on any device, for arrays of any size and type."""
+    return None
+
+
+def forward(
+    q: Float[Array, "B S H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K V"], spec: AttentionSpec
+) -> tuple[Float[Array, "B S H V"], Float[Array, "B K G S T"]]:
+    """The output, and the probabilities in the values' type, negative where they were dropped."""
+    rows, queries, heads, _ = q.shape
+    keys, kv_heads, value_dim = v.shape[1:]
+    logits = _product(_scaled(q, k, spec), k, jnp.float32)
+    bias = alibi_bias(spec, queries, keys)
+    if bias is not None:
+        logits = logits + bias.reshape(kv_heads, -1, queries, keys)
+    attends = allowed(spec, queries, keys)[:, None, None]
+    logits = jnp.where(attends, logits, jnp.finfo(jnp.float32).min)
+    probabilities = jax.nn.softmax(logits, -1).astype(v.dtype)
+    if not _every_query_attends(spec, queries, keys):
+        probabilities = jnp.where(attends.any(-1, keepdims=True), probabilities, 0)
+    mask = spec.dropout_mask
+    weights = probabilities if mask is None else drop(probabilities, mask, spec.dropout_rate)
+    out = _weigh(weights, v).reshape(rows, queries, heads, value_dim)
+    return out, probabilities if mask is None else jnp.where(mask, probabilities, -probabilities)
+
+
+def backward(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K V"],
+    statistics: Float[Array, "B K G S T"],
+    delta: None,
+    dout: Float[Array, "B S H V"],
+    spec: AttentionSpec,
+) -> tuple[Float[Array, "B S H D"], Float[Array, "B T K D"], Float[Array, "B T K V"]]:
+    """Gradients of queries, keys and values; `statistics` are the forward's probabilities."""
+    rows, queries, _, value_dim = dout.shape
+    probabilities = weights = statistics
+    mask = None
+    if spec.dropout_rate:
+        probabilities, mask = jnp.abs(statistics), statistics > 0
+        weights = drop(probabilities, mask, spec.dropout_rate)
+    # the products' own transposes: those written out as einsums cost a CPU more copies
+    pulled: Array
+    pulled, dv = jax.vjp(_weigh, weights, v)[1](dout.reshape(rows, queries, v.shape[2], -1, value_dim))
+    if mask is not None:
+        pulled = drop(pulled, mask, spec.dropout_rate)
+    probabilities, pulled = probabilities.astype(jnp.float32), pulled.astype(jnp.float32)
+    dlogits = probabilities * (pulled - jnp.sum(pulled * probabilities, -1, keepdims=True))
+    product = functools.partial(_product, dtype=q.dtype)
+    dscaled, dk = jax.vjp(product, _scaled(q, k, spec), k)[1](dlogits.astype(q.dtype))
+    return (dscaled * _scale(q, spec)).reshape(q.shape), dk, dv
+
+
+def _scale(q: Array, spec: AttentionSpec) -> Array:
+    return jnp.asarray(spec.scale(q.shape[-1]), q.dtype)
+
+
+def _scaled(q: Array, k: Array, spec: AttentionSpec) -> Float[Array, "B S K G D"]:
+    """Queries times the scale, by the key/value head that they read."""
+    rows, queries, _, dim = q.shape
+    return q.reshape(rows, queries, k.shape[2], -1, dim) * _scale(q, spec)
+
+
+def _product(scaled: Array, k: Array, dtype: DTypeLike) -> Float[Array, "B K G S T"]:
+    return jnp.einsum("bskgd,btkd->bkgst", scaled, k, preferred_element_type=dtype)
+
+
+def _weigh(weights: Array, v: Array) -> Float[Array, "B S K G V"]:
+    return jnp.einsum("bkgst,btkv->bskgv", weights, v)
+
+
+def _every_query_attends(spec: AttentionSpec, queries: int, keys: int) -> bool:
+    """Whether each query surely attends to something, were it the key at its own position alone."""
+    if not (isinstance(spec.q_offset, int) and isinstance(spec.kv_offset, int)) or spec.q_segment_ids is not None:
+        return False
+    first = spec.q_offset - spec.kv_offset
+    return first >= 0 and first + queries <= keys
