@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic_core import PydanticUndefined
 
-from jaxtron.config import Config, Setting, Source, UserError, format_value, gather, nearest, settings
+from jaxtron.config import Config, Setting, SettingsSource, UserError, format_value, gather, nearest, settings
 
 WIDTH = 100
 NAME_COLUMN = 36
@@ -60,7 +60,7 @@ def _about(section: Setting) -> str:
     return section.meaning or documentation.strip().split("\n\n")[0]
 
 
-def _entry(setting: Setting, source: Source) -> list[str]:
+def _entry(setting: Setting, source: SettingsSource) -> list[str]:
     value = source.get(setting.name)
     default = setting.default if value is PydanticUndefined else value
     shown = "required" if default is PydanticUndefined else f"default {format_value(default) or 'empty'}"

@@ -22,7 +22,7 @@ GRACE_SECONDS = 2.0
 FLUSH_SECONDS = 0.2
 
 
-class Request:
+class StopRequest:
     """What a first signal becomes while some work is to be finished: `is_made` once it came."""
 
     def __init__(self, notice: str, then: Callable[[], None]) -> None:
@@ -51,7 +51,7 @@ class _State:
     is_raised = is_silent = False
     ended_by: int | None = None
     stderr = 2
-    request: Request | None = None
+    request: StopRequest | None = None
 
     def __init__(self) -> None:
         self.last_words: list[Callable[[str], None]] = []
@@ -79,12 +79,12 @@ def watch() -> None:
 
 
 @contextmanager
-def finish_first(notice: str, then: Callable[[], None] = lambda: None) -> Iterator[Request]:
+def finish_first(notice: str, then: Callable[[], None] = lambda: None) -> Iterator[StopRequest]:
     """Makes the first signal a request, which the block may ask for; the second ends the command at once.
 
     `then` is called when the request is made.
     """
-    request = Request(notice, then)
+    request = StopRequest(notice, then)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     if not _state.is_watching:
         for number in SIGNALS:

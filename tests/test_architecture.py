@@ -46,6 +46,8 @@ INNER_FLOORS = {
 }
 # the dispatcher imports the one verb that was asked for
 LAZY = {"jaxtron/__main__.py"}
+# by two classes each; no more, please
+SHARED_NAMES = {"Layout", "Stack", "Work"}
 MOST_FILES = 15
 MOST_FILE_LINES = 500
 MOST_FUNCTION_LINES = 100
@@ -193,3 +195,13 @@ def test_settings_are_documented_in_one_way() -> None:
                     if keyword.arg == "description"
                 ]
                 assert not described, f"{path}:{field.lineno} describe it in a docstring below"
+
+
+def test_no_two_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    shared = {name: found for name, found in places.items() if len(found) > 1 and name not in SHARED_NAMES}
+    assert not shared, f"name them by their role: {shared}"

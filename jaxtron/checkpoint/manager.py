@@ -21,7 +21,7 @@ from jaxtron.checkpoint.config import CheckpointConfig
 from jaxtron.checkpoint.names import Signature, plain, signature
 from jaxtron.checkpoint.processes import gather_texts
 from jaxtron.checkpoint.quiet import UNCOMMITTED, forget_failed_writes, quiet_saves
-from jaxtron.checkpoint.record import Record
+from jaxtron.checkpoint.record import CheckpointRecord
 from jaxtron.checkpoint.restore import Check, Restored, committed_steps, restore_newest, step_path
 from jaxtron.checkpoint.storage import RecordingHandler, save_arguments
 from jaxtron.config import UserError
@@ -72,7 +72,7 @@ class Checkpoints:
         self.wait()
         if step in self._good:
             return
-        arguments = save_arguments(state, Record(step, extra, on_disk or signature(state)))
+        arguments = save_arguments(state, CheckpointRecord(step, extra, on_disk or signature(state)))
         with self._failing_as_user_error(step):
             if jax.process_index() == 0:
                 self._clear_way(step)

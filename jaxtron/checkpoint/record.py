@@ -29,7 +29,7 @@ class DamageError(Exception):
 
 
 @dataclass(frozen=True)
-class Record:
+class CheckpointRecord:
     """What a checkpoint says about itself."""
 
     step: int
@@ -38,7 +38,7 @@ class Record:
     files: Checksums = field(default_factory=dict)
 
 
-def write(record: Record, directory: Path) -> None:
+def write(record: CheckpointRecord, directory: Path) -> None:
     """Write the record into a checkpoint's directory, through to the disk."""
     body = json.dumps(asdict(record))
     with (directory / RECORD_FILE).open("w") as file:
@@ -47,7 +47,7 @@ def write(record: Record, directory: Path) -> None:
         os.fsync(file.fileno())
 
 
-def read(directory: Path) -> Record:
+def read(directory: Path) -> CheckpointRecord:
     """The record of a checkpoint; a `DamageError` if it is missing or not as written."""
     try:
         checksum, body, _ = (directory / RECORD_FILE).read_text().split("\n")
@@ -60,7 +60,7 @@ def read(directory: Path) -> Record:
         raise DamageError(f"{RECORD_FILE} is garbage") from error
     arrays = {name: (dtype, tuple(shape)) for name, (dtype, shape) in content["arrays"].items()}
     files = {path: (size, crc) for path, (size, crc) in content["files"].items()}
-    return Record(content["step"], content["extra"], arrays, files)
+    return CheckpointRecord(content["step"], content["extra"], arrays, files)
 
 
 def checksums(directory: Path, *, within: str = ".", known: Checksums | None = None) -> Checksums:

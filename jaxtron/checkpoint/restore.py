@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from jaxtron.checkpoint import record as records
 from jaxtron.checkpoint.names import Signature, first_difference, signature
 from jaxtron.checkpoint.processes import gather_texts
-from jaxtron.checkpoint.record import DamageError, Record
+from jaxtron.checkpoint.record import CheckpointRecord, DamageError
 from jaxtron.checkpoint.storage import read_arrays
 from jaxtron.config import UserError
 
@@ -147,7 +147,9 @@ def _restore_part(
     return Restored(newest, read_arrays(path, abstract_part, record.arrays), record.extra, skipped)
 
 
-def _newest_whole(directory: Path, *, only: int | None = None) -> tuple[tuple[int, Record] | None, tuple[Skipped, ...]]:
+def _newest_whole(
+    directory: Path, *, only: int | None = None
+) -> tuple[tuple[int, CheckpointRecord] | None, tuple[Skipped, ...]]:
     """Step and record of the newest whole checkpoint (`only`: if it is this one's), and the newer ones that are not."""
     committed = committed_steps(directory)
     unfinished = _matching_steps(directory, _UNFINISHED)
@@ -174,7 +176,7 @@ def _reasons(skipped: tuple[Skipped, ...]) -> str:
     return "; ".join(f"{one.path.name}: {one.reason}" for one in skipped)
 
 
-def _examine(path: Path) -> tuple[Record | None, str]:
+def _examine(path: Path) -> tuple[CheckpointRecord | None, str]:
     """The record of a checkpoint and what is damaged in it, "" for nothing; the same on all processes."""
     record, damage = None, ""
     try:
@@ -191,7 +193,7 @@ def _tell(skipped: tuple[Skipped, ...]) -> None:
         logger.warning("checkpoint %s is not used: %s", one.path, one.reason)
 
 
-def _check_model(path: Path, record: Record, wanted: Signature) -> None:
+def _check_model(path: Path, record: CheckpointRecord, wanted: Signature) -> None:
     difference = first_difference(record.arrays, wanted)
     if difference:
         differing = {

@@ -13,7 +13,7 @@ from orbax.checkpoint.future import ChainedFuture, Future
 
 from jaxtron.checkpoint import record as records
 from jaxtron.checkpoint.names import Signature, from_plain, name_of, nest, plain, plain_abstract, signature, unnest
-from jaxtron.checkpoint.record import Record
+from jaxtron.checkpoint.record import CheckpointRecord
 
 # Orbax's name for the directory into which one process writes
 _PROCESS_DIRECTORY = "ocdbt.process_{}"
@@ -23,7 +23,7 @@ _PROCESS_CHECKSUMS = "checksums.process_{}.json"
 
 
 class RecordingHandler(ocp.PyTreeCheckpointHandler):
-    """Orbax's handler of a tree of arrays, which also leaves a `Record` before the commit."""
+    """Orbax's handler of a tree of arrays, which also leaves a record before the commit."""
 
     def __init__(self):
         # measured: compression saves 8% of float32 weights and costs 2.5 times as long
@@ -69,7 +69,7 @@ class SaveRecorded(ocp.args.PyTreeSave):
     Arrays named in `padded` are larger than the record says, and cut to that once they are written.
     """
 
-    record: Record | None = None
+    record: CheckpointRecord | None = None
     padded: tuple[str, ...] = ()
 
 
@@ -94,7 +94,7 @@ def _record_own_files(directory: Path) -> None:
     (directory / _PROCESS_CHECKSUMS.format(process)).write_text(json.dumps(files))
 
 
-def save_arguments(state: PyTree, record: Record) -> SaveRecorded:
+def save_arguments(state: PyTree, record: CheckpointRecord) -> SaveRecorded:
     """Orbax's arguments for saving a state, of which the record has the shapes without padding."""
     padded = tuple(name for name, array in signature(state).items() if array != record.arrays[name])
     return SaveRecorded(nest(jax.tree.map(plain, state)), record=record, padded=padded)

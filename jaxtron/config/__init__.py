@@ -4,7 +4,7 @@ from jaxtron.config.arguments import FILE_ENDINGS, split_arguments, take_file
 from jaxtron.config.base import Config, ConfigType, FileName, NoEffect, UserError, expand_home, format_value
 from jaxtron.config.load import dump, gather, load
 from jaxtron.config.settings import Setting, nearest, settings
-from jaxtron.config.source import Source, read_file
+from jaxtron.config.source import SettingsSource, read_file
 
 __all__ = [
     "FILE_ENDINGS",
@@ -13,7 +13,7 @@ __all__ = [
     "FileName",
     "NoEffect",
     "Setting",
-    "Source",
+    "SettingsSource",
     "UserError",
     "dump",
     "expand_home",

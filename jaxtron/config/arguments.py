@@ -9,7 +9,7 @@ import yaml
 
 from jaxtron.config.base import Config, UserError, expand_home
 from jaxtron.config.settings import Setting, settings
-from jaxtron.config.yaml_text import Loader
+from jaxtron.config.yaml_text import YamlLoader
 
 FILE_ENDINGS = (".yaml", ".yml")
 
@@ -104,6 +104,6 @@ def _parse_text(text: str, setting: Setting | None) -> Any:
     if not text or (setting is not None and setting.is_text and not is_list):
         return text
     try:
-        return yaml.load(text, Loader)
+        return yaml.load(text, YamlLoader)
     except (yaml.YAMLError, ValueError):
         return text

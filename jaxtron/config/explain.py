@@ -8,11 +8,11 @@ from pydantic_core import PydanticUndefined
 
 from jaxtron.config.base import Config, shown
 from jaxtron.config.settings import Setting, nearest, settings
-from jaxtron.config.source import Source
+from jaxtron.config.source import SettingsSource
 
 
 def explain(
-    config_type: type[Config], source: Source, error: ValidationError, path: Path | None, *, takes_flags: bool
+    config_type: type[Config], source: SettingsSource, error: ValidationError, path: Path | None, *, takes_flags: bool
 ) -> str:
     """The first error in a line, and how many more there are: what was given before what is missing."""
     known = settings(config_type)
@@ -37,7 +37,12 @@ def explain(
 
 
 def _explain_value(
-    name: str, known: dict[str, Setting], source: Source, details: dict[str, Any], path: Path | None, takes_flags: bool
+    name: str,
+    known: dict[str, Setting],
+    source: SettingsSource,
+    details: dict[str, Any],
+    path: Path | None,
+    takes_flags: bool,
 ) -> str:
     setting, value, kind = known.get(name), source.get(name), details["type"]
     if kind in ("value_error", "assertion_error"):

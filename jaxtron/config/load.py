@@ -18,7 +18,7 @@ from jaxtron.config.arguments import split_arguments
 from jaxtron.config.base import Config, ConfigType, NoEffect, UserError, format_value
 from jaxtron.config.explain import explain
 from jaxtron.config.settings import Setting, choices_of, is_config, settings
-from jaxtron.config.source import Source, read_file
+from jaxtron.config.source import SettingsSource, read_file
 from jaxtron.config.yaml_text import Dumper
 
 # whole numbers without a bound of their own go to devices, whose integers have 32 bits, and numbers to their float32
@@ -30,9 +30,9 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def gather(config_type: type[Config], path: Path | None, overrides: Sequence[str] = ()) -> Source:
+def gather(config_type: type[Config], path: Path | None, overrides: Sequence[str] = ()) -> SettingsSource:
     """File and flags as plain values with their origins, before validation; raises `UserError` if they do not read."""
-    source = read_file(path) if path is not None else Source()
+    source = read_file(path) if path is not None else SettingsSource()
     source.layer += 1
     known = settings(config_type)
     words, flags = split_arguments(config_type, overrides)
@@ -118,7 +118,7 @@ def load(
         source.drop(found.name)
 
 
-def _overruled(source: Source, error: ValidationError) -> Iterator[NoEffect]:
+def _overruled(source: SettingsSource, error: ValidationError) -> Iterator[NoEffect]:
     """Settings that a layer above the one that set them makes useless."""
     for details in error.errors(include_url=False):
         found = details.get("ctx", {}).get("error")

@@ -10,11 +10,11 @@ import yaml
 from pydantic_core import PydanticUndefined
 
 from jaxtron.config.base import Tree, UserError, format_value, shown
-from jaxtron.config.yaml_text import Loader
+from jaxtron.config.yaml_text import YamlLoader
 
 
 @dataclass
-class Source:
+class SettingsSource:
     """Plain values, and for every dotted name the file and line, or the flag, that it came from.
 
     `layers` counts what lies over what: a file's parents are under it, flags over all files.
@@ -75,13 +75,13 @@ class Source:
         return f" ({self.origins[known]})" if known else ""
 
 
-def read_file(path: Path, chain: tuple[Path, ...] = ()) -> Source:
+def read_file(path: Path, chain: tuple[Path, ...] = ()) -> SettingsSource:
     """A file laid over the one that it `extends`, that over its own, and so on."""
     if path.resolve() in chain:
         raise UserError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in chain)}")
     tree, lines = _read_yaml(path)
     parent = tree.pop("extends", PydanticUndefined)
-    source = Source()
+    source = SettingsSource()
     if isinstance(parent, str) and parent:
         source = read_file(path.parent / parent, (*chain, path.resolve()))
     elif parent is not PydanticUndefined:
@@ -96,7 +96,7 @@ def read_file(path: Path, chain: tuple[Path, ...] = ()) -> Source:
 def _read_yaml(path: Path) -> tuple[Tree, dict[str, int]]:
     """A file's mapping, and the line of each dotted name."""
     try:
-        loader = Loader(path.read_text(encoding="utf-8"))
+        loader = YamlLoader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         lines = dict(_lines(node, path)) if node else {}
         tree = loader.construct_document(node) if node else {}

@@ -5,7 +5,7 @@ import re
 import yaml
 
 
-class Loader(yaml.SafeLoader):
+class YamlLoader(yaml.SafeLoader):
     """YAML 1.2's scalars: `1e-4` is a number, and `no` and `1:30` are text."""
 
 
@@ -13,7 +13,7 @@ class Dumper(yaml.SafeDumper):
     """The same scalars, so that what is written reads back."""
 
 
-for _yaml in (Loader, Dumper):
+for _yaml in (YamlLoader, Dumper):
     _yaml.yaml_implicit_resolvers = {}
     _number = "-+0123456789."
     for _tag, _pattern, _first in (
@@ -30,4 +30,4 @@ def _read_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     return int(loader.construct_scalar(node).replace("_", ""))
 
 
-Loader.add_constructor("tag:yaml.org,2002:int", _read_int)
+YamlLoader.add_constructor("tag:yaml.org,2002:int", _read_int)

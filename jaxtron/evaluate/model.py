@@ -17,7 +17,7 @@ from jaxtron.data.dataset import open_data
 from jaxtron.data.loader import validation_batches
 from jaxtron.data.source import Source
 from jaxtron.data.tokenizers import Tokenizer, load_tokenizer
-from jaxtron.evaluate.request import Request
+from jaxtron.evaluate.request import EvaluateRequest
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CONFIG_FILE, FIXED, changes, listed, recorded_settings
 from jaxtron.run.session import Session, make_session
@@ -67,7 +67,7 @@ def diverged(checkpoints: Path, step: int, what: str) -> UserError:
 
 
 @contextlib.contextmanager
-def open_model(request: Request, trained: Configuration, config: Configuration) -> Iterator[EvaluatedModel]:
+def open_model(request: EvaluateRequest, trained: Configuration, config: Configuration) -> Iterator[EvaluatedModel]:
     """The model of `read_configuration`, with the parameters of the checkpoint that is asked for."""
     devices = jax.devices()
     known = [getattr(config.mesh, axis) for axis in FLAGS]

@@ -26,7 +26,7 @@ SETTINGS = (
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluateRequest:
     """A run, the texts to score in order, how windows overlap, and settings as words of a command line.
 
     `batch` counts windows of a step over all devices (none: eight for each part of the batch), `step` is the
@@ -43,7 +43,7 @@ class Request:
     json: Path | None = None
 
 
-def parse(argv: list[str]) -> Request:
+def parse(argv: list[str]) -> EvaluateRequest:
     """The request of a command line; a `UserError` for what is missing, or a setting that is the checkpoint's."""
     found, rest = _parser().parse_known_args(argv)
     words, flags = split_arguments(Configuration, rest)
@@ -63,10 +63,10 @@ def parse(argv: list[str]) -> Request:
         check_output("--json", found.json)
     rest.remove(words[0])
     given = {name: value for name, value in vars(found).items() if value is not None}
-    return Request(**given | {"run": file_path(words[0]), "text": tuple(found.text), "overrides": tuple(rest)})
+    return EvaluateRequest(**given | {"run": file_path(words[0]), "text": tuple(found.text), "overrides": tuple(rest)})
 
 
-def read_configuration(request: Request) -> tuple[Configuration, Configuration]:
+def read_configuration(request: EvaluateRequest) -> tuple[Configuration, Configuration]:
     """The configuration that the run was trained with, and what of it holds here; `UserError` if there is no run."""
     path = request.run / "config.yaml"
     if not path.is_file():

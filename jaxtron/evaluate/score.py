@@ -14,7 +14,7 @@ from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.evaluate.detokenize import DETOKENIZERS
 from jaxtron.evaluate.model import EvaluatedModel, open_model
 from jaxtron.evaluate.perplexity import MOST_NATS, OverlappingWindows, Score, num_words, unknown_characters
-from jaxtron.evaluate.request import Request
+from jaxtron.evaluate.request import EvaluateRequest
 from jaxtron.run.configuration import Configuration
 from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
 from jaxtron.runtime.start import start_runtime
@@ -28,7 +28,7 @@ ROOM = "Lower --batch, or raise --mesh.fsdp or --mesh.tensor"
 class Report:
     """The figures of a text, and what they were made with."""
 
-    request: Request
+    request: EvaluateRequest
     step: int
     num_devices: int
     sequence_length: int
@@ -85,7 +85,7 @@ class Report:
         return "\n".join(f"{what:<19}{value}" for what, value in rows)
 
 
-def score(request: Request, trained: Configuration, config: Configuration, raw: str, stride: int) -> None:
+def score(request: EvaluateRequest, trained: Configuration, config: Configuration, raw: str, stride: int) -> None:
     """Prints the figures of the text, and writes them where asked to."""
     start_runtime(config.runtime, devices=config.devices)
     with leaving_together(), out_of_memory_as_user_error(ROOM), open_model(request, trained, config) as model:
@@ -97,7 +97,7 @@ def score(request: Request, trained: Configuration, config: Configuration, raw: 
             print(f"{'written':<19}{request.json}")
 
 
-def evaluate(model: EvaluatedModel, request: Request, raw: str, stride: int) -> Report:
+def evaluate(model: EvaluatedModel, request: EvaluateRequest, raw: str, stride: int) -> Report:
     """The figures of a text as it was read; a `UserError` unless it has two tokens, all known to the tokenizer."""
     text = DETOKENIZERS[request.detokenize](raw)
     tokens = encode(model.tokenizer, text, request.text)

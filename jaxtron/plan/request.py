@@ -58,7 +58,7 @@ KIND_OF = {
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """What to show (plan, layout, schedule or search), for which GPUs, the files, and the configuration's words."""
 
     kind: str
@@ -104,7 +104,7 @@ class Request:
         return count
 
 
-def parse(argv: list[str]) -> Request:
+def parse(argv: list[str]) -> PlanRequest:
     """The request of a command line; a `UserError` for flags that do not go together."""
     config_type = configuration_type(argv)
     found, words = _parser(config_type, PROGRAM, *PURPOSES).parse_known_args(argv)
@@ -121,7 +121,7 @@ def parse(argv: list[str]) -> Request:
     for name in ("png", "csv", "json", "hlo"):
         if name in given:
             check_output(f"--{name}", given[name])
-    return Request(kind, words, **given)
+    return PlanRequest(kind, words, **given)
 
 
 def program_of(kind: str) -> str:

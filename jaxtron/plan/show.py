@@ -20,7 +20,7 @@ from jaxtron.plan.layout import layout_text
 from jaxtron.plan.machine import Machine, machine_named, read_machine
 from jaxtron.plan.plan import Plan, make_plan, profile_of
 from jaxtron.plan.report import plan_text, write_hlo, write_plan
-from jaxtron.plan.request import Request
+from jaxtron.plan.request import PlanRequest
 from jaxtron.plan.schedule import draw_schedule, schedule_text
 from jaxtron.plan.search.candidates import splits_sequences
 from jaxtron.plan.search.ranking import ranking_text, write_ranking
@@ -33,7 +33,7 @@ from jaxtron.sharding.folding import FLAGS
 from jaxtron.words import readable_bytes
 
 
-def show_plan(config: Configuration, request: Request) -> None:
+def show_plan(config: Configuration, request: PlanRequest) -> None:
     """The step compiled for the GPUs, and what it takes of them."""
     if request.gpu is None:
         known = ", ".join(GPUS)
@@ -70,7 +70,7 @@ def show_plan(config: Configuration, request: Request) -> None:
     _tell_written(request.json, request.hlo, request.png, fitted)
 
 
-def show_layout(config: Configuration, request: Request) -> None:
+def show_layout(config: Configuration, request: PlanRequest) -> None:
     """Every parameter's layout on the machine's devices, or simulated ones."""
     start_runtime(config.runtime, devices=config.devices)
     session = make_session(config, jax.devices())
@@ -78,7 +78,7 @@ def show_layout(config: Configuration, request: Request) -> None:
         print(layout_text(session.blueprint))
 
 
-def show_schedule(config: Configuration, request: Request) -> None:
+def show_schedule(config: Configuration, request: PlanRequest) -> None:
     """The schedule drawn, without devices: simulated ones tell the bytes of a layer."""
     sizes = config.mesh.shape(config.devices or _known(config))
     config.check_mesh(sizes)
@@ -100,7 +100,7 @@ def show_schedule(config: Configuration, request: Request) -> None:
     _tell_written(request.csv, request.png)
 
 
-def show_search(config: Configuration, request: Request) -> None:
+def show_search(config: Configuration, request: PlanRequest) -> None:
     """Layouts for the GPUs, ranked by formula and the best of them compiled."""
     if request.gpu is None:
         raise UserError(f"say for which GPU: --gpu {', '.join(GPUS)}")
@@ -123,7 +123,7 @@ def show_search(config: Configuration, request: Request) -> None:
     _tell_written(request.json)
 
 
-SHOW: dict[str, Callable[[Configuration, Request], None]] = {
+SHOW: dict[str, Callable[[Configuration, PlanRequest], None]] = {
     "plan": show_plan,
     "layout": show_layout,
     "schedule": show_schedule,
@@ -149,14 +149,14 @@ def _fill(config: Configuration, num_gpus: int) -> Configuration:
     return config.model_copy(update={"mesh": mesh, "train": train})
 
 
-def _machine(request: Request) -> Machine:
+def _machine(request: PlanRequest) -> Machine:
     if request.machine is not None:
         return read_machine(request.machine)
     assert request.gpu is not None
     return machine_named(request.gpu)
 
 
-def _title(request: Request) -> str:
+def _title(request: PlanRequest) -> str:
     path, _ = take_file(configuration_type(request.words), request.words)
     return path.stem if path else "the default configuration"
 

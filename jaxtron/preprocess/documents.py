@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxtron.data.files.file_kind import BYTE_ORDER_MARK, CHAT_KEYS, NOT_LINES
 from jaxtron.data.files.reader import CONVERT, NotTextError, decode_text
-from jaxtron.preprocess.inputs import Piece
+from jaxtron.preprocess.inputs import InputPiece
 
 MOST_KEYS_SHOWN = 5
 CHAT_MEND = "train on conversations without preprocess, by --data.format chat"
@@ -29,7 +29,7 @@ class Damage:
         return f"{self.place}: {self.reason}"
 
 
-def read_documents(piece: Piece, keys: Sequence[str]) -> Iterator[Any]:
+def read_documents(piece: InputPiece, keys: Sequence[str]) -> Iterator[Any]:
     """Each document's texts (a tuple, one a key) or Damage, in order; blank lines are nothing."""
     if piece.kind == "text":
         yield _read_text(piece)
@@ -49,7 +49,7 @@ def is_blank(line: bytes) -> bool:
     return not line.removeprefix(BYTE_ORDER_MARK).strip()
 
 
-def _read_text(piece: Piece) -> tuple[str] | Damage:
+def _read_text(piece: InputPiece) -> tuple[str] | Damage:
     try:
         return (decode_text(piece.content),)
     except NotTextError as error:

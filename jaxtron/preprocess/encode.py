@@ -18,7 +18,7 @@ from jaxtron.config import UserError
 from jaxtron.data.megatron.indexed import token_dtype
 from jaxtron.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtron.preprocess.documents import Damage, read_documents
-from jaxtron.preprocess.inputs import Piece
+from jaxtron.preprocess.inputs import InputPiece
 
 # damages that are told in full where they are skipped
 MOST_DAMAGES = 10
@@ -78,7 +78,7 @@ class Encoder:
         self._settings = settings
         self._splitter = None if settings.language is None else _import_splitter()
 
-    def encode(self, pieces: Sequence[Piece]) -> Encoded:
+    def encode(self, pieces: Sequence[InputPiece]) -> Encoded:
         """The ids of the pieces' documents in order; ends at the first damage unless damage is skipped."""
         documents: list[tuple[str, ...]] = []
         damages: list[Damage] = []
@@ -141,7 +141,7 @@ def start_worker(settings: EncodeSettings) -> None:
     _encoder = Encoder(settings)
 
 
-def encode_in_worker(pieces: Sequence[Piece]) -> Encoded:
+def encode_in_worker(pieces: Sequence[InputPiece]) -> Encoded:
     """`Encoder.encode` in a worker."""
     assert _encoder is not None
     return _encoder.encode(pieces)

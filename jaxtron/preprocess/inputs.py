@@ -29,7 +29,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Piece:
+class InputPiece:
     """Part of one file: whole lines of JSON, rows of Parquet (a tuple a row, a value a key), or a whole text.
 
     `first` is the number of its first line or row in the file, from 1.
@@ -45,7 +45,7 @@ class Piece:
 class Chunk:
     """Pieces in order, the position after them, and the bytes of all input files that lie before it."""
 
-    pieces: list[Piece]
+    pieces: list[InputPiece]
     end: Position
     consumed: int
 
@@ -101,7 +101,7 @@ def taken_for(files: Sequence[InputFile]) -> list[str]:
 
 def read_chunks(files: Sequence[InputFile], start: Position, keys: Sequence[str]) -> Iterator[Chunk]:
     """Chunks of about CHUNK_BYTES from a position on, as often as there is something there; `UserError` for damage."""
-    pieces: list[Piece] = []
+    pieces: list[InputPiece] = []
     size = before = 0
     for number, file in enumerate(files):
         path = file.path
@@ -124,7 +124,9 @@ def read_chunks(files: Sequence[InputFile], start: Position, keys: Sequence[str]
         yield Chunk(pieces, Position(len(files)), before)
 
 
-def _read_file(file: InputFile, position: Position, keys: Sequence[str]) -> Iterator[tuple[Piece, int, Position, int]]:
+def _read_file(
+    file: InputFile, position: Position, keys: Sequence[str]
+) -> Iterator[tuple[InputPiece, int, Position, int]]:
     """Each piece, its size, the position after it and the bytes of the file that were read for it."""
     path, kind = file.path, file.taken_for.kind
     if kind == "rows":
@@ -135,11 +137,11 @@ def _read_file(file: InputFile, position: Position, keys: Sequence[str]) -> Iter
         if kind == "text":
             content = b"".join(blocks)
             # the cost of a file, so that a million empty ones are not one chunk
-            yield Piece(str(path), kind, 1, content), len(content) + 1024, Position(position.file + 1), raw.tell()
+            yield InputPiece(str(path), kind, 1, content), len(content) + 1024, Position(position.file + 1), raw.tell()
             return
         offset, line = position.offset, position.line
         for content in _whole_lines(blocks):
-            piece = Piece(str(path), kind, line, content)
+            piece = InputPiece(str(path), kind, line, content)
             offset += len(content)
             line += content.count(b"\n")
             yield piece, len(content), Position(position.file, offset, line), raw.tell()
@@ -173,7 +175,7 @@ def _blocks(file: InputFile, raw: BinaryIO, offset: int) -> Iterator[bytes]:
         offset = max(0, offset - len(block))
 
 
-def _read_rows(path: Path, position: Position, keys: Sequence[str]) -> Iterator[tuple[Piece, int, Position, int]]:
+def _read_rows(path: Path, position: Position, keys: Sequence[str]) -> Iterator[tuple[InputPiece, int, Position, int]]:
     parquet, pyarrow = _import("pyarrow.parquet", path), _import("pyarrow", path)
     try:
         with parquet.ParquetFile(path) as file:
@@ -196,7 +198,7 @@ def _read_rows(path: Path, position: Position, keys: Sequence[str]) -> Iterator[
                     if done <= position.offset:
                         continue
                     rows = list(zip(*(column_values(batch.column(key)) for key in keys), strict=True))
-                    piece = Piece(str(path), "rows", first + 1, rows)
+                    piece = InputPiece(str(path), "rows", first + 1, rows)
                     yield piece, batch.nbytes, Position(position.file, done, done + 1), size * done // num_rows
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is no readable Parquet file: {str(error).splitlines()[0]}") from error

@@ -20,7 +20,7 @@ ARRAYS_FILE = "arrays.jsonl"
 
 
 @dataclass
-class Tally:
+class MetricsTally:
     """Tokens since the run began, and the sum of the losses of so many steps since its last line.
 
     Checkpoints carry it, so that lines do not depend on where a run was interrupted.
@@ -31,7 +31,7 @@ class Tally:
     loss_sum: float = 0.0
 
     @classmethod
-    def of(cls, extra: Mapping[str, Any], sequence_length: int) -> "Tally":
+    def of(cls, extra: Mapping[str, Any], sequence_length: int) -> "MetricsTally":
         """That of a checkpoint; one of an older version tells of samples alone."""
         return cls(**extra.get("tally", {"tokens": extra["position"] * sequence_length}))
 
@@ -146,8 +146,8 @@ def summarize(arrays: Mapping[str, Num[np.ndarray, "..."] | Bool[np.ndarray, "..
     return found
 
 
-def _numbers(array: np.ndarray) -> list:
-    """An array as lists, with the digits of float32."""
+def _numbers(array: np.ndarray) -> Any:
+    """An array as nested lists, with the digits of float32."""
     if array.dtype.kind in "biu":
         return array.tolist()
     digits = np.array([float(str(number)) for number in array.astype(np.float32).ravel()], np.float64)

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from jaxtron.config import UserError
-from jaxtron.run.metrics import MetricsWriter, Tally, summarize
-from jaxtron.train.progress import Progress
+from jaxtron.run.metrics import MetricsTally, MetricsWriter, summarize
+from jaxtron.train.progress import TrainProgress
 from jaxtron.train.throughput import Throughput
 from jaxtron.train.trackers import Tracker
 from jaxtron.typing import PyTree
@@ -70,13 +70,13 @@ class MetricsLog:
     def __init__(
         self,
         writer: MetricsWriter,
-        progress: Progress,
+        progress: TrainProgress,
         throughput: Throughput,
         *,
         every: int,
         trackers: Sequence[Tracker] = (),
         utilization: Callable[[float], float] | None = None,
-        tally: Tally | None = None,
+        tally: MetricsTally | None = None,
     ):
         self._writer = writer
         self._progress = progress
@@ -84,7 +84,7 @@ class MetricsLog:
         self._every = every
         self._trackers = trackers
         self._utilization = utilization
-        self._tally = tally or Tally()
+        self._tally = tally or MetricsTally()
         # still on the device
         self._losses: list[Any] = []
         self.last: dict[str, float | int | str] = {}
@@ -114,7 +114,7 @@ class MetricsLog:
             tracker.log(info.step, figures)
         self._progress.update(info.step, figures)
 
-    def tally(self) -> Tally:
+    def tally(self) -> MetricsTally:
         """The tally up to this step, whose losses are waited for."""
         losses, self._losses = jax.device_get(self._losses), []
         for loss in losses:

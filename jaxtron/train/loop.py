@@ -11,13 +11,13 @@ from jax.experimental import multihost_utils
 from jaxtron.checkpoint.processes import gather_texts
 from jaxtron.data.loader import Loader
 from jaxtron.gpus import peak_flops
-from jaxtron.interrupts import Request, finish_first
+from jaxtron.interrupts import StopRequest, finish_first
 from jaxtron.run.history import Recorder
-from jaxtron.run.metrics import MetricsWriter, Tally
+from jaxtron.run.metrics import MetricsTally, MetricsWriter
 from jaxtron.run.step import TrainState
 from jaxtron.train.divergence import Watch, check_state
 from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
-from jaxtron.train.progress import Progress
+from jaxtron.train.progress import TrainProgress
 from jaxtron.train.setup import Run
 from jaxtron.train.throughput import Throughput
 from jaxtron.train.trackers import make_trackers
@@ -25,7 +25,7 @@ from jaxtron.train.validation import check_loss, validate
 
 
 @dataclass
-class Outcome:
+class TrainOutcome:
     """Where a loop ended: the last state, the step it is of, and whether a signal asked for the stop.
 
     `validation_loss` is that of the last state, None where the loop did not measure it or there are no such data.
@@ -37,10 +37,10 @@ class Outcome:
     validation_loss: float | None = None
 
 
-def train(run: Run) -> Outcome:
+def train(run: Run) -> TrainOutcome:
     """Steps from the run's own to the last; a SIGTERM or Ctrl-C ends it after the current step, with a checkpoint."""
     total = run.config.train.steps
-    outcome = Outcome(run.state, run.step)
+    outcome = TrainOutcome(run.state, run.step)
     if run.step >= total:
         return outcome
     throughput = Throughput()
@@ -92,11 +92,11 @@ class Saver:
         self._watch.check()
         check_state(self._run.checkpoints, info.step, info.state)
         # of the processes without a log nothing but their arrays is stored
-        tally = Tally() if self._log is None else self._log.tally()
+        tally = MetricsTally() if self._log is None else self._log.tally()
         self._run.save(info.step, info.state, self._loader.position, tally)
 
 
-def _hooks(run: Run, saver: Saver, log: MetricsLog | None, outcome: Outcome, stack: ExitStack) -> list[Hook]:
+def _hooks(run: Run, saver: Saver, log: MetricsLog | None, outcome: TrainOutcome, stack: ExitStack) -> list[Hook]:
     config, total = run.config, run.config.train.steps
 
     def validation(info: StepInfo) -> None:
@@ -124,7 +124,7 @@ def _metrics_log(run: Run, throughput: Throughput, stack: ExitStack) -> MetricsL
     flops = config.family.flops_per_token(config.model, config.data.sequence_length)
     log = MetricsLog(
         MetricsWriter(run.directory / "metrics.jsonl", resume_step=run.step),
-        Progress(config.train.steps, shown=True, first_step=run.step, print_seconds=config.run.print_seconds),
+        TrainProgress(config.train.steps, shown=True, first_step=run.step, print_seconds=config.run.print_seconds),
         throughput,
         every=config.run.log_every,
         trackers=make_trackers(config.run, run.directory, config.model_dump(mode="json"), resume_step=run.step),
@@ -144,7 +144,7 @@ class _Stop:
     def __init__(self, stack: ExitStack) -> None:
         self._is_alone = jax.process_count() == 1
         self._stack = stack
-        self._request: Request | None = None
+        self._request: StopRequest | None = None
 
     def begin(self) -> None:
         """From here on there is something to finish: before the first step of a run nothing is lost by stopping."""

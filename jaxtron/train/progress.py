@@ -13,7 +13,7 @@ MOST_BAR, LEAST_BAR = 40, 5
 DROPPED = ("mfu", "validation_loss", "tokens_per_second", "step_seconds", "loss")
 
 
-class Progress:
+class TrainProgress:
     """Shows step, loss, tokens/s, MFU where known and the time left; silent unless `shown` (process 0).
 
     A run that continues begins at `first_step`, the steps done before.

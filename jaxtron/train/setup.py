@@ -17,7 +17,7 @@ from jaxtron.data.loader import Loader
 from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import Continuation, changes, check_changes, listed, recorded_settings
-from jaxtron.run.metrics import Tally
+from jaxtron.run.metrics import MetricsTally
 from jaxtron.run.session import Session, make_session
 from jaxtron.run.sizes import check_batch_fits, check_state_fits
 from jaxtron.run.step import TrainState
@@ -38,14 +38,14 @@ class Run:
     step: int
     position: int
     continuation: Continuation
-    tally: Tally
+    tally: MetricsTally
 
     @property
     def config(self) -> Configuration:
         """The settings, resolved."""
         return self.session.config
 
-    def save(self, step: int, state: TrainState, position: int, tally: Tally) -> None:
+    def save(self, step: int, state: TrainState, position: int, tally: MetricsTally) -> None:
         """Save a checkpoint of the state after this step, with the position of the data after it."""
         extra = {
             "position": position,
@@ -123,7 +123,7 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
             step=step,
             position=position,
             continuation=continuation,
-            tally=Tally() if restored is None else Tally.of(restored.extra, config.data.sequence_length),
+            tally=MetricsTally() if restored is None else MetricsTally.of(restored.extra, config.data.sequence_length),
         )
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from jaxtron.run.metrics import ARRAYS_FILE, read_metrics
 from jaxtron.run.session import Session
 from jaxtron.train.divergence import diverged
-from jaxtron.train.loop import Outcome
+from jaxtron.train.loop import TrainOutcome
 from jaxtron.train.loss_plot import plot_losses
 from jaxtron.train.setup import Run
 from jaxtron.train.validation import validate
@@ -35,7 +35,7 @@ class Sampler(Protocol):
         ...
 
 
-def finish(run: Run, outcome: Outcome, sampler: Sampler) -> None:
+def finish(run: Run, outcome: TrainOutcome, sampler: Sampler) -> None:
     """Draw `loss.png` and print the summary (process 0); every process takes part in validating and sampling."""
     text = sample_text(run, outcome, sampler)
     validation_loss = outcome.validation_loss
@@ -76,7 +76,7 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
 
 
-def sample_text(run: Run, outcome: Outcome, sampler: Sampler) -> str:
+def sample_text(run: Run, outcome: TrainOutcome, sampler: Sampler) -> str:
     """A sample of text after a few tokens of the validation data; empty where none is asked for.
 
     A `UserError` where the state cannot predict any token.

@@ -19,7 +19,7 @@ from jaxtron.evaluate import __main__ as evaluate
 from jaxtron.optim.config import LossScaleConfig
 from jaxtron.optim.loss_scale import LossScale
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.metrics import Tally
+from jaxtron.run.metrics import MetricsTally
 from jaxtron.run.step import TrainState
 from jaxtron.train.divergence import Watch
 from jaxtron.train.hooks import StepInfo
@@ -50,9 +50,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("diverged")
     config = load(Configuration, None, flags(folder, "run"))
     with open_run(config, "run") as run:
-        run.save(1, run.state, 8, Tally())
-        run.save(2, scaled(run.state, 2, 1e20), 16, Tally())
-        run.save(3, scaled(run.state, 3, np.nan), 24, Tally())
+        run.save(1, run.state, 8, MetricsTally())
+        run.save(2, scaled(run.state, 2, 1e20), 16, MetricsTally())
+        run.save(3, scaled(run.state, 3, np.nan), 24, MetricsTally())
     (folder / "run" / "config.yaml").write_text(dump(config.resolved()))
     return folder
 
@@ -79,7 +79,7 @@ def copied(folder: Path, name: str, *, steps: int) -> Path:
 def test_a_state_that_is_not_finite_is_never_saved(saved: Path):
     config = load(Configuration, None, flags(saved, "unsaved"))
     with open_run(config, "run") as run:
-        run.save(1, run.state, 8, Tally())
+        run.save(1, run.state, 8, MetricsTally())
         saver = Saver(run, None, Watch(run.checkpoints, every=10, loss_scale=None), None)
         for factor, message in ((np.nan, r"params\.\S+ has numbers that are not finite"), (1e20, "the loss is nan")):
             state = scaled(run.state, 2, factor)

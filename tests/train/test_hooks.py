@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from jaxtron.run.metrics import MetricsWriter, Tally, read_metrics
+from jaxtron.run.metrics import MetricsTally, MetricsWriter, read_metrics
 from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, _peak_memory, run_hooks
-from jaxtron.train.progress import Progress
+from jaxtron.train.progress import TrainProgress
 from jaxtron.train.throughput import Throughput
 
 
@@ -60,7 +60,7 @@ def test_metrics_log_writes_logged_steps_and_those_with_validation(tmp_path):
 
     log = MetricsLog(
         MetricsWriter(tmp_path / "metrics.jsonl"),
-        Progress(11, shown=True, print_seconds=1e-9, console=Console(file=stream)),
+        TrainProgress(11, shown=True, print_seconds=1e-9, console=Console(file=stream)),
         throughput,
         every=4,
         trackers=[Tracker()],
@@ -98,7 +98,7 @@ def test_metrics_by_layer_are_summarized_for_the_line_and_the_trackers(tmp_path)
             pass
 
     writer, throughput = MetricsWriter(tmp_path / "metrics.jsonl"), Throughput()
-    log = MetricsLog(writer, Progress(2, shown=False), throughput, every=2, trackers=[Tracker()])
+    log = MetricsLog(writer, TrainProgress(2, shown=False), throughput, every=2, trackers=[Tracker()])
     for step in (1, 2):
         load = jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3) * step
         throughput.finish_step(768, None)
@@ -113,11 +113,11 @@ def test_metrics_by_layer_are_summarized_for_the_line_and_the_trackers(tmp_path)
 
 
 def test_metrics_log_goes_on_where_an_interrupted_one_ended(tmp_path):
-    def log(name: str, tally: Tally | None = None) -> MetricsLog:
+    def log(name: str, tally: MetricsTally | None = None) -> MetricsLog:
         writer = MetricsWriter(tmp_path / name, resume_step=2 if tally else 0)
-        return MetricsLog(writer, Progress(6, shown=False), Throughput(), every=4, tally=tally)
+        return MetricsLog(writer, TrainProgress(6, shown=False), Throughput(), every=4, tally=tally)
 
-    def run(log: MetricsLog, first: int, last: int) -> Tally:
+    def run(log: MetricsLog, first: int, last: int) -> MetricsTally:
         for step in range(first, last + 1):
             log._throughput.finish_step(768, None)
             log(StepInfo(step, 6, None, {"loss": jnp.float32(1 / step)}, tokens=768))
@@ -127,14 +127,14 @@ def test_metrics_log_goes_on_where_an_interrupted_one_ended(tmp_path):
     run(log("whole.jsonl"), 1, 6)
     # a checkpoint carries it as JSON
     extra = json.loads(json.dumps({"position": 9, "tally": asdict(run(log("parts.jsonl"), 1, 2))}))
-    run(log("parts.jsonl", Tally.of(extra, 128)), 3, 6)
+    run(log("parts.jsonl", MetricsTally.of(extra, 128)), 3, 6)
     exact = [
         [(record["step"], record["loss"], record["tokens"]) for record in read_metrics(tmp_path / name)]
         for name in ("whole.jsonl", "parts.jsonl")
     ]
     assert exact[0] == exact[1] and [step for step, _, _ in exact[0]] == [4, 6]
     # one of an older version knows the samples alone
-    assert Tally.of({"position": 9}, 128) == Tally(tokens=9 * 128)
+    assert MetricsTally.of({"position": 9}, 128) == MetricsTally(tokens=9 * 128)
 
 
 def test_peak_memory_is_that_of_the_fullest_device(monkeypatch):
@@ -151,7 +151,7 @@ def test_peak_memory_is_that_of_the_fullest_device(monkeypatch):
 
 def test_first_logged_step_has_a_speed_too(tmp_path):
     throughput = Throughput()
-    log = MetricsLog(MetricsWriter(tmp_path / "metrics.jsonl"), Progress(1, shown=False), throughput, every=10)
+    log = MetricsLog(MetricsWriter(tmp_path / "metrics.jsonl"), TrainProgress(1, shown=False), throughput, every=10)
     run_loop([Hook(log)], 1, throughput)
     log.close()
     (record,) = read_metrics(tmp_path / "metrics.jsonl")

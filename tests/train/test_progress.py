@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from jaxtron.train.progress import Progress, format_seconds
+from jaxtron.train.progress import TrainProgress, format_seconds
 
 METRICS = {"loss": 2.34567, "tokens_per_second": 24123.4, "mfu": 0.4123, "step_seconds": 0.5}
 
@@ -20,7 +20,7 @@ class Terminal(io.StringIO):
 
 def test_log_gets_a_plain_line_now_and_then():
     now, stream = 0.0, io.StringIO()
-    progress = Progress(600, shown=True, print_seconds=10.0, console=Console(file=stream), clock=lambda: now)
+    progress = TrainProgress(600, shown=True, print_seconds=10.0, console=Console(file=stream), clock=lambda: now)
     for step in range(1, 601):
         now += 1
         progress.update(step, METRICS if step % 5 == 0 else None)
@@ -35,7 +35,7 @@ def test_log_gets_a_plain_line_now_and_then():
 
 def test_mfu_is_left_out_where_unknown_and_validation_stays():
     stream = io.StringIO()
-    progress = Progress(10, shown=True, print_seconds=1e-9, console=Console(file=stream))
+    progress = TrainProgress(10, shown=True, print_seconds=1e-9, console=Console(file=stream))
     progress.update(5, {"loss": 2.0, "validation_loss": 2.5})
     progress.update(6, {"loss": 1.0})
     assert stream.getvalue().splitlines() == [
@@ -48,7 +48,7 @@ def test_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
     stream = Terminal()
-    progress = Progress(600, shown=True, console=Console(file=stream))
+    progress = TrainProgress(600, shown=True, console=Console(file=stream))
     progress.update(1)
     progress.update(300, METRICS)
     progress.message("checkpoint saved")
@@ -62,7 +62,7 @@ def test_terminal_gets_a_bar(monkeypatch):
 def test_a_narrow_terminal_loses_figures_and_never_the_step(width):
     stream = Terminal()
     console = Console(file=stream, width=width, color_system=None, force_terminal=True)
-    progress = Progress(600_000, shown=True, first_step=1234, console=console)
+    progress = TrainProgress(600_000, shown=True, first_step=1234, console=console)
     progress.update(300_000, METRICS | {"validation_loss": 2.5})
     progress.close()
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).replace("\r", "\n").split("\n")
@@ -77,7 +77,7 @@ def test_a_narrow_terminal_loses_figures_and_never_the_step(width):
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
 def test_other_processes_print_nothing(stream):
-    progress = Progress(10, shown=False, console=Console(file=stream))
+    progress = TrainProgress(10, shown=False, console=Console(file=stream))
     progress.update(10, METRICS)
     progress.message("hello")
     progress.close()
