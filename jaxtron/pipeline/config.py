@@ -1,8 +1,10 @@
 """The settings of pipelines."""
 
+from collections.abc import Mapping
+
 from pydantic import Field
 
-from jaxtron.config import Config, FileName
+from jaxtron.config import Config, FileName, NoEffect, UserError
 
 
 class PipelineConfig(Config):
@@ -19,3 +21,23 @@ class PipelineConfig(Config):
     """Work of the embedding when layers are shared out, counted in layers."""
     loss_weight: float = Field(default=0.0, ge=0)
     """Work of the head and the loss, likewise."""
+
+    def check_effect(self, num_stages: int) -> None:
+        """`NoEffect` for settings that do nothing with so many stages (-1: not known yet)."""
+        if num_stages == 1 and self != PipelineConfig():
+            raise NoEffect("pipeline", self, {"mesh.pipe": 1}, "leave it out, or set --mesh.pipe")
+
+    def check(self, num_stages: int, cut_by: Mapping[str, str]) -> None:
+        """`UserError` for settings without effect; `cut_by`: the setting of the model, if any, that cuts it itself."""
+        self.check_effect(num_stages)
+        if num_stages == 1:
+            return
+        for name, value in cut_by.items():
+            if self.stage_layers is not None:
+                raise UserError(
+                    f"{name} {value!r} has cuts, and pipeline.stage_layers {list(self.stage_layers)} too; keep one"
+                )
+        decided = cut_by or ({} if self.stage_layers is None else {"pipeline.stage_layers": self.stage_layers})
+        for name in ("embedding_weight", "loss_weight"):
+            if decided and getattr(self, name):
+                raise NoEffect(f"pipeline.{name}", getattr(self, name), decided)

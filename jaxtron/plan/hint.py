@@ -1,11 +1,14 @@
 """The first thing to change when a step does not fit."""
 
+from jaxtron.config import UserError
 from jaxtron.plan.memory_use import MemoryUse
 from jaxtron.run.configuration import Configuration
 
 # Tokens of a sequence that a device has at least where a search splits it over mesh.context: as many as Llama 3 had of
 # its longest, 16 parts of 131,072 (2407.21783, Table 4). The configuration's own number of parts is always tried.
 LEAST_PART = 8192
+# GPUs that NVLink joins in most machines
+MOST_TENSOR = 8
 
 
 def first_change(config: Configuration, sizes: dict[str, int], memory: MemoryUse) -> str:
@@ -24,7 +27,7 @@ def _smaller_state(config: Configuration, sizes: dict[str, int]) -> str:
         level = "optimizer" if config.sharding.zero == "none" else "parameters"
         axes = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in sharing)
         return f"--sharding.zero {level} ({why}, and {axes} can share them)"
-    if sizes["tensor"] < 8 and config.model.num_heads % (2 * sizes["tensor"]) == 0:
+    if sizes["tensor"] < MOST_TENSOR and _fits(config, {**sizes, "tensor": 2 * sizes["tensor"]}):
         return f"--mesh.tensor {2 * sizes['tensor']} ({why})"
     return f"more of mesh.pipe or mesh.fsdp, on more GPUs ({why})"
 
@@ -39,7 +42,7 @@ def _smaller_activations(config: Configuration, sizes: dict[str, int]) -> str:
         return "--model.recompute full (activations take most, and a microbatch is one row already)"
     why = "activations take most, although all is computed again"
     parts = 2 * sizes["context"]
-    if config.data.sequence_length >= parts * LEAST_PART and not config.model.attention_dropout:
+    if config.data.sequence_length >= parts * LEAST_PART and _fits(config, {**sizes, "context": parts}):
         return f"--mesh.context {parts}, on more GPUs ({why})"
     return f"more of mesh.tensor or mesh.pipe ({why})"
 
@@ -48,6 +51,15 @@ def _smaller_microbatch(config: Configuration, sizes: dict[str, int]) -> str:
     if _rows(config, sizes) > 1:
         return f"--train.microbatches {2 * config.train.microbatches} (a microbatch has more than one row)"
     return "more of mesh.tensor (what one layer needs for one row takes most)"
+
+
+def _fits(config: Configuration, sizes: dict[str, int]) -> bool:
+    """Whether sequences and layers split over a mesh of these sizes by flag."""
+    try:
+        config.family.check(config.model, sizes, config.data.sequence_length, config.context)
+    except UserError:
+        return False
+    return True
 
 
 def _rows(config: Configuration, sizes: dict[str, int]) -> int:

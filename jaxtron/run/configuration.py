@@ -2,7 +2,8 @@
 
 import difflib
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +58,20 @@ class TrainConfig(Config):
             raise NoEffect("train.loss_scale", self.loss_scale, {"train.precision": self.precision})
         return self
 
+    def check(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Microbatches of every batch of the run, fewest first; `UserError` where a mesh of these sizes does not split
+        the batch."""
+        parts = math.prod(sizes[flag] for flag in BATCH_FLAGS) * self.microbatches
+        if self.global_batch % parts:
+            axes = " x ".join(f"mesh.{flag} {sizes[flag]}" for flag in BATCH_FLAGS)
+            raise UserError(
+                f"train.global_batch {self.global_batch} is not a multiple of {axes} x train.microbatches "
+                f"{self.microbatches} = {parts}"
+            )
+        microbatch = self.global_batch // self.microbatches
+        batches = check_batch_ramp(self.batch_ramp, self.global_batch, microbatch)
+        return tuple(batch // microbatch for batch in batches)
+
 
 # JAX without 64-bit numbers makes a key of the low 32 bits, and NumPy's generator takes no more
 MAX_SEED = 2**32 - 1
@@ -98,10 +113,8 @@ class Configuration(Config):
         self.family.resolve(self.model, self.data.sequence_length)
         self._check_sizes()
         # where the axis is filled, `check_mesh` knows more
-        if self.mesh.pipe == 1 and self.pipeline != PipelineConfig():
-            raise NoEffect("pipeline", self.pipeline, {"mesh.pipe": 1}, "leave it out, or set --mesh.pipe")
-        if self.mesh.context == 1 and self.context != ContextConfig():
-            raise NoEffect("context", self.context, {"mesh.context": 1}, "leave it out, or set --mesh.context")
+        self.pipeline.check_effect(self.mesh.pipe)
+        self.context.check_effect(self.mesh.context)
         for name in ("expert", "expert_tensor"):
             if (size := getattr(self.mesh, name)) > 1:
                 pattern = {"model.pattern": self.model.pattern}
@@ -179,62 +192,27 @@ class Configuration(Config):
         return stage_plan((num_layers,), self.schedule(num_stages, num_microbatches), pipeline).partitions[0]
 
     def check_mesh(self, sizes: dict[str, int]) -> None:
-        """`UserError` where batch, sequence, heads, vocabulary or layers do not fit a mesh of these sizes."""
-        train, shards = self.train, sizes["data"] * sizes["fsdp"]
-        if train.global_batch % (shards * train.microbatches):
-            axes = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in BATCH_FLAGS)
-            raise UserError(
-                f"train.global_batch {train.global_batch} is not a multiple of {axes} x train.microbatches "
-                f"{train.microbatches} = {shards * train.microbatches}"
-            )
-        microbatch = train.global_batch // train.microbatches
-        batches = check_batch_ramp(train.batch_ramp, train.global_batch, microbatch)
-        self._check_preset(sizes["tensor"])
-        self.check_model(sizes, train.microbatches)
-        self._check_schedule(sizes["pipe"], [batch // microbatch for batch in batches])
+        """`UserError` where batch, sequence, layers, vocabulary or stages do not fit a mesh of these sizes by flag."""
+        counts = self.train.check(sizes)
+        self.runtime.check(sizes["tensor"], self.train.microbatches)
+        self.check_model(sizes, self.train.microbatches)
+        if sizes["pipe"] > 1:
+            self._check_schedule(sizes["pipe"], counts)
 
     def check_model(self, sizes: dict[str, int], num_microbatches: int | None = None) -> None:
         """`UserError` where the model, its sequences or its layers do not fit a mesh of these sizes.
 
         The settings of batches are not looked at; of a pipeline, so many microbatches (none: one a stage).
         """
-        if sizes["context"] == 1 and self.context != ContextConfig():
-            raise NoEffect("context", self.context, {"mesh.context": 1}, "leave it out, or set --mesh.context")
+        self.context.check_effect(sizes["context"])
         self.family.check(self.model, sizes, self.data.sequence_length, self.context)
-        self._check_pipeline(sizes["pipe"], num_microbatches or sizes["pipe"])
+        cuts = self.family.cuts(self.model)
+        self.pipeline.check(sizes["pipe"], {} if cuts is None else {cuts.name: cuts.value})
+        if sizes["pipe"] > 1:
+            self.partition(sizes["pipe"], num_microbatches or sizes["pipe"])
 
-    def _check_preset(self, tensor: int) -> None:
-        if self.runtime.xla_preset == "collective_matmul" and tensor > 1 and self.train.microbatches == 1:
-            # seen with JAX 0.11.2: the process ends in XLA's WindowedEinsumHandler without a word
-            raise UserError(
-                f"runtime.xla_preset collective_matmul with mesh.tensor {tensor} and train.microbatches 1 crashes "
-                "XLA's compiler; raise --train.microbatches, or choose another preset"
-            )
-
-    def _check_pipeline(self, num_stages: int, num_microbatches: int) -> None:
-        """`UserError` for settings without effect, and unless the stages can share the layers out."""
-        pipeline, cuts = self.pipeline, self.family.cuts(self.model)
-        if num_stages == 1:
-            if pipeline != PipelineConfig():
-                raise NoEffect("pipeline", pipeline, {"mesh.pipe": 1}, "leave it out, or set --mesh.pipe")
-            return
-        if cuts is not None and pipeline.stage_layers is not None:
-            raise UserError(
-                f"{cuts.name} {cuts.value!r} has cuts, and pipeline.stage_layers "
-                f"{list(pipeline.stage_layers)} too; keep one"
-            )
-        if cuts is not None or pipeline.stage_layers is not None:
-            for name in ("embedding_weight", "loss_weight"):
-                if getattr(pipeline, name):
-                    given = {cuts.name: cuts.value} if cuts is not None else {}
-                    given |= {"pipeline.stage_layers": pipeline.stage_layers} if cuts is None else {}
-                    raise NoEffect(f"pipeline.{name}", getattr(pipeline, name), given)
-        self.partition(num_stages, num_microbatches)
-
-    def _check_schedule(self, num_stages: int, microbatches: list[int]) -> None:
+    def _check_schedule(self, num_stages: int, microbatches: tuple[int, ...]) -> None:
         """`UserError` unless the schedule runs every number of microbatches."""
-        if num_stages == 1:
-            return
         for count in microbatches:
             try:
                 self.schedule(num_stages, count)

@@ -58,3 +58,12 @@ class RuntimeConfig(Config):
             if not word.startswith("--"):
                 raise UserError(f"runtime.xla_flags: {word!r} does not begin with --, and XLA would ignore it")
         return self
+
+    def check(self, tensor: int, microbatches: int) -> None:
+        """`UserError` for a preset that the compiler does not survive with so many tensor parts and microbatches."""
+        if self.xla_preset == "collective_matmul" and tensor > 1 and microbatches == 1:
+            # seen with JAX 0.11.2: the process ends in XLA's WindowedEinsumHandler without a word
+            raise UserError(
+                f"runtime.xla_preset collective_matmul with mesh.tensor {tensor} and train.microbatches 1 crashes "
+                "XLA's compiler; raise --train.microbatches, or choose another preset"
+            )

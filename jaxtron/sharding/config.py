@@ -1,11 +1,12 @@
 """The settings of what the devices split (the flags of `mesh`): the batch, sequences, parameters and their state."""
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from jaxtron.config import Config, UserError
+from jaxtron.config import Config, NoEffect, UserError
 from jaxtron.sharding.folding import FLAGS, refine
 from jaxtron.words import plural
 
@@ -88,6 +89,26 @@ class ContextConfig(Config):
                 "use context.method all_to_all or ring for one group or groups of one"
             )
         return self.inner, size // self.inner
+
+    def check_effect(self, parts: int) -> None:
+        """`NoEffect` for settings that do nothing with so many parts of a sequence (-1: not known yet)."""
+        if parts == 1 and self != ContextConfig():
+            raise NoEffect("context", self, {"mesh.context": 1}, "leave it out, or set --mesh.context")
+
+    def check(self, sizes: Mapping[str, int], sequence_length: int) -> None:
+        """`UserError` where a mesh of these sizes by flag does not split sequences of so many tokens."""
+        tensor, parts = sizes["tensor"], sizes["context"]
+        if sequence_length % tensor:
+            raise UserError(
+                f"data.sequence_length {sequence_length} is not a multiple of mesh.tensor {tensor}; change one of them"
+            )
+        self.check_effect(parts)
+        pieces = 2 * parts * tensor
+        if parts > 1 and sequence_length % pieces:
+            raise UserError(
+                f"data.sequence_length {sequence_length} is not a multiple of 2 x mesh.context {parts} x "
+                f"mesh.tensor {tensor} = {pieces}, for every device has two pieces of a sequence"
+            )
 
 
 class ShardingConfig(Config):

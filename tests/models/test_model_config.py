@@ -34,12 +34,13 @@ def test_vocabulary_is_padded_to_a_multiple(vocab, multiple, padded):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "repeats", "layers"), [("*-", 12, 12), ("(*-)", 5, 5), ("**-", 4, 8), ("*-*-", 3, 6), ("-", 7, 7)]
+    ("pattern", "repeats", "branches"), [("*-", 12, 24), ("(*-)", 5, 10), ("**-", 4, 12), ("*-*-", 3, 12), ("-", 7, 7)]
 )
-def test_projections_back_are_scaled_by_depth(pattern, repeats, layers):
+def test_projections_back_are_scaled_by_depth(pattern, repeats, branches):
+    # GPT-2 and Megatron: 2 x layers; of other patterns Megatron's hybrids count each branch as a layer of its own
     config = ModelConfig(pattern=pattern, num_layers=repeats, initial_std=0.01, position="none")
-    assert config.num_transformer_layers == layers
-    assert config.output_std == pytest.approx(0.01 / math.sqrt(2 * layers))
+    assert config.num_branches == branches
+    assert config.output_std == pytest.approx(0.01 / math.sqrt(branches))
 
 
 def test_a_changed_copy_has_its_own_layout():

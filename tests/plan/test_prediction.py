@@ -9,9 +9,11 @@ import pytest
 
 from jaxtron.config import UserError
 from jaxtron.gpus import GPUS, gpu_named
+from jaxtron.models.decoder.cost import embedding_parameters, period_parameters
 from jaxtron.plan.formula.calibrate import calibrate
+from jaxtron.plan.formula.pieces import period
 from jaxtron.plan.formula.prediction import Prediction, predict
-from jaxtron.plan.formula.workload import embedding_parameters, period, period_parameters, shapes_of
+from jaxtron.plan.formula.workload import shapes_of
 from jaxtron.plan.machine import Machine, machine_named
 from jaxtron.plan.profile import JAXTRON, MEGATRON_2021, MEGATRON_2022, PROFILES, Overlap
 from jaxtron.run.configuration import Configuration
@@ -88,10 +90,15 @@ def test_flops_are_those_of_the_papers():
 
 def test_parameters_are_those_of_the_formula():
     layers, h, s, v = 16, 2048, 1024, 51200
-    shapes = shapes_of(configuration(), ONE, JAXTRON, KIND)
+    model = configuration().model
     # 2104.04473 Eq. 2, without the final norm's 2h there too
     formula = 12 * layers * h**2 * (1 + 13 / (12 * h) + (v + s) / (12 * layers * h))
-    assert layers * period_parameters(shapes) + embedding_parameters(shapes) == pytest.approx(formula, rel=1e-12)
+    assert layers * period_parameters(model) + embedding_parameters(model, s) == pytest.approx(formula, rel=1e-12)
+    # of eight tensor parts each has an eighth of all matrices, of what their columns make and of the vocabulary;
+    # norms, biases of the stream and positions are whole
+    whole = 2 * layers * (2 * h + h) + s * h
+    parts = 8 * (layers * period_parameters(model, 8) + embedding_parameters(model, s, 8))
+    assert parts == pytest.approx(formula + 7 * whole, rel=1e-12)
 
 
 def test_a_layer_communicates_as_the_compiled_step_does():
@@ -114,7 +121,7 @@ def test_a_layer_communicates_as_the_compiled_step_does():
 
 def test_weights_are_gathered_at_use_by_fsdp_and_zero_3():
     config = configuration(sharding={"zero": "parameters"})
-    parameters = period_parameters(shapes_of(config, ONE, JAXTRON, KIND))
+    parameters = period_parameters(config.model)
     for slot, kind in (("forward", "all_gather"), ("backward", "all_gather"), ("weight", "reduce_scatter")):
         assert layer_collectives(config, slot, fsdp=4, data=2) == [(kind, pytest.approx(2 * parameters))]
     exposed = predicted(config, profile=NOTHING_HIDDEN, fsdp=4, data=2)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtron.kernels.attention.backend import Backend, select_backend
 from jaxtron.kernels.attention.spec import AttentionSpec
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.pattern import ATTENTIONS, WINDOW
+from jaxtron.models.decoder.kinds import KINDS
 from jaxtron.typing import DTypeLike
 
 
@@ -17,7 +17,7 @@ def attention_spec(config: ModelConfig, symbol: str) -> AttentionSpec:
     """What attention computes in a layer of this kind, without slopes, segments and dropout's mask: they are arrays."""
     attention = config.attention
     return AttentionSpec(
-        window=attention.window if symbol == WINDOW else None,
+        window=attention.window if KINDS[symbol].attends == "window" else None,
         logits_scale=attention.scale,
         logits_soft_cap=attention.soft_cap,
         dropout_rate=config.attention_dropout,
@@ -42,17 +42,17 @@ def attention_backends(
     arrays = {"q_segment_ids": segments, "kv_segment_ids": segments, "alibi_slopes": slopes}
     needs_log_sum_exp = parts > 1 or config.attention.sinks
     return {
-        symbol: select_backend(
+        kind.symbol: select_backend(
             config.attention.implementation,
             query,
             key,
             key,
-            replace(attention_spec(config, symbol), **arrays),
+            replace(attention_spec(config, kind.symbol), **arrays),
             device_kind,
             needs_log_sum_exp=needs_log_sum_exp,
         )
-        for symbol in ATTENTIONS
-        if config.layout.count(symbol)
+        for kind in config.kinds
+        if kind.attends
     }
 
 

@@ -1,16 +1,7 @@
 """What a decoder costs: parameters and floating-point operations, as the papers count them."""
 
-from jaxtron.layers.config import GATED
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.pattern import ATTENTION, ATTENTIONS, MLP, WINDOW
-
-# What each name in `ModelConfig.recomputed` computes again, of the parts of `_forward_flops`.
-RECOMPUTED_PARTS = {
-    "layer": ("projections", "attention_core", "mlp"),
-    "attention": ("projections", "attention_core"),
-    "attention_core": ("attention_core",),
-    "mlp": ("mlp",),
-}
+from jaxtron.models.decoder.kinds import KINDS, LayerKind, norm_parameters
 
 
 def num_parameters(config: ModelConfig, sequence_length: int) -> int:
@@ -19,13 +10,27 @@ def num_parameters(config: ModelConfig, sequence_length: int) -> int:
     `sequence_length` in tokens is the length of a learned position table where `max_positions` is none. A GPT has
     2104.04473's Eq. 2, 12 l h^2 + 13 l h + (v + s) h, and 2 h more: the equation leaves out the final norm.
     """
-    hidden, layout = config.hidden_size, config.layout
-    tables = config.padded_vocab * (1 if config.tied_head else 2)
-    if config.position == "learned":
-        tables += config.max_positions or sequence_length
-    norms = len(layout.layers) + 1 + config.embedding_norm
-    layers = layout.count(*ATTENTIONS) * _attention_parameters(config) + layout.count(MLP) * _mlp_parameters(config)
-    return tables * hidden + norms * _norm_parameters(config, hidden) + layers
+    norms = (1 + config.embedding_norm) * norm_parameters(config, config.hidden_size)
+    return table_parameters(config, sequence_length) + norms + config.layout.repeats * period_parameters(config)
+
+
+def period_parameters(config: ModelConfig, tensor: int = 1) -> int:
+    """Parameters of one period of the pattern on each of `tensor` devices, whole over the other axes of the mesh."""
+    period = config.layout.period
+    branches = sum(KINDS[symbol].parameters(config, tensor) for branch in period for symbol in branch)
+    return branches + len(period) * norm_parameters(config, config.hidden_size)
+
+
+def embedding_parameters(config: ModelConfig, sequence_length: int, tensor: int = 1) -> int:
+    """Parameters of the embedding and of learned positions on each of `tensor` devices."""
+    positions = (config.max_positions or sequence_length) if config.position == "learned" else 0
+    return config.hidden_size * (config.padded_vocab // tensor + positions)
+
+
+def table_parameters(config: ModelConfig, sequence_length: int, tensor: int = 1) -> int:
+    """Those of the embedding and of a head of its own."""
+    head = 0 if config.tied_head else config.hidden_size * (config.padded_vocab // tensor)
+    return embedding_parameters(config, sequence_length, tensor) + head
 
 
 def model_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
@@ -35,7 +40,8 @@ def model_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     as the papers do, although half of it is masked; in a window, as many scores a token as the window is long.
     """
     head = 2 * config.hidden_size * config.padded_vocab
-    return 3.0 * (sum(_forward_flops(config, sequence_length).values()) + head)
+    layers = sum(sum(_forward_flops(config, kind, sequence_length).values()) for kind in config.kinds)
+    return 3.0 * (layers + head)
 
 
 def hardware_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
@@ -45,39 +51,15 @@ def hardware_flops_per_token(config: ModelConfig, sequence_length: int) -> float
     2205.05198, App. A, adds three times that, 12 l h s (its s/3h in place of s/6h), so the paper's hardware FLOPs are
     `model + 3 * (hardware - model)`. The head is never computed again.
     """
-    forward = _forward_flops(config, sequence_length)
-    again = {part for name in config.recomputed for part in RECOMPUTED_PARTS[name]}
-    return model_flops_per_token(config, sequence_length) + sum(forward[part] for part in again)
+    again = 0
+    for kind in config.kinds:
+        is_whole = bool({"layer", kind.module} & config.recomputed)
+        forward = _forward_flops(config, kind, sequence_length)
+        again += sum(flops for region, flops in forward.items() if is_whole or region in config.recomputed)
+    return model_flops_per_token(config, sequence_length) + again
 
 
-def _forward_flops(config: ModelConfig, sequence_length: int) -> dict[str, int]:
-    """FLOPs of one token's forward by part of the layers: attention's projections, its core, the MLP."""
-    hidden, heads, head = config.hidden_size, config.num_heads, config.head_size
-    projections = 2 * hidden * head * (2 * heads + 2 * config.kv_heads)
-    mlp = 2 * hidden * config.mlp_width * (3 if config.activation in GATED else 2)
-    layout, window = config.layout, min(config.attention.window or 0, sequence_length)
-    scores = layout.count(ATTENTION) * sequence_length + layout.count(WINDOW) * window
-    return {
-        "projections": layout.count(*ATTENTIONS) * projections,
-        "attention_core": 4 * scores * heads * head,
-        "mlp": layout.count(MLP) * mlp,
-    }
-
-
-def _norm_parameters(config: ModelConfig, size: int) -> int:
-    return size * (2 if config.bias and config.norm != "rms_norm" else 1)
-
-
-def _attention_parameters(config: ModelConfig) -> int:
-    hidden, head = config.hidden_size, config.head_size
-    queries, keys = config.num_heads * head, config.kv_heads * head
-    has_qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
-    biases = (queries + 2 * keys if has_qkv_bias else 0) + (hidden if config.bias else 0)
-    norms = 2 * _norm_parameters(config, head) if config.qk_norm else 0
-    return 2 * hidden * (queries + keys) + biases + norms + config.attention.sinks * config.num_heads
-
-
-def _mlp_parameters(config: ModelConfig) -> int:
-    hidden = config.hidden_size
-    up = config.mlp_width * (2 if config.activation in GATED else 1)
-    return hidden * (up + config.mlp_width) + (up + hidden if config.bias else 0)
+def _forward_flops(config: ModelConfig, kind: LayerKind, sequence_length: int) -> dict[str, int]:
+    """FLOPs of one token's forward through all layers of a kind, by region."""
+    count = config.layout.count(kind.symbol)
+    return {region: count * flops for region, flops in kind.flops(config, sequence_length).items()}

@@ -12,40 +12,9 @@ from jaxtron.sharding.config import ContextConfig
 
 
 def check(model: ModelConfig, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
-    """`UserError` where sequence, heads, MLP or vocabulary do not fit a mesh of these sizes."""
-    tensor = sizes["tensor"]
-    for name, size in (
-        ("data.sequence_length", length),
-        ("model.num_heads", model.num_heads),
-        ("model.mlp_size", model.mlp_width),
-        ("the padded vocabulary (model.vocab_multiple)", model.padded_vocab),
-    ):
-        if size % tensor:
-            raise UserError(f"{name} {size} is not a multiple of mesh.tensor {tensor}; change one of them")
-    if sizes["context"] > 1:
-        _check_context(model, sizes, length, context)
-
-
-def _check_context(model: ModelConfig, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
-    parts, tensor = sizes["context"], sizes["tensor"]
-    pieces = 2 * parts * tensor
-    if length % pieces:
-        raise UserError(
-            f"data.sequence_length {length} is not a multiple of 2 x mesh.context {parts} x mesh.tensor {tensor} = "
-            f"{pieces}, for every device has two pieces of a sequence"
-        )
-    if model.attention_dropout:
-        raise UserError(
-            f"model.attention_dropout {model.attention_dropout} needs whole sequences: set it to 0, or "
-            "mesh.context to 1"
-        )
-    inner = context.groups(parts)[0]
-    for name, heads in (("num_heads", model.num_heads), ("num_kv_heads", max(model.kv_heads, tensor))):
-        if heads % (inner * tensor):
-            raise UserError(
-                f"context.method {context.method} splits heads {inner} ways beside mesh.tensor {tensor}, and "
-                f"model.{name} {heads} is not a multiple of {inner * tensor}; use context.method ring"
-            )
+    """`UserError` where sequence, layers or vocabulary do not fit a mesh of these sizes."""
+    context.check(sizes, length)
+    model.check(sizes, context)
 
 
 def cuts(model: ModelConfig) -> Cuts | None:

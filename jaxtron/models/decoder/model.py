@@ -15,7 +15,8 @@ from jaxtron.layers.loss import Sums, cross_entropy
 from jaxtron.layers.positions import local_positions, rotary_tables
 from jaxtron.models.decoder.attention_backends import attention_backends
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.stack import Stack, make_norm
+from jaxtron.models.decoder.layers import make_norm
+from jaxtron.models.decoder.stack import Stack
 from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding.parameters import gather_at_use, parameter
 from jaxtron.sharding.rules import constrain, current, spec

@@ -4,10 +4,9 @@ import functools
 from dataclasses import dataclass, replace
 
 from jaxtron.config import UserError
+from jaxtron.models.decoder.kinds import KINDS
 
-ATTENTION, WINDOW, MLP, CUT = "*", "W", "-", "|"
-SYMBOLS = {ATTENTION: "attention", WINDOW: "attention in a window", MLP: "MLP"}
-ATTENTIONS = (ATTENTION, WINDOW)
+CUT = "|"
 
 # One residual layer: the symbols that read the same normalized input and are added together.
 Branch = tuple[str, ...]
@@ -55,12 +54,15 @@ def parse(text: str, repeats: int = 1) -> Pattern:
         if is_group and (end < 0 or len(branch) < 2):
             raise _error(text, index, "a group needs two or more symbols and a closing ')'")
         for place, symbol in enumerate(branch, index + is_group):
-            if symbol not in SYMBOLS:
+            if symbol not in KINDS:
                 raise _error(text, place, f"unknown symbol {symbol!r}")
             if symbol in text[index:place]:
                 raise _error(text, place, f"{symbol!r} twice in the group {text[index : end + 1]}")
-        if set(ATTENTIONS) <= set(branch):
-            raise _error(text, index, "two kinds of attention in one group")
+        # each is the layer's one module of that name
+        modules = [KINDS[symbol].module for symbol in branch]
+        for module in modules:
+            if modules.count(module) > 1:
+                raise _error(text, index, f"two kinds of {module} in one group")
         layers.append(branch)
         index = end + is_group
     if not layers or repeats < 1:
@@ -99,5 +101,5 @@ def _reduce(layers: list[Branch]) -> Pattern:
 
 
 def _error(text: str, index: int, why: str) -> UserError:
-    known = ", ".join(f"{symbol} {name}" for symbol, name in SYMBOLS.items())
+    known = ", ".join(f"{symbol} {kind.name}" for symbol, kind in KINDS.items())
     return UserError(f"model.pattern {text!r}, symbol {index + 1}: {why} (known: {known}, (..) parallel, {CUT} cut)")

@@ -1,35 +1,23 @@
 """A pattern's residual layers, stacked by period and scanned."""
 
 import functools
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtron.kernels.attention.backend import Backend
-from jaxtron.layers.attention import Attention, Core
 from jaxtron.layers.inputs import LayerInputs
-from jaxtron.layers.mlp import Mlp
-from jaxtron.layers.norm import Norm
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.models.decoder import recompute
-from jaxtron.models.decoder.attention_backends import attention_spec
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.pattern import ATTENTION, MLP, WINDOW, Branch
+from jaxtron.models.decoder.kinds import KINDS
+from jaxtron.models.decoder.layers import BUILDERS, Backends, make_norm
+from jaxtron.models.decoder.pattern import Branch
 from jaxtron.pipeline.model import LayerFunction, LayerOutput
 from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding.parameters import gather_at_use
 from jaxtron.typing import Array, Float
-
-# of attention, by the pattern's symbol
-Backends = Mapping[str, Backend]
-
-
-def make_norm(config: ModelConfig, size: int, rngs: nnx.Rngs) -> Norm:
-    """The model's kind of norm over `size` channels."""
-    return Norm(size, kind=config.norm, bias=config.bias, epsilon=config.norm_epsilon, rngs=rngs)
 
 
 class Layer(nnx.Module):
@@ -38,12 +26,11 @@ class Layer(nnx.Module):
     def __init__(self, config: ModelConfig, branch: Branch, backends: Backends, rngs: nnx.Rngs) -> None:
         self.recomputed = config.recomputed
         self.norm = make_norm(config, config.hidden_size, rngs)
-        self.names = tuple("mlp" if symbol == MLP else "attention" for symbol in branch)
-        symbol = WINDOW if WINDOW in branch else ATTENTION
-        made = {"attention": lambda: _attention(config, symbol, backends, rngs), "mlp": lambda: _mlp(config, rngs)}
-        for name, make in made.items():
-            if name in self.names:
-                setattr(self, name, make())
+        self.names = tuple(KINDS[symbol].module for symbol in branch)
+        # in the table's order, so that first values do not depend on the pattern's
+        for symbol, kind in KINDS.items():
+            if symbol in branch:
+                setattr(self, kind.module, BUILDERS[symbol](config, kind, backends, rngs))
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
         normed = self.norm(x)
@@ -58,40 +45,6 @@ class Layer(nnx.Module):
         graph, state = nnx.split(module)
         run = recompute.region(name, self.recomputed, lambda state, *args: nnx.merge(graph, state)(*args))
         return functools.partial(run, state)
-
-
-def _attention(config: ModelConfig, symbol: str, backends: Backends, rngs: nnx.Rngs) -> Attention:
-    core = Core(backends[symbol].implementation, attention_spec(config, symbol))
-    qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
-    return Attention(
-        config.hidden_size,
-        num_heads=config.num_heads,
-        num_kv_heads=config.kv_heads,
-        head_dim=config.head_size,
-        qkv_bias=qkv_bias,
-        output_bias=config.bias,
-        qk_norm=functools.partial(make_norm, config, rngs=rngs) if config.qk_norm else None,
-        alibi=config.position == "alibi",
-        sinks=config.attention.sinks,
-        core=recompute.region("attention_core", config.recomputed, core),
-        std=config.initial_std,
-        output_std=config.output_std,
-        dropout=config.dropout,
-        rngs=rngs,
-    )
-
-
-def _mlp(config: ModelConfig, rngs: nnx.Rngs) -> Mlp:
-    return Mlp(
-        config.hidden_size,
-        config.mlp_width,
-        activation=config.activation,
-        bias=config.bias,
-        std=config.initial_std,
-        output_std=config.output_std,
-        dropout=config.dropout,
-        rngs=rngs,
-    )
 
 
 class Period(nnx.Module):

@@ -10,14 +10,16 @@ import jax.numpy as jnp
 
 from jaxtron.data.batch import SEQUENCE, TokenBatch, row_bytes
 from jaxtron.gpus import Gpu
-from jaxtron.layers.config import GATED
 from jaxtron.layers.loss import CHUNK_ELEMENTS
+from jaxtron.models.decoder.kinds import KINDS
 from jaxtron.models.decoder.model import Decoder
-from jaxtron.models.decoder.pattern import ATTENTIONS, MLP
 from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.plan.formula.activations import Kept, kept_bytes
+from jaxtron.plan.formula.layer_work import LAYER_WORK
+from jaxtron.plan.formula.workload import FLOAT, Shapes, shapes_of
 from jaxtron.plan.memory_use import NCCL_BUFFERS, MemoryUse, reserved
+from jaxtron.plan.profile import JAXTRON
 from jaxtron.roles import Role
 from jaxtron.run.attention import select_attention
 from jaxtron.run.configuration import Configuration
@@ -29,13 +31,10 @@ from jaxtron.sharding.mesh import abstract_mesh, build_mesh
 from jaxtron.sharding.parameters import working_dtype
 from jaxtron.sharding.rules import Rules, make_rules, use
 
-FLOAT = COUNTER = 4
-# What compiled steps hold at their peak beside the classes that shapes explain, as multiples of arrays that are there
-# at the same time. Measured on 20 layouts of 1.3 to 1008 billion parameters, JAX 0.11.2 (2026-11): tests/plan/
-# test_estimate.py has them. Scores of attention in float32, and MLP's matrix in float32 and the step's type:
-SCORES, MATRICES = 2.5, 3.0
-# Activations as wide as the MLP; logits of a chunk and the head's table in float32.
-HIDDEN, LOGITS, TABLES = 4.0, 3.0, 2.5
+COUNTER = 4
+# What compiled steps hold at their peak beside the classes that shapes explain and beside the layers, measured as in
+# layer_work.py: multiples of a chunk's logits and of the head's table in float32.
+LOGITS, TABLES = 3.0, 2.5
 # Pairs of backward and weight gradient are copied, and their operands transposed.
 PAIRS = 1.2
 
@@ -179,41 +178,37 @@ def _temporaries(
     Gathered at use, the largest array's gradients are transposed once more. With stages, the reductions of the step's
     end run at the same time, each with a transposed copy; without, one after the other.
     """
-    model, tensor, length = config.model, sizes["tensor"], config.data.sequence_length // sizes["context"]
-    rows = config.train.global_batch // config.train.microbatches // (sizes["data"] * sizes["fsdp"])
-    width = DTYPES[config.train.precision].itemsize
-    tokens, matrix = rows * length, model.hidden_size * model.mlp_width // tensor
-    backends = select_attention(config, sizes["context"], kind).values()
-    has_scores = any(backend.name == "materialized" for backend in backends)
-    layer = SCORES * FLOAT * tokens * length * model.num_heads / tensor * has_scores
-    layer += MATRICES * FLOAT * matrix + HIDDEN * tokens * width * model.mlp_width / tensor
-    vocab = model.padded_vocab // tensor
-    head = TABLES * FLOAT * vocab * model.hidden_size + LOGITS * FLOAT * min(tokens * vocab, CHUNK_ELEMENTS)
-    loop = max(layer, head) + PAIRS * rows * chunk_rows * slots.pairs * kept.pairs
-    loop += slots.residuals * chunk_rows * rows * _transposed(config, sizes, rows, chunk_rows)
+    shapes = shapes_of(config, sizes, JAXTRON, kind)
+    vocab, hidden = shapes.vocab, config.model.hidden_size
+    head = TABLES * FLOAT * vocab * hidden + LOGITS * FLOAT * min(shapes.tokens * vocab, CHUNK_ELEMENTS)
+    loop = max(_layer(shapes), head) + PAIRS * shapes.rows * chunk_rows * slots.pairs * kept.pairs
+    loop += slots.residuals * chunk_rows * shapes.rows * _transposed(shapes, in_loop=chunk_rows > 1)
     if state.gathered:
-        loop += state.largest + TABLES * FLOAT * vocab * model.hidden_size
+        loop += state.largest + TABLES * FLOAT * vocab * hidden
     if config.sharding.zero != "optimizer" or sizes["data"] * sizes["context"] == 1:
         return round(loop)
     reduced = state.master + (state.gradients if sizes["pipe"] > 1 else state.largest)
     return round(max(loop, reduced - used.weights - used.activations - used.messages))
 
 
-def _transposed(config: Configuration, sizes: dict[str, int], rows: int, chunk_rows: int) -> int:
+def _layer(shapes: Shapes) -> float:
+    """Bytes that a layer's backward needs beside what it kept: of all modules that a layer can have."""
+    modules: dict[str, float] = {}
+    for kind in shapes.model.kinds:
+        needed = LAYER_WORK[kind.symbol].temporaries(shapes)
+        modules[kind.module] = max(modules.get(kind.module, 0.0), needed)
+    return sum(modules.values())
+
+
+def _transposed(shapes: Shapes, in_loop: bool) -> int:
     """Bytes of one row of a period that a loop over layers keeps a second time."""
-    model, tensor, length = config.model, sizes["tensor"], config.data.sequence_length // sizes["context"]
-    width = DTYPES[config.train.precision].itemsize
+    model = shapes.model
     if "layer" in model.recomputed:
         return 0
-    found = 0
-    if "attention" not in model.recomputed:
-        heads = sum(branch.count(symbol) for branch in model.layout.period for symbol in ATTENTIONS)
-        found += heads * length * width * model.num_heads * model.head_size // tensor
-    # of one row and in a loop of several layers only, and where it is kept as it is multiplied
-    if rows == 1 and chunk_rows > 1 and "mlp" not in model.recomputed and model.activation not in GATED:
-        mlps = sum(branch.count(MLP) for branch in model.layout.period)
-        found += mlps * length * width * model.mlp_width // tensor
-    return found
+    kept = (
+        symbol for branch in model.layout.period for symbol in branch if KINDS[symbol].module not in model.recomputed
+    )
+    return sum(LAYER_WORK[symbol].transposed(shapes, in_loop) for symbol in kept)
 
 
 def _groups(sizes: dict[str, int]) -> int:

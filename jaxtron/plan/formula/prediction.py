@@ -10,8 +10,9 @@ from jaxtron.pipeline.partition import Partition
 from jaxtron.pipeline.schedules.figures import Slot, Walk, starts, walk
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.schedule import Schedule
-from jaxtron.plan.formula import workload
-from jaxtron.plan.formula.workload import OPTIMIZER_BYTES, CollectiveWork, Once, Shapes, Work
+from jaxtron.plan.formula import pieces
+from jaxtron.plan.formula.pieces import OPTIMIZER_BYTES, Once
+from jaxtron.plan.formula.workload import CollectiveWork, Shapes, Work, shapes_of
 from jaxtron.plan.machine import Group, Machine, axes_group
 from jaxtron.plan.profile import JAXTRON, Profile
 from jaxtron.run.configuration import Configuration
@@ -158,7 +159,7 @@ def predict(
     """
     config = config.resolved()
     config.check_mesh(sizes)
-    shapes = workload.shapes_of(config, sizes, profile, gpu_named(machine.gpu).device_kind)
+    shapes = shapes_of(config, sizes, profile, gpu_named(machine.gpu).device_kind)
     timer = Timer(machine, sizes, gpus_per_node, profile, config.sharding.zero)
     table, walked = _walk(config, sizes["pipe"])
     partition = config.partition(sizes["pipe"])
@@ -215,13 +216,13 @@ def _slot_costs(
     shapes: Shapes, table: Schedule, partition: Partition, timer: Timer
 ) -> tuple[dict[Slot, list[SlotCost]], float]:
     """The cost of each slot by virtual stage, and the FLOPs of a microbatch on a device of each stage, added up."""
-    pieces = (workload.period(shapes), workload.embedding(shapes), workload.head(shapes))
+    model = (pieces.period(shapes), pieces.embedding(shapes), pieces.head(shapes))
     last = table.num_virtual - 1
     message = SlotCost(pipe=(1 - timer.profile.overlap.pipe) * timer.message(shapes))
     costs: dict[Slot, list[SlotCost]] = {}
     flops = 0.0
     for slot in SLOTS if table.split else SLOTS[:2]:
-        works = [workload.slot_work(piece, slot, split=table.split) for piece in pieces]
+        works = [pieces.slot_work(piece, slot, split=table.split) for piece in model]
         period, embedding, head = map(timer.cost, works)
         costs[slot] = []
         for virtual, length in enumerate(partition.lengths):
@@ -259,7 +260,7 @@ def _stage(
         forward=slots["forward"],
         backward=slots["backward"],
         end=end,
-        once=workload.once(config, shapes, sum(partition.lengths[virtual] for virtual in mine)),
+        once=pieces.once(config, shapes, sum(partition.lengths[virtual] for virtual in mine)),
     )
 
 

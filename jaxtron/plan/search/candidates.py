@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxtron.config import UserError
-from jaxtron.models.decoder.pattern import ATTENTIONS
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.plan.compiled.deviceless import MORE
 from jaxtron.plan.hint import LEAST_PART
@@ -144,7 +143,7 @@ def layouts(config: Configuration, num_gpus: int, gpus_per_node: int) -> Iterato
     """
     model, batch = config.model, config.train.global_batch
     recomputes = tuple(dict.fromkeys((model.recompute, "none", "selective", "full")))
-    if not model.layout.count(*ATTENTIONS):
+    if not any(kind.selective for kind in model.kinds):
         recomputes = tuple(name for name in recomputes if name != "selective")
     for tensor, context, attention in _within(config, num_gpus, gpus_per_node):
         for pipe in _divisors(num_gpus // (tensor * context)):

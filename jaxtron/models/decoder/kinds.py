@@ -1,0 +1,187 @@
+"""The kinds of layers a decoder's pattern is made of: one entry of a table says all that the rest of the house asks.
+
+What a kind computes is built by the entry of the same symbol in `layers.BUILDERS`, which needs JAX, and what it takes
+of a GPU is in `LAYER_WORK` of plan/formula/layer_work.py; the tests hold the tables' keys equal.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtron.config import NoEffect, UserError
+from jaxtron.layers.config import GATED
+from jaxtron.models.decoder.settings import DecoderSettings
+from jaxtron.sharding.config import ContextConfig
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """One kind of residual branch.
+
+    `sizes` of a check are devices by flag of the mesh, `tensor` the parts of heads and MLP; parameters are those of one
+    device of so many, without the norm before the branch. FLOPs are those of one token's forward, 2 a multiplication
+    with its addition, by region: what lies in a part is not counted in the whole.
+    """
+
+    symbol: str
+    """One character of `model.pattern`."""
+    name: str
+    """For messages."""
+    module: str
+    """The name of its parameters in a layer, and of the whole branch in `model.recompute`."""
+    parameters: Callable[[DecoderSettings, int], int]
+    """(settings, tensor) -> parameters of a branch on a device."""
+    flops: Callable[[DecoderSettings, int], dict[str, int]]
+    """(settings, sequence length) -> FLOPs by region."""
+    fields: tuple[str, ...] = ()
+    """Settings of the model that have no effect without a layer that reads them."""
+    parts: tuple[str, ...] = ()
+    """Regions inside of the branch that `model.recompute` can name too."""
+    selective: tuple[str, ...] = ()
+    """Those of them that `recompute: selective` drops and computes again (2205.05198): quadratic in the sequence."""
+    attends: Literal["all", "window"] | None = None
+    """Whether its tokens see others of their sequence by attention: all before them, or `model.attention.window`."""
+    validate: Callable[[DecoderSettings], None] = lambda settings: None
+    """`UserError` for settings that do not go together, whatever the mesh."""
+    check: Callable[[DecoderSettings, Mapping[str, int], ContextConfig], None] = lambda settings, sizes, context: None
+    """(settings, sizes of the mesh by flag, how sequences are split): `UserError` where they do not fit."""
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """All that `model.recompute` can name of it."""
+        return (self.module, *self.parts)
+
+
+def norm_parameters(settings: DecoderSettings, size: int) -> int:
+    """Parameters of one of the model's norms over `size` channels."""
+    return size * (2 if settings.bias and settings.norm != "rms_norm" else 1)
+
+
+def local_kv_heads(settings: DecoderSettings, tensor: int) -> int:
+    """Key/value heads of each of `tensor` devices: all of them where they do not split."""
+    return settings.kv_heads // tensor if settings.kv_heads % tensor == 0 else settings.kv_heads
+
+
+def check_multiple(name: str, size: int, tensor: int) -> None:
+    """`UserError` unless `size`, called `name`, splits into `mesh.tensor` parts."""
+    if size % tensor:
+        raise UserError(f"{name} {size} is not a multiple of mesh.tensor {tensor}; change one of them")
+
+
+def _attention_parameters(settings: DecoderSettings, tensor: int) -> int:
+    hidden, head = settings.hidden_size, settings.head_size
+    heads, kv_heads = settings.num_heads // tensor, local_kv_heads(settings, tensor)
+    has_qkv_bias = settings.bias if settings.qkv_bias is None else settings.qkv_bias
+    biases = (head * (heads + 2 * kv_heads) if has_qkv_bias else 0) + (hidden if settings.bias else 0)
+    norms = 2 * norm_parameters(settings, head) if settings.qk_norm else 0
+    return 2 * hidden * head * (heads + kv_heads) + biases + norms + settings.attention.sinks * heads
+
+
+def _attention_flops(settings: DecoderSettings, seen: int) -> dict[str, int]:
+    """Of a token that sees so many others; the papers count the whole square of scores, masked or not."""
+    width = settings.num_heads * settings.head_size
+    projections = 4 * settings.hidden_size * (width + settings.kv_heads * settings.head_size)
+    return {"attention": projections, "attention_core": 4 * seen * width}
+
+
+def _validate_attention(settings: DecoderSettings) -> None:
+    if settings.head_dim is None and settings.hidden_size % settings.num_heads:
+        raise UserError(
+            f"model.hidden_size {settings.hidden_size} is not a multiple of model.num_heads {settings.num_heads}; "
+            "change one or set model.head_dim"
+        )
+    if settings.num_heads % settings.kv_heads:
+        raise UserError(
+            f"model.num_heads {settings.num_heads} is not a multiple of model.num_kv_heads {settings.kv_heads}"
+        )
+    attention, fields = settings.attention, type(settings.attention).model_fields
+    drops_by_name = attention.implementation == "materialized"
+    for name in ("soft_cap", "sinks", "deterministic", *(() if drops_by_name else ("implementation",))):
+        if settings.attention_dropout and getattr(attention, name) != fields[name].default:
+            raise NoEffect(
+                f"model.attention.{name}",
+                getattr(attention, name),
+                {"model.attention_dropout": settings.attention_dropout},
+                "leave it out, or set model.attention_dropout to 0",
+            )
+
+
+def _check_attention(settings: DecoderSettings, sizes: Mapping[str, int], context: ContextConfig) -> None:
+    tensor, parts = sizes["tensor"], sizes["context"]
+    check_multiple("model.num_heads", settings.num_heads, tensor)
+    if parts == 1:
+        return
+    if settings.attention_dropout:
+        raise UserError(
+            f"model.attention_dropout {settings.attention_dropout} needs whole sequences: set it to 0, or "
+            "mesh.context to 1"
+        )
+    inner = context.groups(parts)[0]
+    for name, heads in (("num_heads", settings.num_heads), ("num_kv_heads", max(settings.kv_heads, tensor))):
+        if heads % (inner * tensor):
+            raise UserError(
+                f"context.method {context.method} splits heads {inner} ways beside mesh.tensor {tensor}, "
+                f"and model.{name} {heads} is not a multiple of {inner * tensor}; use context.method ring"
+            )
+
+
+def _mlp_parameters(settings: DecoderSettings, tensor: int) -> int:
+    hidden, width = settings.hidden_size, settings.mlp_width // tensor
+    up = width * (2 if settings.activation in GATED else 1)
+    return hidden * (up + width) + (up + hidden if settings.bias else 0)
+
+
+def _mlp_flops(settings: DecoderSettings, length: int) -> dict[str, int]:
+    matrices = 3 if settings.activation in GATED else 2
+    return {"mlp": 2 * settings.hidden_size * settings.mlp_width * matrices}
+
+
+def _validate_mlp(settings: DecoderSettings) -> None:
+    if not settings.mlp_width:
+        raise UserError(
+            f"model.hidden_size {settings.hidden_size} is too small for the default width of a gated MLP; "
+            "set model.mlp_size"
+        )
+
+
+def _check_mlp(settings: DecoderSettings, sizes: Mapping[str, int], context: ContextConfig) -> None:
+    check_multiple("model.mlp_size", settings.mlp_width, sizes["tensor"])
+
+
+ATTENTION = LayerKind(
+    symbol="*",
+    name="attention",
+    module="attention",
+    parameters=_attention_parameters,
+    flops=_attention_flops,
+    fields=("num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "attention_dropout", "attention"),
+    parts=("attention_core",),
+    selective=("attention_core",),
+    attends="all",
+    validate=_validate_attention,
+    check=_check_attention,
+)
+WINDOW = LayerKind(
+    symbol="W",
+    name="attention in a window",
+    module="attention",
+    parameters=_attention_parameters,
+    flops=lambda settings, length: _attention_flops(settings, min(settings.attention.window or 0, length)),
+    fields=ATTENTION.fields,
+    parts=ATTENTION.parts,
+    selective=ATTENTION.selective,
+    attends="window",
+    validate=_validate_attention,
+    check=_check_attention,
+)
+MLP = LayerKind(
+    symbol="-",
+    name="MLP",
+    module="mlp",
+    parameters=_mlp_parameters,
+    flops=_mlp_flops,
+    fields=("mlp_size", "activation"),
+    validate=_validate_mlp,
+    check=_check_mlp,
+)
+KINDS = {kind.symbol: kind for kind in (ATTENTION, WINDOW, MLP)}

@@ -1,0 +1,62 @@
+"""The module of each kind of layer, from a decoder's configuration."""
+
+import functools
+from collections.abc import Callable, Mapping
+
+from flax import nnx
+
+from jaxtron.kernels.attention.backend import Backend
+from jaxtron.layers.attention import Attention, Core
+from jaxtron.layers.mlp import Mlp
+from jaxtron.layers.norm import Norm
+from jaxtron.models.decoder import recompute
+from jaxtron.models.decoder.attention_backends import attention_spec
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.kinds import ATTENTION, MLP, WINDOW, LayerKind
+
+# of attention, by the pattern's symbol
+Backends = Mapping[str, Backend]
+Builder = Callable[[ModelConfig, LayerKind, Backends, nnx.Rngs], nnx.Module]
+
+
+def make_norm(config: ModelConfig, size: int, rngs: nnx.Rngs) -> Norm:
+    """The model's kind of norm over `size` channels."""
+    return Norm(size, kind=config.norm, bias=config.bias, epsilon=config.norm_epsilon, rngs=rngs)
+
+
+def _attention(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rngs) -> Attention:
+    core = Core(backends[kind.symbol].implementation, attention_spec(config, kind.symbol))
+    qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+    return Attention(
+        config.hidden_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.kv_heads,
+        head_dim=config.head_size,
+        qkv_bias=qkv_bias,
+        output_bias=config.bias,
+        qk_norm=functools.partial(make_norm, config, rngs=rngs) if config.qk_norm else None,
+        alibi=config.position == "alibi",
+        sinks=config.attention.sinks,
+        core=recompute.region("attention_core", config.recomputed, core),
+        std=config.initial_std,
+        output_std=config.output_std,
+        dropout=config.dropout,
+        rngs=rngs,
+    )
+
+
+def _mlp(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rngs) -> Mlp:
+    return Mlp(
+        config.hidden_size,
+        config.mlp_width,
+        activation=config.activation,
+        bias=config.bias,
+        std=config.initial_std,
+        output_std=config.output_std,
+        dropout=config.dropout,
+        rngs=rngs,
+    )
+
+
+# By symbol, the keys of `kinds.KINDS`: (normalized input [B S E], LayerInputs) -> what is added to the stream [B S E].
+BUILDERS: dict[str, Builder] = {ATTENTION.symbol: _attention, WINDOW.symbol: _attention, MLP.symbol: _mlp}

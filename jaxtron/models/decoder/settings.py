@@ -1,0 +1,91 @@
+"""A decoder's settings and the sizes that follow from them, which its kinds of layers read."""
+
+import math
+
+from pydantic import Field
+
+from jaxtron.layers.config import Activation, AttentionConfig, NormKind, PositionKind, RotaryConfig
+from jaxtron.models.family import FamilyConfig
+
+
+class DecoderSettings(FamilyConfig):
+    """What a decoder-only language model is, without how it is run; `ModelConfig` says what must agree."""
+
+    pattern: str = "*-"
+    """Residual layers in order: `*` attention, `W` attention in a window, `-` MLP, `(*-)` both in parallel on one norm.
+    `|` cuts all layers into the stages of mesh.pipe (with num_layers 1; one stage runs them all)."""
+    num_layers: int = Field(default=12, ge=1, le=2**16)
+    """How often the pattern repeats; for `*-` the usual count of transformer layers."""
+    hidden_size: int = Field(default=768, ge=1)
+    """Width of the residual stream."""
+    num_heads: int = Field(default=12, ge=1)
+    """Query heads of an attention layer."""
+    num_kv_heads: int | None = Field(default=None, ge=1)
+    """Key/value heads: fewer than num_heads is grouped, 1 multi-query attention (none: num_heads)."""
+    head_dim: int | None = Field(default=None, ge=1)
+    """Dimensions of a head (none: hidden_size / num_heads)."""
+    mlp_size: int | None = Field(default=None, ge=1)
+    """Width of the MLP (none: 4 x hidden_size, or 8/3 of it to the next 64 below when gated, as Megatron)."""
+    vocab_size: int = Field(default=257, ge=1, le=2**31 - 1)
+    """Entries of the tokenizer's vocabulary."""
+    vocab_multiple: int = Field(default=128, ge=1)
+    """The table is padded to a multiple of this (Megatron: 128 x tensor parallel size)."""
+    max_positions: int | None = Field(default=None, ge=1)
+    """Entries of the learned position table (none: data.sequence_length); only for learned positions."""
+    activation: Activation = "gelu_tanh"
+    """Of the MLP: gelu (erf), gelu_tanh, relu, squared_relu, swiglu or geglu."""
+    norm: NormKind = "layer_norm"
+    """layer_norm, layer_norm_1p (stored scale is gamma - 1) or rms_norm."""
+    norm_epsilon: float = Field(default=1e-5, gt=0)
+    """Added to the variance."""
+    embedding_norm: bool = False
+    """A norm right after the embedding (BLOOM)."""
+    qk_norm: bool = False
+    """Norms on queries and keys, per head."""
+    bias: bool = True
+    """Biases of linear layers and LayerNorms."""
+    qkv_bias: bool | None = None
+    """Biases of the query, key and value projections (none: as `bias`)."""
+    position: PositionKind = "learned"
+    """learned, rotary, alibi or none."""
+    rotary: RotaryConfig = RotaryConfig()
+    """Only for rotary positions."""
+    tied_head: bool = True
+    """The output head is the embedding table."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of the embedding and of each branch before it joins the residual stream."""
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of the attention probabilities."""
+    initial_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of initial weights; projections back to the stream use it / sqrt(branches): of `*-` there
+    are 2 x num_layers."""
+    attention: AttentionConfig = AttentionConfig()
+    """Scores of attention, and its kernels."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Coefficient of log(Z)^2 in the loss (PaLM: 1e-4)."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        """Dimensions of a head."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the MLP."""
+        if self.mlp_size:
+            return self.mlp_size
+        return (
+            int(4 * self.hidden_size * 2 / 3) // 64 * 64
+            if self.activation in ("swiglu", "geglu")
+            else 4 * self.hidden_size
+        )
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding table."""
+        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
