@@ -16,10 +16,11 @@ import numpy as np
 
 from jaxtron.pipeline import buffers
 from jaxtron.pipeline.layer_loop import ChunkWork, LayerLoop, PreparedLayer, StackBuffers
-from jaxtron.pipeline.lowering import Channel, IntTable, Pairs, Segment, Slots, lower, segments
+from jaxtron.pipeline.lowering import Channel, IntTable, Routes, WorkTable, lower
 from jaxtron.pipeline.model import Microbatch, Model, Parameters, Stream, merge
 from jaxtron.pipeline.partition import StagePlan
 from jaxtron.pipeline.schedules.schedule import Schedule
+from jaxtron.pipeline.tick_loops import TickLoop, tick_loops
 from jaxtron.sharding.collectives import permute
 from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, Float, PyTree
@@ -78,8 +79,8 @@ def run(
     """
     executor = _Executor(schedule, stages, model, params, batch, frozen)
     state = executor.initial()
-    for segment in segments(executor.program):
-        state = executor.loop_over(segment, state)
+    for ticks in tick_loops(executor.lowered):
+        state = executor.loop_over(ticks, state)
     gradients = None
     if executor.trains:
         gradients = Parameters(tuple(held.grad_accumulators for held in state.stacks), state.outer_accumulators)
@@ -111,14 +112,14 @@ class _Executor:
         frozen: Parameters | None,
     ) -> None:
         assert schedule.num_chunks == stages.num_chunks and len(model.stacks) == len(stages.partitions)
-        self.program = lower(schedule, stages.stack_chunks)
+        self.lowered = lower(schedule, stages.stack_chunks)
         self.stages = stages
         self.model = model
         self.outer = params.outer
         self.frozen_outer = None if frozen is None else frozen.outer
         self.batch = batch
         self.num_stages = schedule.num_stages
-        self.trains = any(self.program.num_residuals)
+        self.trains = any(self.lowered.num_residuals)
         self.stage = jax.lax.axis_index(current().axes("pipe")) if self.num_stages > 1 else 0
         self.loops = tuple(
             LayerLoop(
@@ -148,45 +149,44 @@ class _Executor:
         found = []
         for stack, loop in zip(self.model.stacks, self.loops, strict=True):
             shared = jax.eval_shape(stack.shared, self._first_microbatch())
-            splits = self.program.schedule.split
+            splits = self.lowered.schedule.split
             found.append(loop.prepare(self.stream, shared, trains=self.trains, splits=splits))
         return tuple(found)
 
-    def loop_over(self, segment: Segment, state: ExecutorState) -> ExecutorState:
-        """The segment's ticks."""
-        length = segment.stop - segment.start
-        iterations = -(-length // segment.period)
-        rows = self._rows(segment, iterations * segment.period)
-        known = [self._known(rows[0], phase, segment.period) for phase in range(segment.period)]
-        here = jax.tree.map(lambda table: jnp.asarray(table)[:, self.stage].reshape(iterations, segment.period), rows)
+    def loop_over(self, ticks: TickLoop, state: ExecutorState) -> ExecutorState:
+        """The ticks of one loop."""
+        iterations = ticks.num_iterations
+        rows = self._rows(ticks)
+        known = [self._known(rows[0], phase, ticks.period) for phase in range(ticks.period)]
+        here = jax.tree.map(lambda table: jnp.asarray(table)[:, self.stage].reshape(iterations, ticks.period), rows)
 
         def iterate(state: ExecutorState, rows: PyTree) -> tuple[ExecutorState, None]:
-            for phase in range(segment.period):
+            for phase in range(ticks.period):
                 works, *arrivals = jax.tree.map(lambda row, phase=phase: row[phase], rows)
                 works = tuple(replace(work, **found) for work, found in zip(works, known[phase], strict=True))
-                state = self.tick(state, (works, *arrivals), segment, phase)
+                state = self.tick(state, (works, *arrivals), ticks, phase)
             return state, None
 
         if iterations == 1:
             return iterate(state, jax.tree.map(lambda row: row[0], here))[0]
         return jax.lax.scan(iterate, state, here)[0]
 
-    def _rows(self, segment: Segment, length: int) -> PyTree:
-        """The segment's part of the tables, idle ticks at its end to make whole iterations."""
-        program = self.program
-        missing = length - (segment.stop - segment.start)
+    def _rows(self, ticks: TickLoop) -> PyTree:
+        """The loop's part of the tables, idle ticks at its end to make whole iterations."""
+        lowered = self.lowered
+        missing = ticks.num_iterations * ticks.period - (ticks.stop - ticks.start)
 
         def part(table: np.ndarray, idle: int) -> np.ndarray:
-            return np.pad(table[segment.start : segment.stop], ((0, missing), (0, 0)), constant_values=idle)
+            return np.pad(table[ticks.start : ticks.stop], ((0, missing), (0, 0)), constant_values=idle)
 
-        works = (program.forward, program.backward, program.weight)
+        works = (lowered.forward, lowered.backward, lowered.weight)
         return (
-            tuple(jax.tree.map(lambda table: part(table, 0), slots) for slots in works),
-            tuple(part(channel.slots, program.num_activations) for channel in program.activations),
-            tuple(part(channel.slots, program.num_gradients) for channel in program.gradients),
+            tuple(jax.tree.map(lambda table: part(table, 0), work) for work in works),
+            tuple(part(channel.slots, lowered.num_inputs) for channel in lowered.inputs),
+            tuple(part(channel.slots, lowered.num_cotangents) for channel in lowered.cotangents),
         )
 
-    def _known(self, works: tuple[Slots[IntTable], ...], phase: int, period: int) -> list[dict[str, int]]:
+    def _known(self, works: tuple[WorkTable[IntTable], ...], phase: int, period: int) -> list[dict[str, int]]:
         """Of each kind of work, what is the same whenever there is any at this tick of the iterations.
 
         On one stage no branch is needed for it; on several it differs by stage.
@@ -204,76 +204,76 @@ class _Executor:
 
     def initial(self) -> ExecutorState:
         """Empty buffers and zero sums."""
-        program = self.program
+        lowered = self.lowered
         head = jax.eval_shape(self._run_head, self.outer, self.stream, self._first_microbatch())[1]
         stacks = tuple(
-            loop.buffers(prepared, program.num_residuals[stack], program.num_pairs[stack], partition.slots_per_chunk)
+            loop.buffers(prepared, lowered.num_residuals[stack], lowered.num_deferred[stack], partition.slots_per_chunk)
             for stack, (loop, prepared, partition) in enumerate(
                 zip(self.loops, self.prepared, self.stages.partitions, strict=True)
             )
         )
         accumulators = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), self.outer)
         return ExecutorState(
-            inputs=buffers.zeros(self.stream, program.num_activations + 1 if program.activations else 0),
-            cotangents=buffers.zeros(self.stream, program.num_gradients + 1 if self.trains else 0),
-            sent=buffers.zeros(self.stream) if program.gradients else None,
+            inputs=buffers.zeros(self.stream, lowered.num_inputs + 1 if lowered.inputs else 0),
+            cotangents=buffers.zeros(self.stream, lowered.num_cotangents + 1 if self.trains else 0),
+            sent=buffers.zeros(self.stream) if lowered.cotangents else None,
             stacks=stacks,
             outer_accumulators=accumulators if self.trains else (),
             sums=buffers.zeros(head),
         )
 
-    def tick(self, state: ExecutorState, row: PyTree, segment: Segment, phase: int) -> ExecutorState:
-        """One row of the table, in a segment's loop."""
-        (forward, backward, weight), arrivals, gradient_arrivals = row
-        program = self.program
-        messages = self._travel(program.gradients, segment.gradients[phase], state.sent)
+    def tick(self, state: ExecutorState, rows: PyTree, ticks: TickLoop, phase: int) -> ExecutorState:
+        """One tick: a row of each table, at this phase of the loop's iterations."""
+        (forward, backward, weight), arrivals, cotangent_arrivals = rows
+        lowered = self.lowered
+        messages = self._travel(lowered.cotangents, ticks.cotangents[phase], state.sent)
         y = cotangent = None
-        if self._has_any(program.forward, segment, phase):
-            state, y = self._run(self._forward, program.forward, forward, state)
-        for message, slot in zip(messages, gradient_arrivals, strict=True):
+        if self._has_any(lowered.forward, ticks, phase):
+            state, y = self._run(self._forward, lowered.forward, forward, state)
+        for message, slot in zip(messages, cotangent_arrivals, strict=True):
             state = replace(state, cotangents=_receive(state.cotangents, message, slot))
-        messages = self._travel(program.activations, segment.activations[phase], y)
-        if self._has_any(program.backward, segment, phase):
-            state, cotangent = self._run(self._backward, program.backward, backward, state)
-        if program.gradients:
+        messages = self._travel(lowered.inputs, ticks.inputs[phase], y)
+        if self._has_any(lowered.backward, ticks, phase):
+            state, cotangent = self._run(self._backward, lowered.backward, backward, state)
+        if lowered.cotangents:
             state = replace(state, sent=buffers.zeros(self.stream) if cotangent is None else cotangent)
-        if self._has_any(program.weight, segment, phase):
-            state, _ = self._run(self._weight, program.weight, weight, state)
+        if self._has_any(lowered.weight, ticks, phase):
+            state, _ = self._run(self._weight, lowered.weight, weight, state)
         for message, slot in zip(messages, arrivals, strict=True):
             state = replace(state, inputs=_receive(state.inputs, message, slot))
         return state
 
-    def _has_any(self, table: Slots[IntTable], segment: Segment, phase: int) -> bool:
-        return bool(table.active[segment.start + phase : segment.stop : segment.period].any())
+    def _has_any(self, table: WorkTable[IntTable], ticks: TickLoop, phase: int) -> bool:
+        return bool(table.active[ticks.start + phase : ticks.stop : ticks.period].any())
 
-    def _microbatch(self, slots: Slots[Array]) -> Microbatch:
-        return jax.tree.map(lambda leaf: leaf[slots.microbatch], self.batch)
+    def _microbatch(self, row: WorkTable[Array]) -> Microbatch:
+        return jax.tree.map(lambda leaf: leaf[row.microbatch], self.batch)
 
     def _shared(self, microbatch: Microbatch) -> tuple[PyTree, ...]:
         return tuple(stack.shared(microbatch) for stack in self.model.stacks)
 
     def _run(
-        self, work: Callable, table: Slots[IntTable], slots: Slots[Array], state: ExecutorState
+        self, work: Callable, table: WorkTable[IntTable], row: WorkTable[Array], state: ExecutorState
     ) -> tuple[ExecutorState, Stream]:
         """`work` if this tick has any; without a branch where every tick of every stage has."""
-        if table.active.all() or (isinstance(slots.active, int) and slots.active > 0):
-            return work(state, slots)
+        if table.active.all() or (isinstance(row.active, int) and row.active > 0):
+            return work(state, row)
 
         def nothing(state: ExecutorState) -> tuple[ExecutorState, Stream]:
             return state, buffers.zeros(self.stream)
 
-        return jax.lax.cond(slots.active, lambda state: work(state, slots), nothing, state)
+        return jax.lax.cond(row.active, lambda state: work(state, row), nothing, state)
 
-    def _forward(self, state: ExecutorState, slots: Slots[Array]) -> tuple[ExecutorState, Stream]:
+    def _forward(self, state: ExecutorState, row: WorkTable[Array]) -> tuple[ExecutorState, Stream]:
         """What enters the chunk, its layers, and on the last virtual stage head and loss with their gradient."""
-        microbatch = self._microbatch(slots)
+        microbatch = self._microbatch(row)
         shared = self._shared(microbatch)
 
         def enter(stack: int, state: ExecutorState) -> Stream:
-            received = None if stack == 0 else buffers.read(state.inputs, slots.activation)
+            received = None if stack == 0 else buffers.read(state.inputs, row.input)
             return received if stack < 0 else self._enter(stack, self.outer, received, microbatch)
 
-        entered = self._by_enters(slots, enter, state)
+        entered = self._by_enters(row, enter, state)
 
         def layers(stack: int, work: ChunkWork) -> tuple[Stream, tuple[StackBuffers, ...]]:
             loop, held = self.loops[stack], state.stacks[stack]
@@ -283,12 +283,12 @@ class _Executor:
                 y, held = loop.evaluate(work, entered, shared[stack], held)
             return y, _put(state.stacks, stack, held)
 
-        y, stacks = self._by_chunk(slots, layers)
+        y, stacks = self._by_chunk(row, layers)
         state = replace(state, stacks=stacks)
-        head = partial(self._head, y=y, microbatch=microbatch, slot=slots.gradient)
-        if isinstance(slots.is_last, int):
-            return (head(state) if slots.is_last else state), y
-        return jax.lax.cond(slots.is_last, head, lambda state: state, state), y
+        head = partial(self._head, y=y, microbatch=microbatch, slot=row.cotangent)
+        if isinstance(row.is_last, int):
+            return (head(state) if row.is_last else state), y
+        return jax.lax.cond(row.is_last, head, lambda state: state, state), y
 
     def _head(self, state: ExecutorState, *, y: Stream, microbatch: Microbatch, slot: Array) -> ExecutorState:
         """Loss and, when training, its gradient at once, left where the backward finds it."""
@@ -304,42 +304,42 @@ class _Executor:
         )
 
     @jax.named_scope(BACKWARD)
-    def _backward(self, state: ExecutorState, slots: Slots[Array]) -> tuple[ExecutorState, Stream]:
+    def _backward(self, state: ExecutorState, row: WorkTable[Array]) -> tuple[ExecutorState, Stream]:
         """Layers in reverse, then what entered the chunk."""
-        microbatch = self._microbatch(slots)
+        microbatch = self._microbatch(row)
         shared = self._shared(microbatch)
-        cotangent = buffers.read(state.cotangents, slots.gradient)
+        cotangent = buffers.read(state.cotangents, row.cotangent)
 
         def layers(stack: int, work: ChunkWork) -> tuple[Stream, tuple[StackBuffers, ...]]:
             arguments = (work, cotangent, shared[stack], state.stacks[stack])
             entered, held = self.loops[stack].backward(self.prepared[stack], *arguments)
             return entered, _put(state.stacks, stack, held)
 
-        entered, stacks = self._by_chunk(slots, layers)
+        entered, stacks = self._by_chunk(row, layers)
         state = replace(state, stacks=stacks)
 
         def enter(stack: int, accumulators: PyTree) -> tuple[PyTree, Stream]:
             if stack < 0:
                 return accumulators, entered
-            received = None if stack == 0 else buffers.read(state.inputs, slots.activation)
+            received = None if stack == 0 else buffers.read(state.inputs, row.input)
             pull = jax.vjp(partial(self._enter, stack, microbatch=microbatch), self.outer, received)[1]
             outer, before = pull(entered)
             # nothing is before the first stack; what it sends nobody reads
             return self._add_to_outer(accumulators, outer), entered if stack == 0 else before
 
-        accumulators, cotangent = self._by_enters(slots, enter, state.outer_accumulators)
+        accumulators, cotangent = self._by_enters(row, enter, state.outer_accumulators)
         return replace(state, outer_accumulators=accumulators), cotangent
 
     @jax.named_scope(BACKWARD)
-    def _weight(self, state: ExecutorState, slots: Slots[Array]) -> tuple[ExecutorState, Stream]:
+    def _weight(self, state: ExecutorState, row: WorkTable[Array]) -> tuple[ExecutorState, Stream]:
         """The layers' weight gradients that a backward put off."""
-        shared = self._shared(self._microbatch(slots))
+        shared = self._shared(self._microbatch(row))
 
         def layers(stack: int, work: ChunkWork) -> tuple[StackBuffers, ...]:
             loop, held = self.loops[stack], state.stacks[stack]
             return _put(state.stacks, stack, loop.weight_grads(self.prepared[stack], work, shared[stack], held))
 
-        return replace(state, stacks=self._by_chunk(slots, layers)), buffers.zeros(self.stream)
+        return replace(state, stacks=self._by_chunk(row, layers)), buffers.zeros(self.stream)
 
     def _enter(self, stack: int, outer: PyTree, received: Stream | None, microbatch: Microbatch) -> Stream:
         return self.model.stacks[stack].enter(merge(outer, self.frozen_outer), received, microbatch)
@@ -353,28 +353,28 @@ class _Executor:
     def _add_to_outer(self, totals: PyTree, parts: PyTree) -> PyTree:
         return (buffers.add if self.num_stages == 1 else buffers.add_in_branch)(totals, parts)
 
-    def _by_enters(self, slots: Slots[Array], run: Callable[[int, PyTree], PyTree], operand: PyTree) -> PyTree:
+    def _by_enters(self, row: WorkTable[Array], run: Callable[[int, PyTree], PyTree], operand: PyTree) -> PyTree:
         """`run(stack, operand)` with the stack that begins with this chunk, or -1, which is static in each branch."""
-        if isinstance(slots.enters, int):
-            return run(slots.enters, operand)
+        if isinstance(row.enters, int):
+            return run(row.enters, operand)
         branches = [partial(run, stack) for stack in range(-1, len(self.loops))]
-        return jax.lax.switch(slots.enters + 1, branches, operand)
+        return jax.lax.switch(row.enters + 1, branches, operand)
 
-    def _by_chunk(self, slots: Slots[Array], run: Callable[[int, ChunkWork], PyTree]) -> PyTree:
+    def _by_chunk(self, row: WorkTable[Array], run: Callable[[int, ChunkWork], PyTree]) -> PyTree:
         """`run(stack, work)` of this chunk, whose stack and number of layers are static in each branch."""
 
         def run_variant(variant: tuple[int, int]) -> PyTree:
             stack, length = variant
             partition = self.stages.partitions[stack]
-            chunk = slots.chunk - partition.first_chunk if partition.first_chunk else slots.chunk
-            return run(stack, ChunkWork(chunk * partition.slots_per_chunk, length, slots.residual, slots.pair))
+            chunk = row.chunk - partition.first_chunk if partition.first_chunk else row.chunk
+            return run(stack, ChunkWork(chunk * partition.slots_per_chunk, length, row.residual, row.deferred))
 
         if len(self.variants) == 1:
             return run_variant(self.variants[0])
-        if isinstance(slots.chunk, int):
-            return run_variant(self.variants[self.variant_numbers[0, slots.chunk]])
+        if isinstance(row.chunk, int):
+            return run_variant(self.variants[self.variant_numbers[0, row.chunk]])
         branches = [partial(lambda variant, _: run_variant(variant), variant) for variant in self.variants]
-        return jax.lax.switch(self.variant_number[slots.chunk], branches, None)
+        return jax.lax.switch(self.variant_number[row.chunk], branches, None)
 
     def _chunk_variants(self) -> tuple[list[tuple[int, int]], np.ndarray]:
         """The pairs (stack, layers of a chunk) there are, and by [stage, chunk] which it is."""
@@ -391,18 +391,18 @@ class _Executor:
         return variants, np.asarray([[variants.index(variant) for variant in row] for row in chunks], np.int32)
 
     def _travel(
-        self, channels: tuple[Channel, ...], pairs: tuple[Pairs, ...], message: Stream | None
+        self, channels: tuple[Channel, ...], routes: tuple[Routes, ...], message: Stream | None
     ) -> list[Stream | None]:
         """What arrives on each channel; None where nothing is sent at this tick of the loop."""
         if message is None:
             return [None] * len(channels)
 
-        def send(channel: Channel, now: Pairs) -> Stream | None:
-            if not channel.pairs:
+        def send(channel: Channel, now: Routes) -> Stream | None:
+            if not channel.routes:
                 return message
             return jax.tree.map(lambda leaf: permute(leaf, current().axes("pipe"), now), message) if now else None
 
-        return [send(channel, now) for channel, now in zip(channels, pairs, strict=True)]
+        return [send(channel, now) for channel, now in zip(channels, routes, strict=True)]
 
 
 def _receive(buffer: Stream, message: Stream | None, slot: Array) -> Stream:

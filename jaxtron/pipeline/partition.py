@@ -7,7 +7,7 @@ from functools import cached_property
 
 from jaxtron.config import UserError
 from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.pipeline.schedules.schedule import Entry, Placement, Schedule, Work, place
+from jaxtron.pipeline.schedules.schedule import ChunkPlacement, Entry, Schedule, Work, place
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Partition:
     lengths: tuple[int, ...]
     """Layers of each virtual stage."""
     num_stages: int = 1
-    placement: Placement = "loop"
+    placement: ChunkPlacement = "round_robin"
     first_chunk: int = 0
     """A stage's chunks of the stacks before this one."""
 
@@ -89,7 +89,7 @@ class StagePlan:
         return self.partitions[0].num_stages
 
     @property
-    def placement(self) -> Placement:
+    def placement(self) -> ChunkPlacement:
         """How chunks go round the stages."""
         return self.partitions[0].placement
 

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from jaxtron.models.decoder.cost import model_flops_per_token
-from jaxtron.pipeline.lowering import lower, message_counts
+from jaxtron.pipeline.lowering import lower
+from jaxtron.pipeline.tick_loops import message_counts
 from jaxtron.plan.compiled import flops
 from jaxtron.plan.compiled.communication import CommunicationRow, communication_rows, compiled_overlap
 from jaxtron.plan.compiled.diagnostics import Diagnostic, diagnostics

@@ -18,7 +18,7 @@ STACKED = frozenset({("stack", "w"), ("stack", "b"), ("stack", "v")})
 PARTITIONS = {
     "interleaved": Partition((2, 2, 2, 2), num_stages=2),
     "uneven": Partition((1, 2, 3, 1), num_stages=4),
-    "empty rows in every chunk": Partition((2, 1, 1, 3), num_stages=2, placement="vee"),
+    "empty rows in every chunk": Partition((2, 1, 1, 3), num_stages=2, placement="v_shape"),
     "a stage without layers": Partition((0, 3), num_stages=2),
 }
 

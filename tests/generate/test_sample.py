@@ -57,11 +57,11 @@ def expected(one_device_rules) -> list[int]:
         pytest.param(Partition((5,)), {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
         (Partition((1, 2, 1, 1), num_stages=2), {"pipe": 2}),
         pytest.param(
-            Partition((1, 2, 1, 1), num_stages=2, placement="vee"), {"pipe": 2, "data": 2}, marks=pytest.mark.slow
+            Partition((1, 2, 1, 1), num_stages=2, placement="v_shape"), {"pipe": 2, "data": 2}, marks=pytest.mark.slow
         ),
         (Partition((1, 1, 1, 2), num_stages=4), {"pipe": 4, "tensor": 2}),
     ],
-    ids=["no stages", "chunks", "vee", "with tensor"],
+    ids=["no stages", "chunks", "v_shape", "with tensor"],
 )
 def test_the_same_text_everywhere(rules_for, expected, partition, mesh):
     assert len(set(expected)) > 3 and all(0 <= token < VOCAB for token in expected)

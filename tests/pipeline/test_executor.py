@@ -251,8 +251,8 @@ def test_gradients_are_summed_in_float32(rules_for, name, num_stages):
 @pytest.mark.parametrize("lengths", [(3,), (2, 3), (1, 2, 0, 2), (2, 1, 1, 2)], ids=str)
 def test_a_table_without_backwards_has_reports_and_no_gradients(rules_for, lengths):
     params, batch, expected = toy(sum(lengths), 5)
-    for num_stages, placement in itertools.product((len(lengths), len(lengths) // 2), ("loop", "vee")):
-        if num_stages == 0 or (placement == "vee") != (2 * num_stages == len(lengths)):
+    for num_stages, placement in itertools.product((len(lengths), len(lengths) // 2), ("round_robin", "v_shape")):
+        if num_stages == 0 or (placement == "v_shape") != (2 * num_stages == len(lengths)):
             continue
         stages = StagePlan((Partition(lengths, num_stages, placement),))
         found = on_stages(rules_for(pipe=num_stages), forward_only(stages, 5), stages, TOY, params, batch)

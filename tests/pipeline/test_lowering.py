@@ -9,11 +9,12 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from jaxtron.pipeline.lowering import Channel, Program, Segment, Slots, lower, message_counts, segments
+from jaxtron.pipeline.lowering import Channel, LoweredSchedule, WorkTable, lower
 from jaxtron.pipeline.partition import Partition, StagePlan, forward_only
 from jaxtron.pipeline.schedules.figures import figures
 from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
 from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work, check, one_stage
+from jaxtron.pipeline.tick_loops import TickLoop, message_counts, tick_loops
 
 TWO_CHUNKS = ("zero_bubble_v", "dualpipe_v")
 MANY_CHUNKS = ("interleaved", "eager_interleaved")
@@ -25,7 +26,7 @@ class Broken(AssertionError):
 
 
 class Buffer:
-    """Slots of one stage; a content is awaited until it is taken, once. The last slot is for what nobody reads."""
+    """WorkTable of one stage; a content is awaited until it is taken, once. The last slot is for what nobody reads."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -46,22 +47,22 @@ class Buffer:
 
 
 class Machine:
-    """The stages of a program. A content is (kind, virtual stage, microbatch), those of who is to use it."""
+    """The stages of a lowered schedule. A content is (kind, virtual stage, microbatch), those of who is to use it."""
 
-    def __init__(self, program: Program, stack_chunks: tuple[int, ...] = ()) -> None:
-        self.program = program
-        self.stack_chunks = stack_chunks or (program.schedule.num_chunks,)
-        self.schedule = program.schedule
+    def __init__(self, lowered: LoweredSchedule, stack_chunks: tuple[int, ...] = ()) -> None:
+        self.lowered = lowered
+        self.stack_chunks = stack_chunks or (lowered.schedule.num_chunks,)
+        self.schedule = lowered.schedule
         self.stages = range(self.schedule.num_stages)
-        sizes = (program.num_activations, program.num_gradients, *program.num_residuals, *program.num_pairs)
+        sizes = (lowered.num_inputs, lowered.num_cotangents, *lowered.num_residuals, *lowered.num_deferred)
         self.buffers = [[Buffer(size) for _ in self.stages] for size in sizes]
-        self.activations, self.gradients, *others = self.buffers
+        self.inputs, self.cotangents, *others = self.buffers
         # by stack
-        self.residuals, self.pairs = others[: len(self.stack_chunks)], others[len(self.stack_chunks) :]
+        self.residuals, self.deferred = others[: len(self.stack_chunks)], others[len(self.stack_chunks) :]
         self.sent: list = [NOTHING for _ in self.stages]
         self.ran = Counter()
 
-    def run(self, loops: tuple[Segment, ...]) -> None:
+    def run(self, loops: tuple[TickLoop, ...]) -> None:
         tick = 0
         for loop in loops:
             if loop.start != tick:
@@ -75,38 +76,38 @@ class Machine:
         for buffer in itertools.chain(*self.buffers):
             if buffer.slots:
                 raise Broken(f"nobody took {buffer.slots}")
-        kinds = [kind for kind in ("forward", "backward", "weight") if getattr(self.program, kind).active.any()]
+        kinds = [kind for kind in ("forward", "backward", "weight") if getattr(self.lowered, kind).active.any()]
         every = itertools.product(kinds, range(self.schedule.num_virtual), range(self.schedule.num_microbatches))
         if self.ran != Counter(every):
             raise Broken("something did not run once")
 
-    def tick(self, tick: int | None, loop: Segment, phase: int) -> None:
+    def tick(self, tick: int | None, loop: TickLoop, phase: int) -> None:
         """As the executor's; None is an idle tick that fills an iteration."""
-        program = self.program
-        messages = self.travel(program.gradients, loop.gradients[phase], self.sent)
-        outputs = [self.forward(stage, row) for stage, row in self.rows(program.forward, tick)]
-        self.receive(program.gradients, messages, self.gradients, tick)
-        messages = self.travel(program.activations, loop.activations[phase], outputs)
-        self.sent = [self.backward(stage, row) for stage, row in self.rows(program.backward, tick)]
-        for stage, row in self.rows(program.weight, tick):
+        lowered = self.lowered
+        messages = self.travel(lowered.cotangents, loop.cotangents[phase], self.sent)
+        outputs = [self.forward(stage, row) for stage, row in self.rows(lowered.forward, tick)]
+        self.receive(lowered.cotangents, messages, self.cotangents, tick)
+        messages = self.travel(lowered.inputs, loop.inputs[phase], outputs)
+        self.sent = [self.backward(stage, row) for stage, row in self.rows(lowered.backward, tick)]
+        for stage, row in self.rows(lowered.weight, tick):
             self.weight(stage, row)
-        self.receive(program.activations, messages, self.activations, tick)
+        self.receive(lowered.inputs, messages, self.inputs, tick)
 
-    def rows(self, table: Slots, tick: int | None) -> Iterator[tuple[int, dict[str, int] | None]]:
+    def rows(self, table: WorkTable, tick: int | None) -> Iterator[tuple[int, dict[str, int] | None]]:
         for stage in self.stages:
             has_work = tick is not None and table.active[tick, stage]
-            names = [field.name for field in fields(Slots)]
+            names = [field.name for field in fields(WorkTable)]
             yield stage, {name: int(getattr(table, name)[tick, stage]) for name in names} if has_work else None
 
     def travel(self, channels: tuple[Channel, ...], pairs, contents: list) -> list:
         """What arrives at each stage on each channel; all that is sent must have an open way."""
         arrived = []
-        for channel, open_pairs in zip(channels, pairs, strict=True):
-            if channel.pairs:
-                destinations = [destination for _, destination in open_pairs]
-                if len(set(destinations)) < len(destinations) or not set(open_pairs) <= set(channel.pairs):
-                    raise Broken(f"{open_pairs} is no permutation")
-                sources = {destination: source for source, destination in open_pairs}
+        for channel, open_routes in zip(channels, pairs, strict=True):
+            if channel.routes:
+                destinations = [destination for _, destination in open_routes]
+                if len(set(destinations)) < len(destinations) or not set(open_routes) <= set(channel.routes):
+                    raise Broken(f"{open_routes} is no permutation")
+                sources = {destination: source for source, destination in open_routes}
             else:
                 sources = {stage: stage for stage in self.stages}
             arrived.append([contents[sources[stage]] if stage in sources else NOTHING for stage in self.stages])
@@ -141,40 +142,40 @@ class Machine:
         if row is None:
             return NOTHING
         virtual, microbatch = self.begin("forward", stage, row)
-        trains = any(self.program.num_residuals)
+        trains = any(self.lowered.num_residuals)
         # a later stack's backward reads once more what entered it
         if virtual and not (trains and row["enters"] > 0):
-            self.activations[stage].take(row["activation"], ("activation", virtual, microbatch))
-        elif virtual and self.activations[stage].slots.get(row["activation"]) != ("activation", virtual, microbatch):
+            self.inputs[stage].take(row["input"], ("input", virtual, microbatch))
+        elif virtual and self.inputs[stage].slots.get(row["input"]) != ("input", virtual, microbatch):
             raise Broken(f"slot {row['activation']} does not have what enters virtual stage {virtual}")
         if trains:
             self.residuals[self.stack(virtual)][stage].put(row["residual"], ("residual", virtual, microbatch))
             if row["is_last"]:
-                self.gradients[stage].put(row["gradient"], ("gradient", virtual, microbatch))
-        return NOTHING if row["is_last"] else ("activation", virtual + 1, microbatch)
+                self.cotangents[stage].put(row["cotangent"], ("cotangent", virtual, microbatch))
+        return NOTHING if row["is_last"] else ("input", virtual + 1, microbatch)
 
     def backward(self, stage: int, row: dict[str, int] | None):
         if row is None:
             return NOTHING
         virtual, microbatch = self.begin("backward", stage, row)
-        self.gradients[stage].take(row["gradient"], ("gradient", virtual, microbatch))
+        self.cotangents[stage].take(row["cotangent"], ("cotangent", virtual, microbatch))
         if row["enters"] > 0:
-            self.activations[stage].take(row["activation"], ("activation", virtual, microbatch))
+            self.inputs[stage].take(row["input"], ("input", virtual, microbatch))
         self.residuals[self.stack(virtual)][stage].take(row["residual"], ("residual", virtual, microbatch))
-        if any(self.program.num_pairs):
-            self.pairs[self.stack(virtual)][stage].put(row["pair"], ("pair", virtual, microbatch))
-        return NOTHING if row["enters"] == 0 else ("gradient", virtual - 1, microbatch)
+        if any(self.lowered.num_deferred):
+            self.deferred[self.stack(virtual)][stage].put(row["deferred"], ("deferred", virtual, microbatch))
+        return NOTHING if row["enters"] == 0 else ("cotangent", virtual - 1, microbatch)
 
     def weight(self, stage: int, row: dict[str, int] | None) -> None:
         if row is not None:
             virtual, microbatch = self.begin("weight", stage, row)
-            self.pairs[self.stack(virtual)][stage].take(row["pair"], ("pair", virtual, microbatch))
+            self.deferred[self.stack(virtual)][stage].take(row["deferred"], ("deferred", virtual, microbatch))
 
 
-def simulate(program: Program, stack_chunks: tuple[int, ...] = ()) -> Machine:
+def simulate(lowered: LoweredSchedule, stack_chunks: tuple[int, ...] = ()) -> Machine:
     """The machine after all ticks; `Broken` where anything is not what was meant."""
-    machine = Machine(program, stack_chunks)
-    machine.run(segments(program))
+    machine = Machine(lowered, stack_chunks)
+    machine.run(tick_loops(lowered))
     return machine
 
 
@@ -189,13 +190,13 @@ def tables(name: str) -> Iterator[Schedule]:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_everything_reads_what_it_needs_from_buffers_no_larger_than_that(name):
     for schedule in tables(name):
-        program = lower(schedule)
-        machine = simulate(program)
+        lowered = lower(schedule)
+        machine = simulate(lowered)
         stages = figures(schedule).stages
-        assert program.num_residuals == (max(stage.in_flight for stage in stages),)
-        assert program.num_pairs == (max(stage.pairs for stage in stages),)
+        assert lowered.num_residuals == (max(stage.in_flight for stage in stages),)
+        assert lowered.num_deferred == (max(stage.pairs for stage in stages),)
         peaks = [max(buffer.peak for buffer in buffers) for buffers in machine.buffers]
-        sizes = [program.num_activations, program.num_gradients, *program.num_residuals, *program.num_pairs]
+        sizes = [lowered.num_inputs, lowered.num_cotangents, *lowered.num_residuals, *lowered.num_deferred]
         assert sizes == peaks
 
 
@@ -205,50 +206,50 @@ def test_stacks_have_buffers_of_their_own(name):
         if name in TWO_CHUNKS and sum(stack_chunks) > 2:
             continue
         schedule = make_schedule(name, num_stages, num_microbatches, sum(stack_chunks))
-        program = lower(schedule, stack_chunks)
-        machine = simulate(program, stack_chunks)
+        lowered = lower(schedule, stack_chunks)
+        machine = simulate(lowered, stack_chunks)
         peaks = [max(buffer.peak for buffer in buffers) for buffers in machine.buffers]
-        sizes = [program.num_activations, program.num_gradients, *program.num_residuals, *program.num_pairs]
-        assert sizes == peaks and len(program.num_residuals) == len(stack_chunks)
+        sizes = [lowered.num_inputs, lowered.num_cotangents, *lowered.num_residuals, *lowered.num_deferred]
+        assert sizes == peaks and len(lowered.num_residuals) == len(stack_chunks)
     with pytest.raises(Broken):
-        simulate(program)
+        simulate(lowered)
 
 
 def test_several_stacks_on_one_stage_keep_one_microbatch():
     for num_stacks, count in itertools.product((2, 3), (1, 2, 9)):
         schedule = one_stage(count, num_stacks)
         check(schedule)
-        program = lower(schedule, (1,) * num_stacks)
-        simulate(program, (1,) * num_stacks)
-        assert program.num_residuals == (1,) * num_stacks
+        lowered = lower(schedule, (1,) * num_stacks)
+        simulate(lowered, (1,) * num_stacks)
+        assert lowered.num_residuals == (1,) * num_stacks
         # of many microbatches all but the first and the last are iterations of one loop
-        longest = max(segments(program), key=lambda loop: loop.stop - loop.start)
+        longest = max(tick_loops(lowered), key=lambda loop: loop.stop - loop.start)
         assert count < 9 or (longest.stop - longest.start) // longest.period >= count - 2
         assert longest.period in (1, 2 * num_stacks - 1)
-        assert message_counts(program) == (0, 0)
+        assert message_counts(lowered) == (0, 0)
 
 
 def test_accumulation_sends_nothing_and_keeps_one_of_each():
     for count in (1, 2, 7):
-        program = lower(one_stage(count))
-        simulate(program)
-        assert program.activations == program.gradients == ()
-        assert (program.num_activations, program.num_gradients, program.num_residuals) == (0, 1, (1,))
+        lowered = lower(one_stage(count))
+        simulate(lowered)
+        assert lowered.inputs == lowered.cotangents == ()
+        assert (lowered.num_inputs, lowered.num_cotangents, lowered.num_residuals) == (0, 1, (1,))
 
 
-@pytest.mark.parametrize("placement", ["loop", "vee"])
+@pytest.mark.parametrize("placement", ["round_robin", "v_shape"])
 def test_evaluation(placement):
     for num_stages in (1, 2, 3, 8):
-        program = lower(forward_only(StagePlan((Partition((1,) * (2 * num_stages), num_stages, placement),))))
-        simulate(program)
-        assert (program.num_activations, program.num_residuals, program.num_gradients) == (1, (0,), 0)
+        lowered = lower(forward_only(StagePlan((Partition((1,) * (2 * num_stages), num_stages, placement),))))
+        simulate(lowered)
+        assert (lowered.num_inputs, lowered.num_residuals, lowered.num_cotangents) == (1, (0,), 0)
         for count in (2, 9):
-            program = lower(
+            lowered = lower(
                 forward_only(StagePlan((Partition((1,) * (2 * num_stages), num_stages, placement),)), count)
             )
-            simulate(program)
+            simulate(lowered)
             # inputs wait on a stage while another of its chunks runs, not for every microbatch
-            assert program.num_activations <= num_stages and program.num_gradients == 0 == program.num_residuals[0]
+            assert lowered.num_inputs <= num_stages and lowered.num_cotangents == 0 == lowered.num_residuals[0]
 
 
 def test_a_table_of_ones_own():
@@ -267,35 +268,37 @@ def test_a_table_of_ones_own():
         (entry(None, 0, 1), entry(None, None, 0)),
         (entry(None, None, 0), entry()),
     )
-    program = lower(Schedule("mine", table, 2))
-    simulate(program)
-    sizes = (program.num_activations, program.num_gradients, *program.num_residuals, *program.num_pairs)
+    lowered = lower(Schedule("mine", table, 2))
+    simulate(lowered)
+    sizes = (lowered.num_inputs, lowered.num_cotangents, *lowered.num_residuals, *lowered.num_deferred)
     assert sizes == (2, 2, 2, 2)
 
 
 # tables and what is read in them
 READ = [
-    ("forward", ("microbatch", "chunk", "enters", "is_last", "activation", "gradient", "residual")),
-    ("backward", ("microbatch", "chunk", "enters", "is_last", "gradient", "residual", "pair")),
-    ("weight", ("microbatch", "chunk", "pair")),
+    ("forward", ("microbatch", "chunk", "enters", "is_last", "input", "cotangent", "residual")),
+    ("backward", ("microbatch", "chunk", "enters", "is_last", "cotangent", "residual", "deferred")),
+    ("weight", ("microbatch", "chunk", "deferred")),
 ]
 
 
-def is_read(schedule: Schedule, table: Slots, kind: str, name: str, place: tuple[int, int]) -> bool:
-    if name == "activation":
+def is_read(schedule: Schedule, table: WorkTable, kind: str, name: str, place: tuple[int, int]) -> bool:
+    if name == "input":
         return table.enters[place] < 0
-    return name != "gradient" or kind == "backward" or bool(table.is_last[place])
+    return name != "cotangent" or kind == "backward" or bool(table.is_last[place])
 
 
 @pytest.mark.parametrize("name", ["1f1b", "eager_interleaved", "zero_bubble_v"])
 def test_the_simulator_notices_every_wrong_number(name):
     schedule = make_schedule(name, 3, 4, 1 if name == "1f1b" else 2)
-    program = lower(schedule)
+    lowered = lower(schedule)
     count = 0
     for kind, names in READ:
-        table = getattr(program, kind)
+        table = getattr(lowered, kind)
         for field, place in itertools.product(names, zip(*np.nonzero(table.active), strict=True)):
-            if (field == "pair" and not any(program.num_pairs)) or not is_read(schedule, table, kind, field, place):
+            if (field == "deferred" and not any(lowered.num_deferred)) or not is_read(
+                schedule, table, kind, field, place
+            ):
                 continue
             if field == "chunk" and schedule.num_chunks == 1:
                 continue
@@ -303,7 +306,7 @@ def test_the_simulator_notices_every_wrong_number(name):
             limit = {"microbatch": 4, "chunk": schedule.num_chunks, "is_last": 2}.get(field, 100)
             changed[place] = (changed[place] + 1) % limit
             with pytest.raises(Broken):
-                simulate(replace(program, **{kind: replace(table, **{field: changed})}))
+                simulate(replace(lowered, **{kind: replace(table, **{field: changed})}))
             count += 1
     assert count > 100
 
@@ -311,9 +314,9 @@ def test_the_simulator_notices_every_wrong_number(name):
 @pytest.mark.parametrize("name", ["1f1b", "interleaved", "zero_bubble_v"])
 def test_the_simulator_notices_every_wrong_message(name):
     schedule = make_schedule(name, 3, 4, 1 if name == "1f1b" else 2)
-    program = lower(schedule)
-    for kind, spare in (("activations", program.num_activations), ("gradients", program.num_gradients)):
-        channels = getattr(program, kind)
+    lowered = lower(schedule)
+    for kind, spare in (("inputs", lowered.num_inputs), ("cotangents", lowered.num_cotangents)):
+        channels = getattr(lowered, kind)
         for number, channel in enumerate(channels):
             for place in zip(*np.nonzero(channel.slots != spare), strict=True):
                 for slot in {spare, (channel.slots[place] + 1) % spare} - {channel.slots[place]}:
@@ -321,29 +324,29 @@ def test_the_simulator_notices_every_wrong_message(name):
                     changed[place] = slot
                     others = [*channels[:number], replace(channel, slots=changed), *channels[number + 1 :]]
                     with pytest.raises(Broken):
-                        simulate(replace(program, **{kind: tuple(others)}))
+                        simulate(replace(lowered, **{kind: tuple(others)}))
 
 
 def test_the_simulator_notices_a_closed_way_and_a_buffer_too_small():
-    program = lower(make_schedule("eager_1f1b", 3, 6))
-    loops = segments(program)
+    lowered = lower(make_schedule("eager_1f1b", 3, 6))
+    loops = tick_loops(lowered)
     for number, loop in enumerate(loops):
-        for kind in ("activations", "gradients"):
+        for kind in ("inputs", "cotangents"):
             phases = getattr(loop, kind)
-            for phase, channel in itertools.product(range(loop.period), range(len(getattr(program, kind)))):
+            for phase, channel in itertools.product(range(loop.period), range(len(getattr(lowered, kind)))):
                 pairs = phases[phase][channel]
                 for missing in pairs:
                     fewer = tuple(pair for pair in pairs if pair != missing)
                     row = (*phases[phase][:channel], fewer, *phases[phase][channel + 1 :])
                     changed = dataclasses.replace(loop, **{kind: (*phases[:phase], row, *phases[phase + 1 :])})
                     with pytest.raises(Broken):
-                        Machine(program).run((*loops[:number], changed, *loops[number + 1 :]))
-    fewer = {name: getattr(program, name) - 1 for name in ("num_activations", "num_gradients")}
-    for name, count in {**fewer, "num_residuals": (program.num_residuals[0] - 1,)}.items():
+                        Machine(lowered).run((*loops[:number], changed, *loops[number + 1 :]))
+    fewer = {name: getattr(lowered, name) - 1 for name in ("num_inputs", "num_cotangents")}
+    for name, count in {**fewer, "num_residuals": (lowered.num_residuals[0] - 1,)}.items():
         with pytest.raises(Broken):
-            simulate(replace(program, **{name: count}))
+            simulate(replace(lowered, **{name: count}))
     with pytest.raises(Broken):
-        Machine(program).run(loops[:-1])
+        Machine(lowered).run(loops[:-1])
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -358,5 +361,5 @@ def test_messages_sent_over_needed(name, sizes):
     for num_stages, rounds in sizes:
         chunks = 2 if name in MANY_CHUNKS + TWO_CHUNKS else 1
         schedule = make_schedule(name, num_stages, rounds * num_stages, chunks)
-        sent = sum(loop.num_sent for loop in segments(lower(schedule)))
+        sent = sum(loop.num_sent for loop in tick_loops(lower(schedule)))
         assert 1 <= sent / figures(schedule).num_messages <= 2

@@ -17,9 +17,9 @@ PARTITIONS = [
     Partition((2, 2, 2), 3),
     Partition((1, 3, 2), 3),
     Partition((2, 1, 1, 2), 2),
-    Partition((2, 1, 1, 2), 2, "vee"),
+    Partition((2, 1, 1, 2), 2, "v_shape"),
     Partition((0, 3, 2, 0, 1, 1), 2),
-    Partition((1, 0, 4, 2, 2, 1, 0, 3), 4, "vee"),
+    Partition((1, 0, 4, 2, 2, 1, 0, 3), 4, "v_shape"),
 ]
 
 
@@ -34,7 +34,7 @@ def test_rows_by_hand():
     # round and round: stage 0 has the parts 0 and 2; each part has as many rows as the longest
     assert Partition((2, 1, 1, 2), 2).slot_layers == (0, 1, 3, -1, 2, -1, 4, 5)
     # there and back: stage 0 has the first and the last
-    assert Partition((2, 1, 1, 2), 2, "vee").slot_layers == (0, 1, 4, 5, 2, -1, 3, -1)
+    assert Partition((2, 1, 1, 2), 2, "v_shape").slot_layers == (0, 1, 4, 5, 2, -1, 3, -1)
 
 
 @pytest.mark.parametrize("stages", PARTITIONS, ids=str)

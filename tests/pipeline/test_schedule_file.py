@@ -30,7 +30,9 @@ def test_header_and_placement_are_optional(tmp_path):
     plain = read_csv(written(tmp_path, rows))
     assert (plain.name, plain.num_stages, plain.num_ticks, plain.num_microbatches) == ("mine", 2, 4, 2)
     assert read_csv(written(tmp_path, "stage 0,stage 1\n" + rows)) == plain
-    assert read_csv(written(tmp_path, "# two stages\n# placement: loop\nrank 0, rank 1\n" + rows + "\n\n")) == plain
+    assert (
+        read_csv(written(tmp_path, "# two stages\n# placement: round_robin\nrank 0, rank 1\n" + rows + "\n\n")) == plain
+    )
     idle = read_csv(written(tmp_path, rows.replace("B0.1,\n", ",\nB0.1,\n")))
     assert idle.num_ticks == 5 and all(entry.is_idle for entry in idle.table[3])
 
@@ -40,7 +42,7 @@ def test_header_and_placement_are_optional(tmp_path):
     [
         ("", "the table is empty"),
         ("stage 0,stage 1\n", "the table is empty"),
-        ("# placement: ring\nF0.0 B0.0\n", "unknown placement 'ring'; use loop or vee"),
+        ("# placement: ring\nF0.0 B0.0\n", "unknown placement 'ring'; use round_robin or v_shape"),
         ("F0.0,\nF0,F0.0\n", "tick 1, stage 0: 'F0' is no work; write F, B or W and chunk.microbatch, such as F0.3"),
         ("F0.0,\nX0.0,F0.0\n", "tick 1, stage 0: 'X0.0' is no work"),
         ("F0.0 F0.1,\n", "tick 0, stage 0: two F in 'F0.0 F0.1'; a tick has one of each at most"),

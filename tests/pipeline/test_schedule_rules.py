@@ -37,9 +37,9 @@ def test_a_schedule_is_data():
 
 
 def test_chunks_lie_round_and_round_or_there_and_back():
-    loop = Schedule("loop", ((IDLE,) * 3,), 1, 3)
+    loop = Schedule("round_robin", ((IDLE,) * 3,), 1, 3)
     assert [loop.place(virtual) for virtual in range(9)] == [(s, c) for c in range(3) for s in range(3)]
-    vee = Schedule("vee", ((IDLE,) * 3,), 1, 2, "vee")
+    vee = Schedule("v_shape", ((IDLE,) * 3,), 1, 2, "v_shape")
     assert [vee.place(virtual) for virtual in range(6)] == [(0, 0), (1, 0), (2, 0), (2, 1), (1, 1), (0, 1)]
     for schedule in (loop, vee):
         for virtual in range(schedule.num_virtual):
@@ -108,7 +108,7 @@ def test_weights_come_no_earlier_than_their_backward():
         (Schedule("none", (), 1), "the table is empty"),
         (Schedule("ragged", ((IDLE, IDLE), (IDLE,)), 1), "tick 1 has 1 stages, tick 0 has 2"),
         (Schedule("nothing", ((IDLE,),), 0), "0 microbatches and 1 chunks"),
-        (Schedule("bent", ((IDLE,),), 1, 3, "vee"), "placement vee is for 2 chunks, not 3"),
+        (Schedule("bent", ((IDLE,),), 1, 3, "v_shape"), "placement v_shape is for 2 chunks, not 3"),
     ],
 )
 def test_a_table_has_a_shape(schedule, message):
@@ -118,4 +118,4 @@ def test_a_table_has_a_shape(schedule, message):
 
 def test_vee_and_loop_are_not_the_same_table():
     with pytest.raises(UserError, match="needs F"):
-        check(replace(zero_bubble_v(2, 3), placement="loop"))
+        check(replace(zero_bubble_v(2, 3), placement="round_robin"))

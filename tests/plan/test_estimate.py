@@ -98,7 +98,7 @@ def test_short_schedules_need_as_many_slots_as_long_ones(name: str):
             continue
         less = shortened(config, stages).train.microbatches
         short = lower(make_schedule(name, stages, less, chunks))
-        for buffer in ("num_residuals", "num_pairs", "num_activations", "num_gradients"):
+        for buffer in ("num_residuals", "num_deferred", "num_inputs", "num_cotangents"):
             assert getattr(short, buffer) == getattr(whole, buffer), (stages, count, chunks)
         # a table of gpipe holds all microbatches, and one with a rest in interleaved groups is another
         assert less < count or name == "gpipe" or (name == "interleaved" and count % stages)

@@ -38,11 +38,11 @@ def messages(rehearsal: Rehearsal) -> list[Collective]:
 @pytest.mark.parametrize("schedule", ["1f1b", pytest.param("eager_1f1b", marks=pytest.mark.slow)])
 def test_a_tick_sends_one_message_each_way_beside_its_work(schedule: str) -> None:
     rehearsal = step(schedule)
-    program = lower(make_schedule(schedule, PIPE, 8))
+    lowered = lower(make_schedule(schedule, PIPE, 8))
     sent = messages(rehearsal)
     assert {(entry.axes, entry.bytes) for entry in sent} == {(("pipe",), MESSAGE)}
     # per tick at most one of activations and one of gradients
-    assert sum(entry.executions for entry in sent) <= 2 * program.schedule.num_ticks
+    assert sum(entry.executions for entry in sent) <= 2 * lowered.schedule.num_ticks
     assert all(entry.asynchronous for entry in sent)
 
 

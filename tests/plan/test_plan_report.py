@@ -9,8 +9,9 @@ import pytest
 
 from jaxtron.config import load
 from jaxtron.gpus import GPUS, gpu_named
-from jaxtron.pipeline.lowering import lower, reached, segments
+from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.schedules.named import make_schedule
+from jaxtron.pipeline.tick_loops import reached, tick_loops
 from jaxtron.plan.compare import changes_text, read_plan
 from jaxtron.plan.compiled import hlo
 from jaxtron.plan.compiled.communication import communication_rows, compiled_overlap
@@ -127,11 +128,11 @@ def test_products_beside_a_communication_are_those_between_its_start_and_its_end
 
 @pytest.mark.parametrize("name", ["1f1b", "gpipe", "zero_bubble"])
 def test_ticks_at_which_a_stage_comes_by_its_work(name: str) -> None:
-    program = lower(make_schedule(name, 4, 8))
-    ticks = sum(-((loop.start - loop.stop) // loop.period) * loop.period for loop in segments(program))
+    lowered = lower(make_schedule(name, 4, 8))
+    ticks = sum(loop.num_iterations * loop.period for loop in tick_loops(lowered))
     for kind in ("forward", "backward", "weight"):
         entries = getattr(program, kind).active.sum(0).max()
-        assert entries <= reached(program, kind) <= ticks
+        assert entries <= reached(lowered, kind) <= ticks
 
 
 def test_traffic_counts_chosen_work_as_often_as_a_stage_has_it() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from jaxtron.config import UserError
-from jaxtron.pipeline.schedules.schedule import IDLE, Entry, Placement, Schedule
+from jaxtron.pipeline.schedules.schedule import IDLE, ChunkPlacement, Entry, Schedule
 
 
 def schedule_in_order(
@@ -12,7 +12,7 @@ def schedule_in_order(
     num_microbatches: int,
     *,
     num_chunks: int = 1,
-    placement: Placement = "loop",
+    placement: ChunkPlacement = "round_robin",
 ) -> Schedule:
     """The table of stages that run their steps in order, one a tick, idling until inputs have arrived.
 

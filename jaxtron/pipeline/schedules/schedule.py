@@ -6,7 +6,7 @@ from typing import Literal
 
 from jaxtron.config import UserError
 
-Placement = Literal["loop", "vee"]
+ChunkPlacement = Literal["round_robin", "v_shape"]
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ IDLE = Entry()
 class Schedule:
     """Rows are ticks, columns stages (devices along the mesh's `pipe`).
 
-    The layers are cut into `num_stages * num_chunks` virtual stages. "loop" puts them on the stages round and round;
-    "vee", for two chunks, there and back, so that the first stage also has the last.
+    The layers are cut into `num_stages * num_chunks` virtual stages. "round_robin" puts them on the stages
+    round and round; "v_shape", for two chunks, there and back, so that the first stage also has the last.
     """
 
     name: str
     table: tuple[tuple[Entry, ...], ...]
     num_microbatches: int
     num_chunks: int = 1
-    placement: Placement = "loop"
+    placement: ChunkPlacement = "round_robin"
 
     @property
     def num_stages(self) -> int:
@@ -73,7 +73,7 @@ class Schedule:
 
     def virtual(self, stage: int, chunk: int) -> int:
         """The virtual stage that is this chunk of this stage."""
-        if self.placement == "vee" and chunk == 1:
+        if self.placement == "v_shape" and chunk == 1:
             return 2 * self.num_stages - 1 - stage
         return chunk * self.num_stages + stage
 
@@ -82,10 +82,10 @@ class Schedule:
         return place(virtual, self.num_stages, self.placement)
 
 
-def place(virtual: int, num_stages: int, placement: Placement) -> tuple[int, int]:
+def place(virtual: int, num_stages: int, placement: ChunkPlacement) -> tuple[int, int]:
     """The stage and the chunk where a virtual stage lies."""
     chunk, stage = divmod(virtual, num_stages)
-    return (num_stages - 1 - stage if placement == "vee" and chunk == 1 else stage), chunk
+    return (num_stages - 1 - stage if placement == "v_shape" and chunk == 1 else stage), chunk
 
 
 def one_stage(num_microbatches: int, num_chunks: int = 1) -> Schedule:
@@ -136,8 +136,9 @@ def _check_shape(schedule: Schedule) -> None:
     if min(schedule.num_microbatches, schedule.num_chunks) < 1:
         sizes = f"{schedule.num_microbatches} microbatches and {schedule.num_chunks} chunks"
         raise UserError(f"{label}: {sizes}; both must be at least 1")
-    if schedule.placement == "vee" and schedule.num_chunks != 2:
-        raise UserError(f"{label}: placement vee is for 2 chunks, not {schedule.num_chunks}; use placement loop")
+    if schedule.placement == "v_shape" and schedule.num_chunks != 2:
+        have = f"2 chunks, not {schedule.num_chunks}"
+        raise UserError(f"{label}: placement v_shape is for {have}; use placement round_robin")
     for tick, row in enumerate(schedule.table):
         if len(row) != schedule.num_stages:
             raise UserError(f"{label}: tick {tick} has {len(row)} stages, tick 0 has {schedule.num_stages}")

@@ -1,6 +1,6 @@
 """Schedules on file: CSV with a line a tick, a column a stage, and cells such as `F0.3 B1.2` (kind, chunk.microbatch).
 
-An empty cell is idle. The first line may be `# placement: vee` (how chunks lie), the next `stage 0,stage 1,...`.
+An empty cell is idle. The first line may be `# placement: v_shape` (how chunks lie), the next `stage 0,stage 1,...`.
 """
 
 import csv
@@ -11,7 +11,7 @@ from typing import cast, get_args
 
 from jaxtron.command import write_whole
 from jaxtron.config import UserError
-from jaxtron.pipeline.schedules.schedule import IDLE, Entry, Placement, Schedule, Work, check
+from jaxtron.pipeline.schedules.schedule import IDLE, ChunkPlacement, Entry, Schedule, Work, check
 
 _KINDS = {"F": "forward", "B": "backward", "W": "weight"}
 _WORK = re.compile(r"([FBW])(\d+)\.(\d+)")
@@ -40,12 +40,12 @@ def read_csv(path: Path) -> Schedule:
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read the schedule {path}: it is no text ({error.reason})") from error
-    placement: Placement = "loop"
+    placement: ChunkPlacement = "round_robin"
     while lines and lines[0].startswith("#"):
         if found := _PLACEMENT.fullmatch(lines[0]):
-            if found[1] not in get_args(Placement):
-                raise UserError(f"{path}: unknown placement {found[1]!r}; use {' or '.join(get_args(Placement))}")
-            placement = cast(Placement, found[1])
+            if found[1] not in get_args(ChunkPlacement):
+                raise UserError(f"{path}: unknown placement {found[1]!r}; use {' or '.join(get_args(ChunkPlacement))}")
+            placement = cast(ChunkPlacement, found[1])
         lines = lines[1:]
     # a line of nothing is a tick at which all are idle, except at the end
     while lines and not lines[-1]:

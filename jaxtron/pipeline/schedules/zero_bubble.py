@@ -63,7 +63,7 @@ def zero_bubble_v(num_stages: int, num_microbatches: int, num_chunks: int = 2) -
         order.run(later, "B0", "W")
         order.run(2 * stage, "W")
         orders.append([step for step in order.steps if _microbatch(step) < num_microbatches])
-    return schedule_in_order("zero_bubble_v", orders, num_microbatches, num_chunks=2, placement="vee")
+    return schedule_in_order("zero_bubble_v", orders, num_microbatches, num_chunks=2, placement="v_shape")
 
 
 def dualpipe_v(num_stages: int, num_microbatches: int, num_chunks: int = 2) -> Schedule:
@@ -92,7 +92,7 @@ def dualpipe_v(num_stages: int, num_microbatches: int, num_chunks: int = 2) -> S
         order.run(later, "W", "B0")
         order.run(stage + 1, "W")
         orders.append(order.steps)
-    return schedule_in_order("dualpipe_v", orders, num_microbatches, num_chunks=2, placement="vee")
+    return schedule_in_order("dualpipe_v", orders, num_microbatches, num_chunks=2, placement="v_shape")
 
 
 class _Order:

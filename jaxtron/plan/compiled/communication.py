@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxtron.pipeline.lowering import lower, reached
+from jaxtron.pipeline.lowering import lower
+from jaxtron.pipeline.tick_loops import reached
 from jaxtron.plan.compiled.census import Collective, part_of
 from jaxtron.plan.compiled.links import Link, link
 from jaxtron.plan.compiled.rehearsal import Rehearsal
@@ -93,9 +94,9 @@ def runs(rehearsal: Rehearsal) -> Callable[[Collective], float]:
     table = rehearsal.session.config.schedule(rehearsal.session.sizes["pipe"])
     if table.num_stages == 1:
         return lambda entry: entry.executions
-    program = lower(table)
+    lowered = lower(table)
     each = table.num_microbatches * table.num_chunks
-    part = {False: each / reached(program, "forward"), True: each / reached(program, "backward")}
+    part = {False: each / reached(lowered, "forward"), True: each / reached(lowered, "backward")}
     return lambda entry: entry.executions * (part[entry.backward] if entry.conditional else 1.0)
 
 

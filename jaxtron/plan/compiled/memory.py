@@ -44,8 +44,8 @@ def memory_use(trainer: Trainer, batch: Any, compiled: deviceless.Memory, gpu: G
 def _stages(trainer: Trainer, kept: int) -> tuple[StageActivations, ...]:
     """What of the activations' room each stage fills at most."""
     table = trainer.schedule(trainer.config.microbatches)
-    program, partition = lower(table), trainer.partition
-    slots = (program.num_residuals[0] + program.num_pairs[0]) * partition.slots_per_chunk
+    lowered, partition = lower(table), trainer.partition
+    slots = (lowered.num_residuals[0] + lowered.num_deferred[0]) * partition.slots_per_chunk
     layers = [sum(chunks) for chunks in partition.chunk_lengths]
     held = [stage.held for stage in figures(table).stages]
     return tuple(

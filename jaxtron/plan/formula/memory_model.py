@@ -262,14 +262,14 @@ def shortened(config: Configuration, num_stages: int) -> Configuration:
 def _slots(config: Configuration, num_stages: int) -> BufferSlots:
     pipeline, count = config.pipeline, config.train.microbatches
     if pipeline.schedule.endswith(".csv"):
-        program = lower(config.schedule(num_stages))
+        lowered = lower(config.schedule(num_stages))
         return BufferSlots(
-            program.num_residuals[0], program.num_pairs[0], program.num_activations, program.num_gradients
+            lowered.num_residuals[0], lowered.num_deferred[0], lowered.num_inputs, lowered.num_cotangents
         )
     return _made_slots(pipeline.schedule, num_stages, count, pipeline.chunks)
 
 
 @functools.lru_cache(maxsize=4096)
 def _made_slots(name: str, num_stages: int, num_microbatches: int, num_chunks: int) -> BufferSlots:
-    program = lower(make_schedule(name, num_stages, num_microbatches, num_chunks))
-    return BufferSlots(program.num_residuals[0], program.num_pairs[0], program.num_activations, program.num_gradients)
+    lowered = lower(make_schedule(name, num_stages, num_microbatches, num_chunks))
+    return BufferSlots(lowered.num_residuals[0], lowered.num_deferred[0], lowered.num_inputs, lowered.num_cotangents)
