@@ -12,7 +12,7 @@ from jaxtron.layers.inputs import row_keys
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.models.decoder.staged import StagedDecoder
-from jaxtron.pipeline.layer_loop import LayerLoop
+from jaxtron.pipeline.layer_loop import ChunkWork, LayerLoop
 from jaxtron.pipeline.model import LayerOutput
 from jaxtron.pipeline.residuals import split_residuals
 from jaxtron.sharding.blueprint import blueprint
@@ -144,7 +144,7 @@ def stored_leaves(rules, model: ModelConfig, *, is_split: bool = False) -> list[
     return shapes
 
 
-@pytest.mark.parametrize("is_split", [False, True], ids=["residuals", "pairs"])
+@pytest.mark.parametrize("is_split", [False, True], ids=["residuals", "deferred"])
 @pytest.mark.parametrize("mesh", [{"data": 1}, {"fsdp": 2, "tensor": 2}], ids=str)
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("name", MODELS)
@@ -175,3 +175,63 @@ def test_the_check_notices_weights(rules_for):
 
         shapes = [leaf.shape[2:] for leaf in jax.eval_shape(region(make_buffer, (), PartitionSpec()))]
     assert [shape for shape in shapes if len(shape) > 1 and not has_rows(shape)] == [(40, 160)]
+
+
+@pytest.mark.parametrize("is_split", [False, True], ids=["residuals", "deferred"])
+def test_nothing_is_kept_or_summed_for_frozen_weights(rules_for, is_split):
+    weights, x, _ = make()
+    stacked = {name: jnp.stack([leaf, leaf]) for name, leaf in weights.items()}
+    frozen = {"up": stacked["up"], "down": None, "bias": None}
+    trained = {"up": None, "down": stacked["down"], "bias": stacked["bias"]}
+
+    def layer_output(weights, x, number, shared):
+        return LayerOutput(layer(weights, x, shared))
+
+    def held(trained, frozen):
+        loop = LayerLoop(layer_output, trained, jnp.arange(2), frozen=frozen)
+        stored = loop.buffers(loop.prepare(x, jnp.float32(0.5), splits=is_split), 1, 1, 2)
+        return stored.residuals, stored.deferred, stored.grad_accumulators
+
+    with use(rules_for(data=1)):
+        everything, less = (
+            jax.eval_shape(region(held, (PartitionSpec(), PartitionSpec()), PartitionSpec()), *parameters)
+            for parameters in ((stacked, None), (trained, frozen))
+        )
+    assert jax.tree.structure(less[2]) == jax.tree.structure(trained)
+    for found in (everything, less):
+        # of the layer's input and of what is between its products: never a weight
+        assert {leaf.shape[2:] for leaf in (*found[0], *found[1])} <= {(7, 5), (7, 11)}
+    # the first product's weight gradient is what needs the input
+    sizes = [sum(math.prod(leaf.shape) for leaf in (*found[0], *found[1])) for found in (everything, less)]
+    assert sizes[1] < sizes[0]
+
+
+def test_a_prepared_layer_is_made_of_values_and_tracing_it_leaks_none(rules_for):
+    weights, x, _ = make()
+    loop = LayerLoop(
+        lambda weights, x, number, shared: LayerOutput(layer(weights, x, shared), jnp.sum(x), {"most": jnp.max(x)}),
+        {name: leaf[None] for name, leaf in weights.items()},
+        jnp.arange(1),
+    )
+    work = ChunkWork(0, 1, 0, 0)
+
+    def gradients(x):
+        prepared = loop.prepare(x, jnp.float32(0.5), splits=True)
+        held = loop.buffers(prepared, 1, 1, 1)
+        # neither method needs that another was traced before it
+        backward = jax.eval_shape(lambda: loop.backward(prepared, work, x, jnp.float32(0.5), held)[0])
+        _, held = loop.forward(prepared, work, x, jnp.float32(0.5), held)
+        assert backward.shape == x.shape
+        cotangent, held = loop.backward(prepared, work, jnp.ones_like(x), jnp.float32(0.5), held)
+        return cotangent, loop.weight_grads(prepared, work, jnp.float32(0.5), held).grad_accumulators
+
+    def loss(weights, x):
+        return jnp.sum(layer(weights, x, 0.5)) + jnp.sum(x)
+
+    with use(rules_for(data=1)), jax.checking_leaks():
+        found = jax.jit(region(gradients, (PartitionSpec(),), PartitionSpec()))(x)
+    expected = jax.grad(loss, argnums=(1, 0))(weights, x)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5), found[0], expected[0])
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one[0], other, rtol=1e-5, atol=1e-5), found[1], expected[1]
+    )
