@@ -131,7 +131,7 @@ def test_ticks_at_which_a_stage_comes_by_its_work(name: str) -> None:
     lowered = lower(make_schedule(name, 4, 8))
     ticks = sum(loop.num_iterations * loop.period for loop in tick_loops(lowered))
     for kind in ("forward", "backward", "weight"):
-        entries = getattr(program, kind).active.sum(0).max()
+        entries = getattr(lowered, kind).active.sum(0).max()
         assert entries <= reached(lowered, kind) <= ticks
 
 
