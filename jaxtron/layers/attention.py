@@ -163,8 +163,10 @@ class Core:
 
 @dataclass(frozen=True)
 class Sharded:
-    """An implementation on every device's rows, heads and part of the sequence, whose arrays are whole along the axes
-    of tensor outside."""
+    """An implementation on every device's rows, heads and part of the sequence; outside, arrays are whole along tensor.
+
+    One that can run under Explicit axes does, as if there were one device.
+    """
 
     implementation: Implementation
 
@@ -181,6 +183,8 @@ class Sharded:
         self, q: Float[Array, "B S H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K V"], spec: AttentionSpec
     ) -> tuple[Float[Array, "B S H V"], PyTree]:
         """As `Implementation.forward`."""
+        if "explicit_sharding" in self.features:
+            return self.implementation.forward(q, k, v, spec)
         known, arrays = spec.split()
 
         def local(q: Array, k: Array, v: Array, **arrays: Array) -> tuple[Array, PyTree]:
@@ -202,6 +206,8 @@ class Sharded:
         spec: AttentionSpec,
     ) -> tuple[Float[Array, "B S H D"], Float[Array, "B T K D"], Float[Array, "B T K V"]]:
         """As `Implementation.backward`."""
+        if "explicit_sharding" in self.features:
+            return self.implementation.backward(q, k, v, statistics, delta, dout, spec)
         known, arrays = spec.split()
 
         def local(

@@ -5,15 +5,20 @@ sequence.
 """
 
 import functools
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads, alibi_bias, allowed
 from jaxtron.kernels.dropout import drop
 from jaxtron.typing import Array, DTypeLike, Float
 
-features: frozenset[Feature] = frozenset({"segments", "alibi", "offsets", "deterministic", "dropout"})
+features: frozenset[Feature] = frozenset(
+    {"segments", "alibi", "offsets", "deterministic", "dropout", "explicit_sharding"}
+)
 
 
 def unsupported_reason(q: Heads, k: Heads, v: Heads, spec: AttentionSpec, device_kind: str) -> str | None:
@@ -25,12 +30,11 @@ def forward(
     q: Float[Array, "B S H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K V"], spec: AttentionSpec
 ) -> tuple[Float[Array, "B S H V"], Float[Array, "B K G S T"]]:
     """The output, and the probabilities in the values' type, negative where they were dropped."""
-    rows, queries, heads, _ = q.shape
-    keys, kv_heads, value_dim = v.shape[1:]
+    queries, keys = q.shape[1], k.shape[1]
     logits = _product(_scaled(q, k, spec), k, jnp.float32)
     bias = alibi_bias(spec, queries, keys)
     if bias is not None:
-        logits = logits + bias.reshape(kv_heads, -1, queries, keys)
+        logits = logits + _by_group(bias, 0, k)
     attends = allowed(spec, queries, keys)[:, None, None]
     logits = jnp.where(attends, logits, jnp.finfo(jnp.float32).min)
     probabilities = jax.nn.softmax(logits, -1).astype(v.dtype)
@@ -38,7 +42,7 @@ def forward(
         probabilities = jnp.where(attends.any(-1, keepdims=True), probabilities, 0)
     mask = spec.dropout_mask
     weights = probabilities if mask is None else drop(probabilities, mask, spec.dropout_rate)
-    out = _weigh(weights, v).reshape(rows, queries, heads, value_dim)
+    out = _by_head(_weigh(weights, v), q)
     return out, probabilities if mask is None else jnp.where(mask, probabilities, -probabilities)
 
 
@@ -52,7 +56,6 @@ def backward(
     spec: AttentionSpec,
 ) -> tuple[Float[Array, "B S H D"], Float[Array, "B T K D"], Float[Array, "B T K V"]]:
     """Gradients of queries, keys and values; `statistics` are the forward's probabilities."""
-    rows, queries, _, value_dim = dout.shape
     probabilities = weights = statistics
     mask = None
     if spec.dropout_rate:
@@ -60,14 +63,14 @@ def backward(
         weights = drop(probabilities, mask, spec.dropout_rate)
     # the products' own transposes: those written out as einsums cost a CPU more copies
     pulled: Array
-    pulled, dv = jax.vjp(_weigh, weights, v)[1](dout.reshape(rows, queries, v.shape[2], -1, value_dim))
+    pulled, dv = jax.vjp(_weigh, weights, v)[1](_by_group(dout, 2, v))
     if mask is not None:
         pulled = drop(pulled, mask, spec.dropout_rate)
     probabilities, pulled = probabilities.astype(jnp.float32), pulled.astype(jnp.float32)
     dlogits = probabilities * (pulled - jnp.sum(pulled * probabilities, -1, keepdims=True))
     product = functools.partial(_product, dtype=q.dtype)
     dscaled, dk = jax.vjp(product, _scaled(q, k, spec), k)[1](dlogits.astype(q.dtype))
-    return (dscaled * _scale(q, spec)).reshape(q.shape), dk, dv
+    return _by_head(dscaled * _scale(q, spec), q), dk, dv
 
 
 def _scale(q: Array, spec: AttentionSpec) -> Array:
@@ -76,8 +79,26 @@ def _scale(q: Array, spec: AttentionSpec) -> Array:
 
 def _scaled(q: Array, k: Array, spec: AttentionSpec) -> Float[Array, "B S K G D"]:
     """Queries times the scale, by the key/value head that they read."""
-    rows, queries, _, dim = q.shape
-    return q.reshape(rows, queries, k.shape[2], -1, dim) * _scale(q, spec)
+    return _by_group(q, 2, k) * _scale(q, spec)
+
+
+def _by_group(x: Array, axis: int, k: Array) -> Array:
+    """`x` with its query heads as [key/value head, its group], split over the mesh as the heads of `k` are."""
+    shape = (*x.shape[:axis], k.shape[2], x.shape[axis] // k.shape[2], *x.shape[axis + 1 :])
+    of_x, of_k = jax.typeof(x).sharding, jax.typeof(k).sharding
+    return _reshape(x, shape, (*of_x.spec[:axis], of_k.spec[2], None, *of_x.spec[axis + 1 :]))
+
+
+def _by_head(x: Float[Array, "B S K G D"], q: Array) -> Float[Array, "B S H D"]:
+    """The inverse, split as `q` is."""
+    return _reshape(x, (*q.shape[:3], x.shape[-1]), jax.typeof(q).sharding.spec)
+
+
+def _reshape(x: Array, shape: tuple[int, ...], axes: Iterable[Any]) -> Array:
+    """`x` in a shape whose Explicit axes are given: JAX would lose those of a dimension of one."""
+    if AxisType.Explicit not in jax.typeof(x).sharding.mesh.axis_types:
+        return x.reshape(shape)
+    return jnp.reshape(x, shape, out_sharding=PartitionSpec(*axes))
 
 
 def _product(scaled: Array, k: Array, dtype: DTypeLike) -> Float[Array, "B K G S T"]:

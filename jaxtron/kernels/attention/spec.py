@@ -16,8 +16,11 @@ import numpy as np
 from jaxtron.config import UserError
 from jaxtron.typing import Array, Bool, Float, Int
 
-# what an implementation may be able to do beside plain attention, causal or not, with a window or not
-Feature = Literal["segments", "soft_cap", "alibi", "offsets", "deterministic", "dropout", "log_sum_exp"]
+# what an implementation may be able to do beside plain attention, causal or not, with a window or not; the last: run
+# where heads are split over an Explicit axis of the mesh, and not inside a manual region alone
+Feature = Literal[
+    "segments", "soft_cap", "alibi", "offsets", "deterministic", "dropout", "log_sum_exp", "explicit_sharding"
+]
 ARRAYS = ("q_segment_ids", "kv_segment_ids", "alibi_slopes", "dropout_mask")
 OFFSETS = ("q_offset", "kv_offset")
 # queries, keys or values, or what stands for their shape and type
