@@ -1,9 +1,19 @@
 """Floating-point operations against the papers' formulas."""
 
+import math
+
+import jax
 import pytest
 
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.cost import hardware_flops_per_token, model_flops_per_token, num_parameters
+from jaxtron.models.decoder.cost import (
+    hardware_flops_per_token,
+    model_flops_per_token,
+    num_parameters,
+    period_parameters,
+    table_parameters,
+)
+from jaxtron.models.decoder.kinds import norm_parameters
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.rules import use
@@ -70,25 +80,37 @@ def test_patterns_count_their_symbols():
 SMALL = {"num_layers": 3, "hidden_size": 48, "num_heads": 4, "vocab_size": 100, "vocab_multiple": 16}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"max_positions": 64},
-        {"position": "rotary", "norm": "rms_norm", "tied_head": False, "num_kv_heads": 2, "qk_norm": True},
-        {"position": "alibi", "embedding_norm": True, "qk_norm": True, "head_dim": 24},
-        {"position": "rotary", "bias": False, "qkv_bias": True, "activation": "swiglu"},
-        {"position": "none", "qkv_bias": False, "activation": "geglu", "mlp_size": 40, "norm": "layer_norm_1p"},
-        {"position": "rotary", "pattern": "(*-)", "bias": False, "num_kv_heads": 1, "head_dim": 8},
-        {"position": "none", "pattern": "*--*"},
-        {"position": "none", "pattern": "-"},
-    ],
-)
+CHANGES = [
+    {"max_positions": 64},
+    {"position": "rotary", "norm": "rms_norm", "tied_head": False, "num_kv_heads": 2, "qk_norm": True},
+    {"position": "alibi", "embedding_norm": True, "qk_norm": True, "head_dim": 24},
+    {"position": "rotary", "bias": False, "qkv_bias": True, "activation": "swiglu"},
+    {"position": "none", "qkv_bias": False, "activation": "geglu", "mlp_size": 40, "norm": "layer_norm_1p"},
+    {"position": "rotary", "pattern": "(*-)", "bias": False, "num_kv_heads": 1, "head_dim": 8},
+    {"position": "none", "pattern": "*--*"},
+    {"position": "none", "pattern": "-"},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
 def test_parameters_are_those_of_the_real_model(changes, rules_for):
     config = ModelConfig(**SMALL, **changes)
     with use(rules_for()):
         plan = blueprint(lambda rngs: Decoder(config, rngs=rngs))
     # the length counts only where there is a table of positions without a size of its own
     assert num_parameters(config, 17) == plan.num_parameters
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_parameters_of_a_tensor_part_are_those_of_a_device(changes, rules_for):
+    # key and value heads that four parts do not split are on all of them; output biases and norms are whole
+    config = ModelConfig(**SMALL, **changes)
+    with use(rules_for(tensor=4)):
+        plan = blueprint(lambda rngs: Decoder(config, rngs=rngs))
+        device = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(plan.abstract))
+    norms = (1 + config.embedding_norm) * norm_parameters(config, config.hidden_size)
+    layers = config.layout.repeats * period_parameters(config, 4)
+    assert device == table_parameters(config, 17, 4) + norms + layers
 
 
 def test_positions_are_as_many_as_the_sequence_is_long():

@@ -14,7 +14,7 @@ from jaxtron.plan.formula.prediction import predict
 from jaxtron.plan.machine import machine_named
 from jaxtron.plan.search.candidates import LEAST_PART, Layout, layouts, own_layout
 from jaxtron.plan.search.ranking import ranking_text, write_ranking
-from jaxtron.plan.search.search import MARGIN, Search, compile_best, search
+from jaxtron.plan.search.search import MARGIN, SearchResult, compile_best, search
 from jaxtron.run.configuration import Configuration
 from jaxtron.words import readable_bytes
 
@@ -29,7 +29,7 @@ def configuration(flags: str = "", name: str | None = None) -> Configuration:
 
 
 @pytest.fixture(scope="module")
-def small() -> Search:
+def small() -> SearchResult:
     return search(configuration(SMALL + "--mesh.tensor 2"), A100, num_gpus=4, gpus_per_node=4)
 
 
@@ -140,7 +140,7 @@ def test_a_search_ranks_layouts_that_split_sequences():
     assert "context 2" in ranking_text(found, "small")
 
 
-def test_candidates_are_ranked_by_time_and_fit(small: Search):
+def test_candidates_are_ranked_by_time_and_fit(small: SearchResult):
     seconds = [one.formula.step_seconds for one in small.candidates]
     assert seconds == sorted(seconds)
     assert all(one.memory.total <= (1 + MARGIN) * one.memory.capacity for one in small.candidates)
@@ -149,7 +149,7 @@ def test_candidates_are_ranked_by_time_and_fit(small: Search):
     assert small.own.layout == own_layout(configuration(SMALL + "--mesh.tensor 2"), 4)
 
 
-def test_flags_give_the_layout(small: Search):
+def test_flags_give_the_layout(small: SearchResult):
     base = configuration(SMALL + "--mesh.tensor 2")
     for one in small.candidates[:: max(1, len(small.candidates) // 25)]:
         config = configuration(SMALL + "--mesh.tensor 2 " + one.layout.flags(base))
@@ -208,7 +208,7 @@ def test_searches_without_an_answer_say_what_to_change(flags: str, name: str | N
         search(configuration(flags, name), A100, num_gpus=gpus, gpus_per_node=8)
 
 
-def compiled_as(small: Search, seconds: dict[str, float], too_big: set[str], asked: list[Layout]) -> Any:
+def compiled_as(small: SearchResult, seconds: dict[str, float], too_big: set[str], asked: list[Layout]) -> Any:
     """Plans of a compiler that finds these seconds, by mesh, and these meshes a GPU too big."""
 
     def compile_layout(config: Configuration) -> Any:
@@ -224,14 +224,14 @@ def compiled_as(small: Search, seconds: dict[str, float], too_big: set[str], ask
     return compile_layout
 
 
-def meshes_of(small: Search) -> list[str]:
+def meshes_of(small: SearchResult) -> list[str]:
     """Of the candidates, in order; the own layout's is not among the first."""
     meshes = list(dict.fromkeys(one.layout.mesh_text for one in small.candidates))
     assert small.own is not None and small.own.layout.mesh_text not in meshes[:3]
     return meshes
 
 
-def test_the_compiled_are_ranked_among_themselves_and_the_unfit_dropped(small: Search, tmp_path: Path):
+def test_the_compiled_are_ranked_among_themselves_and_the_unfit_dropped(small: SearchResult, tmp_path: Path):
     meshes, asked = meshes_of(small), []
     # the first turns out too big, the second slower than the third
     found = compile_best(small, 2, compiled_as(small, {meshes[1]: 9.0}, {meshes[0]}, asked))
@@ -270,7 +270,7 @@ def test_the_compiled_are_ranked_among_themselves_and_the_unfit_dropped(small: S
     ],
 )
 def test_the_own_layout_is_compiled_and_the_gain_over_it_is_of_compiled_steps(
-    small: Search, own_seconds: float, gain: str
+    small: SearchResult, own_seconds: float, gain: str
 ):
     meshes, own = meshes_of(small), small.own.layout
     # by formula the own layout is slower; what its formula says plays no part
@@ -284,7 +284,7 @@ def test_the_own_layout_is_compiled_and_the_gain_over_it_is_of_compiled_steps(
     assert ("nothing, it is the configuration as it is" in told) == (own_seconds <= 1.0)
 
 
-def test_an_own_layout_too_big_when_compiled_is_told_with_the_compilers_bytes(small: Search):
+def test_an_own_layout_too_big_when_compiled_is_told_with_the_compilers_bytes(small: SearchResult):
     own = small.own.layout.mesh_text
     found = compile_best(small, 1, compiled_as(small, {}, {own}, []))
     told = ranking_text(found, "small")
@@ -294,7 +294,7 @@ def test_an_own_layout_too_big_when_compiled_is_told_with_the_compilers_bytes(sm
     assert "own, does not fit" in told
 
 
-def test_how_far_formulas_are_off_says_what_else_may_be_faster(small: Search):
+def test_how_far_formulas_are_off_says_what_else_may_be_faster(small: SearchResult):
     meshes = meshes_of(small)
     # twice its formula: all whose formula is at most as long may be faster, the own layout is not
     first = small.candidates[0].formula.step_seconds
@@ -305,7 +305,7 @@ def test_how_far_formulas_are_off_says_what_else_may_be_faster(small: Search):
     assert "compiled steps take 2.00 to 3.00 times" in told and "would be faster than the first" in told
 
 
-def test_the_reasons_are_differences_of_the_breakdowns(small: Search):
+def test_the_reasons_are_differences_of_the_breakdowns(small: SearchResult):
     told = ranking_text(small, "small")
     best = small.best
     other = next(one for one in small.candidates if one.layout.sizes != best.layout.sizes)

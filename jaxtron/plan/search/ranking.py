@@ -10,7 +10,7 @@ import jax
 
 from jaxtron.command import write_whole
 from jaxtron.plan.formula.prediction import Breakdown
-from jaxtron.plan.search.search import MARGIN, Candidate, Search
+from jaxtron.plan.search.search import MARGIN, Candidate, SearchResult
 from jaxtron.plan.table import aligned
 from jaxtron.words import plural, readable_bytes, readable_count, readable_seconds, readable_time
 
@@ -23,7 +23,7 @@ NAMES = {"products": "products", "memory": "passes over memory", "optimizer": "o
 HEADER = ("  rank", "mesh", "schedule", "rows", "recompute", "zero", "step", "MFU", "memory", "by formula", "")
 
 
-def ranking_text(found: Search, title: str, tokens: float | None = None) -> str:
+def ranking_text(found: SearchResult, title: str, tokens: float | None = None) -> str:
     """Both rankings for a reader, and why the first is the first; `tokens` is a budget whose days are told."""
     best = found.best
     lines = [
@@ -40,7 +40,7 @@ def ranking_text(found: Search, title: str, tokens: float | None = None) -> str:
     return "\n".join([*lines, *_gain(found), *_reasons(found)])
 
 
-def _counted(found: Search) -> str:
+def _counted(found: SearchResult) -> str:
     others = found.num_layouts - found.num_refused
     parts = [f"{plural(found.num_layouts, 'layout')}: {found.num_too_big:,} of {others:,} do not fit by formula"]
     if found.num_refused:
@@ -51,7 +51,7 @@ def _counted(found: Search) -> str:
     return "; ".join(parts)
 
 
-def _table(found: Search) -> list[str]:
+def _table(found: SearchResult) -> list[str]:
     """Those compiled, then by formula the best layout of each other mesh."""
     compiled = [_row(found, one, str(rank)) for rank, one in enumerate(found.compiled, 1)]
     compiled += [_row(found, one, "-", "does not fit") for one in found.unfit]
@@ -71,7 +71,7 @@ def _table(found: Search) -> list[str]:
     return [*shown, *_notes(found, others)]
 
 
-def _row(found: Search, one: Candidate, rank: str, *marks: str) -> tuple[str, ...]:
+def _row(found: SearchResult, one: Candidate, rank: str, *marks: str) -> tuple[str, ...]:
     layout, is_compiled = one.layout, one.plan is not None
     own = "own" if found.is_own(one) else ""
     return (
@@ -103,7 +103,7 @@ def _one_of_each_mesh(candidates: Iterable[Candidate], seen: list[dict[str, int]
             yield one
 
 
-def _notes(found: Search, others: list[Candidate]) -> list[str]:
+def _notes(found: SearchResult, others: list[Candidate]) -> list[str]:
     lines = ["  rows of a microbatch on a GPU"]
     if any(_formula_mark(one) == "memory?" for one in others):
         lines.append("  memory?: above the GPU's memory by less than the estimate can be wrong")
@@ -126,14 +126,14 @@ def _range(ratios: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _promising(found: Search, ratio: float) -> int:
+def _promising(found: SearchResult, ratio: float) -> int:
     """Meshes that were not compiled and are faster than the first if they take so many times their formula's time."""
     tried = [one.layout.sizes for one in (*found.compiled, *found.unfit)]
     others = _one_of_each_mesh(found.candidates, tried)
     return sum(ratio * one.formula.step_seconds < found.best.prediction.step_seconds for one in others)
 
 
-def _gain(found: Search) -> list[str]:
+def _gain(found: SearchResult) -> list[str]:
     """What the first gains over the configuration's own layout, where both figures are of one kind."""
     own, best = found.own, found.best
     if own is None or (own.plan is None) != (best.plan is None):
@@ -148,7 +148,7 @@ def _gain(found: Search) -> list[str]:
     return [gain + (": too little to tell them apart" if 1 - mine / its < LEAST_GAIN else "")]
 
 
-def _reasons(found: Search) -> list[str]:
+def _reasons(found: SearchResult) -> list[str]:
     """The first against the next two of other meshes and the own layout, all compiled or all by formula."""
     best = found.best
     chosen = list(_one_of_each_mesh(found.ranked[1:], [best.layout.sizes]))[:2]
@@ -159,7 +159,7 @@ def _reasons(found: Search) -> list[str]:
     return [*lines, *(f"  {_reason(found, best, one)}" for one in chosen)]
 
 
-def _reason(found: Search, best: Candidate, other: Candidate) -> str:
+def _reason(found: SearchResult, best: Candidate, other: Candidate) -> str:
     mine, its = best.prediction, other.prediction
     label = f"rank {found.rank(other.layout)}" + (", own" if found.is_own(other) else "")
     told = ", ".join(f"{seconds:+.3g} s {part}" for part, seconds in _changes(mine.breakdown, its.breakdown))
@@ -176,7 +176,7 @@ def _changes(mine: Breakdown, its: Breakdown) -> list[tuple[str, float]]:
     return [(name, seconds) for name, seconds in named if seconds and abs(seconds) >= least]
 
 
-def write_ranking(found: Search, title: str, path: Path) -> None:
+def write_ranking(found: SearchResult, title: str, path: Path) -> None:
     """All layouts as plain data, each list by rank; seconds of a step, bytes of a GPU. The file is replaced whole."""
     content = {
         "format": FORMAT,
@@ -197,7 +197,7 @@ def write_ranking(found: Search, title: str, path: Path) -> None:
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
-def _plain(found: Search, one: Candidate) -> dict[str, Any]:
+def _plain(found: SearchResult, one: Candidate) -> dict[str, Any]:
     layout = one.layout
     pipeline = {"schedule": layout.pipeline.schedule, "chunks": layout.pipeline.chunks} if layout.pipe > 1 else None
     return {

@@ -40,7 +40,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchResult:
     """Two rankings, for what a compiled step takes says nothing beside what a formula says of another.
 
     `compiled` were compiled and fit, the fastest first; `unfit` were compiled and do not. `candidates` are the others
@@ -81,7 +81,7 @@ class Search:
         return self.own is not None and candidate.layout == self.own.layout
 
 
-def search(config: Configuration, machine: Machine, *, num_gpus: int, gpus_per_node: int) -> Search:
+def search(config: Configuration, machine: Machine, *, num_gpus: int, gpus_per_node: int) -> SearchResult:
     """The search by formula: nothing is compiled; tensor parallelism is traced on devices of this machine.
 
     Candidates are all layouts whose estimated bytes are at most `MARGIN` above the GPU's. Raises `UserError` where no
@@ -116,7 +116,7 @@ def search(config: Configuration, machine: Machine, *, num_gpus: int, gpus_per_n
         raise UserError(_nothing(config, machine, num_gpus, refused, *least))
     candidates.sort(key=lambda one: (one.formula.step_seconds, one.estimate.total))
     too_big = len(found) - len(refused) - len(candidates)
-    return Search(
+    return SearchResult(
         config=config,
         gpu=machine.gpu,
         num_gpus=num_gpus,
@@ -151,7 +151,7 @@ class _Weigher:
         return memory.total, Candidate(layout, memory, prediction)
 
 
-def compile_best(found: Search, top: int, compile_layout: Callable[[Configuration], Plan]) -> Search:
+def compile_best(found: SearchResult, top: int, compile_layout: Callable[[Configuration], Plan]) -> SearchResult:
     """The search with the own layout and the best `top` candidates compiled, one of each mesh, ranked by their plans.
 
     What does not fit when compiled is dropped, and the next taken: of the same mesh, one that fits if its estimate is
