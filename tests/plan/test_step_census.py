@@ -40,6 +40,13 @@ def step(zero: str = "optimizer", microbatches: int = 1, **mesh: int) -> Rehears
     return rehearse(config, gpu="h100", num_gpus=math.prod(mesh.values()))
 
 
+def refined(rehearsal: Rehearsal, **experts: int) -> Rehearsal:
+    """The same step on the mesh that experts would have too, which a model without any is refused."""
+    config = rehearsal.session.config
+    config = config.model_copy(update={"mesh": config.mesh.model_copy(update=experts)})
+    return rehearse(config, gpu="h100", num_gpus=math.prod(rehearsal.session.sizes.values()))
+
+
 def large(rehearsal: Rehearsal, kind: str, axis: str) -> list[Collective]:
     found = [entry for entry in rehearsal.collectives if entry.kind == kind and entry.axes == (axis,)]
     return [entry for entry in found if entry.bytes >= SMALL]
@@ -154,3 +161,12 @@ def test_state_is_divided_by_the_axes_that_shard_it() -> None:
     whole, divided = step(zero="none", microbatches=4, data=8), step(zero="optimizer", microbatches=4, data=8)
     saved = whole.memory.arguments - divided.memory.arguments
     assert saved == pytest.approx(12 * matrix_elements(whole) * 7 / 8, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_refined_mesh_communicates_as_the_plain_one_and_is_shown_by_flags() -> None:
+    plain = step(data=2, tensor=4)
+    other = refined(plain, expert=4, expert_tensor=2)
+    assert "tensor_1" in other.session.mesh.axis_names and other.session.sizes == plain.session.sizes
+    assert other.collectives == plain.collectives
+    assert (other.layout, other.memory) == (plain.layout, plain.memory)

@@ -256,6 +256,8 @@ LINES: tuple[tuple[str, str], ...] = (
     ("train tiny.yaml --mesh.tensor 3", "mesh.tensor"),
     ("train tiny.yaml --mesh.tensor 4", "mesh.tensor"),
     ("train tiny.yaml --mesh.data 16", "mesh.data"),
+    ("train tiny.yaml --mesh.expert 2", "mesh.expert"),
+    ("plan tiny.yaml --layout --mesh.expert_tensor 2", "mesh.expert_tensor"),
     ("train tiny.yaml --mesh.context 3", "mesh.context"),
     ("train tiny.yaml --context.inner 4", "context.inner"),
     ("train tiny.yaml --context.method all_to_all", "context.method"),

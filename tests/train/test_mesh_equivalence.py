@@ -27,6 +27,8 @@ from equivalence import (
 )
 
 from jaxtron.optim.config import LossScaleConfig
+from jaxtron.sharding.config import ContextConfig
+from jaxtron.sharding.folding import FLAGS
 
 # model, what is changed in it, mesh, ZeRO level, microbatches
 CASES = [
@@ -43,6 +45,8 @@ CASES = [
     ("llama", {"recompute": ["attention", "mlp"]} | SCANNED, {"tensor": 8}, "optimizer", 4),
     ("palm", {"recompute": ["mlp", "attention_core"]} | SCANNED, {"fsdp": 2, "tensor": 4}, "optimizer", 1),
     ("palm", SCANNED, {"tensor": 8}, "none", 4),
+    # cut as experts would have it too
+    ("llama", SCANNED, {"data": 2, "tensor": 4, "expert": 4, "expert_tensor": 2}, "optimizer", 4),
 ]
 SLOW_CASES = [
     ("gpt", SCANNED, {"data": 8}, "optimizer", 4),
@@ -67,6 +71,31 @@ def test_loss_and_every_gradient_equal_one_device(case):
     result, expected = loss_and_gradients(model, mesh, zero, microbatches), one_device(name)
     assert result.loss == pytest.approx(expected.loss, rel=TOLERANCE)
     assert_equal(result.gradients, expected.gradients)
+
+
+# model, mesh, ZeRO level, microbatches, context
+REFINED = [
+    ("gpt", {"data": 8, "expert": 2}, "none", 2, {}),
+    ("llama", {"data": 2, "tensor": 4, "expert": 4, "expert_tensor": 2}, "optimizer", 1, {}),
+    ("gpt of odd width", {"data": 4, "tensor": 2, "expert": 4}, "parameters", 1, {}),
+    ("gpt", {"pipe": 2, "data": 4, "expert": 2}, "optimizer", 4, {}),
+    ("gemma", {"data": 2, "context": 4, "expert": 2}, "optimizer", 1, {"method": "ring"}),
+    ("gemma", {"data": 2, "context": 4, "expert": 2}, "optimizer", 1, {"method": "all_to_all"}),
+    ("gemma", {"data": 2, "context": 4, "expert": 2}, "optimizer", 1, {"method": "hierarchical", "inner": 2}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "mesh", "zero", "microbatches", "context"), REFINED, ids=str)
+def test_a_mesh_refined_for_experts_computes_the_same_bits(name, mesh, zero, microbatches, context):
+    model, context = changed(MODELS[name], **SCANNED), ContextConfig(**context)
+    refined, plain = (
+        loss_and_gradients(model, {flag: mesh.get(flag, 1) for flag in flags}, zero, microbatches, context=context)
+        for flags in ((*FLAGS, *mesh), FLAGS)
+    )
+    assert refined.loss == plain.loss
+    assert refined.gradients.keys() == plain.gradients.keys()
+    assert all(np.array_equal(refined.gradients[name], plain.gradients[name]) for name in plain.gradients)
 
 
 SMALL = changed(GPT, num_layers=1)
