@@ -11,6 +11,7 @@ from jaxtron.config import dump, load, settings
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CHANGES, KINDS
+from jaxtron.sharding.folding import FLAGS
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(ROOT.glob("jaxtron/**/*.py"))
@@ -48,6 +49,7 @@ INNER_FLOORS = {
 LAZY = {"jaxtron/__main__.py"}
 # by two classes each; no more, please
 SHARED_NAMES = {"Layout", "Stack", "Work"}
+COLLECTIVES = ("psum", "pmax", "all_gather", "psum_scatter", "ppermute", "all_to_all", "all_reduce", "permute")
 MOST_FILES = 15
 MOST_FILE_LINES = 500
 MOST_FUNCTION_LINES = 100
@@ -143,6 +145,30 @@ def test_files_and_functions_stay_small(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             assert node.end_lineno - node.lineno < MOST_FUNCTION_LINES, f"{path}:{node.lineno} {node.name}"
+
+
+def test_only_sharding_knows_the_axes_of_the_mesh() -> None:
+    """Elsewhere they are `rules.axes(flag)`, and one device's code is a `region` or `over_tensor`."""
+    for path in FILES:
+        if package_of(path) in ("sharding", "kernels"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.Attribute) and node.attr in ("shard_map", "axis_names")), path
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in ("PartitionSpec", "axis_index", *COLLECTIVES):
+                words = [word for part in node.args for word in ast.walk(part) if isinstance(word, ast.Constant)]
+                named = [word.value for word in words if isinstance(word.value, str) and word.value in FLAGS]
+                asked = [flag for part in node.args for flag in asked_flags(part)]
+                assert named == asked, f"{path}:{node.lineno} names the axis {named} in {name}"
+
+
+def asked_flags(node: ast.AST) -> list[str]:
+    """Flags in calls such as `rules.axes("tensor")`."""
+    calls = (call for call in ast.walk(node) if isinstance(call, ast.Call))
+    asks = [call for call in calls if getattr(call.func, "attr", "") in ("axes", "parts")]
+    return [word.value for call in asks for word in call.args if isinstance(word, ast.Constant)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
