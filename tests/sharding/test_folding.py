@@ -39,7 +39,9 @@ VIEWS = [
         {"tensor_0": 2, "tensor_1": 2, "tensor_2": 2},
         [("tensor_0",), ("tensor_1",), ("tensor_2",)],
     ),
-    # stages are the same in both views
+    # the experts' own tensor parallelism is none unless it is asked for, and a stage's devices are those of both views
+    ({"tensor": 4, "expert": 4}, {}, [(), ("tensor",), ()]),
+    ({"pipe": 2, "data": 2, "expert": 2}, {}, [(), ("data",), ()]),
     ({"pipe": 2, "context": 2, "tensor": 2, "expert": 4}, {}, [(), ("context", "tensor"), ()]),
 ]
 
