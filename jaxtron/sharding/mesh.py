@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxtron.sharding.config import MeshConfig
-from jaxtron.sharding.folding import EXPERT_FLAGS, FLAGS, Axes, Refinement, refine
+from jaxtron.sharding.folding import FLAGS, Axes, Refinement, refine
 from jaxtron.typing import Device
 
 
@@ -42,10 +42,11 @@ class Folding:
         """What people call these mesh axes: the flags that they make up, and the axes that make up none."""
         rest, found = [axis for axis in axes if self.mesh.shape[axis] > 1], []
         while rest:
-            views = (self.flags[flag] for flag in (*FLAGS, *EXPERT_FLAGS))
-            own = next((own for own in views if rest[0] in own and {*own} <= {*rest}), ())
-            found.append(next((flag for flag in self.flags if own and self.flags[flag] == own), rest[0]))
-            rest = [axis for axis in rest[1:] if axis not in own]
+            fits = (flag for flag, own in self.flags.items() if rest[0] in own and {*own} <= {*rest})
+            # the layers' view is first
+            flag = next(fits, None)
+            found.append(rest[0] if flag is None else flag)
+            rest = [axis for axis in rest[1:] if flag is None or axis not in self.flags[flag]]
         return tuple(found)
 
     def without(self, flag: str) -> "Folding":

@@ -82,7 +82,7 @@ class Rules:
         return self.mesh.devices.flat[0].device_kind
 
     def axes(self, *flags: str) -> Axes:
-        """The mesh axes that these flags split over, outermost first; empty where there is nothing to split."""
+        """The mesh axes of these flags, in their order: what specs and collectives are given."""
         return self.folding.axes(*flags)
 
     def parts(self, *flags: str) -> int:
