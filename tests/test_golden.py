@@ -11,6 +11,7 @@ import pytest
 
 from jaxtron.config import dump, load
 from jaxtron.plan.layout import layout_text
+from jaxtron.run.attention import select_attention
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import Session
 from jaxtron.sharding.config import MeshConfig
@@ -26,7 +27,8 @@ def describe(path: Path) -> str:
     config = load(Configuration, path).resolved()
     # the recipe's own batches and stages do not matter
     rules = make_rules(build_mesh(MESH, jax.devices()), config.sharding)
-    session = Session(config, rules, attention={})
+    attention = select_attention(config, 1, jax.devices()[0].device_kind)
+    session = Session(config, rules, attention)
     with session.use():
         layout = layout_text(session.blueprint)
     return f"{dump(config)}\n{layout}\n"
