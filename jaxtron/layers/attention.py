@@ -22,6 +22,7 @@ from jaxtron.layers.positions import alibi_slopes, rotate
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.collectives import manual_axes
 from jaxtron.sharding.parameters import parameter
+from jaxtron.sharding.regions import on_each_device
 from jaxtron.sharding.rules import constrain, current, spec
 from jaxtron.typing import Array, Float, PyTree
 
@@ -226,17 +227,11 @@ class Sharded:
 
 def _over_heads(local: Callable[..., PyTree], arrays: dict[str, PyTree], results: tuple[str, ...]) -> PyTree:
     """`local` on each device's part of arrays by name (none: not there); its results lie as those of these names."""
-    manual = manual_axes()
-    assert current().parts("context") == 1 or manual, "a sequence is split inside the train step's region alone"
+    assert current().parts("context") == 1 or manual_axes(), "a sequence is split inside the train step's region alone"
     arrays = {name: array for name, array in arrays.items() if array is not None}
-    # in that region the batch's axes and the sequence's are manual already
-    axes = set(current().mesh.axis_names) - manual
-    if not axes:
-        return local(**arrays)
-    region = jax.shard_map(
+    run = on_each_device(
         lambda arrays: local(**arrays),
         in_specs=({name: spec(*AXES.get(name, ())) for name in arrays},),
         out_specs=tuple(spec(*AXES[name]) for name in results),
-        axis_names=axes,
     )
-    return region(arrays)
+    return run(arrays)
