@@ -113,12 +113,9 @@ class Configuration(Config):
         self.family.resolve(self.model, self.data.sequence_length)
         self._check_sizes()
         # where the axis is filled, `check_mesh` knows more
+        self.mesh.check_effect(self.model.family)
         self.pipeline.check_effect(self.mesh.pipe)
         self.context.check_effect(self.mesh.context)
-        for name in ("expert", "expert_tensor"):
-            if (size := getattr(self.mesh, name)) > 1:
-                pattern = {"model.pattern": self.model.pattern}
-                raise NoEffect(f"mesh.{name}", size, pattern, "the model has no experts; leave it out")
         return self
 
     def _check_sizes(self) -> None:
