@@ -21,11 +21,12 @@ from benchmarks.train import TrainBenchmark, random_batch
 from jaxtron.command import configure, run_command
 from jaxtron.config import UserError
 from jaxtron.data.batch import TokenBatch
-from jaxtron.run.dtypes import DTYPES
+from jaxtron.models.program import Microbatch
+from jaxtron.pipeline.model import Parameters
 from jaxtron.run.session import make_session
-from jaxtron.run.step import Trainer, batch_spec
+from jaxtron.run.step import Trainer, batch_spec, counts, weigh
 from jaxtron.runtime.start import start_runtime
-from jaxtron.sharding.collectives import all_reduce, vary
+from jaxtron.sharding.collectives import all_reduce
 from jaxtron.sharding.parameters import manual_specs, reduce_gradients
 from jaxtron.sharding.regions import region
 from jaxtron.sharding.rules import current
@@ -71,7 +72,7 @@ def measure(config: TrainBenchmark) -> dict[str, Any]:
     return {
         **record.circumstances(devices[0].platform, devices[0].device_kind, len(devices)),
         "microbatches": run.train.microbatches,
-        "losses": [float(loss) for loss, _ in results],
+        "losses": [float(results[0][0]["loss"]), float(results[1][0])],
         "executor_milliseconds": round(1e3 * float(np.median(seconds[0])), 3),
         "plain_scan_milliseconds": round(1e3 * float(np.median(seconds[1])), 3),
         "ratio_of_pairs": {
@@ -86,22 +87,29 @@ def plain(trainer: Trainer, params: PyTree, batch: TokenBatch) -> tuple[Array, P
     """Loss and float32 gradients by `jax.value_and_grad` in a scan over microbatches, without dropout."""
 
     def local(params: PyTree, batch: TokenBatch) -> tuple[Array, PyTree]:
-        working = trainer.blueprint.working(params, DTYPES[trainer.config.precision])
-        count = trainer.config.microbatches
-        total = all_reduce(batch.weights.sum(), current().batch)
-        scaled = TokenBatch(batch.tokens, batch.targets, batch.weights / total)
-        parts = jax.tree.map(lambda leaf: vary(leaf.reshape(count, -1, *leaf.shape[1:])), scaled)
+        working, model = trainer.working(params), trainer.program.model(trainer.parts, None)
+        microbatches = trainer.microbatches(weigh(batch, {name: 1 / total for name, total in counts(batch).items()}))
 
-        def loss(working: PyTree, part: TokenBatch) -> tuple[Array, Array]:
-            return trainer.blueprint.module(working).loss(part.tokens, part.targets, part.weights)
+        def loss(working: Parameters, microbatch: Microbatch) -> tuple[Array, dict[str, Array]]:
+            (stack,), (layers,) = model.stacks, working.stacks
+            shared, numbers = stack.shared(microbatch), jnp.arange(trainer.stages.partitions[0].num_layers)
 
-        def step(sums: PyTree, part: TokenBatch) -> tuple[PyTree, Array]:
-            (_, nll), gradients = jax.value_and_grad(loss, has_aux=True)(working, part)
-            return jax.tree.map(lambda total, one: total + one.astype(jnp.float32), sums, gradients), nll
+            def layer(x: Array, step: tuple[Array, PyTree]) -> tuple[Array, None]:
+                number, weights = step
+                return stack.layer(weights, x, number, shared).stream, None
+
+            x = stack.enter(working.outer, None, microbatch)
+            x = jax.lax.scan(layer, x, (numbers, layers), unroll=stack.unroll)[0]
+            return model.head(working.outer, x, microbatch)
+
+        def step(sums: Parameters, microbatch: Microbatch) -> tuple[Parameters, Array]:
+            (_, told), gradients = jax.value_and_grad(loss, has_aux=True)(working, microbatch)
+            return jax.tree.map(lambda total, one: total + one.astype(jnp.float32), sums, gradients), told["loss"]
 
         zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), working)
-        gradients, nll = jax.lax.scan(step, zeros, parts)
-        return all_reduce(nll.sum(), current().manual), reduce_gradients(gradients, trainer.blueprint.parameters)
+        gradients, nll = jax.lax.scan(step, zeros, microbatches)
+        reduced = reduce_gradients(trainer.parts.join(gradients), trainer.blueprint.parameters)
+        return all_reduce(nll.sum(), current().manual), reduced
 
     specs = manual_specs(trainer.blueprint.parameters)
     return region(local, (specs, batch_spec()), (PartitionSpec(), specs))(params, batch)

@@ -36,7 +36,7 @@ FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in 
 INNER_FLOORS = {
     "plan": [
         {"table", "machine", "profile", "memory_use"},
-        {"layout", "hint"},
+        {"layout", "hint", "resident"},
         {"compiled", "formula"},
         {"plan"},
         {"search"},

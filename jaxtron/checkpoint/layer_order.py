@@ -27,13 +27,13 @@ HOST = "pinned_host"
 
 @dataclass(frozen=True)
 class LayerOrder:
-    """Between the rows of a partition's stages and layers in the model's order, for the stacked arrays of a state.
+    """Between the slots of all stages and layers in the model's order, for the stacked arrays of a state.
 
-    Those are the parameters at the paths `stacked`, and whatever a state has under the same path, such as moments.
+    Those are the parameters at the paths `stacked`, each with its stack's partition, and whatever a state has under the
+    same path, such as moments.
     """
 
-    partition: Partition
-    stacked: frozenset[tuple[str, ...]]
+    stacked: Mapping[tuple[str, ...], Partition]
     shapes: Mapping[tuple[str, ...], tuple[int, ...]] = field(default_factory=dict)
     """Of the parameters that have padding at rest: their own, of stacked ones with all rows."""
 
@@ -42,41 +42,40 @@ class LayerOrder:
 
         def stored(path: KeyPath, leaf: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             shape = self.shapes.get(self._name(path, self.shapes), leaf.shape)
-            if not self.partition.is_in_order and self._has(path):
-                shape = (self.partition.num_layers, *shape[1:])
+            if (partition := self._reordered(path)) is not None:
+                shape = (partition.num_layers, *shape[1:])
             return jax.ShapeDtypeStruct(shape, leaf.dtype)
 
         return signature(jax.tree.map_with_path(stored, state))
 
     def abstract(self, state: PyTree) -> PyTree:
         """Shapes and shardings of `in_model_order` of an abstract state."""
-        if self.partition.is_in_order:
-            return state
-        return jax.tree.map_with_path(lambda path, leaf: self._ordered(leaf) if self._has(path) else leaf, state)
+
+        def convert(path: KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            partition = self._reordered(path)
+            return leaf if partition is None else _ordered(partition, leaf)
+
+        return jax.tree.map_with_path(convert, state)
 
     def in_model_order(self, state: PyTree) -> PyTree:
         """The state as it is saved; reordered arrays are on the host where JAX can, so that devices hold one more."""
-        if self.partition.is_in_order:
-            return state
 
         def convert(path: KeyPath, leaf: Array) -> Array:
-            if not self._has(path):
+            if (partition := self._reordered(path)) is None:
                 return leaf
-            ordered = self._ordered(leaf)
+            ordered = _ordered(partition, leaf)
             spec = _spec(ordered)
-            return _to_host(_mover(self.partition, True, spec, spec, ordered.shape[1:])(leaf))
+            return _to_host(_mover(partition, True, spec, spec, ordered.shape[1:])(leaf))
 
         return jax.tree.map_with_path(convert, state)
 
     def in_stage_order(self, state: PyTree, like: PyTree) -> PyTree:
         """The inverse of `in_model_order`, laid out as the abstract state `like`; consumes the arrays of `state`."""
-        if self.partition.is_in_order:
-            return state
 
         def convert(path: KeyPath, leaf: Array, wanted: jax.ShapeDtypeStruct) -> Array:
-            if not self._has(path):
+            if (partition := self._reordered(path)) is None:
                 return leaf
-            arranged = _mover(self.partition, False, _spec(leaf), _spec(wanted), wanted.shape[1:])(leaf)
+            arranged = _mover(partition, False, _spec(leaf), _spec(wanted), wanted.shape[1:])(leaf)
             # before the next one is made: one array at a time exists twice
             jax.block_until_ready(arranged)
             leaf.delete()
@@ -84,30 +83,36 @@ class LayerOrder:
 
         return jax.tree.map_with_path(convert, state, like)
 
-    def _has(self, path: KeyPath) -> bool:
-        return self._name(path, self.stacked) != ()
+    def _reordered(self, path: KeyPath) -> Partition | None:
+        """The partition of a stacked array whose slots are not the layers in order."""
+        partition = self.stacked.get(self._name(path, self.stacked))
+        return None if partition is None or partition.is_in_order else partition
 
     def _name(self, path: KeyPath, known: Collection[tuple[str, ...]]) -> tuple[str, ...]:
         """The known end of a path, which a parameter's moments have too; () where there is none."""
         names = parts(path)
         return next((names[start:] for start in range(len(names)) if names[start:] in known), ())
 
-    def _ordered(self, leaf: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding = leaf.sharding
-        assert isinstance(sharding, NamedSharding)
-        shape, spec = _without_rows(sharding, leaf.shape[1:])
-        sharding = NamedSharding(sharding.mesh, spec)
-        return jax.ShapeDtypeStruct((self.partition.num_layers, *shape), leaf.dtype, sharding=sharding)
 
-
-def layer_order(partition: Partition, blueprint: Blueprint) -> LayerOrder:
-    """The order of a model whose stacked parameters `partition` lays out."""
+def layer_order(partitions: Mapping[str, Partition], blueprint: Blueprint) -> LayerOrder:
+    """The order of a model whose stacks, by their paths in the parameters, the partitions lay out."""
     specs = [(parts(path), spec) for path, spec in jax.tree.leaves_with_path(blueprint.parameters)]
     return LayerOrder(
-        partition,
-        frozenset(path for path, spec in specs if spec.is_stacked),
+        {path: _partition_of(path, partitions) for path, spec in specs if spec.is_stacked},
         {path: spec.shape for path, spec in specs if spec.shape != spec.layout.padded},
     )
+
+
+def _partition_of(name: tuple[str, ...], partitions: Mapping[str, Partition]) -> Partition:
+    return next(partition for path, partition in partitions.items() if "/".join(name).startswith(f"{path}/"))
+
+
+def _ordered(partition: Partition, leaf: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding
+    assert isinstance(sharding, NamedSharding)
+    shape, spec = _without_rows(sharding, leaf.shape[1:])
+    sharding = NamedSharding(sharding.mesh, spec)
+    return jax.ShapeDtypeStruct((partition.num_layers, *shape), leaf.dtype, sharding=sharding)
 
 
 def _without_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[tuple[int, ...], PartitionSpec]:

@@ -49,7 +49,7 @@ class EvaluatedModel:
         batches = self.session.batches
         total, earlier = 0.0, None
         for batch in validation_batches(source, batch_size=self.batch, local_rows=batches.local_rows):
-            nll, _ = self.session.evaluate(self.params, batches.globalize(batch))
+            nll = self.session.evaluate(self.params, batches.globalize(batch))[0]["loss"]
             # read a step late, so that devices need not wait and batches do not pile up
             total += 0.0 if earlier is None else float(earlier)
             earlier = nll

@@ -1,5 +1,6 @@
 """Text from a model: one token after another, each from a whole forward over a window of the sequence."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -8,31 +9,29 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Int32, Integer
 
-from jaxtron.models.decoder.model import Decoder
-from jaxtron.models.decoder.staged import StagedDecoder
+from jaxtron.data.batch import TokenBatch
+from jaxtron.models.program import Microbatch
 from jaxtron.pipeline import executor
-from jaxtron.pipeline.model import HeadOutput
-from jaxtron.pipeline.partition import Partition, StagePlan, forward_only
-from jaxtron.sharding.blueprint import Blueprint
+from jaxtron.pipeline.model import HeadOutput, Model, Outer, Parameters, Stack, Stream
+from jaxtron.pipeline.partition import forward_only
+from jaxtron.run.step import Trainer
 from jaxtron.sharding.collectives import all_reduce, largest, vary
 from jaxtron.sharding.parameters import manual_specs
 from jaxtron.sharding.regions import region
-from jaxtron.sharding.rules import constrain, current, use
-from jaxtron.typing import Array, DTypeLike, Float, Int, Key, PyTree
+from jaxtron.sharding.rules import current, use
+from jaxtron.typing import Array, Float, Int, Key, PyTree
 
 # drawn from logits that are not finite
 NO_TOKEN = -1
 
 
 def sample(
-    blueprint: Blueprint[Decoder],
+    trainer: Trainer,
     params: PyTree,
     prompt: Integer[np.ndarray, "P"],
     *,
-    partition: Partition,
     num_tokens: int,
     window: int,
-    dtype: DTypeLike,
     vocab: int,
     temperature: float = 0.8,
     seed: int = 0,
@@ -45,20 +44,12 @@ def sample(
     prompt = prompt[-window:]
     start = np.zeros(window, np.int32)
     start[: len(prompt)] = prompt
-    specs = manual_specs(blueprint.parameters)
+    specs = manual_specs(trainer.blueprint.parameters)
     scalar = PartitionSpec()
-    local = partial(
-        _local,
-        blueprint,
-        partition,
-        num_tokens=num_tokens,
-        length=len(prompt),
-        dtype=dtype,
-        vocab=vocab,
-        temperature=temperature,
-    )
+    settings = {"num_tokens": num_tokens, "length": len(prompt), "vocab": vocab, "temperature": temperature}
     # a row is short, and whole on every device
     with use(current().without("context")):
+        local = partial(_local, trainer, **settings)
         run = jax.jit(region(local, (specs, scalar, scalar), scalar))
         tokens = np.asarray(run(params, jnp.asarray(start), jax.random.key(seed)))
     if (tokens == NO_TOKEN).any():
@@ -67,23 +58,21 @@ def sample(
 
 
 def _local(
-    blueprint: Blueprint[Decoder],
-    partition: Partition,
+    trainer: Trainer,
     params: PyTree,
     tokens: Int[Array, "S"],
     key: Key[Array, ""],
     *,
     num_tokens: int,
     length: int,
-    dtype: DTypeLike,
     vocab: int,
     temperature: float,
 ) -> Int[Array, "N"]:
-    staged = StagedDecoder(blueprint, blueprint.working(params, dtype))
+    working = trainer.working(params)
 
     def step(carry: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], Array]:
         tokens, filled = carry
-        logits = _next_logits(staged, partition, tokens, filled).astype(jnp.float32)
+        logits = _next_logits(trainer, working, tokens, filled).astype(jnp.float32)
         is_known = jnp.arange(logits.shape[0]) < vocab
         is_finite = (jnp.isfinite(logits) | ~is_known).all()
         logits = jnp.where(is_known, logits / temperature, -jnp.inf)
@@ -101,23 +90,31 @@ def _local(
 
 
 def _next_logits(
-    staged: StagedDecoder, partition: Partition, tokens: Int[Array, "S"], filled: Int[Array, ""]
+    trainer: Trainer, working: Parameters, tokens: Int[Array, "S"], filled: Int[Array, ""]
 ) -> Float[Array, "V"]:
     """Logits of what follows the first `filled` tokens, from one microbatch of one row through all stages."""
+    program, parts = trainer.program, trainer.parts
+    assert program.predict is not None
 
-    def head(decoder: Decoder, x: Array, microbatch: tuple[Array, Array]) -> HeadOutput:
-        x = constrain(x, "batch", "full_seq", "embed")
-        logits = decoder.predict(jax.lax.dynamic_slice_in_dim(x, microbatch[1] - 1, 1, axis=1))
+    def head(outer: Outer, stream: Stream, microbatch: tuple[Microbatch[TokenBatch], Array]) -> HeadOutput:
         # no loss, for nothing is trained
-        return HeadOutput(jnp.float32(0.0), {"logits": constrain(logits[0, 0], None)})
+        return HeadOutput(jnp.float32(0.0), {"logits": program.predict(parts, outer, stream, microbatch[1] - 1)})
 
-    model = staged.model(
-        embed=lambda decoder, microbatch: decoder.embed(microbatch[0]),
-        inputs=lambda decoder, microbatch: decoder.inputs(microbatch[0].shape[1]),
-        head=head,
-    )
-    microbatches = jax.tree.map(vary, (tokens[None, None], filled[None]))
-    stages = StagePlan((partition,))
-    logits = executor.run(forward_only(stages), stages, model, staged.parameters, microbatches).sums["logits"]
+    model = program.model(parts, None)
+    stacks = tuple(_of_first(stack) for stack in model.stacks)
+    weights = jnp.zeros(tokens.shape, jnp.float32)
+    row = Microbatch(TokenBatch(tokens, tokens, weights), jnp.int32(0))
+    microbatches = jax.tree.map(lambda leaf: vary(leaf[None, None]), row), vary(filled[None])
+    table = forward_only(trainer.stages)
+    result = executor.run(table, trainer.stages, Model(stacks, head), working, microbatches)
     # only the last stage has any
-    return all_reduce(logits, current().axes("pipe"))
+    return all_reduce(result.sums["logits"], current().axes("pipe"))
+
+
+def _of_first(stack: Stack) -> Stack:
+    """The stack for microbatches that are a pair, of whose first it reads."""
+    return replace(
+        stack,
+        enter=lambda outer, stream, pair: stack.enter(outer, stream, pair[0]),
+        shared=lambda pair: stack.shared(pair[0]),
+    )

@@ -4,7 +4,6 @@ import numpy as np
 from jaxtyping import Int32, Integer
 
 from jaxtron.generate.sample import sample
-from jaxtron.run.dtypes import DTYPES
 from jaxtron.run.session import Session
 from jaxtron.typing import PyTree
 
@@ -18,13 +17,11 @@ def continue_tokens(
     """
     with session.use():
         return sample(
-            session.blueprint,
+            session.trainer,
             params,
             prompt,
-            partition=session.trainer.partition,
             num_tokens=num_tokens,
             window=session.config.data.sequence_length,
-            dtype=DTYPES[session.config.train.precision],
             vocab=vocab,
             seed=session.config.seed,
         )

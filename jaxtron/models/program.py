@@ -1,13 +1,167 @@
-"""What computes a family of models, for those who run it: what it reads, how it is built, and the pieces of it."""
+"""What computes a family of models: what it reads of a step, how it is built, and the pieces that a pipeline runs."""
 
 import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
-from jaxtron.data.batch import batch_fields
+from jaxtron.data.batch import SEQUENCE, batch_fields
+from jaxtron.data.source import Source
+from jaxtron.data.tokenizers import Tokenizer
+from jaxtron.kernels.attention.backend import Backend
+from jaxtron.models.families import family_of, program_of
+from jaxtron.models.family import FamilyConfig
+from jaxtron.pipeline.model import Model, Outer, Parameters, Stream
+from jaxtron.pipeline.partition import Partition, StagePlan, one_stage_plan
+from jaxtron.sharding.blueprint import Blueprint, blueprint
+from jaxtron.sharding.parameters import gather_at_use
+from jaxtron.typing import Array, DTypeLike, Float, Int, Key, PyTree
+
+BatchT = TypeVar("BatchT")
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
+Number = TypeVar("Number")
 
 
 @functools.cache
 def as_pytree(batch_type: type) -> type:
     """The class of a batch, its arrays seen by JAX from now on; data that are only read need none."""
     return jax.tree_util.register_dataclass(batch_type, data_fields=list(batch_fields(batch_type)), meta_fields=[])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Microbatch(Generic[BatchT]):
+    """Some rows of a step's batch on one device, and their numbers in the global batch, for what is drawn by row."""
+
+    batch: BatchT
+    rows: Int[Array, "B"]
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What a model is built for."""
+
+    dtype: jnp.dtype
+    """Of products and activations."""
+    partitions: Mapping[str, Partition]
+    """The layers in each slot of its stacks, by path."""
+    attention: Mapping[str, Backend] | None = None
+    """As `Program.attention` selects them (none: for short sequences on the devices here)."""
+
+
+@dataclass(frozen=True)
+class Parts(Generic[ModuleT]):
+    """A model's parameters, nested dicts, in the parts that a pipeline tells apart, and the modules of these parts."""
+
+    blueprint: Blueprint[ModuleT]
+    stacks: tuple[str, ...]
+    """The path of each stack, with `/`."""
+
+    def split(self, params: PyTree) -> Parameters:
+        """Parameters, or what is like them, as stacks and the rest."""
+        outer = params
+        for path in self.stacks:
+            outer = _with(outer, path, None)
+        return Parameters(tuple(_at(params, path) for path in self.stacks), outer)
+
+    def join(self, parts: Parameters) -> PyTree:
+        """The inverse of `split`."""
+        params = parts.outer
+        for path, stack in zip(self.stacks, parts.stacks, strict=True):
+            params = _with(params, path, stack)
+        return params
+
+    @functools.cached_property
+    def abstract(self) -> ModuleT:
+        """The module without values: its settings, and shapes."""
+        return self.blueprint.module(self.blueprint.abstract)
+
+    def outer(self, params: Outer) -> ModuleT:
+        """The module with these parameters outside of its stacks, which have no values."""
+        stacks = self.split(self.blueprint.abstract).stacks
+        return self.blueprint.module(self.join(Parameters(stacks, params)))
+
+    def layer(self, stack: int, params: PyTree) -> Any:
+        """The module of a layer with the parameters of one slot."""
+        module = self.abstract
+        for name in self.stacks[stack].split("/"):
+            module = getattr(module, name)
+        return nnx.merge(nnx.split(module)[0], params)
+
+
+@dataclass(frozen=True)
+class Program(Generic[BatchT, ModuleT]):
+    """A family's half that needs JAX; see `family.Family` for the other."""
+
+    batch: type[BatchT]
+    """What a step reads: a dataclass of `data/batch.py`."""
+    losses: Mapping[str, str]
+    """Sums that the head reports whose means add up to the loss, and the normalizers that make them means."""
+    build: Callable[[Any, BuildContext, nnx.Rngs], ModuleT]
+    """The module, whose stacks were made by `stacked.stacked`; inside `sharding.use(rules)`."""
+    model: Callable[[Parts[ModuleT], Key[Array, ""] | None], Model]
+    """(parts, key of dropout) -> what a pipeline runs on a `Microbatch`; without a key nothing is dropped."""
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    """Further sums that the head reports, and their normalizers."""
+    lengths: Callable[[Any, int], dict[str, int]] = lambda config, length: {SEQUENCE: length}
+    """(config, data.sequence_length) -> sizes of the axes that the batch's fields name."""
+    source: Callable[[Any, Source, Tokenizer], Source] = lambda config, source, tokenizer: source
+    """Samples of `batch` made of the data's own, which are of `TokenBatch`."""
+    attention: Callable[..., Mapping[str, Backend]] = lambda config, dtype, **devices: {}
+    """(config, dtype, device_kind=, parts=, length=, packed=) -> the backends of its kinds of attention by name."""
+    predict: Callable[[Parts[ModuleT], Outer, Stream, Int[Array, ""]], Float[Array, "V"]] | None = None
+    """(parts, outer parameters, what left the layers, place) -> logits of what follows that place in the first row."""
+
+    def __post_init__(self) -> None:
+        as_pytree(self.batch)
+
+    def reported(self, means: Mapping[str, Number]) -> dict[str, Number]:
+        """What a step tells of the means of the head's sums: the loss, and where it has several summands, these too."""
+        known = {**self.losses, **self.metrics}
+        assert means.keys() == known.keys(), f"the head reports {sorted(means)}, declared are {sorted(known)}"
+        parts = {name: mean for name, mean in means.items() if name in self.metrics or len(self.losses) > 1}
+        return {"loss": sum(means[name] for name in self.losses), **parts}
+
+    def loss(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> float:
+        """The sum of the losses' means; one that nothing counts is left out."""
+        means = (sums[name] / counts[norm] for name, norm in self.losses.items() if counts[norm])
+        return sum(means)
+
+
+def make_parts(
+    config: FamilyConfig,
+    dtype: DTypeLike,
+    stages: StagePlan | None = None,
+    attention: Mapping[str, Backend] | None = None,
+) -> Parts[Any]:
+    """The parts of a model, inside `sharding.use(rules)`; `stages` has its layers (none: one stage)."""
+    stacks = family_of(config).stacks(config)
+    stages = stages or one_stage_plan(tuple(stacks.values()))
+    context = BuildContext(jnp.dtype(dtype), dict(zip(stacks, stages.partitions, strict=True)), attention)
+    build = functools.partial(program_of(config).build, config, context)
+    return Parts(blueprint(build, layers=None if len(stacks) > 1 else stages.partitions[0].num_layers), tuple(stacks))
+
+
+def whole(module: ModuleT, dtype: DTypeLike) -> ModuleT:
+    """The module with its weights whole and matrices in `dtype`: where it is about to run (`gather_at_use`)."""
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, gather_at_use(state, jnp.dtype(dtype)))
+
+
+def _at(params: PyTree, path: str) -> PyTree:
+    for name in path.split("/"):
+        params = params[name]
+    return params
+
+
+def _with(params: PyTree, path: str, part: PyTree) -> PyTree:
+    """Nested dicts with `part` at the path; None takes it out."""
+    name, _, rest = path.partition("/")
+    if rest:
+        return {**params, name: _with(params.get(name, {}), rest, part)}
+    others = {other: value for other, value in params.items() if other != name}
+    return others if part is None else {**others, name: part}

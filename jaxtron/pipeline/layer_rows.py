@@ -1,9 +1,11 @@
 """Stacked layers between the model's order and the rows of all stages."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxtron.pipeline.partition import Partition
+from jaxtron.sharding.rules import current
 from jaxtron.typing import Array
 
 
@@ -19,3 +21,20 @@ def arrange(partition: Partition, layers: Array) -> Array:
 def restore(partition: Partition, rows: Array) -> Array:
     """The inverse of `arrange`."""
     return rows if partition.is_in_order else rows[np.argsort(partition.slot_layers)[-partition.num_layers :]]
+
+
+def in_model_order(partition: Partition, slots: Array) -> Array:
+    """This stage's slots [slots, ...] at the places of their layers [layers, ...], zeros for those of other stages.
+
+    Inside the manual region; a sum over `pipe` has all layers.
+    """
+    if partition.is_in_order and partition.num_stages == 1:
+        return slots
+    layers = np.asarray(partition.slot_layers).reshape(partition.num_stages, -1)
+    # a slot more than there are is a row of zeros
+    slot_of = np.full((partition.num_stages, partition.num_layers), layers.shape[1], np.int32)
+    for stage, row in enumerate(layers):
+        slot_of[stage, row[row >= 0]] = np.flatnonzero(row >= 0)
+    stage = jax.lax.axis_index(current().axes("pipe")) if partition.num_stages > 1 else 0
+    padded = jnp.concatenate([slots, jnp.zeros_like(slots[:1])])
+    return padded[jnp.asarray(slot_of)[stage]]

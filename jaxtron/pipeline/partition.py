@@ -113,6 +113,11 @@ class StagePlan:
         return bisect.bisect_right([stack.first_chunk for stack in self.partitions], chunk) - 1
 
 
+def one_stage_plan(num_layers: Sequence[int]) -> StagePlan:
+    """Stacks of so many layers on one stage, a chunk each."""
+    return StagePlan(tuple(Partition((count,), first_chunk=stack) for stack, count in enumerate(num_layers)))
+
+
 def stage_plan(num_layers: Sequence[int], schedule: Schedule, config: PipelineConfig) -> StagePlan:
     """The layers of each stack shared out among its virtual stages, of which all stacks have as many.
 

@@ -82,7 +82,7 @@ def show_schedule(config: Configuration, request: PlanRequest) -> None:
     """The schedule drawn, without devices: simulated ones tell the bytes of a layer."""
     sizes = config.mesh.shape(config.devices or _known(config))
     config.check_mesh(sizes)
-    table, partition = config.schedule(sizes["pipe"]), config.partition(sizes["pipe"])
+    table, stages = config.schedule(sizes["pipe"]), config.stage_plan(sizes["pipe"])
     # where sequences are split, two parts of one stand for all
     start_runtime(config.runtime, devices=config.devices or sizes["tensor"] * min(2, sizes["context"]))
     each = layer_bytes(config, sizes)
@@ -93,9 +93,11 @@ def show_schedule(config: Configuration, request: PlanRequest) -> None:
     if request.png is not None:
         draw_schedule(table, request.png)
     print(f"mesh: {mesh}")
-    print(schedule_text(table, width=width, color=color, chunk_bytes=partition.slots_per_chunk * each))
-    print(f"layers    {_lengths(partition.lengths)}; one keeps {readable_bytes(each)} of a microbatch on a device")
-    if partition.num_stages > 1:
+    longest = max(stack.slots_per_chunk for stack in stages.partitions)
+    print(schedule_text(table, width=width, color=color, chunk_bytes=longest * each))
+    lengths = tuple(length for stack in stages.partitions for length in stack.lengths)
+    print(f"layers    {_lengths(lengths)}; one keeps {readable_bytes(each)} of a microbatch on a device")
+    if stages.num_stages > 1:
         print("memory    one program runs on all stages, so every device makes room for the fullest one's activations")
     _tell_written(request.csv, request.png)
 

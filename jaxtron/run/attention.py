@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from jaxtron.kernels.attention.backend import Backend
-from jaxtron.models.decoder.attention_backends import attention_backends
+from jaxtron.models.families import program_of
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
 
@@ -13,7 +13,7 @@ def select_attention(config: Configuration, parts: int, device_kind: str) -> Map
 
     `UserError` where the implementation asked for cannot.
     """
-    return attention_backends(
+    return program_of(config.model).attention(
         config.model,
         DTYPES[config.train.precision],
         device_kind=device_kind,

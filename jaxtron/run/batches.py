@@ -1,5 +1,6 @@
 """From this process's rows to global arrays."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,8 +8,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxtron.data.batch import BatchField, map_batch
+from jaxtron.data.batch import BatchField, make_batch, map_batch
 from jaxtron.data.loader import LocalBatch
+from jaxtron.models.families import program_of
+from jaxtron.run.configuration import Configuration
+from jaxtron.run.step import batch_sharding
 
 
 @dataclass(frozen=True)
@@ -34,3 +38,11 @@ class BatchSharding:
             return jax.make_array_from_callback((batch.size, *array.shape[1:]), self.sharding, rows)
 
         return map_batch(make, batch.arrays)
+
+
+def abstract_batch(config: Configuration) -> Any:
+    """Shapes, types and shardings of the global batch, inside `sharding.use(rules)`."""
+    program = program_of(config.model)
+    make = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding())
+    lengths = program.lengths(config.model, config.data.sequence_length)
+    return make_batch(program.batch, config.train.global_batch, lengths, config.data.optional_fields, make)

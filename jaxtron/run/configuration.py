@@ -18,7 +18,7 @@ from jaxtron.models.family import Family
 from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
 from jaxtron.optim.config import BatchRampConfig, LossScaleConfig, OptimizerConfig
 from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.pipeline.partition import Partition, stage_plan
+from jaxtron.pipeline.partition import StagePlan, one_stage_plan, stage_plan
 from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
 from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.run.run_config import RunConfig
@@ -113,9 +113,12 @@ class Configuration(Config):
         self.family.resolve(self.model, self.data.sequence_length)
         self._check_sizes()
         # where the axis is filled, `check_mesh` knows more
-        self.mesh.check_effect(self.model.family)
         self.pipeline.check_effect(self.mesh.pipe)
         self.context.check_effect(self.mesh.context)
+        for name in ("expert", "expert_tensor"):
+            if (size := getattr(self.mesh, name)) > 1:
+                pattern = {"model.pattern": self.model.pattern}
+                raise NoEffect(f"mesh.{name}", size, pattern, "the model has no experts; leave it out")
         return self
 
     def _check_sizes(self) -> None:
@@ -161,7 +164,7 @@ class Configuration(Config):
             hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(SCHEDULES)}, or a .csv table"
             raise UserError(f"no pipeline.schedule {name!r}; {hint}")
         try:
-            return make_schedule(name, num_stages, count, chunks)
+            return make_schedule(name, num_stages, count, chunks, len(self.family.stacks(self.model)))
         except UserError as error:
             if name.endswith(".csv"):
                 raise UserError(f"pipeline.schedule: {error}") from None
@@ -170,14 +173,14 @@ class Configuration(Config):
                 sizes += f", train.microbatches {count}"
             raise UserError(f"pipeline.schedule {name} with {sizes}: {error}") from None
 
-    def partition(self, num_stages: int, num_microbatches: int | None = None) -> Partition:
+    def stage_plan(self, num_stages: int, num_microbatches: int | None = None) -> StagePlan:
         """Which of the model's layers each stage of mesh.pipe has; a `UserError` where they cannot be shared out.
 
         The schedule, which says where chunks lie, is that of so many microbatches (none: those of the whole batch).
         """
-        (num_layers,), pipeline = self.family.stacks(self.model).values(), self.pipeline
+        layers, pipeline = tuple(self.family.stacks(self.model).values()), self.pipeline
         if num_stages == 1:
-            return Partition((num_layers,))
+            return one_stage_plan(layers)
         if (cuts := self.family.cuts(self.model)) is not None:
             num_parts = num_stages * pipeline.chunks
             if len(cuts.layers) != num_parts:
@@ -186,7 +189,7 @@ class Configuration(Config):
                     f"pipeline.chunks {pipeline.chunks} = {num_parts}; change the cuts or one of these"
                 )
             pipeline = pipeline.model_copy(update={"stage_layers": cuts.layers})
-        return stage_plan((num_layers,), self.schedule(num_stages, num_microbatches), pipeline).partitions[0]
+        return stage_plan(layers, self.schedule(num_stages, num_microbatches), pipeline)
 
     def check_mesh(self, sizes: dict[str, int]) -> None:
         """`UserError` where batch, sequence, layers, vocabulary or stages do not fit a mesh of these sizes by flag."""
@@ -206,7 +209,7 @@ class Configuration(Config):
         cuts = self.family.cuts(self.model)
         self.pipeline.check(sizes["pipe"], {} if cuts is None else {cuts.name: cuts.value})
         if sizes["pipe"] > 1:
-            self.partition(sizes["pipe"], num_microbatches or sizes["pipe"])
+            self.stage_plan(sizes["pipe"], num_microbatches or sizes["pipe"])
 
     def _check_schedule(self, num_stages: int, microbatches: tuple[int, ...]) -> None:
         """`UserError` unless the schedule runs every number of microbatches."""

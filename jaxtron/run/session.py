@@ -7,22 +7,21 @@ from functools import cached_property, partial
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtron.checkpoint.layer_order import LayerOrder, layer_order
 from jaxtron.kernels.attention.backend import Backend
-from jaxtron.models.decoder.model import Decoder
-from jaxtron.pipeline.partition import Partition
+from jaxtron.models.families import program_of
+from jaxtron.models.program import make_parts
 from jaxtron.run.attention import select_attention
 from jaxtron.run.batches import BatchSharding
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
-from jaxtron.run.step import Trainer, TrainState, batch_sharding, jit_step
-from jaxtron.sharding.blueprint import Blueprint, blueprint
+from jaxtron.run.step import Scalar, Trainer, TrainState, batch_sharding, jit_step
+from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.sharding.mesh import build_mesh
-from jaxtron.sharding.rules import Rules, make_rules, use
-from jaxtron.typing import Array, Device, Float, PyTree
+from jaxtron.sharding.rules import Rules, current, make_rules, use
+from jaxtron.typing import Array, Device, PyTree
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +61,10 @@ class Session:
     def trainer(self) -> Trainer:
         """The pure functions of the step, on the session's mesh."""
         with self.use():
-            return _make_trainer(self.config, self.attention, self.sizes["pipe"], trains=self.trains)
+            return make_trainer(self.config, self.attention, trains=self.trains)
 
     @property
-    def blueprint(self) -> Blueprint[Decoder]:
+    def blueprint(self) -> Blueprint:
         """Shapes, layouts and roles of the parameters."""
         return self.trainer.blueprint
 
@@ -79,7 +78,7 @@ class Session:
     def layer_order(self) -> LayerOrder:
         """Between the layers of a state here and those of a checkpoint."""
         with self.use():
-            return layer_order(self.trainer.partition, self.blueprint)
+            return layer_order(self.trainer.partitions, self.blueprint)
 
     def initial_state(self) -> TrainState:
         """The state before the first step, sharded as at rest."""
@@ -101,7 +100,7 @@ class Session:
         with self.use():
             return self._step.lower(state, batch)
 
-    def evaluate(self, params: PyTree, batch: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def evaluate(self, params: PyTree, batch: Any) -> tuple[dict[str, Scalar], dict[str, Scalar]]:
         """`Trainer.evaluate`, compiled; where the session does not train, a batch is one microbatch."""
         with self.use():
             return self._evaluate(params, batch)
@@ -141,20 +140,21 @@ def placed(abstract: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(place, abstract)
 
 
-def _make_trainer(config: Configuration, attention: Mapping[str, Backend], num_stages: int, *, trains: bool) -> Trainer:
-    stages = config.partition(num_stages, None if trains else num_stages)
-    plan = blueprint(partial(_build, config, attention, stages), layers=stages.num_layers)
+def make_trainer(
+    config: Configuration, attention: Mapping[str, Backend] | None = None, *, trains: bool = True
+) -> Trainer:
+    """The trainer of a resolved configuration, inside `sharding.use(rules)`; `trains` as `make_session`'s.
+
+    `attention` has the backends (none: selected by the model for short sequences).
+    """
+    num_stages = current().parts("pipe")
+    stages = config.stage_plan(num_stages, None if trains else num_stages)
     return Trainer(
-        blueprint=plan,
-        model=config.model,
+        program=program_of(config.model),
+        parts=make_parts(config.model, DTYPES[config.train.precision], stages, attention),
+        stages=stages,
         config=config.train,
         optimizer=config.optimizer,
         pipeline=config.pipeline,
-        partition=stages,
         seed=config.seed,
     )
-
-
-def _build(config: Configuration, attention: Mapping[str, Backend], stages: Partition, rngs: nnx.Rngs) -> Decoder:
-    dtype = DTYPES[config.train.precision]
-    return Decoder(config.model, dtype=dtype, partition=stages, attention=attention, rngs=rngs)

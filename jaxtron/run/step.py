@@ -10,19 +10,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtron.data.batch import SEQUENCE, BatchField, TokenBatch, map_batch, present
-from jaxtron.layers.inputs import row_keys
-from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.model import Decoder
-from jaxtron.models.decoder.staged import StagedDecoder
-from jaxtron.models.program import as_pytree
+from jaxtron.data.batch import SEQUENCE, BatchField, map_batch, present
+from jaxtron.models.program import Microbatch, Parts, Program
 from jaxtron.optim.config import OptimizerConfig
 from jaxtron.optim.loss_scale import LossScale, initial_loss_scale, update_loss_scale
 from jaxtron.optim.optimizer import clip_by_global_norm, make_optimizer
 from jaxtron.optim.schedule import learning_rate_schedule
 from jaxtron.pipeline import executor
 from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.pipeline.model import HeadOutput, Model
+from jaxtron.pipeline.layer_rows import in_model_order
+from jaxtron.pipeline.model import Parameters
 from jaxtron.pipeline.partition import Partition, StagePlan, forward_only
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.schedule import Schedule
@@ -37,7 +34,7 @@ from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, Float, Int, Key, PyTree
 
 BatchT = TypeVar("BatchT")
-as_pytree(TokenBatch)
+Scalar = Float[Array, ""]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "optimizer", "loss_scale"), meta_fields=())
@@ -55,13 +52,23 @@ class TrainState:
 class Trainer:
     """The pure functions of a training: built once inside `sharding.use(rules)`, jitted by their callers."""
 
-    blueprint: Blueprint[Decoder]
-    model: ModelConfig
+    program: Program
+    parts: Parts
+    stages: StagePlan
     config: TrainConfig
     optimizer: OptimizerConfig
     pipeline: PipelineConfig
-    partition: Partition
     seed: int
+
+    @property
+    def blueprint(self) -> Blueprint:
+        """Shapes, layouts and roles of the parameters."""
+        return self.parts.blueprint
+
+    @property
+    def partitions(self) -> dict[str, Partition]:
+        """The slots of each stack's layers, by its path in the parameters."""
+        return dict(zip(self.parts.stacks, self.stages.partitions, strict=True))
 
     def initial_state(self) -> TrainState:
         """The state before the first step, sharded as at rest."""
@@ -75,12 +82,12 @@ class Trainer:
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         """One optimizer step on a global batch. With fp16, a step whose gradients overflow changes only the scale."""
         scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
-        nll, gradients = self.loss_and_gradients(state.params, batch, state.step, scale)
+        reported, gradients = self.loss_and_gradients(state.params, batch, state.step, scale)
         gradients, norm = clip_by_global_norm(gradients, self.optimizer.clip_norm)
         updates, optimizer = self._rule().update(gradients, state.optimizer, state.params)
         done = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer, None)
         metrics = {
-            "loss": nll,
+            **reported,
             "gradient_norm": norm,
             "learning_rate": learning_rate_schedule(self.optimizer, self.config.steps)(_updates(state.optimizer)),
         }
@@ -94,12 +101,13 @@ class Trainer:
         return TrainState(chosen.step, chosen.params, chosen.optimizer, loss_scale), metrics
 
     def loss_and_gradients(
-        self, params: PyTree, batch: Any, step: Int[Array, ""], scale: Float[Array, ""]
-    ) -> tuple[Float[Array, ""], PyTree]:
-        """Mean negative log-likelihood over the batch's tokens, and the float32 gradients of the training loss.
+        self, params: PyTree, batch: Any, step: Int[Array, ""], scale: Scalar
+    ) -> tuple[dict[str, Array], PyTree]:
+        """What the step reports, its mean loss among it, and the float32 gradients of the training loss.
 
-        The mean is over the global count of tokens that weigh, so it does not depend on how the batch is cut. The
-        gradients lie as the state at rest does; `scale` multiplies the loss before the backward and is divided out.
+        Means are over the global counts of what weighs, so they do not depend on how the batch is cut. The gradients
+        lie as the state at rest does; `scale` multiplies the loss before the backward and is divided out. Metrics of
+        layers have a row for each, in the model's order.
         """
         specs = manual_specs(self.blueprint.parameters)
         step_key = jax.random.fold_in(jax.random.key(self.seed), step)
@@ -112,103 +120,72 @@ class Trainer:
 
     def evaluate(
         self, params: PyTree, batch: Any, num_microbatches: int | None = None
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Sums over a batch: negative log-likelihood in nats, and the weight of its tokens.
+    ) -> tuple[dict[str, Scalar], dict[str, Scalar]]:
+        """Of a batch the sums that the model's head reports, and the counts of their normalizers.
 
         Rows go through the model in so many microbatches (none: as large as those of a step; a smaller batch is one).
         """
 
-        def local(params: PyTree, batch: Any) -> tuple[Array, Array]:
-            working = self.blueprint.working(params, DTYPES[self.config.precision])
-            count = counts(batch)["tokens"]
-            microbatches = jax.tree.map(vary, self._cut(batch, num_microbatches))
-            table = forward_only(StagePlan((self.partition,)), microbatches[1].shape[0])
-            _, nll = self._run(table, working, microbatches, key=None)
-            return all_reduce(nll, current().manual), count
+        def local(params: PyTree, batch: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+            microbatches = self.microbatches(batch, num_microbatches)
+            table = forward_only(self.stages, microbatches.rows.shape[0])
+            sums = self._run(table, params, microbatches, key=None).sums
+            return _over_all(sums), counts(batch)
 
         specs = manual_specs(self.blueprint.parameters)
-        scalars = (PartitionSpec(), PartitionSpec())
-        return region(local, (specs, batch_spec()), scalars)(params, batch)
-
-    def held(self, batch: Any) -> tuple[PyTree, executor.ExecutorState]:
-        """Types of what a device holds all through an (abstract) batch: working parameters, the executor's buffers.
-
-        Traced, never run. Their shapes are whole along `tensor`, as their shardings say.
-        """
-        found: list[tuple[PyTree, executor.ExecutorState]] = []
-
-        def local(params: PyTree, batch: Any) -> Array:
-            working = self.blueprint.working(params, DTYPES[self.config.precision])
-            microbatches = jax.tree.map(vary, self._cut(batch))
-            staged, model = self._pieces(working, self._dropout_key(jax.random.key(0)))
-            table = self.schedule(microbatches[1].shape[0])
-            buffers = executor.initial_state(
-                table, StagePlan((self.partition,)), model, staged.parameters, microbatches
-            )
-            found.append(jax.tree.map(jax.typeof, (working, buffers)))
-            return jnp.zeros(())
-
-        specs = (manual_specs(self.blueprint.parameters), batch_spec())
-        jax.eval_shape(region(local, specs, PartitionSpec()), self.blueprint.abstract, batch)
-        return found[0]
+        return region(local, (specs, batch_spec()), PartitionSpec())(params, batch)
 
     def _local_gradients(
-        self, params: PyTree, batch: Any, step_key: Key[Array, ""], scale: Float[Array, ""]
-    ) -> tuple[Float[Array, ""], PyTree]:
+        self, params: PyTree, batch: Any, step_key: Key[Array, ""], scale: Scalar
+    ) -> tuple[dict[str, Array], PyTree]:
         """This device's part of `loss_and_gradients`."""
-        working = self.blueprint.working(params, DTYPES[self.config.precision])
-        factors = {name: scale / count for name, count in counts(batch).items()}
-        microbatches = jax.tree.map(vary, self._cut(weigh(batch, factors)))
-        table = self.schedule(microbatches[1].shape[0])
-        gradients, nll = self._run(table, working, microbatches, self._dropout_key(step_key))
-        gradients = reduce_gradients(gradients, self.blueprint.parameters)
+        # what nothing counts weighs nothing
+        factors = {name: jnp.where(count > 0, scale / count, 0.0) for name, count in counts(batch).items()}
+        microbatches = self.microbatches(weigh(batch, factors))
+        result = self._run(self.schedule(microbatches.rows.shape[0]), params, microbatches, step_key)
+        gradients = reduce_gradients(self.parts.join(result.gradients), self.blueprint.parameters)
         gradients = jax.tree.map(lambda gradient: gradient / scale, gradients)
-        return all_reduce(nll, current().manual) / scale, gradients
+        means = jax.tree.map(lambda total: total / scale, _over_all(result.sums))
+        return self.program.reported(means) | self._layer_metrics(result.layer_metrics), gradients
+
+    def _layer_metrics(self, by_stack: tuple[PyTree, ...]) -> dict[str, Float[Array, "L ..."]]:
+        """Metrics of layers summed over the devices, in the model's order, named as the stack's path and their own."""
+        found = {}
+        for (path, partition), metrics in zip(self.partitions.items(), by_stack, strict=True):
+            for name, slots in dict(metrics).items():
+                found[f"{path}/{name}"] = in_model_order(partition, slots)
+        return _over_all(found)
 
     def schedule(self, num_microbatches: int) -> Schedule:
         """The table of a step with this many microbatches."""
-        return make_schedule(self.pipeline.schedule, current().parts("pipe"), num_microbatches, self.pipeline.chunks)
+        pipeline, num_stages = self.pipeline, current().parts("pipe")
+        num_stacks = len(self.stages.partitions)
+        return make_schedule(pipeline.schedule, num_stages, num_microbatches, pipeline.chunks, num_stacks)
 
     def _run(
-        self, table: Schedule, working: PyTree, microbatches: tuple[Any, Array], key: Key[Array, ""] | None
-    ) -> tuple[PyTree, Array]:
-        """Gradients like the working parameters, and the sum of the negative log-likelihood, on this device."""
-        staged, model = self._pieces(working, key)
-        result = executor.run(table, StagePlan((self.partition,)), model, staged.parameters, microbatches)
-        return None if result.gradients is None else staged.nested(result.gradients), result.sums["nll"]
+        self, table: Schedule, params: PyTree, microbatches: Microbatch, key: Key[Array, ""] | None
+    ) -> executor.Result:
+        """The table's work on this device, with the parameters at rest."""
+        model = self.program.model(self.parts, key)
+        return executor.run(table, self.stages, model, self.working(params), microbatches)
 
-    def _pieces(self, working: PyTree, key: Key[Array, ""] | None) -> tuple[StagedDecoder, Model]:
-        staged = StagedDecoder(self.blueprint, working)
+    def working(self, params: PyTree) -> Parameters:
+        """The parameters that a step computes with, of those at rest, inside the manual region."""
+        return self.parts.split(self.blueprint.working(params, DTYPES[self.config.precision]))
 
-        def keys(rows: Array) -> Array | None:
-            return None if key is None else row_keys(key, rows)
+    def microbatches(self, batch: BatchT, num_microbatches: int | None = None) -> Microbatch[BatchT]:
+        """The local batch as [microbatch, row, ...], of sequences the part that lies here.
 
-        def head(decoder: Decoder, x: Array, part: tuple[Any, Array]) -> HeadOutput:
-            loss, nll = decoder.score(x, part[0].targets, part[0].weights)
-            return HeadOutput(loss, {"nll": nll})
-
-        model = staged.model(
-            embed=lambda decoder, part: decoder.embed(part[0].tokens, keys(part[1]), part[0].positions),
-            inputs=lambda decoder, part: decoder.inputs(
-                part[0].tokens.shape[1], keys(part[1]), part[0].positions, part[0].segments
-            ),
-            head=head,
-        )
-        return staged, model
-
-    def _cut(self, batch: BatchT, num_microbatches: int | None = None) -> tuple[BatchT, Int[Array, "M B"]]:
-        """The local batch as [microbatch, row, ...], of sequences the part that lies here, and global row numbers."""
+        In so many microbatches (none: as large as those of a step; a smaller batch is one).
+        """
         num_local = jax.tree.leaves(batch)[0].shape[0]
         shards = current().size(current().batch)
         size = min(num_local, self.config.global_batch // self.config.microbatches // shards)
         if num_microbatches is not None:
             size = num_local // num_microbatches
         rows = jax.lax.axis_index(current().batch) * num_local + jnp.arange(num_local)
-        batch = shard_sequence(batch)
-        return jax.tree.map(lambda leaf: leaf.reshape(num_local // size, size, *leaf.shape[1:]), (batch, rows))
-
-    def _dropout_key(self, key: Key[Array, ""]) -> Key[Array, ""] | None:
-        return key if self.model.dropout > 0 or self.model.attention_dropout > 0 else None
+        whole = Microbatch(shard_sequence(batch), rows)
+        return jax.tree.map(lambda leaf: vary(leaf.reshape(num_local // size, size, *leaf.shape[1:])), whole)
 
     def _rule(self) -> optax.GradientTransformation:
         return make_optimizer(self.optimizer, self.config.steps, self.blueprint.roles)
@@ -225,6 +202,10 @@ def counts(batch: Any) -> dict[str, Float[Array, ""]]:
         if field.normalizer is not None:
             sums[field.normalizer] = sums.get(field.normalizer, 0.0) + array.sum()
     return {name: all_reduce(count, current().batch) for name, count in sums.items()}
+
+
+def _over_all(sums: dict[str, Array]) -> dict[str, Array]:
+    return {name: all_reduce(total, current().manual) for name, total in sums.items()}
 
 
 def weigh(batch: BatchT, factors: Mapping[str, Float[Array, ""]]) -> BatchT:

@@ -43,12 +43,6 @@ class MeshConfig(Config):
             raise ValueError(f"only one mesh axis can be -1 (fill), not {filled}")
         return self
 
-    def check_effect(self, family: str) -> None:
-        """`NoEffect` for axes of experts, which no model of this `model.family` has."""
-        for name in ("expert", "expert_tensor"):
-            if (size := getattr(self, name)) > 1:
-                raise NoEffect(f"mesh.{name}", size, {"model.family": family}, "the model has no experts; leave it out")
-
     def shape(self, num_devices: int, *, more: str = "simulate them: --devices") -> dict[str, int]:
         """Sizes by axis with `-1` filled; a `UserError` if they do not multiply to `num_devices`.
 

@@ -1,6 +1,7 @@
 """The loss of a state on data that it does not train on."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from jaxtron.data.loader import validation_batches
@@ -8,6 +9,7 @@ from jaxtron.data.source import Source
 from jaxtron.run.step import TrainState
 from jaxtron.train.divergence import diverged
 from jaxtron.train.setup import Run
+from jaxtron.typing import Array
 
 
 def validate(run: Run, state: TrainState, part: Literal["validation", "test"] = "validation") -> float | None:
@@ -33,11 +35,17 @@ def _loss(run: Run, state: TrainState, source: Source, max_batches: int | None, 
         local_rows=run.session.batches.local_rows,
         max_batches=max_batches,
     )
-    sums = [run.session.evaluate(state.params, run.session.batches.globalize(batch)) for batch in batches]
-    nll, weight = (sum(float(number) for number in numbers) for numbers in zip(*sums, strict=True)) if sums else (0, 0)
-    if weight == 0:
+    found = [run.session.evaluate(state.params, run.session.batches.globalize(batch)) for batch in batches]
+    sums, counts = (_totals(part) for part in zip(*found, strict=True)) if found else ({}, {})
+    if not any(counts.values()):
         return None
-    if not math.isfinite(nll):
+    loss = run.session.trainer.program.loss(sums, counts)
+    if not math.isfinite(loss):
         step = int(state.step)
-        raise diverged(run.checkpoints, step, f"the {name} is {nll / weight} after step {step}")
-    return nll / weight
+        raise diverged(run.checkpoints, step, f"the {name} is {loss} after step {step}")
+    return loss
+
+
+def _totals(found: Sequence[dict[str, Array]]) -> dict[str, float]:
+    """Sums of what batches have under the same names; they are waited for only here."""
+    return {name: sum(float(part[name]) for part in found) for name in found[0]}

@@ -27,7 +27,7 @@ def plain_loop(trained: TrainedRun, text: Path, stride: int) -> float:
         def nll(params, window, place):
             weights = (jnp.arange(length) == place).astype(jnp.float32)[None]
             batch = TokenBatch(window[None, :-1], window[None, 1:], weights)
-            return model.session.trainer.evaluate(params, batch, num_microbatches=1)[0]
+            return model.session.trainer.evaluate(params, batch, num_microbatches=1)[0]["loss"]
 
         total = 0.0
         for target in range(1, len(tokens)):

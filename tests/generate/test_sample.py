@@ -1,16 +1,18 @@
 """Samples: the same text on every mesh and on any stages."""
 
-from functools import partial
-
 import jax
 import numpy as np
 import pytest
 
 from jaxtron.generate.sample import sample
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.model import Decoder
-from jaxtron.pipeline.partition import Partition
-from jaxtron.sharding.blueprint import blueprint
+from jaxtron.models.families import program_of
+from jaxtron.models.program import make_parts
+from jaxtron.optim.config import OptimizerConfig
+from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.pipeline.partition import Partition, StagePlan
+from jaxtron.run.configuration import TrainConfig
+from jaxtron.run.step import Trainer
 from jaxtron.sharding.config import MeshConfig, ShardingConfig
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import make_rules, use
@@ -35,10 +37,18 @@ def one_device_rules():
 
 def text(rules, partition: Partition, prompt: np.ndarray) -> list[int]:
     with use(rules):
-        plan = blueprint(lambda rngs: Decoder(MODEL, partition=partition, rngs=rngs))
-        params = plan.initialize(jax.random.key(1))
-        draw = partial(sample, num_tokens=12, window=WINDOW, dtype="float32", vocab=VOCAB, temperature=0.5)
-        return draw(plan, params, prompt, partition=partition).tolist()
+        stages = StagePlan((partition,))
+        trainer = Trainer(
+            program=program_of(MODEL),
+            parts=make_parts(MODEL, "float32", stages),
+            stages=stages,
+            config=TrainConfig(precision="fp32"),
+            optimizer=OptimizerConfig(),
+            pipeline=PipelineConfig(),
+            seed=1,
+        )
+        params = trainer.blueprint.initialize(jax.random.key(1))
+        return sample(trainer, params, prompt, num_tokens=12, window=WINDOW, vocab=VOCAB, temperature=0.5).tolist()
 
 
 # longer than the window at the end of the sample

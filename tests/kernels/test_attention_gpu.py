@@ -15,20 +15,15 @@ from jax.sharding import AxisType, PartitionSpec
 from test_attention_implementations import DEVICE_KIND, FEATURES, UNITS, check, make_case, widened
 
 from jaxtron.data.batch import TokenBatch
+from jaxtron.data.config import DataConfig
 from jaxtron.kernels.attention.attention import attention
 from jaxtron.kernels.attention.backend import IMPLEMENTATIONS
 from jaxtron.kernels.attention.spec import AttentionSpec
 from jaxtron.models.decoder.attention_backends import attention_backends
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.model import Decoder
-from jaxtron.optim.config import OptimizerConfig
-from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.pipeline.partition import stage_plan
-from jaxtron.pipeline.schedules.named import make_schedule
-from jaxtron.run.configuration import TrainConfig
-from jaxtron.run.dtypes import DTYPES
-from jaxtron.run.step import Trainer, batch_sharding, jit_step
-from jaxtron.sharding.blueprint import blueprint
+from jaxtron.run.configuration import Configuration, TrainConfig
+from jaxtron.run.session import make_trainer
+from jaxtron.run.step import batch_sharding, jit_step
 from jaxtron.sharding.config import MeshConfig, ShardingConfig
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import make_rules, use
@@ -201,20 +196,18 @@ def train(implementation, precision):
     """Loss and gradients of the first step, and the losses of two."""
     chosen = MODEL.attention.model_copy(update={"implementation": implementation})
     model = MODEL.model_copy(update={"attention": chosen})
-    config, pipeline = TrainConfig(global_batch=ROWS, precision=precision), PipelineConfig()
+    config = TrainConfig(global_batch=ROWS, precision=precision)
     generator = np.random.default_rng(0)
     tokens = generator.integers(model.vocab_size, size=(ROWS, LENGTH + 1), dtype=np.int32)
     mesh = build_mesh(MeshConfig(data=1), jax.devices()[:1])
     with use(make_rules(mesh, ShardingConfig())), jax.default_matmul_precision("highest"):
-        table = make_schedule(pipeline.schedule, 1, config.microbatches, 1)
-        (stages,) = stage_plan((model.layout.repeats,), table, pipeline).partitions
-        plan = blueprint(lambda rngs: Decoder(model, dtype=DTYPES[precision], partition=stages, rngs=rngs))
-        trainer = Trainer(plan, model, config, OptimizerConfig(), pipeline, stages, seed=3)
+        run = Configuration(model=model, train=config, data=DataConfig(sequence_length=LENGTH), seed=3)
+        trainer = make_trainer(run)
         state = trainer.initial_state()
         batch = TokenBatch(tokens[:, :-1], tokens[:, 1:], np.ones((ROWS, LENGTH), np.float32))
         batch = jax.device_put(batch, batch_sharding())
-        run = jax.jit(trainer.loss_and_gradients, compiler_options=QUICK)
-        _, gradients = jax.device_get(run(state.params, batch, state.step, jnp.float32(1.0)))
+        compute = jax.jit(trainer.loss_and_gradients, compiler_options=QUICK)
+        _, gradients = jax.device_get(compute(state.params, batch, state.step, jnp.float32(1.0)))
         step = jit_step(trainer).lower(state, batch).compile(QUICK)
         losses = []
         for _ in range(2):

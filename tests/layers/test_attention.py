@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxtron.kernels.attention import chunked, cudnn, materialized
+from jaxtron.kernels.attention import materialized
 from jaxtron.kernels.attention import reference as plain_attention
 from jaxtron.kernels.attention.attention import attention
 from jaxtron.kernels.attention.spec import AttentionSpec
@@ -279,34 +279,3 @@ def test_windows_and_documents(rules_for, fields):
         expected = gradients(lambda *heads: attention(*heads, packed, plain_attention)[0])
     for name, one, two in zip(("out", "query", "key", "value"), found, expected, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=2e-5, err_msg=name)
-
-
-@pytest.mark.parametrize("implementation", [chunked, cudnn], ids=["xla", "cudnn"])
-def test_implementations_see_the_heads_of_a_device(rules_for, in_region, monkeypatch, implementation):
-    """In the train step's region, forward and backward; one without a log-sum-exp has nothing to keep."""
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
-    seen = []
-
-    class Watched:
-        features = implementation.features
-        unsupported_reason = staticmethod(implementation.unsupported_reason)
-
-        @staticmethod
-        def forward(q, k, v, spec):
-            seen.append((q.shape, k.shape))
-            return implementation.forward(q, k, v, spec)
-
-        @staticmethod
-        def backward(q, k, v, statistics, delta, dout, spec):
-            seen.append((dout.shape, k.shape))
-            return implementation.backward(q, k, v, statistics, delta, dout, spec)
-
-    def gradients(*heads):
-        heads = [constrain(array, "batch", "full_seq", "heads", "head_dim") for array in heads]
-        mixed, pull = jax.vjp(lambda *heads: Core(Watched)(*heads, None, None, LayerInputs()), *heads)
-        return [jax.sharding.reshard(array, PartitionSpec()) for array in pull(mixed)]
-
-    query, key = (jax.ShapeDtypeStruct((2, 128, heads, 64), jnp.bfloat16) for heads in (8, 4))
-    with use(rules_for(data=1, tensor=4)):
-        in_region(gradients).trace(query, key, key).lower(lowering_platforms=("cuda",))
-    assert seen == [((2, 128, 2, 64), (2, 128, 1, 64))] * 2

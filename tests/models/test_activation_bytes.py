@@ -6,18 +6,15 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
 
-from jaxtron.layers.inputs import row_keys
+from jaxtron.data.config import DataConfig
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.model import Decoder
-from jaxtron.models.decoder.staged import StagedDecoder
-from jaxtron.pipeline.layer_loop import LayerLoop
-from jaxtron.sharding.blueprint import blueprint
-from jaxtron.sharding.collectives import vary
-from jaxtron.sharding.parameters import manual_specs
-from jaxtron.sharding.regions import region
-from jaxtron.sharding.rules import use
+from jaxtron.plan.resident import resident
+from jaxtron.run.batches import abstract_batch
+from jaxtron.run.configuration import Configuration, TrainConfig
+from jaxtron.run.session import make_trainer
+from jaxtron.sharding.config import MeshConfig
+from jaxtron.sharding.rules import current, use
 
 LENGTH, TENSOR = 2048, 8
 # heads, hidden size and rows of a microbatch (2205.05198, Table 3)
@@ -33,30 +30,13 @@ def kept(rules_for):
 
 
 def arrays_kept(rules_for, config, rows=1, **mesh):
-    found = []
     with use(rules_for(**mesh)):
-        plan = blueprint(lambda rngs: Decoder(config, dtype=jnp.bfloat16, rngs=rngs))
-
-        def local(params, tokens, key):
-            drops = config.dropout > 0
-            keys = row_keys(key, vary(jnp.arange(rows))) if drops else None
-            staged = StagedDecoder(plan, plan.working(params, jnp.bfloat16))
-            model = staged.model(
-                embed=lambda decoder, tokens: decoder.embed(tokens, keys),
-                inputs=lambda decoder, tokens: decoder.inputs(tokens.shape[1], keys),
-                head=lambda *_: None,
-            )
-            loop = LayerLoop(model.stacks[0].layer, staged.parameters.stacks[0], jnp.arange(config.num_layers), 1)
-            x = jax.eval_shape(model.stacks[0].enter, staged.parameters.outer, None, vary(tokens))
-            held = loop.buffers(loop.prepare(x, model.stacks[0].shared(tokens)), 1, 0, 1)
-            found.extend(jax.typeof(array) for array in held.residuals)
-            return jnp.zeros(())
-
-        whole = PartitionSpec()
-        specs = (manual_specs(plan.parameters), whole, whole)
-        tokens = jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32)
-        jax.eval_shape(region(local, specs, whole), plan.abstract, tokens, jax.random.key(0))
-    return found
+        train = TrainConfig(global_batch=rows * mesh.get("fsdp", 1))
+        run = Configuration(
+            model=config, train=train, data=DataConfig(sequence_length=LENGTH), mesh=MeshConfig(**current().sizes)
+        )
+        _, held = resident(make_trainer(run), abstract_batch(run))
+    return held.stacks[0].residuals
 
 
 def device_bytes(array, tensor):

@@ -14,8 +14,7 @@ from jaxtron.models.decoder.cost import (
     table_parameters,
 )
 from jaxtron.models.decoder.kinds import norm_parameters
-from jaxtron.models.decoder.model import Decoder
-from jaxtron.sharding.blueprint import blueprint
+from jaxtron.models.program import make_parts
 from jaxtron.sharding.rules import use
 
 
@@ -96,7 +95,7 @@ CHANGES = [
 def test_parameters_are_those_of_the_real_model(changes, rules_for):
     config = ModelConfig(**SMALL, **changes)
     with use(rules_for()):
-        plan = blueprint(lambda rngs: Decoder(config, rngs=rngs))
+        plan = make_parts(config, "float32").blueprint
     # the length counts only where there is a table of positions without a size of its own
     assert num_parameters(config, 17) == plan.num_parameters
 
@@ -106,7 +105,7 @@ def test_parameters_of_a_tensor_part_are_those_of_a_device(changes, rules_for):
     # key and value heads that four parts do not split are on all of them; output biases and norms are whole
     config = ModelConfig(**SMALL, **changes)
     with use(rules_for(tensor=4)):
-        plan = blueprint(lambda rngs: Decoder(config, rngs=rngs))
+        plan = make_parts(config, "float32").blueprint
         device = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(plan.abstract))
     norms = (1 + config.embedding_norm) * norm_parameters(config, config.hidden_size)
     layers = config.layout.repeats * period_parameters(config, 4)

@@ -10,9 +10,9 @@ import pytest
 
 from jaxtron.config import load
 from jaxtron.models.decoder.cost import hardware_flops_per_token, model_flops_per_token, num_parameters
-from jaxtron.models.decoder.model import Decoder
+from jaxtron.models.program import make_parts
 from jaxtron.run.configuration import Configuration
-from jaxtron.sharding.blueprint import Blueprint, blueprint
+from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.sharding.folding import FLAGS
 from jaxtron.sharding.mesh import abstract_mesh
 from jaxtron.sharding.rules import make_rules, use
@@ -118,8 +118,7 @@ def shape(name: str) -> tuple[int, int, int]:
 
 
 def abstract_model(config: Configuration) -> Blueprint:
-    stages = config.partition(sizes(config)["pipe"])
-    return blueprint(lambda rngs: Decoder(config.model, partition=stages, rngs=rngs), layers=stages.num_layers)
+    return make_parts(config.model, "float32", config.stage_plan(sizes(config)["pipe"])).blueprint
 
 
 def specs_on(config: Configuration, plan: Blueprint) -> list:
@@ -172,7 +171,7 @@ def test_rows_of_2104_04473(name):
     assert config.train.global_batch == batch == config.train.microbatches * data * microbatch
     assert f"{count(name) / 1e9:.1f}" == billions
     assert config.pipeline.schedule == ("interleaved" if chunk else "1f1b")
-    assert set(config.partition(pipe).lengths) == {chunk or layers // pipe}
+    assert set(config.stage_plan(pipe).partitions[0].lengths) == {chunk or layers // pipe}
     # Eq. 3, with every layer computed again
     expected = 96 * batch * 2048 * layers * hidden**2 * (1 + 2048 / (6 * hidden) + 51200 / (16 * layers * hidden))
     assert flops_per_step(name)[1] == pytest.approx(expected, rel=1e-12)
@@ -233,7 +232,7 @@ def test_bloom():
     assert round(count("bloom_176b") / 1e6) == 176_247
     config = configuration("bloom_176b")
     assert (config.model.vocab_size, config.model.padded_vocab) == (250_680, 250_880)
-    assert config.partition(12).lengths == (5, *[6] * 10, 5)
+    assert config.stage_plan(12).partitions[0].lengths == (5, *[6] * 10, 5)
     assert config.train.global_batch == config.train.microbatches * 8 * 2
 
 
@@ -268,7 +267,7 @@ def test_palm(name):
 def test_palm_540b_stages_and_heads():
     config = configuration("palm_540b")
     assert config.model.num_heads * config.model.head_size == 12_288
-    assert config.partition(20).lengths == (5, *[6] * 18, 5)
+    assert config.stage_plan(20).partitions[0].lengths == (5, *[6] * 18, 5)
 
 
 @pytest.mark.parametrize("name", RELEASED)

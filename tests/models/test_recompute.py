@@ -7,17 +7,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
 
+from jaxtron.data.config import DataConfig
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.model import Decoder
-from jaxtron.sharding.blueprint import blueprint
-from jaxtron.sharding.collectives import vary
+from jaxtron.run.batches import abstract_batch
+from jaxtron.run.configuration import Configuration, TrainConfig
+from jaxtron.run.session import make_trainer
 from jaxtron.sharding.config import MeshConfig, ShardingConfig
 from jaxtron.sharding.mesh import build_mesh
-from jaxtron.sharding.parameters import manual_specs, reduce_gradients
-from jaxtron.sharding.regions import region
-from jaxtron.sharding.rules import make_rules, use
+from jaxtron.sharding.rules import current, make_rules, use
 
 LENGTH = 128
 # the layers stay a loop: unrolled, the compiler may merge what is computed again with what was
@@ -40,18 +38,14 @@ def measure(recompute, **mesh) -> Cost:
     config = CONFIG.model_copy(update={"recompute": recompute})
     devices = jax.devices()[: math.prod(mesh.values())]
     with use(make_rules(build_mesh(MeshConfig(**{"data": 1, **mesh}), devices), ShardingConfig())):
-        plan = blueprint(lambda rngs: Decoder(config, rngs=rngs))
-
-        def local(params, tokens):
-            params, tokens = jax.tree.map(vary, (params, tokens))
-            weights = jnp.ones(tokens.shape)
-            gradients = jax.grad(lambda params: plan.module(params).loss(tokens, tokens, weights)[0])(params)
-            return reduce_gradients(gradients, plan.parameters)
-
-        specs = manual_specs(plan.parameters)
-        tokens = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
-        program = jax.jit(region(local, (specs, PartitionSpec()), specs)).lower(plan.abstract, tokens)
-        program = program.compile()
+        train = TrainConfig(global_batch=2 * mesh.get("fsdp", 1), precision="fp32")
+        run = Configuration(
+            model=config, train=train, data=DataConfig(sequence_length=LENGTH), mesh=MeshConfig(**current().sizes)
+        )
+        trainer, batch = make_trainer(run), abstract_batch(run)
+        scalars = (jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32))
+        step = jax.jit(trainer.loss_and_gradients).lower(trainer.blueprint.abstract, batch, *scalars)
+        program = step.compile()
     return Cost(program.as_text().count(" dot("), program.memory_analysis().temp_size_in_bytes)
 
 

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxtron.layers.inputs import row_keys
+from jaxtron.data.batch import TokenBatch
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.model import Decoder
-from jaxtron.models.decoder.staged import StagedDecoder
+from jaxtron.models.families import program_of
+from jaxtron.models.program import Microbatch, make_parts
 from jaxtron.pipeline.layer_loop import ChunkWork, LayerLoop
 from jaxtron.pipeline.model import LayerOutput
 from jaxtron.pipeline.residuals import split_residuals
-from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.collectives import vary
 from jaxtron.sharding.parameters import manual_specs
 from jaxtron.sharding.regions import region
@@ -116,32 +115,28 @@ def has_rows(shape: tuple[int, ...]) -> bool:
 
 def stored_leaves(rules, model: ModelConfig, *, is_split: bool = False) -> list[tuple[int, ...]]:
     """Shapes of what a layer of a pipeline keeps (for its backward, or for its weight gradients), in bfloat16."""
-    shapes = []
     with use(rules):
-        plan = blueprint(lambda rngs: Decoder(model, dtype=jnp.bfloat16, rngs=rngs))
+        parts = make_parts(model, "bfloat16")
+        pieces, found = program_of(model).model(parts, jax.random.key(0)), []
 
-        def local(params):
-            working = plan.working(params, jnp.bfloat16)
-            staged = StagedDecoder(plan, working)
-            tokens = vary(jnp.zeros((ROWS, LENGTH), jnp.int32))
-            keys = row_keys(jax.random.key(0), vary(jnp.arange(ROWS)))
-            pieces = staged.model(
-                embed=lambda decoder, _: decoder.embed(tokens, keys),
-                inputs=lambda decoder, _: decoder.inputs(LENGTH, keys),
-                head=lambda *_: None,
-            )
-            (stack,), (layers,) = pieces.stacks, staged.parameters.stacks
+        def local(params, microbatch):
+            working = parts.split(parts.blueprint.working(params, jnp.bfloat16))
+            (stack,), (layers,) = pieces.stacks, working.stacks
             loop = LayerLoop(stack.layer, layers, jnp.arange(3))
-            x = jax.eval_shape(lambda: stack.enter(staged.parameters.outer, None, None))
-            held = loop.buffers(loop.prepare(x, stack.shared(None), splits=is_split), 2, 2, 3)
-            buffer = held.deferred if is_split else held.residuals
-            assert all(leaf.shape[:2] == (2, 3) for leaf in buffer)
-            shapes.extend(leaf.shape[2:] for leaf in buffer)
+            x = jax.eval_shape(lambda: stack.enter(working.outer, None, microbatch))
+            held = loop.buffers(loop.prepare(x, stack.shared(microbatch), splits=is_split), 2, 2, 3)
+            found.extend(held.deferred if is_split else held.residuals)
             return params
 
-        specs = manual_specs(plan.parameters)
-        jax.eval_shape(region(local, (specs,), specs), plan.abstract)
-    return shapes
+        tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
+        microbatch = Microbatch(TokenBatch(tokens, tokens, jnp.ones((ROWS, LENGTH))), jnp.arange(ROWS))
+        specs = manual_specs(parts.blueprint.parameters)
+        run = region(
+            lambda params, microbatch: local(params, jax.tree.map(vary, microbatch)), (specs, PartitionSpec()), specs
+        )
+        jax.eval_shape(run, parts.blueprint.abstract, microbatch)
+    assert all(leaf.shape[:2] == (2, 3) for leaf in found)
+    return [leaf.shape[2:] for leaf in found]
 
 
 @pytest.mark.parametrize("is_split", [False, True], ids=["residuals", "deferred"])

@@ -13,9 +13,10 @@ from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
 from jaxtron.plan.compiled.deviceless import Memory
 from jaxtron.plan.compiled.memory import memory_use
-from jaxtron.plan.compiled.rehearsal import abstract_batch, rehearse
+from jaxtron.plan.compiled.rehearsal import rehearse
 from jaxtron.plan.formula.memory_model import Estimator, shortened
 from jaxtron.plan.search.search import MARGIN
+from jaxtron.run.batches import abstract_batch
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import make_session
 

@@ -8,7 +8,7 @@ import pytest
 
 from jaxtron.plan.compiled import hlo
 from jaxtron.plan.compiled.flops import Branches, ProductWork, work
-from jaxtron.plan.compiled.rehearsal import abstract_batch
+from jaxtron.run.batches import abstract_batch
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import make_session
 

@@ -9,7 +9,6 @@ from commands import run_main
 
 from jaxtron.config import UserError, load
 from jaxtron.gpus import GPUS
-from jaxtron.pipeline.partition import Partition
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.table_file import read_csv
 from jaxtron.plan.__main__ import main
@@ -199,4 +198,4 @@ def test_a_plan_calibrated_by_a_run(tmp_path: Path):
 
 def test_partition_of_one_stage_is_whole():
     config = configuration("--model.num_layers 1 --model.pattern *-|*-*-")
-    assert config.partition(1) == Partition((3,)) and config.partition(2).lengths == (1, 2)
+    assert [config.stage_plan(stages).partitions[0].lengths for stages in (1, 2)] == [(3,), (1, 2)]

@@ -14,18 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtron.checkpoint.names import parts
 from jaxtron.data.batch import TokenBatch
+from jaxtron.data.config import DataConfig
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.model import Decoder
 from jaxtron.optim.config import OptimizerConfig
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.layer_rows import arrange, restore
-from jaxtron.pipeline.partition import Partition, stage_plan
-from jaxtron.pipeline.schedules.named import make_schedule
-from jaxtron.run.configuration import TrainConfig
-from jaxtron.run.dtypes import DTYPES
+from jaxtron.pipeline.partition import Partition
+from jaxtron.run.configuration import Configuration, TrainConfig
+from jaxtron.run.session import make_trainer as make_trainer_of
 from jaxtron.run.step import Trainer, TrainState, batch_sharding
-from jaxtron.sharding.blueprint import Blueprint, blueprint
 from jaxtron.sharding.config import ContextConfig, MeshConfig, ShardingConfig
 from jaxtron.sharding.folding import FLAGS
 from jaxtron.sharding.mesh import build_mesh
@@ -138,33 +137,41 @@ def make_trainer(
     model: ModelConfig, optimizer: OptimizerConfig | None = None, pipeline: PipelineConfig = ONE_STAGE, **train
 ) -> Trainer:
     config = TrainConfig(**{"global_batch": ROWS, "precision": "fp32", **train})
-    table = make_schedule(pipeline.schedule, current().parts("pipe"), config.microbatches, pipeline.chunks)
-    (stages,) = stage_plan((model.layout.repeats,), table, pipeline).partitions
-    plan = blueprint(lambda rngs: Decoder(model, dtype=DTYPES[config.precision], partition=stages, rngs=rngs))
-    return Trainer(plan, model, config, optimizer or OptimizerConfig(), pipeline, stages, seed=3)
+    whole = Configuration(
+        model=model,
+        train=config,
+        pipeline=pipeline,
+        optimizer=optimizer or OptimizerConfig(),
+        mesh=MeshConfig(**current().sizes),
+        data=DataConfig(sequence_length=LENGTH),
+        seed=3,
+    )
+    return make_trainer_of(whole)
 
 
-def make_params(plan: Blueprint, stages: Partition):
+def make_params(trainer: Trainer):
     """Values for every parameter, none of them special: also biases that are not 0 and scales that are not 1."""
-    generator = np.random.default_rng(1)
+    generator, plan = np.random.default_rng(1), trainer.blueprint
 
     def values(path, leaf) -> np.ndarray:
-        shape = (stages.num_layers, *leaf.shape[1:]) if is_stacked(path) else leaf.shape
+        stages = stack_of(path, trainer)
+        shape = leaf.shape if stages is None else (stages.num_layers, *leaf.shape[1:])
         value = 0.2 * generator.standard_normal(shape, np.float32) + (leaf.role == "scale")
-        return np.asarray(arrange(stages, value)) if is_stacked(path) else value
+        return value if stages is None else np.asarray(arrange(stages, value))
 
     made = plan.at_rest(jax.tree.map_with_path(values, plan.parameters))
     return jax.device_put(made, shardings(plan.parameters))
 
 
-def is_stacked(path) -> bool:
-    """Whether this leaf of parameters, gradients or moments has a row for each layer."""
-    return "['stack']" in jax.tree_util.keystr(path)
+def stack_of(path, trainer: Trainer) -> Partition | None:
+    """The partition of the stack that this leaf of parameters, gradients or moments is in."""
+    name = "/".join(parts(path))
+    return next((stack for place, stack in trainer.partitions.items() if f"/{place}/" in f"/{name}/"), None)
 
 
 def by_name(tree, trainer: Trainer) -> dict[str, np.ndarray]:
     """Leaves on the host, layers in the model's order and without padding, named by their place in the tree."""
-    stages, specs = trainer.partition, jax.tree.leaves_with_path(trainer.blueprint.parameters)
+    specs = jax.tree.leaves_with_path(trainer.blueprint.parameters)
     leaves = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
         name, value = jax.tree_util.keystr(path), np.asarray(leaf)
@@ -173,7 +180,7 @@ def by_name(tree, trainer: Trainer) -> dict[str, np.ndarray]:
                 own = value[tuple(map(slice, spec.shape))]
                 assert np.abs(value).sum() == pytest.approx(np.abs(own).sum()), "padding is not zero"
                 value = own
-        if is_stacked(path):
+        if (stages := stack_of(path, trainer)) is not None:
             assert not value[np.asarray(stages.slot_layers) < 0].any(), "an empty row is not zero"
             value = np.asarray(restore(stages, value))
         leaves[name] = value
@@ -192,13 +199,13 @@ def loss_and_gradients(
 ) -> Result:
     with use(rules_for(mesh, zero, context)):
         trainer = make_trainer(model, pipeline=pipeline, microbatches=microbatches, global_batch=rows)
-        params = make_params(trainer.blueprint, trainer.partition)
+        params = make_params(trainer)
         batch = jax.device_put(make_batch(rows, packed), batch_sharding())
         run = jax.jit(trainer.loss_and_gradients)
-        loss, gradients = run(params, batch, jnp.int32(5), jnp.float32(1.0))
+        metrics, gradients = run(params, batch, jnp.int32(5), jnp.float32(1.0))
         for gradient, param in zip(jax.tree.leaves(gradients), jax.tree.leaves(params), strict=True):
             assert gradient.sharding == param.sharding
-        return Result(float(loss), by_name(gradients, trainer))
+        return Result(float(metrics["loss"]), by_name(gradients, trainer))
 
 
 @functools.cache
@@ -219,9 +226,9 @@ def evaluate(
         trainer = make_trainer(model, pipeline=pipeline, global_batch=rows, microbatches=microbatches)
         batch = jax.device_put(make_batch(rows), batch_sharding())
         run = jax.jit(trainer.evaluate)
-        nll, count = run(make_params(trainer.blueprint, trainer.partition), batch)
-    assert count == batch.weights.sum()
-    return float(nll / count)
+        sums, counts = run(make_params(trainer), batch)
+    assert counts == {"tokens": batch.weights.sum()}
+    return float(sums["loss"] / counts["tokens"])
 
 
 def assert_equal(result: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = TOLERANCE) -> None:
@@ -258,7 +265,7 @@ def take_steps(
     """One step for each of the loss scales put in (0: left as it is), on one batch."""
     with use(rules_for(mesh, zero)):
         trainer = make_trainer(model, ADAMW, pipeline, **train)
-        state = jax.jit(trainer._around)(make_params(trainer.blueprint, trainer.partition))
+        state = jax.jit(trainer._around)(make_params(trainer))
         batch = jax.device_put(make_batch(trainer.config.global_batch), batch_sharding())
         run = jax.jit(trainer.step)
         states, metrics = [state], []

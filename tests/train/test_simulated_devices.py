@@ -24,7 +24,7 @@ pipeline = PipelineConfig(schedule="zero_bubble")
 with use(rules_for({"pipe": 2, "fsdp": 2, "tensor": 2}, "optimizer", None)):
     model = changed(MODELS["gpt with dropout"], num_layers=8, **SCANNED)
     trainer = make_trainer(model, pipeline=pipeline, microbatches=3, global_batch=24)
-    params = make_params(trainer.blueprint, trainer.partition)
+    params = make_params(trainer)
     batch = jax.device_put(make_batch(24, False), batch_sharding())
     run = jax.jit(trainer.loss_and_gradients)
     end = None

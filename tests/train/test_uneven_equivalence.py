@@ -92,7 +92,7 @@ def test_a_checkpoint_does_not_know_the_mesh(tmp_path: Path):
             pipeline = PipelineConfig(stage_layers=(2, 1)) if "pipe" in mesh else PipelineConfig()
             microbatches = 2 if "pipe" in mesh else 1
             trainer = make_trainer(model, ADAMW, pipeline, global_batch=60, microbatches=microbatches)
-            order, abstract = layer_order(trainer.partition, trainer.blueprint), trainer.abstract_state()
+            order, abstract = layer_order(trainer.partitions, trainer.blueprint), trainer.abstract_state()
             padded = [leaf.shape for leaf in jax.tree.leaves(abstract)]
             abstract = placed(abstract, rules.mesh)
             if step:
@@ -103,7 +103,7 @@ def test_a_checkpoint_does_not_know_the_mesh(tmp_path: Path):
                 assert {name: array.tobytes() for name, array in found.items()} == expected
             else:
                 # moments of an update by the parameters themselves
-                params = make_params(trainer.blueprint, trainer.partition)
+                params = make_params(trainer)
                 state = jax.jit(trainer._around)(params)
                 update = jax.jit(trainer._rule().update)
                 state = replace(state, optimizer=update(params, state.optimizer, params)[1])

@@ -46,9 +46,9 @@ def validated(folder: Path, words: str) -> tuple[float, list[int], float]:
         source, weights, evaluate = Read(run.data.validation), [], Session.evaluate
 
         def watched(session, params, batch):
-            nll, weight = evaluate(session, params, batch)
-            weights.append(float(weight))
-            return nll, weight
+            sums, counts = evaluate(session, params, batch)
+            weights.append(float(counts["tokens"]))
+            return sums, counts
 
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, validation=source))
         with pytest.MonkeyPatch.context() as patch:

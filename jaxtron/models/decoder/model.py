@@ -1,7 +1,6 @@
 """A decoder-only language model: embedding, stack of layers, final norm, head and loss."""
 
 from collections.abc import Mapping
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +16,15 @@ from jaxtron.models.decoder.attention_backends import attention_backends
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.layers import make_norm
 from jaxtron.models.decoder.stack import Stack
+from jaxtron.models.program import whole
 from jaxtron.pipeline.partition import Partition
-from jaxtron.sharding.parameters import gather_at_use, parameter
+from jaxtron.sharding.parameters import parameter
 from jaxtron.sharding.rules import constrain, current, spec
 from jaxtron.typing import Array, DTypeLike, Float, Int, Key
 
-ModuleType = TypeVar("ModuleType", bound=nnx.Module)
-
 
 class Decoder(nnx.Module):
-    """The model of a pattern; `loss` and `score` train it, `logits` and `predict` let it speak.
+    """What is before and after the layers of a pattern, and these; `program.py` puts them together.
 
     Build and run it inside `sharding.use(rules)`. Matrices and activations are in `dtype`, parameters in float32.
     `attention` has the backend of each kind of attention (none: selected for short sequences on the rules' devices).
@@ -53,7 +51,7 @@ class Decoder(nnx.Module):
             attention = attention_backends(
                 config, self.dtype, device_kind=rules.device_kind, parts=rules.parts("context")
             )
-        self.stack = Stack(config, self.dtype, partition or Partition((config.layout.repeats,)), attention, rngs)
+        self.stack = Stack(config, partition or Partition((config.layout.repeats,)), attention, rngs)
         self.final_norm = make_norm(config, config.hidden_size, rngs)
         self.head = None if config.tied_head else Head(config, rngs)
 
@@ -78,7 +76,7 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B S E"]:
         """The first layer's input, split over the sequence."""
         config = self.config
-        x = self._whole(self.embedding)(tokens, positions)
+        x = whole(self.embedding, self.dtype)(tokens, positions)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         # the site after those of the layers: the embedding's own dropout
@@ -92,35 +90,18 @@ class Decoder(nnx.Module):
         x = self.final_norm(x)
         return cross_entropy(x, self._head_table(), targets, weights, config.vocab_size, config.z_loss)
 
-    def loss(
-        self,
-        tokens: Int[Array, "B S"],
-        targets: Int[Array, "B S"],
-        weights: Float[Array, "B S"],
-        keys: Key[Array, "B"] | None = None,
-    ) -> Sums:
-        """Weighted sums over the tokens: of the training loss (with z-loss), and of the negative log-likelihood."""
-        return self.score(self._through_layers(tokens, keys), targets, weights)
-
     def predict(self, x: Float[Array, "B S E"]) -> Float[Array, "B S V"]:
         """Logits from the last layer's output, split over the vocabulary and without its padding masked."""
         x = constrain(self.final_norm(x), "batch", "full_seq", "embed")
         contracted = (((2,), (1,)), ((), ()))
         return jax.lax.dot_general(x, self._head_table(), contracted, out_sharding=spec("batch", "full_seq", "vocab"))
 
-    def logits(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S V"]:
-        """Logits of every position, by `predict`."""
-        return self.predict(self._through_layers(tokens))
-
-    def _through_layers(self, tokens: Int[Array, "B S"], keys: Key[Array, "B"] | None = None) -> Float[Array, "B S E"]:
-        return self.stack(self.embed(tokens, keys), self.inputs(tokens.shape[1], keys))
-
     def _head_table(self) -> Float[Array, "V E"]:
-        return self._whole(self.embedding).table[...] if self.head is None else self._whole(self.head).table[...]
-
-    def _whole(self, module: ModuleType) -> ModuleType:
-        graph, state = nnx.split(module)
-        return nnx.merge(graph, gather_at_use(state, self.dtype))
+        return (
+            whole(self.embedding, self.dtype).table[...]
+            if self.head is None
+            else whole(self.head, self.dtype).table[...]
+        )
 
     def _rotary(self, length: int, positions: Int[Array, "B S"] | None):
         config = self.config

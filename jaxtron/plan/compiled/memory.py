@@ -10,6 +10,7 @@ from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.schedules.figures import figures
 from jaxtron.plan.compiled import deviceless
 from jaxtron.plan.memory_use import NCCL_BUFFERS, MemoryUse, StageActivations, device_bytes, reserved
+from jaxtron.plan.resident import resident
 from jaxtron.run.step import Trainer
 from jaxtron.typing import PyTree
 
@@ -17,11 +18,11 @@ from jaxtron.typing import PyTree
 def memory_use(trainer: Trainer, batch: Any, compiled: deviceless.Memory, gpu: Gpu, num_groups: int) -> MemoryUse:
     """Bytes a GPU by class of a compiled step, inside `sharding.use(rules)`; `num_groups` sets of GPUs communicate."""
     state = trainer.abstract_state()
-    working, buffers = trainer.held(batch)
+    working, buffers = resident(trainer, batch)
     master, optimizer = _at_rest(state.params), _at_rest((state.optimizer, state.step, state.loss_scale))
     kept = _in_region([(held.residuals, held.deferred) for held in buffers.stacks])
     messages = _in_region((buffers.inputs, buffers.cotangents, buffers.sent))
-    weights = _copies(state.params, working)
+    weights = _copies(state.params, trainer.parts.join(working))
     gradients = _in_region(([held.grad_accumulators for held in buffers.stacks], buffers.outer_accumulators))
     inputs = compiled.arguments - master - optimizer
     communication = NCCL_BUFFERS * num_groups
@@ -44,12 +45,16 @@ def memory_use(trainer: Trainer, batch: Any, compiled: deviceless.Memory, gpu: G
 def _stages(trainer: Trainer, kept: int) -> tuple[StageActivations, ...]:
     """What of the activations' room each stage fills at most."""
     table = trainer.schedule(trainer.config.microbatches)
-    lowered, partition = lower(table), trainer.partition
-    slots = (lowered.num_residuals[0] + lowered.num_deferred[0]) * partition.slots_per_chunk
-    layers = [sum(chunks) for chunks in partition.chunk_lengths]
+    stages = trainer.stages
+    lowered = lower(table, stages.stack_chunks)
+    held = zip(lowered.num_residuals, lowered.num_deferred, stages.partitions, strict=True)
+    slots = sum((residuals + deferred) * stack.slots_per_chunk for residuals, deferred, stack in held)
+    layers = [
+        sum(map(sum, chunks)) for chunks in zip(*(stack.chunk_lengths for stack in stages.partitions), strict=True)
+    ]
     held = [stage.held for stage in figures(table).stages]
     return tuple(
-        StageActivations(count, most, min(kept, kept * most * count // (partition.num_chunks * slots)))
+        StageActivations(count, most, min(kept, kept * most * count // (stages.num_chunks * slots)))
         for count, most in zip(layers, held, strict=True)
     )
 

@@ -1,12 +1,10 @@
 """The real train step, compiled for GPUs that are not there."""
 
-import functools
 import time
 from dataclasses import dataclass
 
 import jax
 
-from jaxtron.data.batch import SEQUENCE, TokenBatch, make_batch
 from jaxtron.gpus import Gpu, gpu_named
 from jaxtron.models.decoder.attention_backends import attention_lines
 from jaxtron.plan.compiled import hlo
@@ -16,9 +14,9 @@ from jaxtron.plan.compiled.memory import memory_use
 from jaxtron.plan.layout import ParameterRow, parameter_rows
 from jaxtron.plan.memory_use import MemoryUse
 from jaxtron.quiet import collect_stderr
+from jaxtron.run.batches import abstract_batch
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import Session, make_session
-from jaxtron.run.step import batch_sharding
 from jaxtron.runtime.xla_flags import gpu_options, refused_option
 
 # Without a GPU there is nothing to tune on, and trying costs half of the compilation. Everything else is as in a run.
@@ -96,10 +94,3 @@ def _compile(lowered: jax.stages.Lowered, options: dict[str, bool | int | str]) 
         if NO_CONFIGURATION not in str(error):
             raise
     return lowered.compile(compiler_options={**options, "xla_gpu_enable_triton_gemm": False})
-
-
-def abstract_batch(config: Configuration) -> TokenBatch:
-    """Shapes, types and shardings of the global batch, inside `sharding.use(rules)`."""
-    make = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding())
-    lengths = {SEQUENCE: config.data.sequence_length}
-    return make_batch(TokenBatch, config.train.global_batch, lengths, config.data.optional_fields, make)

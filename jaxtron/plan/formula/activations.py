@@ -1,29 +1,21 @@
 """What a layer keeps for its backward, in bytes, from shapes alone."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from jaxtron.config import UserError
-from jaxtron.layers.inputs import row_keys
-from jaxtron.models.decoder.model import Decoder
-from jaxtron.models.decoder.staged import StagedDecoder
-from jaxtron.pipeline.layer_loop import LayerLoop
+from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work
 from jaxtron.plan.memory_use import device_bytes
+from jaxtron.plan.resident import resident
 from jaxtron.run.attention import select_attention
+from jaxtron.run.batches import abstract_batch
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.dtypes import DTYPES
-from jaxtron.sharding.blueprint import blueprint
-from jaxtron.sharding.collectives import vary
+from jaxtron.run.session import make_trainer
 from jaxtron.sharding.config import MeshConfig, ShardingConfig
-from jaxtron.sharding.context import part
 from jaxtron.sharding.mesh import build_mesh
-from jaxtron.sharding.parameters import manual_specs
-from jaxtron.sharding.regions import region
 from jaxtron.sharding.rules import current, make_rules, use
-from jaxtron.typing import Array, PyTree
 
 
 class Kept(NamedTuple):
@@ -34,16 +26,17 @@ class Kept(NamedTuple):
 
 
 def layer_bytes(config: Configuration, sizes: dict[str, int], kind: str | None = None) -> int:
-    """Bytes that a device keeps of one microbatch in one layer (a period of the pattern) of a pipeline's stage.
+    """Bytes that a device keeps of one microbatch in one layer (a period of a pattern) of a pipeline's stage;
+    of several stacks, in one of that which keeps most.
 
     `kind` is what the devices are (`jax.Device.device_kind`; none: this machine's): kernels keep no probabilities.
     """
     rows = config.train.global_batch // config.train.microbatches // (sizes["data"] * sizes["fsdp"])
-    return rows * kept_bytes(config, sizes["tensor"], sizes["context"], kind).residuals
+    return rows * max(kept.residuals for kept in kept_bytes(config, sizes["tensor"], sizes["context"], kind))
 
 
-def kept_bytes(config: Configuration, tensor: int, context: int = 1, kind: str | None = None) -> Kept:
-    """Bytes kept of one row of a microbatch in one period of the pattern, on each of `tensor` x `context` devices.
+def kept_bytes(config: Configuration, tensor: int, context: int = 1, kind: str | None = None) -> tuple[Kept, ...]:
+    """Bytes kept of one row of a microbatch in one layer of each stack, on each of `tensor` x `context` devices.
 
     Traced, never run, on devices of this machine that stand for those of this `kind`; `UserError` where it has too few.
     """
@@ -53,31 +46,27 @@ def kept_bytes(config: Configuration, tensor: int, context: int = 1, kind: str |
     if count > len(jax.devices()):
         raise UserError(f"mesh.tensor {tensor} is traced on {count} devices, here are {len(jax.devices())}: --devices")
     mesh = build_mesh(MeshConfig(data=1, context=parts, tensor=tensor), jax.devices()[:count])
-    model, dtype = config.model, DTYPES[config.train.precision]
-    found: list[list[int]] = []
+    alone = {
+        "data": config.data.model_copy(update={"sequence_length": length}),
+        "train": config.train.model_copy(update={"global_batch": 1, "microbatches": 1, "batch_ramp": None}),
+        "pipeline": PipelineConfig(),
+    }
+    config = config.model_copy(update=alone)
     with use(make_rules(mesh, ShardingConfig())):
-        attention = select_attention(config, parts, kind or current().device_kind)
-        plan = blueprint(lambda rngs: Decoder(model, dtype=dtype, attention=attention, rngs=rngs))
+        trainer = make_trainer(config, select_attention(config, parts, kind or current().device_kind))
+        held = resident(trainer, abstract_batch(config), _put_off(trainer.stages.num_chunks))[1].stacks
+    return tuple(
+        Kept(*(_bytes(arrays) // stack.num_layers for arrays in (kept.residuals, kept.deferred)))
+        for kept, stack in zip(held, trainer.stages.partitions, strict=True)
+    )
 
-        def local(params: PyTree, tokens: Array, numbers: Array) -> Array:
-            tokens = part(current().context, parts, tokens, 1)
-            segments = tokens if "segments" in config.data.optional_fields else None
-            working = plan.working(params, dtype)
-            drops = model.dropout > 0 or model.attention_dropout > 0
-            keys = row_keys(jax.random.key(0), vary(numbers)) if drops else None
-            decoder = plan.module(working)
-            x = jax.eval_shape(decoder.embed, vary(tokens), keys)
-            shared = decoder.inputs(tokens.shape[1], keys, segments=segments)
-            (layers,) = StagedDecoder(plan, working).parameters.stacks
-            loop = LayerLoop(decoder.stack.layer(), layers, jnp.arange(model.layout.repeats), 1)
-            held = loop.buffers(loop.prepare(x, shared, splits=True), 1, 1, 1)
-            kept = (held.residuals, held.deferred)
-            found.extend([[device_bytes(jax.typeof(array)) for array in arrays] for arrays in kept])
-            return jnp.float32(0.0)
 
-        scalar = PartitionSpec()
-        specs = (manual_specs(plan.parameters), scalar, scalar)
-        tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-        jax.eval_shape(region(local, specs, scalar), plan.abstract, tokens, jax.ShapeDtypeStruct((1,), jnp.int32))
-    residuals, pairs = found
-    return Kept(sum(residuals), sum(pairs))
+def _put_off(num_chunks: int) -> Schedule:
+    """One microbatch through the chunks of one stage, weight gradients apart."""
+    works = [Work(chunk, 0) for chunk in range(num_chunks)]
+    there = [(Entry(forward=work),) for work in works]
+    return Schedule("put off", (*there, *((Entry(backward=work, weight=work),) for work in works[::-1])), 1, num_chunks)
+
+
+def _bytes(arrays: list[Any]) -> int:
+    return sum(map(device_bytes, arrays))

@@ -12,7 +12,7 @@ from jaxtron.data.batch import SEQUENCE, TokenBatch, row_bytes
 from jaxtron.gpus import Gpu
 from jaxtron.layers.loss import CHUNK_ELEMENTS
 from jaxtron.models.decoder.kinds import KINDS
-from jaxtron.models.decoder.model import Decoder
+from jaxtron.models.program import make_parts
 from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.plan.formula.activations import Kept, kept_bytes
@@ -24,10 +24,8 @@ from jaxtron.roles import Role
 from jaxtron.run.attention import select_attention
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
-from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.config import MeshConfig, ShardingConfig
-from jaxtron.sharding.folding import FLAGS
-from jaxtron.sharding.mesh import abstract_mesh, build_mesh
+from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.parameters import working_dtype
 from jaxtron.sharding.rules import Rules, make_rules, use
 
@@ -145,7 +143,7 @@ class Estimator:
     def _chunk_rows(self, config: Configuration, num_stages: int) -> int:
         key = (num_stages, config.pipeline)
         if key not in self._rows:
-            self._rows[key] = shortened(config, num_stages).partition(num_stages).slots_per_chunk
+            self._rows[key] = shortened(config, num_stages).stage_plan(num_stages).partitions[0].slots_per_chunk
         return self._rows[key]
 
     def _kept_bytes(self, config: Configuration, tensor: int, context: int, kind: str) -> Kept:
@@ -158,7 +156,7 @@ class Estimator:
         parts = 1 if names(1) == names(context) else 2
         key = (config.model.recompute, tensor, parts, names(context), kind)
         if key not in self._kept:
-            self._kept[key] = kept_bytes(config, tensor, parts, kind)
+            (self._kept[key],) = kept_bytes(config, tensor, parts, kind)
         return Kept(*(size * parts // context for size in self._kept[key]))
 
 
@@ -219,7 +217,7 @@ def _groups(sizes: dict[str, int]) -> int:
 def _parameters(config: Configuration) -> tuple[Parameter, ...]:
     """All arrays of the model, from its blueprint on one device."""
     with use(make_rules(build_mesh(MeshConfig(data=1), jax.devices()[:1]), ShardingConfig())):
-        plan = blueprint(lambda rngs: Decoder(config.model, dtype=DTYPES[config.train.precision], rngs=rngs))
+        plan = make_parts(config.model, DTYPES[config.train.precision]).blueprint
     specs = jax.tree.leaves(plan.parameters)
     rows = [spec.is_stacked for spec in specs]
     return tuple(

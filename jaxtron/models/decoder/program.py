@@ -1,0 +1,65 @@
+"""Decoders as a pipeline runs them."""
+
+import jax
+
+from jaxtron.data.batch import TokenBatch
+from jaxtron.layers.inputs import LayerInputs, row_keys
+from jaxtron.models.decoder import recompute
+from jaxtron.models.decoder.attention_backends import attention_backends
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.model import Decoder
+from jaxtron.models.program import BuildContext, Microbatch, Parts, Program, whole
+from jaxtron.pipeline.model import HeadOutput, LayerOutput, Model, Outer, Stack
+from jaxtron.sharding.rules import constrain
+from jaxtron.typing import Array, Float, Int, Key, PyTree
+
+
+def build(config: ModelConfig, context: BuildContext, rngs) -> Decoder:
+    """The module."""
+    (partition,) = context.partitions.values()
+    return Decoder(config, dtype=context.dtype, partition=partition, attention=context.attention, rngs=rngs)
+
+
+def model(parts: Parts[Decoder], key: Key[Array, ""] | None) -> Model:
+    """Embedding, periods of the pattern, norm and loss."""
+    decoder = parts.abstract
+    config = decoder.config
+    drops = key is not None and (config.dropout > 0 or config.attention_dropout > 0)
+
+    def keys(microbatch: Microbatch[TokenBatch]) -> Key[Array, "B"] | None:
+        return row_keys(key, microbatch.rows) if drops else None
+
+    def enter(outer: Outer, _stream: None, microbatch: Microbatch[TokenBatch]) -> Float[Array, "B S E"]:
+        batch = microbatch.batch
+        return parts.outer(outer).embed(batch.tokens, keys(microbatch), batch.positions)
+
+    def shared(microbatch: Microbatch[TokenBatch]) -> LayerInputs:
+        batch = microbatch.batch
+        return decoder.inputs(batch.tokens.shape[1], keys(microbatch), batch.positions, batch.segments)
+
+    def layer(weights: PyTree, x: Float[Array, "B S E"], number: Int[Array, ""], inputs: LayerInputs) -> LayerOutput:
+        return LayerOutput(whole(parts.layer(0, weights), decoder.dtype)(x, inputs.fold(number)))
+
+    def head(outer: Outer, x: Float[Array, "B S E"], microbatch: Microbatch[TokenBatch]) -> HeadOutput:
+        loss, nll = parts.outer(outer).score(x, microbatch.batch.targets, microbatch.batch.weights)
+        return HeadOutput(loss, {"loss": nll})
+
+    unroll = min(config.unroll or 1, config.layout.repeats)
+    return Model((Stack(enter, shared, recompute.layer(config.recomputed, layer), unroll),), head)
+
+
+def predict(parts: Parts[Decoder], outer: Outer, x: Float[Array, "B S E"], place: Int[Array, ""]) -> Float[Array, "V"]:
+    """Logits of what follows one place of the first row, padding of the vocabulary included."""
+    x = constrain(x, "batch", "full_seq", "embed")
+    logits = parts.outer(outer).predict(jax.lax.dynamic_slice_in_dim(x, place, 1, axis=1))
+    return constrain(logits[0, 0], None)
+
+
+PROGRAM = Program(
+    batch=TokenBatch,
+    losses={"loss": "tokens"},
+    build=build,
+    model=model,
+    attention=attention_backends,
+    predict=predict,
+)

@@ -1,0 +1,36 @@
+"""What a device holds all through a step: the working parameters and the executor's buffers, by their types."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxtron.pipeline import executor
+from jaxtron.pipeline.model import Parameters
+from jaxtron.pipeline.schedules.schedule import Schedule
+from jaxtron.run.step import Trainer, batch_spec
+from jaxtron.sharding.parameters import manual_specs
+from jaxtron.sharding.regions import region
+from jaxtron.typing import Array, PyTree
+
+
+def resident(trainer: Trainer, batch: Any, table: Schedule | None = None) -> tuple[Parameters, executor.ExecutorState]:
+    """Types of both for an (abstract) batch, run by a table (none: the trainer's schedule).
+
+    Traced, never run. Their shapes are whole along `tensor`, as their shardings say.
+    """
+    found: list[tuple[Parameters, executor.ExecutorState]] = []
+
+    def local(params: PyTree, batch: Any) -> Array:
+        microbatches, working = trainer.microbatches(batch), trainer.working(params)
+        schedule = table or trainer.schedule(microbatches.rows.shape[0])
+        model = trainer.program.model(trainer.parts, jax.random.key(0))
+        held = executor.initial_state(schedule, trainer.stages, model, working, microbatches)
+        # types of arrays in the region name axes that no type outside of it can
+        found.append(jax.tree.map(jax.typeof, (working, held)))
+        return jnp.zeros(())
+
+    specs = (manual_specs(trainer.blueprint.parameters), batch_spec())
+    jax.eval_shape(region(local, specs, PartitionSpec()), trainer.blueprint.abstract, batch)
+    return found[0]
