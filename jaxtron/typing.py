@@ -7,10 +7,18 @@ D  head dimension             G  query heads per K          I, O  inputs, output
 F  MLP width                  M  microbatches               ...  any leading axes
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import jax
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key
+
+if TYPE_CHECKING:
+    from jax import Array
+else:
+    # a NumPy array goes wherever JAX takes one of its own
+    Array = jax.Array | np.ndarray
 
 PyTree = Any
 # to a type checker `jax.Device` is a variable

@@ -59,8 +59,12 @@ def read(directory: Path) -> CheckpointRecord:
     except ValueError as error:
         raise DamageError(f"{RECORD_FILE} is garbage") from error
     arrays = {name: (dtype, tuple(shape)) for name, (dtype, shape) in content["arrays"].items()}
-    files = {path: (size, crc) for path, (size, crc) in content["files"].items()}
-    return CheckpointRecord(content["step"], content["extra"], arrays, files)
+    return CheckpointRecord(content["step"], content["extra"], arrays, as_checksums(content["files"]))
+
+
+def as_checksums(read: dict[str, list[int]]) -> Checksums:
+    """Checksums as JSON gives them back."""
+    return {path: (size, crc) for path, (size, crc) in read.items()}
 
 
 def checksums(directory: Path, *, within: str = ".", known: Checksums | None = None) -> Checksums:

@@ -52,7 +52,7 @@ class RecordingHandler(ocp.PyTreeCheckpointHandler):
         if len(written) != jax.process_count() or not (directory / _MERGED).exists():
             raise OSError(f"the files of {len(written)} of {jax.process_count()} processes are there to be merged")
         for path in written:
-            files |= json.loads(path.read_text())
+            files |= records.as_checksums(json.loads(path.read_text()))
             path.unlink()
         assert self._arguments is not None and self._arguments.record is not None
         record = self._arguments.record

@@ -10,12 +10,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtron import interrupts
 from jaxtron.config import UserError
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Runs tasks."""
 

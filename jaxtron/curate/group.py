@@ -94,7 +94,7 @@ def alike_drops(job: Job) -> tuple[Numbers, Numbers]:
     return dropped_of_components(_joined(job, "alike", "pairs"), lengths)
 
 
-def _shared(job: Job, band: int, share: int) -> tuple[Numbers, Int64[np.ndarray, "G+1"]]:
+def _shared(job: Job, band: int, share: int) -> tuple[Numbers, Int64[np.ndarray, "Bounds"]]:
     """Documents of a share that have a key of the band in common, without those that equal another."""
     equal, _ = equal_drops(job)
     shares = num_shares(job)

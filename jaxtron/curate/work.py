@@ -39,7 +39,7 @@ class Job:
         return Path(self.config.output) / "documents"
 
     @cached_property
-    def bounds(self) -> Int64[np.ndarray, "P+1"]:
+    def bounds(self) -> Int64[np.ndarray, "Bounds"]:
         """The number of each part's first survivor, and how many there are."""
         return np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
 

@@ -1,7 +1,7 @@
 """Short sequences packed into rows of one length: first fit, whole sequences only, none seeing another."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, Integer
@@ -81,6 +81,7 @@ class PackedSequence:
     is_answer: Bool[np.ndarray, "N"]
 
 
+@runtime_checkable
 class Sequences(Protocol):
     """Sequences by number, read in any order by several threads at once; `lengths` are in ids."""
 

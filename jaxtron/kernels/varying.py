@@ -4,7 +4,7 @@ from typing import TypeVar
 
 import jax
 
-from jaxtron.typing import Array
+from jaxtron.typing import Array, PyTree
 
 Tree = TypeVar("Tree")
 
@@ -18,7 +18,7 @@ def vary_alike(tree: Tree) -> Tree:
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
     axes = frozenset[str]().union(*(_varying(array) for array in arrays))
 
-    def vary(leaf: Array) -> Array:
+    def vary(leaf: PyTree) -> PyTree:
         missing = axes - _varying(leaf) if isinstance(leaf, jax.Array) else ()
         return jax.lax.pcast(leaf, tuple(sorted(missing)), to="varying") if missing else leaf
 

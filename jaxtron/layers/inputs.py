@@ -37,7 +37,7 @@ def row_keys(seed_key: Key[Array, ""], rows: Array) -> Key[Array, "B"]:
     return jax.vmap(jax.random.fold_in, (None, 0))(seed_key, rows)
 
 
-def dropout(x: Float[Array, "B ..."], rate: float, inputs: LayerInputs, *logical: str) -> Float[Array, "B ..."]:
+def dropout(x: Float[Array, "B ..."], rate: float, inputs: LayerInputs, *logical: str | None) -> Float[Array, "B ..."]:
     """Inverted dropout with each row's own key; `logical` names the axes of `x`. Identity without keys or rate.
 
     The backward keeps the mask, a byte an element.
@@ -47,7 +47,7 @@ def dropout(x: Float[Array, "B ..."], rate: float, inputs: LayerInputs, *logical
 
 
 def dropout_mask(
-    shape: tuple[int, ...], rate: float, inputs: LayerInputs, *logical: str
+    shape: tuple[int, ...], rate: float, inputs: LayerInputs, *logical: str | None
 ) -> Bool[Array, "B ..."] | None:
     """What dropout leaves of an array of this shape, drawn from each row's own key; None without keys or rate."""
     if rate == 0.0 or inputs.keys is None:

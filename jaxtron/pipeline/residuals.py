@@ -19,7 +19,8 @@ class Pullback:
     treedef: Any
     sources: tuple[tuple[bool, int], ...]
     keys: tuple[Any, ...]
-    constants: tuple[Array, ...]
+    # arrays, or literals of JAX's own
+    constants: tuple[Any, ...]
 
     def __call__(self, stored: list[Array], given: PyTree) -> Callable:
         """The function; `given` are today's values of what was `given` to `split_residuals`."""

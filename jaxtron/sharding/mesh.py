@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -17,7 +16,7 @@ from jaxtron.typing import Device
 class Folding:
     """A mesh, and the axes of every flag of its two views (`folding.py`); one without devices tells sizes alone."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     flags: Mapping[str, Axes]
 
     def axes(self, *flags: str) -> Axes:
@@ -66,7 +65,7 @@ def abstract_mesh(config: MeshConfig, num_devices: int) -> Folding:
     """As `build_mesh`, of so many devices that are not there."""
     sizes, flags = _refined(config, num_devices)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
-    return Folding(cast(Mesh, mesh), flags)
+    return Folding(mesh, flags)
 
 
 def _refined(config: MeshConfig, num_devices: int) -> Refinement:

@@ -73,7 +73,8 @@ class Rules:
 
     @property
     def mesh(self) -> Mesh:
-        """All axes, outermost first."""
+        """All axes, outermost first; only where there are devices."""
+        assert isinstance(self.folding.mesh, Mesh)
         return self.folding.mesh
 
     @property

@@ -1,6 +1,6 @@
 """What a run ends with: losses, a sample of text, and where everything is."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ FILES = {
 }
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """What draws `num_tokens` tokens after a prompt, all below `vocab`; a `FloatingPointError` where it cannot."""
 

@@ -7,7 +7,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtron.layers.linear import Linear, project
-from jaxtron.sharding.parameters import layouts, roles
+from jaxtron.sharding.parameters import parameter_specs
 from jaxtron.sharding.rules import use
 
 
@@ -30,9 +30,10 @@ def test_parameters_know_their_role_and_layout(rules_for):
             lambda: Linear({"heads": 4, "head_dim": 3}, {"embed": 6}, bias=True, std=1.0, rngs=nnx.Rngs(0))
         )
         state = nnx.split(layer)[1]
-        assert roles(state) == {"kernel": "kernel", "bias": "bias"}
+        specs = parameter_specs(state)
+        assert {name: spec.role for name, spec in specs.items()} == {"kernel": "kernel", "bias": "bias"}
         # the bias of a row-parallel layer is whole everywhere: it is small, and added after the sum
-        assert {name: layout.spec for name, layout in layouts(state).items()} == {
+        assert {name: spec.layout.spec for name, spec in specs.items()} == {
             "kernel": PartitionSpec(("tensor",), (), ("fsdp",)),
             "bias": PartitionSpec(()),
         }

@@ -27,7 +27,7 @@ def equal_documents(columns: Sequence[UInt64[np.ndarray, "N"]], numbers: Numbers
     return numbers[order][later], np.repeat(numbers[order[starts]], sizes)[later]
 
 
-def shared_keys(keys: UInt64[np.ndarray, "N"], numbers: Numbers) -> tuple[Numbers, Int64[np.ndarray, "G+1"]]:
+def shared_keys(keys: UInt64[np.ndarray, "N"], numbers: Numbers) -> tuple[Numbers, Int64[np.ndarray, "Bounds"]]:
     """The documents whose key another one has too, in order within a key, and where each key's documents begin.
 
     Key 0 is shared with nobody: it stands for a document without shingles.
@@ -42,7 +42,7 @@ def shared_keys(keys: UInt64[np.ndarray, "N"], numbers: Numbers) -> tuple[Number
 
 
 def similar_pairs(
-    members: Numbers, bounds: Int64[np.ndarray, "G+1"], similarity: Similarity, threshold: float
+    members: Numbers, bounds: Int64[np.ndarray, "Bounds"], similarity: Similarity, threshold: float
 ) -> Int64[np.ndarray, "E 2"]:
     """Pairs of one key whose similarity reaches the threshold, as many as connect what is alike.
 
@@ -63,7 +63,7 @@ def similar_pairs(
     return np.concatenate(found)
 
 
-def _candidates(members: Numbers, bounds: Int64[np.ndarray, "G+1"]) -> Iterator[tuple[Numbers, Numbers]]:
+def _candidates(members: Numbers, bounds: Int64[np.ndarray, "Bounds"]) -> Iterator[tuple[Numbers, Numbers]]:
     """Every pair within a key of few documents, many at a time."""
     sizes = np.diff(bounds)
     for size in np.unique(sizes[sizes <= MOST_PAIRED]).tolist():
@@ -115,7 +115,9 @@ def among(numbers: Numbers, sorted_numbers: Numbers) -> Bool[np.ndarray, "N"]:
     return sorted_numbers[places] == numbers
 
 
-def _groups(columns: Sequence[UInt64[np.ndarray, "N"]], numbers: Numbers) -> tuple[Numbers, Numbers]:
+def _groups(
+    columns: Sequence[UInt64[np.ndarray, "N"]], numbers: Numbers
+) -> tuple[Numbers, Int64[np.ndarray, "Groups"]]:
     """The order by columns, then number, and where rows of equal columns begin in it."""
     order = np.lexsort((numbers, *columns))
     new = np.zeros(len(order), bool)

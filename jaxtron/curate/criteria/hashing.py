@@ -29,7 +29,7 @@ class Units:
 
     hashes: UInt64[np.ndarray, "W"]
     lengths: Int64[np.ndarray, "W"]
-    bounds: Int64[np.ndarray, "D+1"]
+    bounds: Int64[np.ndarray, "Bounds"]
 
     def of(self, documents: Int64[np.ndarray, "N"]) -> "Units":
         """Those of some documents, given in rising order."""
@@ -131,7 +131,7 @@ def _chained(total: UInt64[np.ndarray, "N"], column: UInt64[np.ndarray, "N"]) ->
     return total
 
 
-def shingles(units: Units, size: int) -> tuple[UInt64[np.ndarray, "N"], Int64[np.ndarray, "D+1"]]:
+def shingles(units: Units, size: int) -> tuple[UInt64[np.ndarray, "N"], Int64[np.ndarray, "Bounds"]]:
     """Every document's n-grams and where they begin; a document of fewer units has one of all it has, if any."""
     hashes, starts = ngrams(units, size)
     counts = np.diff(np.searchsorted(starts, units.bounds))
@@ -145,5 +145,5 @@ def shingles(units: Units, size: int) -> tuple[UInt64[np.ndarray, "N"], Int64[np
     return hashes, _bounds(counts)
 
 
-def _bounds(sizes: Sequence[int] | Int64[np.ndarray, "D"]) -> Int64[np.ndarray, "D+1"]:
+def _bounds(sizes: Sequence[int] | Int64[np.ndarray, "D"]) -> Int64[np.ndarray, "Bounds"]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])

@@ -39,7 +39,7 @@ def best_bands(jaccard: float, hashes: int, miss_weight: float) -> Bands:
 
 
 def signatures(
-    shingles: UInt64[np.ndarray, "N"], bounds: Int64[np.ndarray, "D+1"], hashes: int, seed: int
+    shingles: UInt64[np.ndarray, "N"], bounds: Int64[np.ndarray, "Bounds"], hashes: int, seed: int
 ) -> UInt32[np.ndarray, "D H"]:
     """For every document and hash function the least hash of its shingles; documents without any are all ones.
 

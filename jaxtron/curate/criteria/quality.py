@@ -160,7 +160,7 @@ def duplicate_ngram_share(units: Units, repeated: Repeated) -> Float64[np.ndarra
     return np.diff(before[units.bounds]) / _document_letters(units)
 
 
-def _letters_before(units: Units) -> Int64[np.ndarray, "W+1"]:
+def _letters_before(units: Units) -> Int64[np.ndarray, "Places"]:
     return np.concatenate([[0], np.cumsum(units.lengths)])
 
 

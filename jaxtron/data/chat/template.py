@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtron.config import UserError, expand_home
 from jaxtron.data.config import ChatConfig
@@ -63,6 +63,7 @@ class Refusal(ValueError):
     """A template does not write this conversation, and says why."""
 
 
+@runtime_checkable
 class ChatTemplate(Protocol):
     """From conversations to pieces of text."""
 

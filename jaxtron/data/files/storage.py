@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import fsspec
 import numpy as np
@@ -20,6 +20,7 @@ Range = tuple[int, int]
 """First byte, and the one after the last."""
 
 
+@runtime_checkable
 class Bytes(Protocol):
     """A file's bytes; read by several threads at once."""
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Integer
+from jaxtyping import Bool, Float32, Int32, Shaped
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SpanSample:
 
 
 def pad(
-    ids: Integer[np.ndarray, "Length"], length: int, fill: int
+    ids: Shaped[np.ndarray, "Length"], length: int, fill: int
 ) -> tuple[Int32[np.ndarray, "S"], Bool[np.ndarray, "S"]]:
     """The ids filled up to the length, and where they were."""
     assert len(ids) <= length, f"{len(ids)} tokens do not fit in {length}"

@@ -53,7 +53,7 @@ def parse_blend(items: Sequence[str | float]) -> tuple[list[str], list[float] | 
     return words[1::2], weights
 
 
-def normalize(weights: Sequence[float]) -> Float64[np.ndarray, "K"]:
+def normalize(weights: Sequence[float] | Float64[np.ndarray, "K"]) -> Float64[np.ndarray, "K"]:
     """The weights as shares of 1; UserError unless each is above 0."""
     given = np.array(weights, np.float64)
     if not 1 <= len(given) <= MOST_DATASETS or not (np.isfinite(given).all() and (given > 0).all()):

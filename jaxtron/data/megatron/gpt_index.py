@@ -31,7 +31,7 @@ class GPTIndex:
     """
 
     documents: Int32[np.ndarray, "D"]
-    samples: Integer[np.ndarray, "N+1 2"]
+    samples: Integer[np.ndarray, "Bounds 2"]
     shuffle: Integer[np.ndarray, "N"]
 
     def __len__(self) -> int:
@@ -138,7 +138,7 @@ def _shuffled_epochs(
 
 def _sample_index(
     packed: Integer[np.ndarray, "D"], *, sequence_length: int, extra: int, num_samples: int
-) -> Integer[np.ndarray, "N+1 2"]:
+) -> Integer[np.ndarray, "Bounds 2"]:
     """Where each sample starts, and the last one ends; `packed` has lengths in the upper half.
 
     Sample k ends in the first sequence that holds token k * sequence_length + extra of the row, even as its last.

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Shaped
@@ -23,6 +23,7 @@ SPLITS = ("train", "validation", "test")
 NO_BOUNDARIES = Boundaries()
 
 
+@runtime_checkable
 class Reader(Protocol):
     """What a source needs of an `IndexedReader`."""
 
