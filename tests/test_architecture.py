@@ -48,7 +48,7 @@ INNER_FLOORS = {
 # the dispatcher imports the one verb that was asked for
 LAZY = {"jaxtron/__main__.py"}
 # by two classes each; no more, please
-SHARED_NAMES = {"Layout", "Stack", "Work"}
+SHARED_NAMES = {"Stack"}
 COLLECTIVES = ("psum", "pmax", "all_gather", "psum_scatter", "ppermute", "all_to_all", "all_reduce", "permute")
 MOST_FILES = 15
 MOST_FILE_LINES = 500

@@ -12,7 +12,7 @@ from jaxtron.config import UserError, load
 from jaxtron.plan.__main__ import main
 from jaxtron.plan.formula.prediction import predict
 from jaxtron.plan.machine import machine_named
-from jaxtron.plan.search.candidates import LEAST_PART, Layout, layouts, own_layout
+from jaxtron.plan.search.candidates import LEAST_PART, CandidateLayout, layouts, own_layout
 from jaxtron.plan.search.ranking import ranking_text, write_ranking
 from jaxtron.plan.search.search import MARGIN, SearchResult, compile_best, search
 from jaxtron.run.configuration import Configuration
@@ -208,7 +208,7 @@ def test_searches_without_an_answer_say_what_to_change(flags: str, name: str | N
         search(configuration(flags, name), A100, num_gpus=gpus, gpus_per_node=8)
 
 
-def compiled_as(small: SearchResult, seconds: dict[str, float], too_big: set[str], asked: list[Layout]) -> Any:
+def compiled_as(small: SearchResult, seconds: dict[str, float], too_big: set[str], asked: list[CandidateLayout]) -> Any:
     """Plans of a compiler that finds these seconds, by mesh, and these meshes a GPU too big."""
 
     def compile_layout(config: Configuration) -> Any:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from jaxtron.plan.formula.workload import (
     MASK_BYTES,
     CollectiveWork,
+    PhaseWork,
     RegionWork,
     Shapes,
     SlotWork,
-    Work,
     linear,
 )
 from jaxtron.plan.machine import Product
@@ -26,7 +26,7 @@ def attention(shapes: Shapes, in_window: bool) -> RegionWork:
     projections = linear(shapes, model.hidden_size, (heads + 2 * kv_heads) * d)
     projections += linear(shapes, heads * d, model.hidden_size)
     if model.position == "rotary":
-        rotated = Work(stream=2 * n * (heads + kv_heads) * d * shapes.width, kernels=1)
+        rotated = PhaseWork(stream=2 * n * (heads + kv_heads) * d * shapes.width, kernels=1)
         projections += SlotWork(forward=rotated, backward=rotated)
     core = CORES[shapes.profile.attention](shapes, in_window)
     return {"attention": projections + _travelling(shapes), "attention_core": core}
@@ -42,7 +42,7 @@ def _travelling(shapes: Shapes) -> SlotWork:
     elements = 2 * shapes.tokens * shapes.parts * shapes.kv_heads * shapes.model.head_size
     gather = CollectiveWork("all_gather", elements * shapes.width, "context")
     back = (gather, CollectiveWork("reduce_scatter", 4 * elements, "context"))
-    return SlotWork(forward=Work(collectives=(gather,)), backward=Work(collectives=back))
+    return SlotWork(forward=PhaseWork(collectives=(gather,)), backward=PhaseWork(collectives=back))
 
 
 def _fused(shapes: Shapes, in_window: bool) -> SlotWork:
@@ -54,14 +54,14 @@ def _fused(shapes: Shapes, in_window: bool) -> SlotWork:
         # of a window as many scores a query as it is long: the formulas count no more either
         inside = queries * d * min(shapes.model.attention.window or s, s)
         return SlotWork(
-            forward=Work(attention_flops=4.0 * inside, stream=4 * stream, kernels=1),
-            backward=Work(attention_flops=10.0 * inside, masked_flops=-2.0 * inside, stream=4 * stream, kernels=1),
+            forward=PhaseWork(attention_flops=4.0 * inside, stream=4 * stream, kernels=1),
+            backward=PhaseWork(attention_flops=10.0 * inside, masked_flops=-2.0 * inside, stream=4 * stream, kernels=1),
         )
     # forward two products of the half below the diagonal; of the formulas' four and the scores again, five halves run
     product = 2.0 * queries * s * d
     return SlotWork(
-        forward=Work(attention_flops=product, masked_flops=product, stream=4 * stream, kernels=1),
-        backward=Work(attention_flops=2.5 * product, masked_flops=1.5 * product, stream=8 * stream, kernels=2),
+        forward=PhaseWork(attention_flops=product, masked_flops=product, stream=4 * stream, kernels=1),
+        backward=PhaseWork(attention_flops=2.5 * product, masked_flops=1.5 * product, stream=8 * stream, kernels=2),
     )
 
 
@@ -83,8 +83,8 @@ class _Materialized:
         back = square * (2 * narrow + self.score_bytes)
         inputs = Product(s, d, s, count, narrow, output_width=narrow)
         return SlotWork(
-            forward=Work((scores, mix), stream=softmax + dropped, kernels=2 + drops),
-            backward=Work(
+            forward=PhaseWork((scores, mix), stream=softmax + dropped, kernels=2 + drops),
+            backward=PhaseWork(
                 (Product(s, s, d, count, narrow, output_width=narrow), inputs, inputs, inputs),
                 stream=back + dropped,
                 kernels=2 + drops,

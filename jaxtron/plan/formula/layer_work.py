@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtron.layers.config import GATED
 from jaxtron.models.decoder.kinds import ATTENTION, MLP, WINDOW
 from jaxtron.plan.formula.attention_work import attention
-from jaxtron.plan.formula.workload import FLOAT, RegionWork, Shapes, SlotWork, Work, linear
+from jaxtron.plan.formula.workload import FLOAT, PhaseWork, RegionWork, Shapes, SlotWork, linear
 
 # What a layer's backward holds at its peak beside the classes that shapes explain, as multiples of arrays that are
 # there at the same time. Measured on 20 layouts of 1.3 to 1008 billion parameters, JAX 0.11.2 (2026-11): tests/plan/
@@ -47,8 +47,8 @@ def _mlp(shapes: Shapes) -> RegionWork:
     return {
         "mlp": found
         + SlotWork(
-            forward=Work(stream=(inputs + 1) * stream, kernels=1),
-            backward=Work(stream=(2 * inputs + 1) * stream, kernels=1),
+            forward=PhaseWork(stream=(inputs + 1) * stream, kernels=1),
+            backward=PhaseWork(stream=(2 * inputs + 1) * stream, kernels=1),
         )
     }
 

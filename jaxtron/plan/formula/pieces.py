@@ -9,10 +9,10 @@ from jaxtron.pipeline.schedules.figures import Slot
 from jaxtron.plan.formula.layer_work import LAYER_WORK
 from jaxtron.plan.formula.workload import (
     CollectiveWork,
+    PhaseWork,
     RegionWork,
     Shapes,
     SlotWork,
-    Work,
     dropout_bytes,
     gather,
     gathered_weights,
@@ -49,8 +49,8 @@ def embedding(shapes: Shapes) -> SlotWork:
     returned = gather(shapes, size)
     table = gathered_weights(shapes, embedding_parameters(shapes.model, shapes.length, shapes.tensor))
     return table + SlotWork(
-        forward=Work(stream=2 * size + drop, kernels=3, collectives=reduced),
-        backward=Work(stream=back + drop, kernels=3, collectives=returned),
+        forward=PhaseWork(stream=2 * size + drop, kernels=3, collectives=reduced),
+        backward=PhaseWork(stream=back + drop, kernels=3, collectives=returned),
     )
 
 
@@ -67,7 +67,7 @@ def head(shapes: Shapes) -> SlotWork:
     sums = over_tensor(shapes, "all_reduce", 12.0 * n)
     moved = (*gather(shapes, size), *scatter(shapes, size), *sums)
     weights = gathered_weights(shapes, h * v)
-    work = Work(products, stream=stream, kernels=8, collectives=moved)
+    work = PhaseWork(products, stream=stream, kernels=8, collectives=moved)
     return SlotWork(forward=work + weights.forward + weights.weight)
 
 
@@ -79,9 +79,9 @@ def _branch(shapes: Shapes, branch: Branch) -> SlotWork:
     again = gather(shapes, shapes.residual_bytes, "regather")
     # norm: input read, output written; backward: input, its gradient and the residual's read, their sum written
     found = SlotWork(
-        forward=Work(stream=2 * stream, kernels=1, collectives=gathered),
-        backward=Work(stream=4 * stream, kernels=2, collectives=scatter(shapes, shapes.residual_bytes)),
-        weight=Work(collectives=again),
+        forward=PhaseWork(stream=2 * stream, kernels=1, collectives=gathered),
+        backward=PhaseWork(stream=4 * stream, kernels=2, collectives=scatter(shapes, shapes.residual_bytes)),
+        weight=PhaseWork(collectives=again),
     )
     for symbol in branch:
         found += _recomputed(shapes, KINDS[symbol], LAYER_WORK[symbol].slots(shapes)) + _residual(shapes)
@@ -92,7 +92,7 @@ def _recomputed(shapes: Shapes, kind: LayerKind, regions: RegionWork) -> SlotWor
     """A branch with the forward of what `model.recompute` names of it in its backward too."""
     found = sum(regions.values(), start=SlotWork())
     if kind.module in shapes.model.recomputed:
-        gathered = Work(collectives=gather(shapes, shapes.residual_bytes))
+        gathered = PhaseWork(collectives=gather(shapes, shapes.residual_bytes))
         return found + SlotWork(backward=found.forward + gathered)
     for name in kind.parts:
         if name in shapes.model.recomputed:
@@ -105,8 +105,8 @@ def _residual(shapes: Shapes) -> SlotWork:
     stream = shapes.own_tokens * shapes.model.hidden_size * shapes.width
     drop = dropout_bytes(shapes)
     return SlotWork(
-        forward=Work(stream=3 * stream + drop, kernels=1, collectives=scatter(shapes, shapes.residual_bytes)),
-        backward=Work(
+        forward=PhaseWork(stream=3 * stream + drop, kernels=1, collectives=scatter(shapes, shapes.residual_bytes)),
+        backward=PhaseWork(
             stream=(2 * stream if drop else 0) + drop,
             kernels=1,
             collectives=gather(shapes, shapes.residual_bytes),
@@ -151,7 +151,7 @@ def once(config: Configuration, shapes: Shapes, periods: int) -> Once:
     )
 
 
-def slot_work(slots: SlotWork, slot: Slot, *, split: bool) -> Work:
+def slot_work(slots: SlotWork, slot: Slot, *, split: bool) -> PhaseWork:
     """What a slot of a schedule runs; a backward that is not split has the weight gradient too."""
     if slot == "backward" and not split:
         return slots.backward + slots.weight

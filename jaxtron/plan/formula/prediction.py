@@ -12,7 +12,7 @@ from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.plan.formula import pieces
 from jaxtron.plan.formula.pieces import OPTIMIZER_BYTES, Once
-from jaxtron.plan.formula.workload import CollectiveWork, Shapes, Work, shapes_of
+from jaxtron.plan.formula.workload import CollectiveWork, PhaseWork, Shapes, shapes_of
 from jaxtron.plan.machine import Group, Machine, axes_group
 from jaxtron.plan.profile import JAXTRON, Profile
 from jaxtron.run.configuration import Configuration
@@ -103,7 +103,7 @@ class Timer:
             return axes_group(self.sizes, SHARD_FLAGS, self.gpus_per_node)
         return axes_group(self.sizes, ("tensor" if purpose == "regather" else purpose,), self.gpus_per_node)
 
-    def cost(self, work: Work) -> SlotCost:
+    def cost(self, work: PhaseWork) -> SlotCost:
         """Seconds of a piece of work alone on the device."""
         products = sum(map(self.machine.product_seconds, work.products))
         if work.attention_flops:

@@ -27,7 +27,7 @@ class CollectiveWork:
 
 
 @dataclass(frozen=True)
-class Work:
+class PhaseWork:
     """Operations of one slot on one device.
 
     `attention_flops` run in a fused kernel; `masked_flops` are those that it does not run, or runs again, against the
@@ -41,8 +41,8 @@ class Work:
     kernels: int = 0
     collectives: tuple[CollectiveWork, ...] = ()
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(
+    def __add__(self, other: "PhaseWork") -> "PhaseWork":
+        return PhaseWork(
             self.products + other.products,
             self.attention_flops + other.attention_flops,
             self.masked_flops + other.masked_flops,
@@ -57,16 +57,16 @@ class Work:
         return sum(product.flops for product in self.products) + self.attention_flops + self.masked_flops
 
 
-NOTHING = Work()
+NOTHING = PhaseWork()
 
 
 @dataclass(frozen=True)
 class SlotWork:
     """What a piece of the model does in each slot of a microbatch; `weight` is part of the backward if not split."""
 
-    forward: Work = NOTHING
-    backward: Work = NOTHING
-    weight: Work = NOTHING
+    forward: PhaseWork = NOTHING
+    backward: PhaseWork = NOTHING
+    weight: PhaseWork = NOTHING
 
     def __add__(self, other: "SlotWork") -> "SlotWork":
         return SlotWork(self.forward + other.forward, self.backward + other.backward, self.weight + other.weight)
@@ -156,11 +156,11 @@ def shapes_of(config: Configuration, sizes: dict[str, int], profile: Profile, ki
 def linear(shapes: Shapes, inputs: float, outputs: float) -> SlotWork:
     """A product with a weight, the input's gradient, and the weight's, which is added to a float32 sum."""
     n, width = shapes.tokens, shapes.width
-    bias = Work(stream=n * outputs * width, kernels=1) if shapes.model.bias else NOTHING
+    bias = PhaseWork(stream=n * outputs * width, kernels=1) if shapes.model.bias else NOTHING
     return SlotWork(
-        forward=Work((Product(n, outputs, inputs, width=width, output_width=width),)),
-        backward=Work((Product(n, inputs, outputs, width=width, output_width=width),)),
-        weight=Work((Product(inputs, outputs, n, width=width, output_width=8),)) + bias,
+        forward=PhaseWork((Product(n, outputs, inputs, width=width, output_width=width),)),
+        backward=PhaseWork((Product(n, inputs, outputs, width=width, output_width=width),)),
+        weight=PhaseWork((Product(inputs, outputs, n, width=width, output_width=8),)) + bias,
     )
 
 
@@ -191,5 +191,5 @@ def gathered_weights(shapes: Shapes, parameters: float) -> SlotWork:
     if shapes.gathered == 1:
         return SlotWork()
     size = parameters * shapes.width
-    gathered = Work(collectives=(CollectiveWork("all_gather", size, "fsdp"),))
-    return SlotWork(gathered, gathered, Work(collectives=(CollectiveWork("reduce_scatter", size, "fsdp"),)))
+    gathered = PhaseWork(collectives=(CollectiveWork("all_gather", size, "fsdp"),))
+    return SlotWork(gathered, gathered, PhaseWork(collectives=(CollectiveWork("reduce_scatter", size, "fsdp"),)))

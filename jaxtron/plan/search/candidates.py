@@ -32,7 +32,7 @@ SETTINGS = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class CandidateLayout:
     """What a search chooses; `rows` are those of a microbatch on a device."""
 
     data: int
@@ -87,7 +87,7 @@ class Layout:
                     words.append(f"--{section}.{name} {' '.join(value) if isinstance(value, tuple) else value}")
         return " ".join(words)
 
-    def differences(self, other: "Layout") -> list[str]:
+    def differences(self, other: "CandidateLayout") -> list[str]:
         """What this layout has instead of another, such as `tensor 4 instead of 8`."""
         mine, its = self._words(), other._words()
         both = [name for name in mine if name in its]
@@ -135,7 +135,7 @@ class Layout:
         return self.recompute if isinstance(self.recompute, str) else ",".join(self.recompute)
 
 
-def layouts(config: Configuration, num_gpus: int, gpus_per_node: int) -> Iterator[Layout]:
+def layouts(config: Configuration, num_gpus: int, gpus_per_node: int) -> Iterator[CandidateLayout]:
     """All layouts worth a look: the mesh, schedule, chunks, rows, recompute and ZeRO level, model and batch as given.
 
     `tensor` stays inside a node. `sharding.zero parameters` is left out where `mesh.fsdp` does the same: there is no
@@ -156,15 +156,17 @@ def layouts(config: Configuration, num_gpus: int, gpus_per_node: int) -> Iterato
                         continue
                     for data, fsdp, zero in _shardings(config, shards, context):
                         for recompute in recomputes:
-                            yield Layout(data, fsdp, tensor, pipe, pipeline, rows, recompute, zero, context, attention)
+                            yield CandidateLayout(
+                                data, fsdp, tensor, pipe, pipeline, rows, recompute, zero, context, attention
+                            )
 
 
-def own_layout(config: Configuration, num_gpus: int) -> Layout:
+def own_layout(config: Configuration, num_gpus: int) -> CandidateLayout:
     """The layout that a configuration has on so many GPUs; a `UserError` if it has none."""
     sizes = config.mesh.shape(num_gpus, more=MORE)
     config.check_mesh(sizes)
     shards = sizes["data"] * sizes["fsdp"]
-    return Layout(
+    return CandidateLayout(
         data=sizes["data"],
         fsdp=sizes["fsdp"],
         tensor=sizes["tensor"],

@@ -9,7 +9,7 @@ from jaxtron.plan.formula.prediction import Prediction, predict
 from jaxtron.plan.machine import Machine
 from jaxtron.plan.memory_use import MemoryUse
 from jaxtron.plan.plan import Plan
-from jaxtron.plan.search.candidates import Layout, layouts, own_layout
+from jaxtron.plan.search.candidates import CandidateLayout, layouts, own_layout
 from jaxtron.run.configuration import Configuration
 from jaxtron.words import plural, readable_bytes
 
@@ -23,7 +23,7 @@ MOST_COMPILED = 3
 class Candidate:
     """A layout with its memory and its step by formula, and its plan where it was compiled."""
 
-    layout: Layout
+    layout: CandidateLayout
     estimate: MemoryUse
     formula: Prediction
     plan: Plan | None = None
@@ -71,7 +71,7 @@ class SearchResult:
         """The first."""
         return self.ranked[0]
 
-    def rank(self, layout: Layout) -> int | None:
+    def rank(self, layout: CandidateLayout) -> int | None:
         """Of a layout among `ranked`, 1 for the first; None where it is not there."""
         ranks = (number for number, one in enumerate(self.ranked, 1) if one.layout == layout)
         return next(ranks, None)
@@ -137,7 +137,7 @@ class _Weigher:
         self.config, self.machine, self.gpus_per_node = config, machine, gpus_per_node
         self.estimator = Estimator(config)
 
-    def __call__(self, layout: Layout, limit: float | None) -> tuple[int, Candidate | None]:
+    def __call__(self, layout: CandidateLayout, limit: float | None) -> tuple[int, Candidate | None]:
         """Bytes a GPU needs, or already more than `limit`; and the candidate unless they are more."""
         config, gpu = layout.config(self.config), self.machine.datasheet
         # of most layouts the state alone is too much, which is quickly told
@@ -197,7 +197,7 @@ def _corrected(candidate: Candidate, wrong: Candidate) -> bool:
     return candidate.estimate.total + more <= candidate.estimate.capacity
 
 
-def _own(config: Configuration, num_gpus: int) -> tuple[Layout | None, str | None]:
+def _own(config: Configuration, num_gpus: int) -> tuple[CandidateLayout | None, str | None]:
     try:
         return own_layout(config, num_gpus), None
     except UserError as error:
