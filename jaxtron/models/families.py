@@ -16,6 +16,9 @@ FAMILIES = {DECODER: "jaxtron.models.decoder"}
 def family_named(name: str) -> Family[Any]:
     """The family called so by `model.family`; a `UserError` where there is none."""
     package = FAMILIES.get(name, name)
+    if not all(map(str.isidentifier, package.split("."))):
+        # `importlib` would take leading dots for a package relative to none
+        raise UserError(f"model.family {name!r} is not {', '.join(FAMILIES)}, nor the dotted name of a package")
     try:
         found = getattr(importlib.import_module(f"{package}.family"), "FAMILY", None)
     except (ImportError, ValueError) as error:

@@ -30,6 +30,7 @@ ORDER = (
 # run and of a curation must be here.
 TEXTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "model.pattern": (TRAIN, ("", "*+", "(*", "(*)", "|", "*-|", "größe", "* -", "(**)", ")", LONG)),
+    "model.family": (TRAIN, ("", "decode", "..", ".", "a..b", "a b", "os", "jaxtron.models.decoder.config", LONG)),
     "data.path": (TRAIN, (*FILES, "latin.txt", "empty.txt", "/dev/null", "tokens.idx.txt", "gs:/x")),
     "data.train": (("train", "no_data.yaml"), (*FILES, "text.txt", "documents.jsonl")),
     "data.validation": (("train", "no_data.yaml", "--data.train", "tokens"), FILES),
