@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from jaxtron.checkpoint.restore import committed_steps
 from jaxtron.config import UserError
 from jaxtron.data.dataset import Data, open_data
 from jaxtron.data.loader import Loader
+from jaxtron.models.families import program_of
 from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import Continuation, changes, check_changes, listed, recorded_settings
@@ -87,6 +88,7 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
         print("reading the data", flush=True)
     data = open_data(config.data, seed=config.seed, train_samples=config.train_samples())
     check_vocabulary(config, data)
+    data = _for_family(config, data)
     with session.use(), contextlib.ExitStack() as stack:
         abstract = session.abstract_state()
         check_state_fits(config.family.sizes(config.model), abstract, what="training state")
@@ -125,6 +127,13 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
             continuation=continuation,
             tally=MetricsTally() if restored is None else MetricsTally.of(restored.extra, config.data.sequence_length),
         )
+
+
+def _for_family(config: Configuration, data: Data) -> Data:
+    """The data with samples as the model's family reads them."""
+    read = program_of(config.model).source
+    parts = {name: read(config.model, getattr(data, name), data.tokenizer) for name in ("train", "validation", "test")}
+    return replace(data, **parts)
 
 
 def check_vocabulary(config: Configuration, data: Data) -> None:
