@@ -357,8 +357,15 @@ class _Executor:
         """`run(stack, operand)` with the stack that begins with this chunk, or -1, which is static in each branch."""
         if isinstance(row.enters, int):
             return run(row.enters, operand)
-        branches = [partial(run, stack) for stack in range(-1, len(self.loops))]
-        return jax.lax.switch(row.enters + 1, branches, operand)
+        # XLA copies what a branch chosen by number passes on, and not what one of two does
+        others = [partial(run, stack) for stack in range(1, len(self.loops))]
+
+        def first_or_none(operand: PyTree) -> PyTree:
+            return jax.lax.cond(row.enters == 0, partial(run, 0), partial(run, -1), operand)
+
+        if not others:
+            return first_or_none(operand)
+        return jax.lax.switch(jax.lax.max(row.enters, 0), [first_or_none, *others], operand)
 
     def _by_chunk(self, row: WorkTable[Array], run: Callable[[int, ChunkWork], PyTree]) -> PyTree:
         """`run(stack, work)` of this chunk, whose stack and number of layers are static in each branch."""
