@@ -13,11 +13,13 @@ import jax
 from jaxtron.checkpoint.finite import first_not_finite
 from jaxtron.checkpoint.restore import committed_steps, restore_part
 from jaxtron.config import UserError
+from jaxtron.data.batch import TokenBatch
 from jaxtron.data.dataset import open_data
 from jaxtron.data.loader import validation_batches
 from jaxtron.data.source import Source
 from jaxtron.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtron.evaluate.request import EvaluateRequest
+from jaxtron.models.families import program_of
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CONFIG_FILE, FIXED, changes, listed, recorded_settings
 from jaxtron.run.session import Session, make_session
@@ -81,6 +83,8 @@ def open_model(request: EvaluateRequest, trained: Configuration, config: Configu
         axes = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in BATCH_FLAGS)
         raise UserError(f"--batch {batch} is not a multiple of {axes} = {parts}")
     check_batch_fits("--batch", batch, config.data.sequence_length)
+    if program_of(config.model).batch is not TokenBatch:
+        raise UserError(f"model.family {config.model.family} does not read plain text, so none can be scored with it")
     session = make_session(config, devices, trains=False)
     with session.use():
         order, abstract = session.layer_order, {"params": session.blueprint.abstract}

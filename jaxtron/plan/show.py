@@ -11,6 +11,7 @@ import jax
 from jaxtron.command import check_output
 from jaxtron.config import UserError, take_file
 from jaxtron.gpus import GPUS
+from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.pipeline.schedules.table_file import write_csv
 from jaxtron.plan.compare import changes_text, read_plan
 from jaxtron.plan.compiled.rehearsal import rehearse
@@ -38,6 +39,7 @@ def show_plan(config: Configuration, request: PlanRequest) -> None:
     if request.gpu is None:
         known = ", ".join(GPUS)
         raise UserError(f"say for which GPU: --gpu {known} or a target's file; or --layout, --schedule")
+    _check_formula(config)
     earlier = None if request.compare is None else read_plan(request.compare)
     machine = _machine(request)
     num_gpus, fitted = request.num_gpus(_known(config)), None
@@ -106,6 +108,7 @@ def show_search(config: Configuration, request: PlanRequest) -> None:
     """Layouts for the GPUs, ranked by formula and the best of them compiled."""
     if request.gpu is None:
         raise UserError(f"say for which GPU: --gpu {', '.join(GPUS)}")
+    _check_formula(config)
     machine, num_gpus = _machine(request), request.num_gpus(_known(config))
     start_compiler(config.runtime)
     # a layer split by tensor is traced on as many devices, and on twice as many where sequences are split too
@@ -131,6 +134,15 @@ SHOW: dict[str, Callable[[Configuration, PlanRequest], None]] = {
     "schedule": show_schedule,
     "search": show_search,
 }
+
+
+def _check_formula(config: Configuration) -> None:
+    """`UserError` for models whose time no formula knows."""
+    if not isinstance(config.model, ModelConfig):
+        raise UserError(
+            f"model.family {config.model.family}: a step's time is predicted for decoders alone; --layout and "
+            "--schedule show other families too"
+        )
 
 
 def _known(config: Configuration) -> int:
