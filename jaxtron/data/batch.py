@@ -33,7 +33,9 @@ class BatchField:
 def rows(*axes: str, dtype: DTypeLike = np.int32, optional: bool = False) -> Any:
     """A field of a batch with these axes in each row; `SEQUENCE` is what `mesh.context` splits."""
     spec = BatchField(axes, np.dtype(dtype), is_optional=optional)
-    return dataclasses.field(metadata={FIELD: spec}, **({"default": None} if optional else {}))
+    if optional:
+        return dataclasses.field(metadata={FIELD: spec}, default=None)
+    return dataclasses.field(metadata={FIELD: spec})
 
 
 def weight(*axes: str, normalizes: str) -> Any:

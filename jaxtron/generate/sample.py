@@ -94,11 +94,12 @@ def _next_logits(
 ) -> Float[Array, "V"]:
     """Logits of what follows the first `filled` tokens, from one microbatch of one row through all stages."""
     program, parts = trainer.program, trainer.parts
-    assert program.predict is not None
+    predict = program.predict
+    assert predict is not None
 
     def head(outer: Outer, stream: Stream, microbatch: tuple[Microbatch[TokenBatch], Array]) -> HeadOutput:
         # no loss, for nothing is trained
-        return HeadOutput(jnp.float32(0.0), {"logits": program.predict(parts, outer, stream, microbatch[1] - 1)})
+        return HeadOutput(jnp.float32(0.0), {"logits": predict(parts, outer, stream, microbatch[1] - 1)})
 
     model = program.model(parts, None)
     stacks = tuple(_of_first(stack) for stack in model.stacks)

@@ -124,7 +124,11 @@ class Program(Generic[BatchT, ModuleT]):
         known = {**self.losses, **self.metrics}
         assert means.keys() == known.keys(), f"the head reports {sorted(means)}, declared are {sorted(known)}"
         parts = {name: mean for name, mean in means.items() if name in self.metrics or len(self.losses) > 1}
-        return {"loss": sum(means[name] for name in self.losses), **parts}
+        first, *others = (means[name] for name in self.losses)
+        total: Any = first
+        for mean in others:
+            total = total + mean
+        return {"loss": total, **parts}
 
     def loss(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> float:
         """The sum of the losses' means; one that nothing counts is left out."""

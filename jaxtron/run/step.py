@@ -143,6 +143,7 @@ class Trainer:
         factors = {name: jnp.where(count > 0, scale / count, 0.0) for name, count in counts(batch).items()}
         microbatches = self.microbatches(weigh(batch, factors))
         result = self._run(self.schedule(microbatches.rows.shape[0]), params, microbatches, step_key)
+        assert result.gradients is not None, "a table without backwards"
         gradients = reduce_gradients(self.parts.join(result.gradients), self.blueprint.parameters)
         gradients = jax.tree.map(lambda gradient: gradient / scale, gradients)
         means = jax.tree.map(lambda total: total / scale, _over_all(result.sums))

@@ -48,8 +48,9 @@ class Blueprint(Generic[ModuleType]):
 
     def count(self, spec: ParameterSpec) -> int:
         """Parameters in an array, without empty rows."""
-        has_empty = self.layers is not None and spec.is_stacked
-        return spec.size // spec.shape[0] * self.layers if has_empty else spec.size
+        if self.layers is None or not spec.is_stacked:
+            return spec.size
+        return spec.size // spec.shape[0] * self.layers
 
     def initialize(self, key: Key[Array, ""]) -> PyTree:
         """Initial parameters, each device making its own part; their values do not depend on the mesh."""

@@ -54,7 +54,9 @@ def refine(sizes: Mapping[str, int], expert: int = 1, expert_tensor: int = 1) ->
                 f"{inner} and every {outer}, which is not a multiple; change one of the sizes"
             )
     pieces = list(zip(cuts, cuts[1:], strict=False))[::-1]
-    found, flags, names = {"pipe": sizes["pipe"]}, {"pipe": ("pipe",)}, {}
+    found = {"pipe": sizes["pipe"]}
+    flags: dict[str, Axes] = {"pipe": ("pipe",)}
+    names: dict[tuple[int, int], str] = {}
     for flag, span in ours.items():
         own = [piece for piece in pieces if _inside(piece, span)]
         flags[flag] = tuple(f"{flag}_{number}" for number in range(len(own))) if len(own) > 1 else (flag,)
@@ -68,7 +70,7 @@ def refine(sizes: Mapping[str, int], expert: int = 1, expert_tensor: int = 1) ->
 def _spans(sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     """Of each factor, outermost first, the devices of a step along it and along the next outer one."""
     spans, inner = {}, 1
-    for flag, size in reversed(sizes.items()):
+    for flag, size in reversed(list(sizes.items())):
         spans[flag] = (inner, inner * size)
         inner *= size
     return dict(reversed(spans.items()))

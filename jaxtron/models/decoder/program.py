@@ -24,10 +24,10 @@ def model(parts: Parts[Decoder], key: Key[Array, ""] | None) -> Model:
     """Embedding, periods of the pattern, norm and loss."""
     decoder = parts.abstract
     config = decoder.config
-    drops = key is not None and (config.dropout > 0 or config.attention_dropout > 0)
+    key = key if config.dropout > 0 or config.attention_dropout > 0 else None
 
     def keys(microbatch: Microbatch[TokenBatch]) -> Key[Array, "B"] | None:
-        return row_keys(key, microbatch.rows) if drops else None
+        return None if key is None else row_keys(key, microbatch.rows)
 
     def enter(outer: Outer, _stream: None, microbatch: Microbatch[TokenBatch]) -> Float[Array, "B S E"]:
         batch = microbatch.batch

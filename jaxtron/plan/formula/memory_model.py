@@ -25,7 +25,8 @@ from jaxtron.run.attention import select_attention
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
 from jaxtron.sharding.config import MeshConfig, ShardingConfig
-from jaxtron.sharding.mesh import build_mesh
+from jaxtron.sharding.folding import FLAGS
+from jaxtron.sharding.mesh import abstract_mesh, build_mesh
 from jaxtron.sharding.parameters import working_dtype
 from jaxtron.sharding.rules import Rules, make_rules, use
 

@@ -162,7 +162,7 @@ def predict(
     shapes = shapes_of(config, sizes, profile, gpu_named(machine.gpu).device_kind)
     timer = Timer(machine, sizes, gpus_per_node, profile, config.sharding.zero)
     table, walked = _walk(config, sizes["pipe"])
-    partition = config.partition(sizes["pipe"])
+    partition = config.stage_plan(sizes["pipe"]).partitions[0]
     costs, flops = _slot_costs(shapes, table, partition, timer)
     durations: dict[Slot, list[float]] = {slot: [cost.total for cost in costs[slot]] for slot in costs}
     begun = starts(walked, durations, latency=profile.overlap.pipe * timer.message(shapes))
