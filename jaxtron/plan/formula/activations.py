@@ -55,10 +55,10 @@ def kept_bytes(config: Configuration, tensor: int, context: int = 1, kind: str |
     with use(make_rules(mesh, ShardingConfig())):
         trainer = make_trainer(config, select_attention(config, parts, kind or current().device_kind))
         held = resident(trainer, abstract_batch(config), _put_off(trainer.stages.num_chunks))[1].stacks
-    return tuple(
-        Kept(*(_bytes(arrays) // stack.num_layers for arrays in (kept.residuals, kept.deferred)))
-        for kept, stack in zip(held, trainer.stages.partitions, strict=True)
-    )
+        return tuple(
+            Kept(*(_bytes(arrays) // stack.num_layers for arrays in (kept.residuals, kept.deferred)))
+            for kept, stack in zip(held, trainer.stages.partitions, strict=True)
+        )
 
 
 def _put_off(num_chunks: int) -> Schedule:
