@@ -129,7 +129,7 @@ def _tokenize_parser() -> FlagParser:
         PROGRAM,
         "Tokenize JSON lines, Parquet or plain text into Megatron's PREFIX.bin and PREFIX.idx, documents in the order "
         "of the input whatever the number of workers. A command that was stopped goes on when it is run again. "
-        "Subcommands, each with its own --help: merge, inspect, order, curate.",
+        "Subcommands, each with its own --help: merge, inspect, order.",
     )
     add = parser.add_argument
     add(

@@ -367,6 +367,8 @@ ALL_OFF = {"min_words": None, "min_stop_words": None, "max_duplicate_ngrams": ()
         (["--steps", "exact", "--ray_address", "x"], "ray_address has no effect with the local engine"),
         (["--steps", "exact", "--input", "TEXT", "--output", "OUT"], "is text by its name; curate reads JSON lines"),
         (["--steps", "exact", "--input", "JSONL", "--output", "TEXT"], "cannot write"),
+        (["--input", "JSONL", "--json-key", "a"], "unknown setting json-key; curate has --text_field for it"),
+        (["--input", "JSONL", "--skip_damaged"], "unknown setting skip-damaged; curate has --damaged drop for it"),
     ],
 )
 def test_bad_settings_are_one_clear_line(tmp_path, arguments, message):

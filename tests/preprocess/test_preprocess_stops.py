@@ -314,14 +314,13 @@ def test_a_compressed_file_that_is_cut_or_broken(suffix, tmp_path):
         ("--input {text} --tokenizer bytes --output {out} --json-key a", "--json-key a has no effect on plain text"),
         ("--input {in} --tokenizer bytes --output {in}/out", "in.jsonl is a file, not a folder; change --output, and"),
         ("merge --input {in} --output {folder}/", "is a folder; give the start of a file's name"),
-        ("curate --input {in} --json-key a", "unknown setting json-key; curate has --text_field for it"),
-        ("curate --input {in} --skip_damaged", "unknown setting skip-damaged; curate has --damaged drop for it"),
+        ("curate --input {in}", "curate is a command of its own: python -m jaxtron.curate"),
         (
             "--input {parquet} --tokenizer bytes --output {out} --json-key a",
             "has no column 'a', only text; set --json-key",
         ),
         ("--input {broken} --tokenizer bytes --output {out}", "is no readable Parquet file"),
-        ("mege --input a", "unknown subcommand 'mege'; give --input for tokenizing, or merge, inspect, order, curate"),
+        ("mege --input a", "unknown subcommand 'mege'; give --input for tokenizing, or merge, inspect, order"),
         (
             "merge --input a",
             "the following arguments are required: --output; python -m jaxtron.preprocess merge --help",
@@ -368,7 +367,7 @@ def test_a_missing_package_is_named_with_its_extra(package, extra, flags, tmp_pa
 def test_help_lists_the_subcommands(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
-    assert ended.value.code == 0 and "merge, inspect, order, curate" in capsys.readouterr().out
+    assert ended.value.code == 0 and "merge, inspect, order." in capsys.readouterr().out
 
 
 def test_what_killed_workers_leave_is_removed_without_a_word():
