@@ -52,14 +52,14 @@ def values(folder: Path, *flags: str, save: bool = False) -> tuple[int, dict[str
     config = load(Configuration, None, [*small(folder), *FLAGS, *flags])
     with open_run(config, "run") as opened:
         for leaf, wanted in zip(
-            jax.tree.leaves(opened.state), jax.tree.leaves(opened.trainer.abstract_state()), strict=True
+            jax.tree.leaves(opened.state), jax.tree.leaves(opened.session.trainer.abstract_state()), strict=True
         ):
             assert leaf.shape == wanted.shape
             assert wanted.sharding is None or leaf.sharding.spec == wanted.sharding.spec
         if save:
             opened.save(opened.step + 1, opened.state, opened.position, opened.tally)
-        state = opened.layer_order.in_model_order(opened.state)
-        return opened.step, by_name(state), opened.trainer.blueprint.num_parameters
+        state = opened.session.layer_order.in_model_order(opened.state)
+        return opened.step, by_name(state), opened.session.trainer.blueprint.num_parameters
 
 
 def by_name(tree: PyTree) -> dict[str, np.ndarray]:
