@@ -294,10 +294,9 @@ def test_training_that_would_leave_too_much_out_does_not_begin(tmp_path):
 
 
 def test_what_is_said_of_the_data_is_printed_before_training(make, capsys):
-    mesh = SimpleNamespace(shape={"data": 1, "context": 1})
+    blueprint = SimpleNamespace(num_parameters=1)
     run = SimpleNamespace(
-        trainer=SimpleNamespace(blueprint=SimpleNamespace(num_parameters=1)),
-        placement=SimpleNamespace(sharding=SimpleNamespace(mesh=mesh)),
+        session=SimpleNamespace(sizes={"data": 1}, device_kind="cpu", blueprint=blueprint, attention={}),
         directory="run",
         config=Configuration().resolved(),
         data=make([talk("q", "a", id=1)]),

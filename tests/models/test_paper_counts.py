@@ -277,7 +277,7 @@ def test_llama_and_yi_have_the_parameters_of_the_released_weights(name):
 
 def test_llama_405b_has_a_layer_less_at_both_ends():
     # 2407.21783, Sec. 3.3.2, whose stages of 8 layers are two parts of 4 here
-    assert configuration("llama_3.1_405b").partition(16).lengths == (3, *[4] * 30, 3)
+    assert configuration("llama_3.1_405b").stage_plan(16).partitions[0].lengths == (3, *[4] * 30, 3)
 
 
 def test_the_page_of_configurations_says_what_the_files_say():
