@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices for every test, and annotated shapes checked wherever tests call."""
+"""Eight simulated CPU devices for every test."""
 
 import math
 import os
