@@ -5,7 +5,7 @@ of a GPU is in `LAYER_WORK` of plan/formula/layer_work.py; the tests hold the ta
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from jaxtron.config import NoEffect, UserError
@@ -161,18 +161,12 @@ ATTENTION = LayerKind(
     validate=_validate_attention,
     check=_check_attention,
 )
-WINDOW = LayerKind(
+WINDOW = replace(
+    ATTENTION,
     symbol="W",
     name="attention in a window",
-    module="attention",
-    parameters=_attention_parameters,
     flops=lambda settings, length: _attention_flops(settings, min(settings.attention.window or 0, length)),
-    fields=ATTENTION.fields,
-    parts=ATTENTION.parts,
-    selective=ATTENTION.selective,
     attends="window",
-    validate=_validate_attention,
-    check=_check_attention,
 )
 MLP = LayerKind(
     symbol="-",
