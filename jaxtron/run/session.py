@@ -155,6 +155,6 @@ def make_trainer(
         stages=stages,
         config=config.train,
         optimizer=config.optimizer,
-        pipeline=config.pipeline,
+        schedule=partial(config.schedule, num_stages),
         seed=config.seed,
     )

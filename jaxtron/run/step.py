@@ -17,11 +17,9 @@ from jaxtron.optim.loss_scale import LossScale, initial_loss_scale, update_loss_
 from jaxtron.optim.optimizer import clip_by_global_norm, make_optimizer
 from jaxtron.optim.schedule import learning_rate_schedule
 from jaxtron.pipeline import executor
-from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.layer_rows import in_model_order
 from jaxtron.pipeline.model import Parameters
 from jaxtron.pipeline.partition import Partition, StagePlan, forward_only
-from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.run.configuration import TrainConfig
 from jaxtron.run.dtypes import DTYPES
@@ -57,7 +55,8 @@ class Trainer:
     stages: StagePlan
     config: TrainConfig
     optimizer: OptimizerConfig
-    pipeline: PipelineConfig
+    schedule: Callable[[int], Schedule]
+    """The table of a step with so many microbatches."""
     seed: int
 
     @property
@@ -156,12 +155,6 @@ class Trainer:
             for name, slots in dict(metrics).items():
                 found[f"{path}/{name}"] = in_model_order(partition, slots)
         return _over_all(found)
-
-    def schedule(self, num_microbatches: int) -> Schedule:
-        """The table of a step with this many microbatches."""
-        pipeline, num_stages = self.pipeline, current().parts("pipe")
-        num_stacks = len(self.stages.partitions)
-        return make_schedule(pipeline.schedule, num_stages, num_microbatches, pipeline.chunks, num_stacks)
 
     def _run(
         self, table: Schedule, params: PyTree, microbatches: Microbatch, key: Key[Array, ""] | None

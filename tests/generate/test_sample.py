@@ -9,8 +9,8 @@ from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.families import program_of
 from jaxtron.models.program import make_parts
 from jaxtron.optim.config import OptimizerConfig
-from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.partition import Partition, StagePlan
+from jaxtron.pipeline.schedules.schedule import one_stage
 from jaxtron.run.configuration import TrainConfig
 from jaxtron.run.step import Trainer
 from jaxtron.sharding.config import MeshConfig, ShardingConfig
@@ -44,7 +44,7 @@ def text(rules, partition: Partition, prompt: np.ndarray) -> list[int]:
             stages=stages,
             config=TrainConfig(precision="fp32"),
             optimizer=OptimizerConfig(),
-            pipeline=PipelineConfig(),
+            schedule=one_stage,
             seed=1,
         )
         params = trainer.blueprint.initialize(jax.random.key(1))
