@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from jaxtron.sharding.folding import FLAGS
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(ROOT.glob("jaxtron/**/*.py"))
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
 RECIPES = sorted(ROOT.glob("configs/*.yaml"))
 
 # A package may import those of lower floors; packages of one floor are peers that do not know each other.
@@ -59,6 +61,17 @@ def package_of(path: Path) -> str:
     return path.relative_to(ROOT / "jaxtron").parts[0].removesuffix(".py")
 
 
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Those of a file, also of its classes and other functions."""
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def place(path: Path, node: ast.AST) -> str:
+    return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+
+
 def first_party(node: ast.AST) -> list[str]:
     """Packages of `jaxtron` that an import statement names."""
     if isinstance(node, ast.ImportFrom) and node.module:
@@ -70,12 +83,14 @@ def first_party(node: ast.AST) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path: Path) -> None:
-    here = package_of(path)
-    for node in ast.walk(ast.parse(path.read_text())):
-        for package in first_party(node):
-            assert package == here or FLOOR[package] < FLOOR[here], f"{path}:{node.lineno} imports {package}"
+def test_imports_point_down() -> None:
+    wrong = []
+    for path in FILES:
+        here = package_of(path)
+        for node in ast.walk(TREES[path]):
+            upward = [package for package in first_party(node) if package != here and FLOOR[package] >= FLOOR[here]]
+            wrong += [f"{place(path, node)} imports {package}" for package in upward]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("package", INNER_FLOORS)
@@ -85,7 +100,7 @@ def test_imports_point_down_inside_a_package(package: str) -> None:
         if package_of(path) != package or path.name == "__init__.py":
             continue
         here = path.relative_to(ROOT / "jaxtron" / package).parts[0].removesuffix(".py")
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(TREES[path]):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[:2] == ["jaxtron", package]:
                 for room in node.module.split(".")[2:3] or [alias.name for alias in node.names]:
                     assert room == here or floors[room] < floors[here], f"{path}:{node.lineno} imports {room}"
@@ -107,7 +122,7 @@ def module_of(path: Path) -> str:
 def imported_modules(path: Path, modules: set[str]) -> set[str]:
     """The modules of `jaxtron` that a file imports at any place."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(TREES[path]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -127,24 +142,26 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         pytest.fail(" -> ".join(reversed(error.args[1])))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_import_hides_in_a_function(path: Path) -> None:
-    if str(path.relative_to(ROOT)) in LAZY:
-        return
-    for function in ast.walk(ast.parse(path.read_text())):
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
-            for node in ast.walk(function):
-                assert not first_party(node), f"{path}:{node.lineno} hides an import in {function.name}"
+def test_no_import_hides_in_a_function() -> None:
+    hidden = [
+        f"{place(path, node)} hides an import in {function.name}"
+        for path in FILES
+        if str(path.relative_to(ROOT)) not in LAZY
+        for function in functions(path)
+        for node in ast.walk(function)
+        if first_party(node)
+    ]
+    assert not hidden, "\n".join(hidden)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_and_functions_stay_small(path: Path) -> None:
-    text = path.read_text()
-    assert text.count("\n") <= MOST_FILE_LINES
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno < MOST_FUNCTION_LINES, f"{path}:{node.lineno} {node.name}"
+def test_files_and_functions_stay_small() -> None:
+    large = [f"{place(path, TREES[path])}" for path in FILES if path.read_text().count("\n") > MOST_FILE_LINES]
+    for path in FILES:
+        for function in functions(path):
+            assert function.end_lineno is not None
+            if function.end_lineno - function.lineno >= MOST_FUNCTION_LINES:
+                large.append(f"{place(path, function)} {function.name}")
+    assert not large, "\n".join(large)
 
 
 def test_only_sharding_knows_the_axes_of_the_mesh() -> None:
@@ -152,7 +169,7 @@ def test_only_sharding_knows_the_axes_of_the_mesh() -> None:
     for path in FILES:
         if package_of(path) in ("sharding", "kernels"):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(TREES[path]):
             assert not (isinstance(node, ast.Attribute) and node.attr in ("shard_map", "axis_names")), path
             if not isinstance(node, ast.Call):
                 continue
@@ -171,24 +188,23 @@ def asked_flags(node: ast.AST) -> list[str]:
     return [word.value for call in asks for word in call.args if isinstance(word, ast.Constant)]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_file_imports(path: Path) -> None:
-    if path.name != "__main__.py":
-        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+def test_every_file_imports() -> None:
+    for path in FILES:
+        if path.name != "__main__.py":
+            importlib.import_module(module_of(path))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_file_says_what_it_is(path: Path) -> None:
-    text = path.read_text()
-    assert not text or ast.get_docstring(ast.parse(text))
+def test_every_file_says_what_it_is() -> None:
+    silent = [place(path, tree) for path, tree in TREES.items() if tree.body and not ast.get_docstring(tree)]
+    assert not silent, "\n".join(silent)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_load_and_survive_saving(path: Path, tmp_path: Path) -> None:
-    config = load(Configuration, path).resolved()
-    saved = tmp_path / "config.yaml"
-    saved.write_text(dump(config))
-    assert load(Configuration, saved) == config
+def test_recipes_load_and_survive_saving(tmp_path: Path) -> None:
+    for path in RECIPES:
+        config = load(Configuration, path).resolved()
+        saved = tmp_path / path.name
+        saved.write_text(dump(config))
+        assert load(Configuration, saved) == config, path.name
 
 
 def test_every_setting_says_whether_a_run_may_go_on_with_another_value() -> None:
@@ -211,7 +227,7 @@ def test_every_setting_says_whether_a_run_may_go_on_with_another_value() -> None
 
 def test_settings_are_documented_in_one_way() -> None:
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(TREES[path]):
             for field in node.body if isinstance(node, ast.ClassDef) else ():
                 described = [
                     keyword
@@ -226,7 +242,7 @@ def test_settings_are_documented_in_one_way() -> None:
 def test_no_two_classes_have_one_name() -> None:
     places: dict[str, list[str]] = {}
     for path in FILES:
-        for node in ast.parse(path.read_text()).body:
+        for node in TREES[path].body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
     shared = {name: found for name, found in places.items() if len(found) > 1 and name not in SHARED_NAMES}
