@@ -1,4 +1,4 @@
-"""Every recipe's resolved settings and layout as text, so that a reviewer sees what a change does to them.
+"""Every recipe's resolved settings that differ from the defaults, and its layout, as text for a reviewer of a change.
 
 `pytest tests/test_golden.py --update-golden` writes the files anew.
 """
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import jax
 import pytest
+import yaml
 
-from jaxtron.config import dump, load
+from jaxtron.config import load
 from jaxtron.plan.layout import layout_text
 from jaxtron.run.attention import select_attention
 from jaxtron.run.configuration import Configuration
@@ -31,7 +32,8 @@ def describe(path: Path) -> str:
     session = Session(config, rules, attention)
     with session.use():
         layout = layout_text(session.blueprint)
-    return f"{dump(config)}\n{layout}\n"
+    settings = yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=100)
+    return f"{settings}\n{layout}\n"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
