@@ -35,5 +35,26 @@ def rules_for() -> Callable:
     return rules
 
 
+@pytest.fixture
+def in_region() -> Callable:
+    """`in_region(function)` runs on arrays split over tensor, with manual batch axes as in the train step."""
+    import jax
+    from jax.sharding import PartitionSpec
+
+    from jaxtron.sharding.collectives import all_reduce, vary
+    from jaxtron.sharding.regions import region
+    from jaxtron.sharding.rules import current
+
+    def wrap(function: Callable) -> Callable:
+        def local(*arrays):
+            outputs = function(*(vary(array) for array in arrays))
+            return jax.tree.map(lambda array: all_reduce(vary(array), current().manual), outputs)
+
+        whole = PartitionSpec()
+        return jax.jit(region(local, whole, whole))
+
+    return wrap
+
+
 def pytest_addoption(parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden/ anew from today's code")

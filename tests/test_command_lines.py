@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import run_main
 
 from jaxtron.command import check_output
 from jaxtron.config import UserError, load, settings, take_file
@@ -19,6 +18,7 @@ from jaxtron.pipeline.schedules.named import SCHEDULES
 from jaxtron.run.configuration import Configuration
 from jaxtron.runtime.machine import known_devices
 from jaxtron.train.__main__ import main as train
+from tests.support.commands import run_main
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "gpt_tiny.yaml"

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from commands import run_main
 
 from jaxtron.command import write_whole
 from jaxtron.config import UserError
@@ -20,6 +19,7 @@ from jaxtron.run import metrics
 from jaxtron.run.metrics import MetricsWriter
 from jaxtron.train.hooks import Profiler, StepInfo
 from jaxtron.train.trackers import TensorBoardTracker
+from tests.support.commands import run_main
 
 FULL = "No space left on device"
 

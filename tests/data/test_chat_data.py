@@ -15,8 +15,8 @@ from jaxtron.data.dataset import open_data
 from jaxtron.run.configuration import Configuration
 from jaxtron.train.__main__ import main as train
 from jaxtron.train.run import announce
-from tests.commands import run_main
-from tests.data.test_tokenizer_models import write_model, write_ranks
+from tests.support.commands import run_main
+from tests.support.tokenizer_files import write_model, write_ranks
 
 ROOT = Path(__file__).parents[2]
 PLAIN = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from jaxtron.data.chat.template import ChatMl, Conversation, Message, Piece
 from jaxtron.data.chat.tokens import encode_conversations, tokens_to_insert
 from jaxtron.data.tokenizers import ByteTokenizer, CharacterTokenizer, HuggingFaceTokenizer, load_tokenizer
-from tests.data.test_tokenizer_models import write_model, write_ranks
+from tests.support.tokenizer_files import write_model, write_ranks
 
 WORDS = "to be or not to be that is the question whether tis nobler in the mind to suffer".split()
 SAMPLE = [f"{' '.join(WORDS)}\n\nuser: {' '.join(WORDS[::-1])}\nassistant: be 12"] * 3

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from spans_put_back import put_back
 
 from jaxtron.config import UserError
 from jaxtron.data.masked.bert import BertSource, BertVocabulary, make_bert_sample
@@ -16,6 +15,7 @@ from jaxtron.data.masked.spans import SpanVocabulary
 from jaxtron.data.masked.t5 import T5_MASKING, T5Source
 from jaxtron.data.masked.words import Spelling, continuations
 from jaxtron.data.megatron.indexed import IndexedReader, IndexedWriter
+from tests.support.spans_put_back import put_back
 
 SIZE = 1000
 CLS, SEP, MASK, PAD, BEGIN, END = 1, 2, 3, 0, 4, 5

@@ -4,12 +4,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from spans_put_back import put_back
 
 from jaxtron.config import UserError
 from jaxtron.data.masked.spans import SpanVocabulary, fitting_spans, random_spans, take_out
 from jaxtron.data.masked.ul2 import Denoiser, Ul2Source, ul2_denoisers
 from jaxtron.data.window_source import WindowSource
+from tests.support.spans_put_back import put_back
 
 VOCABULARY = SpanVocabulary(begin=1, end=2, pad=0, sentinels=tuple(range(500, 600)))
 REGULAR, EXTREME, SEQUENTIAL = 3, 4, 5

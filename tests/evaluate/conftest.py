@@ -4,7 +4,8 @@ import random
 from pathlib import Path
 
 import pytest
-from evaluate_runs import TrainedRun, train
+
+from tests.support.evaluate_runs import TrainedRun, train
 
 
 def words(num_words: int, seed: int = 0) -> str:

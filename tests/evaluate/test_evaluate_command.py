@@ -10,11 +10,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from evaluate_runs import TrainedRun, figures, run
 
 from jaxtron.data.batch import TokenBatch
 from jaxtron.evaluate.model import open_model
 from jaxtron.evaluate.request import parse, read_configuration
+from tests.support.evaluate_runs import TrainedRun, figures, run
 
 
 def plain_loop(trained: TrainedRun, text: Path, stride: int) -> float:

@@ -5,7 +5,6 @@ from json import dumps
 from pathlib import Path
 
 import pytest
-from commands import run_main
 
 from jaxtron.config import UserError, load
 from jaxtron.gpus import GPUS
@@ -16,6 +15,7 @@ from jaxtron.plan.formula.activations import layer_bytes
 from jaxtron.plan.request import parse
 from jaxtron.run.configuration import Configuration
 from jaxtron.words import readable_bytes
+from tests.support.commands import run_main
 
 # the devices that the tests run on
 PIPE = "--devices 8 --mesh.pipe 4 --mesh.tensor 2 --train.microbatches 8 --model.num_layers 8 --model.hidden_size 64 "

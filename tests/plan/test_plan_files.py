@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import run_main
 
 from jaxtron.config import UserError
 from jaxtron.gpus import GPUS, gpu_named
 from jaxtron.plan.__main__ import main
 from jaxtron.plan.compare import read_plan
 from jaxtron.plan.plan import FORMAT
+from tests.support.commands import run_main
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,12 @@ import sys
 
 import numpy as np
 import pytest
-from token_runs import (
+
+import jaxtron.preprocess.inputs as inputs
+from jaxtron.data.megatron.gpt_index import order_digest
+from jaxtron.data.megatron.indexed import IndexedReader
+from jaxtron.data.tokenizers import HuggingFaceTokenizer
+from tests.support.token_runs import (
     END,
     documents_of,
     run,
@@ -18,11 +23,6 @@ from token_runs import (
     write_lines,
     write_parquet,
 )
-
-import jaxtron.preprocess.inputs as inputs
-from jaxtron.data.megatron.gpt_index import order_digest
-from jaxtron.data.megatron.indexed import IndexedReader
-from jaxtron.data.tokenizers import HuggingFaceTokenizer
 
 
 @pytest.fixture

@@ -9,13 +9,22 @@ import zipfile
 
 import pyarrow
 import pytest
-from token_runs import COMPRESS, documents_of, run, same_files, texts, texts_of, write_lines, write_parquet
 
 import jaxtron.preprocess.inputs as inputs
 import jaxtron.preprocess.work as work
 from jaxtron import interrupts
 from jaxtron.curate.__main__ import main as curate_main
 from jaxtron.data.megatron.indexed import IndexedWriter
+from tests.support.token_runs import (
+    COMPRESS,
+    documents_of,
+    run,
+    same_files,
+    texts,
+    texts_of,
+    write_lines,
+    write_parquet,
+)
 
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
 MARK = b"\xef\xbb\xbf"

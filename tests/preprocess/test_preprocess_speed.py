@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from token_runs import run, texts, write_bpe, write_lines
 from tokenizers import Tokenizer
 
 from jaxtron.preprocess.encode import one_thread
+from tests.support.token_runs import run, texts, write_bpe, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 

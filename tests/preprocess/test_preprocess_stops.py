@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-from token_runs import COMPRESS, run, same_files, texts, texts_of, write_bpe, write_lines, write_parquet
 
 import jaxtron.preprocess.inputs as inputs
 import jaxtron.preprocess.tokenize as tokenize
 import jaxtron.preprocess.work as work
 from jaxtron.preprocess.__main__ import main
+from tests.support.token_runs import COMPRESS, run, same_files, texts, texts_of, write_bpe, write_lines, write_parquet
 
 
 class Killed(BaseException):

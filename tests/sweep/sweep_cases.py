@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import Ended, run_main
 
 from jaxtron.__main__ import main
 from jaxtron.run.step import Trainer
+from tests.support.commands import Ended, run_main
 
 # an error is read in a terminal; a longer one says too much or repeats what it was given
 LONGEST = 400

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from command_runs import FinishedRun, run_here, small, started
+
+from tests.support.command_runs import FinishedRun, run_here, small, started
 
 
 @pytest.fixture(scope="session")

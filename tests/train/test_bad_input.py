@@ -5,13 +5,13 @@ from pathlib import Path
 
 import jax
 import pytest
-from command_runs import Ended, FinishedRun, contents, end, run_here, small, start, write_text
 
 from jaxtron.config import UserError
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.table_file import write_csv
 from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
 from jaxtron.train.run import ROOM
+from tests.support.command_runs import Ended, FinishedRun, contents, end, run_here, small, start, write_text
 
 
 def assert_one_line(ended: Ended, *fragments: str):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import jax
 import pytest
-from command_runs import FinishedRun, contents, history, records, run_here
 
 from jaxtron.config import load, settings
 from jaxtron.run.configuration import Configuration
 from jaxtron.train.summary import printable
+from tests.support.command_runs import FinishedRun, contents, history, records, run_here
 
 
 def test_what_a_run_leaves(finished: FinishedRun):

@@ -3,11 +3,11 @@
 import functools
 
 import pytest
-from equivalence import MODELS, ONE_DEVICE, SCANNED, Result, assert_equal, changed, loss_and_gradients
 
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.sharding.config import ContextConfig
+from tests.support.equivalence import MODELS, ONE_DEVICE, SCANNED, Result, assert_equal, changed, loss_and_gradients
 
 TOLERANCE = 1e-5
 SLOW = pytest.mark.slow

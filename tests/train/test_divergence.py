@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command_runs import contents, run_here, small
-from commands import Ended, run_main
 
 from jaxtron.checkpoint.config import CheckpointConfig
 from jaxtron.checkpoint.manager import Checkpoints
@@ -25,6 +23,8 @@ from jaxtron.train.divergence import Watch
 from jaxtron.train.hooks import StepInfo
 from jaxtron.train.loop import Saver
 from jaxtron.train.setup import open_run
+from tests.support.command_runs import contents, run_here, small
+from tests.support.commands import Ended, run_main
 
 ADVICE = "lower --optimizer.learning_rate or raise --optimizer.warmup_steps"
 

@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_runs import FinishedRun, run_here
 
 from jaxtron.checkpoint import record as records
 from jaxtron.config import UserError, load
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import Continuation, Recorder, changes, check_changes, kind_of, recorded_settings
+from tests.support.command_runs import FinishedRun, run_here
 
 
 def config(*flags: str) -> Configuration:

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from command_runs import Ended, contents, end, records, small, start
+
+from tests.support.command_runs import Ended, contents, end, records, small, start
 
 NOTICE = "stopping after this step; once more to stop at once\n"
 STEPS = 20

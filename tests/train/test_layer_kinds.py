@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from equivalence import ONE_DEVICE, assert_equal, changed, loss_and_gradients
 from flax import nnx
 
 from jaxtron.config import UserError
@@ -34,6 +33,7 @@ from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.folding import FLAGS
 from jaxtron.sharding.rules import constrain, use
 from jaxtron.typing import Array, Float
+from tests.support.equivalence import ONE_DEVICE, assert_equal, changed, loss_and_gradients
 
 ONE = dict.fromkeys(FLAGS, 1)
 

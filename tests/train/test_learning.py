@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from command_runs import records, run_here, small, write_text
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from tests.support.command_runs import records, run_here, small, write_text
 
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
 

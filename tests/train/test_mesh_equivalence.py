@@ -9,7 +9,11 @@ import math
 import jax
 import numpy as np
 import pytest
-from equivalence import (
+
+from jaxtron.optim.config import LossScaleConfig
+from jaxtron.sharding.config import ContextConfig
+from jaxtron.sharding.folding import FLAGS
+from tests.support.equivalence import (
     CUBE,
     GPT,
     MODELS,
@@ -25,10 +29,6 @@ from equivalence import (
     one_device,
     take_steps,
 )
-
-from jaxtron.optim.config import LossScaleConfig
-from jaxtron.sharding.config import ContextConfig
-from jaxtron.sharding.folding import FLAGS
 
 # model, what is changed in it, mesh, ZeRO level, microbatches
 CASES = [

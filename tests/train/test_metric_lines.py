@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from command_runs import FinishedRun, records, run_here, small
 
 from jaxtron.train import loop
+from tests.support.command_runs import FinishedRun, records, run_here, small
 
 DOCUMENTED = Path(__file__).parents[2] / "docs" / "metrics.md"
 

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from equivalence import (
+
+from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work
+from jaxtron.pipeline.schedules.table_file import write_csv
+from tests.support.equivalence import (
     MODELS,
     ONE_DEVICE,
     SCANNED,
@@ -23,10 +27,6 @@ from equivalence import (
     one_device,
     take_steps,
 )
-
-from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work
-from jaxtron.pipeline.schedules.table_file import write_csv
 
 # divided by 3 too: numbers of microbatches that are no multiple of the stages
 ROWS = 24

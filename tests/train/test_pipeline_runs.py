@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from command_runs import Ended, end, records, run_here, small, start
 
 from jaxtron.config import load
 from jaxtron.pipeline.schedules.named import make_schedule
@@ -15,6 +14,7 @@ from jaxtron.pipeline.schedules.table_file import write_csv
 from jaxtron.run.configuration import Configuration
 from jaxtron.train.setup import open_run
 from jaxtron.typing import PyTree
+from tests.support.command_runs import Ended, end, records, run_here, small, start
 
 FLAGS = (
     *("--model.num_layers", "6", "--model.dropout", "0.1", "--train.microbatches", "4", "--train.global_batch", "16"),

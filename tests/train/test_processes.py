@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from command_runs import Ended, end, free_port, records, run_here, small, start
+
+from tests.support.command_runs import Ended, end, free_port, records, run_here, small, start
 
 ENDLESS = 100_000
 

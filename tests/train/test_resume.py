@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from command_runs import Ended, end, records, small, start
 
 from jaxtron.runtime.machine import has_driver
+from tests.support.command_runs import Ended, end, records, small, start
 
 STEPS = 60
 # with all that depends on the step, the sample or the key: dropout, growing batches, warm-up, bfloat16

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_runs import FinishedRun, contents, end, free_port, records, run_here, small, start
 
 from jaxtron.config import UserError
 from jaxtron.train.run_lock import run_lock
+from tests.support.command_runs import FinishedRun, contents, end, free_port, records, run_here, small, start
 
 HOLD = """
 import fcntl, sys, time

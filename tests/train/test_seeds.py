@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from commands import run_main
 
 from jaxtron.config import UserError, load
 from jaxtron.run.configuration import MAX_SEED, Configuration
 from jaxtron.train.__main__ import main
+from tests.support.commands import run_main
 
 
 def test_seeds_have_keys_of_their_own():

@@ -15,7 +15,7 @@ sys.path.insert(0, sys.argv[1])
 from jaxtron.runtime.devices import simulate_devices
 simulate_devices(8)
 import jax, jax.numpy as jnp
-from equivalence import (
+from tests.support.equivalence import (
     MODELS, SCANNED, batch_sharding, changed, make_batch, make_params, make_trainer, rules_for, use
 )
 from jaxtron.pipeline.config import PipelineConfig

@@ -3,8 +3,6 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from command_runs import run_here, small
-from commands import run_main
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -12,6 +10,8 @@ from jaxtron.data.batch import SEQUENCE, TokenBatch, row_bytes
 from jaxtron.plan.__main__ import main as plan
 from jaxtron.run import sizes
 from jaxtron.run.sizes import bytes_on_a_device, check_batch_fits, device_memory, machine_memory
+from tests.support.command_runs import run_here, small
+from tests.support.commands import run_main
 
 
 @pytest.mark.parametrize(

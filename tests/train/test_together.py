@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_runs import free_port
+
+from tests.support.command_runs import free_port
 
 PROGRAM = """
 import sys, time

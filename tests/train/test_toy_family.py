@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equivalence import TOLERANCE, assert_equal, by_name, make_params, rules_for
 
 from jaxtron.run.configuration import configuration_of
 from jaxtron.run.session import make_trainer
 from jaxtron.run.step import batch_sharding
 from jaxtron.sharding.rules import use
+from tests.support.equivalence import TOLERANCE, assert_equal, by_name, make_params, rules_for
 from tests.toy_family.program import ToyBatch
 
 ROWS, LENGTH, VOCAB = 8, 16, 60

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import jax
 import pytest
-from equivalence import (
+
+from jaxtron.checkpoint import record as records
+from jaxtron.checkpoint.config import CheckpointConfig
+from jaxtron.checkpoint.layer_order import layer_order
+from jaxtron.checkpoint.manager import Checkpoints
+from jaxtron.checkpoint.restore import step_path
+from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.run.session import placed
+from jaxtron.sharding.rules import use
+from tests.support.equivalence import (
     ADAMW,
     GPT,
     MODELS,
@@ -25,15 +34,6 @@ from equivalence import (
     rules_for,
     take_steps,
 )
-
-from jaxtron.checkpoint import record as records
-from jaxtron.checkpoint.config import CheckpointConfig
-from jaxtron.checkpoint.layer_order import layer_order
-from jaxtron.checkpoint.manager import Checkpoints
-from jaxtron.checkpoint.restore import step_path
-from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.run.session import placed
-from jaxtron.sharding.rules import use
 
 # shared out evenly by 2, 3, 5 and 6
 ROWS = 30

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_runs import small
 
 from jaxtron.config import load
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import Session
 from jaxtron.train.setup import open_run
 from jaxtron.train.validation import validate
+from tests.support.command_runs import small
 
 MESHES = [
     "--mesh.fsdp 8 --train.microbatches 2",

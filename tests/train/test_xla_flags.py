@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from commands import run_main
 
 from jaxtron.config import UserError
 from jaxtron.plan.__main__ import main as plan
@@ -22,6 +21,7 @@ from jaxtron.runtime.xla_flags import (
     refused_option,
     set_xla_flags,
 )
+from tests.support.commands import run_main
 
 WRONG = "all-gather-to-collective-permute-simplifier"
 PIPELINED = ("all_gather", "reduce_scatter", "all_reduce")

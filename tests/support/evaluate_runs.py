@@ -4,10 +4,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from commands import Ended, run_main
-
 from jaxtron.evaluate import __main__ as evaluate
 from jaxtron.train import __main__ as training
+from tests.support.commands import Ended, run_main
 
 SMALL = (
     *("--model.num_layers", "2", "--model.hidden_size", "32", "--model.num_heads", "2"),

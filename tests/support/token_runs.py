@@ -12,11 +12,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import zstandard
-from commands import Ended, run_main
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxtron.data.megatron.indexed import IndexedReader
 from jaxtron.preprocess.__main__ import main
+from tests.support.commands import Ended, run_main
 
 END = 256
 COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}

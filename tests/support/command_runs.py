@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-from commands import Ended, run_main
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxtron.train.__main__ import main
+from tests.support.commands import Ended, run_main
 
 SMALL = (
     *("--model.num_layers", "1", "--model.hidden_size", "32", "--model.num_heads", "2"),
