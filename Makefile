@@ -13,10 +13,10 @@ OLDEST_TESTS ?= tests/test_config.py tests/train/test_mesh_equivalence.py tests/
 # writes PTX that only CUDA 13's ptxas reads
 CUDA ?= cuda13
 
-.PHONY: help train test test-all test-oldest check gpu clean
+.PHONY: help train test test-all test-quarter test-oldest check gpu clean
 
 help: ## this list
-	@awk -F ': .*## ' '/^[a-z-]+: .*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ': .*## ' '/^[a-z-]+: .*## /{printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 train: ## train a small GPT on Python's own source (ARGS="--train.steps 100", CONFIG=...)
 	@tools/setup .venv
@@ -26,9 +26,14 @@ test: ## the test suite (ARGS="-k mesh")
 	@tools/setup .venv test
 	@.venv/bin/python -m pytest -q $(PARALLEL) $(ARGS)
 
-test-all: ## also the slow tests
+test-all: ## also all of the slow tests
 	@tools/setup .venv test
 	@.venv/bin/python -m pytest -q $(PARALLEL) -m 'not gpu' $(ARGS)
+
+test-quarter: ## one of the four parts of the slow tests (QUARTER=0, 1, 2 or 3)
+	$(if $(filter 0 1 2 3,$(QUARTER)),,$(error say which quarter of the slow tests: make test-quarter QUARTER=0, 1, 2 or 3))
+	@tools/setup .venv test
+	@.venv/bin/python -m pytest -q $(PARALLEL) -m 'slow and not gpu' --quarter $(QUARTER) $(ARGS)
 
 test-oldest: ## a short part of the suite on the oldest JAX (OLDEST_TESTS="tests/train")
 	@PYTHONS="3.11 3.12 3.13" tools/setup .venv-oldest test jax==$(OLDEST) jaxlib==$(OLDEST) jax-cuda12-plugin==$(OLDEST)

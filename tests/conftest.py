@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
+pytest_plugins = ["pytester", "tests.support.durations", "tests.support.quarters"]
+
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXTRON_TEST_PLATFORM", "cpu")
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 if os.environ["JAX_PLATFORMS"] == "cpu":
