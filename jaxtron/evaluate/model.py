@@ -13,13 +13,11 @@ import jax
 from jaxtron.checkpoint.finite import first_not_finite
 from jaxtron.checkpoint.restore import committed_steps, restore_part
 from jaxtron.config import UserError
-from jaxtron.data.batch import TokenBatch
 from jaxtron.data.dataset import open_data
 from jaxtron.data.loader import validation_batches
 from jaxtron.data.source import Source
 from jaxtron.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtron.evaluate.request import EvaluateRequest
-from jaxtron.models.families import program_of
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CONFIG_FILE, FIXED, changes, listed, recorded_settings
 from jaxtron.run.session import Session, make_session
@@ -48,10 +46,11 @@ class EvaluatedModel:
 
         A `UserError` where it is not finite.
         """
-        batches = self.session.batches
+        batches, name = self.session.batches, self.session.config.family.text_loss
+        assert name is not None, "`read_configuration` refuses what scores no text"
         total, earlier = 0.0, None
         for batch in validation_batches(source, batch_size=self.batch, local_rows=batches.local_rows):
-            nll = self.session.evaluate(self.params, batches.globalize(batch))[0]["loss"]
+            nll = self.session.evaluate(self.params, batches.globalize(batch))[0][name]
             # read a step late, so that devices need not wait and batches do not pile up
             total += 0.0 if earlier is None else float(earlier)
             earlier = nll
@@ -82,9 +81,7 @@ def open_model(request: EvaluateRequest, trained: Configuration, config: Configu
     if batch % parts:
         axes = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in BATCH_FLAGS)
         raise UserError(f"--batch {batch} is not a multiple of {axes} = {parts}")
-    check_batch_fits("--batch", batch, config.data.sequence_length)
-    if program_of(config.model).batch is not TokenBatch:
-        raise UserError(f"model.family {config.model.family} does not read plain text, so none can be scored with it")
+    check_batch_fits("--batch", batch, config)
     session = make_session(config, devices, trains=False)
     with session.use():
         order, abstract = session.layer_order, {"params": session.blueprint.abstract}
@@ -139,9 +136,10 @@ def _open_tokenizer(trained: Configuration, config: Configuration, extra: dict[s
             f"data.tokenizer {config.data.tokenizer} has changed since the training; bring back the file of then, or "
             "give it with --data.tokenizer"
         )
-    if tokenizer.vocab_size > config.model.vocab_size:
+    known = config.vocabulary_size()
+    if known is not None and tokenizer.vocab_size > known:
         raise UserError(
             f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, more than the model's "
-            f"{config.model.vocab_size}; give the training's with --data.tokenizer"
+            f"{known}; give the training's with --data.tokenizer"
         )
     return tokenizer

@@ -74,6 +74,11 @@ def read_configuration(request: EvaluateRequest) -> tuple[Configuration, Configu
         raise UserError(f"{what}; give the --run.directory of a training, such as runs/gpt_tiny")
     config_type = configuration_type([str(path)])
     trained = load(config_type, path).resolved()
+    if trained.family.text_loss is None:
+        raise UserError(
+            f"{path} has model.family {trained.model.family}, which does not predict the tokens of a text: no text can "
+            "be scored with it; give a run of another family, such as decoder"
+        )
     config = load(config_type, path, request.overrides).resolved()
     # layouts are not the training's but those asked for
     given = load(Configuration, None, request.overrides)

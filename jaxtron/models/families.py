@@ -1,7 +1,11 @@
 """The families of models by name: those of the house, and packages of a user's own."""
 
+import difflib
 import functools
 import importlib
+import importlib.util
+import traceback
+from types import ModuleType
 from typing import Any
 
 from jaxtron.config import UserError
@@ -16,20 +20,52 @@ FAMILIES = {DECODER: "jaxtron.models.decoder"}
 def family_named(name: str) -> Family[Any]:
     """The family called so by `model.family`; a `UserError` where there is none."""
     package = FAMILIES.get(name, name)
-    if not all(map(str.isidentifier, package.split("."))):
-        # `importlib` would take leading dots for a package relative to none
-        raise UserError(f"model.family {name!r} is not {', '.join(FAMILIES)}, nor the dotted name of a package")
-    try:
-        found = getattr(importlib.import_module(f"{package}.family"), "FAMILY", None)
-    except (ImportError, ValueError) as error:
-        # of what a package of the user's own imports, the name is told that is missing
-        raise UserError(
-            f"model.family {name}: {error}; it is one of {', '.join(FAMILIES)}, or the dotted name of a package with a "
-            "module family.py, seen from here or from PYTHONPATH"
-        ) from None
+    if "." not in package or not all(map(str.isidentifier, package.split("."))):
+        # a name alone may be of a package too; `importlib` would take leading dots for a package relative to none
+        if not package.isidentifier() or importlib.util.find_spec(package) is None:
+            near = difflib.get_close_matches(name, FAMILIES, n=1)
+            hint = f"did you mean {near[0]}?" if near else _known()
+            raise UserError(f"no model.family {name!r}; {hint}")
+    module = _import(f"model.family {name}", f"{package}.family")
+    found = getattr(module, "FAMILY", None)
     if not isinstance(found, Family):
         raise UserError(f"model.family {name}: {package}.family has no FAMILY made by jaxtron.models.family.Family")
+    _check_config(name, found.config)
     return found
+
+
+def _check_config(name: str, config: Any) -> None:
+    """`UserError` unless these are settings that a model can have without being told any."""
+    if not (isinstance(config, type) and issubclass(config, FamilyConfig)):
+        raise UserError(f"model.family {name}: the config of its FAMILY is {config!r}, no subclass of FamilyConfig")
+    bare = [setting for setting, field in config.model_fields.items() if field.is_required()]
+    if bare:
+        raise UserError(
+            f"model.family {name}: {config.__name__}.{bare[0]} has no default; all settings of a model have one"
+        )
+
+
+def _import(what: str, module: str) -> ModuleType:
+    """A module of a family; a `UserError` that names what is missing, or where it fails."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        # of what a package of the user's own imports, the name is told that is missing
+        raise UserError(f"{what}: {error}; {_known()}") from None
+    except Exception as error:
+        # anything can be wrong in code of the user's own; the place is what its author needs
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"{what}: {module} cannot be imported: {type(error).__name__}: {error} ({place.filename}, line "
+            f"{place.lineno})"
+        ) from error
+
+
+def _known() -> str:
+    return (
+        f"it is one of {', '.join(FAMILIES)}, or the dotted name of a package with a module family.py, seen from here "
+        "or from PYTHONPATH"
+    )
 
 
 def family_of(config: FamilyConfig) -> Family[Any]:
@@ -37,6 +73,16 @@ def family_of(config: FamilyConfig) -> Family[Any]:
     return family_named(config.family)
 
 
+@functools.cache
+def program_named(name: str) -> Any:
+    """What computes models of the family called so: its `program.Program`, once JAX may be imported."""
+    module = family_named(name).program
+    found = getattr(_import(f"model.family {name}", module), "PROGRAM", None)
+    if found is None:
+        raise UserError(f"model.family {name}: {module} has no PROGRAM made by jaxtron.models.program.Program")
+    return found
+
+
 def program_of(config: FamilyConfig) -> Any:
     """What computes a model: the `program.Program` of its family, once JAX may be imported."""
-    return importlib.import_module(family_of(config).program).PROGRAM
+    return program_named(config.family)

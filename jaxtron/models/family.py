@@ -60,3 +60,10 @@ class Family(Generic[ConfigT]):
     """The settings that decide how large the model is, for messages."""
     meaning: Callable[[ConfigT], dict[str, Any]] = lambda config: {}
     """What those settings mean, by name, that can say the same in other words."""
+    vocabulary: str | None = None
+    """The setting of how many tokens it knows, which are at least the tokenizer's (none: it reads no tokens)."""
+    text_loss: str | None = None
+    """The sum of its head that is the negative log-likelihood of the targets of a `TokenBatch`, which is its batch;
+    texts are scored by it (none: they cannot be)."""
+    continues_text: bool = False
+    """Whether its program can tell what follows a text (`Program.predict`), so that text can be generated."""

@@ -147,7 +147,7 @@ def make_parts(
     stages = stages or one_stage_plan(tuple(stacks.values()))
     context = BuildContext(jnp.dtype(dtype), dict(zip(stacks, stages.partitions, strict=True)), attention)
     build = functools.partial(program_of(config).build, config, context)
-    return Parts(blueprint(build, layers=None if len(stacks) > 1 else stages.partitions[0].num_layers), tuple(stacks))
+    return Parts(blueprint(build), tuple(stacks))
 
 
 def whole(module: ModuleT, dtype: DTypeLike) -> ModuleT:

@@ -1,6 +1,7 @@
 """Equal layers as one module whose parameters carry a leading axis over the slots of a partition."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -25,7 +26,11 @@ def stacked(make: Callable[[nnx.Rngs], LayerT], partition: Partition, rngs: nnx.
     # keys are put in the slots' order, not values: so each device makes only its own
     keys = keys if partition.is_in_order else keys[np.maximum(np.asarray(partition.slot_layers), 0)]
     states = jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(keys)
-    return nnx.merge(graph, jax.tree.map(partial(_empty_as_zeros, partition), states))
+    module = nnx.merge(graph, jax.tree.map(partial(_empty_as_zeros, partition), states))
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Variable):
+            node.set_metadata(spec=replace(node.get_metadata("spec"), layers=partition.num_layers))
+    return module
 
 
 def _empty_as_zeros(partition: Partition, slots: Array) -> Array:

@@ -68,7 +68,7 @@ def layout_text(blueprint: Blueprint) -> str:
     ideal = whole * STATE_BYTES / current().mesh.size
     total = f"{whole:,} parameters; {readable_bytes(held)} of float32 weights a device, "
     total += f"{held / ideal:.2f} times an even split"
-    return "\n".join([f"mesh: {sizes}", *lines, total, *_padding(found), *_empty_rows(blueprint, found)])
+    return "\n".join([f"mesh: {sizes}", *lines, total, *_padding(found), *_empty_rows(blueprint)])
 
 
 def _padding(found: list[ParameterRow]) -> list[str]:
@@ -81,13 +81,14 @@ def _padding(found: list[ParameterRow]) -> list[str]:
     return [f"{names}: padded by {share:.2%} at rest, for even parts"]
 
 
-def _empty_rows(blueprint: Blueprint, found: list[ParameterRow]) -> list[str]:
-    """A line about rows that are no layers, where the stages of a pipeline have some."""
-    stacked = next((row.shape[0] for row in found if row.axes[:1] == ("layers",)), None)
-    if blueprint.layers is None or stacked in (None, blueprint.layers):
-        return []
+def _empty_rows(blueprint: Blueprint) -> list[str]:
+    """A line about rows that are no layers for each stack that has some, as stages of a pipeline differ in length."""
+    stacked = (spec for spec in jax.tree.leaves(blueprint.parameters) if spec.layers is not None and spec.is_stacked)
+    counts = dict.fromkeys((spec.shape[0], spec.layers) for spec in stacked)
     return [
-        f"{plural(stacked, 'row')} of layers hold {blueprint.layers}: the others are empty, as stages differ in length"
+        f"{plural(rows, 'row')} of layers hold {layers}: the others are empty, as stages differ in length"
+        for rows, layers in counts
+        if rows != layers
     ]
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxtron.data.batch import BatchField, make_batch, map_batch
+from jaxtron.data.batch import BatchField, make_batch, map_batch, row_bytes
 from jaxtron.data.loader import LocalBatch
 from jaxtron.models.families import program_of
 from jaxtron.run.configuration import Configuration
@@ -46,3 +46,10 @@ def abstract_batch(config: Configuration) -> Any:
     make = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding())
     lengths = program.lengths(config.model, config.data.sequence_length)
     return make_batch(program.batch, config.train.global_batch, lengths, config.data.optional_fields, make)
+
+
+def batch_row_bytes(config: Configuration) -> int:
+    """Bytes of one row of a batch, as the model's family reads it."""
+    program = program_of(config.model)
+    lengths = program.lengths(config.model, config.data.sequence_length)
+    return row_bytes(program.batch, lengths, config.data.optional_fields)

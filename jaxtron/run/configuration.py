@@ -115,10 +115,14 @@ class Configuration(Config):
         # where the axis is filled, `check_mesh` knows more
         self.pipeline.check_effect(self.mesh.pipe)
         self.context.check_effect(self.mesh.context)
+        family = {"model.family": self.model.family}
         for name in ("expert", "expert_tensor"):
             if (size := getattr(self.mesh, name)) > 1:
-                pattern = {"model.pattern": self.model.pattern}
-                raise NoEffect(f"mesh.{name}", size, pattern, "the model has no experts; leave it out")
+                raise NoEffect(f"mesh.{name}", size, family, "it has no experts; leave it out")
+        # by value: a saved configuration names every field
+        tokens = self.train.sample_tokens
+        if not self.family.continues_text and tokens not in (0, TrainConfig().sample_tokens):
+            raise NoEffect("train.sample_tokens", tokens, family, "it generates no text; leave it out")
         return self
 
     def _check_sizes(self) -> None:
@@ -141,6 +145,11 @@ class Configuration(Config):
     def family(self) -> Family[Any]:
         """What is known of models of model.family."""
         return family_of(self.model)
+
+    def vocabulary_size(self) -> int | None:
+        """Tokens that the model knows; None where it reads none."""
+        name = self.family.vocabulary
+        return None if name is None else getattr(self.model, name)
 
     def resolved(self) -> "Configuration":
         """The same with defaults that follow from other settings filled in."""

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxtron.config import UserError
-from jaxtron.data.batch import SEQUENCE, TokenBatch, row_bytes
+from jaxtron.run.batches import batch_row_bytes
+from jaxtron.run.configuration import Configuration
 from jaxtron.typing import PyTree
 
 GIB = 2**30
@@ -28,13 +29,13 @@ def check_state_fits(sizes: str, state: PyTree, *, what: str) -> None:
         )
 
 
-def check_batch_fits(name: str, rows: int, sequence_length: int) -> None:
+def check_batch_fits(name: str, rows: int, config: Configuration) -> None:
     """`UserError` if one device's part of a batch, whose size is the setting `name`, is larger than its memory."""
-    needed, memory = rows * row_bytes(TokenBatch, {SEQUENCE: sequence_length}) // jax.device_count(), device_memory()
+    needed, memory = rows * batch_row_bytes(config) // jax.device_count(), device_memory()
     if needed > memory:
         raise UserError(
-            f"{name} {rows:,} x data.sequence_length {sequence_length:,} would take {_gib(needed)} of each device, and "
-            f"{_device()} has {_gib(memory)}: lower one"
+            f"{name} {rows:,} x data.sequence_length {config.data.sequence_length:,} would take {_gib(needed)} of "
+            f"each device, and {_device()} has {_gib(memory)}: lower one"
         )
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtron.sharding.parameters import ParameterSpec, fit, gather_once, parameter_specs, shardings
+from jaxtron.sharding.parameters import fit, gather_once, parameter_specs, shardings
 from jaxtron.typing import Array, DTypeLike, Key, PyTree
 
 ModuleType = TypeVar("ModuleType", bound=nnx.Module)
@@ -24,8 +24,6 @@ class Blueprint(Generic[ModuleType]):
     build: Callable[[nnx.Rngs], ModuleType]
     graph: nnx.GraphDef
     parameters: PyTree
-    layers: int | None = None
-    """Layers among the rows of stacked parameters, of which a pipeline can have more (none: all rows)."""
 
     @property
     def abstract(self) -> PyTree:
@@ -44,13 +42,7 @@ class Blueprint(Generic[ModuleType]):
     @property
     def num_parameters(self) -> int:
         """Parameters, the vocabulary's padding included and empty rows of a pipeline's stages left out."""
-        return sum(map(self.count, jax.tree.leaves(self.parameters)))
-
-    def count(self, spec: ParameterSpec) -> int:
-        """Parameters in an array, without empty rows."""
-        if self.layers is None or not spec.is_stacked:
-            return spec.size
-        return spec.size // spec.shape[0] * self.layers
+        return sum(spec.count for spec in jax.tree.leaves(self.parameters))
 
     def initialize(self, key: Key[Array, ""]) -> PyTree:
         """Initial parameters, each device making its own part; their values do not depend on the mesh."""
@@ -74,7 +66,7 @@ class Blueprint(Generic[ModuleType]):
         return gather_once(params, self.parameters, jnp.dtype(dtype))
 
 
-def blueprint(build: Callable[[nnx.Rngs], ModuleType], *, layers: int | None = None) -> Blueprint[ModuleType]:
-    """The blueprint of what `build` makes, without making it; `layers` where stacked parameters have empty rows."""
+def blueprint(build: Callable[[nnx.Rngs], ModuleType]) -> Blueprint[ModuleType]:
+    """The blueprint of what `build` makes, without making it."""
     graph, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-    return Blueprint(build, graph, parameter_specs(state), layers)
+    return Blueprint(build, graph, parameter_specs(state))

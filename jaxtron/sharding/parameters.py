@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ class ParameterSpec:
     axes: tuple[str, ...]
     role: Role
     layout: Layout
+    layers: int | None = None
+    """Of those that are stacked the layers among their rows, of which a pipeline can have more (none: all rows)."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -41,6 +43,13 @@ class ParameterSpec:
     def is_stacked(self) -> bool:
         """Whether its rows are layers."""
         return self.axes[:1] == ("layers",)
+
+    @property
+    def count(self) -> int:
+        """Numbers of the model's in it: also without the empty rows of a pipeline's stages."""
+        if self.layers is None or not self.is_stacked:
+            return self.size
+        return self.size // self.shape[0] * self.layers
 
 
 def parameter(
@@ -62,9 +71,8 @@ def parameter_specs(state: PyTree) -> PyTree:
     def stacked(variable: nnx.Variable) -> ParameterSpec:
         spec, shape = variable.get_metadata("spec"), variable.get_value().shape
         rows = shape[: len(shape) - len(spec.shape)]
-        return ParameterSpec(
-            spec.dtype, ("layers",) * len(rows) + spec.axes, spec.role, spec.layout.stacked(rows, layers)
-        )
+        axes, layout = ("layers",) * len(rows) + spec.axes, spec.layout.stacked(rows, layers)
+        return replace(spec, axes=axes, layout=layout)
 
     tree = jax.tree.map(stacked, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
     return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree

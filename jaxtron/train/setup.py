@@ -83,7 +83,7 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
         import_tracker(name)
     session = make_session(config, jax.devices())
     config = session.config
-    check_batch_fits("train.global_batch", config.train.global_batch, config.data.sequence_length)
+    check_batch_fits("train.global_batch", config.train.global_batch, config)
     if jax.process_index() == 0:
         print("reading the data", flush=True)
     data = open_data(config.data, seed=config.seed, train_samples=config.train_samples())
@@ -138,10 +138,11 @@ def _for_family(config: Configuration, data: Data) -> Data:
 
 def check_vocabulary(config: Configuration, data: Data) -> None:
     """`UserError` unless the model has an entry for every token."""
-    if data.tokenizer.vocab_size > config.model.vocab_size:
+    name, known = config.family.vocabulary, config.vocabulary_size()
+    if known is not None and data.tokenizer.vocab_size > known:
         raise UserError(
-            f"the tokenizer {config.data.tokenizer} has {data.tokenizer.vocab_size} tokens, more than "
-            f"model.vocab_size {config.model.vocab_size}; set --model.vocab_size {data.tokenizer.vocab_size}"
+            f"the tokenizer {config.data.tokenizer} has {data.tokenizer.vocab_size} tokens, more than model.{name} "
+            f"{known}; set --model.{name} {data.tokenizer.vocab_size}"
         )
 
 

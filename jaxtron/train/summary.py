@@ -83,7 +83,7 @@ def sample_text(run: Run, outcome: TrainOutcome, sampler: Sampler) -> str:
     A `UserError` where the state cannot predict any token.
     """
     source = run.data.validation if len(run.data.validation) else run.data.train
-    if run.config.train.sample_tokens == 0 or run.session.trainer.program.predict is None:
+    if run.config.train.sample_tokens == 0 or not run.config.family.continues_text:
         return ""
     prompt = np.asarray(source[0].tokens[: min(16, run.config.data.sequence_length)])
     try:

@@ -34,4 +34,5 @@ FAMILY = Family(
     num_parameters=num_parameters,
     flops_per_token=flops_per_token,
     check=check,
+    vocabulary="vocab_size",
 )

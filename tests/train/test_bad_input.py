@@ -39,9 +39,9 @@ def assert_one_line(ended: Ended, *fragments: str):
         ),
         (
             "--mesh.expert 4 --mesh.data 8",
-            "mesh.expert 4 has no effect with model.pattern *-: the model has no experts; leave it out",
+            "mesh.expert 4 has no effect with model.family decoder: it has no experts; leave it out",
         ),
-        ("--mesh.expert_tensor 2", "mesh.expert_tensor 2 has no effect with model.pattern *-"),
+        ("--mesh.expert_tensor 2", "mesh.expert_tensor 2 has no effect with model.family decoder"),
         ("--mesh.expert -1", "mesh.expert: must be greater than or equal to 1, got -1"),
         ("--mesh.tensor 4", "model.num_heads 2 is not a multiple of mesh.tensor 4"),
         ("--mesh.tensor 2 --data.sequence_length 31", "data.sequence_length 31 is not a multiple of mesh.tensor 2"),

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtron.data.batch import SEQUENCE, TokenBatch, row_bytes
 from jaxtron.plan.__main__ import main as plan
 from jaxtron.run import sizes
+from jaxtron.run.configuration import Configuration
 from jaxtron.run.sizes import bytes_on_a_device, check_batch_fits, device_memory, machine_memory
 from tests.support.command_runs import run_here, small
 from tests.support.commands import run_main
@@ -61,8 +62,8 @@ def test_simulated_devices_share_the_memory_of_the_machine(monkeypatch, tmp_path
 
 
 def test_what_fits_just_so_is_taken(monkeypatch):
-    rows = jax.device_count() * 10
+    rows, config = jax.device_count() * 10, Configuration.model_validate({"data": {"sequence_length": 7}})
     monkeypatch.setattr(sizes, "device_memory", lambda: 10 * row_bytes(TokenBatch, {SEQUENCE: 7}))
-    check_batch_fits("train.global_batch", rows, 7)
+    check_batch_fits("train.global_batch", rows, config)
     with pytest.raises(sizes.UserError, match="train.global_batch 88 x data.sequence_length 7"):
-        check_batch_fits("train.global_batch", rows + jax.device_count(), 7)
+        check_batch_fits("train.global_batch", rows + jax.device_count(), config)

@@ -66,4 +66,7 @@ FAMILY = Family(
     evaluated=lambda model: model.model_copy(update={"dropout": 0.0, "attention_dropout": 0.0}),
     sizes=sizes,
     meaning=meaning,
+    vocabulary="vocab_size",
+    text_loss="loss",
+    continues_text=True,
 )
