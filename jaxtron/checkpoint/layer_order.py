@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 
 from jaxtron.checkpoint.names import Signature, parts, signature
-from jaxtron.pipeline.layer_rows import arrange, restore
+from jaxtron.pipeline.layer_slots import arrange, restore
 from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.sharding.layout import spec_axes

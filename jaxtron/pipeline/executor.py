@@ -37,7 +37,7 @@ class Result(NamedTuple):
     sums: dict[str, Float[Array, "..."]]
     """The head's."""
     layer_metrics: tuple[PyTree, ...]
-    """By stack, each array [layer slot, ...]: `layer_rows.restore` puts them in the model's order."""
+    """By stack, each array [layer slot, ...]: `layer_slots.restore` puts them in the model's order."""
 
 
 @partial(

@@ -159,14 +159,14 @@ def _stages(schedule: Schedule, found: Figures, chunk_bytes: int | Sequence[int]
         raise ValueError(f"chunk_bytes of {len(chunk_bytes)} stages for a schedule of {schedule.num_stages}")
     header = ["stage", "warm-up", "most in flight"]
     if schedule.split:
-        header += ["most pairs", "most together"]
+        header += ["most deferred", "most together"]
     if chunk_bytes is not None:
         header.append("peak activations")
     rows = [header]
     for stage, figure in enumerate(found.stages):
         row = [str(stage), str(figure.warm_up), str(figure.in_flight)]
         if schedule.split:
-            row += [str(figure.pairs), str(figure.held)]
+            row += [str(figure.deferred), str(figure.held)]
         if chunk_bytes is not None:
             each = chunk_bytes[stage] if isinstance(chunk_bytes, Sequence) else chunk_bytes
             row.append(readable_bytes(figure.held * each))

@@ -17,7 +17,7 @@ from jaxtron.optim.loss_scale import LossScale, initial_loss_scale, update_loss_
 from jaxtron.optim.optimizer import clip_by_global_norm, make_optimizer
 from jaxtron.optim.schedule import learning_rate_schedule
 from jaxtron.pipeline import executor
-from jaxtron.pipeline.layer_rows import in_model_order
+from jaxtron.pipeline.layer_slots import in_model_order
 from jaxtron.pipeline.model import Parameters
 from jaxtron.pipeline.partition import Partition, StagePlan, forward_only
 from jaxtron.pipeline.schedules.schedule import Schedule

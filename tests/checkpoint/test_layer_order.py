@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtron.checkpoint.layer_order import LayerOrder
 from jaxtron.checkpoint.names import signature
-from jaxtron.pipeline.layer_rows import arrange
+from jaxtron.pipeline.layer_slots import arrange
 from jaxtron.pipeline.partition import Partition
 
 STACKED = (("stack", "w"), ("stack", "b"), ("stack", "v"))

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.executor import Result, run
-from jaxtron.pipeline.layer_rows import arrange, restore
+from jaxtron.pipeline.layer_slots import arrange, restore
 from jaxtron.pipeline.model import HeadOutput, LayerOutput, Model, Parameters, Stack
 from jaxtron.pipeline.partition import Partition, StagePlan, forward_only, stage_plan
 from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule

@@ -194,7 +194,7 @@ def test_everything_reads_what_it_needs_from_buffers_no_larger_than_that(name):
         machine = simulate(lowered)
         stages = figures(schedule).stages
         assert lowered.num_residuals == (max(stage.in_flight for stage in stages),)
-        assert lowered.num_deferred == (max(stage.pairs for stage in stages),)
+        assert lowered.num_deferred == (max(stage.deferred for stage in stages),)
         peaks = [max(buffer.peak for buffer in buffers) for buffers in machine.buffers]
         sizes = [lowered.num_inputs, lowered.num_cotangents, *lowered.num_residuals, *lowered.num_deferred]
         assert sizes == peaks

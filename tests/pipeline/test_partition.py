@@ -7,7 +7,7 @@ import pytest
 
 from jaxtron.config import UserError
 from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.pipeline.layer_rows import arrange, restore
+from jaxtron.pipeline.layer_slots import arrange, restore
 from jaxtron.pipeline.partition import Partition, StagePlan, forward_only, stage_plan
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.schedule import Work

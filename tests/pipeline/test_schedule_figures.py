@@ -37,7 +37,7 @@ def test_in_flight_over_time():
     #       F0 .  F1 B0 F2 B1 .  B2
     assert [tick.in_flight for tick in flight(one_f_one_b(2, 3), 0)] == [1, 1, 2, 2, 2, 2, 1, 1]
     # tick  0  1  2  3     4
-    #       F0 F1 F2 .. with pairs a forward adds before a backward takes
+    #       F0 F1 F2 .. with deferred ones a forward adds before a backward takes
     assert [tick.in_flight for tick in flight(eager_1f1b(2, 3), 0)] == [1, 2, 3, 2, 1]
     # a pair made and used in one tick is there meanwhile
     whole = Schedule("whole", ((Entry(*[Work(0, 0)] * 3),),), 1)
@@ -47,7 +47,7 @@ def test_in_flight_over_time():
 def test_pairs_wait_for_their_weight_gradients():
     found = figures(zero_bubble(4, 16)).stages
     assert [stage.in_flight for stage in found] == [4, 3, 2, 1]
-    assert [stage.pairs for stage in found] == [1, 2, 3, 4]
+    assert [stage.deferred for stage in found] == [1, 2, 3, 4]
     assert [stage.held for stage in found] == [4, 4, 4, 4]
 
 

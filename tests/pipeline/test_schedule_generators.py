@@ -117,7 +117,7 @@ def test_zero_bubble_h1():
         schedule = zero_bubble(p, m)
         check(schedule)
         assert schedule.num_ticks == (3 * m + p - 1 if m >= p else 2 * (m + p) - 1)
-        # 1F1B's residuals, and never more than 1F1B's first stage when pairs count as much
+        # 1F1B's residuals, and never more than 1F1B's first stage when deferred ones count as much
         assert all(count <= p - stage for stage, count in enumerate(most(schedule, "in_flight")))
         assert all(count <= p for count in most(schedule, "held"))
         if m >= p:

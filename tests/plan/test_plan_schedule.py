@@ -35,7 +35,7 @@ def test_bytes_are_known_by_stage_or_not_at_all():
     schedule = make_schedule("zero_bubble", 4, 8)
     assert "activations" not in schedule_text(schedule).partition("ticks ")[0]
     drawn = schedule_text(schedule, chunk_bytes=[10, 20, 30, 40])
-    # pairs count as much as what is in flight: four in all on every stage
+    # what is deferred counts as much as what is in flight: four in all on every stage
     assert re.findall(r"^ +\d(?: +\d)+ +(\d+ B)$", drawn, re.MULTILINE) == ["40 B", "80 B", "120 B", "160 B"]
     with pytest.raises(ValueError, match="3 stages for a schedule of 4"):
         schedule_text(schedule, chunk_bytes=[1, 2, 3])

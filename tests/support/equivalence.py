@@ -20,7 +20,7 @@ from jaxtron.data.config import DataConfig
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.optim.config import OptimizerConfig
 from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.pipeline.layer_rows import arrange, restore
+from jaxtron.pipeline.layer_slots import arrange, restore
 from jaxtron.pipeline.partition import Partition
 from jaxtron.run.configuration import Configuration, TrainConfig
 from jaxtron.run.session import make_trainer as make_trainer_of

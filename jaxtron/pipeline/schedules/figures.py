@@ -35,12 +35,12 @@ class StageFigures:
     """One stage. Chunks count singly: a microbatch in flight in two chunks is two.
 
     `warm_up` are the forwards before the one that comes right before the first backward; `in_flight` the most forwards
-    without their backward, `pairs` the most backwards without their weight gradient, `held` the most of both together.
+    without their backward, `deferred` the most backwards without their weight gradient, `held` the most of both.
     """
 
     warm_up: int
     in_flight: int
-    pairs: int
+    deferred: int
     held: int
     work: float
 
@@ -85,7 +85,7 @@ def figures(schedule: Schedule, *, latency: float = 0.0) -> Figures:
         StageFigures(
             warm_up=_warm_up(column),
             in_flight=max(count.in_flight for count in counted),
-            pairs=max(count.pairs for count in counted),
+            deferred=max(count.deferred for count in counted),
             held=max(count.held for count in counted),
             work=stage_work,
         )
@@ -106,22 +106,22 @@ class Flight(NamedTuple):
     """The most that a stage holds at a time within one tick."""
 
     in_flight: int
-    pairs: int
+    deferred: int
     held: int
 
 
 def flight(schedule: Schedule, stage: int) -> list[Flight]:
     """What the stage holds at each tick, counted after each of its slots: a forward adds before a backward takes."""
-    in_flight = pairs = 0
+    in_flight = deferred = 0
     found = []
     for row in schedule.table:
         entry = row[stage]
         in_flight += entry.forward is not None
-        most_in_flight, held = in_flight, in_flight + pairs
+        most_in_flight, held = in_flight, in_flight + deferred
         in_flight -= entry.backward is not None
-        pairs += schedule.split and entry.backward is not None
-        found.append(Flight(most_in_flight, pairs, max(held, in_flight + pairs)))
-        pairs -= entry.weight is not None
+        deferred += schedule.split and entry.backward is not None
+        found.append(Flight(most_in_flight, deferred, max(held, in_flight + deferred)))
+        deferred -= entry.weight is not None
     return found
 
 

@@ -12,7 +12,7 @@ def zero_bubble(num_stages: int, num_microbatches: int, num_chunks: int = 1) -> 
     """ZB-H1 (2401.10241): 1F1B whose weight gradients wait for gaps.
 
     One slot a tick: 3m + p - 1 ticks for m >= p, 2(m + p) - 1 below. On stage s p - s are in flight at most, p with
-    the pairs that wait for their weight gradient.
+    the deferred weight gradients.
     """
     check_sizes("zero_bubble", num_stages, num_microbatches, num_chunks)
     works = [Work(0, index) for index in range(num_microbatches)]
@@ -44,7 +44,8 @@ def zero_bubble_v(num_stages: int, num_microbatches: int, num_chunks: int = 2) -
     """ZB-V (2405.15362): the layers run down the stages and back up, so that the first stage has the loss too.
 
     One slot of half a stage a tick: the greater of 6m + p - 1 and 4(m + p) - 2 ticks, no stage idle between its first
-    and its last from m = 2p - 1 on. At most 2p halves of a stage are in flight, pairs included: as much as 1F1B's p.
+    and its last from m = 2p - 1 on. At most 2p halves of a stage are in flight, deferred weight gradients included: as
+    much as 1F1B's p.
     """
     check_sizes("zero_bubble_v", num_stages, num_microbatches, num_chunks, least_chunks=2, most_chunks=2)
     # with fewer microbatches the pipeline never fills: the same order without those that are not there
@@ -70,7 +71,7 @@ def dualpipe_v(num_stages: int, num_microbatches: int, num_chunks: int = 2) -> S
     """DualPipe-V (github.com/deepseek-ai/DualPipe): ZB-V's placement, a forward beside a backward of the other half.
 
     For m >= 2p, in 2m + 5p - 2 ticks. Whole backwards in the steady state, that is B and W in one tick; split ones on
-    the way in and out. At most 2p + 1 halves of a stage are in flight, pairs included.
+    the way in and out. At most 2p + 1 halves of a stage are in flight, deferred weight gradients included.
     """
     check_sizes("dualpipe_v", num_stages, num_microbatches, num_chunks, least_chunks=2, most_chunks=2)
     if num_microbatches < 2 * num_stages:
@@ -96,7 +97,7 @@ def dualpipe_v(num_stages: int, num_microbatches: int, num_chunks: int = 2) -> S
 
 
 class _Order:
-    """What a stage with two chunks does in order; microbatches and pairs take their turn by themselves."""
+    """What a stage with two chunks does in order; microbatches and weight gradients take their turn by themselves."""
 
     def __init__(self):
         self.steps: list[Entry] = []

@@ -22,7 +22,7 @@ class Kept(NamedTuple):
     """Bytes a device keeps of one row in one period: for backwards, and for weight gradients that were put off."""
 
     residuals: int
-    pairs: int
+    deferred: int
 
 
 def layer_bytes(config: Configuration, sizes: dict[str, int], kind: str | None = None) -> int:

@@ -34,15 +34,15 @@ COUNTER = 4
 # What compiled steps hold at their peak beside the classes that shapes explain and beside the layers, measured as in
 # layer_work.py: multiples of a chunk's logits and of the head's table in float32.
 LOGITS, TABLES = 3.0, 2.5
-# Pairs of backward and weight gradient are copied, and their operands transposed.
-PAIRS = 1.2
+# What is deferred to weight gradients is copied, and their operands transposed.
+DEFERRED = 1.2
 
 
 class BufferSlots(NamedTuple):
     """How many of each buffer's slots a schedule needs."""
 
     residuals: int
-    pairs: int
+    deferred: int
     activations: int
     gradients: int
 
@@ -109,7 +109,7 @@ class Estimator:
             optimizer=state.optimizer,
             weights=state.weights,
             gradients=state.gradients,
-            activations=rows * chunk_rows * (slots.residuals * kept.residuals + slots.pairs * kept.pairs),
+            activations=rows * chunk_rows * (slots.residuals * kept.residuals + slots.deferred * kept.deferred),
             messages=held * x,
             batch=rows * train.microbatches * row,
             temporaries=0,
@@ -180,7 +180,7 @@ def _temporaries(
     shapes = shapes_of(config, sizes, JAXTRON, kind)
     vocab, hidden = shapes.vocab, config.model.hidden_size
     head = TABLES * FLOAT * vocab * hidden + LOGITS * FLOAT * min(shapes.tokens * vocab, CHUNK_ELEMENTS)
-    loop = max(_layer(shapes), head) + PAIRS * shapes.rows * chunk_rows * slots.pairs * kept.pairs
+    loop = max(_layer(shapes), head) + DEFERRED * shapes.rows * chunk_rows * slots.deferred * kept.deferred
     loop += slots.residuals * chunk_rows * shapes.rows * _transposed(shapes, in_loop=chunk_rows > 1)
     if state.gathered:
         loop += state.largest + TABLES * FLOAT * vocab * hidden

@@ -1,4 +1,4 @@
-"""Stacked layers between the model's order and the rows of all stages."""
+"""Stacked layers between the model's order and the slots of all stages."""
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +10,17 @@ from jaxtron.typing import Array
 
 
 def arrange(partition: Partition, layers: Array) -> Array:
-    """Stacked layers [layers, ...] in the model's order as the rows [rows, ...] of all stages, empty ones zeros."""
+    """Stacked layers [layers, ...] in the model's order as the slots [slots, ...] of all stages, empty ones zeros."""
     if partition.is_in_order:
         return layers
-    rows = jnp.asarray(partition.slot_layers, jnp.int32)
-    filled = (rows >= 0).reshape(-1, *(1,) * (layers.ndim - 1))
-    return jnp.where(filled, layers[jnp.maximum(rows, 0)], jnp.zeros((), layers.dtype))
+    numbers = jnp.asarray(partition.slot_layers, jnp.int32)
+    filled = (numbers >= 0).reshape(-1, *(1,) * (layers.ndim - 1))
+    return jnp.where(filled, layers[jnp.maximum(numbers, 0)], jnp.zeros((), layers.dtype))
 
 
-def restore(partition: Partition, rows: Array) -> Array:
+def restore(partition: Partition, slots: Array) -> Array:
     """The inverse of `arrange`."""
-    return rows if partition.is_in_order else rows[np.argsort(partition.slot_layers)[-partition.num_layers :]]
+    return slots if partition.is_in_order else slots[np.argsort(partition.slot_layers)[-partition.num_layers :]]
 
 
 def in_model_order(partition: Partition, slots: Array) -> Array:
