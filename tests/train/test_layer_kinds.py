@@ -1,29 +1,24 @@
-"""A kind of layer is one entry of each table by symbol: a toy kind that only this file knows is trained and planned."""
+"""A kind of layer is one entry of each table by symbol: one that only the tests know is built, refused and planned.
 
-import dataclasses
-import functools
+That it computes the same on every mesh is `tests/conformance`.
+"""
+
+from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from jaxtron.config import UserError
-from jaxtron.gpus import gpu_named
-from jaxtron.layers.inputs import LayerInputs
-from jaxtron.layers.linear import Linear
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.cost import hardware_flops_per_token, model_flops_per_token, num_parameters
-from jaxtron.models.decoder.kinds import KINDS, LayerKind, check_multiple
+from jaxtron.models.decoder.kinds import KINDS
 from jaxtron.models.decoder.layers import BUILDERS
 from jaxtron.models.decoder.model import Decoder
-from jaxtron.models.decoder.pattern import parse
-from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.plan.formula.layer_work import LAYER_WORK, LayerWork
+from jaxtron.plan.formula.layer_work import LAYER_WORK
 from jaxtron.plan.formula.memory_model import Estimator
 from jaxtron.plan.formula.pieces import period
 from jaxtron.plan.formula.prediction import predict
-from jaxtron.plan.formula.workload import linear, shapes_of
+from jaxtron.plan.formula.workload import shapes_of
 from jaxtron.plan.hint import first_change
 from jaxtron.plan.machine import machine_named
 from jaxtron.plan.profile import PROFILES
@@ -31,55 +26,16 @@ from jaxtron.plan.search.candidates import layouts
 from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.folding import FLAGS
-from jaxtron.sharding.rules import constrain, use
-from jaxtron.typing import Array, Float
-from tests.support.equivalence import ONE_DEVICE, assert_equal, changed, loss_and_gradients
+from jaxtron.sharding.rules import use
+from tests.support.toy_kind import wave_known
 
 ONE = dict.fromkeys(FLAGS, 1)
 
 
-class Wave(nnx.Module):
-    """`down(sin(up(x)))`, one and a half times as wide as the stream."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        width = width_of(config)
-        self.up = Linear({"embed": config.hidden_size}, {"mlp": width}, bias=False, std=config.initial_std, rngs=rngs)
-        self.down = Linear({"mlp": width}, {"embed": config.hidden_size}, bias=False, std=config.output_std, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
-        waves = jnp.sin(self.up(constrain(x, "batch", "full_seq", "embed"), "batch", "full_seq", "mlp"))
-        return self.down(waves, "batch", "seq", "embed")
-
-
-def width_of(config) -> int:
-    return config.hidden_size * 3 // 2
-
-
-WAVE = LayerKind(
-    symbol="S",
-    name="wave",
-    module="wave",
-    parameters=lambda settings, tensor: 2 * settings.hidden_size * width_of(settings) // tensor,
-    flops=lambda settings, length: {"wave": 4 * settings.hidden_size * width_of(settings)},
-    # the MLP reads it too: refused where neither is
-    fields=("mlp_size",),
-    check=lambda settings, sizes, context: check_multiple("the wave's width", width_of(settings), sizes["tensor"]),
-)
-
-
-def wave_work(shapes):
-    hidden, width = shapes.model.hidden_size, width_of(shapes.model) / shapes.tensor
-    bare = dataclasses.replace(shapes, model=shapes.model.model_copy(update={"bias": False}))
-    return {"wave": linear(bare, hidden, width) + linear(bare, width, hidden)}
-
-
 @pytest.fixture
-def wave(monkeypatch):
-    monkeypatch.setitem(KINDS, "S", WAVE)
-    monkeypatch.setitem(BUILDERS, "S", lambda config, kind, backends, rngs: Wave(config, rngs))
-    monkeypatch.setitem(LAYER_WORK, "S", LayerWork(wave_work))
-    yield
-    parse.cache_clear()
+def wave() -> Iterator[None]:
+    with wave_known():
+        yield
 
 
 def model(**changes) -> ModelConfig:
@@ -100,23 +56,6 @@ def test_all_tables_have_the_same_kinds():
     assert all(set(kind.selective) <= set(kind.parts) for kind in KINDS.values())
 
 
-@pytest.mark.parametrize("symbol", KINDS)
-def test_tables_agree_on_regions_and_products(symbol):
-    """What a forward's slots run is what the papers' formulas count, region by region."""
-    kind, extra = KINDS[symbol], {"attention": {"window": 4}} if KINDS[symbol].attends == "window" else {}
-    config = configuration(pattern=symbol, position="none", **extra)
-    for profile in PROFILES.values():
-        shapes = shapes_of(config, ONE, profile, gpu_named("h100").device_kind)
-        work = LAYER_WORK[symbol].slots(shapes)
-        counted = kind.flops(config.model, shapes.length)
-        assert set(work) == set(counted) == set(kind.regions)
-        for region, flops in counted.items():
-            # scores in memory are computed for the whole square, also where a window masks most
-            is_whole = kind.attends == "window" and region in kind.parts and shapes.profile.attention != "fused"
-            found = work[region].forward.flops
-            assert found > shapes.tokens * flops if is_whole else found == pytest.approx(shapes.tokens * flops)
-
-
 def test_a_third_kind_is_built_as_itself(wave, rules_for):
     config = model(pattern="(*S)-")
     with use(rules_for()):
@@ -124,26 +63,6 @@ def test_a_third_kind_is_built_as_itself(wave, rules_for):
     assert num_parameters(config, 16) == plan.num_parameters
     names = {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(plan.parameters)}
     assert any("['wave']['up']" in name for name in names) and any("['attention']" in name for name in names)
-
-
-@functools.cache
-def one_device(pattern: str):
-    return loss_and_gradients(model(pattern=pattern), ONE_DEVICE, "none", 1, rows=8)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "mesh", "microbatches"),
-    [
-        ("*S", {"pipe": 2, "data": 2, "tensor": 2}, 2),
-        pytest.param("(*S)", {"fsdp": 2, "context": 2, "tensor": 2}, 1, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_a_third_kind_trains_on_a_mesh(wave, pattern, mesh, microbatches):
-    config = changed(model(pattern=pattern), recompute="full")
-    result = loss_and_gradients(config, mesh, "optimizer", microbatches, PipelineConfig(), rows=8)
-    assert result.loss == pytest.approx(one_device(pattern).loss, rel=1e-5)
-    assert_equal(result.gradients, one_device(pattern).gradients)
 
 
 def test_a_third_kind_is_planned(wave):

@@ -1,6 +1,7 @@
 """The central promise: loss, every gradient and every update are those of one device, on every mesh.
 
-What one device computes is held against plain JAX in `tests/models/test_decoder.py`; pipelines have their own file.
+What one device computes is held against plain JAX in `tests/models/test_decoder.py`; pipelines have their own file, and
+every family and kind of layer is on every kind of mesh in `tests/conformance`.
 """
 
 import functools
@@ -48,12 +49,6 @@ CASES = [
     # cut as experts would have it too
     ("llama", SCANNED, {"data": 2, "tensor": 4, "expert": 4, "expert_tensor": 2}, "optimizer", 4),
 ]
-SLOW_CASES = [
-    ("gpt", SCANNED, {"data": 8}, "optimizer", 4),
-    ("gpt with dropout", {"recompute": "full"} | SCANNED, {"data": 4, "tensor": 2}, "none", 1),
-    ("llama", {}, {"fsdp": 8}, "optimizer", 1),
-    ("palm", {"recompute": "selective"}, {"data": 8}, "parameters", 1),
-]
 
 
 def case_name(case) -> str:
@@ -62,9 +57,7 @@ def case_name(case) -> str:
     return "-".join([*words, f"zero {zero}", f"microbatches {microbatches}"])
 
 
-@pytest.mark.parametrize(
-    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES)], ids=case_name
-)
+@pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_loss_and_every_gradient_equal_one_device(case):
     name, changes, mesh, zero, microbatches = case
     model = changed(MODELS[name], **changes)

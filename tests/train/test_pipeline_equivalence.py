@@ -1,7 +1,7 @@
 """The central promise, for pipelines: loss, every gradient and every update are those of one device.
 
-The cases pair every setting with every schedule at least once rather than all with all. The fast ones have one of each
-kind, the slow ones go on.
+Deeper pipelines, layers shared out unevenly, few microbatches, every model: those of two stages, where every kind of
+schedule meets every way to shard, are in `tests/conformance`. The fast cases have one of each kind; the slow go on.
 """
 
 import functools
@@ -64,7 +64,6 @@ QUICK_CASES = [
     Case("llama", "dualpipe_v", {"pipe": 4, "fsdp": 2}, 12, chunks=2, zero="parameters", changes=FULL),
 ]
 SLOW_CASES = [
-    Case("gpt with dropout", "zero_bubble", {"pipe": 2, "fsdp": 2, "tensor": 2}, 3),
     Case("llama", "zero_bubble_v", {"pipe": 4, "data": 2}, 6, chunks=2, zero="none"),
     Case("llama", "gpipe", {"pipe": 2, "fsdp": 2, "data": 2}, 3, changes=FULL),
     Case("gpt", "1f1b", {"pipe": 8}, 12),
@@ -72,21 +71,12 @@ SLOW_CASES = [
     Case("gpt with dropout", "eager_1f1b", {"pipe": 8}, 3, changes=FULL),
     Case("llama", "interleaved", {"pipe": 4, "data": 2}, 4, chunks=2, zero="parameters", changes=FULL),
     Case("gpt with dropout", "eager_interleaved", {"pipe": 4, "tensor": 2}, 6, chunks=2, zero="none"),
-    Case("gpt", "gpipe", {"pipe": 4, "tensor": 2}, 6, zero="none"),
     Case("gpt", "eager_interleaved", {"pipe": 2, "fsdp": 2, "data": 2}, 3, chunks=3, changes=SELECTIVE),
     Case("gpt with dropout", "zero_bubble", {"pipe": 4, "tensor": 2}, 6, changes=SELECTIVE),
-    Case("llama", "zero_bubble", {"pipe": 2, "fsdp": 2, "tensor": 2}, 4, stage_layers=(5, 3)),
-    Case("gpt", "zero_bubble_v", {"pipe": 2, "fsdp": 2, "tensor": 2}, 3, chunks=2, stage_layers=(3, 2, 2, 1)),
-    Case("gpt with dropout", "dualpipe_v", {"pipe": 2, "tensor": 2, "data": 2}, 6, chunks=2),
     # more stages and chunks
     Case("gpt", "gpipe", {"pipe": 8}, 6, changes=SELECTIVE),
-    Case("llama", "eager_1f1b", {"pipe": 8}, 24, num_layers=10),
-    Case("llama", "interleaved", {"pipe": 8}, 8, chunks=2, num_layers=16),
     Case("gpt with dropout", "interleaved", {"pipe": 4, "tensor": 2}, 12, chunks=3, num_layers=12, changes=SELECTIVE),
     Case("gpt", "eager_interleaved", {"pipe": 8}, 12, chunks=2, num_layers=16, changes=FULL),
-    Case("llama", "eager_interleaved", {"pipe": 4, "fsdp": 2}, 4, chunks=3, num_layers=12, zero="parameters"),
-    Case("gpt", "zero_bubble", {"pipe": 8}, 12, changes=FULL),
-    Case("gpt with dropout", "zero_bubble_v", {"pipe": 8}, 12, chunks=2, num_layers=16),
     Case("gpt", "dualpipe_v", {"pipe": 4, "data": 2}, 12, chunks=2, zero="none", changes=SELECTIVE),
     Case("llama", "zero_bubble", {"pipe": 4, "data": 2}, 3, zero="parameters", changes=FULL),
     # two layers in an iteration of their loop

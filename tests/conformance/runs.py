@@ -1,0 +1,97 @@
+"""Loss, reports and gradients of a subject: by the step on any mesh, and by plain differentiation on one device."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from jaxtron.data.batch import map_batch, normalizers, present
+from jaxtron.models.program import Microbatch
+from jaxtron.plan.compiled import hlo
+from jaxtron.plan.compiled.census import Collective, census
+from jaxtron.run.session import make_trainer
+from jaxtron.run.step import Trainer, batch_sharding
+from jaxtron.sharding.collectives import all_reduce, vary
+from jaxtron.sharding.config import ContextConfig
+from jaxtron.sharding.parameters import ParameterSpec
+from jaxtron.sharding.regions import region
+from jaxtron.sharding.rules import current, use
+from jaxtron.typing import PyTree
+from tests.conformance.subjects import ONE_DEVICE, ROWS, Layout, Subject
+from tests.support.equivalence import TOLERANCE, assert_equal, by_name, make_params, rules_for
+from tests.support.plain import plain
+
+STEP = 5
+
+
+class Found(NamedTuple):
+    """What a step reports, and every gradient in the model's order and by name; how it came about."""
+
+    reported: dict[str, np.ndarray]
+    gradients: dict[str, np.ndarray]
+    parameters: tuple[ParameterSpec, ...] = ()
+    collectives: tuple[Collective, ...] = ()
+    num_counts: int = 0
+
+
+@functools.lru_cache(maxsize=2)
+def step(subject: Subject, layout: Layout, **changes: Any) -> Found:
+    """By the step's own function, with parameters that are not special."""
+    config = subject.configuration(layout, **changes)
+    with use(rules_for(dict(layout.mesh), layout.zero, ContextConfig(**layout.context))):
+        trainer = make_trainer(config)
+        batch = jax.device_put(subject.batch(), batch_sharding())
+        arguments = (make_params(trainer), batch, jnp.int32(STEP), jnp.float32(1))
+        compiled = jax.jit(trainer.loss_and_gradients).lower(*arguments).compile()
+        reported, gradients = compiled(*arguments)
+        return Found(
+            {name: np.asarray(value) for name, value in reported.items()},
+            by_name(gradients, trainer),
+            tuple(jax.tree.leaves(trainer.blueprint.parameters)),
+            tuple(census(hlo.parse(compiled.as_text()), current().sizes)),
+            len(normalizers(trainer.program.batch)),
+        )
+
+
+@functools.cache
+def reference(subject: Subject) -> Found:
+    """By `jax.grad` of one layer after the other, the batch whole on one device."""
+    with use(rules_for({})):
+        trainer = make_trainer(subject.configuration(ONE_DEVICE))
+        run = jax.jit(region(functools.partial(_plain, trainer), PartitionSpec(), PartitionSpec()))
+        params = trainer.parts.split(make_params(trainer))
+        sums, metrics, gradients = run(params, Microbatch(weighed(subject.batch()), jnp.arange(ROWS)))
+        reported = trainer.program.reported(sums)
+        for path, found in zip(trainer.parts.stacks, metrics, strict=True):
+            reported |= {f"{path}/{name}": rows for name, rows in dict(found).items()}
+        found = by_name(trainer.parts.join(gradients), trainer)
+        return Found({name: np.asarray(value) for name, value in reported.items()}, found)
+
+
+def _plain(trainer: Trainer, params: PyTree, batch: PyTree) -> PyTree:
+    key = jax.random.fold_in(jax.random.key(trainer.seed), STEP)
+    params, batch = jax.tree.map(vary, (params, batch))
+    _, (gradients, sums, metrics) = plain(trainer.program.model(trainer.parts, key), params, [batch])
+    return jax.tree.map(lambda leaf: all_reduce(vary(leaf), current().manual), (sums, metrics, gradients))
+
+
+def weighed(batch: Any) -> Any:
+    """The batch with its weights divided by their sum, each normalizer's apart."""
+    counts: dict[str, float] = {}
+    for _, field, array in present(batch):
+        if field.normalizer is not None:
+            counts[field.normalizer] = counts.get(field.normalizer, 0.0) + array.sum(dtype=np.float64)
+    return map_batch(
+        lambda field, array: array if field.normalizer is None else np.float32(array / counts[field.normalizer]), batch
+    )
+
+
+def assert_same(found: Found, expected: Found) -> None:
+    """Losses, metrics of layers in the model's order, and every gradient."""
+    assert found.reported.keys() == expected.reported.keys()
+    for name, value in expected.reported.items():
+        np.testing.assert_allclose(found.reported[name], value, rtol=TOLERANCE, err_msg=name)
+    assert_equal(found.gradients, expected.gradients)

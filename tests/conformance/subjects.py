@@ -1,0 +1,141 @@
+"""What the conformance suite is run on: every family of models, and every kind of layer as a decoder of nothing else.
+
+A new family is a line of `FAMILIES`. A new kind of layer is known by its entry in `KINDS`, and needs a line of
+`SETTINGS` only if it has settings of its own that it cannot be without.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jaxtron.data.batch import TokenBatch, stack_samples
+from jaxtron.models.decoder.kinds import KINDS
+from jaxtron.models.families import family_named, program_of
+from jaxtron.run.configuration import Configuration, configuration_of
+from jaxtron.typing import PyTree
+from tests.support.toy_kind import wave_known
+
+ROWS, LENGTH, VOCAB = 16, 16, 60
+
+# by symbol, what a small layer of the kind needs beside the sizes of `DECODER`
+SETTINGS: dict[str, dict[str, Any]] = {"W": {"attention": {"window": 5}}}
+DECODER: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "vocab_size": VOCAB,
+    "vocab_multiple": 64,
+}
+
+
+def settings_of(*symbols: str) -> dict[str, Any]:
+    """Of a decoder whose period has one layer of each of these kinds."""
+    own: dict[str, Any] = {}
+    for symbol in symbols:
+        own |= SETTINGS.get(symbol, {})
+    return {**DECODER, "pattern": "".join(symbols), "position": "none", **own}
+
+
+# by name of `model.family`: settings of a small one, the decoder's with every kind of layer
+FAMILIES: dict[str, dict[str, Any]] = {
+    "decoder": {**settings_of(*KINDS), "position": "rotary", "dropout": 0.1},
+    "tests.toy_family": {"vocab_size": VOCAB, "encoder_layers": 4, "decoder_layers": 4},
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A mesh and how a step runs on it."""
+
+    mesh: Mapping[str, int]
+    microbatches: int = 2
+    zero: str = "optimizer"
+    schedule: str = "1f1b"
+    parts: int = 1
+    """Chunks that each stage of a pipeline has, of all stacks together."""
+    context: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_stages(self) -> int:
+        return self.mesh.get("pipe", 1)
+
+    def __str__(self) -> str:
+        words = [f"{flag} {size}" for flag, size in self.mesh.items()]
+        words += [self.schedule] if "pipe" in self.mesh else []
+        return "-".join([*words, f"zero {self.zero}", f"microbatches {self.microbatches}"])
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A small model."""
+
+    name: str
+    family: str
+    settings: Mapping[str, Any]
+    num_stacks: int
+    """Those that a pipeline cuts."""
+    kind: str | None = None
+    """The symbol of the one kind of layer that it has."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def configuration(self, layout: Layout, **changes: Any) -> Configuration:
+        """Of one step of the model, with these changes of its settings."""
+        pipeline: dict[str, Any] = {}
+        if layout.num_stages > 1:
+            pipeline = {"schedule": layout.schedule, "chunks": layout.parts // self.num_stacks}
+        return (
+            configuration_of(self.family)
+            .model_validate(
+                {
+                    "model": {"family": self.family, **self.settings, **changes},
+                    "train": {"global_batch": ROWS, "microbatches": layout.microbatches, "precision": "fp32"},
+                    "data": {"sequence_length": LENGTH},
+                    "mesh": {"data": 1, **layout.mesh},
+                    "sharding": {"zero": layout.zero},
+                    "context": layout.context,
+                    "pipeline": pipeline,
+                }
+            )
+            .resolved()
+        )
+
+    def fits(self, layout: Layout) -> bool:
+        """Whether each stage can have chunks of every stack: an encoder-decoder is for schedules with several."""
+        return layout.num_stages == 1 or layout.parts % self.num_stacks == 0
+
+    def batch(self) -> PyTree:
+        """Rows with ever fewer tokens that weigh, the last three with none, as the family makes them of text."""
+        generator = np.random.default_rng(0)
+        tokens, targets = generator.integers(0, VOCAB, (2, ROWS, LENGTH), dtype=np.int32)
+        weights = generator.random((ROWS, LENGTH)) > np.arange(ROWS)[:, None] / (ROWS - 3)
+        assert weights[0].all() and not weights[-3:].any()
+        config = self.configuration(ONE_DEVICE)
+        texts = Texts([TokenBatch(*row) for row in zip(tokens, targets, weights.astype(np.float32), strict=True)])
+        samples = program_of(config.model).source(config.model, texts, None)
+        return stack_samples([samples[number] for number in range(len(texts))])
+
+
+class Texts(list[TokenBatch]):
+    """A source of samples that are there already."""
+
+    sequence_length = LENGTH
+
+
+ONE_DEVICE = Layout({"data": 1})
+
+
+def make_subject(family: str, settings: Mapping[str, Any], kind: str | None = None) -> Subject:
+    """That of a family, or of a kind of layer."""
+    known = family_named(family)
+    num_stacks = len(known.stacks(known.config.model_validate({"family": family, **settings})))
+    return Subject(KINDS[kind].name if kind else family, family, settings, num_stacks, kind)
+
+
+FAMILY_SUBJECTS = tuple(make_subject(*line) for line in FAMILIES.items())
+with wave_known():
+    KIND_SUBJECTS = tuple(make_subject("decoder", settings_of(symbol), symbol) for symbol in KINDS)
+SUBJECTS = FAMILY_SUBJECTS + KIND_SUBJECTS
