@@ -19,7 +19,7 @@ from jaxtron.gpus import gpu_named
 from jaxtron.models.decoder.cost import model_flops_per_token
 from jaxtron.plan.formula.prediction import Prediction, predict
 from jaxtron.plan.machine import CONSTANTS, Machine, machine_named
-from jaxtron.plan.profile import PROFILES
+from jaxtron.models.work.profile import PROFILES
 from jaxtron.run.configuration import Configuration
 
 BEGIN, END = "<!-- predictions -->", "<!-- /predictions -->"

@@ -20,9 +20,9 @@ from jaxtron.config import Config, dump
 from jaxtron.data.batch import TokenBatch
 from jaxtron.data.loader import LocalBatch
 from jaxtron.gpus import GPUS, peak_flops
-from jaxtron.models.decoder.attention_backends import attention_lines
 from jaxtron.models.decoder.cost import model_flops_per_token
 from jaxtron.plan.compiled.deviceless import memory
+from jaxtron.run.attention import attention_lines
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import Session, make_session
 from jaxtron.run.step import TrainState

@@ -37,7 +37,7 @@ FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in 
 # Inside a package of many rooms: a file may import those of lower floors, and rooms of one floor are peers.
 INNER_FLOORS = {
     "plan": [
-        {"table", "machine", "profile", "memory_use"},
+        {"table", "machine", "memory_use"},
         {"layout", "hint", "resident"},
         {"compiled", "formula"},
         {"plan"},

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from jaxtron.config import Config
+from jaxtron.models.work.model import ModelWork
+from jaxtron.models.work.shapes import Shapes
 from jaxtron.sharding.config import ContextConfig
 
 
@@ -65,5 +67,11 @@ class Family(Generic[ConfigT]):
     text_loss: str | None = None
     """The sum of its head that is the negative log-likelihood of the targets of a `TokenBatch`, which is its batch;
     texts are scored by it (none: they cannot be)."""
+    work: Callable[[ConfigT, Shapes], ModelWork] | None = None
+    """(config, sizes on a device) -> what a model takes of it; without it no step is predicted (`plan --gpu`)."""
+    recompute: Callable[[ConfigT], tuple[str, ...]] = lambda config: ()
+    """Values of its setting `recompute` for a search to try, those that keep most first (none: no such setting)."""
+    padding_flops: Callable[[ConfigT], float] = lambda config: 0.0
+    """Those of `flops_per_token` that entries of the vocabulary take which are no tokens."""
     continues_text: bool = False
     """Whether its program can tell what follows a text (`Program.predict`), so that text can be generated."""

@@ -33,14 +33,15 @@ def _smaller_state(config: Configuration, sizes: dict[str, int]) -> str:
 
 
 def _smaller_activations(config: Configuration, sizes: dict[str, int]) -> str:
-    recompute = config.model.recompute
-    if recompute == "none":
-        return "--model.recompute selective (activations take most)"
+    levels = config.family.recompute(config.model)
+    own = getattr(config.model, "recompute", None)
+    if levels and own == levels[0]:
+        return f"--model.recompute {levels[1]} (activations take most)"
     if _rows(config, sizes) > 1:
         return _smaller_microbatch(config, sizes)
-    if recompute != "full":
-        return "--model.recompute full (activations take most, and a microbatch is one row already)"
-    why = "activations take most, although all is computed again"
+    if levels and own != levels[-1]:
+        return f"--model.recompute {levels[-1]} (activations take most, and a microbatch is one row already)"
+    why = "activations take most, although all is computed again" if levels else "activations take most"
     parts = 2 * sizes["context"]
     if config.data.sequence_length >= parts * LEAST_PART and _fits(config, {**sizes, "context": parts}):
         return f"--mesh.context {parts}, on more GPUs ({why})"

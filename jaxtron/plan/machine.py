@@ -8,16 +8,15 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, model_validator
 
 from jaxtron.config import Config, UserError, load
 from jaxtron.gpus import GPUS, Gpu, gpu_named
+from jaxtron.models.work.operations import CollectiveKind, Product
 from jaxtron.sharding.folding import FLAGS
 
 CONSTANTS = Path(__file__).with_name("machines.yaml")
-CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 
 
 @dataclass(frozen=True)
@@ -26,32 +25,6 @@ class Group:
 
     size: int
     local: int
-
-
-@dataclass(frozen=True)
-class Product:
-    """`count` equal matrix products [m, k] x [k, n], of numbers `width` bytes wide.
-
-    `output_width` is how many bytes move for one number of the output; 8 where it is added to a float32 sum.
-    """
-
-    m: float
-    n: float
-    k: float
-    count: float = 1.0
-    width: int = 2
-    output_width: int = 2
-
-    @property
-    def flops(self) -> float:
-        """Two for a multiplication with its addition."""
-        return 2.0 * self.count * self.m * self.n * self.k
-
-    @property
-    def bytes(self) -> float:
-        """Bytes that move if each operand is read and the output written once."""
-        operands = self.width * (self.m * self.k + self.k * self.n)
-        return self.count * (operands + self.output_width * self.m * self.n)
 
 
 class Machine(Config):

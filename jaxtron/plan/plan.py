@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxtron.models.decoder.cost import model_flops_per_token
+from jaxtron.models.work.profile import JAXTRON, Profile
 from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.tick_loops import message_counts
 from jaxtron.plan.compiled import flops
@@ -17,7 +17,6 @@ from jaxtron.plan.formula.prediction import Prediction, predict
 from jaxtron.plan.hint import first_change
 from jaxtron.plan.machine import Machine
 from jaxtron.plan.memory_use import MemoryUse
-from jaxtron.plan.profile import JAXTRON, Profile
 from jaxtron.run.configuration import Configuration
 from jaxtron.words import plural
 
@@ -84,7 +83,7 @@ def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
         parameters=rehearsal.session.blueprint.num_parameters,
         memory=memory,
         communication=communication_rows(rehearsal, machine),
-        messages=message_counts(lower(config.schedule(sizes["pipe"]))),
+        messages=message_counts(lower(config.schedule(sizes["pipe"]), config.stage_plan(sizes["pipe"]).stack_chunks)),
         prediction=predict(config, sizes, machine, gpus_per_node=rehearsal.gpus_per_node, profile=profile),
         compiled_flops=_executed(rehearsal),
         attention=rehearsal.attention,
@@ -96,7 +95,7 @@ def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
 
 def _executed(rehearsal: Rehearsal) -> int | None:
     """FLOPs of the compiled program's products; None where they depend on a stage's table or on data."""
-    if rehearsal.session.sizes["pipe"] > 1:
+    if rehearsal.session.trainer.stages.num_virtual > 1:
         return None
     try:
         return flops.work(rehearsal.module).most
@@ -105,5 +104,5 @@ def _executed(rehearsal: Rehearsal) -> int | None:
 
 
 def _padding(config: Configuration) -> float:
-    padded = model_flops_per_token(config.model, config.data.sequence_length)
-    return 6 * config.model.hidden_size * (config.model.padded_vocab - config.model.vocab_size) / padded
+    family, model = config.family, config.model
+    return family.padding_flops(model) / family.flops_per_token(model, config.data.sequence_length)

@@ -11,7 +11,6 @@ import jax
 from jaxtron.command import check_output
 from jaxtron.config import UserError, take_file
 from jaxtron.gpus import GPUS
-from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.pipeline.schedules.table_file import write_csv
 from jaxtron.plan.compare import changes_text, read_plan
 from jaxtron.plan.compiled.rehearsal import rehearse
@@ -138,10 +137,10 @@ SHOW: dict[str, Callable[[Configuration, PlanRequest], None]] = {
 
 def _check_formula(config: Configuration) -> None:
     """`UserError` for models whose time no formula knows."""
-    if not isinstance(config.model, ModelConfig):
+    if config.family.work is None:
         raise UserError(
-            f"model.family {config.model.family}: a step's time is predicted for decoders alone; --layout and "
-            "--schedule show other families too"
+            f"model.family {config.model.family} does not say what work a step has (Family.work), so that no time is "
+            "predicted; --layout and --schedule show it all the same"
         )
 
 

@@ -21,3 +21,8 @@ def select_attention(config: Configuration, parts: int, device_kind: str) -> Map
         length=config.data.sequence_length,
         packed="segments" in config.data.optional_fields,
     )
+
+
+def attention_lines(backends: Mapping[str, Backend]) -> tuple[str, ...]:
+    """One line for each backend: which, and why."""
+    return tuple(dict.fromkeys(backend.reason for backend in backends.values()))

@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 
-from jaxtron.models.decoder.attention_backends import attention_lines
+from jaxtron.run.attention import attention_lines
 from jaxtron.run.configuration import Configuration
 from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
 from jaxtron.runtime.start import start_runtime

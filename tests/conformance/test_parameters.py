@@ -10,9 +10,9 @@ import pytest
 from jaxtron.gpus import gpu_named
 from jaxtron.models.decoder.cost import norm_parameters
 from jaxtron.models.decoder.kinds import KINDS
-from jaxtron.plan.formula.layer_work import LAYER_WORK
+from jaxtron.models.decoder.work import LAYER_WORK
 from jaxtron.plan.formula.workload import shapes_of
-from jaxtron.plan.profile import PROFILES
+from jaxtron.models.work.profile import PROFILES
 from jaxtron.run.session import make_trainer
 from jaxtron.sharding.folding import FLAGS
 from jaxtron.sharding.layout import spec_axes
@@ -104,7 +104,7 @@ def test_a_kinds_work_is_its_flops_region_by_region(subject: Subject):
     kind, config = KINDS[subject.kind], subject.configuration(ONE_DEVICE)
     for profile in PROFILES.values():
         shapes = shapes_of(config, dict.fromkeys(FLAGS, 1), profile, gpu_named("h100").device_kind)
-        work = LAYER_WORK[kind.symbol].slots(shapes)
+        work = LAYER_WORK[kind.symbol].slots(config.model, shapes)
         counted = kind.flops(config.model, shapes.length)
         assert set(work) == set(counted) == set(kind.regions) and all(flops > 0 for flops in counted.values())
         for region, flops in counted.items():

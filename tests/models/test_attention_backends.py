@@ -8,9 +8,10 @@ from flax import nnx
 from jaxtron.config import UserError
 from jaxtron.kernels.attention.backend import IMPLEMENTATIONS, SHORT, Backend
 from jaxtron.models.decoder import attention_backends as module
-from jaxtron.models.decoder.attention_backends import attention_backends, attention_lines, attention_spec
+from jaxtron.models.decoder.attention_backends import attention_backends, attention_spec
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.model import Decoder
+from jaxtron.run.attention import attention_lines
 from jaxtron.sharding.rules import use
 
 TINY = ModelConfig(pattern="*W-", num_layers=1, hidden_size=16, num_heads=2, vocab_size=20, attention={"window": 8})

@@ -1,7 +1,6 @@
 """A kind of layer that only the tests know: one entry of each table by symbol, put there and taken away."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 
 import jax.numpy as jnp
@@ -14,8 +13,9 @@ from jaxtron.models.decoder.kinds import KINDS, LayerKind, check_multiple
 from jaxtron.models.decoder.layers import BUILDERS
 from jaxtron.models.decoder.pattern import parse
 from jaxtron.models.decoder.settings import DecoderSettings
-from jaxtron.plan.formula.layer_work import LAYER_WORK, LayerWork
-from jaxtron.plan.formula.workload import RegionWork, Shapes, linear
+from jaxtron.models.decoder.work import LAYER_WORK, LayerWork, RegionWork
+from jaxtron.models.work.blocks import linear
+from jaxtron.models.work.shapes import Shapes
 from jaxtron.sharding.rules import constrain
 from jaxtron.typing import Array, Float
 
@@ -50,10 +50,9 @@ WAVE = LayerKind(
 )
 
 
-def _work(shapes: Shapes) -> RegionWork:
-    hidden, width = shapes.model.hidden_size, width_of(shapes.model) / shapes.tensor
-    bare = dataclasses.replace(shapes, model=shapes.model.model_copy(update={"bias": False}))
-    return {"wave": linear(bare, hidden, width) + linear(bare, width, hidden)}
+def _work(config: ModelConfig, shapes: Shapes) -> RegionWork:
+    hidden, width = config.hidden_size, width_of(config) / shapes.tensor
+    return {"wave": linear(shapes, hidden, width) + linear(shapes, width, hidden)}
 
 
 @contextlib.contextmanager

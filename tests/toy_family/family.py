@@ -4,6 +4,9 @@ from collections.abc import Mapping
 
 from jaxtron.config import UserError
 from jaxtron.models.family import Family
+from jaxtron.models.work.blocks import embedding, mlp, mlp_temporaries, norm, residual, token_head
+from jaxtron.models.work.model import ModelWork, StackWork
+from jaxtron.models.work.shapes import Shapes, gathered_weights
 from jaxtron.sharding.config import ContextConfig
 from tests.toy_family.config import ToyConfig
 
@@ -27,6 +30,29 @@ def check(config: ToyConfig, sizes: Mapping[str, int], length: int, _context: Co
         raise UserError(f"model.width {config.width} or data.sequence_length {length} does not fit the mesh")
 
 
+def work(config: ToyConfig, shapes: Shapes) -> ModelWork:
+    """Both stacks on the same stages: an MLP a layer, and a look-up of the tokens where each begins."""
+    width, tables = config.width, config.padded_vocab * config.width / shapes.tensor
+    parameters = config.width + 8 * width * width / shapes.tensor
+    inner = 4 * width / shapes.tensor
+    layer = norm(shapes, width) + mlp(shapes, width, inner) + residual(shapes, width)
+    stack = StackWork(
+        layer=layer + gathered_weights(shapes, parameters),
+        parameters=parameters,
+        enter=embedding(shapes, width, tables),
+        temporaries=mlp_temporaries(shapes, width, inner),
+    )
+    return ModelWork(
+        stacks=(stack, stack),
+        head=token_head(shapes, width, config.padded_vocab / shapes.tensor),
+        outer_parameters=tables + 2 * width,
+        # the decoder's beside what the encoder left
+        stream=2 * shapes.stream_bytes(width),
+        head_matrix=tables,
+        logits=shapes.tokens * config.padded_vocab / shapes.tensor,
+    )
+
+
 FAMILY = Family(
     config=ToyConfig,
     program="tests.toy_family.program",
@@ -35,4 +61,5 @@ FAMILY = Family(
     flops_per_token=flops_per_token,
     check=check,
     vocabulary="vocab_size",
+    work=work,
 )

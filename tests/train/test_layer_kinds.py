@@ -14,14 +14,13 @@ from jaxtron.models.decoder.cost import hardware_flops_per_token, model_flops_pe
 from jaxtron.models.decoder.kinds import KINDS
 from jaxtron.models.decoder.layers import BUILDERS
 from jaxtron.models.decoder.model import Decoder
-from jaxtron.plan.formula.layer_work import LAYER_WORK
+from jaxtron.models.decoder.work import LAYER_WORK, period
 from jaxtron.plan.formula.memory_model import Estimator
-from jaxtron.plan.formula.pieces import period
 from jaxtron.plan.formula.prediction import predict
 from jaxtron.plan.formula.workload import shapes_of
 from jaxtron.plan.hint import first_change
 from jaxtron.plan.machine import machine_named
-from jaxtron.plan.profile import PROFILES
+from jaxtron.models.work.profile import PROFILES
 from jaxtron.plan.search.candidates import layouts
 from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.blueprint import blueprint
@@ -78,7 +77,7 @@ def test_a_third_kind_is_planned(wave):
     again = predict(full, sizes, machine).hardware_flops - found.hardware_flops
     counted = hardware_flops_per_token(full.model, 16) - model_flops_per_token(full.model, 16)
     assert again == pytest.approx(counted * 16 * 8 / 4)
-    assert period(shapes_of(config, sizes, PROFILES["jaxtron"], "H100")).weight.products
+    assert period(config.model, shapes_of(config, sizes, PROFILES["jaxtron"], "H100")).weight.products
     used, unused = (Estimator(one).memory(one, sizes, machine.datasheet) for one in (config, bare))
     # its two matrices, split in two by tensor and, at rest, by data; with two moments; and a norm of two vectors
     assert used.master_weights - unused.master_weights == 4 * 2 * (2 * 32 * 48 // 4 + 2 * 32)

@@ -54,8 +54,3 @@ def attention_backends(
         for kind in config.kinds
         if kind.attends
     }
-
-
-def attention_lines(backends: Mapping[str, Backend]) -> tuple[str, ...]:
-    """One line for each backend: which, and why."""
-    return tuple(dict.fromkeys(backend.reason for backend in backends.values()))

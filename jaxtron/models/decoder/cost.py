@@ -44,6 +44,11 @@ def model_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     return 3.0 * (layers + head)
 
 
+def padding_flops_per_token(config: ModelConfig) -> float:
+    """Those of `model_flops_per_token` that rows of the vocabulary take which are no tokens."""
+    return 6 * config.hidden_size * (config.padded_vocab - config.vocab_size)
+
+
 def hardware_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs of one token's forward and backward with the forward of all that `recompute` computes again.
 

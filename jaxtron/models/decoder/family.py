@@ -5,8 +5,9 @@ from typing import Any
 
 from jaxtron.config import UserError
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.cost import model_flops_per_token, num_parameters
+from jaxtron.models.decoder.cost import model_flops_per_token, num_parameters, padding_flops_per_token
 from jaxtron.models.decoder.pattern import parse
+from jaxtron.models.decoder.work import decoder_work
 from jaxtron.models.family import Cuts, Family
 from jaxtron.sharding.config import ContextConfig
 
@@ -40,6 +41,11 @@ def sizes(model: ModelConfig) -> str:
     )
 
 
+def recompute_levels(model: ModelConfig) -> tuple[str, ...]:
+    """All names, `selective` where the pattern has something that it drops."""
+    return ("none", "selective", "full") if any(kind.selective for kind in model.kinds) else ("none", "full")
+
+
 def meaning(model: ModelConfig) -> dict[str, Any]:
     """A default spelled out, and cuts for stages, are the same model."""
     layers = parse(model.pattern, model.num_layers).layers
@@ -69,4 +75,7 @@ FAMILY = Family(
     vocabulary="vocab_size",
     text_loss="loss",
     continues_text=True,
+    work=decoder_work,
+    recompute=recompute_levels,
+    padding_flops=padding_flops_per_token,
 )

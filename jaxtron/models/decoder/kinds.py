@@ -1,7 +1,7 @@
 """The kinds of layers a decoder's pattern is made of: one entry of a table says all that the rest of the house asks.
 
 What a kind computes is built by the entry of the same symbol in `layers.BUILDERS`, which needs JAX, and what it takes
-of a GPU is in `LAYER_WORK` of plan/formula/layer_work.py; the tests hold the tables' keys equal.
+of a GPU is in `LAYER_WORK` of `work.py`; the tests hold the tables' keys equal.
 """
 
 from collections.abc import Callable, Mapping

@@ -10,6 +10,7 @@ from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work, one_stage
 from jaxtron.pipeline.schedules.sizes import check_sizes
 from jaxtron.pipeline.schedules.table_file import read_csv
 from jaxtron.pipeline.schedules.zero_bubble import dualpipe_v, zero_bubble, zero_bubble_v
+from jaxtron.words import either
 
 Generator = Callable[[int, int, int], Schedule]
 
@@ -139,7 +140,26 @@ def make_schedule(
         if num_chunks != 1:
             raise UserError(f"{num_chunks} chunks on one pipeline stage have no effect; use 1 chunk or more stages")
         return one_stage(num_microbatches, num_stacks)
-    return _made(name, num_stages, num_microbatches, num_chunks * num_stacks)
+    try:
+        return _made(name, num_stages, num_microbatches, num_chunks * num_stacks)
+    except UserError:
+        if num_stacks == 1 or not _runs(name, num_stages, num_microbatches, num_chunks):
+            raise
+        whole = num_chunks * num_stacks
+        others = [other for other in SCHEDULES if _runs(other, num_stages, num_microbatches, whole)]
+        mend = f"use {either(others)}" if others else "use another number of stages or microbatches"
+        raise UserError(
+            f"the model's {num_stacks} stacks are {whole} chunks of a stage, too many for {name}; {mend}"
+        ) from None
+
+
+def _runs(name: str, num_stages: int, num_microbatches: int, num_chunks: int) -> bool:
+    """Whether a schedule has a table for these sizes."""
+    try:
+        _made(name, num_stages, num_microbatches, num_chunks)
+    except UserError:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=16)

@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from jaxtron.models.work.operations import CollectiveKind
+from jaxtron.models.work.profile import Overlap
 from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.tick_loops import reached
 from jaxtron.plan.compiled.census import Collective, part_of
 from jaxtron.plan.compiled.links import Link, link
 from jaxtron.plan.compiled.rehearsal import Rehearsal
-from jaxtron.plan.machine import CollectiveKind, Group, Machine, axes_group
-from jaxtron.plan.profile import Overlap
+from jaxtron.plan.machine import Group, Machine, axes_group
 from jaxtron.sharding.folding import BATCH_FLAGS, SHARD_FLAGS
 
 _KINDS: dict[str, CollectiveKind] = {
@@ -91,11 +92,13 @@ def runs(rehearsal: Rehearsal) -> Callable[[Collective], float]:
 
     What a schedule's ticks choose runs where the stage has such work, not at every tick of the loop.
     """
-    table = rehearsal.session.config.schedule(rehearsal.session.sizes["pipe"])
-    if table.num_stages == 1:
+    stages = rehearsal.session.trainer.stages
+    table = rehearsal.session.config.schedule(stages.num_stages)
+    if stages.num_virtual == 1:
         return lambda entry: entry.executions
-    lowered = lower(table)
-    each = table.num_microbatches * table.num_chunks
+    lowered = lower(table, stages.stack_chunks)
+    # of several stacks, which have as many chunks each, a tick chooses one
+    each = table.num_microbatches * stages.stack_chunks[0]
     part = {False: each / reached(lowered, "forward"), True: each / reached(lowered, "backward")}
     return lambda entry: entry.executions * (part[entry.backward] if entry.conditional else 1.0)
 

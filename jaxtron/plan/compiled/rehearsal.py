@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import jax
 
 from jaxtron.gpus import Gpu, gpu_named
-from jaxtron.models.decoder.attention_backends import attention_lines
 from jaxtron.plan.compiled import hlo
 from jaxtron.plan.compiled.census import Collective, census
 from jaxtron.plan.compiled.deviceless import MORE, Memory, gpu_devices, memory
@@ -14,6 +13,7 @@ from jaxtron.plan.compiled.memory import memory_use
 from jaxtron.plan.layout import ParameterRow, parameter_rows
 from jaxtron.plan.memory_use import MemoryUse
 from jaxtron.quiet import collect_stderr
+from jaxtron.run.attention import attention_lines
 from jaxtron.run.batches import abstract_batch
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import Session, make_session

@@ -1,11 +1,12 @@
 """What a layer keeps for its backward, in bytes, from shapes alone."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from jaxtron.config import UserError
 from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work
 from jaxtron.plan.memory_use import device_bytes
 from jaxtron.plan.resident import resident
@@ -16,6 +17,7 @@ from jaxtron.run.session import make_trainer
 from jaxtron.sharding.config import MeshConfig, ShardingConfig
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import current, make_rules, use
+from jaxtron.typing import PyTree
 
 
 class Kept(NamedTuple):
@@ -25,6 +27,13 @@ class Kept(NamedTuple):
     deferred: int
 
 
+class RowBytes(NamedTuple):
+    """Bytes of one row on a device: what is kept in a layer of each stack, and the stream between layers."""
+
+    kept: tuple[Kept, ...]
+    stream: int
+
+
 def layer_bytes(config: Configuration, sizes: dict[str, int], kind: str | None = None) -> int:
     """Bytes that a device keeps of one microbatch in one layer (a period of a pattern) of a pipeline's stage;
     of several stacks, in one of that which keeps most.
@@ -32,11 +41,11 @@ def layer_bytes(config: Configuration, sizes: dict[str, int], kind: str | None =
     `kind` is what the devices are (`jax.Device.device_kind`; none: this machine's): kernels keep no probabilities.
     """
     rows = config.train.global_batch // config.train.microbatches // (sizes["data"] * sizes["fsdp"])
-    return rows * max(kept.residuals for kept in kept_bytes(config, sizes["tensor"], sizes["context"], kind))
+    return rows * max(kept.residuals for kept in row_bytes(config, sizes["tensor"], sizes["context"], kind).kept)
 
 
-def kept_bytes(config: Configuration, tensor: int, context: int = 1, kind: str | None = None) -> tuple[Kept, ...]:
-    """Bytes kept of one row of a microbatch in one layer of each stack, on each of `tensor` x `context` devices.
+def row_bytes(config: Configuration, tensor: int, context: int = 1, kind: str | None = None) -> RowBytes:
+    """Bytes of one row of a microbatch on each of `tensor` x `context` devices.
 
     Traced, never run, on devices of this machine that stand for those of this `kind`; `UserError` where it has too few.
     """
@@ -54,11 +63,14 @@ def kept_bytes(config: Configuration, tensor: int, context: int = 1, kind: str |
     config = config.model_copy(update=alone)
     with use(make_rules(mesh, ShardingConfig())):
         trainer = make_trainer(config, select_attention(config, parts, kind or current().device_kind))
-        held = resident(trainer, abstract_batch(config), _put_off(trainer.stages.num_chunks))[1].stacks
-        return tuple(
-            Kept(*(_bytes(arrays) // stack.num_layers for arrays in (kept.residuals, kept.deferred)))
-            for kept, stack in zip(held, trainer.stages.partitions, strict=True)
+        table = _put_off(trainer.stages.num_chunks)
+        held = resident(trainer, abstract_batch(config), table)[1]
+        kept = tuple(
+            Kept(*(_bytes(arrays) // stack.num_layers for arrays in (buffers.residuals, buffers.deferred)))
+            for buffers, stack in zip(held.stacks, trainer.stages.partitions, strict=True)
         )
+        cotangents = lower(table, trainer.stages.stack_chunks).num_cotangents + 1
+        return RowBytes(kept, _bytes(held.cotangents) // cotangents)
 
 
 def _put_off(num_chunks: int) -> Schedule:
@@ -68,5 +80,5 @@ def _put_off(num_chunks: int) -> Schedule:
     return Schedule("put off", (*there, *((Entry(backward=work, weight=work),) for work in works[::-1])), 1, num_chunks)
 
 
-def _bytes(arrays: list[Any]) -> int:
-    return sum(map(device_bytes, arrays))
+def _bytes(arrays: PyTree) -> int:
+    return sum(map(device_bytes, jax.tree.leaves(arrays)))

@@ -8,9 +8,9 @@ from pathlib import Path
 from jaxtron.command import write_whole
 from jaxtron.config import UserError, dump
 from jaxtron.gpus import Gpu
+from jaxtron.models.work.profile import JAXTRON, Profile
 from jaxtron.plan.formula.prediction import predict
 from jaxtron.plan.machine import Machine
-from jaxtron.plan.profile import JAXTRON, Profile
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.metrics import read_metrics
 from jaxtron.words import plural

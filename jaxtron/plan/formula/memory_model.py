@@ -8,20 +8,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtron.data.batch import SEQUENCE, TokenBatch, row_bytes
 from jaxtron.gpus import Gpu
 from jaxtron.layers.loss import CHUNK_ELEMENTS
-from jaxtron.models.decoder.kinds import KINDS
 from jaxtron.models.program import make_parts
+from jaxtron.models.work.profile import JAXTRON
+from jaxtron.models.work.shapes import FLOAT
 from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.schedules.named import make_schedule
-from jaxtron.plan.formula.activations import Kept, kept_bytes
-from jaxtron.plan.formula.layer_work import LAYER_WORK
-from jaxtron.plan.formula.workload import FLOAT, Shapes, shapes_of
+from jaxtron.pipeline.schedules.schedule import Schedule
+from jaxtron.plan.formula.activations import Kept, RowBytes, row_bytes
+from jaxtron.plan.formula.workload import shapes_of, work_of
 from jaxtron.plan.memory_use import NCCL_BUFFERS, MemoryUse, reserved
-from jaxtron.plan.profile import JAXTRON
 from jaxtron.roles import Role
 from jaxtron.run.attention import select_attention
+from jaxtron.run.batches import batch_row_bytes
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
 from jaxtron.sharding.config import MeshConfig, ShardingConfig
@@ -32,7 +32,7 @@ from jaxtron.sharding.rules import Rules, make_rules, use
 
 COUNTER = 4
 # What compiled steps hold at their peak beside the classes that shapes explain and beside the layers, measured as in
-# layer_work.py: multiples of a chunk's logits and of the head's table in float32.
+# models/work/blocks.py: multiples of a chunk's logits and of the head's table in float32.
 LOGITS, TABLES = 3.0, 2.5
 # What is deferred to weight gradients is copied, and their operands transposed.
 DEFERRED = 1.2
@@ -41,20 +41,21 @@ DEFERRED = 1.2
 class BufferSlots(NamedTuple):
     """How many of each buffer's slots a schedule needs."""
 
-    residuals: int
-    deferred: int
+    residuals: tuple[int, ...]
+    """Of each stack."""
+    deferred: tuple[int, ...]
     activations: int
     gradients: int
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """An array of the model's, whole; of stacked ones `shape` is a row's, without the leading axis."""
+    """An array of the model's, whole; one of a stack (by number) has a row's shape, without the leading axis."""
 
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     role: Role
-    is_stacked: bool
+    stack: int | None
 
 
 class StateBytes(NamedTuple):
@@ -80,8 +81,8 @@ class Estimator:
     def __init__(self, config: Configuration) -> None:
         self.config = config.resolved()
         self._parameters = _parameters(self.config)
-        self._rows: dict[tuple, int] = {}
-        self._kept: dict[tuple, Kept] = {}
+        self._chunks: dict[tuple, tuple[int, ...]] = {}
+        self._row_bytes: dict[tuple, RowBytes] = {}
         self._states: dict[tuple, StateBytes] = {}
 
     def memory(self, config: Configuration, sizes: dict[str, int], gpu: Gpu) -> MemoryUse:
@@ -91,63 +92,66 @@ class Estimator:
         `UserError` where a parameter does not divide, or the schedule does not run. Tensor parallelism needs as many
         devices here, simulated ones will do.
         """
-        stages, tensor = sizes["pipe"], sizes["tensor"]
-        model, train = config.model, config.train
+        stages, train = sizes["pipe"], config.train
         rows = train.global_batch // train.microbatches // (sizes["data"] * sizes["fsdp"])
-        slots = _slots(shortened(config, stages), stages)
-        chunk_rows, chunks = self._chunk_rows(config, stages), config.pipeline.chunks if stages > 1 else 1
+        layers = self._chunk_layers(config, stages)
+        slots = _slots(shortened(config, stages), stages, len(layers))
         state = self.state(config, sizes)
-        kept = self._kept_bytes(config, tensor, sizes["context"], gpu.device_kind)
-        width = DTYPES[train.precision].itemsize
-        x = rows * config.data.sequence_length * model.hidden_size * width // (tensor * sizes["context"])
-        travels = stages * chunks > 1
+        row = self._bytes_of_a_row(config, sizes["tensor"], sizes["context"], gpu.device_kind)
+        travels = stages * _chunks(config, stages) * len(layers) > 1
         held = (slots.activations + 1 if travels else 0) + slots.gradients + 1 + travels
         communication = NCCL_BUFFERS * _groups(sizes)
-        row = row_bytes(TokenBatch, {SEQUENCE: config.data.sequence_length}, config.data.optional_fields)
+        each = zip(layers, slots.residuals, slots.deferred, row.kept, strict=True)
+        kept = sum(count * (here * one.residuals + late * one.deferred) for count, here, late, one in each)
         used = MemoryUse(
             master_weights=state.master,
             optimizer=state.optimizer,
             weights=state.weights,
             gradients=state.gradients,
-            activations=rows * chunk_rows * (slots.residuals * kept.residuals + slots.deferred * kept.deferred),
-            messages=held * x,
-            batch=rows * train.microbatches * row,
+            activations=rows * kept,
+            messages=held * rows * row.stream,
+            batch=rows * train.microbatches * batch_row_bytes(config),
             temporaries=0,
             communication=communication,
             reserve=reserved(gpu, communication),
             capacity=gpu.memory_bytes,
             stages=(),
         )
-        temporaries = _temporaries(config, sizes, gpu.device_kind, slots, chunk_rows, kept, state, used)
+        temporaries = _temporaries(config, sizes, gpu.device_kind, slots, layers, row.kept, state, used)
         return replace(used, temporaries=temporaries)
 
     def state(self, config: Configuration, sizes: dict[str, int]) -> StateBytes:
         """Of all parameters; a `UserError` where one does not divide, or the layers cannot be shared out."""
         stages = sizes["pipe"]
-        rows = self._chunk_rows(config, stages) * (config.pipeline.chunks if stages > 1 else 1)
+        rows = tuple(count * _chunks(config, stages) for count in self._chunk_layers(config, stages))
         key = (*(sizes[axis] for axis in FLAGS), config.sharding.zero, rows)
         if key not in self._states:
             self._states[key] = self._added(_rules(sizes, config.sharding), rows)
         return self._states[key]
 
-    def _added(self, rules: Rules, rows: int) -> StateBytes:
+    def _added(self, rules: Rules, rows: tuple[int, ...]) -> StateBytes:
+        """With so many rows of each stack on a device."""
         optimizer, dtype = self.config.optimizer, DTYPES[self.config.train.precision]
-        found = [_state(parameter, rules, rows, dtype) for parameter in self._parameters]
+        counts = [1 if parameter.stack is None else rows[parameter.stack] for parameter in self._parameters]
+        each = zip(self._parameters, counts, strict=True)
+        found = [_state(parameter, rules, count, dtype) for parameter, count in each]
         moments = 2 if optimizer.name == "adamw" else int(optimizer.momentum > 0)
         master, _, weights, gradients, largest, gathered = zip(*found, strict=True)
         # adamw counts its updates, and so does the learning rate, beside the step
-        counts = COUNTER * (2 + (optimizer.name == "adamw"))
+        counters = COUNTER * (2 + (optimizer.name == "adamw"))
         return StateBytes(
-            sum(master), moments * sum(master) + counts, sum(weights), sum(gradients), max(largest), any(gathered)
+            sum(master), moments * sum(master) + counters, sum(weights), sum(gradients), max(largest), any(gathered)
         )
 
-    def _chunk_rows(self, config: Configuration, num_stages: int) -> int:
+    def _chunk_layers(self, config: Configuration, num_stages: int) -> tuple[int, ...]:
+        """Slots of a chunk of each stack."""
         key = (num_stages, config.pipeline)
-        if key not in self._rows:
-            self._rows[key] = shortened(config, num_stages).stage_plan(num_stages).partitions[0].slots_per_chunk
-        return self._rows[key]
+        if key not in self._chunks:
+            plan = shortened(config, num_stages).stage_plan(num_stages)
+            self._chunks[key] = tuple(stack.slots_per_chunk for stack in plan.partitions)
+        return self._chunks[key]
 
-    def _kept_bytes(self, config: Configuration, tensor: int, context: int, kind: str) -> Kept:
+    def _bytes_of_a_row(self, config: Configuration, tensor: int, context: int, kind: str) -> RowBytes:
         """Of one row. All that is kept has a device's tokens and no more, so that a whole sequence tells what is kept
         of a part, where the same implementation computes its attention."""
 
@@ -155,10 +159,12 @@ class Estimator:
             return tuple(backend.name for backend in select_attention(config, parts, kind).values())
 
         parts = 1 if names(1) == names(context) else 2
-        key = (config.model.recompute, tensor, parts, names(context), kind)
-        if key not in self._kept:
-            (self._kept[key],) = kept_bytes(config, tensor, parts, kind)
-        return Kept(*(size * parts // context for size in self._kept[key]))
+        key = (getattr(config.model, "recompute", None), tensor, parts, names(context), kind)
+        if key not in self._row_bytes:
+            self._row_bytes[key] = row_bytes(config, tensor, parts, kind)
+        found = self._row_bytes[key]
+        kept = tuple(Kept(*(size * parts // context for size in one)) for one in found.kept)
+        return RowBytes(kept, found.stream * parts // context)
 
 
 def _temporaries(
@@ -166,8 +172,8 @@ def _temporaries(
     sizes: dict[str, int],
     kind: str,
     slots: BufferSlots,
-    chunk_rows: int,
-    kept: Kept,
+    layers: tuple[int, ...],
+    kept: tuple[Kept, ...],
     state: StateBytes,
     used: MemoryUse,
 ) -> int:
@@ -178,36 +184,19 @@ def _temporaries(
     end run at the same time, each with a transposed copy; without, one after the other.
     """
     shapes = shapes_of(config, sizes, JAXTRON, kind)
-    vocab, hidden = shapes.vocab, config.model.hidden_size
-    head = TABLES * FLOAT * vocab * hidden + LOGITS * FLOAT * min(shapes.tokens * vocab, CHUNK_ELEMENTS)
-    loop = max(_layer(shapes), head) + DEFERRED * shapes.rows * chunk_rows * slots.deferred * kept.deferred
-    loop += slots.residuals * chunk_rows * shapes.rows * _transposed(shapes, in_loop=chunk_rows > 1)
+    work = work_of(config, shapes)
+    tables = TABLES * FLOAT * work.head_matrix
+    head = tables + LOGITS * FLOAT * min(work.logits, CHUNK_ELEMENTS)
+    loop = max(*(stack.temporaries for stack in work.stacks), head)
+    for count, here, late, one, stack in zip(layers, slots.residuals, slots.deferred, kept, work.stacks, strict=True):
+        transposed = stack.transposed_in_loop if count > 1 else stack.transposed
+        loop += shapes.rows * count * (DEFERRED * late * one.deferred + here * transposed)
     if state.gathered:
-        loop += state.largest + TABLES * FLOAT * vocab * hidden
+        loop += state.largest + tables
     if config.sharding.zero != "optimizer" or sizes["data"] * sizes["context"] == 1:
         return round(loop)
     reduced = state.master + (state.gradients if sizes["pipe"] > 1 else state.largest)
     return round(max(loop, reduced - used.weights - used.activations - used.messages))
-
-
-def _layer(shapes: Shapes) -> float:
-    """Bytes that a layer's backward needs beside what it kept: of all modules that a layer can have."""
-    modules: dict[str, float] = {}
-    for kind in shapes.model.kinds:
-        needed = LAYER_WORK[kind.symbol].temporaries(shapes)
-        modules[kind.module] = max(modules.get(kind.module, 0.0), needed)
-    return sum(modules.values())
-
-
-def _transposed(shapes: Shapes, in_loop: bool) -> int:
-    """Bytes of one row of a period that a loop over layers keeps a second time."""
-    model = shapes.model
-    if "layer" in model.recomputed:
-        return 0
-    kept = (
-        symbol for branch in model.layout.period for symbol in branch if KINDS[symbol].module not in model.recomputed
-    )
-    return sum(LAYER_WORK[symbol].transposed(shapes, in_loop) for symbol in kept)
 
 
 def _groups(sizes: dict[str, int]) -> int:
@@ -218,11 +207,13 @@ def _groups(sizes: dict[str, int]) -> int:
 def _parameters(config: Configuration) -> tuple[Parameter, ...]:
     """All arrays of the model, from its blueprint on one device."""
     with use(make_rules(build_mesh(MeshConfig(data=1), jax.devices()[:1]), ShardingConfig())):
-        plan = make_parts(config.model, DTYPES[config.train.precision]).blueprint
-    specs = jax.tree.leaves(plan.parameters)
-    rows = [spec.is_stacked for spec in specs]
+        parts = make_parts(config.model, DTYPES[config.train.precision])
+    split = parts.split(parts.blueprint.parameters)
+    owners = ((None, split.outer), *enumerate(split.stacks))
     return tuple(
-        Parameter(spec.axes[row:], spec.shape[row:], spec.role, row) for spec, row in zip(specs, rows, strict=True)
+        Parameter(spec.axes[spec.is_stacked :], spec.shape[spec.is_stacked :], spec.role, stack)
+        for stack, specs in owners
+        for spec in jax.tree.leaves(specs)
     )
 
 
@@ -231,10 +222,9 @@ def _rules(sizes: dict[str, int], config: ShardingConfig) -> Rules:
     return make_rules(abstract_mesh(MeshConfig(**sizes), math.prod(sizes.values())), config)
 
 
-def _state(parameter: Parameter, rules: Rules, rows: int, dtype: jnp.dtype) -> StateBytes:
-    """One parameter on a device; as `parameters.gather_once` makes the copy to compute with."""
+def _state(parameter: Parameter, rules: Rules, count: int, dtype: jnp.dtype) -> StateBytes:
+    """One parameter on a device, `count` rows of it; as `parameters.gather_once` makes the copy to compute with."""
     layout = rules.parameter_layout(parameter.axes, parameter.shape)
-    count = rows if parameter.is_stacked else 1
     at_rest, whole = (count * math.prod(rules.part(layout, gathers)) for gathers in ((), layout.once))
     later = layout.at_use != ()
     width = FLOAT if later else working_dtype(parameter.role, dtype).itemsize
@@ -258,17 +248,24 @@ def shortened(config: Configuration, num_stages: int) -> Configuration:
     return config.model_copy(update={"train": config.train.model_copy(update={"microbatches": short})})
 
 
-def _slots(config: Configuration, num_stages: int) -> BufferSlots:
-    pipeline, count = config.pipeline, config.train.microbatches
+def _chunks(config: Configuration, num_stages: int) -> int:
+    """A stage's chunks of each stack."""
+    return config.pipeline.chunks if num_stages > 1 else 1
+
+
+def _slots(config: Configuration, num_stages: int, num_stacks: int) -> BufferSlots:
+    pipeline, count, chunks = config.pipeline, config.train.microbatches, _chunks(config, num_stages)
     if pipeline.schedule.endswith(".csv"):
-        lowered = lower(config.schedule(num_stages))
-        return BufferSlots(
-            lowered.num_residuals[0], lowered.num_deferred[0], lowered.num_inputs, lowered.num_cotangents
-        )
-    return _made_slots(pipeline.schedule, num_stages, count, pipeline.chunks)
+        return _buffer_slots(config.schedule(num_stages), chunks, num_stacks)
+    return _made_slots(pipeline.schedule, num_stages, count, chunks, num_stacks)
 
 
 @functools.lru_cache(maxsize=4096)
-def _made_slots(name: str, num_stages: int, num_microbatches: int, num_chunks: int) -> BufferSlots:
-    lowered = lower(make_schedule(name, num_stages, num_microbatches, num_chunks))
-    return BufferSlots(lowered.num_residuals[0], lowered.num_deferred[0], lowered.num_inputs, lowered.num_cotangents)
+def _made_slots(name: str, num_stages: int, num_microbatches: int, chunks: int, num_stacks: int) -> BufferSlots:
+    table = make_schedule(name, num_stages, num_microbatches, chunks, num_stacks)
+    return _buffer_slots(table, chunks, num_stacks)
+
+
+def _buffer_slots(table: Schedule, chunks: int, num_stacks: int) -> BufferSlots:
+    lowered = lower(table, (chunks,) * num_stacks)
+    return BufferSlots(lowered.num_residuals, lowered.num_deferred, lowered.num_inputs, lowered.num_cotangents)

@@ -5,16 +5,17 @@ import math
 from dataclasses import dataclass, fields
 
 from jaxtron.gpus import gpu_named
-from jaxtron.models.decoder.cost import model_flops_per_token
-from jaxtron.pipeline.partition import Partition
+from jaxtron.models.work.model import ModelWork
+from jaxtron.models.work.operations import CollectiveWork, PhaseWork
+from jaxtron.models.work.profile import JAXTRON, Profile
+from jaxtron.pipeline.partition import StagePlan
 from jaxtron.pipeline.schedules.figures import Slot, Walk, starts, walk
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.plan.formula import pieces
 from jaxtron.plan.formula.pieces import OPTIMIZER_BYTES, Once
-from jaxtron.plan.formula.workload import CollectiveWork, PhaseWork, Shapes, shapes_of
+from jaxtron.plan.formula.workload import shapes_of, work_of
 from jaxtron.plan.machine import Group, Machine, axes_group
-from jaxtron.plan.profile import JAXTRON, Profile
 from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.folding import FLAGS, SHARD_FLAGS
 
@@ -22,8 +23,8 @@ SLOTS: tuple[Slot, ...] = ("forward", "backward", "weight")
 
 
 @dataclass(frozen=True)
-class Breakdown:
-    """Seconds of a step on the stage that ends last; communication is what no product hides."""
+class SlotCost:
+    """Seconds of a slot by what they are spent on; communication is what no product hides."""
 
     products: float = 0.0
     memory: float = 0.0
@@ -31,14 +32,26 @@ class Breakdown:
     fsdp: float = 0.0
     context: float = 0.0
     pipe: float = 0.0
-    bubble: float = 0.0
-    data: float = 0.0
-    optimizer: float = 0.0
 
     @property
     def total(self) -> float:
-        """The step."""
+        """All of them."""
         return sum(getattr(self, field.name) for field in fields(self))
+
+    def __add__(self, other: "SlotCost") -> "SlotCost":
+        return SlotCost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(SlotCost)))
+
+    def __mul__(self, times: float) -> "SlotCost":
+        return SlotCost(*(getattr(self, field.name) * times for field in fields(SlotCost)))
+
+
+@dataclass(frozen=True)
+class Breakdown(SlotCost):
+    """Seconds of a step on the stage that ends last: of its slots, and what comes beside them."""
+
+    bubble: float = 0.0
+    data: float = 0.0
+    optimizer: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,29 +71,6 @@ class Prediction:
     def seconds_for(self, tokens: float) -> float:
         """Seconds of training on so many tokens."""
         return tokens / self.tokens_per_second
-
-
-@dataclass(frozen=True)
-class SlotCost:
-    """Seconds of a slot by what they are spent on."""
-
-    products: float = 0.0
-    memory: float = 0.0
-    tensor: float = 0.0
-    fsdp: float = 0.0
-    context: float = 0.0
-    pipe: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """The slot."""
-        return self.products + self.memory + self.tensor + self.fsdp + self.context + self.pipe
-
-    def __add__(self, other: "SlotCost") -> "SlotCost":
-        return SlotCost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
-
-    def __mul__(self, times: float) -> "SlotCost":
-        return SlotCost(*(getattr(self, field.name) * times for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -129,20 +119,19 @@ class Timer:
         group = self.group(purpose)
         return sum(one.count * self.machine.collective_seconds(one.kind, one.size, group) for one in found)
 
-    def message(self, shapes: Shapes) -> float:
-        """Seconds of a microbatch from one stage to the next: each device sends its part of the sequence.
+    def message(self, stream: float) -> float:
+        """Seconds of a microbatch's stream of so many bytes from one stage to the next: each device sends its part.
 
         Where the stream is copied over `tensor`, a part is sent all the same and gathered after it (2104.04473, 4.1).
         """
+        parts = self.sizes["tensor"]
         if self.sizes["pipe"] == 1:
             return 0.0
         inside = axes_group(self.sizes, ("pipe",), self.gpus_per_node)
-        seconds = self.machine.message_seconds(
-            shapes.residual_bytes / shapes.tensor, inside_node=inside.local == inside.size
-        )
-        if self.profile.sequence_sharded or shapes.tensor == 1:
+        seconds = self.machine.message_seconds(stream / parts, inside_node=inside.local == inside.size)
+        if self.profile.sequence_sharded or parts == 1:
             return seconds
-        return seconds + self.machine.collective_seconds("all_gather", shapes.residual_bytes, self.group("tensor"))
+        return seconds + self.machine.collective_seconds("all_gather", stream, self.group("tensor"))
 
 
 def predict(
@@ -161,15 +150,19 @@ def predict(
     config.check_mesh(sizes)
     shapes = shapes_of(config, sizes, profile, gpu_named(machine.gpu).device_kind)
     timer = Timer(machine, sizes, gpus_per_node, profile, config.sharding.zero)
+    work = work_of(config, shapes)
     table, walked = _walk(config, sizes["pipe"])
-    partition = config.stage_plan(sizes["pipe"]).partitions[0]
-    costs, flops = _slot_costs(shapes, table, partition, timer)
+    plan = config.stage_plan(sizes["pipe"])
+    costs, flops = _slot_costs(work, table, plan, timer)
     durations: dict[Slot, list[float]] = {slot: [cost.total for cost in costs[slot]] for slot in costs}
-    begun = starts(walked, durations, latency=profile.overlap.pipe * timer.message(shapes))
+    begun = starts(walked, durations, latency=profile.overlap.pipe * timer.message(work.stream))
     ends = [0.0] * table.num_stages
     for stage, slot, virtual, start in zip(walked.stages, walked.slots, walked.virtuals, begun, strict=True):
         ends[stage] = start + durations[slot][virtual]
-    stages = [_stage(config, shapes, table, partition, costs, stage, end) for stage, end in enumerate(ends)]
+    stages = []
+    for stage, end in enumerate(ends):
+        layers = [sum(stack.chunk_lengths[stage]) for stack in plan.partitions]
+        stages.append(_stage(config, table, costs, stage, end, pieces.once(config, shapes, work, layers)))
     breakdown = _breakdown(stages, timer, config.optimizer.name)
     return _prediction(config, sizes, machine, breakdown, flops, durations)
 
@@ -185,7 +178,7 @@ def _prediction(
     num_gpus = math.prod(sizes[axis] for axis in FLAGS)
     tokens = config.train.global_batch * config.data.sequence_length
     seconds, peak = breakdown.total, machine.datasheet.peak_flops
-    model_flops = model_flops_per_token(config.model, config.data.sequence_length) * tokens / num_gpus
+    model_flops = config.family.flops_per_token(config.model, config.data.sequence_length) * tokens / num_gpus
     hardware_flops = flops * config.train.microbatches / sizes["pipe"]
     return Prediction(
         step_seconds=seconds,
@@ -213,23 +206,26 @@ def _known_walk(name: str, num_stages: int, num_microbatches: int, num_chunks: i
 
 
 def _slot_costs(
-    shapes: Shapes, table: Schedule, partition: Partition, timer: Timer
+    work: ModelWork, table: Schedule, plan: StagePlan, timer: Timer
 ) -> tuple[dict[Slot, list[SlotCost]], float]:
     """The cost of each slot by virtual stage, and the FLOPs of a microbatch on a device of each stage, added up."""
-    model = (pieces.period(shapes), pieces.embedding(shapes), pieces.head(shapes))
     last = table.num_virtual - 1
-    message = SlotCost(pipe=(1 - timer.profile.overlap.pipe) * timer.message(shapes))
+    message = SlotCost(pipe=(1 - timer.profile.overlap.pipe) * timer.message(work.stream))
     costs: dict[Slot, list[SlotCost]] = {}
     flops = 0.0
     for slot in SLOTS if table.split else SLOTS[:2]:
-        works = [pieces.slot_work(piece, slot, split=table.split) for piece in model]
-        period, embedding, head = map(timer.cost, works)
         costs[slot] = []
-        for virtual, length in enumerate(partition.lengths):
-            ends = (embedding,) * (virtual == 0) + (head,) * (virtual == last)
-            arrives = slot == "forward" and virtual > 0 or slot == "backward" and virtual < last
-            costs[slot].append(sum((*ends, *(message,) * arrives), start=period * length))
-        flops += works[0].flops * partition.num_layers + works[1].flops + works[2].flops
+        head = pieces.slot_work(work.head, slot, split=table.split)
+        for stack, partition in zip(work.stacks, plan.partitions, strict=True):
+            layer, enter = (pieces.slot_work(piece, slot, split=table.split) for piece in (stack.layer, stack.enter))
+            each, first = timer.cost(layer), timer.cost(enter)
+            for number, length in enumerate(partition.lengths):
+                virtual = len(costs[slot])
+                ends = (first,) * (number == 0) + (timer.cost(head),) * (virtual == last)
+                arrives = slot == "forward" and virtual > 0 or slot == "backward" and virtual < last
+                costs[slot].append(sum((*ends, *(message,) * arrives), start=each * length))
+            flops += layer.flops * partition.num_layers + enter.flops
+        flops += head.flops
     return costs, flops
 
 
@@ -246,12 +242,11 @@ class StageStep:
 
 def _stage(
     config: Configuration,
-    shapes: Shapes,
     table: Schedule,
-    partition: Partition,
     costs: dict[Slot, list[SlotCost]],
     stage: int,
     end: float,
+    once: Once,
 ) -> StageStep:
     mine = [table.virtual(stage, chunk) for chunk in range(table.num_chunks)]
     slots = {slot: sum((costs[slot][virtual] for virtual in mine), start=SlotCost()) for slot in costs}
@@ -260,7 +255,7 @@ def _stage(
         forward=slots["forward"],
         backward=slots["backward"],
         end=end,
-        once=pieces.once(config, shapes, sum(partition.lengths[virtual] for virtual in mine)),
+        once=once,
     )
 
 
@@ -276,13 +271,9 @@ def _breakdown(stages: list[StageStep], timer: Timer, optimizer: str) -> Breakdo
     done, latest = max((stage.end + reduced[number], number) for number, stage in enumerate(stages))
     update = max(stage.once.parameters for stage in stages) * OPTIMIZER_BYTES[optimizer]
     work = stages[latest].work
+    spent = work + SlotCost(pipe=timer.collectives(stages[0].once.tables, "pipe"))
     return Breakdown(
-        products=work.products,
-        memory=work.memory,
-        tensor=work.tensor,
-        fsdp=work.fsdp,
-        context=work.context,
-        pipe=work.pipe + timer.collectives(stages[0].once.tables, "pipe"),
+        **{field.name: getattr(spent, field.name) for field in fields(spent)},
         bubble=max(0.0, stages[latest].end - work.total),
         data=done - stages[latest].end + max(exposed(stage.once.gathered, stage.forward) for stage in stages),
         optimizer=timer.machine.pass_seconds(update),

@@ -41,7 +41,8 @@ class CandidateLayout:
     pipe: int
     pipeline: PipelineConfig
     rows: int
-    recompute: str | tuple[str, ...]
+    recompute: str | tuple[str, ...] | None
+    """None where the model has no such setting."""
     zero: str
     context: int = 1
     attention: ContextConfig = ContextConfig()
@@ -64,12 +65,13 @@ class CandidateLayout:
     def config(self, base: Configuration) -> Configuration:
         """The configuration with this layout, not validated again: `predict` checks what can be wrong with it."""
         microbatches = self.microbatches(base.train.global_batch)
+        model = {} if self.recompute is None else {"recompute": self.recompute}
         return base.model_copy(
             update={
                 "mesh": MeshConfig(**self.sizes),
                 "context": self.attention,
                 "pipeline": self.pipeline,
-                "model": base.model.model_copy(update={"recompute": self.recompute}),
+                "model": base.model.model_copy(update=model),
                 "train": base.train.model_copy(update={"microbatches": microbatches}),
                 "sharding": base.sharding.model_copy(update={"zero": self.zero}),
             }
@@ -81,7 +83,7 @@ class CandidateLayout:
         words = []
         for section, names in SETTINGS.items():
             for name in names:
-                value, before = (getattr(getattr(one, section), name) for one in (config, base))
+                value, before = (getattr(getattr(one, section), name, None) for one in (config, base))
                 # an axis left open is filled with what the others leave
                 if value != before and not (section == "mesh" and before == -1):
                     words.append(f"--{section}.{name} {' '.join(value) if isinstance(value, tuple) else value}")
@@ -95,7 +97,9 @@ class CandidateLayout:
 
     def _words(self) -> dict[str, str]:
         words = {axis: str(part) for axis, part in self.sizes.items()}
-        words |= {"rows": str(self.rows), "recompute": self.recompute_text}
+        words["rows"] = str(self.rows)
+        if self.recompute is not None:
+            words["recompute"] = self.recompute_text
         if self.pipe > 1:
             words["schedule"] = self.order_text
         if self.context > 1:
@@ -122,16 +126,16 @@ class CandidateLayout:
     def text(self, global_batch: int) -> str:
         """All of it in a line."""
         parts = [self.mesh_text, self.order_text if self.pipe > 1 else "", f"rows {self.rows}"]
-        parts += [
-            plural(self.microbatches(global_batch), "microbatch"),
-            f"recompute {self.recompute_text}",
-        ]
+        parts.append(plural(self.microbatches(global_batch), "microbatch"))
+        parts.append("" if self.recompute is None else f"recompute {self.recompute_text}")
         parts.append(f"zero {self.zero}" if self.has_shared_state else "")
         return ", ".join(part for part in parts if part)
 
     @property
     def recompute_text(self) -> str:
         """What is computed again."""
+        if self.recompute is None:
+            return "-"
         return self.recompute if isinstance(self.recompute, str) else ",".join(self.recompute)
 
 
@@ -141,10 +145,8 @@ def layouts(config: Configuration, num_gpus: int, gpus_per_node: int) -> Iterato
     `tensor` stays inside a node. `sharding.zero parameters` is left out where `mesh.fsdp` does the same: there is no
     `mesh.context` whose devices share the state too.
     """
-    model, batch = config.model, config.train.global_batch
-    recomputes = tuple(dict.fromkeys((model.recompute, "none", "selective", "full")))
-    if not any(kind.selective for kind in model.kinds):
-        recomputes = tuple(name for name in recomputes if name != "selective")
+    batch = config.train.global_batch
+    recomputes = tuple(dict.fromkeys((_recompute(config), *config.family.recompute(config.model))))
     for tensor, context, attention in _within(config, num_gpus, gpus_per_node):
         for pipe in _divisors(num_gpus // (tensor * context)):
             shards = num_gpus // (tensor * context * pipe)
@@ -173,11 +175,16 @@ def own_layout(config: Configuration, num_gpus: int) -> CandidateLayout:
         pipe=sizes["pipe"],
         pipeline=config.pipeline,
         rows=config.train.global_batch // (config.train.microbatches * shards),
-        recompute=config.model.recompute,
+        recompute=_recompute(config),
         zero=config.sharding.zero,
         context=sizes["context"],
         attention=config.context,
     )
+
+
+def _recompute(config: Configuration) -> str | tuple[str, ...] | None:
+    """The model's own setting, where it has one."""
+    return getattr(config.model, "recompute", None)
 
 
 def _divisors(number: int) -> list[int]:
@@ -219,17 +226,18 @@ def _pipelines(config: Configuration, num_stages: int) -> Iterator[PipelineConfi
     if num_stages == 1:
         yield PipelineConfig()
         return
-    layout = config.model.layout
+    stacks, cuts = config.family.stacks(config.model).values(), config.family.cuts(config.model)
     weights = {name: getattr(config.pipeline, name) for name in ("embedding_weight", "loss_weight")}
-    if layout.parts is not None:
-        chunks = [len(layout.parts) // num_stages] if len(layout.parts) % num_stages == 0 else []
+    if cuts is not None:
+        chunks = [len(cuts.layers) // num_stages] if len(cuts.layers) % num_stages == 0 else []
         weights = {}
     else:
-        chunks = [
-            count for count in range(1, layout.repeats // num_stages + 1) if _cuts(layout.repeats, num_stages, count)
-        ]
+        most = min(stacks) // num_stages
+        chunks = [count for count in range(1, most + 1) if all(_cuts(layers, num_stages, count) for layers in stacks)]
     for count in chunks:
-        names = ONE_CHUNK if count == 1 else (*MORE_CHUNKS, *TWO_CHUNKS) if count == 2 else MORE_CHUNKS
+        # those of all stacks are a schedule's
+        whole = count * len(stacks)
+        names = ONE_CHUNK if whole == 1 else (*MORE_CHUNKS, *TWO_CHUNKS) if whole == 2 else MORE_CHUNKS
         for name in names:
             yield PipelineConfig(schedule=name, chunks=count, **weights)
 

@@ -208,7 +208,8 @@ def _nothing(
     config: Configuration, machine: Machine, num_gpus: int, refused: list[str], needed: float, layout: str
 ) -> str:
     """Why there is no candidate, in a line."""
-    gpu, model = machine.datasheet, config.model
+    gpu, stacks = machine.datasheet, config.family.stacks(config.model)
+    layers = min(stacks.values())
     if layout:
         return (
             f"no layout of {num_gpus:,} {gpu.name} fits: the smallest, {layout}, needs {readable_bytes(needed)} or "
@@ -218,6 +219,7 @@ def _nothing(
         return f"no layout of {plural(num_gpus, 'GPU')} runs: {refused[0]}"
     return (
         f"no layout of {plural(num_gpus, 'GPU')} runs: train.global_batch {config.train.global_batch} must be a "
-        f"multiple of data x fsdp, model.num_heads {model.num_heads} of tensor, and pipe is at most the "
-        f"{plural(model.layout.repeats, 'layer')}; change --gpus or --train.global_batch"
+        f"multiple of data x fsdp, tensor must split the model ({config.family.sizes(config.model)}), and pipe is at "
+        f"most the {plural(layers, 'layer')} of its {'only' if len(stacks) == 1 else 'shortest'} stack; "
+        "change --gpus or --train.global_batch"
     )

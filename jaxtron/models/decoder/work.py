@@ -1,0 +1,164 @@
+"""What a decoder takes of a device: work of each kind of layer by symbol, of a period of its pattern, of its ends."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtron.layers.config import GATED
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.cost import embedding_parameters, period_parameters, table_parameters
+from jaxtron.models.decoder.kinds import ATTENTION, KINDS, MLP, WINDOW, LayerKind, local_kv_heads
+from jaxtron.models.decoder.pattern import Branch
+from jaxtron.models.work.attention import AttentionShapes, core, core_temporaries, mixed_bytes, projections
+from jaxtron.models.work.blocks import embedding, mlp, mlp_temporaries, norm, residual, token_head
+from jaxtron.models.work.model import ModelWork, StackWork
+from jaxtron.models.work.operations import PhaseWork, SlotWork
+from jaxtron.models.work.shapes import Shapes, gather, gathered_weights
+
+# by the regions of a kind of layer: of the whole branch and, apart from it, of the parts that can be recomputed alone
+RegionWork = dict[str, SlotWork]
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """One kind of residual branch, without its norm and the sum that ends it."""
+
+    slots: Callable[[ModelConfig, Shapes], RegionWork]
+    """Operations by the regions that `model.recompute` can name; what lies in a part is not counted in the whole."""
+    temporaries: Callable[[ModelConfig, Shapes], float] = lambda model, shapes: 0.0
+    """Bytes that one layer's backward needs beside what was kept; of kinds of one `module` those with most count."""
+    transposed: Callable[[ModelConfig, Shapes, bool], int] = lambda model, shapes, in_loop: 0
+    """Bytes of one row that a loop over layers keeps a second time, transposed; the last: whether it has several."""
+
+
+def decoder_work(model: ModelConfig, shapes: Shapes) -> ModelWork:
+    """One stack, whose layers are periods of the pattern."""
+    tables = embedding_parameters(model, shapes.length, shapes.tensor)
+    vocab, hidden = model.padded_vocab / shapes.tensor, model.hidden_size
+    passes = 2 + model.embedding_norm + (model.position == "learned")
+    stack = StackWork(
+        layer=period(model, shapes),
+        parameters=period_parameters(model, shapes.tensor),
+        enter=embedding(shapes, hidden, tables, passes=passes, dropout=model.dropout > 0),
+        temporaries=_temporaries(model, shapes),
+        transposed=_transposed(model, shapes, in_loop=False),
+        transposed_in_loop=_transposed(model, shapes, in_loop=True),
+    )
+    return ModelWork(
+        stacks=(stack,),
+        head=token_head(shapes, hidden, vocab),
+        outer_parameters=table_parameters(model, shapes.length, shapes.tensor),
+        stream=shapes.stream_bytes(hidden),
+        head_matrix=vocab * hidden,
+        logits=shapes.tokens * vocab,
+    )
+
+
+def period(model: ModelConfig, shapes: Shapes) -> SlotWork:
+    """One period of the model's pattern, recomputation in the backward."""
+    found = SlotWork()
+    for branch in model.layout.period:
+        found += _branch(model, shapes, branch)
+    if "layer" in model.recomputed:
+        found += SlotWork(backward=found.forward)
+    return found + gathered_weights(shapes, period_parameters(model, shapes.tensor))
+
+
+def _branch(model: ModelConfig, shapes: Shapes, branch: Branch) -> SlotWork:
+    """One residual layer: a norm, what reads it, and the residual sum of each."""
+    found = norm(shapes, model.hidden_size)
+    for symbol in branch:
+        regions = LAYER_WORK[symbol].slots(model, shapes)
+        found += _recomputed(model, shapes, KINDS[symbol], regions)
+        found += residual(shapes, model.hidden_size, dropout=model.dropout > 0)
+    return found
+
+
+def _recomputed(model: ModelConfig, shapes: Shapes, kind: LayerKind, regions: RegionWork) -> SlotWork:
+    """A branch with the forward of what `model.recompute` names of it in its backward too."""
+    found = sum(regions.values(), start=SlotWork())
+    if kind.module in model.recomputed:
+        gathered = PhaseWork(collectives=gather(shapes, shapes.stream_bytes(model.hidden_size)))
+        return found + SlotWork(backward=found.forward + gathered)
+    for name in kind.parts:
+        if name in model.recomputed:
+            found += SlotWork(backward=regions[name].forward)
+    return found
+
+
+def _temporaries(model: ModelConfig, shapes: Shapes) -> float:
+    """Bytes that a layer's backward needs beside what it kept: of all modules that a layer can have."""
+    modules: dict[str, float] = {}
+    for kind in model.kinds:
+        needed = LAYER_WORK[kind.symbol].temporaries(model, shapes)
+        modules[kind.module] = max(modules.get(kind.module, 0.0), needed)
+    return sum(modules.values())
+
+
+def _transposed(model: ModelConfig, shapes: Shapes, *, in_loop: bool) -> int:
+    """Bytes of one row of a period that a loop over layers keeps a second time."""
+    if "layer" in model.recomputed:
+        return 0
+    kept = (
+        symbol for branch in model.layout.period for symbol in branch if KINDS[symbol].module not in model.recomputed
+    )
+    return sum(LAYER_WORK[symbol].transposed(model, shapes, in_loop) for symbol in kept)
+
+
+def _attention_layer(model: ModelConfig, shapes: Shapes, *, in_window: bool = False) -> AttentionShapes:
+    return AttentionShapes(
+        hidden=model.hidden_size,
+        heads=model.num_heads / shapes.tensor,
+        # all of them where they do not split
+        kv_heads=local_kv_heads(model, shapes.tensor),
+        head_size=model.head_size,
+        window=model.attention.window or shapes.length if in_window else None,
+        rotary=model.position == "rotary",
+        bias=model.bias,
+        dropout=model.attention_dropout > 0,
+    )
+
+
+def _attention(model: ModelConfig, shapes: Shapes) -> RegionWork:
+    layer = _attention_layer(model, shapes)
+    return {"attention": projections(shapes, layer), "attention_core": core(shapes, layer)}
+
+
+def _window(model: ModelConfig, shapes: Shapes) -> RegionWork:
+    layer = _attention_layer(model, shapes, in_window=True)
+    return {"attention": projections(shapes, layer), "attention_core": core(shapes, layer)}
+
+
+def _scores(model: ModelConfig, shapes: Shapes) -> float:
+    return core_temporaries(shapes, _attention_layer(model, shapes))
+
+
+def _mixed(model: ModelConfig, shapes: Shapes, in_loop: bool) -> int:
+    return mixed_bytes(shapes, _attention_layer(model, shapes))
+
+
+def _mlp(model: ModelConfig, shapes: Shapes) -> RegionWork:
+    is_gated = model.activation in GATED
+    return {"mlp": mlp(shapes, model.hidden_size, _mlp_width(model, shapes), gated=is_gated, bias=model.bias)}
+
+
+def _mlp_temporaries(model: ModelConfig, shapes: Shapes) -> float:
+    return mlp_temporaries(shapes, model.hidden_size, _mlp_width(model, shapes))
+
+
+def _mlp_hidden(model: ModelConfig, shapes: Shapes, in_loop: bool) -> int:
+    # of one row and in a loop of several layers only, and where it is kept as it is multiplied
+    if shapes.rows != 1 or not in_loop or model.activation in GATED:
+        return 0
+    return round(shapes.length // shapes.parts * shapes.width * _mlp_width(model, shapes))
+
+
+def _mlp_width(model: ModelConfig, shapes: Shapes) -> float:
+    return model.mlp_width / shapes.tensor
+
+
+# by symbol, the keys of kinds.py: KINDS
+LAYER_WORK = {
+    ATTENTION.symbol: LayerWork(_attention, _scores, _mixed),
+    WINDOW.symbol: LayerWork(_window, _scores, _mixed),
+    MLP.symbol: LayerWork(_mlp, _mlp_temporaries, _mlp_hidden),
+}

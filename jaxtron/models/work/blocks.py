@@ -1,0 +1,93 @@
+"""The pieces that most models are made of, as work of a device: what a family adds up to its layers and its ends.
+
+Widths are those of a device where `tensor` splits them (of an MLP, heads, a vocabulary), whole elsewhere (`hidden`).
+"""
+
+from jaxtron.models.work.operations import NOTHING, PhaseWork, Product, SlotWork
+from jaxtron.models.work.shapes import FLOAT, MASK_BYTES, Shapes, gather, gathered_weights, over_tensor, scatter
+
+# What an MLP's backward holds at its peak beside the classes that shapes explain, as multiples of arrays that are there
+# at the same time: its matrix in float32 and the step's type, and activations as wide as it is. Measured on 20 layouts
+# of 1.3 to 1008 billion parameters, JAX 0.11.2 (2026-11): tests/plan/test_estimate.py has them.
+MATRICES, HIDDEN = 3.0, 4.0
+
+
+def linear(shapes: Shapes, inputs: float, outputs: float, *, bias: bool = False) -> SlotWork:
+    """A product with a weight, the input's gradient, and the weight's, which is added to a float32 sum."""
+    n, width = shapes.tokens, shapes.width
+    return SlotWork(
+        forward=PhaseWork((Product(n, outputs, inputs, width=width, output_width=width),)),
+        backward=PhaseWork((Product(n, inputs, outputs, width=width, output_width=width),)),
+        weight=PhaseWork((Product(inputs, outputs, n, width=width, output_width=8),))
+        + (PhaseWork(stream=n * outputs * width, kernels=1) if bias else NOTHING),
+    )
+
+
+def mlp(shapes: Shapes, hidden: float, width: float, *, gated: bool = False, bias: bool = False) -> SlotWork:
+    """Two products with an activation between them, or three where it is gated."""
+    inputs = 2 if gated else 1
+    found = linear(shapes, hidden, inputs * width, bias=bias) + linear(shapes, width, hidden, bias=bias)
+    stream = shapes.tokens * width * shapes.width
+    return found + SlotWork(
+        forward=PhaseWork(stream=(inputs + 1) * stream, kernels=1),
+        backward=PhaseWork(stream=(2 * inputs + 1) * stream, kernels=1),
+    )
+
+
+def mlp_temporaries(shapes: Shapes, hidden: float, width: float) -> float:
+    """Bytes that its backward needs beside what was kept."""
+    return MATRICES * FLOAT * hidden * width + HIDDEN * shapes.tokens * shapes.width * width
+
+
+def norm(shapes: Shapes, hidden: float) -> SlotWork:
+    """A norm of the stream, whose parts are then put together for what reads it."""
+    stream, size = shapes.own_bytes(hidden), shapes.stream_bytes(hidden)
+    # forward: input read, output written; backward: input, its gradient and the residual's read, their sum written
+    return SlotWork(
+        forward=PhaseWork(stream=2 * stream, kernels=1, collectives=gather(shapes, size)),
+        backward=PhaseWork(stream=4 * stream, kernels=2, collectives=scatter(shapes, size)),
+        weight=PhaseWork(collectives=gather(shapes, size, "regather")),
+    )
+
+
+def residual(shapes: Shapes, hidden: float, *, dropout: bool = False) -> SlotWork:
+    """What a branch ends with: its partial sums reduced, dropout, and the sum with the residual stream."""
+    stream, size = shapes.own_bytes(hidden), shapes.stream_bytes(hidden)
+    drop = dropout_bytes(shapes, hidden) if dropout else 0.0
+    return SlotWork(
+        forward=PhaseWork(stream=3 * stream + drop, kernels=1, collectives=scatter(shapes, size)),
+        backward=PhaseWork(stream=(2 * stream if drop else 0) + drop, kernels=1, collectives=gather(shapes, size)),
+    )
+
+
+def embedding(shapes: Shapes, hidden: float, parameters: float, *, passes: int = 2, dropout: bool = False) -> SlotWork:
+    """Look-up in a vocabulary-sharded table, and so many passes over the stream; the gradient is added row by row in
+    float32. `parameters` are a device's, of the table and of positions."""
+    size = shapes.stream_bytes(hidden)
+    drop = (dropout_bytes(shapes, hidden) if dropout else 0.0) + passes * 2 * shapes.own_bytes(hidden)
+    back = shapes.tokens * hidden * (shapes.width + 8)
+    return gathered_weights(shapes, parameters) + SlotWork(
+        forward=PhaseWork(stream=2 * size + drop, kernels=3, collectives=scatter(shapes, size)),
+        backward=PhaseWork(stream=back + drop, kernels=3, collectives=gather(shapes, size)),
+    )
+
+
+def token_head(shapes: Shapes, hidden: float, vocab: float) -> SlotWork:
+    """Final norm, head and loss of tokens, with their gradients: they are formed in the last stage's forward."""
+    n, size = shapes.tokens, shapes.stream_bytes(hidden)
+    stream = n * vocab * shapes.profile.logit_bytes + 8 * shapes.own_bytes(hidden)
+    products = (
+        Product(n, vocab, hidden, width=shapes.width, output_width=0),
+        Product(n, hidden, vocab, width=shapes.width, output_width=shapes.width),
+        Product(vocab, hidden, n, width=shapes.width, output_width=8),
+    )
+    sums = over_tensor(shapes, "all_reduce", 12.0 * n)
+    moved = (*gather(shapes, size), *scatter(shapes, size), *sums)
+    weights = gathered_weights(shapes, hidden * vocab)
+    work = PhaseWork(products, stream=stream, kernels=8, collectives=moved)
+    return SlotWork(forward=work + weights.forward + weights.weight)
+
+
+def dropout_bytes(shapes: Shapes, hidden: float) -> float:
+    """Of the mask of a residual stream's dropout."""
+    return shapes.own_tokens * hidden * MASK_BYTES

@@ -1,0 +1,91 @@
+"""What one GPU executes in a slot of a schedule: products, streamed bytes and collectives.
+
+Sizes are bytes and floating-point operations (FLOPs).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce"]
+
+
+@dataclass(frozen=True)
+class Product:
+    """`count` equal matrix products [m, k] x [k, n], of numbers `width` bytes wide.
+
+    `output_width` is how many bytes move for one number of the output; 8 where it is added to a float32 sum.
+    """
+
+    m: float
+    n: float
+    k: float
+    count: float = 1.0
+    width: int = 2
+    output_width: int = 2
+
+    @property
+    def flops(self) -> float:
+        """Two for a multiplication with its addition."""
+        return 2.0 * self.count * self.m * self.n * self.k
+
+    @property
+    def bytes(self) -> float:
+        """Bytes that move if each operand is read and the output written once."""
+        operands = self.width * (self.m * self.k + self.k * self.n)
+        return self.count * (operands + self.output_width * self.m * self.n)
+
+
+@dataclass(frozen=True)
+class CollectiveWork:
+    """`size` is the bytes of the whole array on one device; `purpose` names the field of `Overlap`."""
+
+    kind: CollectiveKind
+    size: float
+    purpose: str
+    count: float = 1.0
+
+
+@dataclass(frozen=True)
+class PhaseWork:
+    """Operations of one slot on one device.
+
+    `attention_flops` run in a fused kernel; `masked_flops` are those that it does not run, or runs again, against the
+    papers' formulas, which count the whole square of scores once.
+    """
+
+    products: tuple[Product, ...] = ()
+    attention_flops: float = 0.0
+    masked_flops: float = 0.0
+    stream: float = 0.0
+    kernels: int = 0
+    collectives: tuple[CollectiveWork, ...] = ()
+
+    def __add__(self, other: "PhaseWork") -> "PhaseWork":
+        return PhaseWork(
+            self.products + other.products,
+            self.attention_flops + other.attention_flops,
+            self.masked_flops + other.masked_flops,
+            self.stream + other.stream,
+            self.kernels + other.kernels,
+            self.collectives + other.collectives,
+        )
+
+    @property
+    def flops(self) -> float:
+        """FLOPs as the papers count them: the whole square of scores, whatever a kernel leaves out."""
+        return sum(product.flops for product in self.products) + self.attention_flops + self.masked_flops
+
+
+NOTHING = PhaseWork()
+
+
+@dataclass(frozen=True)
+class SlotWork:
+    """What a piece of the model does in each slot of a microbatch; `weight` is part of the backward if not split."""
+
+    forward: PhaseWork = NOTHING
+    backward: PhaseWork = NOTHING
+    weight: PhaseWork = NOTHING
+
+    def __add__(self, other: "SlotWork") -> "SlotWork":
+        return SlotWork(self.forward + other.forward, self.backward + other.backward, self.weight + other.weight)
