@@ -17,9 +17,9 @@ from jaxtron.command import configure, run_command
 from jaxtron.config import Config, UserError
 from jaxtron.gpus import gpu_named
 from jaxtron.models.decoder.cost import model_flops_per_token
+from jaxtron.models.work.profile import PROFILES
 from jaxtron.plan.formula.prediction import Prediction, predict
 from jaxtron.plan.machine import CONSTANTS, Machine, machine_named
-from jaxtron.models.work.profile import PROFILES
 from jaxtron.run.configuration import Configuration
 
 BEGIN, END = "<!-- predictions -->", "<!-- /predictions -->"

@@ -11,8 +11,8 @@ from jaxtron.gpus import gpu_named
 from jaxtron.models.decoder.cost import norm_parameters
 from jaxtron.models.decoder.kinds import KINDS
 from jaxtron.models.decoder.work import LAYER_WORK
-from jaxtron.plan.formula.workload import shapes_of
 from jaxtron.models.work.profile import PROFILES
+from jaxtron.plan.formula.workload import shapes_of
 from jaxtron.run.session import make_trainer
 from jaxtron.sharding.folding import FLAGS
 from jaxtron.sharding.layout import spec_axes

@@ -15,12 +15,12 @@ from jaxtron.models.decoder.kinds import KINDS
 from jaxtron.models.decoder.layers import BUILDERS
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.models.decoder.work import LAYER_WORK, period
+from jaxtron.models.work.profile import PROFILES
 from jaxtron.plan.formula.memory_model import Estimator
 from jaxtron.plan.formula.prediction import predict
 from jaxtron.plan.formula.workload import shapes_of
 from jaxtron.plan.hint import first_change
 from jaxtron.plan.machine import machine_named
-from jaxtron.models.work.profile import PROFILES
 from jaxtron.plan.search.candidates import layouts
 from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.blueprint import blueprint
