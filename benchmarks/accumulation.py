@@ -58,7 +58,7 @@ def measure(config: TrainBenchmark) -> dict[str, Any]:
     session = make_session(run, devices)
     with session.use():
         trainer = session.trainer
-        params, batch = session.initial_state().params, random_batch(session)
+        params, batch = session.initial_state().model, random_batch(session)
         one = jnp.float32(1.0)
         executor = jax.jit(lambda params, batch: trainer.loss_and_gradients(params, batch, jnp.int32(0), one))
         programs = (executor, jax.jit(lambda params, batch: plain(trainer, params, batch)))

@@ -25,7 +25,7 @@ from jaxtron.plan.compiled.deviceless import memory
 from jaxtron.run.attention import attention_lines
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import Session, make_session
-from jaxtron.run.step import TrainState
+from jaxtron.run.state import TrainState
 from jaxtron.runtime.start import start_runtime
 
 # seconds after which a plan is given up: a billion parameters take 15 on two cores

@@ -1,5 +1,7 @@
-"""What a parameter is: decides its precision in products and whether it decays."""
+"""What a parameter is: its role decides its precision in products and whether it decays, its status who changes it."""
 
 from typing import Literal
 
 Role = Literal["kernel", "embedding", "position", "bias", "scale"]
+# trained by gradients, frozen as it was made, or a buffer that a step updates without gradient
+Status = Literal["trained", "frozen", "buffer"]

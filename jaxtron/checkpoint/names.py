@@ -12,6 +12,9 @@ from jax.sharding import SingleDeviceSharding
 from jax.tree_util import KeyPath, keystr
 from jaxtyping import Array, PyTree
 
+# arrays in the type that a step computes in, which may be another for the one that reads them
+CAST = "frozen."
+
 # name -> (dtype, shape), as stored in a checkpoint's record
 Signature = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -45,7 +48,7 @@ def first_difference(stored: Signature, wanted: Signature) -> str | None:
         stored_dtype, stored_shape = stored[name]
         if stored_shape != shape:
             return f"{name} has shape {list(stored_shape)} there and {list(shape)} here"
-        if stored_dtype != dtype:
+        if stored_dtype != dtype and not name.startswith(CAST):
             return f"{name} is {stored_dtype} there and {dtype} here"
     for name, (dtype, shape) in stored.items():
         if name not in wanted:

@@ -1,7 +1,7 @@
 """Configurations: strictly validated models, filled from a YAML file, its `extends:` parents and dotted flags."""
 
 from jaxtron.config.arguments import FILE_ENDINGS, split_arguments, take_file
-from jaxtron.config.base import Config, ConfigType, FileName, NoEffect, UserError, expand_home, format_value
+from jaxtron.config.base import Config, ConfigType, FileName, NoEffect, UserError, expand_home, format_value, shown
 from jaxtron.config.load import dump, gather, load
 from jaxtron.config.settings import Setting, nearest, settings
 from jaxtron.config.source import SettingsSource, read_file
@@ -23,6 +23,7 @@ __all__ = [
     "nearest",
     "read_file",
     "settings",
+    "shown",
     "split_arguments",
     "take_file",
 ]

@@ -22,6 +22,7 @@ from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CONFIG_FILE, FIXED, changes, listed, recorded_settings
 from jaxtron.run.session import Session, make_session
 from jaxtron.run.sizes import check_batch_fits, check_state_fits
+from jaxtron.run.state import divided, merged
 from jaxtron.sharding.folding import BATCH_FLAGS, FLAGS
 from jaxtron.typing import PyTree
 
@@ -84,7 +85,7 @@ def open_model(request: EvaluateRequest, trained: Configuration, config: Configu
     check_batch_fits("--batch", batch, config)
     session = make_session(config, devices, trains=False)
     with session.use():
-        order, abstract = session.layer_order, {"params": session.blueprint.abstract}
+        order, abstract = session.layer_order, divided(session.blueprint, session.blueprint.abstract)
         check_state_fits(config.family.sizes(config.model), abstract, what="parameters")
         checkpoints = (request.run / "checkpoints").absolute()
         check = partial(_check_record, trained=trained, path=request.run / CONFIG_FILE)
@@ -97,7 +98,7 @@ def open_model(request: EvaluateRequest, trained: Configuration, config: Configu
             raise diverged(checkpoints, restored.step, f"{name} has numbers that are not finite")
         yield EvaluatedModel(
             session=session,
-            params=state["params"],
+            params=merged(state),
             tokenizer=_open_tokenizer(trained, config, restored.extra),
             checkpoints=checkpoints,
             step=restored.step,

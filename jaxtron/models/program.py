@@ -24,6 +24,7 @@ from jaxtron.typing import Array, DTypeLike, Float, Int, Key, PyTree
 BatchT = TypeVar("BatchT")
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 Number = TypeVar("Number")
+Buffers = dict[str, Float[Array, "..."]]
 
 
 @functools.cache
@@ -113,6 +114,13 @@ class Program(Generic[BatchT, ModuleT]):
     """Samples of `batch` made of the data's own, which are of `TokenBatch`."""
     attention: Callable[..., Mapping[str, Backend]] = lambda config, dtype, **devices: {}
     """(config, dtype, device_kind=, parts=, length=, packed=) -> the backends of its kinds of attention by name."""
+    update_buffers: Callable[[Parts[ModuleT], Buffers, Mapping[str, Array]], Buffers] | None = None
+    """(parts, buffers, what a step reports) -> the buffers after it, where it was not skipped; none: they stay.
+
+    Buffers (`sharding.parameters.buffer`) are named as metrics of layers are, by their path with `/`, and have a row
+    for each layer in the model's order. What is reported is of the global batch, the same on every device and mesh;
+    metrics that were made with the batch's weights have the loss scale of fp16 in them.
+    """
     predict: Callable[[Parts[ModuleT], Outer, Stream, Int[Array, ""]], Float[Array, "V"]] | None = None
     """(parts, outer parameters, what left the layers, place) -> logits of what follows that place in the first row."""
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from jaxtron.optim.config import OptimizerConfig
-from jaxtron.optim.schedule import learning_rate_schedule
 from jaxtron.roles import Role
 from jaxtron.typing import Array, Float, PyTree
 
@@ -15,22 +14,27 @@ from jaxtron.typing import Array, Float, PyTree
 CLIP_EPSILON = 1e-6
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int, roles: PyTree) -> optax.GradientTransformation:
-    """Return the update rule for parameters whose tree `roles` mirrors with a `Role` at each leaf.
+def make_optimizer(config: OptimizerConfig, roles: PyTree) -> optax.GradientTransformation:
+    """Return the rule that makes directions of gradients, for `descend`, for parameters whose tree `roles` mirrors
+    with a `Role` at each leaf.
 
     AdamW decays decoupled, `p -= rate * (update + decay * p)`; SGD decays through the gradient, before momentum: both
     as PyTorch and Megatron. Moments are float32 and sharded as their parameters. Clipping is not in the chain: call
     `clip_by_global_norm` first.
     """
     decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask(config, roles))
-    learning_rate = optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps))
     match config.name:
         case "adamw":
             adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
-            return _in_float32(optax.chain(adam, decay, learning_rate))
+            return _in_float32(optax.chain(adam, decay))
         case "sgd":
             momentum = optax.trace(config.momentum, config.nesterov) if config.momentum > 0 else optax.identity()
-            return _in_float32(optax.chain(decay, momentum, learning_rate))
+            return _in_float32(optax.chain(decay, momentum))
+
+
+def descend(params: PyTree, directions: PyTree, learning_rate: Float[Array, ""]) -> PyTree:
+    """The parameters after a step against the directions, each in its own type."""
+    return optax.apply_updates(params, jax.tree.map(lambda direction: -learning_rate * direction, directions))
 
 
 def decay_mask(config: OptimizerConfig, roles: PyTree) -> PyTree:

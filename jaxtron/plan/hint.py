@@ -13,7 +13,7 @@ MOST_TENSOR = 8
 
 def first_change(config: Configuration, sizes: dict[str, int], memory: MemoryUse) -> str:
     """One setting that shrinks the largest class of a GPU's memory, in words with the flag."""
-    state = memory.master_weights + memory.optimizer + memory.gradients + memory.weights
+    state = memory.master_weights + memory.optimizer + memory.frozen + memory.gradients + memory.weights
     kept, rest = memory.activations + memory.messages, memory.temporaries
     if state >= max(kept, rest):
         return _smaller_state(config, sizes)

@@ -6,20 +6,19 @@ from dataclasses import dataclass
 import jax
 
 from jaxtron.plan.table import aligned
+from jaxtron.roles import Status
 from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.sharding.layout import spec_axes
 from jaxtron.sharding.rules import current
 from jaxtron.words import plural, readable_bytes
-
-STATE_BYTES = 4
 
 
 @dataclass(frozen=True)
 class ParameterRow:
     """One parameter: what it is, where it lies at rest, and what of it a device holds.
 
-    `bytes` are those of its float32 master weights on one device; `replicas` how many devices hold the same part;
-    `padding` the elements behind it, which make its parts even. `split` are the flags that split each dimension.
+    `bytes` are those of it at rest on one device; `replicas` how many devices hold the same part; `padding` the
+    elements behind it, which make its parts even. `split` are the flags that split each dimension.
     """
 
     name: str
@@ -27,6 +26,7 @@ class ParameterRow:
     axes: tuple[str, ...]
     split: tuple[tuple[str, ...], ...]
     role: str
+    status: Status
     bytes: int
     replicas: int
     padding: int
@@ -36,16 +36,17 @@ def parameter_rows(blueprint: Blueprint) -> list[ParameterRow]:
     """Every parameter in order, on the current mesh."""
     mesh = current().mesh
     found = []
-    for path, spec in jax.tree_util.tree_leaves_with_path(blueprint.parameters):
+    for name, spec in blueprint.names.items():
         held, padded = math.prod(current().part(spec.layout)), math.prod(spec.layout.padded)
         found.append(
             ParameterRow(
-                name=".".join(str(getattr(key, "key", key)) for key in path),
+                name=name,
                 shape=spec.shape,
                 axes=spec.axes,
                 split=tuple(map(current().folding.names, spec_axes(spec.layout.spec))),
                 role=spec.role,
-                bytes=held * STATE_BYTES,
+                status=spec.status,
+                bytes=held * spec.dtype.itemsize,
                 replicas=mesh.size * held // padded,
                 padding=padded - spec.size,
             )
@@ -61,13 +62,17 @@ def layout_text(blueprint: Blueprint) -> str:
     for row in found:
         shape = " x ".join(str(size) for size in row.shape)
         size = readable_bytes(row.bytes)
-        cells.append((row.name, shape, ", ".join(row.axes), _spec(row), row.role, size, str(row.replicas)))
+        cells.append((row.name, shape, ", ".join(row.axes), _spec(row), _role(row), size, str(row.replicas)))
     lines = aligned(cells, right=(5, 6))
     held = sum(row.bytes for row in found)
-    whole = blueprint.num_parameters
-    ideal = whole * STATE_BYTES / current().mesh.size
-    total = f"{whole:,} parameters; {readable_bytes(held)} of float32 weights a device, "
-    total += f"{held / ideal:.2f} times an even split"
+    specs = blueprint.names.values()
+    ideal = sum(spec.count * spec.dtype.itemsize for spec in specs) / current().mesh.size
+    trained = sum(spec.count for spec in specs if spec.status == "trained")
+    whole, kind = blueprint.num_parameters, "float32 weights"
+    total = f"{whole:,} parameters"
+    if trained < whole:
+        total, kind = f"{total}, {trained:,} of them trained", "weights"
+    total += f"; {readable_bytes(held)} of {kind} a device, {held / ideal:.2f} times an even split"
     return "\n".join([f"mesh: {sizes}", *lines, total, *_padding(found), *_empty_rows(blueprint)])
 
 
@@ -90,6 +95,10 @@ def _empty_rows(blueprint: Blueprint) -> list[str]:
         for rows, layers in counts
         if rows != layers
     ]
+
+
+def _role(row: ParameterRow) -> str:
+    return {"trained": row.role, "frozen": f"frozen {row.role}", "buffer": "buffer"}[row.status]
 
 
 def _spec(row: ParameterRow) -> str:

@@ -34,6 +34,7 @@ class MemoryUse:
 
     master_weights: int
     optimizer: int
+    frozen: int
     weights: int
     gradients: int
     activations: int
@@ -51,6 +52,7 @@ class MemoryUse:
         return {
             "master weights": self.master_weights,
             "optimizer": self.optimizer,
+            "frozen weights": self.frozen,
             "weights": self.weights,
             "gradients": self.gradients,
             "activations in flight": self.activations,

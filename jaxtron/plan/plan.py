@@ -20,8 +20,8 @@ from jaxtron.plan.memory_use import MemoryUse
 from jaxtron.run.configuration import Configuration
 from jaxtron.words import plural
 
-# of the file that --json writes: 2 has `communication`, `diagnostics` and `hint`
-FORMAT = 2
+# of the file that --json writes: 2 has `communication`, `diagnostics` and `hint`, 3 frozen weights
+FORMAT = 3
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxtron.pipeline import executor
-from jaxtron.pipeline.model import Parameters
+from jaxtron.pipeline.model import Parameters, merge
 from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.run.step import Trainer, batch_spec
 from jaxtron.sharding.parameters import manual_specs
@@ -23,12 +23,12 @@ def resident(trainer: Trainer, batch: Any, table: Schedule | None = None) -> tup
     found: list[tuple[Parameters, executor.ExecutorState]] = []
 
     def local(params: PyTree, batch: Any) -> Array:
-        microbatches, working = trainer.microbatches(batch), trainer.working(params)
+        microbatches, (trained, others) = trainer.microbatches(batch), trainer.trained_and_others(params)
         schedule = table or trainer.schedule(microbatches.rows.shape[0])
         model = trainer.program.model(trainer.parts, jax.random.key(0))
-        held = executor.initial_state(schedule, trainer.stages, model, working, microbatches)
+        held = executor.initial_state(schedule, trainer.stages, model, trained, microbatches, others)
         # types of arrays in the region name axes that no type outside of it can
-        found.append(jax.tree.map(jax.typeof, (working, held)))
+        found.append(jax.tree.map(jax.typeof, (merge(trained, others), held)))
         return jnp.zeros(())
 
     specs = (manual_specs(trainer.blueprint.parameters), batch_spec())

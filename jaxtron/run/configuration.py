@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, create_model, model_validator
 
 from jaxtron.checkpoint.config import CheckpointConfig
-from jaxtron.config import FILE_ENDINGS, Config, NoEffect, UserError, read_file
+from jaxtron.config import FILE_ENDINGS, Config, NoEffect, UserError, format_value, read_file
 from jaxtron.data.config import DataConfig
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.families import DECODER, family_named, family_of
@@ -51,11 +51,19 @@ class TrainConfig(Config):
     """Global batches of a validation, spread over the data (none: all of it)."""
     sample_tokens: int = Field(default=200, ge=0)
     """Tokens generated after training, for a look at what was learned."""
+    trainable: tuple[str, ...] = ("*",)
+    """Patterns of the parameters that are trained, by the names that `plan --layout` shows, such as head.*; what
+    matches one with ! before it is not, as in !embedding.*. The others are frozen, at rest in the step's precision."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
         if self.precision != "fp16" and self.loss_scale != LossScaleConfig():
             raise NoEffect("train.loss_scale", self.loss_scale, {"train.precision": self.precision})
+        if not self.trainable or not all(pattern.removeprefix("!") for pattern in self.trainable):
+            raise UserError(
+                f"train.trainable {format_value(self.trainable)} has no pattern, or an empty one: leave it out to "
+                "train all parameters, or give some of their names as plan --layout shows them"
+            )
         return self
 
     def check(self, sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,7 +17,9 @@ from jaxtron.run.attention import select_attention
 from jaxtron.run.batches import BatchSharding
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
-from jaxtron.run.step import Scalar, Trainer, TrainState, batch_sharding, jit_step
+from jaxtron.run.state import TrainState
+from jaxtron.run.step import Scalar, Trainer, batch_sharding, jit_step
+from jaxtron.run.trainable import frozen_names
 from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import Rules, current, make_rules, use
@@ -147,11 +149,13 @@ def make_trainer(
 
     `attention` has the backends (none: selected by the model for short sequences).
     """
-    num_stages = current().parts("pipe")
+    num_stages, dtype = current().parts("pipe"), DTYPES[config.train.precision]
     stages = config.stage_plan(num_stages, None if trains else num_stages)
+    parts = make_parts(config.model, dtype, stages, attention)
+    frozen = frozen_names(config.train.trainable, parts.blueprint.parameter_names)
     return Trainer(
         program=program_of(config.model),
-        parts=make_parts(config.model, DTYPES[config.train.precision], stages, attention),
+        parts=replace(parts, blueprint=parts.blueprint.freeze(frozen, dtype)),
         stages=stages,
         config=config.train,
         optimizer=config.optimizer,

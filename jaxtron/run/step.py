@@ -1,8 +1,7 @@
 """The train step: one manual region for loss and gradients, then the optimizer on global arrays."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import jax
@@ -13,16 +12,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtron.data.batch import SEQUENCE, BatchField, map_batch, present
 from jaxtron.models.program import Microbatch, Parts, Program
 from jaxtron.optim.config import OptimizerConfig
-from jaxtron.optim.loss_scale import LossScale, initial_loss_scale, update_loss_scale
-from jaxtron.optim.optimizer import clip_by_global_norm, make_optimizer
+from jaxtron.optim.loss_scale import initial_loss_scale, update_loss_scale
+from jaxtron.optim.optimizer import clip_by_global_norm, descend, make_optimizer
 from jaxtron.optim.schedule import learning_rate_schedule
 from jaxtron.pipeline import executor
 from jaxtron.pipeline.layer_slots import in_model_order
-from jaxtron.pipeline.model import Parameters
+from jaxtron.pipeline.model import Parameters, merge
 from jaxtron.pipeline.partition import Partition, StagePlan, forward_only
 from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.run.configuration import TrainConfig
 from jaxtron.run.dtypes import DTYPES
+from jaxtron.run.model_buffers import updated_buffers
+from jaxtron.run.state import TrainState, divided
 from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.sharding.collectives import all_reduce, vary
 from jaxtron.sharding.context import part
@@ -33,17 +34,6 @@ from jaxtron.typing import Array, Float, Int, Key, PyTree
 
 BatchT = TypeVar("BatchT")
 Scalar = Float[Array, ""]
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "optimizer", "loss_scale"), meta_fields=())
-@dataclass(frozen=True)
-class TrainState:
-    """All that a step changes: steps done, float32 master weights, optimizer state, loss scale (fp16 only)."""
-
-    step: Int[Array, ""]
-    params: PyTree
-    optimizer: PyTree
-    loss_scale: LossScale | None
 
 
 @dataclass(frozen=True)
@@ -81,39 +71,43 @@ class Trainer:
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         """One optimizer step on a global batch. With fp16, a step whose gradients overflow changes only the scale."""
         scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
-        reported, gradients = self.loss_and_gradients(state.params, batch, state.step, scale)
+        reported, gradients = self.loss_and_gradients(state.model, batch, state.step, scale)
         gradients, norm = clip_by_global_norm(gradients, self.optimizer.clip_norm)
-        updates, optimizer = self._rule().update(gradients, state.optimizer, state.params)
-        done = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer, None)
-        metrics = {
-            **reported,
-            "gradient_norm": norm,
-            "learning_rate": learning_rate_schedule(self.optimizer, self.config.steps)(_updates(state.optimizer)),
+        directions, optimizer = self._rule().update(gradients, state.optimizer, state.params)
+        learning_rate = learning_rate_schedule(self.optimizer, self.config.steps)(state.updates)
+        changed = {
+            "updates": state.updates + 1,
+            "params": descend(state.params, directions, learning_rate),
+            "optimizer": optimizer,
         }
+        if self.program.update_buffers is not None:
+            changed["buffers"] = updated_buffers(self.program, self.parts, self.partitions, state.buffers, reported)
+        metrics = {**reported, "gradient_norm": norm, "learning_rate": learning_rate}
         if state.loss_scale is None:
-            return done, metrics
+            return replace(state, step=state.step + 1, **changed), metrics
         finite = jnp.isfinite(norm)
-        kept = TrainState(state.step + 1, state.params, state.optimizer, None)
-        chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), done, kept)
+        kept = {name: getattr(state, name) for name in changed}
+        changed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
         loss_scale = update_loss_scale(state.loss_scale, finite, self.config.loss_scale)
-        metrics |= {"loss_scale": scale, "skipped_steps": chosen.step - _updates(chosen.optimizer)}
-        return TrainState(chosen.step, chosen.params, chosen.optimizer, loss_scale), metrics
+        done = replace(state, step=state.step + 1, loss_scale=loss_scale, **changed)
+        return done, metrics | {"loss_scale": scale, "skipped_steps": done.step - done.updates}
 
     def loss_and_gradients(
         self, params: PyTree, batch: Any, step: Int[Array, ""], scale: Scalar
     ) -> tuple[dict[str, Array], PyTree]:
-        """What the step reports, its mean loss among it, and the float32 gradients of the training loss.
+        """What the step reports, its mean loss among it, and the float32 gradients of what is trained of `params`.
 
-        Means are over the global counts of what weighs, so they do not depend on how the batch is cut. The gradients
-        lie as the state at rest does; `scale` multiplies the loss before the backward and is divided out. Metrics of
-        layers have a row for each, in the model's order.
+        `params` are all that the model has. They lie as at rest, and so do the gradients, with None for the others.
+        Means are over the global counts of what weighs, so they do not depend on how the batch is cut. `scale`
+        multiplies the loss before the backward and is divided out. Metrics of layers have a row for each, in the
+        model's order.
         """
-        specs = manual_specs(self.blueprint.parameters)
+        specs, gradients = manual_specs(self.blueprint.parameters), manual_specs(self.blueprint.trained)
         step_key = jax.random.fold_in(jax.random.key(self.seed), step)
         run = region(
             self._local_gradients,
             in_specs=(specs, batch_spec(), PartitionSpec(), PartitionSpec()),
-            out_specs=(PartitionSpec(), specs),
+            out_specs=(PartitionSpec(), gradients),
         )
         return run(params, batch, step_key, scale)
 
@@ -128,7 +122,8 @@ class Trainer:
         def local(params: PyTree, batch: Any) -> tuple[dict[str, Array], dict[str, Array]]:
             microbatches = self.microbatches(batch, num_microbatches)
             table = forward_only(self.stages, microbatches.rows.shape[0])
-            sums = self._run(table, params, microbatches, key=None).sums
+            model = self.program.model(self.parts, None)
+            sums = executor.run(table, self.stages, model, self.working(params), microbatches).sums
             return _over_all(sums), counts(batch)
 
         specs = manual_specs(self.blueprint.parameters)
@@ -141,9 +136,11 @@ class Trainer:
         # what nothing counts weighs nothing
         factors = {name: jnp.where(count > 0, scale / count, 0.0) for name, count in counts(batch).items()}
         microbatches = self.microbatches(weigh(batch, factors))
-        result = self._run(self.schedule(microbatches.rows.shape[0]), params, microbatches, step_key)
+        table, model = self.schedule(microbatches.rows.shape[0]), self.program.model(self.parts, step_key)
+        trained, others = self.trained_and_others(params)
+        result = executor.run(table, self.stages, model, trained, microbatches, others)
         assert result.gradients is not None, "a table without backwards"
-        gradients = reduce_gradients(self.parts.join(result.gradients), self.blueprint.parameters)
+        gradients = reduce_gradients(self.parts.join(result.gradients), self.blueprint.trained)
         gradients = jax.tree.map(lambda gradient: gradient / scale, gradients)
         means = jax.tree.map(lambda total: total / scale, _over_all(result.sums))
         return self.program.reported(means) | self._layer_metrics(result.layer_metrics), gradients
@@ -156,16 +153,14 @@ class Trainer:
                 found[f"{path}/{name}"] = in_model_order(partition, slots)
         return _over_all(found)
 
-    def _run(
-        self, table: Schedule, params: PyTree, microbatches: Microbatch, key: Key[Array, ""] | None
-    ) -> executor.Result:
-        """The table's work on this device, with the parameters at rest."""
-        model = self.program.model(self.parts, key)
-        return executor.run(table, self.stages, model, self.working(params), microbatches)
-
     def working(self, params: PyTree) -> Parameters:
         """The parameters that a step computes with, of those at rest, inside the manual region."""
         return self.parts.split(self.blueprint.working(params, DTYPES[self.config.precision]))
+
+    def trained_and_others(self, params: PyTree) -> tuple[Parameters, Parameters]:
+        """`working` parameters in two: those to differentiate, and frozen ones and buffers."""
+        fields = divided(self.blueprint, self.parts.join(self.working(params)))
+        return self.parts.split(fields["params"]), self.parts.split(merge(fields["frozen"], fields["buffers"]))
 
     def microbatches(self, batch: BatchT, num_microbatches: int | None = None) -> Microbatch[BatchT]:
         """The local batch as [microbatch, row, ...], of sequences the part that lies here.
@@ -182,11 +177,13 @@ class Trainer:
         return jax.tree.map(lambda leaf: vary(leaf.reshape(num_local // size, size, *leaf.shape[1:])), whole)
 
     def _rule(self) -> optax.GradientTransformation:
-        return make_optimizer(self.optimizer, self.config.steps, self.blueprint.roles)
+        return make_optimizer(self.optimizer, self.blueprint.roles)
 
     def _around(self, params: PyTree) -> TrainState:
         loss_scale = initial_loss_scale(self.config.loss_scale) if self.config.precision == "fp16" else None
-        return TrainState(jnp.int32(0), params, self._rule().init(params), loss_scale)
+        fields = divided(self.blueprint, params)
+        optimizer = self._rule().init(fields["params"])
+        return TrainState(jnp.int32(0), jnp.int32(0), **fields, optimizer=optimizer, loss_scale=loss_scale)
 
 
 def counts(batch: Any) -> dict[str, Float[Array, ""]]:
@@ -244,9 +241,3 @@ def _compiler_options() -> dict[str, int]:
     sends = current().parts("pipe", "context") > 1
     is_on_gpu = current().mesh.devices.flat[0].platform != "cpu"
     return {"xla_gpu_experimental_parallel_collective_overlap_limit": 8} if sends and is_on_gpu else {}
-
-
-def _updates(optimizer: PyTree) -> Int[Array, ""]:
-    """Updates made, skipped steps left out: where the learning rate's schedule is."""
-    nodes = jax.tree.leaves(optimizer, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
-    return jnp.asarray(next(node.count for node in nodes if isinstance(node, optax.ScaleByScheduleState)))

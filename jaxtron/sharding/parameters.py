@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxtron.roles import Role
+from jaxtron.roles import Role, Status
 from jaxtron.sharding.collectives import all_gather, all_reduce, manual_axes, reduce_scatter, vary
 from jaxtron.sharding.layout import Gathers, Layout, only, spec_axes
 from jaxtron.sharding.rules import current
@@ -20,7 +20,8 @@ Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], Array]
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """All that is known of a parameter without its values; `axes` names its dimensions, `layers` first if stacked."""
+    """All that is known of a parameter, or a buffer, without its values; `axes` names its dimensions, `layers` first if
+    stacked."""
 
     dtype: jnp.dtype
     axes: tuple[str, ...]
@@ -28,6 +29,7 @@ class ParameterSpec:
     layout: Layout
     layers: int | None = None
     """Of those that are stacked the layers among their rows, of which a pipeline can have more (none: all rows)."""
+    status: Status = "trained"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,6 +63,27 @@ def parameter(
     """
     value = initializer(rngs.params(), shape, jnp.float32)
     return nnx.Param(value, spec=ParameterSpec(value.dtype, axes, role, current().parameter_layout(axes, shape)))
+
+
+def buffer(shape: tuple[int, ...], *, axes: tuple[str, ...], value: float = 0.0) -> nnx.Variable:
+    """A float32 array of the model, full of `value`, that no gradient changes: a family's program does, once a step.
+
+    `axes` names each dimension, as those of a parameter.
+    """
+    layout = current().parameter_layout(axes, shape, is_trained=False)
+    return nnx.Variable(
+        jnp.full(shape, value, jnp.float32),
+        spec=ParameterSpec(jnp.dtype(jnp.float32), axes, "bias", layout, status="buffer"),
+    )
+
+
+def frozen(spec: ParameterSpec, dtype: jnp.dtype) -> ParameterSpec:
+    """Of the same parameter that no step changes: at rest in the type in which it is used (`working_dtype`).
+
+    It has no optimizer state to share, so what is gathered once a step is whole at rest.
+    """
+    layout = current().parameter_layout(spec.axes, spec.shape, is_trained=False)
+    return replace(spec, dtype=working_dtype(spec.role, dtype), layout=layout, status="frozen")
 
 
 def parameter_specs(state: PyTree) -> PyTree:

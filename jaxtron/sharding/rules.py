@@ -113,15 +113,17 @@ class Rules:
         """The rules of the same mesh with nothing split over `flag`: every device along it has the whole."""
         return replace(self, folding=self.folding.without(flag))
 
-    def parameter_layout(self, logical: tuple[str, ...], shape: tuple[int, ...]) -> Layout:
+    def parameter_layout(self, logical: tuple[str, ...], shape: tuple[int, ...], *, is_trained: bool = True) -> Layout:
         """Layout of a parameter with these logical axes; collisions and what `tensor` cannot split are `UserError`s.
 
         A flag of ZeRO that does not divide `embed` shares the first other dimension that it divides; where there is
-        none, `embed` is padded to the next multiple.
+        none, `embed` is padded to the next multiple. What is not trained has no state to share: flags gathered once
+        leave it whole.
         """
         placed = self._placement(logical, shape)
         home = next((dim for dim, name in enumerate(logical) if name in self.shared), None)
         flags = () if home is None else self.shared[logical[home]]
+        flags = tuple(flag for flag in flags if is_trained or flag not in self.gather_once)
         shares, padded = self._share(flags, home, placed, shape)
         at_rest = [(*self.axes(*flags), *axes) for flags, axes in zip(shares, placed, strict=True)]
         once, at_use = self._gathers(shares, shape, padded)

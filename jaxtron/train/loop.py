@@ -14,7 +14,7 @@ from jaxtron.gpus import peak_flops
 from jaxtron.interrupts import StopRequest, finish_first
 from jaxtron.run.history import Recorder
 from jaxtron.run.metrics import MetricsTally, MetricsWriter
-from jaxtron.run.step import TrainState
+from jaxtron.run.state import TrainState
 from jaxtron.train.divergence import Watch, check_state
 from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
 from jaxtron.train.progress import TrainProgress

@@ -21,7 +21,7 @@ from jaxtron.run.history import Continuation, changes, check_changes, listed, re
 from jaxtron.run.metrics import MetricsTally
 from jaxtron.run.session import Session, make_session
 from jaxtron.run.sizes import check_batch_fits, check_state_fits
-from jaxtron.run.step import TrainState
+from jaxtron.run.state import TrainState
 from jaxtron.train.divergence import check_state
 from jaxtron.train.run_lock import run_lock
 from jaxtron.train.trackers import import_tracker

@@ -89,7 +89,7 @@ def sample_text(run: Run, outcome: TrainOutcome, sampler: Sampler) -> str:
     try:
         tokens = sampler(
             run.session,
-            outcome.state.params,
+            outcome.state.model,
             prompt,
             num_tokens=run.config.train.sample_tokens,
             vocab=run.data.tokenizer.vocab_size,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from jaxtron.data.loader import validation_batches
 from jaxtron.data.source import Source
-from jaxtron.run.step import TrainState
+from jaxtron.run.state import TrainState
 from jaxtron.train.divergence import diverged
 from jaxtron.train.setup import Run
 from jaxtron.typing import Array
@@ -35,7 +35,7 @@ def _loss(run: Run, state: TrainState, source: Source, max_batches: int | None, 
         local_rows=run.session.batches.local_rows,
         max_batches=max_batches,
     )
-    found = [run.session.evaluate(state.params, run.session.batches.globalize(batch)) for batch in batches]
+    found = [run.session.evaluate(state.model, run.session.batches.globalize(batch)) for batch in batches]
     sums, counts = (_totals(part) for part in zip(*found, strict=True)) if found else ({}, {})
     if not any(counts.values()):
         return None

@@ -50,7 +50,7 @@ def step(subject: Subject, layout: Layout, **changes: Any) -> Found:
         return Found(
             {name: np.asarray(value) for name, value in reported.items()},
             by_name(gradients, trainer),
-            tuple(jax.tree.leaves(trainer.blueprint.parameters)),
+            tuple(jax.tree.leaves(trainer.blueprint.trained)),
             tuple(census(hlo.parse(compiled.as_text()), current().sizes)),
             len(normalizers(trainer.program.batch)),
         )
@@ -67,7 +67,8 @@ def reference(subject: Subject) -> Found:
         reported = trainer.program.reported(sums)
         for path, found in zip(trainer.parts.stacks, metrics, strict=True):
             reported |= {f"{path}/{name}": rows for name, rows in dict(found).items()}
-        found = by_name(trainer.parts.join(gradients), trainer)
+        # buffers are differentiated there too
+        found = by_name(trainer.blueprint.of("trained", trainer.parts.join(gradients)), trainer)
         return Found({name: np.asarray(value) for name, value in reported.items()}, found)
 
 

@@ -3,13 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtron.optim.config import OptimizerConfig
-from jaxtron.optim.optimizer import clip_by_global_norm, decay_mask, make_optimizer
+from jaxtron.optim.optimizer import clip_by_global_norm, decay_mask, descend, make_optimizer
 from jaxtron.optim.schedule import learning_rate_schedule
 
 ROLES = {
@@ -35,17 +34,17 @@ def draw(seed):
 
 
 def run(config, parameters, gradients):
-    optimizer = make_optimizer(config, total_steps=STEPS, roles=ROLES)
+    optimizer, rate = make_optimizer(config, ROLES), learning_rate_schedule(config, STEPS)
     state = jax.jit(optimizer.init)(parameters)
 
     @jax.jit
-    def step(parameters, state, gradients):
+    def step(parameters, state, gradients, number):
         clipped, norm = clip_by_global_norm(gradients, config.clip_norm)
-        updates, state = optimizer.update(clipped, state, parameters)
-        return optax.apply_updates(parameters, updates), state, norm
+        directions, state = optimizer.update(clipped, state, parameters)
+        return descend(parameters, directions, rate(number)), state, norm
 
-    for gradient in gradients:
-        parameters, state, norm = step(parameters, state, gradient)
+    for number, gradient in enumerate(gradients):
+        parameters, state, norm = step(parameters, state, gradient, number)
     return parameters, state, norm
 
 

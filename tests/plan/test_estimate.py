@@ -31,7 +31,7 @@ GATED = (
 )
 GATED += "--model.tied_head false --model.mlp_size 128 "
 # what shapes decide: all but temporaries, reserve and the communication's buffers
-SHAPED = ("master_weights", "optimizer", "weights", "gradients", "activations", "messages", "batch")
+SHAPED = ("master_weights", "optimizer", "frozen", "weights", "gradients", "activations", "messages", "batch")
 
 
 def configuration(flags: str, path: Path | None = None) -> Configuration:
@@ -57,6 +57,8 @@ def configuration(flags: str, path: Path | None = None) -> Configuration:
         "--mesh.pipe 2 --mesh.fsdp 2 --train.microbatches 4 --pipeline.schedule interleaved --pipeline.chunks 3",
         "--mesh.pipe 2 --train.microbatches 4 --pipeline.schedule zero_bubble --sharding.zero none " + DROPOUT,
         "--mesh.pipe 2 --train.microbatches 4 --pipeline.schedule zero_bubble_v --pipeline.chunks 2 " + GATED,
+        "--mesh.fsdp 2 --mesh.tensor 2 --train.trainable *norm* *.bias",
+        "--mesh.pipe 2 --mesh.fsdp 2 --train.microbatches 4 --sharding.zero parameters --train.trainable !*.mlp.*",
     ],
 )
 def test_classes_are_those_of_the_real_step(flags: str):

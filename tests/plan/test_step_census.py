@@ -19,7 +19,7 @@ SMALL = 64 * 1024
 
 
 @functools.cache
-def step(zero: str = "optimizer", microbatches: int = 1, **mesh: int) -> Rehearsal:
+def step(zero: str = "optimizer", microbatches: int = 1, trainable: tuple[str, ...] = ("*",), **mesh: int) -> Rehearsal:
     shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
     config = Configuration.model_validate(
         {
@@ -32,7 +32,12 @@ def step(zero: str = "optimizer", microbatches: int = 1, **mesh: int) -> Rehears
                 "bias": False,
             },
             "data": {"sequence_length": LENGTH},
-            "train": {"global_batch": ROWS * shards * microbatches, "microbatches": microbatches, "precision": "bf16"},
+            "train": {
+                "global_batch": ROWS * shards * microbatches,
+                "microbatches": microbatches,
+                "precision": "bf16",
+                "trainable": trainable,
+            },
             "mesh": {"data": 1, **mesh},
             "sharding": {"zero": zero},
         }
@@ -73,6 +78,21 @@ def padded_elements(rehearsal: Rehearsal) -> int:
 
 def total_bytes(entries: list[Collective]) -> int:
     return sum(entry.bytes * entry.executions for entry in entries)
+
+
+@pytest.mark.slow
+def test_frozen_matrices_are_gathered_where_they_are_used_and_nothing_else() -> None:
+    rehearsal = step("optimizer", trainable=("*norm*",), data=4, fsdp=2)
+    over_data = [entry for entry in rehearsal.collectives if "data" in entry.names]
+    assert over_data and not [entry for entry in over_data if entry.bytes >= SMALL]
+    gathers, scatters = large(rehearsal, "all_gather", "fsdp"), large(rehearsal, "reduce_scatter", "fsdp")
+    assert not scatters and not large(rehearsal, "all_reduce", "fsdp")
+    # in 16 bits, as they lie: of layers forward and backward
+    assert arrays([entry for entry in gathers if entry.loops and not entry.backward]) == MATRICES_A_LAYER * LAYERS
+    memory = rehearsal.memory_use
+    assert memory.program == rehearsal.memory.peak and memory.weights == 0
+    assert memory.frozen == 2 * matrix_elements(rehearsal) // 2
+    assert memory.optimizer == 2 * memory.master_weights + 4 * 3 and memory.gradients == memory.master_weights
 
 
 def test_tensor_parallelism_costs_what_megatron_says() -> None:

@@ -24,7 +24,8 @@ from jaxtron.pipeline.layer_slots import arrange, restore
 from jaxtron.pipeline.partition import Partition
 from jaxtron.run.configuration import Configuration, TrainConfig
 from jaxtron.run.session import make_trainer as make_trainer_of
-from jaxtron.run.step import Trainer, TrainState, batch_sharding
+from jaxtron.run.state import TrainState
+from jaxtron.run.step import Trainer, batch_sharding
 from jaxtron.sharding.config import ContextConfig, MeshConfig, ShardingConfig
 from jaxtron.sharding.folding import FLAGS
 from jaxtron.sharding.mesh import build_mesh

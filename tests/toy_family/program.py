@@ -21,11 +21,12 @@ from jaxtron.models.program import BuildContext, Microbatch, Parts, Program, who
 from jaxtron.models.stacked import stacked
 from jaxtron.pipeline.model import HeadOutput, LayerOutput, Model, Stack
 from jaxtron.sharding.collectives import zeros_like_type
-from jaxtron.sharding.parameters import parameter
+from jaxtron.sharding.parameters import buffer, parameter
 from jaxtron.sharding.rules import constrain, current
 from tests.toy_family.config import ToyConfig
 
 PENALTY = 0.01
+DECAY = 0.25
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,18 @@ def make_norm(config: ToyConfig, rngs: nnx.Rngs) -> Norm:
 
 
 class Layer(nnx.Module):
-    """`x + mlp(norm(x + memory))`; memory is zero in the encoder."""
+    """`x + mlp(norm(x + memory))`, of channels that were large less; memory is zero in the encoder."""
 
     def __init__(self, config: ToyConfig, rngs: nnx.Rngs) -> None:
         self.norm = make_norm(config, rngs)
         sizes = {"activation": "gelu_tanh", "bias": False, "std": 0.1, "output_std": 0.1, "dropout": 0.0}
         self.mlp = Mlp(config.width, 4 * config.width, **sizes, rngs=rngs)
+        # of each channel's squares so far, over all tokens
+        self.mean_square = buffer((config.width,), axes=("norm",))
 
     def __call__(self, x, memory):
-        return x + self.mlp(self.norm(x + memory), LayerInputs())
+        scale = jax.lax.rsqrt(1.0 + jnp.abs(self.mean_square[...])).astype(x.dtype)
+        return x + scale * self.mlp(self.norm(x + memory), LayerInputs())
 
 
 class Layers(nnx.Module):
@@ -108,9 +112,11 @@ def model(parts: Parts[Toy], _key) -> Model:
 
     def layer(number_of_stack: int, weights, stream, number, weigh):
         x = whole(parts.layer(number_of_stack, weights), dtype)(stream["x"], stream["memory"])
-        square = jnp.square(x.astype(jnp.float32)).mean(-1)
+        squares = jnp.square(x.astype(jnp.float32))
+        square = squares.mean(-1)
         loss = PENALTY * (number + 1) * (square * weigh).sum()
-        metrics = {"square": jax.lax.stop_gradient((square * weigh).sum())}
+        found = jax.lax.stop_gradient(squares * weigh[..., None])
+        metrics = {"square": found.mean(-1).sum(), "squares": found.sum((0, 1)), "weight": weigh.sum()}
         return LayerOutput({**stream, "x": x}, loss, metrics)
 
     def head(outer, stream, microbatch: Microbatch[ToyBatch]) -> HeadOutput:
@@ -131,10 +137,21 @@ def model(parts: Parts[Toy], _key) -> Model:
     return Model((Stack(encode, shared, partial(layer, 0)), Stack(decode, shared, partial(layer, 1))), head)
 
 
+def update_buffers(_parts: Parts[Toy], buffers, reported):
+    """Running means: a sum over the step's tokens by the sum of their weights."""
+    found = {}
+    for name, mean in buffers.items():
+        stack = name.removesuffix("/mean_square")
+        step = reported[f"{stack}/squares"] / reported[f"{stack}/weight"][:, None]
+        found[name] = mean + DECAY * (step - mean)
+    return found
+
+
 PROGRAM = Program(
     batch=ToyBatch,
     losses={"text": "tokens", "label": "labels"},
     build=Toy,
     model=model,
+    update_buffers=update_buffers,
     source=lambda config, source, tokenizer: Labelled(source),
 )

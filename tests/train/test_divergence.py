@@ -1,5 +1,6 @@
 """A training that diverges leaves nothing of it, and says where to go back to."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -18,7 +19,7 @@ from jaxtron.optim.config import LossScaleConfig
 from jaxtron.optim.loss_scale import LossScale
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.metrics import MetricsTally
-from jaxtron.run.step import TrainState
+from jaxtron.run.state import TrainState
 from jaxtron.train.divergence import Watch
 from jaxtron.train.hooks import StepInfo
 from jaxtron.train.loop import Saver
@@ -65,7 +66,7 @@ def flags(folder: Path, run: str, **settings: object) -> list[str]:
 def scaled(state, step: int, factor: float):
     """The state after so many steps, as large."""
     params = jax.tree.map(lambda leaf: leaf * jnp.float32(factor), state.params)
-    return type(state)(jnp.int32(step), params, state.optimizer, state.loss_scale)
+    return dataclasses.replace(state, step=jnp.int32(step), params=params)
 
 
 def copied(folder: Path, name: str, *, steps: int) -> Path:
@@ -160,7 +161,9 @@ def overflow(watch: Watch, steps: range, row: int, *, scale: float, skipped: int
     state = LossScale(jnp.float32(scale), jnp.int32(row), jnp.int32(0))
     for step in steps:
         metrics = {"loss": jnp.float32(2), "gradient_norm": jnp.float32(np.inf), "skipped_steps": jnp.int32(skipped)}
-        watch(StepInfo(step, 60, TrainState(jnp.int32(step), {}, (), state), metrics))
+        done = jnp.int32(step)
+        fields = {"params": {}, "frozen": {}, "buffers": {}, "optimizer": ()}
+        watch(StepInfo(step, 60, TrainState(done, done, **fields, loss_scale=state), metrics))
 
 
 def test_an_overflow_of_gradients_is_the_loss_scales_to_handle(checkpoints: Checkpoints):

@@ -97,8 +97,11 @@ def _replicated(rehearsal: Rehearsal) -> Iterator[Diagnostic]:
 
 
 def _could_split(row: ParameterRow, axis: str, sizes: Mapping[str, int]) -> bool:
-    """Whether a parameter lies whole along an axis that divides what a device has of one of its dimensions."""
-    if any(axis in flags for flags in row.split):
+    """Whether a trained parameter lies whole along an axis that divides what a device has of one of its dimensions.
+
+    What is not trained lies as it is used: sharing it is what `sharding.zero parameters` is for.
+    """
+    if row.status != "trained" or any(axis in flags for flags in row.split):
         return False
     parts = [math.prod(sizes[name] for name in flags) for flags in row.split]
     dims = zip(row.shape, row.axes, parts, strict=True)

@@ -19,16 +19,18 @@ def memory_use(trainer: Trainer, batch: Any, compiled: deviceless.Memory, gpu: G
     """Bytes a GPU by class of a compiled step, inside `sharding.use(rules)`; `num_groups` sets of GPUs communicate."""
     state = trainer.abstract_state()
     working, buffers = resident(trainer, batch)
-    master, optimizer = _at_rest(state.params), _at_rest((state.optimizer, state.step, state.loss_scale))
+    master, frozen = _at_rest(state.params), _at_rest((state.frozen, state.buffers))
+    optimizer = _at_rest((state.optimizer, state.step, state.updates, state.loss_scale))
     kept = _in_region([(held.residuals, held.deferred) for held in buffers.stacks])
     messages = _in_region((buffers.inputs, buffers.cotangents, buffers.sent))
-    weights = _copies(state.params, trainer.parts.join(working))
+    weights = _copies(state.model, trainer.parts.join(working))
     gradients = _in_region(([held.grad_accumulators for held in buffers.stacks], buffers.outer_accumulators))
-    inputs = compiled.arguments - master - optimizer
+    inputs = compiled.arguments - master - optimizer - frozen
     communication = NCCL_BUFFERS * num_groups
     return MemoryUse(
         master_weights=master,
         optimizer=optimizer,
+        frozen=frozen,
         weights=weights,
         gradients=gradients,
         activations=kept,

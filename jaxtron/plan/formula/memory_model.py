@@ -19,11 +19,12 @@ from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.plan.formula.activations import Kept, RowBytes, row_bytes
 from jaxtron.plan.formula.workload import shapes_of, work_of
 from jaxtron.plan.memory_use import NCCL_BUFFERS, MemoryUse, reserved
-from jaxtron.roles import Role
+from jaxtron.roles import Role, Status
 from jaxtron.run.attention import select_attention
 from jaxtron.run.batches import batch_row_bytes
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
+from jaxtron.run.trainable import frozen_names
 from jaxtron.sharding.config import MeshConfig, ShardingConfig
 from jaxtron.sharding.folding import FLAGS
 from jaxtron.sharding.mesh import abstract_mesh, build_mesh
@@ -56,14 +57,17 @@ class Parameter:
     shape: tuple[int, ...]
     role: Role
     stack: int | None
+    status: Status
 
 
 class StateBytes(NamedTuple):
-    """Bytes of a device, of all arrays or one: at rest in float32, moments of the optimizer, the copy to compute with,
-    gradients' sums; `largest` is the sum of the largest array, and `gathered` whether any is gathered at use."""
+    """Bytes of a device, of all arrays or one: trained at rest in float32, moments of the optimizer, what is not
+    trained at rest, the copy to compute with, gradients' sums; `largest` is the sum of the largest array, and
+    `gathered` whether any is gathered at use."""
 
     master: int
     optimizer: int
+    frozen: int
     weights: int
     gradients: int
     largest: int
@@ -72,7 +76,7 @@ class StateBytes(NamedTuple):
     @property
     def total(self) -> int:
         """What the device holds of them."""
-        return self.master + self.optimizer + self.weights + self.gradients
+        return self.master + self.optimizer + self.frozen + self.weights + self.gradients
 
 
 class Estimator:
@@ -106,6 +110,7 @@ class Estimator:
         used = MemoryUse(
             master_weights=state.master,
             optimizer=state.optimizer,
+            frozen=state.frozen,
             weights=state.weights,
             gradients=state.gradients,
             activations=rows * kept,
@@ -136,11 +141,17 @@ class Estimator:
         each = zip(self._parameters, counts, strict=True)
         found = [_state(parameter, rules, count, dtype) for parameter, count in each]
         moments = 2 if optimizer.name == "adamw" else int(optimizer.momentum > 0)
-        master, _, weights, gradients, largest, gathered = zip(*found, strict=True)
-        # adamw counts its updates, and so does the learning rate, beside the step
+        master, _, frozen, weights, gradients, largest, gathered = zip(*found, strict=True)
+        # steps and updates, and adamw counts its updates too
         counters = COUNTER * (2 + (optimizer.name == "adamw"))
         return StateBytes(
-            sum(master), moments * sum(master) + counters, sum(weights), sum(gradients), max(largest), any(gathered)
+            sum(master),
+            moments * sum(master) + counters,
+            sum(frozen),
+            sum(weights),
+            sum(gradients),
+            max(largest),
+            any(gathered),
         )
 
     def _chunk_layers(self, config: Configuration, num_stages: int) -> tuple[int, ...]:
@@ -207,11 +218,13 @@ def _groups(sizes: dict[str, int]) -> int:
 def _parameters(config: Configuration) -> tuple[Parameter, ...]:
     """All arrays of the model, from its blueprint on one device."""
     with use(make_rules(build_mesh(MeshConfig(data=1), jax.devices()[:1]), ShardingConfig())):
-        parts = make_parts(config.model, DTYPES[config.train.precision])
-    split = parts.split(parts.blueprint.parameters)
+        dtype = DTYPES[config.train.precision]
+        parts = make_parts(config.model, dtype)
+        blueprint = parts.blueprint.freeze(frozen_names(config.train.trainable, parts.blueprint.parameter_names), dtype)
+    split = parts.split(blueprint.parameters)
     owners = ((None, split.outer), *enumerate(split.stacks))
     return tuple(
-        Parameter(spec.axes[spec.is_stacked :], spec.shape[spec.is_stacked :], spec.role, stack)
+        Parameter(spec.axes[spec.is_stacked :], spec.shape[spec.is_stacked :], spec.role, stack, spec.status)
         for stack, specs in owners
         for spec in jax.tree.leaves(specs)
     )
@@ -224,12 +237,16 @@ def _rules(sizes: dict[str, int], config: ShardingConfig) -> Rules:
 
 def _state(parameter: Parameter, rules: Rules, count: int, dtype: jnp.dtype) -> StateBytes:
     """One parameter on a device, `count` rows of it; as `parameters.gather_once` makes the copy to compute with."""
-    layout = rules.parameter_layout(parameter.axes, parameter.shape)
+    is_trained = parameter.status == "trained"
+    layout = rules.parameter_layout(parameter.axes, parameter.shape, is_trained=is_trained)
     at_rest, whole = (count * math.prod(rules.part(layout, gathers)) for gathers in ((), layout.once))
     later = layout.at_use != ()
+    if not is_trained:
+        # used as it lies at rest
+        return StateBytes(0, 0, working_dtype(parameter.role, dtype).itemsize * at_rest, 0, 0, 0, later)
     width = FLOAT if later else working_dtype(parameter.role, dtype).itemsize
     is_copied = (width, whole) != (FLOAT, at_rest)
-    return StateBytes(FLOAT * at_rest, 0, width * whole * is_copied, FLOAT * whole, FLOAT * whole, later)
+    return StateBytes(FLOAT * at_rest, 0, 0, width * whole * is_copied, FLOAT * whole, FLOAT * whole, later)
 
 
 def shortened(config: Configuration, num_stages: int) -> Configuration:

@@ -1,0 +1,57 @@
+"""Which parameters are trained: the patterns of train.trainable on their names."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from jaxtron.config import UserError, shown
+
+MOST_HINTS = 3
+WITHOUT = "!"
+
+
+def frozen_names(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Those of the parameters' names that the patterns leave frozen, in their order.
+
+    Trained is what matches a pattern, of those with `!` none; where all have one, what matches none. A `UserError` for
+    a pattern that changes nothing, and where nothing is left to train.
+    """
+    names = list(names)
+    for pattern in patterns:
+        if not _matching(pattern.removeprefix(WITHOUT), names):
+            raise UserError(f"train.trainable {shown(pattern)} matches no parameter; {_hint(pattern, names)}")
+    excluded = [pattern for pattern in patterns if pattern.startswith(WITHOUT)]
+    included = [pattern for pattern in patterns if pattern not in excluded] or ["*"]
+    trained = {name for pattern in included for name in _matching(pattern, names)}
+    for pattern in excluded:
+        if not trained.intersection(_matching(pattern.removeprefix(WITHOUT), names)):
+            of = shown(" ".join(included))
+            raise UserError(f"train.trainable {shown(pattern)} takes nothing from what {of} trains: leave it out")
+    trained -= {name for pattern in excluded for name in _matching(pattern.removeprefix(WITHOUT), names)}
+    if not trained:
+        raise UserError(
+            f"train.trainable {shown(' '.join(patterns))} leaves nothing to train: take a pattern with ! out"
+        )
+    return [name for name in names if name not in trained]
+
+
+def _matching(pattern: str, names: Sequence[str]) -> list[str]:
+    return [name for name in names if fnmatchcase(name, pattern)]
+
+
+def _hint(pattern: str, names: Sequence[str]) -> str:
+    """What could have been meant."""
+    text = pattern.removeprefix(WITHOUT)
+    listed = "plan --layout lists the names"
+    if re.search(r"\.\d+\b", text) and (near := _matching(re.sub(r"\d+", "*", text), names)):
+        places = sorted({int(number) for name in near for number in re.findall(r"\.(\d+)\b", name)})
+        numbers = " or ".join(map(str, places)) or "none"
+        return (
+            "the layers of a stack are one array and trained together; numbers in a name are places in the pattern "
+            f"that it repeats, here {numbers}; {listed}"
+        )
+    words = [word for word in text.replace("*", ".").split(".") if word]
+    near = [name for name in names if any(word in name for word in words)]
+    near = near or difflib.get_close_matches(text, names, n=MOST_HINTS, cutoff=0.4)
+    return f"did you mean {' or '.join(near[:MOST_HINTS])}? {listed}" if near else listed
