@@ -12,6 +12,8 @@ from jaxtron.data.batch import map_batch, normalizers, present
 from jaxtron.models.program import Microbatch
 from jaxtron.plan.compiled import hlo
 from jaxtron.plan.compiled.census import Collective, census
+from jaxtron.plan.compiled.rehearsal import rehearse
+from jaxtron.run.batches import abstract_batch
 from jaxtron.run.session import make_trainer
 from jaxtron.run.step import Trainer, batch_sharding
 from jaxtron.sharding.collectives import all_reduce, vary
@@ -30,7 +32,7 @@ STEP = 5
 class Found(NamedTuple):
     """What a step reports, and every gradient in the model's order and by name; how it came about."""
 
-    reported: dict[str, np.ndarray]
+    reported: dict[str, Any]
     gradients: dict[str, np.ndarray]
     parameters: tuple[ParameterSpec, ...] = ()
     collectives: tuple[Collective, ...] = ()
@@ -54,6 +56,18 @@ def step(subject: Subject, layout: Layout, **changes: Any) -> Found:
             tuple(census(hlo.parse(compiled.as_text()), current().sizes)),
             len(normalizers(trainer.program.batch)),
         )
+
+
+def rehearsed(subject: Subject, layout: Layout) -> Found:
+    """The whole step compiled for eight H100s: shapes of what it reports, and how it would communicate."""
+    rehearsal = rehearse(subject.configuration(layout), gpu="h100", num_gpus=8)
+    session = rehearsal.session
+    with session.use():
+        trainer, batch = session.trainer, abstract_batch(session.config)
+        scalars = (jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32))
+        reported, _ = jax.eval_shape(trainer.loss_and_gradients, trainer.blueprint.abstract, batch, *scalars)
+        parameters = tuple(jax.tree.leaves(trainer.blueprint.trained))
+    return Found(reported, {}, parameters, rehearsal.collectives, len(normalizers(trainer.program.batch)))
 
 
 @functools.cache

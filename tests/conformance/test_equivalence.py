@@ -6,7 +6,7 @@ Unmarked are each family on the mesh that differs most from one device; the kind
 import pytest
 
 from tests.conformance.communication import Communication
-from tests.conformance.runs import assert_same, reference, step
+from tests.conformance.runs import assert_same, reference, rehearsed, step
 from tests.conformance.subjects import FAMILY_SUBJECTS, KIND_SUBJECTS, ONE_DEVICE, Layout, Subject
 
 CUBE = Layout({"data": 2, "fsdp": 2, "tensor": 2})
@@ -46,6 +46,12 @@ def test_the_step_is_plain_differentiation_and_communicates_as_laid_out(subject:
     found = step(subject, layout)
     assert_same(found, reference(subject))
     Communication(found, layout.mesh).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", FAMILY_SUBJECTS, ids=str)
+def test_a_step_compiled_for_gpus_communicates_as_laid_out(subject: Subject):
+    Communication(rehearsed(subject, CUBE), CUBE.mesh).check()
 
 
 @pytest.mark.parametrize("changes", [{"collectives": ()}, {"num_counts": -1000}], ids=["nothing is sent", "too much"])

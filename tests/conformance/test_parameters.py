@@ -114,6 +114,23 @@ def test_a_kinds_work_is_its_flops_region_by_region(subject: Subject):
             assert found > shapes.tokens * flops if is_whole else found == pytest.approx(shapes.tokens * flops)
 
 
+@each_subject
+def test_a_models_work_is_its_layers_and_its_head(subject: Subject):
+    """What a plan computes with, products of forwards, adds up to the family's own FLOPs."""
+    config = subject.configuration(ONE_DEVICE)
+    fused = [profile for profile in PROFILES.values() if profile.attention == "fused"]
+    assert fused
+    for profile in fused:
+        shapes = shapes_of(config, dict.fromkeys(FLAGS, 1), profile, gpu_named("h100").device_kind)
+        work = config.family.work(config.model, shapes)
+        layers = config.family.stacks(config.model).values()
+        forward = sum(count * stack.layer.forward.flops for count, stack in zip(layers, work.stacks, strict=True))
+        # the head's gradients are formed in its forward
+        found = 3 * forward + work.head.forward.flops
+        assert found == pytest.approx(shapes.tokens * config.family.flops_per_token(config.model, LENGTH))
+        assert all(stack.layer.backward.flops >= stack.layer.forward.flops for stack in work.stacks)
+
+
 def test_the_model_is_its_layers_and_the_rest():
     """Every kind's FLOPs are in those of a decoder with all of them, once a layer."""
     (decoder,) = (subject for subject in FAMILY_SUBJECTS if subject.family == "decoder")
