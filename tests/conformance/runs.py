@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtron.data.batch import map_batch, normalizers, present
 from jaxtron.models.program import Microbatch
@@ -46,9 +46,13 @@ def step(subject: Subject, layout: Layout, **changes: Any) -> Found:
     with use(rules_for(dict(layout.mesh), layout.zero, ContextConfig(**layout.context))):
         trainer = make_trainer(config)
         batch = jax.device_put(subject.batch(), batch_sharding())
-        arguments = (make_params(trainer), batch, jnp.int32(STEP), jnp.float32(1))
-        compiled = jax.jit(trainer.loss_and_gradients).lower(*arguments).compile()
-        reported, gradients = compiled(*arguments)
+        scalars = jax.device_put((jnp.int32(STEP), jnp.float32(1)), NamedSharding(current().mesh, PartitionSpec()))
+        arguments = (make_params(trainer), batch, *scalars)
+        # no tracer outlives the trace, and nothing is brought to the devices unasked
+        with jax.checking_leaks():
+            compiled = jax.jit(trainer.loss_and_gradients).lower(*arguments).compile()
+        with jax.transfer_guard("disallow"):
+            reported, gradients = compiled(*arguments)
         return Found(
             {name: np.asarray(value) for name, value in reported.items()},
             by_name(gradients, trainer),
