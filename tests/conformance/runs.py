@@ -48,9 +48,8 @@ def step(subject: Subject, layout: Layout, **changes: Any) -> Found:
         batch = jax.device_put(subject.batch(), batch_sharding())
         scalars = jax.device_put((jnp.int32(STEP), jnp.float32(1)), NamedSharding(current().mesh, PartitionSpec()))
         arguments = (make_params(trainer), batch, *scalars)
-        # no tracer outlives the trace, and nothing is brought to the devices unasked
-        with jax.checking_leaks():
-            compiled = jax.jit(trainer.loss_and_gradients).lower(*arguments).compile()
+        compiled = jax.jit(trainer.loss_and_gradients).lower(*arguments).compile()
+        # nothing is brought to the devices unasked
         with jax.transfer_guard("disallow"):
             reported, gradients = compiled(*arguments)
         return Found(
