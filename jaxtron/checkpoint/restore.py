@@ -26,7 +26,7 @@ _UNFINISHED = re.compile(r"step_(\d{8,})\.orbax-checkpoint-tmp.*")
 MOST_TRIES = 5
 Check = Callable[[dict[str, Any]], None]
 # what else than the model differs, by the first part of an array's name
-_PARTS = {"optimizer": "optimizer", "loss_scale": "train.precision"}
+_PARTS = {"optimizer": "optimizer", "loss_scale": "train.precision", "updates": "version of Jaxtron"}
 
 
 @dataclass(frozen=True)

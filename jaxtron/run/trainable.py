@@ -54,4 +54,6 @@ def _hint(pattern: str, names: Sequence[str]) -> str:
     words = [word for word in text.replace("*", ".").split(".") if word]
     near = [name for name in names if any(word in name for word in words)]
     near = near or difflib.get_close_matches(text, names, n=MOST_HINTS, cutoff=0.4)
-    return f"did you mean {' or '.join(near[:MOST_HINTS])}? {listed}" if near else listed
+    if near:
+        return f"did you mean {' or '.join(near[:MOST_HINTS])}? {listed}"
+    return f"{listed}, which begin with {' or '.join(dict.fromkeys(name.partition('.')[0] for name in names))}"
