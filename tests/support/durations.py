@@ -9,8 +9,9 @@ from collections import Counter
 
 import pytest
 
-BOUND = 150.0
-"""CPU seconds that the tests of a file without the mark `slow` may take together."""
+BOUND = 200.0
+"""CPU seconds that the tests of a file without the mark `slow` may take together: about twice what the heaviest took
+(2026-11, two busy cores), for machines differ by half and more."""
 SHOWN = 10
 
 
