@@ -12,7 +12,7 @@ from rich.color import ColorSystem
 from rich.style import Style
 
 from jaxtron.command import write_whole
-from jaxtron.pipeline.schedules.figures import Figures, Slot, Span, figures, slots, timeline
+from jaxtron.pipeline.schedules.figures import Figures, Slot, Span, figures, flight, slots, timeline
 from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work
 from jaxtron.words import plural, readable_bytes
 
@@ -32,13 +32,13 @@ def schedule_text(
     *,
     width: int = 120,
     color: bool = False,
-    chunk_bytes: int | Sequence[int] | None = None,
+    chunk_bytes: Sequence[int] | None = None,
     latency: float = 0.0,
 ) -> str:
     """The table, a line a stage and a column a tick, then the figures of each stage and of the whole.
 
     Of a table wider than `width` the middle is left out, and a line says so. `chunk_bytes` are the activations that
-    one microbatch leaves in one chunk, of all stages or each; a pair that waits for its weight gradient counts as much.
+    one microbatch leaves in each of a stage's chunks; what is deferred to weight gradients counts as much.
     """
     found = figures(schedule, latency=latency)
     sizes = f"{plural(schedule.num_stages, 'stage')}, {plural(schedule.num_microbatches, 'microbatch')}"
@@ -153,10 +153,9 @@ def _slot(slot: Slot, work: Work, num_chunks: int) -> str:
     return slot[0].upper() + number
 
 
-def _stages(schedule: Schedule, found: Figures, chunk_bytes: int | Sequence[int] | None) -> list[str]:
+def _stages(schedule: Schedule, found: Figures, chunk_bytes: Sequence[int] | None) -> list[str]:
     """A table of the stages' figures."""
-    if isinstance(chunk_bytes, Sequence) and len(chunk_bytes) != schedule.num_stages:
-        raise ValueError(f"chunk_bytes of {len(chunk_bytes)} stages for a schedule of {schedule.num_stages}")
+    assert chunk_bytes is None or len(chunk_bytes) == schedule.num_chunks
     header = ["stage", "warm-up", "most in flight"]
     if schedule.split:
         header += ["most deferred", "most together"]
@@ -168,8 +167,7 @@ def _stages(schedule: Schedule, found: Figures, chunk_bytes: int | Sequence[int]
         if schedule.split:
             row += [str(figure.deferred), str(figure.held)]
         if chunk_bytes is not None:
-            each = chunk_bytes[stage] if isinstance(chunk_bytes, Sequence) else chunk_bytes
-            row.append(readable_bytes(figure.held * each))
+            row.append(readable_bytes(max(tick.held for tick in flight(schedule, stage, chunk_bytes))))
         rows.append(row)
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

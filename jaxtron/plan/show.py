@@ -94,10 +94,15 @@ def show_schedule(config: Configuration, request: PlanRequest) -> None:
     if request.png is not None:
         draw_schedule(table, request.png)
     print(f"mesh: {mesh}")
-    longest = max(stack.slots_per_chunk for stack in stages.partitions)
-    print(schedule_text(table, width=width, color=color, chunk_bytes=longest * each))
-    lengths = tuple(length for stack in stages.partitions for length in stack.lengths)
-    print(f"layers    {_lengths(lengths)}; one keeps {readable_bytes(each)} of a microbatch on a device")
+    stacks = tuple(zip(stages.partitions, each, strict=True))
+    # a chunk takes the room of the longest of its stack
+    chunks = [stack.slots_per_chunk * size for stack, size in stacks for _ in range(stack.num_chunks)]
+    print(schedule_text(table, width=width, color=color, chunk_bytes=chunks))
+    for name, (stack, size) in zip(config.family.stacks(config.model), stacks, strict=True):
+        which = f"{name}: " if len(stacks) > 1 else ""
+        print(
+            f"layers    {which}{_lengths(stack.lengths)}; one keeps {readable_bytes(size)} of a microbatch on a device"
+        )
     if stages.num_stages > 1:
         print("memory    one program runs on all stages, so every device makes room for the fullest one's activations")
     _tell_written(request.csv, request.png)

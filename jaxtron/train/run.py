@@ -13,8 +13,6 @@ from jaxtron.train.loop import train
 from jaxtron.train.setup import Run, open_run
 from jaxtron.train.summary import Sampler, finish
 
-ROOM = "Raise --train.microbatches or --mesh.fsdp, set --model.recompute full, or choose a smaller model"
-
 
 def run(config: Configuration, name: str, sampler: Sampler) -> int:
     """Trains to the last step; 130 if a signal ended the run early, with a checkpoint.
@@ -22,7 +20,7 @@ def run(config: Configuration, name: str, sampler: Sampler) -> int:
     `name` names its directory; the sampler draws the text that a run ends with.
     """
     start_runtime(config.runtime, devices=config.devices)
-    room = partial(out_of_memory_as_user_error, ROOM)
+    room = partial(out_of_memory_as_user_error, room_advice(config))
     # an error is told before the run is closed, which may need the others
     with leaving_together(), room(), open_run(config, name) as run, leaving_together(), room():
         if jax.process_index() == 0:
@@ -36,6 +34,13 @@ def run(config: Configuration, name: str, sampler: Sampler) -> int:
             return 130
         finish(run, outcome, sampler)
     return 0
+
+
+def room_advice(config: Configuration) -> str:
+    """What to do where a run needs more memory than there is."""
+    levels = config.family.recompute(config.model)
+    again = f", set --model.recompute {levels[-1]}" if levels else ""
+    return f"Raise --train.microbatches or --mesh.fsdp{again}, or choose a smaller model"
 
 
 def announce(run: Run) -> None:

@@ -43,7 +43,7 @@ def test_bytes_of_a_stage_are_those_of_its_layers():
     # uneven stages: a chunk takes the rows of the longest
     code, out, _ = plan(f"--schedule {PIPE} --pipeline.stage_layers 1 2 3 2")
     # the mesh is filled with one replica; a microbatch is four rows of the batch of 32
-    one = layer_bytes(configuration(PIPE), {"pipe": 4, "data": 1, "fsdp": 1, "context": 1, "tensor": 2})
+    (one,) = layer_bytes(configuration(PIPE), {"pipe": 4, "data": 1, "fsdp": 1, "context": 1, "tensor": 2})
     assert f"one keeps {readable_bytes(one)} of a microbatch" in out
     rows = re.findall(r"^ +(\d) +\d+ +(\d+) +([\d.]+ \w+)$", out, re.MULTILINE)
     assert code == 0 and "1, 2, 3, 2 in the parts" in out
@@ -59,12 +59,12 @@ def test_bytes_of_a_layer_shrink_with_what_splits_them():
     # no masks and no statistics of whole sequences: what is left is split by tensor
     flags = "--model.hidden_size 64 --model.num_heads 4 --train.microbatches 8 --model.recompute"
     whole = {"pipe": 2, "data": 1, "fsdp": 1, "context": 1, "tensor": 1}
-    full, none = (layer_bytes(configuration(f"{flags} {level}"), whole) for level in ("full", "none"))
+    full, none = (layer_bytes(configuration(f"{flags} {level}"), whole)[0] for level in ("full", "none"))
     # all of its input in bf16: batch 4, sequence, width
     assert full == 4 * configuration(flags + " full").data.sequence_length * 64 * 2 < none / 8
     config = configuration(flags + " full")
-    assert layer_bytes(config, whole | {"tensor": 4}) == full // 4
-    assert layer_bytes(config, whole | {"data": 2, "fsdp": 2}) == full // 4
+    assert layer_bytes(config, whole | {"tensor": 4}) == (full // 4,)
+    assert layer_bytes(config, whole | {"data": 2, "fsdp": 2}) == (full // 4,)
 
 
 def test_without_devices_axes_left_open_are_one():

@@ -28,17 +28,25 @@ messages  6 a step, at most 3 of one kind over one link (activations, stage 0 to
 
 
 def test_a_small_schedule_as_text():
-    assert schedule_text(make_schedule("1f1b", 2, 3), chunk_bytes=1000 * 2**10) == DRAWN
+    assert schedule_text(make_schedule("1f1b", 2, 3), chunk_bytes=[1000 * 2**10]) == DRAWN
 
 
-def test_bytes_are_known_by_stage_or_not_at_all():
+def test_bytes_are_known_by_chunk_or_not_at_all():
     schedule = make_schedule("zero_bubble", 4, 8)
     assert "activations" not in schedule_text(schedule).partition("ticks ")[0]
-    drawn = schedule_text(schedule, chunk_bytes=[10, 20, 30, 40])
     # what is deferred counts as much as what is in flight: four in all on every stage
-    assert re.findall(r"^ +\d(?: +\d)+ +(\d+ B)$", drawn, re.MULTILINE) == ["40 B", "80 B", "120 B", "160 B"]
-    with pytest.raises(ValueError, match="3 stages for a schedule of 4"):
-        schedule_text(schedule, chunk_bytes=[1, 2, 3])
+    assert peaks(schedule_text(schedule, chunk_bytes=[10])) == ["40 B"] * 4
+    # of an encoder and a decoder one microbatch each; the decoder's chunk keeps ten times as much
+    both = make_schedule("interleaved", 2, 2, num_stacks=2)
+    drawn = schedule_text(both, chunk_bytes=[1, 10])
+    assert re.findall(r"^ +\d +\d +(\d) ", drawn, re.MULTILINE) == ["4", "3"]
+    # the last stage has one of the decoder at a time
+    assert peaks(drawn) == ["22 B", "12 B"]
+
+
+def peaks(drawn: str) -> list[str]:
+    """Of each stage."""
+    return re.findall(r"^ +\d(?: +\d+)+ +(\d+ B)$", drawn, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

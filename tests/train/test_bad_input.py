@@ -9,8 +9,9 @@ import pytest
 from jaxtron.config import UserError
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.table_file import write_csv
+from jaxtron.run.configuration import Configuration, configuration_of
 from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
-from jaxtron.train.run import ROOM
+from jaxtron.train.run import room_advice
 from tests.support.command_runs import Ended, FinishedRun, contents, end, run_here, small, start, write_text
 
 
@@ -239,9 +240,12 @@ def test_a_run_directory_of_something_else_is_left_alone(finished: FinishedRun, 
 
 
 def test_out_of_memory_is_one_line_and_other_errors_are_not_hidden():
+    advice = room_advice(Configuration())
+    assert "--model.recompute full" in advice
+    assert "recompute" not in room_advice(configuration_of("tests.toy_family")())
     text = "INTERNAL: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes. [stack]\nframe"
     with pytest.raises(UserError, match="^Out of memory while trying to allocate 9 bytes. Raise --train.microbatches"):
-        with out_of_memory_as_user_error(ROOM):
+        with out_of_memory_as_user_error(advice):
             raise jax.errors.JaxRuntimeError(text)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: no"), out_of_memory_as_user_error(ROOM):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: no"), out_of_memory_as_user_error(advice):
         raise jax.errors.JaxRuntimeError("INTERNAL: no")

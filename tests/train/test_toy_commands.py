@@ -144,7 +144,8 @@ def test_its_layout_and_schedule():
     assert layout.out.count("are empty") == 1 and "4 rows of layers hold 3" in layout.out
     schedule = planned("--schedule", "--devices", "8", *PIPE)
     assert schedule.code == 0 and "interleaved: 2 stages, 2 microbatches, 2 chunks a stage" in schedule.out
-    assert "2, 1, 1, 1 in the parts" in schedule.out
+    assert "layers    encoder/layers: 2, 1 in the parts; one keeps" in schedule.out
+    assert "layers    decoder/layers: 1 in each of 2 parts; one keeps" in schedule.out
 
 
 def test_its_formulas_see_both_stacks():

@@ -103,25 +103,34 @@ def figures(schedule: Schedule, *, latency: float = 0.0) -> Figures:
 
 
 class Flight(NamedTuple):
-    """The most that a stage holds at a time within one tick."""
+    """The most that a stage holds at a time within one tick: microbatches, or bytes of them."""
 
     in_flight: int
     deferred: int
     held: int
 
 
-def flight(schedule: Schedule, stage: int) -> list[Flight]:
-    """What the stage holds at each tick, counted after each of its slots: a forward adds before a backward takes."""
+def flight(schedule: Schedule, stage: int, sizes: Sequence[int] | None = None) -> list[Flight]:
+    """What the stage holds at each tick, counted after each of its slots: a forward adds before a backward takes.
+
+    A microbatch counts as `sizes` has it for the chunk that it is in (none: one).
+    """
+
+    def size(work: Work | None) -> int:
+        if work is None:
+            return 0
+        return 1 if sizes is None else sizes[work.chunk]
+
     in_flight = deferred = 0
     found = []
     for row in schedule.table:
         entry = row[stage]
-        in_flight += entry.forward is not None
+        in_flight += size(entry.forward)
         most_in_flight, held = in_flight, in_flight + deferred
-        in_flight -= entry.backward is not None
-        deferred += schedule.split and entry.backward is not None
+        in_flight -= size(entry.backward)
+        deferred += size(entry.backward) if schedule.split else 0
         found.append(Flight(most_in_flight, deferred, max(held, in_flight + deferred)))
-        deferred -= entry.weight is not None
+        deferred -= size(entry.weight)
     return found
 
 

@@ -34,14 +34,14 @@ class RowBytes(NamedTuple):
     stream: int
 
 
-def layer_bytes(config: Configuration, sizes: dict[str, int], kind: str | None = None) -> int:
-    """Bytes that a device keeps of one microbatch in one layer (a period of a pattern) of a pipeline's stage;
-    of several stacks, in one of that which keeps most.
+def layer_bytes(config: Configuration, sizes: dict[str, int], kind: str | None = None) -> tuple[int, ...]:
+    """Bytes that a device keeps of one microbatch in one layer (a period of a pattern) of each stack.
 
     `kind` is what the devices are (`jax.Device.device_kind`; none: this machine's): kernels keep no probabilities.
     """
     rows = config.train.global_batch // config.train.microbatches // (sizes["data"] * sizes["fsdp"])
-    return rows * max(kept.residuals for kept in row_bytes(config, sizes["tensor"], sizes["context"], kind).kept)
+    found = row_bytes(config, sizes["tensor"], sizes["context"], kind)
+    return tuple(rows * kept.residuals for kept in found.kept)
 
 
 def row_bytes(config: Configuration, tensor: int, context: int = 1, kind: str | None = None) -> RowBytes:
