@@ -201,8 +201,8 @@ def test_its_step_is_planned(tmp_path: Path, gpus: int, flags: list[str]):
     counted = Estimator(config).memory(config, sizes, H100.datasheet)
     for name in ("master_weights", "optimizer", "weights", "gradients", "messages"):
         assert found["memory"][name] == getattr(counted, name), name
-    # a layer keeps a few numbers of each microbatch, which are counted as if they were of each row
-    assert found["memory"]["activations"] == pytest.approx(counted.activations, rel=1e-3)
+    # a layer keeps its buffer and a few numbers of each microbatch, which are counted as if they were of each row
+    assert found["memory"]["activations"] <= counted.activations <= 1.01 * found["memory"]["activations"]
     assert found["parameters"] == config.family.num_parameters(config.model, 64)
     assert found["prediction"]["model_flops"] == pytest.approx(predict(config, sizes, H100).model_flops)
 
