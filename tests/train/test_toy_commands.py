@@ -3,13 +3,19 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jaxtron.config import load
 from jaxtron.evaluate.__main__ import main as evaluate
+from jaxtron.models import families
+from jaxtron.models.families import family_named
+from jaxtron.models.family import FamilyConfig
+from jaxtron.models.work.model import ModelWork
 from jaxtron.models.work.profile import JAXTRON
+from jaxtron.models.work.shapes import Shapes
 from jaxtron.plan.__main__ import main as plan
 from jaxtron.plan.formula.activations import row_bytes
 from jaxtron.plan.formula.memory_model import Estimator
@@ -167,6 +173,23 @@ def test_its_formulas_see_both_stacks():
     # what it says of the stream is what its program makes
     shapes = shapes_of(config, sizes, JAXTRON, "H100")
     assert work_of(config, shapes).stream == shapes.rows * row_bytes(config, 1).stream
+
+
+def test_a_stack_may_have_its_own_length_and_width(monkeypatch):
+    family = family_named(FAMILY)
+
+    def work(config: FamilyConfig, shapes: Shapes) -> ModelWork:
+        wide = config.model_copy(update={"width": 2 * config.width})
+        encoder = family.work(wide, replace(shapes, length=shapes.length // 2)).stacks[0]
+        found = family.work(config, shapes)
+        return replace(found, stacks=(encoder, found.stacks[1]))
+
+    config = configuration()
+    before = predict(config, ONE, H100)
+    monkeypatch.setattr(families, "family_named", lambda name: replace(family, work=work))
+    # four times as much for each of half the tokens: the encoder's FLOPs once more, 48 w^2 a token and layer
+    more = config.model.encoder_layers * 48 * config.model.width**2 * 16 * 64
+    assert predict(config, ONE, H100).hardware_flops - before.hardware_flops == pytest.approx(more)
 
 
 def test_layouts_are_found_for_it():
