@@ -92,8 +92,8 @@ def runs(rehearsal: Rehearsal) -> Callable[[Collective], float]:
 
     What a schedule's ticks choose runs where the stage has such work, not at every tick of the loop.
     """
-    stages = rehearsal.session.trainer.stages
-    table = rehearsal.session.config.schedule(stages.num_stages)
+    config, num_stages = rehearsal.session.config, rehearsal.session.sizes["pipe"]
+    stages, table = config.stage_plan(num_stages), config.schedule(num_stages)
     if stages.num_virtual == 1:
         return lambda entry: entry.executions
     lowered = lower(table, stages.stack_chunks)
