@@ -6,7 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.support import checking
+
 pytest_plugins = ["pytester", "tests.support.durations", "tests.support.quarters"]
+
+# before anything imports jaxtron
+checking.install()
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXTRON_TEST_PLATFORM", "cpu")
 FLAGS = ["--xla_force_host_platform_device_count=8"]
