@@ -120,7 +120,10 @@ def on_stages(
         specs = (Parameters(P("pipe"), P()), P(), arranged[1] and Parameters(P("pipe"), P()))
         step = jax.jit(region(local, specs, P(rules.manual)))
         placed = jax.device_put((arranged[0], batch, arranged[1]), jax.sharding.NamedSharding(rules.mesh, P()))
-        layers, metrics, (outer, sums) = jax.tree.map(np.asarray, step(*placed))
+        # nothing is brought to the devices unasked, and no tracer outlives the step
+        with jax.transfer_guard("disallow"), jax.checking_leaks():
+            found = step(*placed)
+        layers, metrics, (outer, sums) = jax.tree.map(np.asarray, found)
     for found in (metrics, layers or ()):
         for stack, tree in zip(stages.partitions, found, strict=bool(found)):
             for leaf in jax.tree.leaves(tree):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtron.checkpoint.names import parts
 from jaxtron.data.batch import TokenBatch
@@ -203,7 +204,11 @@ def loss_and_gradients(
         params = make_params(trainer)
         batch = jax.device_put(make_batch(rows, packed), batch_sharding())
         run = jax.jit(trainer.loss_and_gradients)
-        metrics, gradients = run(params, batch, jnp.int32(5), jnp.float32(1.0))
+        everywhere = NamedSharding(current().mesh, PartitionSpec())
+        step, scale = jax.device_put((jnp.int32(5), jnp.float32(1.0)), everywhere)
+        # nothing is brought to the devices, or among them, unasked
+        with jax.transfer_guard("disallow"):
+            metrics, gradients = run(params, batch, step, scale)
         for gradient, param in zip(jax.tree.leaves(gradients), jax.tree.leaves(params), strict=True):
             assert gradient.sharding == param.sharding
         return Result(float(metrics["loss"]), by_name(gradients, trainer))
@@ -227,7 +232,9 @@ def evaluate(
         trainer = make_trainer(model, pipeline=pipeline, global_batch=rows, microbatches=microbatches)
         batch = jax.device_put(make_batch(rows), batch_sharding())
         run = jax.jit(trainer.evaluate)
-        sums, counts = run(make_params(trainer), batch)
+        params = make_params(trainer)
+        with jax.transfer_guard("disallow"):
+            sums, counts = run(params, batch)
     assert counts == {"tokens": batch.weights.sum()}
     return float(sums["loss"] / counts["tokens"])
 
@@ -274,7 +281,8 @@ def take_steps(
             if scale:
                 loss_scale = dataclasses.replace(state.loss_scale, scale=jnp.float32(scale))
                 state = dataclasses.replace(state, loss_scale=loss_scale)
-            state, numbers = run(state, batch)
+            with jax.transfer_guard("disallow"):
+                state, numbers = run(state, batch)
             states.append(state)
             metrics.append({name: float(number) for name, number in numbers.items()})
         for leaf, first in zip(jax.tree.leaves(state), jax.tree.leaves(states[0]), strict=True):

@@ -104,6 +104,12 @@ def test_whole_steps_equal_one_device(zero):
     assert_steps_equal(result, expected)
 
 
+def test_no_tracer_outlives_a_step():
+    with jax.checking_leaks():
+        steps = take_steps(SMALL, CUBE, "parameters", (0,), microbatches=2, precision="fp32")
+    assert math.isfinite(steps.metrics[0]["loss"])
+
+
 def test_fp16_steps_equal_one_device_and_an_overflow_changes_only_the_scale():
     scales = (1024.0, 2.0**40, 0, 1024.0)
     loss_scale = LossScaleConfig(hysteresis=2)
