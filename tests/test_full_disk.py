@@ -8,7 +8,7 @@ import sys
 import threading
 from io import FileIO
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import jax
 import pytest
@@ -118,7 +118,9 @@ def test_tensorboard_s_thread_fails_in_one_line_and_does_not_stop_the_run_for_ev
             raise AssertionError("it would wait for the thread")
 
     hook = threading.excepthook
-    tracker = TensorBoardTracker(SimpleNamespace(SummaryWriter=SummaryWriter), tmp_path, resume_step=0)
+    tensorboard = ModuleType("tensorboardX")
+    tensorboard.SummaryWriter = SummaryWriter
+    tracker = TensorBoardTracker(tensorboard, tmp_path, resume_step=0)
     with pytest.raises(UserError, match=f"cannot write TensorBoard's events to {tmp_path}: {FULL}; make room"):
         tracker.log(1, {"loss": 1.0, "mfu": 0.5})
     tracker.close()

@@ -99,8 +99,8 @@ def make_batch(
 
 def row_bytes(batch_type: type, lengths: Mapping[str, int], given: Collection[str] = ()) -> int:
     """Bytes of one row of a batch."""
-    sizes = make_batch(batch_type, 1, lengths, given, lambda shape, dtype: math.prod(shape) * dtype.itemsize)
-    return sum(size for _, _, size in present(sizes))
+    fields = [field for name, field in batch_fields(batch_type).items() if not field.is_optional or name in given]
+    return sum(math.prod(lengths[axis] for axis in field.axes) * field.dtype.itemsize for field in fields)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ SEQUENCE = ("seq", "full_seq")
 class LayerInputs:
     """Shared inputs of the layers: rotary tables, dropout keys (one a row of the global batch), documents by number."""
 
-    rotary: tuple[Float[Array, "*B S D"], Float[Array, "*B S D"]] | None = None
+    rotary: tuple[Float[Array, "*B S P"], Float[Array, "*B S P"]] | None = None
     keys: Key[Array, "B"] | None = None
     segments: Int[Array, "B S"] | None = None
 

@@ -32,8 +32,8 @@ def rotary_frequencies(config: RotaryConfig, head_dim: int) -> np.ndarray:
 
 def rotary_tables(
     config: RotaryConfig, head_dim: int, places: Int[Array, "*B S"]
-) -> tuple[Float[Array, "*B S D"], Float[Array, "*B S D"]]:
-    """Cosines and sines at places of a sequence, for each rotated dimension's pair (both halves alike), in float32."""
+) -> tuple[Float[Array, "*B S P"], Float[Array, "*B S P"]]:
+    """Cosines and sines at places of a sequence for the P rotated dimensions (both halves alike), in float32."""
     frequencies = jnp.asarray(rotary_frequencies(config, head_dim), jnp.float32)
     angles = places.astype(jnp.float32)[..., None] * frequencies
     angles = jnp.concatenate([angles, angles], -1)
@@ -41,9 +41,12 @@ def rotary_tables(
 
 
 def rotate(
-    x: Float[Array, "B S N D"], tables: tuple[Float[Array, "S P"], Float[Array, "S P"]]
+    x: Float[Array, "B S N D"], tables: tuple[Float[Array, "*B S P"], Float[Array, "*B S P"]]
 ) -> Float[Array, "B S N D"]:
-    """`x` with its first P dimensions rotated, halves paired as GPT-NeoX and Llama's Hugging Face weights do."""
+    """`x` with its first P dimensions rotated, halves paired as GPT-NeoX and Llama's Hugging Face weights do.
+
+    The tables are of all rows, or of each (packed documents).
+    """
     cos, sin = (table[..., None, :] for table in tables)
     rotated, rest = x[..., : cos.shape[-1]].astype(jnp.float32), x[..., cos.shape[-1] :]
     first, second = jnp.split(rotated, 2, -1)

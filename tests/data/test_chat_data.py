@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from jaxtron.data.dataset import open_data
 from jaxtron.run.configuration import Configuration
 from jaxtron.train.__main__ import main as train
 from jaxtron.train.run import announce
+from jaxtron.train.setup import Run
 from tests.support.commands import run_main
 from tests.support.tokenizer_files import write_model, write_ranks
 
@@ -295,7 +297,8 @@ def test_training_that_would_leave_too_much_out_does_not_begin(tmp_path):
 
 def test_what_is_said_of_the_data_is_printed_before_training(make, capsys):
     blueprint = SimpleNamespace(num_parameters=1)
-    run = SimpleNamespace(
+    run = Mock(
+        spec=Run,
         session=SimpleNamespace(sizes={"data": 1}, device_kind="cpu", blueprint=blueprint, attention={}),
         directory="run",
         config=Configuration().resolved(),
