@@ -33,6 +33,7 @@ class Kernels:
     """A stand-in for our kernels, which takes Hopper and 16 bits alone."""
 
     features = mosaic.features
+    forward = backward = staticmethod(pytest.fail)
 
     @staticmethod
     def unsupported_reason(q, k, v, spec, device_kind):

@@ -3,8 +3,8 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -12,6 +12,7 @@ from jaxtron.config import UserError, load
 from jaxtron.plan.__main__ import main
 from jaxtron.plan.formula.prediction import predict
 from jaxtron.plan.machine import machine_named
+from jaxtron.plan.plan import Plan
 from jaxtron.plan.search.candidates import LEAST_PART, CandidateLayout, layouts, own_layout
 from jaxtron.plan.search.ranking import ranking_text, write_ranking
 from jaxtron.plan.search.search import MARGIN, SearchResult, compile_best, search
@@ -219,7 +220,8 @@ def compiled_as(small: SearchResult, seconds: dict[str, float], too_big: set[str
         memory = replace(found.estimate, temporaries=found.estimate.temporaries + more)
         step = seconds.get(layout.mesh_text, found.formula.step_seconds)
         breakdown = replace(found.formula.breakdown, bubble=step - found.formula.step_seconds)
-        return SimpleNamespace(prediction=replace(found.formula, step_seconds=step, breakdown=breakdown), memory=memory)
+        prediction = replace(found.formula, step_seconds=step, breakdown=breakdown)
+        return Mock(spec=Plan, prediction=prediction, memory=memory)
 
     return compile_layout
 

@@ -12,11 +12,13 @@ MOST_PAIRED = 64
 PAIRS_AT_ONCE = 1 << 18
 
 Numbers = Int64[np.ndarray, "N"]
+Chosen = Int64[np.ndarray, "C"]
+"""Of N documents, some."""
 Similarity = Callable[[Numbers, Numbers], Float64[np.ndarray, "N"]]
 """The Jaccard index of each pair of documents."""
 
 
-def equal_documents(columns: Sequence[UInt64[np.ndarray, "N"]], numbers: Numbers) -> tuple[Numbers, Numbers]:
+def equal_documents(columns: Sequence[UInt64[np.ndarray, "N"]], numbers: Numbers) -> tuple[Chosen, Chosen]:
     """Documents whose columns equal those of an earlier one, and the first such document of each."""
     if not len(numbers):
         return numbers, numbers
@@ -27,7 +29,7 @@ def equal_documents(columns: Sequence[UInt64[np.ndarray, "N"]], numbers: Numbers
     return numbers[order][later], np.repeat(numbers[order[starts]], sizes)[later]
 
 
-def shared_keys(keys: UInt64[np.ndarray, "N"], numbers: Numbers) -> tuple[Numbers, Int64[np.ndarray, "Bounds"]]:
+def shared_keys(keys: UInt64[np.ndarray, "N"], numbers: Numbers) -> tuple[Chosen, Int64[np.ndarray, "Bounds"]]:
     """The documents whose key another one has too, in order within a key, and where each key's documents begin.
 
     Key 0 is shared with nobody: it stands for a document without shingles.
@@ -107,7 +109,7 @@ def exact_jaccard(left: UInt64[np.ndarray, "A"], right: UInt64[np.ndarray, "B"])
     return shared / max(len(left) + len(right) - shared, 1)
 
 
-def among(numbers: Numbers, sorted_numbers: Numbers) -> Bool[np.ndarray, "N"]:
+def among(numbers: Numbers, sorted_numbers: Chosen) -> Bool[np.ndarray, "N"]:
     """Which numbers are in a sorted array."""
     if not len(sorted_numbers):
         return np.zeros(len(numbers), bool)

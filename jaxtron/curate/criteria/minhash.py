@@ -19,7 +19,7 @@ class Bands:
 
     def probability(self, jaccard: Float[np.ndarray, "*shape"] | float) -> Float[np.ndarray, "*shape"]:
         """How likely documents of this Jaccard index are to be candidates: 1 - (1 - s^rows)^bands."""
-        return 1 - (1 - np.asarray(jaccard, np.float64) ** self.rows) ** self.bands
+        return np.asarray(1 - (1 - np.asarray(jaccard, np.float64) ** self.rows) ** self.bands)
 
 
 def best_bands(jaccard: float, hashes: int, miss_weight: float) -> Bands:
