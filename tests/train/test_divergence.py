@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 from jaxtron.checkpoint.config import CheckpointConfig
 from jaxtron.checkpoint.manager import Checkpoints
 from jaxtron.config import UserError, dump, load
+from jaxtron.data.loader import Loader
 from jaxtron.evaluate import __main__ as evaluate
 from jaxtron.optim.config import LossScaleConfig
 from jaxtron.optim.loss_scale import LossScale
@@ -81,7 +83,7 @@ def test_a_state_that_is_not_finite_is_never_saved(saved: Path):
     config = load(Configuration, None, flags(saved, "unsaved"))
     with open_run(config, "run") as run:
         run.save(1, run.state, 8, MetricsTally())
-        saver = Saver(run, None, Watch(run.checkpoints, every=10, loss_scale=None), None)
+        saver = Saver(run, Mock(spec=Loader), Watch(run.checkpoints, every=10, loss_scale=None), None)
         for factor, message in ((np.nan, r"params\.\S+ has numbers that are not finite"), (1e20, "the loss is nan")):
             state = scaled(run.state, 2, factor)
             with pytest.raises(
