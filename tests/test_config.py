@@ -168,6 +168,7 @@ def test_errors_of_files(tmp_path: Path):
     assert "not a YAML text file" in message(path=tmp_path / "binary.yaml")
     assert "line 2: not valid YAML" in message(path=write(tmp_path, "a.yaml", "seed: 1\n  mesh: {\n"))
     assert "quote text that begins with *" in message(path=write(tmp_path, "a.yaml", "name: *-\n"))
+    assert "quote text that begins with !" in message(path=write(tmp_path, "a.yaml", "name: !up.*\n"))
     assert "expected settings such as `seed: 1`" in message(path=write(tmp_path, "a.yaml", "- 1\n"))
     assert "line 2: seed is set twice" in message(path=write(tmp_path, "a.yaml", "seed: 1\nseed: 2\n"))
     assert "takes one file name" in message(path=write(tmp_path, "a.yaml", "extends: [a, b]\n"))

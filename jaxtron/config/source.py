@@ -110,7 +110,9 @@ def _read_yaml(path: Path) -> tuple[Tree, dict[str, int]]:
         raise UserError(f"configuration file {path} cannot be read: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        hint = "; quote text that begins with *" if "alias" in f"{error.context} {error.problem}" else ""
+        said = f"{error.context} {error.problem}"
+        first = next((sign for word, sign in (("alias", "*"), ("tag", "!")) if word in said), None)
+        hint = f"; quote text that begins with {first}" if first else ""
         where = f"{path} line {mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: not valid YAML: {error.problem}{hint}") from None
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:

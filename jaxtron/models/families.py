@@ -31,6 +31,11 @@ def family_named(name: str) -> Family[Any]:
     if not isinstance(found, Family):
         raise UserError(f"model.family {name}: {package}.family has no FAMILY made by jaxtron.models.family.Family")
     _check_config(name, found.config)
+    if found.vocabulary is not None and found.vocabulary not in found.config.model_fields:
+        raise UserError(
+            f"model.family {name}: vocabulary {found.vocabulary!r} of its FAMILY is no setting of "
+            f"{found.config.__name__}"
+        )
     return found
 
 
@@ -49,9 +54,15 @@ def _import(what: str, module: str) -> ModuleType:
     """A module of a family; a `UserError` that names what is missing, or where it fails."""
     try:
         return importlib.import_module(module)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
     except ImportError as error:
         # of what a package of the user's own imports, the name is told that is missing
-        raise UserError(f"{what}: {error}; {_known()}") from None
+        is_own = error.name is not None and f"{module}.".startswith(f"{error.name}.")
+        raise UserError(f"{what}: {error}{f'; {_known()}' if is_own else f', which {module} imports'}") from None
+    except SyntaxError as error:
+        place = f"{error.filename}, line {error.lineno}"
+        raise UserError(f"{what}: {module} cannot be imported: SyntaxError: {error.msg} ({place})") from None
     except Exception as error:
         # anything can be wrong in code of the user's own; the place is what its author needs
         place = traceback.extract_tb(error.__traceback__)[-1]
@@ -77,9 +88,20 @@ def family_of(config: FamilyConfig) -> Family[Any]:
 def program_named(name: str) -> Any:
     """What computes models of the family called so: its `program.Program`, once JAX may be imported."""
     module = family_named(name).program
+    family = family_named(name)
     found = getattr(_import(f"model.family {name}", module), "PROGRAM", None)
-    if found is None:
+    # by what it has: this module is for those who may not import JAX yet
+    if any(not hasattr(found, field) for field in ("batch", "losses", "metrics", "build", "model", "predict")):
         raise UserError(f"model.family {name}: {module} has no PROGRAM made by jaxtron.models.program.Program")
+    assert found is not None
+    sums = (*found.losses, *found.metrics)
+    if family.text_loss is not None and family.text_loss not in sums:
+        raise UserError(
+            f"model.family {name}: text_loss {family.text_loss!r} of its FAMILY is none of its PROGRAM's sums, "
+            f"{', '.join(sums)}"
+        )
+    if family.continues_text and found.predict is None:
+        raise UserError(f"model.family {name}: its FAMILY says continues_text, and its PROGRAM has no predict")
     return found
 
 

@@ -51,7 +51,8 @@ class Family(Generic[ConfigT]):
     flops_per_token: Callable[[ConfigT, int], float]
     """(config, length) -> FLOPs of a token's forward and backward, without what is recomputed."""
     check: Callable[[ConfigT, Mapping[str, int], int, ContextConfig], None] = lambda *_: None
-    """(config, sizes of the mesh by flag, length, how sequences are split): `UserError` where they do not fit."""
+    """(config, sizes of the mesh by flag, length, how sequences are split): `UserError` where they do not fit; that
+    sequences split evenly is known already."""
     cuts: Callable[[ConfigT], Cuts | None] = lambda config: None
     """Where a setting of the model cuts it into the parts of a pipeline itself."""
     resolve: Callable[[ConfigT, int], ConfigT] = lambda config, length: config

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtron.data.batch import SEQUENCE, batch_fields
+from jaxtron.config import UserError
+from jaxtron.data.batch import SEQUENCE, batch_fields, normalizers
 from jaxtron.data.source import Source
 from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.kernels.attention.backend import Backend
@@ -126,11 +127,22 @@ class Program(Generic[BatchT, ModuleT]):
 
     def __post_init__(self) -> None:
         as_pytree(self.batch)
+        counted = normalizers(self.batch)
+        for name, normalizer in {**self.losses, **self.metrics}.items():
+            if normalizer not in counted:
+                raise UserError(
+                    f"the program's {name!r} is a mean over {normalizer!r}, which no weight of {self.batch.__name__} "
+                    f"counts: it is one of {', '.join(counted) or 'none'}"
+                )
 
     def reported(self, means: Mapping[str, Number]) -> dict[str, Number]:
         """What a step tells of the means of the head's sums: the loss, and where it has several summands, these too."""
         known = {**self.losses, **self.metrics}
-        assert means.keys() == known.keys(), f"the head reports {sorted(means)}, declared are {sorted(known)}"
+        if means.keys() != known.keys():
+            raise UserError(
+                f"the head of models of {self.build.__module__} reports {', '.join(sorted(means))}; the losses and "
+                f"metrics of its PROGRAM are {', '.join(sorted(known))}"
+            )
         parts = {name: mean for name, mean in means.items() if name in self.metrics or len(self.losses) > 1}
         first, *others = (means[name] for name in self.losses)
         total: Any = first
@@ -155,7 +167,14 @@ def make_parts(
     stages = stages or one_stage_plan(tuple(stacks.values()))
     context = BuildContext(jnp.dtype(dtype), dict(zip(stacks, stages.partitions, strict=True)), attention)
     build = functools.partial(program_of(config).build, config, context)
-    return Parts(blueprint(build), tuple(stacks))
+    found = blueprint(build)
+    for path in stacks:
+        if not any(name.startswith(f"{path.replace('/', '.')}.") for name in found.names):
+            raise UserError(
+                f"model.family {config.family}: its stacks name {path!r}, where its module has no parameters; they are "
+                f"{', '.join(dict.fromkeys(name.partition('.')[0] for name in found.names))}"
+            )
+    return Parts(found, tuple(stacks))
 
 
 def whole(module: ModuleT, dtype: DTypeLike) -> ModuleT:

@@ -8,6 +8,7 @@ from functools import cached_property
 from jaxtron.config import UserError
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.schedules.schedule import ChunkPlacement, Entry, Schedule, Work, place
+from jaxtron.words import plural
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,12 @@ def _even_lengths(num_layers: Sequence[int], num_parts: int, sizes: str, config:
     lengths = []
     for stack, count in enumerate(num_layers):
         if count < num_parts:
-            layers = f"model's {count} layers" if last == 0 else f"{count} layers of the model's stack {stack}"
-            raise UserError(f"the {layers} are too few for {sizes} = {num_parts} parts")
+            layers = (
+                f"the model has {plural(count, 'layer')}"
+                if last == 0
+                else (f"stack {stack + 1} of the model's {last + 1} has {plural(count, 'layer')}")
+            )
+            raise UserError(f"{layers}, too few for {sizes} = {num_parts} parts; change one of them")
         ends = (config.embedding_weight * (stack == 0), config.loss_weight * (stack == last))
         lengths.append(_share_out(count, num_parts, *ends))
     return lengths

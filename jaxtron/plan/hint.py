@@ -57,6 +57,7 @@ def _smaller_microbatch(config: Configuration, sizes: dict[str, int]) -> str:
 def _fits(config: Configuration, sizes: dict[str, int]) -> bool:
     """Whether sequences and layers split over a mesh of these sizes by flag."""
     try:
+        config.context.check(sizes, config.data.sequence_length)
         config.family.check(config.model, sizes, config.data.sequence_length, config.context)
     except UserError:
         return False

@@ -67,8 +67,7 @@ def layout_text(blueprint: Blueprint) -> str:
     held = sum(row.bytes for row in found)
     specs = blueprint.names.values()
     ideal = sum(spec.count * spec.dtype.itemsize for spec in specs) / current().mesh.size
-    trained = sum(spec.count for spec in specs if spec.status == "trained")
-    whole, kind = blueprint.num_parameters, "float32 weights"
+    whole, trained, kind = blueprint.num_parameters, blueprint.num_trained, "float32 weights"
     total = f"{whole:,} parameters"
     if trained < whole:
         total, kind = f"{total}, {trained:,} of them trained", "weights"

@@ -52,7 +52,7 @@ class MemoryUse:
         return {
             "master weights": self.master_weights,
             "optimizer": self.optimizer,
-            "frozen weights": self.frozen,
+            "frozen weights, buffers": self.frozen,
             "weights": self.weights,
             "gradients": self.gradients,
             "activations in flight": self.activations,

@@ -41,6 +41,7 @@ class Plan:
     jax_version: str
     rehearsal_seconds: float
     parameters: int
+    trained: int
     memory: MemoryUse
     communication: list[CommunicationRow]
     messages: tuple[int, int]
@@ -81,6 +82,7 @@ def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
         jax_version=jax.__version__,
         rehearsal_seconds=rehearsal.seconds,
         parameters=rehearsal.session.blueprint.num_parameters,
+        trained=rehearsal.session.blueprint.num_trained,
         memory=memory,
         communication=communication_rows(rehearsal, machine),
         messages=message_counts(lower(config.schedule(sizes["pipe"]), config.stage_plan(sizes["pipe"]).stack_chunks)),

@@ -139,7 +139,7 @@ def _prediction(plan: Plan, tokens: float | None) -> list[str]:
         for name, seconds in sorted(parts, key=lambda part: -part[1])
     ]
     lines += aligned(rows, right=(1, 2))
-    if plan.memory.frozen:
+    if plan.trained < plan.parameters:
         lines.append("  as if all parameters were trained: frozen ones take less")
     if tokens is not None:
         lines.append(f"  {readable_count(tokens)} tokens take {readable_time(found.seconds_for(tokens))}")

@@ -221,7 +221,7 @@ class Configuration(Config):
 
         The settings of batches are not looked at; of a pipeline, so many microbatches (none: one a stage).
         """
-        self.context.check_effect(sizes["context"])
+        self.context.check(sizes, self.data.sequence_length)
         self.family.check(self.model, sizes, self.data.sequence_length, self.context)
         cuts = self.family.cuts(self.model)
         self.pipeline.check(sizes["pipe"], {} if cuts is None else {cuts.name: cuts.value})

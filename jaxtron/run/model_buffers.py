@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 
 from jaxtron.checkpoint.names import parts as path_parts
+from jaxtron.config import UserError
 from jaxtron.models.program import Parts, Program
 from jaxtron.pipeline.layer_slots import arrange, restore
 from jaxtron.pipeline.partition import Partition
@@ -52,7 +53,8 @@ def updated_buffers(
         before = {place.name: place.in_model_order(leaf) for place, leaf in zip(places, leaves, strict=True)}
         after = rule(parts, before, reported)
         kinds = [{name: (leaf.shape, leaf.dtype) for name, leaf in found.items()} for found in (before, after)]
-        assert kinds[0] == kinds[1], f"{program.update_buffers} gives {kinds[1]} for {kinds[0]}"
+        if kinds[0] != kinds[1]:
+            raise UserError(f"{rule.__module__}.{rule.__qualname__} gives buffers {kinds[1]} for {kinds[0]}")
         return [place.at_rest(after[place.name]) for place in places]
 
     # arrays are small, and which device has which layer is the mesh's: XLA finds how to move them

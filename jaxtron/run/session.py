@@ -152,7 +152,7 @@ def make_trainer(
     num_stages, dtype = current().parts("pipe"), DTYPES[config.train.precision]
     stages = config.stage_plan(num_stages, None if trains else num_stages)
     parts = make_parts(config.model, dtype, stages, attention)
-    frozen = frozen_names(config.train.trainable, parts.blueprint.parameter_names)
+    frozen = frozen_names(config.train.trainable, parts.blueprint.parameter_names, parts.blueprint.buffer_names)
     return Trainer(
         program=program_of(config.model),
         parts=replace(parts, blueprint=parts.blueprint.freeze(frozen, dtype)),

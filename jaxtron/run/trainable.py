@@ -1,6 +1,7 @@
 """Which parameters are trained: the patterns of train.trainable on their names."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -11,16 +12,16 @@ MOST_HINTS = 3
 WITHOUT = "!"
 
 
-def frozen_names(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
+def frozen_names(patterns: Sequence[str], names: Iterable[str], buffers: Sequence[str] = ()) -> list[str]:
     """Those of the parameters' names that the patterns leave frozen, in their order.
 
     Trained is what matches a pattern, of those with `!` none; where all have one, what matches none. A `UserError` for
-    a pattern that changes nothing, and where nothing is left to train.
+    a pattern that changes nothing, and where nothing is left to train; `buffers` are names that no pattern knows.
     """
     names = list(names)
     for pattern in patterns:
         if not _matching(pattern.removeprefix(WITHOUT), names):
-            raise UserError(f"train.trainable {shown(pattern)} matches no parameter; {_hint(pattern, names)}")
+            raise UserError(f"train.trainable {shown(pattern)} matches no parameter; {_hint(pattern, names, buffers)}")
     excluded = [pattern for pattern in patterns if pattern.startswith(WITHOUT)]
     included = [pattern for pattern in patterns if pattern not in excluded] or ["*"]
     trained = {name for pattern in included for name in _matching(pattern, names)}
@@ -40,10 +41,14 @@ def _matching(pattern: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if fnmatchcase(name, pattern)]
 
 
-def _hint(pattern: str, names: Sequence[str]) -> str:
+def _hint(pattern: str, names: Sequence[str], buffers: Sequence[str]) -> str:
     """What could have been meant."""
     text = pattern.removeprefix(WITHOUT)
     listed = "plan --layout lists the names"
+    if _matching(text, buffers):
+        return "it names a buffer, which a step updates without gradient"
+    if text in os.listdir():
+        return f"it is a file here: quote patterns, for a shell puts names of files for *; {listed}"
     if re.search(r"\.\d+\b", text) and (near := _matching(re.sub(r"\d+", "*", text), names)):
         places = sorted({int(number) for name in near for number in re.findall(r"\.(\d+)\b", name)})
         numbers = " or ".join(map(str, places)) or "none"
@@ -52,7 +57,8 @@ def _hint(pattern: str, names: Sequence[str]) -> str:
             f"that it repeats, here {numbers}; {listed}"
         )
     words = [word for word in text.replace("*", ".").split(".") if word]
-    near = [name for name in names if any(word in name for word in words)]
+    alike = {name: sum(word in name for word in words) for name in names}
+    near = sorted((name for name in names if alike[name]), key=lambda name: -alike[name])
     near = near or difflib.get_close_matches(text, names, n=MOST_HINTS, cutoff=0.4)
     if near:
         return f"did you mean {' or '.join(near[:MOST_HINTS])}? {listed}"

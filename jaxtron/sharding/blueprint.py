@@ -58,6 +58,11 @@ class Blueprint(Generic[ModuleType]):
         """Those of `names` that are no buffers."""
         return [name for name, spec in self.names.items() if spec.status != "buffer"]
 
+    @property
+    def buffer_names(self) -> list[str]:
+        """Those of `names` that are."""
+        return [name for name, spec in self.names.items() if spec.status == "buffer"]
+
     def freeze(self, names: Collection[str], dtype: DTypeLike) -> "Blueprint[ModuleType]":
         """The same with the parameters of these names frozen, at rest as a step uses them that computes in `dtype`."""
         if not names:
@@ -81,6 +86,11 @@ class Blueprint(Generic[ModuleType]):
     def num_parameters(self) -> int:
         """Parameters, the vocabulary's padding included; empty rows of a pipeline's stages and buffers left out."""
         return sum(spec.count for spec in jax.tree.leaves(self.parameters) if spec.status != "buffer")
+
+    @property
+    def num_trained(self) -> int:
+        """Those of them that are trained."""
+        return sum(spec.count for spec in jax.tree.leaves(self.parameters) if spec.status == "trained")
 
     def initialize(self, key: Key[Array, ""]) -> PyTree:
         """Initial parameters, each device making its own part; their values do not depend on the mesh."""

@@ -49,7 +49,9 @@ def announce(run: Run) -> None:
     mesh = " x ".join(f"{flag} {size}" for flag, size in session.sizes.items() if size > 1)
     devices = f"{jax.device_count()} {session.device_kind}"
     where = f"{devices}{f' ({mesh})' if mesh else ''}"
-    print(f"{session.blueprint.num_parameters:,} parameters on {where}, run in {run.directory}")
+    whole, trained = session.blueprint.num_parameters, session.blueprint.num_trained
+    counts = f"{whole:,} parameters" + (f", {trained:,} of them trained," if trained < whole else "")
+    print(f"{counts} on {where}, run in {run.directory}")
     for line in attention_lines(session.attention):
         print(line)
     for line in run.data.notes:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxtron.config import UserError
 from jaxtron.data.batch import TokenBatch
 from jaxtron.models.families import FAMILIES, family_named, program_named
 from jaxtron.models.program import Program
@@ -74,3 +75,56 @@ def test_what_is_wrong_with_a_package(tmp_path: Path, monkeypatch, text: str, me
     for name in [name for name in sys.modules if name.partition(".")[0] == "own"]:
         del sys.modules[name]
     assert ended.code != 0 and ended.out == "" and ended.err.count("\n") == 1 and message in ended.err
+
+
+PROGRAM = """
+from dataclasses import dataclass
+from typing import Any
+from jaxtron.data.batch import rows, weight
+from jaxtron.models.program import Program
+
+@dataclass(frozen=True)
+class Batch:
+    tokens: Any = rows("seq")
+    weights: Any = weight("seq", normalizes="tokens")
+
+"""
+SAID = "jaxtron.models.family import Family, FamilyConfig\n\nFAMILY = Family(FamilyConfig, 'own.model.program', stacks="
+SAID = "from " + SAID + "lambda config: {}, num_parameters=lambda *_: 1, flops_per_token=lambda *_: 1.0"
+
+
+@pytest.mark.parametrize(
+    ("family", "program", "message"),
+    [
+        ("", "PROGRAM = 1\n", "own.model.program has no PROGRAM made by jaxtron.models.program.Program"),
+        ("", "import nowhere_to_be_found\n", "No module named 'nowhere_to_be_found', which own.model.program imports"),
+        (
+            "",
+            PROGRAM + "PROGRAM = Program(Batch, {'loss': 'words'}, print, print)\n",
+            "the program's 'loss' is a mean over 'words', which no weight of Batch counts: it is one of tokens",
+        ),
+        (
+            ", text_loss='nll'",
+            PROGRAM + "PROGRAM = Program(Batch, {'loss': 'tokens'}, print, print)\n",
+            "text_loss 'nll' of its FAMILY is none of its PROGRAM's sums, loss",
+        ),
+        (
+            ", continues_text=True",
+            PROGRAM + "PROGRAM = Program(Batch, {'loss': 'tokens'}, print, print)\n",
+            "its FAMILY says continues_text, and its PROGRAM has no predict",
+        ),
+        (", vocabulary='words'", "", "vocabulary 'words' of its FAMILY is no setting of FamilyConfig"),
+    ],
+)
+def test_what_is_wrong_with_a_program(tmp_path: Path, monkeypatch, family: str, program: str, message: str):
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    (tmp_path / "own" / "model" / "family.py").write_text(f"{SAID}{family})\n")
+    (tmp_path / "own" / "model" / "program.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path)
+    family_named.cache_clear()
+    program_named.cache_clear()
+    with pytest.raises(UserError) as found:
+        program_named("own.model")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "own"]:
+        del sys.modules[name]
+    assert message in str(found.value) and "\n" not in str(found.value)

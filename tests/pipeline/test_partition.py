@@ -97,7 +97,7 @@ def test_lengths_as_set():
             UserError, match=r"must be 4 numbers \(mesh.pipe 2 x pipeline.chunks 2\) that add up to .*6"
         ):
             even(6, 2, 2, stage_layers=lengths)
-    with pytest.raises(UserError, match="the model's 3 layers are too few for mesh.pipe 2 x pipeline.chunks 2 = 4"):
+    with pytest.raises(UserError, match="the model has 3 layers, too few for mesh.pipe 2 x pipeline.chunks 2 = 4"):
         even(3, 2, 2)
 
 

@@ -1,5 +1,7 @@
 """Patterns of train.trainable: what they leave frozen, and what is refused."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -51,6 +53,23 @@ def test_a_pattern_without_effect_is_refused(patterns: list[str], message: str):
     with pytest.raises(UserError, match=message) as found:
         frozen_names(patterns, NAMES)
     assert len(str(found.value)) < 400
+
+
+def test_what_is_no_parameter_is_told():
+    with pytest.raises(UserError, match="'router.bias' matches no parameter; it names a buffer"):
+        frozen_names(["router.bias"], NAMES, ["router.bias"])
+
+
+def test_a_star_that_the_shell_took_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="'notes.txt' matches no parameter; it is a file here: quote patterns"):
+        frozen_names(["notes.txt"], NAMES)
+
+
+def test_names_that_match_most_come_first():
+    with pytest.raises(UserError, match=f"did you mean {BIAS}"):
+        frozen_names(["down.bias"], NAMES)
 
 
 @pytest.mark.parametrize("patterns", [["[]"], ["!"], ["[head.table, '!']"]], ids=str)

@@ -99,7 +99,7 @@ PIPE = "--mesh.pipe 2 --mesh.data 4 --model.num_layers 4 --train.global_batch 16
         (PIPE + "--pipeline.schedule zero_bubble_v --pipeline.chunks 3", "zero_bubble_v has 2 chunks a stage, not 3"),
         (
             PIPE + "--model.num_layers 1",
-            "the model's 1 layers are too few for mesh.pipe 2 x pipeline.chunks 1 = 2 parts",
+            "the model has 1 layer, too few for mesh.pipe 2 x pipeline.chunks 1 = 2 parts; change one of them",
         ),
         (PIPE + "--pipeline.stage_layers 1 2", "must be 2 numbers (mesh.pipe 2 x pipeline.chunks 1) that add up"),
         (PIPE + "--pipeline.stage_layers 4", "pipeline.stage_layers [4] must be 2 numbers"),

@@ -117,7 +117,8 @@ def test_what_it_cannot_do_is_told_in_a_line(toy_run: FinishedRun, tmp_path: Pat
         ("--model.width 0", "model.width: must be greater than or equal to 1, got 0"),
         ("--model.num_layers 2", "model.num_layers"),
         ("--model.widht 8", "model.width?"),
-        ("--mesh.tensor 8 --model.width 12", "model.width 12 or data.sequence_length 1024 does not fit the mesh"),
+        ("--mesh.tensor 8 --model.width 12", "model.width 12 is not a multiple of mesh.tensor 8; change one"),
+        ("--mesh.context 2 --data.sequence_length 1022", "is not a multiple of 2 x mesh.context 2"),
         (
             "--mesh.pipe 2 --train.microbatches 2",
             "1f1b with mesh.pipe 2, pipeline.chunks 1, train.microbatches 2: the model's 2 stacks are "
@@ -125,7 +126,7 @@ def test_what_it_cannot_do_is_told_in_a_line(toy_run: FinishedRun, tmp_path: Pat
         ),
         (
             "--mesh.pipe 4 --pipeline.schedule interleaved",
-            "3 layers of the model's stack 0 are too few for mesh.pipe 4",
+            "stack 1 of the model's 2 has 3 layers, too few for mesh.pipe 4",
         ),
     ],
 )

@@ -13,8 +13,7 @@ from jaxtron.sharding.config import ContextConfig
 
 
 def check(model: ModelConfig, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
-    """`UserError` where sequence, layers or vocabulary do not fit a mesh of these sizes."""
-    context.check(sizes, length)
+    """`UserError` where layers or vocabulary do not fit a mesh of these sizes."""
     model.check(sizes, context)
 
 
