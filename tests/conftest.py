@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices for every test."""
+"""Eight simulated CPU devices for every test, and Jaxtron's annotations checked in it (`support/checking.py`)."""
 
 import math
 import os
@@ -21,6 +21,12 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 # as `simulate_devices` has it: eight devices that wait for each other want more threads than a small machine has cores
 os.environ.setdefault("PJRT_NPROC", "32")
+
+
+@pytest.fixture(autouse=True)
+def count_calls_anew() -> None:
+    """What is checked of many calls does not depend on the tests before."""
+    checking.start_test()
 
 
 @pytest.fixture
