@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # part of every path that is written before a commit
 UNCOMMITTED = ".orbax-checkpoint-tmp"
@@ -19,7 +20,7 @@ def quiet_saves() -> Iterator[None]:
     """Keeps failed saves from printing more than what is raised, while it lasts; errors of others are shown."""
     absl, before = logging.getLogger("absl"), sys.unraisablehook
 
-    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+    def hook(unraisable: Any) -> None:
         # a write that ended after its event loop did; TensorStore has no object to name
         late = unraisable.object is None and isinstance(unraisable.exc_value, RuntimeError)
         if not (late and str(unraisable.exc_value) == "Event loop is closed"):
