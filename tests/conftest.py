@@ -1,6 +1,5 @@
 """Eight simulated CPU devices for every test, and Jaxtron's annotations checked in it (`support/checking.py`)."""
 
-import math
 import os
 from collections.abc import Callable
 
@@ -26,20 +25,10 @@ os.environ.setdefault("PJRT_NPROC", "32")
 @pytest.fixture
 def rules_for() -> Callable:
     """`rules_for(data=2, tensor=4)` are the rules on the first eight devices; `zero=` is the ZeRO level."""
-
     # here and not above: JAX starts only once the environment is set, and typed imports once their hook is
-    import jax
+    from tests.support import equivalence
 
-    from jaxtron.sharding.config import MeshConfig, ShardingConfig
-    from jaxtron.sharding.folding import FLAGS
-    from jaxtron.sharding.mesh import build_mesh
-    from jaxtron.sharding.rules import make_rules
-
-    def rules(zero: str = "optimizer", **mesh: int):
-        devices = jax.devices()[: math.prod(mesh.get(flag, 1) for flag in FLAGS)]
-        return make_rules(build_mesh(MeshConfig(**{"data": 1, **mesh}), devices), ShardingConfig(zero=zero))
-
-    return rules
+    return lambda zero="optimizer", **mesh: equivalence.rules_for(mesh, zero)
 
 
 @pytest.fixture

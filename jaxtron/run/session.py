@@ -19,7 +19,7 @@ from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
 from jaxtron.run.state import TrainState
 from jaxtron.run.step import Scalar, Trainer, batch_sharding, jit_step
-from jaxtron.run.trainable import frozen_names
+from jaxtron.run.trainable import freeze
 from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import Rules, current, make_rules, use
@@ -152,10 +152,9 @@ def make_trainer(
     num_stages, dtype = current().parts("pipe"), DTYPES[config.train.precision]
     stages = config.stage_plan(num_stages, None if trains else num_stages)
     parts = make_parts(config.model, dtype, stages, attention)
-    frozen = frozen_names(config.train.trainable, parts.blueprint.parameter_names, parts.blueprint.buffer_names)
     return Trainer(
         program=program_of(config.model),
-        parts=replace(parts, blueprint=parts.blueprint.freeze(frozen, dtype)),
+        parts=replace(parts, blueprint=freeze(parts.blueprint, config.train.trainable, dtype)),
         stages=stages,
         config=config.train,
         optimizer=config.optimizer,

@@ -7,9 +7,16 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from jaxtron.config import UserError, shown
+from jaxtron.sharding.blueprint import Blueprint
+from jaxtron.typing import DTypeLike
 
 MOST_HINTS = 3
 WITHOUT = "!"
+
+
+def freeze(blueprint: Blueprint, patterns: Sequence[str], dtype: DTypeLike) -> Blueprint:
+    """The blueprint with what the patterns leave frozen at rest as a step uses it that computes in `dtype`."""
+    return blueprint.freeze(frozen_names(patterns, blueprint.parameter_names, blueprint.buffer_names), dtype)
 
 
 def frozen_names(patterns: Sequence[str], names: Iterable[str], buffers: Sequence[str] = ()) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from jaxtron.layers.config import GATED
 from jaxtron.models.decoder.config import ModelConfig
@@ -118,13 +119,8 @@ def _attention_layer(model: ModelConfig, shapes: Shapes, *, in_window: bool = Fa
     )
 
 
-def _attention(model: ModelConfig, shapes: Shapes) -> RegionWork:
-    layer = _attention_layer(model, shapes)
-    return {"attention": projections(shapes, layer), "attention_core": core(shapes, layer)}
-
-
-def _window(model: ModelConfig, shapes: Shapes) -> RegionWork:
-    layer = _attention_layer(model, shapes, in_window=True)
+def _attention(model: ModelConfig, shapes: Shapes, *, in_window: bool = False) -> RegionWork:
+    layer = _attention_layer(model, shapes, in_window=in_window)
     return {"attention": projections(shapes, layer), "attention_core": core(shapes, layer)}
 
 
@@ -159,6 +155,6 @@ def _mlp_width(model: ModelConfig, shapes: Shapes) -> float:
 # by symbol, the keys of kinds.py: KINDS
 LAYER_WORK = {
     ATTENTION.symbol: LayerWork(_attention, _scores, _mixed),
-    WINDOW.symbol: LayerWork(_window, _scores, _mixed),
+    WINDOW.symbol: LayerWork(partial(_attention, in_window=True), _scores, _mixed),
     MLP.symbol: LayerWork(_mlp, _mlp_temporaries, _mlp_hidden),
 }

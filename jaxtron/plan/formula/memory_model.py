@@ -24,7 +24,7 @@ from jaxtron.run.attention import select_attention
 from jaxtron.run.batches import batch_row_bytes
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
-from jaxtron.run.trainable import frozen_names
+from jaxtron.run.trainable import freeze
 from jaxtron.sharding.config import MeshConfig, ShardingConfig
 from jaxtron.sharding.folding import FLAGS
 from jaxtron.sharding.mesh import abstract_mesh, build_mesh
@@ -220,7 +220,7 @@ def _parameters(config: Configuration) -> tuple[Parameter, ...]:
     with use(make_rules(build_mesh(MeshConfig(data=1), jax.devices()[:1]), ShardingConfig())):
         dtype = DTYPES[config.train.precision]
         parts = make_parts(config.model, dtype)
-        blueprint = parts.blueprint.freeze(frozen_names(config.train.trainable, parts.blueprint.parameter_names), dtype)
+        blueprint = freeze(parts.blueprint, config.train.trainable, dtype)
     split = parts.split(blueprint.parameters)
     owners = ((None, split.outer), *enumerate(split.stacks))
     return tuple(
