@@ -296,7 +296,7 @@ def test_training_that_would_leave_too_much_out_does_not_begin(tmp_path):
 
 
 def test_what_is_said_of_the_data_is_printed_before_training(make, capsys):
-    blueprint = SimpleNamespace(num_parameters=1)
+    blueprint = SimpleNamespace(num_parameters=1, num_trained=1)
     run = Mock(
         spec=Run,
         session=SimpleNamespace(sizes={"data": 1}, device_kind="cpu", blueprint=blueprint, attention={}),
