@@ -22,6 +22,12 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("PJRT_NPROC", "32")
 
 
+@pytest.fixture(autouse=True)
+def count_calls_anew() -> None:
+    """What is checked of many calls does not depend on the tests before."""
+    checking.start_test()
+
+
 @pytest.fixture
 def rules_for() -> Callable:
     """`rules_for(data=2, tensor=4)` are the rules on the first eight devices; `zero=` is the ZeRO level."""
