@@ -26,16 +26,18 @@ _check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def check(function: Callable) -> Callable:
-    """The function with its annotations checked, but for `Self`: a method does not know its class yet.
+    """The function with its annotations checked, but for `Self` (a method does not know its class yet) and strings.
 
     Fields of a dataclass that is a pytree are not: JAX fills it with shardings, types and booleans as well.
     """
     # JAX reads the environment as it is imported, so not before conftest.py has set it
     from jax.tree_util import all_leaves
 
-    hints = function.__annotations__
-    if Self in hints.values():
-        function.__annotations__ = {name: Any if hint is Self else hint for name, hint in hints.items()}
+    for name, hint in function.__annotations__.items():
+        # a string may be of what another package knows, in fields from it above all, or of what type checkers know
+        is_elsewhere = isinstance(hint, str) and (function.__name__ == "__init__" or not hint.isidentifier())
+        if hint is Self or is_elsewhere:
+            function.__annotations__[name] = Any
     checked = _check(function)
     if function.__name__ != "__init__":
         return checked
