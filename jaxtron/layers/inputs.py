@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,17 @@ from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.context import part
 from jaxtron.sharding.rules import constrain, current, spec
 from jaxtron.typing import Array, Bool, Float, Int, Key
+
+
+class BranchOutput(NamedTuple):
+    """What a branch with losses or metrics of its own returns; the others return the array alone."""
+
+    x: Float[Array, "B S E"]
+    loss: Float[Array, ""] | None
+    """A device's part of a summand of the step's loss."""
+    metrics: dict[str, Float[Array, "..."]]
+    """Sums over a device's tokens."""
+
 
 # logical axes that `mesh.context` splits
 SEQUENCE = ("seq", "full_seq")
@@ -24,6 +36,8 @@ class LayerInputs:
     rotary: tuple[Float[Array, "*B S P"], Float[Array, "*B S P"]] | None = None
     keys: Key[Array, "B"] | None = None
     segments: Int[Array, "B S"] | None = None
+    row_weights: Float[Array, "B"] | None = None
+    """A row's share of the step's loss, for losses of layers; none: they are not asked for."""
 
     def fold(self, number: int | Array) -> "LayerInputs":
         """The same inputs with keys of their own for the layer (or the site in it) `number`."""

@@ -74,5 +74,7 @@ class Family(Generic[ConfigT]):
     """Values of its setting `recompute` for a search to try, those that keep most first (none: no such setting)."""
     padding_flops: Callable[[ConfigT], float] = lambda config: 0.0
     """Those of `flops_per_token` that entries of the vocabulary take which are no tokens."""
+    has_experts: Callable[[ConfigT], bool] = lambda config: False
+    """Whether mesh.expert and mesh.expert_tensor have something to split."""
     continues_text: bool = False
     """Whether its program can tell what follows a text (`Program.predict`), so that text can be generated."""

@@ -41,6 +41,8 @@ class Microbatch(Generic[BatchT]):
 
     batch: BatchT
     rows: Int[Array, "B"]
+    row_weights: Float[Array, "B"] | None = None
+    """Of each its share of the step's loss, for losses of layers; none where nothing is differentiated."""
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ class Configuration(Config):
         self.context.check_effect(self.mesh.context)
         family = {"model.family": self.model.family}
         for name in ("expert", "expert_tensor"):
-            if (size := getattr(self.mesh, name)) > 1:
+            if (size := getattr(self.mesh, name)) > 1 and not self.family.has_experts(self.model):
                 raise NoEffect(f"mesh.{name}", size, family, "it has no experts; leave it out")
         # by value: a saved configuration names every field
         tokens = self.train.sample_tokens

@@ -135,7 +135,7 @@ class Trainer:
         """This device's part of `loss_and_gradients`."""
         # what nothing counts weighs nothing
         factors = {name: jnp.where(count > 0, scale / count, 0.0) for name, count in counts(batch).items()}
-        microbatches = self.microbatches(weigh(batch, factors))
+        microbatches = self.microbatches(weigh(batch, factors), loss_scale=scale)
         table, model = self.schedule(microbatches.rows.shape[0]), self.program.model(self.parts, step_key)
         trained, others = self.trained_and_others(params)
         result = executor.run(table, self.stages, model, trained, microbatches, others)
@@ -162,10 +162,13 @@ class Trainer:
         fields = divided(self.blueprint, self.parts.join(self.working(params)))
         return self.parts.split(fields["params"]), self.parts.split(merge(fields["frozen"], fields["buffers"]))
 
-    def microbatches(self, batch: BatchT, num_microbatches: int | None = None) -> Microbatch[BatchT]:
+    def microbatches(
+        self, batch: BatchT, num_microbatches: int | None = None, loss_scale: Scalar | None = None
+    ) -> Microbatch[BatchT]:
         """The local batch as [microbatch, row, ...], of sequences the part that lies here.
 
-        In so many microbatches (none: as large as those of a step; a smaller batch is one).
+        In so many microbatches (none: as large as those of a step; a smaller batch is one). With the scale of a loss
+        to differentiate, rows have their share of it.
         """
         num_local = jax.tree.leaves(batch)[0].shape[0]
         shards = current().size(current().batch)
@@ -173,7 +176,8 @@ class Trainer:
         if num_microbatches is not None:
             size = num_local // num_microbatches
         rows = jax.lax.axis_index(current().batch) * num_local + jnp.arange(num_local)
-        whole = Microbatch(shard_sequence(batch), rows)
+        row_weights = None if loss_scale is None else jnp.full(num_local, loss_scale / (num_local * shards))
+        whole = Microbatch(shard_sequence(batch), rows, row_weights)
         return jax.tree.map(lambda leaf: vary(leaf.reshape(num_local // size, size, *leaf.shape[1:])), whole)
 
     def _rule(self) -> optax.GradientTransformation:

@@ -34,6 +34,10 @@ class Layout:
     padded: tuple[int, ...]
     once: Gathers = ()
     at_use: Gathers = ()
+    blocks: int | None = None
+    """Of experts: before which dimension a step's own form of it has one more, a block for each device along tensor,
+    whatever tensor's axes are used for there: experts, their width, ZeRO, or nothing, that is copies. A copy's gradient
+    is then summed once a step, like over data, and not in every layer."""
 
     def stacked(self, rows: tuple[int, ...], axes: Axes = ()) -> "Layout":
         """Of as many such parameters in one array, with `rows` in front that `axes` split."""
@@ -51,7 +55,14 @@ class Layout:
             (*rows, *self.padded),
             behind(self.once),
             behind(self.at_use),
+            None if self.blocks is None else self.blocks + count,
         )
+
+    def in_blocks(self, gathers: Gathers) -> Gathers:
+        """Gathers of the form that a step computes with."""
+        if self.blocks is None:
+            return gathers
+        return tuple(gather._replace(dim=gather.dim + (gather.dim >= self.blocks)) for gather in gathers)
 
 
 def spec_axes(spec: PartitionSpec) -> tuple[Axes, ...]:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtron.roles import Role, Status
 from jaxtron.sharding.collectives import all_gather, all_reduce, manual_axes, reduce_scatter, vary
-from jaxtron.sharding.layout import Gathers, Layout, only, spec_axes
+from jaxtron.sharding.folding import Axes
+from jaxtron.sharding.layout import Layout, only, spec_axes
+from jaxtron.sharding.regions import over_tensor
 from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, PyTree
 
@@ -130,7 +132,8 @@ def gather_at_use(state: nnx.State, dtype: jnp.dtype) -> nnx.State:
 
     def gather(variable: nnx.Variable) -> nnx.Variable:
         value, spec = variable[...], variable.get_metadata("spec")
-        layout = spec.layout.stacked(value.shape[: value.ndim - len(spec.shape)])
+        has_blocks = spec.layout.blocks is not None and bool(manual_axes())
+        layout = spec.layout.stacked(value.shape[: value.ndim - len(spec.shape) - has_blocks])
         return variable.replace(_gather(value, layout, working_dtype(spec.role, dtype)))
 
     return jax.tree.map(gather, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
@@ -149,7 +152,7 @@ def gather_once(params: PyTree, specs: PyTree, dtype: jnp.dtype) -> PyTree:
 
     def gather(value: Array, spec: ParameterSpec) -> Array:
         wanted = value.dtype if spec.layout.at_use else working_dtype(spec.role, dtype)
-        return all_gather(vary(value), spec.layout.once, wanted)
+        return all_gather(vary(_block(value, spec.layout)), spec.layout.in_blocks(spec.layout.once), wanted)
 
     return jax.tree.map(gather, params, specs)
 
@@ -159,19 +162,41 @@ def reduce_gradients(gradients: PyTree, specs: PyTree) -> PyTree:
 
     Axes gathered at use were reduced by their gather's backward; this is the once-a-step part.
     """
-    manual = current().manual
+    manual, every = current().manual, current().mesh.axis_names
 
     def reduce(gradient: Array, spec: ParameterSpec) -> Array:
-        gradient = reduce_scatter(gradient, spec.layout.once)
+        gradient = reduce_scatter(gradient, spec.layout.in_blocks(spec.layout.once))
         split = {axis for axes in spec_axes(spec.layout.spec) for axis in axes}
+        if spec.layout.blocks is not None:
+            return _unblock(gradient, spec.layout, tuple(axis for axis in every if axis not in split))
         return all_reduce(gradient, tuple(axis for axis in manual if axis not in split))
 
     return jax.tree.map(reduce, gradients, specs)
 
 
+def _block(value: Array, layout: Layout) -> Array:
+    """The form of a parameter at rest that a step computes with: see `Layout.blocks`."""
+    if (dim := layout.blocks) is None:
+        return value
+    tensor = current().axes("tensor")
+    blocks = PartitionSpec(*(None,) * dim, tensor)
+    return over_tensor(lambda part: jnp.expand_dims(vary(part), dim), only(layout.spec, tensor), blocks)(value)
+
+
+def _unblock(gradient: Array, layout: Layout, axes: Axes) -> Array:
+    """The inverse, summed over the axes along which devices have the same part."""
+    assert layout.blocks is not None
+    dim, tensor = layout.blocks, current().axes("tensor")
+
+    def whole(part: Array) -> Array:
+        return jax.lax.psum(jax.lax.squeeze(part, (dim,)), axes)
+
+    return over_tensor(whole, PartitionSpec(*(None,) * dim, tensor), only(layout.spec, tensor))(gradient)
+
+
 def _gather(value: Array, layout: Layout, dtype: jnp.dtype) -> Array:
     if manual_axes():
-        gathers: Gathers = layout.at_use
+        gathers = layout.in_blocks(layout.at_use)
         return all_gather(value, gathers, dtype) if value.dtype != dtype or gathers else value
     # outside the train step the axes are Explicit, and a change of layout is the gather
     return fit(jax.sharding.reshard(value.astype(dtype), layout.used), layout.shape)

@@ -34,6 +34,11 @@ PARAMETERS: Table = {
     "vocab": ("tensor",),
     "positions": (),
     "norm": (),
+    "choice": (),
+    # experts see the devices of a stage in another view (`folding.py`)
+    "expert": ("expert",),
+    "expert_embed": (),
+    "expert_mlp": ("expert_tensor",),
 }
 
 # Activations. `seq` is the sequence of the residual stream (sequence parallelism: split over tensor);
@@ -127,7 +132,8 @@ class Rules:
         shares, padded = self._share(flags, home, placed, shape)
         at_rest = [(*self.axes(*flags), *axes) for flags, axes in zip(shares, placed, strict=True)]
         once, at_use = self._gathers(shares, shape, padded)
-        return Layout(PartitionSpec(*at_rest), PartitionSpec(*placed), shape, padded, once, at_use)
+        blocks = 0 if "expert" in logical else None
+        return Layout(PartitionSpec(*at_rest), PartitionSpec(*placed), shape, padded, once, at_use, blocks)
 
     def part(self, layout: Layout, gathers: Gathers = ()) -> tuple[int, ...]:
         """Shape of a device's part of a parameter, at rest or after some of its gathers."""
@@ -221,12 +227,17 @@ class Rules:
 def make_rules(folding: Folding, config: ShardingConfig, context: ContextConfig | None = None) -> Rules:
     """The tables for a mesh, edited for the ZeRO level (Rajbhandari et al., 1910.02054)."""
     shared = () if config.zero == "none" else ("data", "context")
+    # experts know no fsdp: where it is asked for, all that copy them share them
+    experts = ("expert_data",) if shared or folding.size(folding.axes("fsdp")) > 1 else ()
+    early = shared if config.zero == "optimizer" else ()
+    if folding.size(folding.axes("fsdp")) == 1:
+        early += experts if config.zero == "optimizer" else ()
     return Rules(
         folding=folding,
         parameters=PARAMETERS,
         activations=ACTIVATIONS,
-        shared={"embed": ("fsdp", *shared)},
-        gather_once=frozenset(shared if config.zero == "optimizer" else ()),
+        shared={"embed": ("fsdp", *shared), "expert_embed": experts},
+        gather_once=frozenset(early),
         context=context or ContextConfig(),
     )
 

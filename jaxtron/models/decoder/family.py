@@ -73,6 +73,7 @@ FAMILY = Family(
     meaning=meaning,
     vocabulary="vocab_size",
     text_loss="loss",
+    has_experts=lambda model: any(kind.splits_experts for kind in model.kinds),
     continues_text=True,
     work=decoder_work,
     recompute=recompute_levels,

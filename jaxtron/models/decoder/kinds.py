@@ -41,6 +41,8 @@ class LayerKind:
     """Those of them that `recompute: selective` drops and computes again (2205.05198): quadratic in the sequence."""
     attends: Literal["all", "window"] | None = None
     """Whether its tokens see others of their sequence by attention: all before them, or `model.attention.window`."""
+    splits_experts: bool = False
+    """Whether mesh.expert and mesh.expert_tensor split it."""
     validate: Callable[[DecoderSettings], None] = lambda settings: None
     """`UserError` for settings that do not go together, whatever the mesh."""
     check: Callable[[DecoderSettings, Mapping[str, int], ContextConfig], None] = lambda settings, sizes, context: None
@@ -148,6 +150,33 @@ def _check_mlp(settings: DecoderSettings, sizes: Mapping[str, int], context: Con
     check_multiple("model.mlp_size", settings.mlp_width, sizes["tensor"])
 
 
+def expert_width(settings: DecoderSettings) -> int:
+    """Width of an expert's MLP."""
+    return settings.moe.expert_size or settings.mlp_width
+
+
+def _moe_parameters(settings: DecoderSettings, tensor: int) -> int:
+    moe, matrices = settings.moe, 3 if settings.activation in GATED else 2
+    return settings.hidden_size * moe.num_experts * (1 + matrices * expert_width(settings))
+
+
+def _moe_flops(settings: DecoderSettings, length: int) -> dict[str, int]:
+    moe, matrices = settings.moe, 3 if settings.activation in GATED else 2
+    return {"moe": 2 * settings.hidden_size * (moe.num_experts + moe.top_k * expert_width(settings) * matrices)}
+
+
+def _validate_moe(settings: DecoderSettings) -> None:
+    moe = settings.moe
+    if moe.top_k > moe.num_experts:
+        raise UserError(f"model.moe.top_k {moe.top_k} is more than model.moe.num_experts {moe.num_experts}")
+    if settings.bias:
+        raise UserError("experts have no biases: model.bias false, or take E out of model.pattern")
+
+
+def _check_moe(settings: DecoderSettings, sizes: Mapping[str, int], context: ContextConfig) -> None:
+    """The experts' view is not among the sizes: `Rules` refuse what it does not split."""
+
+
 ATTENTION = LayerKind(
     symbol="*",
     name="attention",
@@ -178,4 +207,15 @@ MLP = LayerKind(
     validate=_validate_mlp,
     check=_check_mlp,
 )
-KINDS = {kind.symbol: kind for kind in (ATTENTION, WINDOW, MLP)}
+MOE = LayerKind(
+    symbol="E",
+    name="mixture of experts",
+    module="moe",
+    parameters=_moe_parameters,
+    flops=_moe_flops,
+    fields=("mlp_size", "activation", "moe"),
+    splits_experts=True,
+    validate=_validate_moe,
+    check=_check_moe,
+)
+KINDS = {kind.symbol: kind for kind in (ATTENTION, WINDOW, MLP, MOE)}

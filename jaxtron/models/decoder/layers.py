@@ -8,11 +8,12 @@ from flax import nnx
 from jaxtron.kernels.attention.backend import Backend
 from jaxtron.layers.attention import Attention, Core
 from jaxtron.layers.mlp import Mlp
+from jaxtron.layers.moe.moe import Moe
 from jaxtron.layers.norm import Norm
 from jaxtron.models.decoder import recompute
 from jaxtron.models.decoder.attention_backends import attention_spec
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.kinds import ATTENTION, MLP, WINDOW, LayerKind
+from jaxtron.models.decoder.kinds import ATTENTION, MLP, MOE, WINDOW, LayerKind, expert_width
 
 # of attention, by the pattern's symbol
 Backends = Mapping[str, Backend]
@@ -58,5 +59,23 @@ def _mlp(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rng
     )
 
 
+def _moe(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rngs) -> Moe:
+    return Moe(
+        config.hidden_size,
+        expert_width(config),
+        config.moe,
+        activation=config.activation,
+        std=config.initial_std,
+        output_std=config.output_std,
+        dropout=config.dropout,
+        rngs=rngs,
+    )
+
+
 # By symbol, the keys of `kinds.KINDS`: (normalized input [B S E], LayerInputs) -> what is added to the stream [B S E].
-BUILDERS: dict[str, Builder] = {ATTENTION.symbol: _attention, WINDOW.symbol: _attention, MLP.symbol: _mlp}
+BUILDERS: dict[str, Builder] = {
+    ATTENTION.symbol: _attention,
+    WINDOW.symbol: _attention,
+    MLP.symbol: _mlp,
+    MOE.symbol: _moe,
+}

@@ -1,5 +1,7 @@
 """Decoders as a pipeline runs them."""
 
+from dataclasses import replace
+
 import jax
 
 from jaxtron.data.batch import TokenBatch
@@ -35,10 +37,12 @@ def model(parts: Parts[Decoder], key: Key[Array, ""] | None) -> Model:
 
     def shared(microbatch: Microbatch[TokenBatch]) -> LayerInputs:
         batch = microbatch.batch
-        return decoder.inputs(batch.tokens.shape[1], keys(microbatch), batch.positions, batch.segments)
+        inputs = decoder.inputs(batch.tokens.shape[1], keys(microbatch), batch.positions, batch.segments)
+        return replace(inputs, row_weights=microbatch.row_weights)
 
     def layer(weights: PyTree, x: Float[Array, "B S E"], number: Int[Array, ""], inputs: LayerInputs) -> LayerOutput:
-        return LayerOutput(whole(parts.layer(0, weights), decoder.dtype)(x, inputs.fold(number)))
+        output = whole(parts.layer(0, weights), decoder.dtype)(x, inputs.fold(number))
+        return LayerOutput(output.x, output.loss, output.metrics)
 
     def head(outer: Outer, x: Float[Array, "B S E"], microbatch: Microbatch[TokenBatch]) -> HeadOutput:
         loss, nll = parts.outer(outer).score(x, microbatch.batch.targets, microbatch.batch.weights)

@@ -5,6 +5,7 @@ import math
 from pydantic import Field
 
 from jaxtron.layers.config import Activation, AttentionConfig, NormKind, PositionKind, RotaryConfig
+from jaxtron.layers.moe.config import MoeConfig
 from jaxtron.models.family import FamilyConfig
 
 
@@ -12,8 +13,9 @@ class DecoderSettings(FamilyConfig):
     """What a decoder-only language model is, without how it is run; `ModelConfig` says what must agree."""
 
     pattern: str = "*-"
-    """Residual layers in order: `*` attention, `W` attention in a window, `-` MLP, `(*-)` both in parallel on one norm.
-    `|` cuts all layers into the stages of mesh.pipe (with num_layers 1; one stage runs them all)."""
+    """Residual layers in order: `*` attention, `W` attention in a window, `-` MLP, `E` a mixture of experts, `(*-)` both
+    in parallel on one norm. `|` cuts all layers into the stages of mesh.pipe (with num_layers 1; one stage runs them
+    all)."""
     num_layers: int = Field(default=12, ge=1, le=2**16)
     """How often the pattern repeats; for `*-` the usual count of transformer layers."""
     hidden_size: int = Field(default=768, ge=1)
@@ -61,6 +63,8 @@ class DecoderSettings(FamilyConfig):
     are 2 x num_layers."""
     attention: AttentionConfig = AttentionConfig()
     """Scores of attention, and its kernels."""
+    moe: MoeConfig = MoeConfig()
+    """Experts of `E` layers."""
     z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of log(Z)^2 in the loss (PaLM: 1e-4)."""
 

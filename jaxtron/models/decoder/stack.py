@@ -2,9 +2,10 @@
 
 import functools
 
+import jax.numpy as jnp
 from flax import nnx
 
-from jaxtron.layers.inputs import LayerInputs
+from jaxtron.layers.inputs import BranchOutput, LayerInputs
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.models.decoder import recompute
 from jaxtron.models.decoder.config import ModelConfig
@@ -28,12 +29,15 @@ class Layer(nnx.Module):
             if symbol in branch:
                 setattr(self, kind.module, BUILDERS[symbol](config, kind, backends, rngs))
 
-    def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
-        normed = self.norm(x)
+    def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> list[BranchOutput]:
+        """The stream after each branch, with what the branch reports."""
+        normed, outputs = self.norm(x), []
         for site, name in enumerate(self.names):
-            branch = self._region(name, getattr(self, name))
-            x = save_for_backward(x + branch(normed, inputs.fold(site)))
-        return x
+            output = self._region(name, getattr(self, name))(normed, inputs.fold(site))
+            output = output if isinstance(output, BranchOutput) else BranchOutput(output, None, {})
+            x = save_for_backward(x + output.x)
+            outputs.append(output._replace(x=x))
+        return outputs
 
     def _region(self, name: str, module: nnx.Module):
         if name not in self.recomputed:
@@ -49,10 +53,18 @@ class Period(nnx.Module):
     def __init__(self, config: ModelConfig, backends: Backends, rngs: nnx.Rngs) -> None:
         self.layers = nnx.List([Layer(config, branch, backends, rngs) for branch in config.layout.period])
 
-    def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
+    def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> BranchOutput:
+        """What the last layer leaves, the sum of their losses, and of each metric those of the layers that have it."""
+        outputs: list[BranchOutput] = []
         for number, layer in enumerate(self.layers):
-            x = layer(x, inputs.fold(number))
-        return x
+            outputs += layer(x, inputs.fold(number))
+            x = outputs[-1].x
+        losses = [output.loss for output in outputs if output.loss is not None]
+        names = dict.fromkeys(name for output in outputs for name in output.metrics)
+        metrics = {
+            name: jnp.stack([output.metrics[name] for output in outputs if name in output.metrics]) for name in names
+        }
+        return BranchOutput(x, sum(losses[1:], losses[0]) if losses else None, metrics)
 
 
 class Stack(nnx.Module):

@@ -1,16 +1,16 @@
 """What a decoder takes of a device: work of each kind of layer by symbol, of a period of its pattern, of its ends."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from jaxtron.layers.config import GATED
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.cost import embedding_parameters, period_parameters, table_parameters
-from jaxtron.models.decoder.kinds import ATTENTION, KINDS, MLP, WINDOW, LayerKind, local_kv_heads
+from jaxtron.models.decoder.kinds import ATTENTION, KINDS, MLP, MOE, WINDOW, LayerKind, expert_width, local_kv_heads
 from jaxtron.models.decoder.pattern import Branch
 from jaxtron.models.work.attention import AttentionShapes, core, core_temporaries, mixed_bytes, projections
-from jaxtron.models.work.blocks import embedding, mlp, mlp_temporaries, norm, residual, token_head
+from jaxtron.models.work.blocks import embedding, linear, mlp, mlp_temporaries, norm, residual, token_head
 from jaxtron.models.work.model import ModelWork, StackWork
 from jaxtron.models.work.operations import PhaseWork, SlotWork
 from jaxtron.models.work.shapes import Shapes, gather, gathered_weights
@@ -152,9 +152,22 @@ def _mlp_width(model: ModelConfig, shapes: Shapes) -> float:
     return model.mlp_width / shapes.tensor
 
 
+def _moe(model: ModelConfig, shapes: Shapes) -> RegionWork:
+    """Router and experts of an even load; what is exchanged between devices is not counted yet."""
+    moe, is_gated = model.moe, model.activation in GATED
+    own = replace(shapes, rows=shapes.rows * moe.top_k)
+    found = linear(shapes, model.hidden_size, moe.num_experts) + mlp(
+        own, model.hidden_size, expert_width(model) / shapes.tensor, gated=is_gated
+    )
+    if moe.shared_size:
+        found += mlp(shapes, model.hidden_size, moe.shared_size / shapes.tensor, gated=is_gated)
+    return {"moe": found}
+
+
 # by symbol, the keys of kinds.py: KINDS
 LAYER_WORK = {
     ATTENTION.symbol: LayerWork(_attention, _scores, _mixed),
     WINDOW.symbol: LayerWork(partial(_attention, in_window=True), _scores, _mixed),
     MLP.symbol: LayerWork(_mlp, _mlp_temporaries, _mlp_hidden),
+    MOE.symbol: LayerWork(_moe),
 }

@@ -1,0 +1,78 @@
+"""A mixture of experts as a branch of a layer: the router, then the experts of each token (Switch, 2101.03961)."""
+
+import functools
+
+from flax import nnx
+
+from jaxtron.layers.config import GATED, Activation
+from jaxtron.layers.inputs import BranchOutput, LayerInputs, dropout
+from jaxtron.layers.linear import normal
+from jaxtron.layers.mlp import FUNCTIONS
+from jaxtron.layers.moe.config import MoeConfig
+from jaxtron.layers.moe.exchange import Exchange, round_rows
+from jaxtron.layers.moe.experts import mix
+from jaxtron.layers.moe.router import Router
+from jaxtron.sharding.parameters import parameter
+from jaxtron.sharding.rules import constrain, current
+from jaxtron.typing import Array, Float
+
+
+class Moe(nnx.Module):
+    """`sum over a token's experts of weight x down(f(gate(x)) * up(x))`, and what the router reports."""
+
+    def __init__(
+        self,
+        embed: int,
+        mlp: int,
+        config: MoeConfig,
+        *,
+        activation: Activation,
+        std: float,
+        output_std: float,
+        dropout: float,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config = config
+        self.activation: Activation = activation
+        self.dropout = dropout
+        self.router = Router(embed, config, std=std, rngs=rngs)
+        inputs = 2 if activation in GATED else 1
+        shape, axes = (config.num_experts, embed, inputs, mlp), ("expert", "expert_embed", "gate", "expert_mlp")
+        self.up = parameter(rngs, normal(std), shape, axes=axes, role="kernel")
+        shape, axes = (config.num_experts, mlp, embed), ("expert", "expert_mlp", "expert_embed")
+        self.down = parameter(rngs, normal(output_std), shape, axes=axes, role="kernel")
+
+    def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> BranchOutput:
+        x = constrain(x, "batch", "seq", "embed")
+        routing = self.router(x, inputs)
+        exchange = self._exchange(x.shape[0] * x.shape[1] // current().parts("tensor"))
+        run = functools.partial(mix, x, routing.weights, routing.chosen)
+        y = run(self.up[...], self.down[...], exchange, functools.partial(activate, self.activation))
+        y = dropout(y, self.dropout, inputs, "batch", "seq", "embed")
+        return BranchOutput(y, routing.loss, routing.metrics)
+
+    def _exchange(self, num_tokens: int) -> Exchange:
+        """For so many tokens of a device."""
+        config, rules = self.config, current()
+        axes = {flag: rules.axes(flag) if rules.parts(flag) > 1 else () for flag in ("expert", "expert_tensor")}
+        rows = round_rows(num_tokens, config.num_experts, config.top_k, config.slots)
+        return Exchange(
+            config.num_experts,
+            config.top_k,
+            axes["expert"],
+            rules.parts("expert"),
+            axes["expert_tensor"],
+            rules.parts("expert_tensor"),
+            rows,
+            has_rounds=rows < num_tokens,
+        )
+
+
+def activate(
+    name: Activation, hidden: Float[Array, "N R G F"], weights: Float[Array, "N R 1"]
+) -> Float[Array, "N R F"]:
+    """What goes into an expert's last product, with the router's weight of its row on it."""
+    inner = FUNCTIONS[name](hidden[:, :, 0])
+    if name in GATED:
+        inner = inner * hidden[:, :, 1]
+    return (inner * weights).astype(hidden.dtype)

@@ -1,0 +1,104 @@
+"""The router of a mixture: which experts a token is sent to, with which weights, and what keeps their load even."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtron.layers.inputs import LayerInputs
+from jaxtron.layers.linear import normal
+from jaxtron.layers.moe.config import MoeConfig
+from jaxtron.layers.saved import save_for_backward
+from jaxtron.sharding.collectives import all_reduce
+from jaxtron.sharding.parameters import parameter
+from jaxtron.sharding.regions import on_each_device
+from jaxtron.sharding.rules import current, spec
+from jaxtron.typing import Array, Float, Int
+
+TOKENS = ("batch", "seq", None)
+
+
+class Routing(NamedTuple):
+    """What the router decides for each token, and what it reports."""
+
+    weights: Float[Array, "B S K"]
+    chosen: Int[Array, "B S K"]
+    loss: Float[Array, ""] | None
+    """This device's part of the losses that keep load even; None where there are none."""
+    metrics: dict[str, Float[Array, "..."]]
+
+
+class Router(nnx.Module):
+    """Logits in float32, `top_k` experts of each token by them."""
+
+    def __init__(self, embed: int, config: MoeConfig, *, std: float, rngs: nnx.Rngs) -> None:
+        self.config = config
+        shape = (embed, config.num_experts)
+        self.kernel = parameter(rngs, normal(std), shape, axes=("embed", "choice"), role="router")
+
+    def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Routing:
+        config = self.config
+        layout = spec(*TOKENS)
+        # sums in float32 of products that are exact in it
+        logits = jax.lax.dot_general(
+            x.astype(jnp.float32),
+            self.kernel[...],
+            (((2,), (0,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+            out_sharding=layout,
+        )
+        scores = jax.nn.sigmoid(logits) if config.scores == "sigmoid" else jax.nn.softmax(logits, -1)
+        chosen = save_for_backward(_top(jax.lax.stop_gradient(logits), config.top_k))
+        # selected by comparison: the derivative of a gather would be a scatter
+        numbers = jax.lax.broadcasted_iota(
+            jnp.int32, (*chosen.shape, config.num_experts), 3, out_sharding=spec(*TOKENS, None)
+        )
+        is_chosen = numbers == chosen[..., None]
+        weights = self._weights(logits, scores, is_chosen)
+        load = is_chosen.sum((2,), dtype=jnp.float32)
+        metrics = {"load": jax.lax.stop_gradient(load.sum((0, 1)))}
+        return Routing(weights, chosen, self._loss(logits, scores, load, inputs), metrics)
+
+    def _weights(self, logits: Array, scores: Array, is_chosen: Array) -> Float[Array, "B S K"]:
+        config = self.config
+
+        def of_chosen(values: Array) -> Array:
+            return jnp.sum(jnp.where(is_chosen, values[:, :, None], 0.0), -1)
+
+        if config.scores == "topk_softmax":
+            return config.scaling * jax.nn.softmax(of_chosen(logits), -1)
+        weights = of_chosen(scores)
+        if config.renormalize:
+            weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+        return config.scaling * weights
+
+    def _loss(self, logits: Array, scores: Array, load: Array, inputs: LayerInputs) -> Float[Array, ""] | None:
+        """Sums over the device's rows, each with its share of the step's loss.
+
+        Of a sequence of S tokens the balance is N / (k S^2) sum over experts of (sum of a token's scores) x (its
+        tokens), 1 where load is even: of whole sequences, so that it is the same on every mesh.
+        """
+        config, rules = self.config, current()
+        if inputs.row_weights is None or not (config.balance or config.z_loss):
+            return None
+        length = logits.shape[1] * rules.parts("context")
+        total = jnp.zeros((), jnp.float32)
+        if config.balance:
+            if config.scores == "sigmoid":
+                scores = scores / scores.sum(-1, keepdims=True)
+            # counts have no gradient, so a device's part of the loss needs nothing of the others but these
+            counts = all_reduce(jax.lax.stop_gradient(load.sum(1)), rules.axes("context"))
+            even = config.num_experts / (config.top_k * length**2)
+            of_rows = even * jnp.sum(scores.sum(1) * counts, -1)
+            total += config.balance * jnp.sum(of_rows * inputs.row_weights)
+        if config.z_loss:
+            of_rows = jnp.square(jax.nn.logsumexp(logits, -1)).sum(1) / length
+            total += config.z_loss * jnp.sum(of_rows * inputs.row_weights)
+        return total
+
+
+def _top(logits: Float[Array, "B S N"], top_k: int) -> Int[Array, "B S K"]:
+    """Each token's best experts, of a device's own tokens: left to XLA, they are gathered over tensor first."""
+    layout = spec(*TOKENS)
+    return on_each_device(lambda logits: jax.lax.top_k(logits, top_k)[1], layout, layout)(logits)
