@@ -49,7 +49,7 @@ def in_region() -> Callable:
 
     def wrap(function: Callable) -> Callable:
         def local(*arrays):
-            outputs = function(*(vary(array) for array in arrays))
+            outputs = function(*jax.tree.map(vary, arrays))
             return jax.tree.map(lambda array: all_reduce(vary(array), current().manual), outputs)
 
         whole = PartitionSpec()

@@ -7,6 +7,8 @@ from pydantic import Field
 from jaxtron.config import Config
 
 Scores = Literal["softmax", "topk_softmax", "sigmoid"]
+GroupScore = Literal["largest", "two_largest"]
+Drop = Literal["probability", "position", "random"]
 
 
 class MoeConfig(Config):
@@ -18,6 +20,10 @@ class MoeConfig(Config):
     """Experts that a token is sent to."""
     expert_size: int | None = Field(default=None, ge=1)
     """Width of an expert's MLP (none: model.mlp_size, or what follows from model.hidden_size)."""
+    shared_size: int = Field(default=0, ge=0)
+    """Width of an MLP beside the experts that every token goes through: of several shared experts, their sum."""
+    shared_gate: bool = False
+    """What the shared MLP adds is multiplied by the sigmoid of a learned product (Qwen2-MoE)."""
     scores: Scores = "softmax"
     """What weighs an expert: softmax over all of them, then the top k; topk_softmax: softmax over the chosen (Mixtral);
     sigmoid of each (DeepSeek-V3)."""
@@ -25,10 +31,23 @@ class MoeConfig(Config):
     """The weights of a token's experts are divided by their sum (softmax and sigmoid)."""
     scaling: float = Field(default=1.0, gt=0)
     """Factor of the weights (DeepSeek-V3: 2.5)."""
+    groups: int = Field(default=1, ge=1)
+    """Equal groups of neighbouring experts, of which a token chooses `top_groups` first (DeepSeek: a node's)."""
+    top_groups: int = Field(default=1, ge=1)
+    """Groups that a token's experts are in."""
+    group_score: GroupScore = "largest"
+    """What ranks a group: its largest score (DeepSeek-V2), or the sum of its two_largest (DeepSeek-V3)."""
+    jitter: float = Field(default=0.0, ge=0, lt=1)
+    """What the router reads in training is multiplied by random numbers in 1 +- this (Switch: 0.01)."""
     balance: float = Field(default=0.01, ge=0)
     """Coefficient of the load-balancing loss of each sequence (2101.03961; Megatron's seq_aux_loss)."""
     z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of the squared log-sum-exp of router logits (ST-MoE, 2202.08906: 1e-3)."""
+    capacity_factor: float | None = Field(default=None, gt=0)
+    """Tokens that an expert takes of one sequence, times the even share; the others pass it by (none: all are taken).
+    """
+    drop: Drop = "probability"
+    """Which tokens pass by an expert that is full: those of least probability, of last position, or random ones."""
     slots: float = Field(default=1.25, gt=0)
     """Rows of an expert in one round of the exchange, times the even share; what has no place goes in a further round,
     so nothing is dropped."""

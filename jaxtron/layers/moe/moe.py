@@ -2,12 +2,14 @@
 
 import functools
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxtron.layers.config import GATED, Activation
 from jaxtron.layers.inputs import BranchOutput, LayerInputs, dropout
-from jaxtron.layers.linear import normal
-from jaxtron.layers.mlp import FUNCTIONS
+from jaxtron.layers.linear import Linear, normal
+from jaxtron.layers.mlp import FUNCTIONS, Mlp
 from jaxtron.layers.moe.config import MoeConfig
 from jaxtron.layers.moe.exchange import Exchange, round_rows
 from jaxtron.layers.moe.experts import mix
@@ -36,6 +38,10 @@ class Moe(nnx.Module):
         self.activation: Activation = activation
         self.dropout = dropout
         self.router = Router(embed, config, std=std, rngs=rngs)
+        of_mlp = {"activation": activation, "bias": False, "std": std, "output_std": output_std, "dropout": 0.0}
+        self.shared = Mlp(embed, config.shared_size, **of_mlp, rngs=rngs) if config.shared_size else None
+        gate = {"embed": embed}, {"choice": 1}
+        self.shared_gate = Linear(*gate, bias=False, std=std, rngs=rngs) if config.shared_gate else None
         inputs = 2 if activation in GATED else 1
         shape, axes = (config.num_experts, embed, inputs, mlp), ("expert", "expert_embed", "gate", "expert_mlp")
         self.up = parameter(rngs, normal(std), shape, axes=axes, role="kernel")
@@ -48,8 +54,19 @@ class Moe(nnx.Module):
         exchange = self._exchange(x.shape[0] * x.shape[1] // current().parts("tensor"))
         run = functools.partial(mix, x, routing.weights, routing.chosen)
         y = run(self.up[...], self.down[...], exchange, functools.partial(activate, self.activation))
+        if self.shared is not None:
+            y = y + self._shared(x, inputs)
         y = dropout(y, self.dropout, inputs, "batch", "seq", "embed")
         return BranchOutput(y, routing.loss, routing.metrics)
+
+    def _shared(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
+        """What every token goes through."""
+        assert self.shared is not None
+        y = self.shared(x, inputs)
+        if self.shared_gate is None:
+            return y
+        logits = self.shared_gate(x, "batch", "seq", None)
+        return y * jax.nn.sigmoid(logits.astype(jnp.float32)).astype(y.dtype)
 
     def _exchange(self, num_tokens: int) -> Exchange:
         """For so many tokens of a device."""

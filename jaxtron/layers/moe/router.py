@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtron.layers.inputs import LayerInputs
+from jaxtron.layers.inputs import LayerInputs, random_bits
 from jaxtron.layers.linear import normal
-from jaxtron.layers.moe.config import MoeConfig
+from jaxtron.layers.moe.capacity import drop_excess
+from jaxtron.layers.moe.config import MoeConfig, Scores
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.collectives import all_reduce
 from jaxtron.sharding.parameters import parameter
@@ -17,6 +18,8 @@ from jaxtron.sharding.rules import current, spec
 from jaxtron.typing import Array, Float, Int
 
 TOKENS = ("batch", "seq", None)
+# what is drawn beside a branch's dropout
+JITTER, DROPS = 1, 2
 
 
 class Routing(NamedTuple):
@@ -40,6 +43,8 @@ class Router(nnx.Module):
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Routing:
         config = self.config
         layout = spec(*TOKENS)
+        if config.jitter and inputs.keys is not None:
+            x = x * jittered(x.shape, config.jitter, inputs).astype(x.dtype)
         # sums in float32 of products that are exact in it
         logits = jax.lax.dot_general(
             x.astype(jnp.float32),
@@ -49,7 +54,8 @@ class Router(nnx.Module):
             out_sharding=layout,
         )
         scores = jax.nn.sigmoid(logits) if config.scores == "sigmoid" else jax.nn.softmax(logits, -1)
-        chosen = save_for_backward(_top(jax.lax.stop_gradient(logits), config.top_k))
+        ranked = scores if config.scores == "sigmoid" else logits
+        chosen = save_for_backward(_choose(config, jax.lax.stop_gradient(ranked)))
         # selected by comparison: the derivative of a gather would be a scatter
         numbers = jax.lax.broadcasted_iota(
             jnp.int32, (*chosen.shape, config.num_experts), 3, out_sharding=spec(*TOKENS, None)
@@ -57,8 +63,12 @@ class Router(nnx.Module):
         is_chosen = numbers == chosen[..., None]
         weights = self._weights(logits, scores, is_chosen)
         load = is_chosen.sum((2,), dtype=jnp.float32)
-        metrics = {"load": jax.lax.stop_gradient(load.sum((0, 1)))}
-        return Routing(weights, chosen, self._loss(logits, scores, load, inputs), metrics)
+        loss = self._loss(logits, scores, load, inputs)
+        sums = {"load": load.sum((0, 1)), "entropy": _entropy(logits, config.scores)}
+        if config.capacity_factor is not None:
+            chosen = save_for_backward(drop_excess(config, chosen, weights, inputs.fold(DROPS).keys))
+            sums["dropped"] = jnp.sum(chosen == config.num_experts, dtype=jnp.float32)
+        return Routing(weights, chosen, loss, jax.tree.map(jax.lax.stop_gradient, sums))
 
     def _weights(self, logits: Array, scores: Array, is_chosen: Array) -> Float[Array, "B S K"]:
         config = self.config
@@ -98,7 +108,31 @@ class Router(nnx.Module):
         return total
 
 
-def _top(logits: Float[Array, "B S N"], top_k: int) -> Int[Array, "B S K"]:
-    """Each token's best experts, of a device's own tokens: left to XLA, they are gathered over tensor first."""
+def _entropy(logits: Float[Array, "B S N"], scores: Scores) -> Float[Array, ""]:
+    """Of the scores as a distribution over the experts, summed over the tokens, in nats."""
+    if scores == "sigmoid":
+        logits = jax.nn.log_sigmoid(logits)
+    log = jax.nn.log_softmax(logits, -1)
+    return -jnp.sum(jnp.exp(log) * log)
+
+
+def jittered(shape: tuple[int, ...], jitter: float, inputs: LayerInputs) -> Float[Array, "B S E"]:
+    """Random numbers in 1 +- jitter, of 16 bits, the same on every mesh."""
+    drawn = random_bits(shape, inputs.fold(JITTER), "batch", "seq", "embed").astype(jnp.float32)
+    return 1.0 + jitter * (drawn * (2.0 / 65535.0) - 1.0)
+
+
+def _choose(config: MoeConfig, ranked: Float[Array, "B S N"]) -> Int[Array, "B S K"]:
+    """Each token's best experts, of a device's own tokens: left to XLA, all are gathered over tensor first."""
+
+    def local(ranked: Array) -> Array:
+        if config.groups > 1:
+            of_groups = ranked.reshape(*ranked.shape[:2], config.groups, -1)
+            best = jax.lax.top_k(of_groups, 1 if config.group_score == "largest" else 2)[0].sum(-1)
+            groups = jax.lax.top_k(best, config.top_groups)[1]
+            is_open = jnp.any(groups[..., None] == jnp.arange(config.groups), 2)
+            ranked = jnp.where(is_open[..., None], of_groups, -jnp.inf).reshape(ranked.shape)
+        return jax.lax.top_k(ranked, config.top_k)[1]
+
     layout = spec(*TOKENS)
-    return on_each_device(lambda logits: jax.lax.top_k(logits, top_k)[1], layout, layout)(logits)
+    return on_each_device(local, layout, layout)(ranked)

@@ -98,6 +98,12 @@ class ModelConfig(DecoderSettings):
         return tuple(kind for kind in KINDS.values() if self.layout.count(kind.symbol))
 
     @property
+    def is_random(self) -> bool:
+        """Whether a step draws random numbers."""
+        draws = self.moe.jitter > 0 or (self.moe.capacity_factor is not None and self.moe.drop == "random")
+        return self.dropout > 0 or self.attention_dropout > 0 or draws
+
+    @property
     def output_std(self) -> float:
         """Initial standard deviation of projections back to the residual stream (GPT-2, Megatron)."""
         return self.initial_std / math.sqrt(self.num_branches)

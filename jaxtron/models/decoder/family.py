@@ -32,6 +32,12 @@ def resolve(model: ModelConfig, length: int) -> ModelConfig:
     return model.model_copy(update={"max_positions": length})
 
 
+def evaluated(model: ModelConfig) -> ModelConfig:
+    """The model with nothing drawn."""
+    moe = model.moe.model_copy(update={"jitter": 0.0})
+    return model.model_copy(update={"dropout": 0.0, "attention_dropout": 0.0, "moe": moe})
+
+
 def sizes(model: ModelConfig) -> str:
     """What decides how large a decoder is."""
     return (
@@ -68,7 +74,7 @@ FAMILY = Family(
     check=check,
     cuts=cuts,
     resolve=resolve,
-    evaluated=lambda model: model.model_copy(update={"dropout": 0.0, "attention_dropout": 0.0}),
+    evaluated=evaluated,
     sizes=sizes,
     meaning=meaning,
     vocabulary="vocab_size",

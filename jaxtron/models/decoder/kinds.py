@@ -157,12 +157,14 @@ def expert_width(settings: DecoderSettings) -> int:
 
 def _moe_parameters(settings: DecoderSettings, tensor: int) -> int:
     moe, matrices = settings.moe, 3 if settings.activation in GATED else 2
-    return settings.hidden_size * moe.num_experts * (1 + matrices * expert_width(settings))
+    experts = moe.num_experts * (1 + matrices * expert_width(settings))
+    return settings.hidden_size * (experts + matrices * moe.shared_size // tensor + moe.shared_gate)
 
 
 def _moe_flops(settings: DecoderSettings, length: int) -> dict[str, int]:
     moe, matrices = settings.moe, 3 if settings.activation in GATED else 2
-    return {"moe": 2 * settings.hidden_size * (moe.num_experts + moe.top_k * expert_width(settings) * matrices)}
+    width = moe.top_k * expert_width(settings) + moe.shared_size
+    return {"moe": 2 * settings.hidden_size * (moe.num_experts + width * matrices + moe.shared_gate)}
 
 
 def _validate_moe(settings: DecoderSettings) -> None:
@@ -170,11 +172,36 @@ def _validate_moe(settings: DecoderSettings) -> None:
     if moe.top_k > moe.num_experts:
         raise UserError(f"model.moe.top_k {moe.top_k} is more than model.moe.num_experts {moe.num_experts}")
     if settings.bias:
-        raise UserError("experts have no biases: model.bias false, or take E out of model.pattern")
+        raise UserError("model.bias true: experts have no biases; set --model.bias false")
+    if moe.groups == 1 and moe.top_groups > 1 or moe.top_groups > moe.groups:
+        raise UserError(f"model.moe.top_groups {moe.top_groups} is more than model.moe.groups {moe.groups}")
+    if moe.num_experts % moe.groups:
+        raise UserError(
+            f"model.moe.num_experts {moe.num_experts} is not a multiple of model.moe.groups {moe.groups}; change one"
+        )
+    reachable = moe.num_experts // moe.groups * moe.top_groups
+    if moe.groups > 1 and moe.top_k > reachable:
+        raise UserError(
+            f"model.moe.top_k {moe.top_k} is more than the {reachable} experts of model.moe.top_groups "
+            f"{moe.top_groups} groups; change one of them"
+        )
+    if moe.groups > 1 and moe.group_score == "two_largest" and moe.num_experts == moe.groups:
+        raise UserError("model.moe.group_score two_largest needs groups of two experts or more: lower model.moe.groups")
+    ignored = {
+        "renormalize": moe.scores == "topk_softmax" and {"model.moe.scores": moe.scores},
+        "group_score": moe.groups == 1 and {"model.moe.groups": 1},
+        "shared_gate": moe.shared_size == 0 and {"model.moe.shared_size": 0},
+        "drop": moe.capacity_factor is None and {"model.moe.capacity_factor": "none"},
+    }
+    for name, choice in ignored.items():
+        if choice and getattr(moe, name) != type(moe).model_fields[name].default:
+            raise NoEffect(f"model.moe.{name}", getattr(moe, name), choice, "leave it out")
 
 
 def _check_moe(settings: DecoderSettings, sizes: Mapping[str, int], context: ContextConfig) -> None:
-    """The experts' view is not among the sizes: `Rules` refuse what it does not split."""
+    # the experts' own view is not among the sizes: the rules refuse what it does not split
+    if settings.moe.shared_size:
+        check_multiple("model.moe.shared_size", settings.moe.shared_size, sizes["tensor"])
 
 
 ATTENTION = LayerKind(

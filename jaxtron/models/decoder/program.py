@@ -26,7 +26,7 @@ def model(parts: Parts[Decoder], key: Key[Array, ""] | None) -> Model:
     """Embedding, periods of the pattern, norm and loss."""
     decoder = parts.abstract
     config = decoder.config
-    key = key if config.dropout > 0 or config.attention_dropout > 0 else None
+    key = key if config.is_random else None
 
     def keys(microbatch: Microbatch[TokenBatch]) -> Key[Array, "B"] | None:
         return None if key is None else row_keys(key, microbatch.rows)

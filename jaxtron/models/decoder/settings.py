@@ -13,9 +13,9 @@ class DecoderSettings(FamilyConfig):
     """What a decoder-only language model is, without how it is run; `ModelConfig` says what must agree."""
 
     pattern: str = "*-"
-    """Residual layers in order: `*` attention, `W` attention in a window, `-` MLP, `E` a mixture of experts, `(*-)` both
-    in parallel on one norm. `|` cuts all layers into the stages of mesh.pipe (with num_layers 1; one stage runs them
-    all)."""
+    """Residual layers in order: `*` attention, `W` attention in a window, `-` MLP, `E` a mixture of experts; `(*-)` is
+    both in parallel on one norm. `|` cuts all layers into the stages of mesh.pipe (with num_layers 1; one stage runs
+    them all)."""
     num_layers: int = Field(default=12, ge=1, le=2**16)
     """How often the pattern repeats; for `*-` the usual count of transformer layers."""
     hidden_size: int = Field(default=768, ge=1)

@@ -1,0 +1,168 @@
+"""Mixtures of experts: routing, losses and every gradient against each expert on each token in plain JAX."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from jaxtron.layers.inputs import LayerInputs
+from jaxtron.layers.moe.capacity import capacity
+from jaxtron.layers.moe.config import MoeConfig
+from jaxtron.layers.moe.moe import Moe
+from jaxtron.sharding.rules import current, use
+
+ROWS, LENGTH, WIDTH, HIDDEN = 2, 12, 16, 8
+TOLERANCE = 2e-5
+
+
+def reference(config: MoeConfig, params: dict, x, row_weights, activation: str):
+    """(output, loss, choices by expert) of all tokens, in float32 and without parallelism."""
+    logits = jnp.einsum("bse,en->bsn", x, params["router"]["kernel"], precision="highest")
+    scores = jax.nn.sigmoid(logits) if config.scores == "sigmoid" else jax.nn.softmax(logits, -1)
+    ranked = np.asarray(jax.lax.stop_gradient(scores))
+    if config.groups > 1:
+        of_groups = ranked.reshape(ROWS, LENGTH, config.groups, -1)
+        count = 1 if config.group_score == "largest" else 2
+        best = np.sort(of_groups, -1)[..., -count:].sum(-1)
+        limit = np.sort(best, -1)[..., -config.top_groups][..., None]
+        ranked = np.where((best >= limit)[..., None], of_groups, -np.inf).reshape(ranked.shape)
+    order = np.argsort(-ranked, -1, kind="stable")[..., : config.top_k]
+    is_chosen = np.zeros(ranked.shape, bool)
+    np.put_along_axis(is_chosen, order, True, -1)
+    if config.scores == "topk_softmax":
+        weights = jax.nn.softmax(jnp.where(is_chosen, logits, -jnp.inf), -1)
+    else:
+        weights = jnp.where(is_chosen, scores, 0.0)
+        if config.renormalize:
+            weights = weights / weights.sum(-1, keepdims=True)
+    weights = config.scaling * weights
+    counts = is_chosen.sum(1)
+    if config.capacity_factor is not None:
+        is_kept = np.array(is_chosen)
+        for row in range(ROWS):
+            for expert in range(config.num_experts):
+                tokens = np.flatnonzero(is_chosen[row, :, expert])
+                if config.drop == "probability":
+                    tokens = tokens[np.argsort(-np.asarray(jax.lax.stop_gradient(weights))[row, tokens, expert], kind="stable")]
+                is_kept[row, tokens[capacity(config, LENGTH) :], expert] = False
+        weights = jnp.where(is_kept, weights, 0.0)
+    hidden = jnp.einsum("bse,negf->bsngf", x, params["up"])
+    inner = (
+        jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :] if activation == "swiglu" else jax.nn.relu(hidden[..., 0, :])
+    )
+    y = jnp.einsum("bsnf,nfe,bsn->bse", inner, params["down"], weights)
+    if config.shared_size:
+        shared = params["shared"]
+        pair = jnp.einsum("bse,egf->bsgf", x, shared["up"]["kernel"])
+        more = jnp.einsum("bsf,fe->bse", jax.nn.silu(pair[:, :, 0]) * pair[:, :, 1], shared["down"]["kernel"])
+        if config.shared_gate:
+            more *= jax.nn.sigmoid(jnp.einsum("bse,eo->bso", x, params["shared_gate"]["kernel"]))
+        y += more
+    share = scores / scores.sum(-1, keepdims=True) if config.scores == "sigmoid" else scores
+    even = config.num_experts / (config.top_k * LENGTH**2)
+    loss = config.balance * jnp.sum(row_weights * even * (share.sum(1) * counts).sum(-1))
+    loss += config.z_loss * jnp.sum(row_weights * jnp.square(jax.nn.logsumexp(logits, -1)).mean(-1))
+    return y, loss, counts.sum(0)
+
+
+def in_blocks(params: dict) -> dict:
+    """Parameters as a step computes with them: those of experts are a block for each device along tensor."""
+    layout = PartitionSpec(current().axes("tensor"))
+    return {**params, **{name: jax.sharding.reshard(params[name][None], layout) for name in ("up", "down")}}
+
+
+CASES = {
+    "softmax": {},
+    "softmax renormalized": {"renormalize": True, "scaling": 1.5, "z_loss": 0.1},
+    "mixtral": {"scores": "topk_softmax", "num_experts": 6},
+    "sigmoid, groups": {
+        "scores": "sigmoid", "renormalize": True, "scaling": 2.5, "num_experts": 8, "groups": 4, "top_groups": 2,
+        "group_score": "two_largest", "top_k": 3,
+    },
+    "groups by the largest": {"groups": 2, "top_groups": 1, "top_k": 3},
+    "all to few": {"slots": 0.1, "top_k": 1},
+    "every expert": {"top_k": 8, "renormalize": True},
+    "one expert": {"num_experts": 1, "top_k": 1},
+    "shared": {"shared_size": 12},
+    "shared behind a gate": {"shared_size": 12, "shared_gate": True, "scores": "topk_softmax"},
+    "capacity by probability": {"capacity_factor": 0.5},
+    "capacity by position": {"capacity_factor": 0.7, "drop": "position", "top_k": 3},
+    "no capacity to speak of": {"capacity_factor": 0.01},
+}  # fmt: skip
+
+
+def make(config: MoeConfig, activation: str) -> Moe:
+    return Moe(WIDTH, HIDDEN, config, activation=activation, std=0.4, output_std=0.4, dropout=0.0, rngs=nnx.Rngs(3))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+def test_every_gradient_is_that_of_each_expert_on_each_token(
+    rules_for: Callable, in_region: Callable, name: str, activation: str
+) -> None:
+    config = MoeConfig(**{"balance": 0.3, **CASES[name]})
+    if activation == "relu" and (config.shared_size or config.capacity_factor):
+        pytest.skip("the shared MLP's reference is gated")
+    random = np.random.default_rng(0)
+    x, pull = random.standard_normal((2, ROWS, LENGTH, WIDTH), np.float32)
+    row_weights = np.asarray([0.5, 2.0], np.float32)
+    with use(rules_for(data=1)):
+        graph, state = nnx.split(make(config, activation))
+        params = nnx.to_pure_dict(state)
+
+        def run(params, x):
+            output = nnx.merge(graph, in_blocks(params))(x, LayerInputs(row_weights=jnp.asarray(row_weights)))
+            loss = 0.0 if output.loss is None else output.loss
+            return (output.x * pull).sum() + loss, (output.x, loss, output.metrics["load"])
+
+        (_, found), gradients = in_region(lambda *given: jax.value_and_grad(run, (0, 1), has_aux=True)(*given))(
+            params, x
+        )
+
+    def plain(params, x):
+        y, loss, counts = reference(config, params, x, row_weights, activation)
+        return (y * pull).sum() + loss, (y, loss, counts)
+
+    (_, wanted), expected = jax.value_and_grad(plain, (0, 1), has_aux=True)(params, x)
+    for one, other in zip(jax.tree.leaves((found, gradients)), jax.tree.leaves((wanted, expected)), strict=True):
+        scale = max(np.abs(other).max(), 1e-3)
+        assert np.abs(np.asarray(one) - np.asarray(other)).max() <= TOLERANCE * scale
+
+
+def test_tokens_that_are_dropped_at_random_are_others_in_other_rows(rules_for: Callable, in_region: Callable) -> None:
+    config = MoeConfig(capacity_factor=0.5, drop="random", balance=0.0)
+    x = np.repeat(np.random.default_rng(0).standard_normal((1, LENGTH, WIDTH), np.float32), ROWS, 0)
+    with use(rules_for(data=1)):
+        graph, state = nnx.split(make(config, "swiglu"))
+        params = nnx.to_pure_dict(state)
+
+        def run(params, x, keys):
+            inputs = LayerInputs(keys=jax.random.wrap_key_data(keys))
+            output = nnx.merge(graph, in_blocks(params))(x, inputs)
+            return output.x, output.metrics["dropped"]
+
+        keys = jax.random.key_data(jax.random.split(jax.random.key(0), ROWS))
+        y, dropped = in_region(run)(params, x, keys)
+    assert not np.allclose(y[0], y[1])
+    assert 0 < dropped < ROWS * LENGTH * config.top_k
+
+
+def test_jitter_moves_the_choice_and_keeps_the_tokens(rules_for: Callable, in_region: Callable) -> None:
+    x = np.random.default_rng(0).standard_normal((ROWS, LENGTH, WIDTH), np.float32)
+    with use(rules_for(data=1)):
+        outputs = []
+        for jitter in (0.0, 0.5):
+            graph, state = nnx.split(make(MoeConfig(jitter=jitter), "swiglu"))
+            params = nnx.to_pure_dict(state)
+            run = in_region(
+                lambda params, x, keys, graph=graph: nnx.merge(graph, in_blocks(params))(
+                    x, dataclasses.replace(LayerInputs(), keys=jax.random.wrap_key_data(keys))
+                ).metrics["load"]
+            )
+            outputs.append(run(params, x, jax.random.key_data(jax.random.split(jax.random.key(0), ROWS))))
+    assert outputs[0].sum() == outputs[1].sum() and (outputs[0] != outputs[1]).any()
