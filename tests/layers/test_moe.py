@@ -48,7 +48,9 @@ def reference(config: MoeConfig, params: dict, x, row_weights, activation: str):
             for expert in range(config.num_experts):
                 tokens = np.flatnonzero(is_chosen[row, :, expert])
                 if config.drop == "probability":
-                    tokens = tokens[np.argsort(-np.asarray(jax.lax.stop_gradient(weights))[row, tokens, expert], kind="stable")]
+                    tokens = tokens[
+                        np.argsort(-np.asarray(jax.lax.stop_gradient(weights))[row, tokens, expert], kind="stable")
+                    ]
                 is_kept[row, tokens[capacity(config, LENGTH) :], expert] = False
         weights = jnp.where(is_kept, weights, 0.0)
     hidden = jnp.einsum("bse,negf->bsngf", x, params["up"])
@@ -61,7 +63,7 @@ def reference(config: MoeConfig, params: dict, x, row_weights, activation: str):
         pair = jnp.einsum("bse,egf->bsgf", x, shared["up"]["kernel"])
         more = jnp.einsum("bsf,fe->bse", jax.nn.silu(pair[:, :, 0]) * pair[:, :, 1], shared["down"]["kernel"])
         if config.shared_gate:
-            more *= jax.nn.sigmoid(jnp.einsum("bse,eo->bso", x, params["shared_gate"]["kernel"]))
+            more *= jax.nn.sigmoid(jnp.einsum("bse,e->bs", x, params["shared_gate"])[..., None])
         y += more
     share = scores / scores.sum(-1, keepdims=True) if config.scores == "sigmoid" else scores
     even = config.num_experts / (config.top_k * LENGTH**2)

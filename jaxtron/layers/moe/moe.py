@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxtron.layers.config import GATED, Activation
 from jaxtron.layers.inputs import BranchOutput, LayerInputs, dropout
-from jaxtron.layers.linear import Linear, normal
+from jaxtron.layers.linear import normal
 from jaxtron.layers.mlp import FUNCTIONS, Mlp
 from jaxtron.layers.moe.config import MoeConfig
 from jaxtron.layers.moe.exchange import Exchange, round_rows
@@ -40,8 +40,9 @@ class Moe(nnx.Module):
         self.router = Router(embed, config, std=std, rngs=rngs)
         of_mlp = {"activation": activation, "bias": False, "std": std, "output_std": output_std, "dropout": 0.0}
         self.shared = Mlp(embed, config.shared_size, **of_mlp, rngs=rngs) if config.shared_size else None
-        gate = {"embed": embed}, {"choice": 1}
-        self.shared_gate = Linear(*gate, bias=False, std=std, rngs=rngs) if config.shared_gate else None
+        self.shared_gate = None
+        if config.shared_gate:
+            self.shared_gate = parameter(rngs, normal(std), (embed,), axes=("embed",), role="router")
         inputs = 2 if activation in GATED else 1
         shape, axes = (config.num_experts, embed, inputs, mlp), ("expert", "expert_embed", "gate", "expert_mlp")
         self.up = parameter(rngs, normal(std), shape, axes=axes, role="kernel")
@@ -65,8 +66,8 @@ class Moe(nnx.Module):
         y = self.shared(x, inputs)
         if self.shared_gate is None:
             return y
-        logits = self.shared_gate(x, "batch", "seq", None)
-        return y * jax.nn.sigmoid(logits.astype(jnp.float32)).astype(y.dtype)
+        logits = jnp.sum(x.astype(jnp.float32) * self.shared_gate[...], -1, keepdims=True)
+        return y * jax.nn.sigmoid(logits).astype(y.dtype)
 
     def _exchange(self, num_tokens: int) -> Exchange:
         """For so many tokens of a device."""
