@@ -41,7 +41,7 @@ def reference(config: MoeConfig, params: dict, x, row_weights, activation: str):
         if config.renormalize:
             weights = weights / weights.sum(-1, keepdims=True)
     weights = config.scaling * weights
-    counts = is_chosen.sum(1)
+    counts, known = is_chosen.sum(1), np.asarray(jax.lax.stop_gradient(weights))
     if config.capacity_factor is not None:
         is_kept = np.array(is_chosen)
         for row in range(ROWS):

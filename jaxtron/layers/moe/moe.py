@@ -40,9 +40,8 @@ class Moe(nnx.Module):
         self.router = Router(embed, config, std=std, rngs=rngs)
         of_mlp = {"activation": activation, "bias": False, "std": std, "output_std": output_std, "dropout": 0.0}
         self.shared = Mlp(embed, config.shared_size, **of_mlp, rngs=rngs) if config.shared_size else None
-        self.shared_gate = None
-        if config.shared_gate:
-            self.shared_gate = parameter(rngs, normal(std), (embed,), axes=("embed",), role="router")
+        gate = functools.partial(parameter, rngs, normal(std), (embed,), axes=("embed",), role="router")
+        self.shared_gate = gate() if config.shared_gate else None
         inputs = 2 if activation in GATED else 1
         shape, axes = (config.num_experts, embed, inputs, mlp), ("expert", "expert_embed", "gate", "expert_mlp")
         self.up = parameter(rngs, normal(std), shape, axes=axes, role="kernel")
