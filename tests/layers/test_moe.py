@@ -48,9 +48,7 @@ def reference(config: MoeConfig, params: dict, x, row_weights, activation: str):
             for expert in range(config.num_experts):
                 tokens = np.flatnonzero(is_chosen[row, :, expert])
                 if config.drop == "probability":
-                    tokens = tokens[
-                        np.argsort(-np.asarray(jax.lax.stop_gradient(weights))[row, tokens, expert], kind="stable")
-                    ]
+                    tokens = tokens[np.argsort(-known[row, tokens, expert], kind="stable")]
                 is_kept[row, tokens[capacity(config, LENGTH) :], expert] = False
         weights = jnp.where(is_kept, weights, 0.0)
     hidden = jnp.einsum("bse,negf->bsngf", x, params["up"])
