@@ -80,7 +80,7 @@ def reference(subject: Subject) -> Found:
         trainer = make_trainer(subject.configuration(ONE_DEVICE))
         run = jax.jit(region(functools.partial(_plain, trainer), PartitionSpec(), PartitionSpec()))
         params = trainer.parts.split(make_params(trainer))
-        sums, metrics, gradients = run(params, Microbatch(weighed(subject.batch()), jnp.arange(ROWS)))
+        sums, metrics, gradients = run(params, Microbatch(weighed(subject.batch()), jnp.arange(ROWS), jnp.full(ROWS, 1 / ROWS)))
         reported = trainer.program.reported(sums)
         for path, found in zip(trainer.parts.stacks, metrics, strict=True):
             reported |= {f"{path}/{name}": rows for name, rows in dict(found).items()}

@@ -20,7 +20,10 @@ from tests.support.toy_kind import wave_known
 ROWS, LENGTH, VOCAB = 16, 16, 60
 
 # by symbol, what a small layer of the kind needs beside the sizes of `DECODER`
-SETTINGS: dict[str, dict[str, Any]] = {"W": {"attention": {"window": 5}}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "W": {"attention": {"window": 5}},
+    "E": {"bias": False, "moe": {"num_experts": 4, "balance": 0.3, "z_loss": 0.1}},
+}
 DECODER: dict[str, Any] = {
     "num_layers": 4,
     "hidden_size": 32,
