@@ -18,7 +18,7 @@ from jaxtron.run.session import make_trainer
 from jaxtron.run.step import Trainer, batch_sharding
 from jaxtron.sharding.collectives import all_reduce, vary
 from jaxtron.sharding.config import ContextConfig
-from jaxtron.sharding.parameters import ParameterSpec
+from jaxtron.sharding.parameters import ParameterSpec, manual_specs, reduce_gradients
 from jaxtron.sharding.regions import region
 from jaxtron.sharding.rules import current, use
 from jaxtron.typing import PyTree
@@ -78,22 +78,26 @@ def reference(subject: Subject) -> Found:
     """By `jax.grad` of one layer after the other, the batch whole on one device."""
     with use(rules_for({})):
         trainer = make_trainer(subject.configuration(ONE_DEVICE))
-        run = jax.jit(region(functools.partial(_plain, trainer), PartitionSpec(), PartitionSpec()))
-        params = trainer.parts.split(make_params(trainer))
-        sums, metrics, gradients = run(params, Microbatch(weighed(subject.batch()), jnp.arange(ROWS), jnp.full(ROWS, 1 / ROWS)))
+        params, whole = make_params(trainer), PartitionSpec()
+        lie = manual_specs(trainer.blueprint.parameters)
+        run = jax.jit(region(functools.partial(_plain, trainer), (lie, whole), (whole, whole, lie)))
+        sums, metrics, gradients = run(
+            params, Microbatch(weighed(subject.batch()), jnp.arange(ROWS), jnp.full(ROWS, 1 / ROWS))
+        )
         reported = trainer.program.reported(sums)
         for path, found in zip(trainer.parts.stacks, metrics, strict=True):
             reported |= {f"{path}/{name}": rows for name, rows in dict(found).items()}
         # buffers are differentiated there too
-        found = by_name(trainer.blueprint.of("trained", trainer.parts.join(gradients)), trainer)
+        found = by_name(trainer.blueprint.of("trained", gradients), trainer)
         return Found({name: np.asarray(value) for name, value in reported.items()}, found)
 
 
 def _plain(trainer: Trainer, params: PyTree, batch: PyTree) -> PyTree:
     key = jax.random.fold_in(jax.random.key(trainer.seed), STEP)
-    params, batch = jax.tree.map(vary, (params, batch))
-    _, (gradients, sums, metrics) = plain(trainer.program.model(trainer.parts, key), params, [batch])
-    return jax.tree.map(lambda leaf: all_reduce(vary(leaf), current().manual), (sums, metrics, gradients))
+    batch = jax.tree.map(vary, batch)
+    _, (gradients, sums, metrics) = plain(trainer.program.model(trainer.parts, key), trainer.working(params), [batch])
+    gradients = reduce_gradients(trainer.parts.join(gradients), trainer.blueprint.parameters)
+    return *jax.tree.map(lambda leaf: all_reduce(vary(leaf), current().manual), (sums, metrics)), gradients
 
 
 def weighed(batch: Any) -> Any:
