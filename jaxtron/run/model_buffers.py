@@ -42,6 +42,8 @@ def updated_buffers(
     """A state's buffers after a step that reports this, laid out as they are; `partitions` by the paths of stacks."""
     rule = program.update_buffers
     assert rule is not None
+    if not jax.tree.leaves(buffers):
+        return buffers
     buffer_specs = parts.blueprint.of("buffer", parts.blueprint.parameters)
     places = []
     for path, spec in jax.tree.leaves_with_path(buffer_specs):

@@ -14,6 +14,7 @@ from jaxtron.layers.inputs import LayerInputs
 from jaxtron.layers.moe.capacity import capacity
 from jaxtron.layers.moe.config import MoeConfig
 from jaxtron.layers.moe.moe import Moe
+from jaxtron.layers.moe.router import LOAD, evened
 from jaxtron.sharding.rules import current, use
 
 ROWS, LENGTH, WIDTH, HIDDEN = 2, 12, 16, 8
@@ -118,7 +119,7 @@ def test_every_gradient_is_that_of_each_expert_on_each_token(
         def run(params, x):
             output = nnx.merge(graph, in_blocks(params))(x, LayerInputs(row_weights=jnp.asarray(row_weights)))
             loss = 0.0 if output.loss is None else output.loss
-            return (output.x * pull).sum() + loss, (output.x, loss, output.metrics["load"])
+            return (output.x * pull).sum() + loss, (output.x, loss, output.metrics[LOAD])
 
         (_, found), gradients = in_region(lambda *given: jax.value_and_grad(run, (0, 1), has_aux=True)(*given))(
             params, x
@@ -144,7 +145,7 @@ def test_tokens_that_are_dropped_at_random_are_others_in_other_rows(rules_for: C
         def run(params, x, keys):
             inputs = LayerInputs(keys=jax.random.wrap_key_data(keys))
             output = nnx.merge(graph, in_blocks(params))(x, inputs)
-            return output.x, output.metrics["dropped"]
+            return output.x, output.metrics["moe/dropped"]
 
         keys = jax.random.key_data(jax.random.split(jax.random.key(0), ROWS))
         y, dropped = in_region(run)(params, x, keys)
@@ -162,7 +163,36 @@ def test_jitter_moves_the_choice_and_keeps_the_tokens(rules_for: Callable, in_re
             run = in_region(
                 lambda params, x, keys, graph=graph: nnx.merge(graph, in_blocks(params))(
                     x, dataclasses.replace(LayerInputs(), keys=jax.random.wrap_key_data(keys))
-                ).metrics["load"]
+                ).metrics[LOAD]
             )
             outputs.append(run(params, x, jax.random.key_data(jax.random.split(jax.random.key(0), ROWS))))
     assert outputs[0].sum() == outputs[1].sum() and (outputs[0] != outputs[1]).any()
+
+
+def test_the_selection_bias_chooses_and_weighs_nothing(rules_for: Callable, in_region: Callable) -> None:
+    config = MoeConfig(bias_rate=0.01, top_k=1)
+    x = np.random.default_rng(0).standard_normal((ROWS, LENGTH, WIDTH), np.float32)
+    with use(rules_for(data=1)):
+        graph, state = nnx.split(make(config, "swiglu"))
+        params = nnx.to_pure_dict(state)
+        bias = np.zeros(config.num_experts, np.float32)
+        bias[3] = 2.0
+        params["router"]["bias"] = bias
+
+        def run(params, x):
+            output = nnx.merge(graph, in_blocks(params))(x, LayerInputs())
+            return output.x, output.metrics[LOAD]
+
+        y, load = in_region(run)(params, x)
+    # one more than any probability: every token goes there, with the weight that its own score gives
+    assert load[3] == ROWS * LENGTH and load.sum() == load[3]
+    scores = jax.nn.softmax(x @ params["router"]["kernel"], -1)[..., 3]
+    pair = np.einsum("bse,egf->bsgf", x, params["up"][3])
+    only = np.einsum("bsf,fe->bse", jax.nn.silu(pair[:, :, 0]) * pair[:, :, 1], params["down"][3])
+    np.testing.assert_allclose(y, only * scores[..., None], rtol=1e-4, atol=1e-5)
+
+
+def test_the_selection_bias_rises_where_tokens_are_few() -> None:
+    load = np.asarray([[4.0, 0.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0]], np.float32)
+    found = evened(jnp.ones((2, 4)), load, 0.25)
+    np.testing.assert_allclose(found, [[0.75, 1.25, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])

@@ -41,6 +41,9 @@ class MoeConfig(Config):
     """What the router reads in training is multiplied by random numbers in 1 +- this (Switch: 0.01)."""
     balance: float = Field(default=0.01, ge=0)
     """Coefficient of the load-balancing loss of each sequence (2101.03961; Megatron's seq_aux_loss)."""
+    bias_rate: float = Field(default=0.0, ge=0)
+    """What a step adds to the selection bias of an expert that has fewer tokens than the mean, and takes where it has
+    more (2408.15664, DeepSeek-V3: 0.001); the bias only chooses, it weighs nothing."""
     z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of the squared log-sum-exp of router logits (ST-MoE, 2202.08906: 1e-3)."""
     capacity_factor: float | None = Field(default=None, gt=0)

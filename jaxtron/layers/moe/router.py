@@ -12,12 +12,14 @@ from jaxtron.layers.moe.capacity import drop_excess
 from jaxtron.layers.moe.config import MoeConfig, Scores
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.collectives import all_reduce
-from jaxtron.sharding.parameters import parameter
+from jaxtron.sharding.parameters import buffer, parameter
 from jaxtron.sharding.regions import on_each_device
 from jaxtron.sharding.rules import current, spec
 from jaxtron.typing import Array, Float, Int
 
 TOKENS = ("batch", "seq", None)
+# tokens of each expert, before any is dropped
+LOAD = "moe/load"
 # what is drawn beside a branch's dropout
 JITTER, DROPS = 1, 2
 
@@ -39,6 +41,7 @@ class Router(nnx.Module):
         self.config = config
         shape = (embed, config.num_experts)
         self.kernel = parameter(rngs, normal(std), shape, axes=("embed", "choice"), role="router")
+        self.bias = buffer((config.num_experts,), axes=("choice",)) if config.bias_rate else None
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Routing:
         config = self.config
@@ -54,7 +57,9 @@ class Router(nnx.Module):
             out_sharding=layout,
         )
         scores = jax.nn.sigmoid(logits) if config.scores == "sigmoid" else jax.nn.softmax(logits, -1)
-        ranked = scores if config.scores == "sigmoid" else logits
+        ranked = scores if config.scores == "sigmoid" or self.bias is not None else logits
+        if self.bias is not None:
+            ranked = ranked + self.bias[...]
         chosen = save_for_backward(_choose(config, jax.lax.stop_gradient(ranked)))
         # selected by comparison: the derivative of a gather would be a scatter
         numbers = jax.lax.broadcasted_iota(
@@ -64,10 +69,10 @@ class Router(nnx.Module):
         weights = self._weights(logits, scores, is_chosen)
         load = is_chosen.sum((2,), dtype=jnp.float32)
         loss = self._loss(logits, scores, load, inputs)
-        sums = {"load": load.sum((0, 1)), "entropy": _entropy(logits, config.scores)}
+        sums = {LOAD: load.sum((0, 1)), "moe/entropy": _entropy(logits, config.scores)}
         if config.capacity_factor is not None:
             chosen = save_for_backward(drop_excess(config, chosen, weights, inputs.fold(DROPS).keys))
-            sums["dropped"] = jnp.sum(chosen == config.num_experts, dtype=jnp.float32)
+            sums["moe/dropped"] = jnp.sum(chosen == config.num_experts, dtype=jnp.float32)
         return Routing(weights, chosen, loss, jax.tree.map(jax.lax.stop_gradient, sums))
 
     def _weights(self, logits: Array, scores: Array, is_chosen: Array) -> Float[Array, "B S K"]:
@@ -106,6 +111,11 @@ class Router(nnx.Module):
             of_rows = jnp.square(jax.nn.logsumexp(logits, -1)).sum(1) / length
             total += config.z_loss * jnp.sum(of_rows * inputs.row_weights)
         return total
+
+
+def evened(bias: Float[Array, "L N"], load: Float[Array, "L N"], rate: float) -> Float[Array, "L N"]:
+    """The selection bias after a step of this load: raised where it is below the mean (2408.15664, Algorithm 1)."""
+    return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
 def _entropy(logits: Float[Array, "B S N"], scores: Scores) -> Float[Array, ""]:

@@ -1,14 +1,17 @@
 """Decoders as a pipeline runs them."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import jax
 
 from jaxtron.data.batch import TokenBatch
 from jaxtron.layers.inputs import LayerInputs, row_keys
+from jaxtron.layers.moe.router import LOAD, evened
 from jaxtron.models.decoder import recompute
 from jaxtron.models.decoder.attention_backends import attention_backends
 from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.kinds import MOE
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.models.program import BuildContext, Microbatch, Parts, Program, whole
 from jaxtron.pipeline.model import HeadOutput, LayerOutput, Model, Outer, Stack
@@ -59,11 +62,27 @@ def predict(parts: Parts[Decoder], outer: Outer, x: Float[Array, "B S E"], place
     return constrain(logits[0, 0], None)
 
 
+def update_buffers(
+    parts: Parts[Decoder], buffers: dict[str, Float[Array, "..."]], reported: Mapping[str, Float[Array, "..."]]
+) -> dict[str, Float[Array, "..."]]:
+    """Selection biases of routers, by the load of the step; a period's layers with experts report in their order."""
+    config, (stack,) = parts.abstract.config, parts.stacks
+    with_experts = [number for number, branch in enumerate(config.layout.period) if MOE.symbol in branch]
+    found = {}
+    for place, number in enumerate(with_experts):
+        name = f"{stack}/layers/{number}/{MOE.module}/router/bias"
+        load = reported[f"{stack}/{LOAD}"][:, place]
+        found[name] = evened(buffers[name], load, config.moe.bias_rate)
+    assert found.keys() == buffers.keys(), (found.keys(), buffers.keys())
+    return found
+
+
 PROGRAM = Program(
     batch=TokenBatch,
     losses={"loss": "tokens"},
     build=build,
     model=model,
     attention=attention_backends,
+    update_buffers=update_buffers,
     predict=predict,
 )
