@@ -1,0 +1,99 @@
+"""Loss and every gradient of a mixture of experts do not depend on how experts and tokens lie on the devices."""
+
+import functools
+from typing import Any, NamedTuple
+
+import pytest
+
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.pipeline.config import PipelineConfig
+from tests.support.equivalence import MODELS, ONE_DEVICE, Result, assert_equal, changed, loss_and_gradients
+
+SLOW = pytest.mark.slow
+MOE = {"num_experts": 8, "top_k": 2, "balance": 0.3, "z_loss": 0.05, "scores": "softmax"}
+# what changes the numbers, by name; the others are about how tokens travel
+ROUTING: dict[str, dict[str, Any]] = {
+    "dropless": {},
+    # all tokens of a sequence to few experts: the balance of 4 groups of 2 leaves no choice
+    "skewed": {"groups": 4, "top_groups": 1},
+    "by probability": {"capacity_factor": 0.75},
+    "by position": {"capacity_factor": 0.75, "drop": "position"},
+    "at random": {"capacity_factor": 0.75, "drop": "random"},
+    "shared": {"shared_size": 16, "shared_gate": True, "jitter": 0.3, "scores": "sigmoid", "renormalize": True},
+}
+
+
+class Case(NamedTuple):
+    """How experts lie, and how a step runs."""
+
+    mesh: dict[str, int]
+    routing: str = "dropless"
+    zero: str = "optimizer"
+    microbatches: int = 1
+    schedule: str = "1f1b"
+    chunks: int = 1
+    slots: float = 1.25
+    recompute: Any = "none"
+
+    def __str__(self) -> str:
+        words = [f"{flag} {size}" for flag, size in self.mesh.items()] + [self.routing, self.zero]
+        words += [self.schedule] if "pipe" in self.mesh else []
+        words += [f"slots {self.slots}"] if self.slots != 1.25 else []
+        return "-".join(words)
+
+
+QUICK = (
+    Case({"data": 4, "tensor": 2, "expert": 8}, microbatches=2, slots=0.5),
+    Case({"data": 2, "tensor": 4, "expert": 4, "expert_tensor": 2}, "skewed", zero="parameters"),
+)
+OTHERS = (
+    Case({"data": 8}),
+    Case({"data": 8, "expert": 2}),
+    Case({"data": 8, "expert": 8}, zero="parameters"),
+    Case({"tensor": 8, "expert": 8}, zero="none"),
+    Case({"tensor": 8, "expert_tensor": 4}),
+    Case({"data": 2, "tensor": 4, "expert": 2}, zero="parameters", microbatches=2),
+    Case({"data": 2, "tensor": 4, "expert": 2}, zero="none"),
+    Case({"data": 2, "tensor": 4, "expert": 8}, recompute="full"),
+    Case({"data": 4, "tensor": 2, "expert": 4}, recompute=("moe",)),
+    Case({"data": 4, "tensor": 2, "expert": 4, "expert_tensor": 2}),
+    Case({"data": 8, "expert": 4, "expert_tensor": 2}, slots=0.3),
+    Case({"fsdp": 8, "expert": 4}),
+    Case({"data": 2, "fsdp": 2, "tensor": 2, "expert": 4}, zero="parameters"),
+    Case({"fsdp": 2, "context": 2, "tensor": 2, "expert": 4}),
+    Case({"context": 4, "data": 2, "expert": 8}),
+    Case({"context": 4, "tensor": 2, "expert": 4}, "skewed", slots=0.4),
+    Case({"pipe": 2, "data": 2, "tensor": 2, "expert": 4}, microbatches=4),
+    Case({"pipe": 2, "data": 2, "tensor": 2, "expert_tensor": 2, "expert": 2}, microbatches=4, slots=0.4),
+    Case({"pipe": 2, "data": 4, "expert": 2}, microbatches=4, schedule="zero_bubble", slots=0.4),
+    Case({"pipe": 2, "tensor": 2, "data": 2, "expert": 2}, microbatches=4, schedule="eager_1f1b"),
+    Case({"pipe": 2, "data": 4, "expert": 4}, microbatches=4, schedule="interleaved", chunks=2),
+    Case({"pipe": 2, "fsdp": 2, "tensor": 2, "expert": 4}, microbatches=4, schedule="zero_bubble_v", chunks=2),
+    Case({"pipe": 2, "data": 2, "context": 2, "expert": 4}, microbatches=4, schedule="dualpipe_v", chunks=2),
+    Case({"data": 4, "tensor": 2, "expert": 4}, "by probability"),
+    Case({"pipe": 2, "data": 2, "tensor": 2, "expert": 4}, "by probability", microbatches=4),
+    Case({"data": 2, "context": 2, "expert": 4}, "by position"),
+    Case({"context": 2, "tensor": 2, "expert": 2}, "at random", microbatches=2),
+    Case({"data": 2, "context": 2, "tensor": 2, "expert": 8}, "shared"),
+)
+
+
+def model(routing: str, slots: float, recompute: Any) -> ModelConfig:
+    moe = {**MOE, **ROUTING[routing], "slots": slots}
+    return changed(MODELS["llama"], pattern="*E", num_layers=4, recompute=recompute, moe=moe)
+
+
+@functools.cache
+def one_device(routing: str) -> Result:
+    """In one round that takes all."""
+    return loss_and_gradients(model(routing, 8.0, "none"), ONE_DEVICE, "none", 1)
+
+
+@pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=SLOW) for case in OTHERS)], ids=str)
+def test_loss_and_every_gradient_equal_one_device(case: Case) -> None:
+    pipeline = PipelineConfig(schedule=case.schedule, chunks=case.chunks) if "pipe" in case.mesh else PipelineConfig()
+    settings = model(case.routing, case.slots, case.recompute)
+    found = loss_and_gradients(settings, case.mesh, case.zero, case.microbatches, pipeline)
+    expected = one_device(case.routing)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert_equal(found.gradients, expected.gradients)
