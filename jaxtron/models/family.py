@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
-from jaxtron.config import Config
+from jaxtron.config import Config, UserError
 from jaxtron.models.work.model import ModelWork
 from jaxtron.models.work.shapes import Shapes
 from jaxtron.sharding.config import ContextConfig
@@ -35,6 +35,19 @@ class Cuts(NamedTuple):
     layers: tuple[int, ...]
     name: str
     value: str
+
+
+class Experts(NamedTuple):
+    """Of a layer the experts, and the width of one, each with the setting that says so, by its full name."""
+
+    count: tuple[str, int]
+    width: tuple[str, int]
+
+    def check(self, expert: int, expert_tensor: int) -> None:
+        """`UserError` where they are not shared out evenly over mesh.expert and mesh.expert_tensor."""
+        for (name, size), flag, parts in ((self.count, "expert", expert), (self.width, "expert_tensor", expert_tensor)):
+            if size % parts:
+                raise UserError(f"{name} {size} is not a multiple of mesh.{flag} {parts}; change one of them")
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ class Family(Generic[ConfigT]):
     """Values of its setting `recompute` for a search to try, those that keep most first (none: no such setting)."""
     padding_flops: Callable[[ConfigT], float] = lambda config: 0.0
     """Those of `flops_per_token` that entries of the vocabulary take which are no tokens."""
-    has_experts: Callable[[ConfigT], bool] = lambda config: False
-    """Whether mesh.expert and mesh.expert_tensor have something to split."""
+    experts: Callable[[ConfigT], Experts | None] = lambda config: None
+    """What mesh.expert and mesh.expert_tensor split (none: no experts)."""
     continues_text: bool = False
     """Whether its program can tell what follows a text (`Program.predict`), so that text can be generated."""

@@ -124,9 +124,12 @@ class Configuration(Config):
         self.pipeline.check_effect(self.mesh.pipe)
         self.context.check_effect(self.mesh.context)
         family = {"model.family": self.model.family}
-        for name in ("expert", "expert_tensor"):
-            if (size := getattr(self.mesh, name)) > 1 and not self.family.has_experts(self.model):
-                raise NoEffect(f"mesh.{name}", size, family, "it has no experts; leave it out")
+        if (experts := self.family.experts(self.model)) is not None:
+            experts.check(self.mesh.expert, self.mesh.expert_tensor)
+        else:
+            for name in ("expert", "expert_tensor"):
+                if (size := getattr(self.mesh, name)) > 1:
+                    raise NoEffect(f"mesh.{name}", size, family, "it has no experts; leave it out")
         # by value: a saved configuration names every field
         tokens = self.train.sample_tokens
         if not self.family.continues_text and tokens not in (0, TrainConfig().sample_tokens):

@@ -25,7 +25,10 @@ else:
 class ModelConfig(DecoderSettings):
     """A decoder-only language model (GPT, Llama, PaLM, BLOOM, Nemotron, ...)."""
 
-    FREE: ClassVar[str] = "attention.implementation attention.deterministic recompute unroll"
+    FREE: ClassVar[str] = (
+        "attention.implementation attention.deterministic recompute unroll moe.slots moe.jitter moe.balance moe.z_loss "
+        "moe.capacity_factor moe.drop"
+    )
     CONTENT: ClassVar[str] = "vocab_multiple"
 
     recompute: Literal["none", "selective", "full"] | tuple[RecomputeName, ...] = "none"

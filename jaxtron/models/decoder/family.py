@@ -6,9 +6,10 @@ from typing import Any
 from jaxtron.config import UserError
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.cost import model_flops_per_token, num_parameters, padding_flops_per_token
+from jaxtron.models.decoder.kinds import expert_width
 from jaxtron.models.decoder.pattern import parse
 from jaxtron.models.decoder.work import decoder_work
-from jaxtron.models.family import Cuts, Family
+from jaxtron.models.family import Cuts, Experts, Family
 from jaxtron.sharding.config import ContextConfig
 
 
@@ -36,6 +37,14 @@ def evaluated(model: ModelConfig) -> ModelConfig:
     """The model with nothing drawn."""
     moe = model.moe.model_copy(update={"jitter": 0.0})
     return model.model_copy(update={"dropout": 0.0, "attention_dropout": 0.0, "moe": moe})
+
+
+def experts(model: ModelConfig) -> Experts | None:
+    """Those of `E` layers."""
+    if not any(kind.splits_experts for kind in model.kinds):
+        return None
+    width = "model.moe.expert_size" if model.moe.expert_size else "model.mlp_size"
+    return Experts(("model.moe.num_experts", model.moe.num_experts), (width, expert_width(model)))
 
 
 def sizes(model: ModelConfig) -> str:
@@ -79,7 +88,7 @@ FAMILY = Family(
     meaning=meaning,
     vocabulary="vocab_size",
     text_loss="loss",
-    has_experts=lambda model: any(kind.splits_experts for kind in model.kinds),
+    experts=experts,
     continues_text=True,
     work=decoder_work,
     recompute=recompute_levels,
