@@ -4,17 +4,14 @@ import re
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-from jaxtron.config import load
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.table_file import write_csv
-from jaxtron.run.configuration import Configuration
-from jaxtron.train.setup import open_run
-from jaxtron.typing import PyTree
+from tests.support import saved_state
 from tests.support.command_runs import Ended, end, records, run_here, small, start
+from tests.support.saved_state import assert_same
 
 FLAGS = (
     *("--model.num_layers", "6", "--model.dropout", "0.1", "--train.microbatches", "4", "--train.global_batch", "16"),
@@ -44,32 +41,8 @@ def run(folder: Path, *flags: str, steps: int) -> Ended:
 
 
 def values(folder: Path, *flags: str, save: bool = False) -> tuple[int, dict[str, np.ndarray], int]:
-    """Step, state in the model's order and number of parameters of the run that continues in the folder.
-
-    `save` saves the state again, as the next step's.
-    """
-    folder.mkdir(exist_ok=True)
-    config = load(Configuration, None, [*small(folder), *FLAGS, *flags])
-    with open_run(config, "run") as opened:
-        for leaf, wanted in zip(
-            jax.tree.leaves(opened.state), jax.tree.leaves(opened.session.trainer.abstract_state()), strict=True
-        ):
-            assert leaf.shape == wanted.shape
-            assert wanted.sharding is None or leaf.sharding.spec == wanted.sharding.spec
-        if save:
-            opened.save(opened.step + 1, opened.state, opened.position, opened.tally)
-        state = opened.session.layer_order.in_model_order(opened.state)
-        return opened.step, by_name(state), opened.session.trainer.blueprint.num_parameters
-
-
-def by_name(tree: PyTree) -> dict[str, np.ndarray]:
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
-    different = [name for name in expected if found[name].tobytes() != expected[name].tobytes()]
-    assert not different
+    """Those of the run that continues in the folder."""
+    return saved_state.values(folder, *FLAGS, *flags, save=save)
 
 
 @pytest.fixture(scope="module")
