@@ -89,5 +89,7 @@ class Family(Generic[ConfigT]):
     """Those of `flops_per_token` that entries of the vocabulary take which are no tokens."""
     experts: Callable[[ConfigT], Experts | None] = lambda config: None
     """What mesh.expert and mesh.expert_tensor split (none: no experts)."""
+    no_experts: str = "leave it out"
+    """What to do where these are asked for and there are no experts."""
     continues_text: bool = False
     """Whether its program can tell what follows a text (`Program.predict`), so that text can be generated."""

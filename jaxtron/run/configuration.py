@@ -129,7 +129,7 @@ class Configuration(Config):
         else:
             for name in ("expert", "expert_tensor"):
                 if (size := getattr(self.mesh, name)) > 1:
-                    raise NoEffect(f"mesh.{name}", size, family, "it has no experts; leave it out")
+                    raise NoEffect(f"mesh.{name}", size, family, f"it has no experts; {self.family.no_experts}")
         # by value: a saved configuration names every field
         tokens = self.train.sample_tokens
         if not self.family.continues_text and tokens not in (0, TrainConfig().sample_tokens):

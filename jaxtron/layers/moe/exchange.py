@@ -48,7 +48,7 @@ def round_rows(num_tokens: int, num_experts: int, top_k: int, slots: float) -> i
     return min(num_tokens, max(8, math.ceil(slots * even / 8) * 8))
 
 
-class Plan(NamedTuple):
+class Dispatch(NamedTuple):
     """Where a device's pairs go; made of the choices alone, and made again in the backward."""
 
     order: Int[Array, "P"]
@@ -65,8 +65,8 @@ class Plan(NamedTuple):
     """Rounds that the group needs."""
 
 
-def make_plan(exchange: Exchange, chosen: Int[Array, "T K"]) -> Plan:
-    """The plan for these choices of experts, `num_experts` for none."""
+def make_dispatch(exchange: Exchange, chosen: Int[Array, "T K"]) -> Dispatch:
+    """Where pairs go for these choices of experts, `num_experts` for none."""
     experts = chosen.reshape(-1)
     order = jnp.argsort(experts, stable=True).astype(jnp.int32)
     counts = jnp.sum(experts[:, None] == jnp.arange(exchange.num_experts), 0, dtype=jnp.int32)
@@ -77,20 +77,20 @@ def make_plan(exchange: Exchange, chosen: Int[Array, "T K"]) -> Plan:
     # all who meet in a round must come to it: those that share experts, and those that share an expert's width
     if axes := (*exchange.expert, *exchange.expert_tensor):
         rounds = jax.lax.pmax(rounds, axes)
-    return Plan(order, starts, counts, places, experts, rounds)
+    return Dispatch(order, starts, counts, places, experts, rounds)
 
 
-def send(exchange: Exchange, plan: Plan, turn: Int[Array, ""] | int, values: Array) -> Array:
+def send(exchange: Exchange, dispatch: Dispatch, turn: Int[Array, ""] | int, values: Array) -> Array:
     """Of each pair [T, K, ...], or of each token [T, 1, ...], the value at its expert: [own expert, row, ...].
 
     Rows of all devices that send here, zeros where none came; where devices share an expert's width, each gets the rows
     of all.
     """
     place = turn * exchange.rows + jnp.arange(exchange.rows, dtype=jnp.int32)
-    pair = plan.order.at[plan.starts[:, None] + place].get(mode="fill", fill_value=0)
+    pair = dispatch.order.at[dispatch.starts[:, None] + place].get(mode="fill", fill_value=0)
     flat = values.reshape(-1, *values.shape[2:])
     source = pair // (exchange.top_k // values.shape[1])
-    rows = flat.at[jnp.where(place < plan.counts[:, None], source, flat.shape[0])].get(mode="fill", fill_value=0)
+    rows = flat.at[jnp.where(place < dispatch.counts[:, None], source, flat.shape[0])].get(mode="fill", fill_value=0)
     # [device, own expert, row, ...]
     rows = rows.reshape(exchange.num_devices, exchange.own_experts, *rows.shape[1:])
     if exchange.expert:
@@ -104,7 +104,7 @@ def widen(exchange: Exchange, rows: Array) -> Array:
     return jax.lax.all_gather(rows, exchange.expert_tensor, axis=1, tiled=True) if exchange.expert_tensor else rows
 
 
-def receive(exchange: Exchange, plan: Plan, turn: Int[Array, ""] | int, rows: Array) -> Array:
+def receive(exchange: Exchange, dispatch: Dispatch, turn: Int[Array, ""] | int, rows: Array) -> Array:
     """The transpose of `send` of pairs: [own expert, row, ...] back where they came from, [T, K, ...].
 
     Where devices share an expert's width, their rows are summed. Zeros for pairs that are not in this round.
@@ -116,13 +116,15 @@ def receive(exchange: Exchange, plan: Plan, turn: Int[Array, ""] | int, rows: Ar
     if exchange.expert:
         rows = jax.lax.all_to_all(rows, exchange.expert, 0, 0)
     rows = rows.reshape(-1, *rows.shape[3:])
-    row = plan.places - turn * exchange.rows
-    is_here = (row >= 0) & (row < exchange.rows) & (plan.experts < exchange.num_experts)
-    slot = jnp.where(is_here, plan.experts * exchange.rows + row, rows.shape[0])
+    row = dispatch.places - turn * exchange.rows
+    is_here = (row >= 0) & (row < exchange.rows) & (dispatch.experts < exchange.num_experts)
+    slot = jnp.where(is_here, dispatch.experts * exchange.rows + row, rows.shape[0])
     found = rows.at[slot].get(mode="fill", fill_value=0)
     return found.reshape(-1, exchange.top_k, *rows.shape[1:])
 
 
-def receive_tokens(exchange: Exchange, plan: Plan, turn: Int[Array, ""] | int, rows: Array) -> Float[Array, "T E"]:
+def receive_tokens(
+    exchange: Exchange, dispatch: Dispatch, turn: Int[Array, ""] | int, rows: Array
+) -> Float[Array, "T E"]:
     """The transpose of `send` of tokens: float32 sums over their pairs."""
-    return jnp.sum(receive(exchange, plan, turn, rows), 1, dtype=jnp.float32)
+    return jnp.sum(receive(exchange, dispatch, turn, rows), 1, dtype=jnp.float32)

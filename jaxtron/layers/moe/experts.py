@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxtron.kernels.varying import vary_alike
-from jaxtron.layers.moe.exchange import Exchange, Plan, make_plan, receive, receive_tokens, send
+from jaxtron.layers.moe.exchange import Dispatch, Exchange, make_dispatch, receive, receive_tokens, send
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.collectives import vary
 from jaxtron.sharding.regions import on_each_device
@@ -52,17 +52,17 @@ def _forward(
 ) -> tuple[Array, tuple[Array, ...]]:
     def local(*arrays: Array) -> tuple[Array, ...]:
         tokens, (up, down) = _enter(arrays[:3]), (block[0] for block in arrays[3:])
-        plan = make_plan(exchange, tokens.chosen)
+        dispatch = make_dispatch(exchange, tokens.chosen)
 
         def a_round(turn: Array | int) -> tuple[Array, tuple[Array, ...]]:
-            rows = send(exchange, plan, turn, tokens.x[:, None])
-            of_rows = send(exchange, plan, turn, tokens.weights[..., None])
+            rows = send(exchange, dispatch, turn, tokens.x[:, None])
+            of_rows = send(exchange, dispatch, turn, tokens.weights[..., None])
             hidden = _product(rows, up)
             out = _product(activate(hidden, of_rows), down)
-            return receive_tokens(exchange, plan, turn, out), (rows, of_rows, hidden)
+            return receive_tokens(exchange, dispatch, turn, out), (rows, of_rows, hidden)
 
         y, kept = a_round(0)
-        y = _further(exchange, plan, lambda turn: a_round(turn)[0], y)
+        y = _further(exchange, dispatch, lambda turn: a_round(turn)[0], y)
         return (y.astype(arrays[0].dtype).reshape(arrays[0].shape), *(array[None] for array in kept))
 
     tokens, block = _specs()
@@ -89,7 +89,7 @@ def _backward(
             _, of_rows, hidden = step.again(turn)
             return step.inputs(turn, of_rows, hidden)[0]
 
-        dx, dweights = _further(exchange, step.plan, further, sums)
+        dx, dweights = _further(exchange, step.dispatch, further, sums)
         return (
             dx.astype(x.dtype).reshape(arrays[0].shape),
             dweights.reshape(arrays[1].shape),
@@ -110,7 +110,7 @@ def _backward(
             _, dhidden, dout = step.inputs(turn, of_rows, hidden)
             return _gradients(activate, rows, of_rows, hidden, dhidden, dout)
 
-        dup, ddown = _further(exchange, step.plan, further, sums)
+        dup, ddown = _further(exchange, step.dispatch, further, sums)
         return dup.astype(up.dtype)[None], ddown.astype(down.dtype)[None]
 
     run = on_each_device(of_experts, (*lie, *(block,) * 5), (block, block))
@@ -129,23 +129,23 @@ class _Back:
         self.tokens = _enter(arrays[:3])
         self.cotangent = _rows(arrays[3])
         self.up, self.down = arrays[4][0], arrays[5][0]
-        self.plan: Plan = make_plan(exchange, self.tokens.chosen)
+        self.dispatch: Dispatch = make_dispatch(exchange, self.tokens.chosen)
 
     def again(self, turn: Array) -> tuple[Array, Array, Array]:
         """What the first round keeps, of a further one."""
-        rows = send(self.exchange, self.plan, turn, self.tokens.x[:, None])
-        of_rows = send(self.exchange, self.plan, turn, self.tokens.weights[..., None])
+        rows = send(self.exchange, self.dispatch, turn, self.tokens.x[:, None])
+        of_rows = send(self.exchange, self.dispatch, turn, self.tokens.weights[..., None])
         return rows, of_rows, _product(rows, self.up)
 
     def inputs(self, turn: Array | int, of_rows: Array, hidden: Array) -> tuple[PyTree, Array, Array]:
         """Cotangents of the tokens and their weights, of what entered the activation, and of what left the expert."""
-        exchange, plan = self.exchange, self.plan
-        dout = send(exchange, plan, turn, self.cotangent[:, None])
+        exchange, dispatch = self.exchange, self.dispatch
+        dout = send(exchange, dispatch, turn, self.cotangent[:, None])
         pull = jax.vjp(self.activate, hidden, of_rows)[1]
         dhidden, dof_rows = pull(jnp.einsum("nre,nfe->nrf", dout, self.down))
         drows = jnp.einsum("nrgf,negf->nre", dhidden, self.up)
-        dx = receive_tokens(exchange, plan, turn, drows)
-        return (dx, receive(exchange, plan, turn, dof_rows)[..., 0]), dhidden, dout
+        dx = receive_tokens(exchange, dispatch, turn, drows)
+        return (dx, receive(exchange, dispatch, turn, dof_rows)[..., 0]), dhidden, dout
 
 
 def _gradients(
@@ -162,18 +162,18 @@ def _product(rows: Array, kernel: Array) -> Array:
     return jnp.einsum("nri,ni...->nr...", rows, kernel)
 
 
-def _further(exchange: Exchange, plan: Plan, a_round: Callable[[Array], PyTree], sums: PyTree) -> PyTree:
+def _further(exchange: Exchange, dispatch: Dispatch, a_round: Callable[[Array], PyTree], sums: PyTree) -> PyTree:
     """`sums` and what rounds after the first add to it: usually there are none."""
     if not exchange.has_rounds:
         return sums
-    turn, _ = vary_alike((jnp.int32(1), plan.rounds))
+    turn, _ = vary_alike((jnp.int32(1), dispatch.rounds))
 
     def body(carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
         turn, sums = carry
         return turn + 1, jax.tree.map(jnp.add, sums, a_round(turn))
 
     with jax.named_scope("further_rounds"):
-        return jax.lax.while_loop(lambda carry: carry[0] < plan.rounds, body, (turn, sums))[1]
+        return jax.lax.while_loop(lambda carry: carry[0] < dispatch.rounds, body, (turn, sums))[1]
 
 
 def _specs() -> tuple[PartitionSpec, PartitionSpec]:

@@ -89,6 +89,7 @@ FAMILY = Family(
     vocabulary="vocab_size",
     text_loss="loss",
     experts=experts,
+    no_experts="put E in model.pattern or leave it out",
     continues_text=True,
     work=decoder_work,
     recompute=recompute_levels,
