@@ -1,0 +1,98 @@
+"""Writes the fixtures beside this file: small random models of Hugging Face transformers, and their logits.
+
+    pip install torch transformers safetensors
+    python -m tests.hugging_face.make
+
+The suite reads the fixtures alone. Weights are small multiples of `STEP`, so that they are kept in a byte each, under
+the names that files of the family have; norms, biases and buffers are as random as matrices.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+from tests.hugging_face.fixtures import FOLDER, STEP
+
+ROWS, LENGTH = 2, 12
+BASE: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-5,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    # layers in turn with and without experts
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+            "intermediate_size": 40,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 20,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": False,
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "head_dim": 12,
+            "intermediate_size": 40,
+            "moe_intermediate_size": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+        },
+    ),
+}
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Every parameter and every buffer that a file holds, in multiples of `STEP`."""
+    generator = np.random.default_rng(0)
+    for name, array in model.state_dict().items():
+        numbers = generator.standard_normal(tuple(array.shape))
+        is_scale = name.endswith("norm.weight")
+        scaled = numbers * (0.2 if is_scale or "bias" in name else 0.3) + is_scale
+        whole = np.clip(np.rint(scaled / STEP), -127, 127)
+        array.copy_(torch.from_numpy((whole * STEP).astype(np.float32)))
+
+
+def record(name: str) -> None:
+    """The fixture of one model."""
+    model_type, changes = MODELS[name]
+    settings = {**BASE, **changes}
+    config = transformers.AutoConfig.for_model(model_type, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        randomize(model)
+        tokens = np.random.default_rng(1).integers(0, settings["vocab_size"], (ROWS, LENGTH))
+        logits = model(torch.from_numpy(tokens)).logits.numpy()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        saved = load_file(Path(folder) / "model.safetensors")
+        written = json.loads((Path(folder) / "config.json").read_text())
+    weights = {f"weights/{key}": np.rint(value / STEP).astype(np.int8) for key, value in saved.items()}
+    assert all(np.array_equal(weights[f"weights/{key}"] * np.float32(STEP), value) for key, value in saved.items())
+    path = FOLDER / f"{name}.npz"
+    np.savez_compressed(path, config=json.dumps(written), tokens=tokens.astype(np.int32), logits=logits, **weights)
+    print(f"{path.name}: {path.stat().st_size:,} bytes, logits up to {np.abs(logits).max():.1f}")
+
+
+if __name__ == "__main__":
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}")
+    for name in MODELS:
+        record(name)
