@@ -40,7 +40,8 @@ def assert_one_line(ended: Ended, *fragments: str):
         ),
         (
             "--mesh.expert 4 --mesh.data 8",
-            "mesh.expert 4 has no effect with model.family decoder: it has no experts; put E in model.pattern or leave it out",
+            "mesh.expert 4 has no effect with model.family decoder: it has no experts; put E in model.pattern or "
+            "leave it out",
         ),
         ("--mesh.expert_tensor 2", "mesh.expert_tensor 2 has no effect with model.family decoder"),
         ("--mesh.expert -1", "mesh.expert: must be greater than or equal to 1, got -1"),
