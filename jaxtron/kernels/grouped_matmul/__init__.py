@@ -1,0 +1,1 @@
+"""Products of rows grouped by expert, in several implementations; `backend.py` selects by what."""

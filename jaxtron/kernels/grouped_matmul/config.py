@@ -1,0 +1,5 @@
+"""Names of the implementations of grouped products."""
+
+from typing import Literal
+
+Implementation = Literal["auto", "xla", "reference"]
