@@ -27,7 +27,7 @@ from jaxtron.sharding.rules import constrain, current, spec
 from jaxtron.typing import Array, Float, PyTree
 
 # from queries, keys, values, slopes, sinks and the layer's inputs to the sum of values
-CoreFunction = Callable[..., Float[Array, "B S H D"]]
+CoreFunction = Callable[..., Float[Array, "B S H V"]]
 HEADS = ("batch", "full_seq", "heads", "head_dim")
 # of the probabilities, query heads by the key/value head that they share
 PROBABILITIES = ("batch", "kv_heads", "group", "full_seq", "full_seq")
@@ -58,6 +58,7 @@ class Attention(nnx.Module):
         qkv_bias: bool,
         output_bias: bool,
         qk_norm: Callable[[int], Norm] | None,
+        rotated: int | None,
         alibi: bool,
         sinks: bool,
         core: CoreFunction,
@@ -68,6 +69,7 @@ class Attention(nnx.Module):
     ) -> None:
         self.num_groups = num_heads // num_kv_heads
         self.core = core
+        self.rotated = rotated
         self.dropout = dropout
         self.slopes = tuple(float(slope) for slope in alibi_slopes(num_heads)) if alibi else None
         self.sinks = parameter(rngs, initializers.zeros, (num_heads,), axes=("heads",), role="bias") if sinks else None
@@ -85,8 +87,9 @@ class Attention(nnx.Module):
         query, key, value = self._project(x)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        if inputs.rotary is not None:
-            query, key = rotate(query, inputs.rotary), rotate(key, inputs.rotary)
+        if self.rotated is not None:
+            tables = inputs.rotary[self.rotated]
+            query, key = rotate(query, tables), rotate(key, tables)
         slopes = None if self.slopes is None else jnp.asarray(self.slopes, jnp.float32)
         sinks = None if self.sinks is None else constrain(self.sinks[...], "heads")
         attended = save_for_backward(self.core(query, key, value, slopes, sinks, inputs))
@@ -143,11 +146,11 @@ class Core:
         self,
         query: Float[Array, "B S H D"],
         key: Float[Array, "B T K D"],
-        value: Float[Array, "B T K D"],
+        value: Float[Array, "B T K V"],
         slopes: Float[Array, "H"] | None,
         sinks: Float[Array, "H"] | None,
         inputs: LayerInputs,
-    ) -> Float[Array, "B S H D"]:
+    ) -> Float[Array, "B S H V"]:
         query, key, value = (constrain(x, *HEADS) for x in (query, key, value))
         (rows, queries, heads, _), (_, keys, kv_heads, _) = query.shape, key.shape
         shape = (rows, kv_heads, heads // kv_heads, queries, keys)

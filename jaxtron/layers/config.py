@@ -1,5 +1,6 @@
 """Settings of layers, and the names of their kinds."""
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -31,24 +32,75 @@ class AttentionConfig(Config):
     """A learned logit a head joins each softmax without a value (gpt-oss, 2508.10925)."""
 
 
-class RotaryScaling(Config):
-    """Llama 3's stretching of low rotary frequencies (2407.21783)."""
+class LatentConfig(Config):
+    """Widths of multi-head latent attention (DeepSeek-V2, 2405.04434), by the names of its released configurations."""
 
+    q_lora_rank: int | None = Field(default=None, ge=1)
+    """Of the latent that queries are made of (none: they are made of the stream)."""
+    kv_lora_rank: int = Field(default=512, ge=1)
+    """Of the latent that keys and values are made of."""
+    qk_nope_head_dim: int = Field(default=128, ge=1)
+    """Dimensions of a head's queries and keys that know no positions."""
+    qk_rope_head_dim: int = Field(default=64, ge=2)
+    """Those that are rotated; a key's are the same in all heads."""
+    v_head_dim: int = Field(default=128, ge=1)
+    """Dimensions of a head's values."""
+
+    @property
+    def key_dim(self) -> int:
+        """Dimensions of a head's queries and keys."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+class RotaryScaling(Config):
+    """The stretching of low rotary frequencies, by Llama 3's rule (2407.21783) or YaRN's (2309.00071)."""
+
+    kind: Literal["llama3", "yarn"] = "llama3"
+    """The rule; each reads factor, original_length and its own of the others."""
     factor: float = Field(default=8.0, gt=0)
     """How many times longer the sequences become."""
     low_frequency_factor: float = Field(default=1.0, gt=0)
-    """Wavelengths above `original_length / this` are stretched whole."""
+    """Llama 3: wavelengths above `original_length / this` are stretched whole."""
     high_frequency_factor: float = 4.0
-    """Wavelengths below `original_length / this` stay."""
+    """Llama 3: wavelengths below `original_length / this` stay."""
     original_length: int = Field(default=8192, ge=1)
     """Sequence length of the training before the stretch, in tokens."""
+    beta_fast: float = Field(default=32.0, gt=0)
+    """YaRN: what turns more often than this in `original_length` stays."""
+    beta_slow: float = Field(default=1.0, gt=0)
+    """YaRN: what turns less often is stretched whole."""
+    mscale: float = Field(default=1.0, ge=0)
+    """YaRN: rotated queries and keys are multiplied by m(this) / m(mscale_all_dim), m(s) = 0.1 s ln(factor) + 1."""
+    mscale_all_dim: float = Field(default=0.0, ge=0)
+    """YaRN: scores of latent attention are multiplied by the square of m(this) (DeepSeek-V2, V3)."""
 
     @model_validator(mode="after")
     def _check(self) -> "RotaryScaling":
-        low, high = self.low_frequency_factor, self.high_frequency_factor
-        if low >= high:
-            raise ValueError(f"low_frequency_factor {low} must be below high_frequency_factor {high}")
+        own = {
+            "llama3": ("low_frequency_factor", "high_frequency_factor"),
+            "yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+        }
+        for kind, names in own.items():
+            for name in names if kind != self.kind else ():
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} {getattr(self, name)} has no effect with kind {self.kind}; leave it out")
+        for low, high in (own["llama3"], ("beta_slow", "beta_fast")):
+            if getattr(self, low) >= getattr(self, high):
+                raise ValueError(f"{low} {getattr(self, low)} must be below {high} {getattr(self, high)}")
         return self
+
+    @property
+    def magnitude(self) -> float:
+        """Factor of what is rotated."""
+        return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
+
+    @property
+    def latent_scores(self) -> float:
+        """Factor of the scores of latent attention."""
+        return self._magnitude(self.mscale_all_dim) ** 2
+
+    def _magnitude(self, scale: float) -> float:
+        return 0.1 * scale * math.log(self.factor) + 1.0 if self.kind == "yarn" and self.factor > 1 else 1.0
 
 
 class RotaryConfig(Config):
@@ -59,7 +111,7 @@ class RotaryConfig(Config):
     base: float = Field(default=10000.0, gt=1)
     """Base of the geometric series of wavelengths."""
     scaling: RotaryScaling | None = None
-    """Llama 3's frequency scaling, or none."""
+    """For sequences longer than those of the training before: of frequencies, or none."""
 
     def dimensions(self, head_dim: int) -> int:
         """Rotated dimensions of a head, an even number."""

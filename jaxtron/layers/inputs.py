@@ -24,6 +24,8 @@ class BranchOutput(NamedTuple):
     """Sums over a device's tokens."""
 
 
+# cosines and sines of what is rotated
+Tables = tuple[Float[Array, "*B S P"], Float[Array, "*B S P"]]
 # logical axes that `mesh.context` splits
 SEQUENCE = ("seq", "full_seq")
 
@@ -33,7 +35,8 @@ SEQUENCE = ("seq", "full_seq")
 class LayerInputs:
     """Shared inputs of the layers: rotary tables, dropout keys (one a row of the global batch), documents by number."""
 
-    rotary: tuple[Float[Array, "*B S P"], Float[Array, "*B S P"]] | None = None
+    rotary: dict[int, Tables] = dataclasses.field(default_factory=dict)
+    """By the number of rotated dimensions; empty where positions are others."""
     keys: Key[Array, "B"] | None = None
     segments: Int[Array, "B S"] | None = None
     row_weights: Float[Array, "B"] | None = None

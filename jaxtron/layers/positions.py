@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtron.layers.config import RotaryConfig
+from jaxtron.layers.config import RotaryConfig, RotaryScaling
 from jaxtron.sharding.context import positions
 from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, Float, Int
@@ -17,27 +17,51 @@ def local_positions(length: int) -> Int[Array, "S"]:
     return positions(rules.context, rules.parts("context"), length)
 
 
-def rotary_frequencies(config: RotaryConfig, head_dim: int) -> np.ndarray:
-    """Radians per position, one for each rotated pair of dimensions."""
-    rotated = config.dimensions(head_dim)
+def rotary_frequencies(config: RotaryConfig, rotated: int) -> np.ndarray:
+    """Radians per position, one for each pair of so many rotated dimensions."""
     frequencies = config.base ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
     scaling = config.scaling
     if scaling is None:
         return frequencies
+    if scaling.kind == "yarn":
+        kept = _kept_by_yarn(config.base, scaling, rotated)
+        return frequencies * (kept + (1.0 - kept) / scaling.factor)
     turns = scaling.original_length * frequencies / (2 * math.pi)
     blend = (turns - scaling.low_frequency_factor) / (scaling.high_frequency_factor - scaling.low_frequency_factor)
     blend = np.clip(blend, 0.0, 1.0)
     return frequencies * (blend + (1.0 - blend) / scaling.factor)
 
 
+def _kept_by_yarn(base: float, scaling: RotaryScaling, rotated: int) -> np.ndarray:
+    """What of each frequency is not stretched: all where a pair turns often, nothing where it seldom does (2309.00071).
+
+    Between by the pair's number, from the whole number below the one bound to that above the other, as its code does.
+    """
+
+    def pair(turns: float) -> float:
+        """The number, not a whole one, of the pair that turns so often in the original length."""
+        return rotated * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(pair(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair(scaling.beta_slow)), rotated - 1)
+    # apart, however short the training's sequences were
+    width = max(high - low, 0.001)
+    return 1.0 - np.clip((np.arange(rotated // 2) - low) / width, 0.0, 1.0)
+
+
 def rotary_tables(
-    config: RotaryConfig, head_dim: int, places: Int[Array, "*B S"]
+    config: RotaryConfig, rotated: int, places: Int[Array, "*B S"]
 ) -> tuple[Float[Array, "*B S P"], Float[Array, "*B S P"]]:
-    """Cosines and sines at places of a sequence for the P rotated dimensions (both halves alike), in float32."""
-    frequencies = jnp.asarray(rotary_frequencies(config, head_dim), jnp.float32)
+    """Cosines and sines at places of a sequence for the P rotated dimensions (both halves alike), in float32.
+
+    Both are multiplied by what the scaling says of what is rotated.
+    """
+    frequencies = jnp.asarray(rotary_frequencies(config, rotated), jnp.float32)
     angles = places.astype(jnp.float32)[..., None] * frequencies
     angles = jnp.concatenate([angles, angles], -1)
-    return jnp.cos(angles), jnp.sin(angles)
+    factor = 1.0 if config.scaling is None else config.scaling.magnitude
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
 def rotate(

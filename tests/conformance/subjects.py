@@ -22,6 +22,15 @@ ROWS, LENGTH, VOCAB = 16, 16, 60
 # by symbol, what a small layer of the kind needs beside the sizes of `DECODER`
 SETTINGS: dict[str, dict[str, Any]] = {
     "W": {"attention": {"window": 5}},
+    "L": {
+        "latent": {
+            "q_lora_rank": 12,
+            "kv_lora_rank": 10,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 5,
+        }
+    },
     "E": {"bias": False, "moe": {"num_experts": 4, "balance": 0.3, "z_loss": 0.1}},
 }
 DECODER: dict[str, Any] = {

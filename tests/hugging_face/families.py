@@ -25,10 +25,19 @@ def common(config: Config) -> dict[str, Any]:
         "norm_epsilon": config["rms_norm_eps"],
         "bias": False,
         "position": "rotary",
-        "rotary": {"base": config["rope_parameters"]["rope_theta"]},
+        "rotary": rotary(config["rope_parameters"]),
         "tied_head": config["tie_word_embeddings"],
         "mlp_size": config["intermediate_size"],
     }
+
+
+def rotary(config: Config) -> dict[str, Any]:
+    found: dict[str, Any] = {"base": config["rope_theta"]}
+    if config["rope_type"] == "yarn":
+        names = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+        original = {"original_length": config["original_max_position_embeddings"]}
+        found["scaling"] = {"kind": "yarn", **original, **{name: config[name] for name in names}}
+    return found
 
 
 def mixtral(config: Config) -> dict[str, Any]:
@@ -73,10 +82,49 @@ def qwen3_moe(config: Config) -> dict[str, Any]:
     }
 
 
+def deepseek(config: Config) -> dict[str, Any]:
+    dense, layers = config["first_k_dense_replace"], config["num_hidden_layers"]
+    widths = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    return {
+        "pattern": "L-" * dense + "LE" * (layers - dense),
+        "num_layers": 1,
+        "latent": {name: config[name] for name in widths},
+        "moe": {
+            "num_experts": config["n_routed_experts"],
+            "top_k": config["num_experts_per_tok"],
+            "expert_size": config["moe_intermediate_size"],
+            "shared_size": config["moe_intermediate_size"] * config["n_shared_experts"],
+            "scaling": config["routed_scaling_factor"],
+        },
+    }
+
+
+def deepseek_v2(config: Config) -> dict[str, Any]:
+    found = deepseek(config)
+    if config["topk_method"] == "group_limited_greedy":
+        found["moe"] |= {"groups": config["n_group"], "top_groups": config["topk_group"]}
+    return found
+
+
+def deepseek_v3(config: Config) -> dict[str, Any]:
+    found = deepseek(config)
+    found["moe"] |= {
+        "scores": "sigmoid",
+        "bias_rate": 0.001,
+        "renormalize": config["norm_topk_prob"],
+        "groups": config["n_group"],
+        "top_groups": config["topk_group"],
+        "group_score": "two_largest",
+    }
+    return found
+
+
 FAMILIES: dict[str, Callable[[Config], dict[str, Any]]] = {
     "mixtral": mixtral,
     "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v3": deepseek_v3,
 }
 
 
@@ -107,10 +155,11 @@ def parameters_of(fixture: Fixture, model: ModelConfig) -> Arrays:
     found |= {"head.table": np.pad(read("lm_head.weight"), padding)} if not model.tied_head else {}
     found["final_norm.scale"] = read("model.norm.weight")
     # a transformer's layer is two of ours
+    attend = latent_layer if "kv_lora_rank" in fixture.config else attention_layer
     layers = [
         layer
         for number in range(fixture.config["num_hidden_layers"])
-        for layer in (attention_layer(read, number, model), mlp_layer(read, number, model))
+        for layer in (attend(read, number, model), mlp_layer(read, number, model))
     ]
     size = len(model.layout.period)
     for place in range(size):
@@ -136,6 +185,30 @@ def attention_layer(read: Reader, number: int, model: ModelConfig) -> Arrays:
     return found
 
 
+def latent_layer(read: Reader, number: int, model: ModelConfig) -> Arrays:
+    """Norm and latent attention; pairs that are rotated are neighbours there, and halves here."""
+    layer, own = f"model.layers.{number}", f"model.layers.{number}.self_attn"
+    latent, heads = model.latent, model.num_heads
+    paired = np.arange(latent.qk_rope_head_dim).reshape(-1, 2).T.reshape(-1)
+    order = np.concatenate([np.arange(latent.qk_nope_head_dim), latent.qk_nope_head_dim + paired])
+    found = {"norm.scale": read(f"{layer}.input_layernorm.weight")}
+    down = read(f"{own}.kv_a_proj_with_mqa.weight").T
+    found["attention.down.kernel"] = np.concatenate(
+        [down[:, : latent.kv_lora_rank], down[:, latent.kv_lora_rank :][:, paired]], 1
+    )
+    found["attention.norm.scale"] = read(f"{own}.kv_a_layernorm.weight")
+    found["attention.up.kernel"] = read(f"{own}.kv_b_proj.weight").T.reshape(latent.kv_lora_rank, heads, -1)
+    queries = "q_proj"
+    if latent.q_lora_rank:
+        queries = "q_b_proj"
+        found["attention.query_down.kernel"] = read(f"{own}.q_a_proj.weight").T
+        found["attention.query_norm.scale"] = read(f"{own}.q_a_layernorm.weight")
+    query = read(f"{own}.{queries}.weight").T
+    found["attention.query.kernel"] = query.reshape(len(query), heads, latent.key_dim)[:, :, order]
+    output = read(f"{own}.o_proj.weight").T
+    return found | {"attention.output.kernel": output.reshape(heads, latent.v_head_dim, model.hidden_size)}
+
+
 def mlp_layer(read: Reader, number: int, model: ModelConfig) -> Arrays:
     """Norm, and an MLP or experts."""
     layer = f"model.layers.{number}"
@@ -145,11 +218,13 @@ def mlp_layer(read: Reader, number: int, model: ModelConfig) -> Arrays:
     if not read.has(f"{own}.gate.weight"):
         return found | {f"mlp.{name}.kernel": kernel for name, kernel in mlp(read, own).items()}
     found["moe.router.kernel"] = read(f"{own}.gate.weight").T
+    if read.has(f"{own}.gate.e_score_correction_bias"):
+        found["moe.router.bias"] = read(f"{own}.gate.e_score_correction_bias")
     names = ("w1", "w3", "w2") if own == mixtral else ("gate_proj", "up_proj", "down_proj")
     experts = [mlp(read, f"{own}.experts.{expert}", names) for expert in range(model.moe.num_experts)]
     found |= {f"moe.{name}": np.stack([expert[name] for expert in experts]) for name in ("up", "down")}
     if model.moe.shared_size:
-        shared = mlp(read, f"{own}.shared_expert")
+        shared = mlp(read, f"{own}.shared_expert" if model.moe.shared_gate else f"{own}.shared_experts")
         found |= {f"moe.shared.{name}.kernel": kernel for name, kernel in shared.items()}
     if model.moe.shared_gate:
         found["moe.shared_gate"] = read(f"{own}.shared_expert_gate.weight")[0]

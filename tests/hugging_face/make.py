@@ -30,6 +30,33 @@ BASE: dict[str, Any] = {
     "tie_word_embeddings": False,
     "rms_norm_eps": 1e-5,
 }
+# latent attention with long sequences' rotations, one dense layer, shared experts
+DEEPSEEK: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "rms_norm_eps": 1e-6,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+}
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "beta_fast": 1.5,
+    "beta_slow": 0.25,
+    "original_max_position_embeddings": 16,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}),
     # layers in turn with and without experts
@@ -55,6 +82,31 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts": 8,
             "num_experts_per_tok": 3,
             "norm_topk_prob": True,
+        },
+    ),
+    # its queries are of the stream
+    "deepseek_v2_lite": (
+        "deepseek_v2",
+        {**DEEPSEEK, "q_lora_rank": None, "topk_method": "greedy", "head_dim": 8, "n_group": None, "topk_group": None},
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {
+            **DEEPSEEK,
+            "q_lora_rank": 14,
+            "topk_method": "group_limited_greedy",
+            "head_dim": 8,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2},
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **DEEPSEEK,
+            "q_lora_rank": 14,
+            "norm_topk_prob": True,
+            "rope_interleave": True,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
 }

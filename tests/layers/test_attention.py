@@ -36,6 +36,7 @@ def make_attention(num_kv_heads=HEADS, *, bias=True, qk_norm=False, alibi=False,
         qkv_bias=bias,
         output_bias=bias,
         qk_norm=norm if qk_norm else None,
+        rotated=None,
         alibi=alibi,
         sinks=False,
         core=Core(materialized, AttentionSpec(dropout_rate=rate)),
@@ -122,7 +123,8 @@ def test_rotary(rules_for, fraction):
     rotated = int(HEAD_DIM * fraction)
     with use(rules_for(data=1)):
         module, x = make_attention(2), make_input()
-        tables = rotary_tables(RotaryConfig(fraction=fraction, base=100.0), HEAD_DIM, jnp.arange(LENGTH))
+        module.rotated = rotated
+        tables = {rotated: rotary_tables(RotaryConfig(base=100.0), rotated, jnp.arange(LENGTH))}
         expected = reference(module, x, frequencies=100.0 ** (-np.arange(0, rotated, 2) / rotated))
         np.testing.assert_allclose(module(x, LayerInputs(rotary=tables)), expected, rtol=1e-4, atol=1e-5)
 

@@ -19,7 +19,7 @@ def test_frequencies_are_a_geometric_series():
 def test_fraction_rotates_an_even_number_of_dimensions(head_dim, fraction, rotated):
     config = RotaryConfig(fraction=fraction)
     assert config.dimensions(head_dim) == rotated
-    frequencies = rotary_frequencies(config, head_dim)
+    frequencies = rotary_frequencies(config, config.dimensions(head_dim))
     np.testing.assert_allclose(frequencies, 10000.0 ** (-np.arange(0, rotated, 2) / rotated), rtol=1e-12)
 
 
@@ -33,7 +33,7 @@ def test_tables_are_cosines_and_sines_of_both_halves():
 
 def test_rotation_turns_pairs_and_leaves_the_rest():
     x = np.random.default_rng(0).normal(size=(1, 3, 2, 6)).astype(np.float32)
-    y = np.asarray(rotate(jnp.asarray(x), rotary_tables(RotaryConfig(fraction=4 / 6, base=4.0), 6, jnp.arange(3))))
+    y = np.asarray(rotate(jnp.asarray(x), rotary_tables(RotaryConfig(base=4.0), 4, jnp.arange(3))))
     for position in range(3):
         for pair, angle in enumerate((position, position / 2)):
             first, second = x[0, position, :, pair], x[0, position, :, pair + 2]
@@ -98,6 +98,25 @@ def test_llama_scaling_keeps_short_wavelengths_and_stretches_long_ones():
     assert np.all((between > 1 / 8) & (between < 1)) and np.all(np.diff(between) < 0)
 
 
+def test_yarn_stretches_by_the_pairs_number_as_deepseek_v3_has_it():
+    scaling = RotaryScaling(kind="yarn", factor=40, original_length=4096, mscale=1, mscale_all_dim=1)
+    plain = rotary_frequencies(RotaryConfig(), 64)
+    scaled = rotary_frequencies(RotaryConfig(scaling=scaling), 64)
+    # pair i turns 4096 / (2 pi 10000^(i / 32)) times: 32 times at 10.5, once at 22.5
+    stretched = np.clip((np.arange(32) - 10) / (23 - 10), 0, 1)
+    np.testing.assert_allclose(scaled, plain * (1 - stretched) + plain / 40 * stretched, rtol=1e-12)
+    np.testing.assert_array_equal(scaled[:11], plain[:11])
+    # 0.1 ln 40 + 1, squared
+    assert scaling.latent_scores == pytest.approx(1.8738, rel=1e-4) and scaling.magnitude == 1.0
+
+
+def test_yarn_makes_what_is_rotated_larger():
+    scaling = RotaryScaling(kind="yarn", factor=4, original_length=32)
+    cos, sin = rotary_tables(RotaryConfig(scaling=scaling), 8, jnp.arange(20))
+    np.testing.assert_allclose(cos**2 + sin**2, (0.1 * math.log(4) + 1) ** 2, rtol=1e-5)
+    assert scaling.latent_scores == 1.0 and LLAMA.scaling.magnitude == 1.0
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -107,6 +126,9 @@ def test_llama_scaling_keeps_short_wavelengths_and_stretches_long_ones():
         {"scaling": {"low_frequency_factor": 4.0, "high_frequency_factor": 4.0}},
         {"scaling": {"factor": 0.0}},
         {"scaling": {"original_length": 0}},
+        {"scaling": {"mscale": 2.0}},
+        {"scaling": {"kind": "yarn", "high_frequency_factor": 8.0}},
+        {"scaling": {"kind": "yarn", "beta_fast": 1.0, "beta_slow": 1.0}},
     ],
     ids=str,
 )

@@ -63,7 +63,9 @@ def test_counts_include_both_sides_of_a_parallel_layer():
 def test_bad_text_names_the_place_and_the_reason(text, place, why):
     with pytest.raises(UserError, match=f"symbol {place}: .*{why}") as error:
         parse(text)
-    assert repr(text) in str(error.value) and "* attention, W attention in a window, - MLP" in str(error.value)
+    assert repr(text) in str(error.value) and "* attention, W attention in a window, L latent attention, - MLP" in str(
+        error.value
+    )
     assert "\n" not in str(error.value)
 
 

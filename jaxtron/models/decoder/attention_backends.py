@@ -15,10 +15,11 @@ from jaxtron.typing import DTypeLike
 
 def attention_spec(config: ModelConfig, symbol: str) -> AttentionSpec:
     """What attention computes in a layer of this kind, without slopes, segments and dropout's mask: they are arrays."""
-    attention = config.attention
+    attention, kind = config.attention, KINDS[symbol]
+    assert kind.heads is not None
     return AttentionSpec(
-        window=attention.window if KINDS[symbol].attends == "window" else None,
-        logits_scale=attention.scale,
+        window=attention.window if kind.attends == "window" else None,
+        logits_scale=kind.heads(config).scale,
         logits_soft_cap=attention.soft_cap,
         dropout_rate=config.attention_dropout,
         deterministic=attention.deterministic,
@@ -33,24 +34,30 @@ def attention_backends(
     `packed`: several documents in a sequence. Without more being known, short sequences of any documents. `UserError`
     where the implementation asked for cannot.
     """
-    query, key = (
-        jax.ShapeDtypeStruct((1, length, heads, config.head_size), jnp.dtype(dtype))
-        for heads in (config.num_heads, config.kv_heads)
-    )
     segments = jax.ShapeDtypeStruct((1, length), jnp.int32) if packed else None
     slopes = jax.ShapeDtypeStruct((config.num_heads,), jnp.float32) if config.position == "alibi" else None
     arrays = {"q_segment_ids": segments, "kv_segment_ids": segments, "alibi_slopes": slopes}
     needs_log_sum_exp = parts > 1 or config.attention.sinks
-    return {
-        kind.symbol: select_backend(
+    found = {}
+    for kind in config.kinds:
+        if kind.heads is None:
+            continue
+        sizes = kind.heads(config)
+        query, key, value = (
+            jax.ShapeDtypeStruct((1, length, heads, width), jnp.dtype(dtype))
+            for heads, width in (
+                (config.num_heads, sizes.key),
+                (sizes.kv_heads, sizes.key),
+                (sizes.kv_heads, sizes.value),
+            )
+        )
+        found[kind.symbol] = select_backend(
             config.attention.implementation,
             query,
             key,
-            key,
+            value,
             replace(attention_spec(config, kind.symbol), **arrays),
             device_kind,
             needs_log_sum_exp=needs_log_sum_exp,
         )
-        for kind in config.kinds
-        if kind.attends
-    }
+    return found

@@ -4,14 +4,28 @@ What a kind computes is built by the entry of the same symbol in `layers.BUILDER
 of a GPU is in `LAYER_WORK` of `work.py`; the tests hold the tables' keys equal.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jaxtron.config import NoEffect, UserError
 from jaxtron.layers.config import GATED
 from jaxtron.models.decoder.settings import DecoderSettings
 from jaxtron.sharding.config import ContextConfig
+
+
+class HeadSizes(NamedTuple):
+    """What attention of a kind computes with beside `model.num_heads` queries of a token."""
+
+    kv_heads: int
+    key: int
+    """Dimensions of a query and of a key."""
+    value: int
+    rotated: int
+    """Dimensions that rotary positions turn."""
+    scale: float | None = None
+    """Factor of scores (none: 1 / sqrt(key))."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,8 @@ class LayerKind:
     """Those of them that `recompute: selective` drops and computes again (2205.05198): quadratic in the sequence."""
     attends: Literal["all", "window"] | None = None
     """Whether its tokens see others of their sequence by attention: all before them, or `model.attention.window`."""
+    heads: Callable[[DecoderSettings], HeadSizes] | None = None
+    """Those of a kind that attends."""
     splits_experts: bool = False
     """Whether mesh.expert and mesh.expert_tensor split it."""
     validate: Callable[[DecoderSettings], None] = lambda settings: None
@@ -79,6 +95,12 @@ def _attention_parameters(settings: DecoderSettings, tensor: int) -> int:
     return 2 * hidden * head * (heads + kv_heads) + biases + norms + settings.attention.sinks * heads
 
 
+def _attention_heads(settings: DecoderSettings) -> HeadSizes:
+    head = settings.head_size
+    rotated = settings.rotary.dimensions(head)
+    return HeadSizes(settings.kv_heads, head, head, rotated, settings.attention.scale)
+
+
 def _attention_flops(settings: DecoderSettings, seen: int) -> dict[str, int]:
     """Of a token that sees so many others; the papers count the whole square of scores, masked or not."""
     width = settings.num_heads * settings.head_size
@@ -96,6 +118,10 @@ def _validate_attention(settings: DecoderSettings) -> None:
         raise UserError(
             f"model.num_heads {settings.num_heads} is not a multiple of model.num_kv_heads {settings.kv_heads}"
         )
+    _validate_scores(settings)
+
+
+def _validate_scores(settings: DecoderSettings) -> None:
     attention, fields = settings.attention, type(settings.attention).model_fields
     drops_by_name = attention.implementation == "materialized"
     for name in ("soft_cap", "sinks", "deterministic", *(() if drops_by_name else ("implementation",))):
@@ -109,6 +135,14 @@ def _validate_attention(settings: DecoderSettings) -> None:
 
 
 def _check_attention(settings: DecoderSettings, sizes: Mapping[str, int], context: ContextConfig) -> None:
+    kv_heads = max(settings.kv_heads, sizes["tensor"])
+    _check_heads(settings, {"num_heads": settings.num_heads, "num_kv_heads": kv_heads}, sizes, context)
+
+
+def _check_heads(
+    settings: DecoderSettings, heads: Mapping[str, int], sizes: Mapping[str, int], context: ContextConfig
+) -> None:
+    """`UserError` where numbers of heads, by their setting, do not split over a mesh of these sizes."""
     tensor, parts = sizes["tensor"], sizes["context"]
     check_multiple("model.num_heads", settings.num_heads, tensor)
     if parts == 1:
@@ -119,12 +153,54 @@ def _check_attention(settings: DecoderSettings, sizes: Mapping[str, int], contex
             "mesh.context to 1"
         )
     inner = context.groups(parts)[0]
-    for name, heads in (("num_heads", settings.num_heads), ("num_kv_heads", max(settings.kv_heads, tensor))):
-        if heads % (inner * tensor):
+    for name, count in heads.items():
+        if count % (inner * tensor):
             raise UserError(
                 f"context.method {context.method} splits heads {inner} ways beside mesh.tensor {tensor}, "
-                f"and model.{name} {heads} is not a multiple of {inner * tensor}; use context.method ring"
+                f"and model.{name} {count} is not a multiple of {inner * tensor}; use context.method ring"
             )
+
+
+def _latent_heads(settings: DecoderSettings) -> HeadSizes:
+    latent, scaling = settings.latent, settings.rotary.scaling
+    scale = (1.0 if scaling is None else scaling.latent_scores) / math.sqrt(latent.key_dim)
+    rotated = settings.rotary.dimensions(latent.qk_rope_head_dim)
+    return HeadSizes(settings.num_heads, latent.key_dim, latent.v_head_dim, rotated, settings.attention.scale or scale)
+
+
+def _latent_parameters(settings: DecoderSettings, tensor: int) -> int:
+    """Products to latents are whole on each device; their norms have no more than one parameter a channel and bias."""
+    latent, hidden, heads = settings.latent, settings.hidden_size, settings.num_heads // tensor
+    rank, queries = latent.kv_lora_rank, latent.q_lora_rank
+    down = rank + latent.qk_rope_head_dim + (queries or 0)
+    up = heads * ((queries or hidden) * latent.key_dim + rank * (latent.qk_nope_head_dim + latent.v_head_dim))
+    norms = norm_parameters(settings, rank) + (norm_parameters(settings, queries) if queries else 0)
+    biases = (down + hidden) * settings.bias
+    return hidden * (down + heads * latent.v_head_dim) + up + norms + biases
+
+
+def _latent_flops(settings: DecoderSettings, length: int) -> dict[str, int]:
+    """As those of attention: its scores are as wide as keys, their mix as values."""
+    latent, heads, hidden = settings.latent, settings.num_heads, settings.hidden_size
+    rank, queries = latent.kv_lora_rank, latent.q_lora_rank
+    down = hidden * (rank + latent.qk_rope_head_dim + (queries or 0))
+    up = heads * ((queries or hidden) * latent.key_dim + rank * (latent.qk_nope_head_dim + latent.v_head_dim))
+    return {
+        "attention": 2 * (down + up + hidden * heads * latent.v_head_dim),
+        "attention_core": 2 * length * heads * (latent.key_dim + latent.v_head_dim),
+    }
+
+
+def _validate_latent(settings: DecoderSettings) -> None:
+    if settings.position == "alibi":
+        raise UserError("model.position alibi: latent attention (L) has none; use --model.position rotary")
+    if settings.attention.sinks:
+        raise UserError("model.attention.sinks true: latent attention (L) has none; set --model.attention.sinks false")
+    _validate_scores(settings)
+
+
+def _check_latent(settings: DecoderSettings, sizes: Mapping[str, int], context: ContextConfig) -> None:
+    _check_heads(settings, {"num_heads": settings.num_heads}, sizes, context)
 
 
 def _mlp_parameters(settings: DecoderSettings, tensor: int) -> int:
@@ -214,6 +290,7 @@ ATTENTION = LayerKind(
     parts=("attention_core",),
     selective=("attention_core",),
     attends="all",
+    heads=_attention_heads,
     validate=_validate_attention,
     check=_check_attention,
 )
@@ -223,6 +300,20 @@ WINDOW = replace(
     name="attention in a window",
     flops=lambda settings, length: _attention_flops(settings, min(settings.attention.window or 0, length)),
     attends="window",
+)
+LATENT = LayerKind(
+    symbol="L",
+    name="latent attention",
+    module="attention",
+    parameters=_latent_parameters,
+    flops=_latent_flops,
+    fields=("attention_dropout", "attention", "latent"),
+    parts=("attention_core",),
+    selective=("attention_core",),
+    attends="all",
+    heads=_latent_heads,
+    validate=_validate_latent,
+    check=_check_latent,
 )
 MLP = LayerKind(
     symbol="-",
@@ -245,4 +336,4 @@ MOE = LayerKind(
     validate=_validate_moe,
     check=_check_moe,
 )
-KINDS = {kind.symbol: kind for kind in (ATTENTION, WINDOW, MLP, MOE)}
+KINDS = {kind.symbol: kind for kind in (ATTENTION, WINDOW, LATENT, MLP, MOE)}

@@ -7,13 +7,14 @@ from flax import nnx
 
 from jaxtron.kernels.attention.backend import Backend
 from jaxtron.layers.attention import Attention, Core
+from jaxtron.layers.latent import LatentAttention
 from jaxtron.layers.mlp import Mlp
 from jaxtron.layers.moe.moe import Moe
 from jaxtron.layers.norm import Norm
 from jaxtron.models.decoder import recompute
 from jaxtron.models.decoder.attention_backends import attention_spec
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.kinds import ATTENTION, MLP, MOE, WINDOW, LayerKind, expert_width
+from jaxtron.models.decoder.kinds import ATTENTION, LATENT, MLP, MOE, WINDOW, LayerKind, expert_width
 
 # of attention, by the pattern's symbol
 Backends = Mapping[str, Backend]
@@ -36,6 +37,7 @@ def _attention(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: n
         qkv_bias=qkv_bias,
         output_bias=config.bias,
         qk_norm=functools.partial(make_norm, config, rngs=rngs) if config.qk_norm else None,
+        rotated=_rotated(config, kind),
         alibi=config.position == "alibi",
         sinks=config.attention.sinks,
         core=recompute.region("attention_core", config.recomputed, core),
@@ -44,6 +46,29 @@ def _attention(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: n
         dropout=config.dropout,
         rngs=rngs,
     )
+
+
+def _latent(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rngs) -> LatentAttention:
+    core = Core(backends[kind.symbol].implementation, attention_spec(config, kind.symbol))
+    return LatentAttention(
+        config.hidden_size,
+        config.latent,
+        num_heads=config.num_heads,
+        rotated=_rotated(config, kind),
+        bias=config.bias,
+        norm=functools.partial(make_norm, config, rngs=rngs),
+        core=recompute.region("attention_core", config.recomputed, core),
+        std=config.initial_std,
+        output_std=config.output_std,
+        dropout=config.dropout,
+        rngs=rngs,
+    )
+
+
+def _rotated(config: ModelConfig, kind: LayerKind) -> int | None:
+    """Dimensions that the layer's positions turn (none: they are others)."""
+    assert kind.heads is not None
+    return kind.heads(config).rotated if config.position == "rotary" else None
 
 
 def _mlp(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rngs) -> Mlp:
@@ -76,6 +101,7 @@ def _moe(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rng
 BUILDERS: dict[str, Builder] = {
     ATTENTION.symbol: _attention,
     WINDOW.symbol: _attention,
+    LATENT.symbol: _latent,
     MLP.symbol: _mlp,
     MOE.symbol: _moe,
 }

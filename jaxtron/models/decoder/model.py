@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxtron.kernels.attention.backend import Backend
 from jaxtron.layers.embedding import Embedding
-from jaxtron.layers.inputs import LayerInputs, dropout
+from jaxtron.layers.inputs import LayerInputs, Tables, dropout
 from jaxtron.layers.linear import normal
 from jaxtron.layers.loss import Sums, cross_entropy
 from jaxtron.layers.positions import local_positions, rotary_tables
@@ -103,12 +103,13 @@ class Decoder(nnx.Module):
             else whole(self.head, self.dtype).table[...]
         )
 
-    def _rotary(self, length: int, positions: Int[Array, "B S"] | None):
+    def _rotary(self, length: int, positions: Int[Array, "B S"] | None) -> dict[int, Tables]:
         config = self.config
         if config.position != "rotary":
-            return None
+            return {}
         places = local_positions(length) if positions is None else positions
-        return rotary_tables(config.rotary, config.head_size, places)
+        rotated = {kind.heads(config).rotated for kind in config.kinds if kind.heads is not None}
+        return {size: rotary_tables(config.rotary, size, places) for size in sorted(rotated)}
 
 
 class Head(nnx.Module):

@@ -4,7 +4,7 @@ import math
 
 from pydantic import Field
 
-from jaxtron.layers.config import Activation, AttentionConfig, NormKind, PositionKind, RotaryConfig
+from jaxtron.layers.config import Activation, AttentionConfig, LatentConfig, NormKind, PositionKind, RotaryConfig
 from jaxtron.layers.moe.config import MoeConfig
 from jaxtron.models.family import FamilyConfig
 
@@ -13,9 +13,9 @@ class DecoderSettings(FamilyConfig):
     """What a decoder-only language model is, without how it is run; `ModelConfig` says what must agree."""
 
     pattern: str = "*-"
-    """Residual layers in order: `*` attention, `W` attention in a window, `-` MLP, `E` a mixture of experts; `(*-)` is
-    both in parallel on one norm. `|` cuts all layers into the stages of mesh.pipe (with num_layers 1; one stage runs
-    them all)."""
+    """Residual layers in order: `*` attention, `W` attention in a window, `L` latent attention, `-` MLP, `E` a mixture
+    of experts; `(*-)` is both in parallel on one norm. `|` cuts all layers into the stages of mesh.pipe (with
+    num_layers 1; one stage runs them all)."""
     num_layers: int = Field(default=12, ge=1, le=2**16)
     """How often the pattern repeats; for `*-` the usual count of transformer layers."""
     hidden_size: int = Field(default=768, ge=1)
@@ -61,6 +61,8 @@ class DecoderSettings(FamilyConfig):
     initial_std: float = Field(default=0.02, gt=0)
     """Standard deviation of initial weights; projections back to the stream use it / sqrt(branches): of `*-` there
     are 2 x num_layers."""
+    latent: LatentConfig = LatentConfig()
+    """Widths of `L` layers, whose heads are made of latents."""
     attention: AttentionConfig = AttentionConfig()
     """Scores of attention, and its kernels."""
     moe: MoeConfig = MoeConfig()

@@ -7,9 +7,26 @@ from functools import partial
 from jaxtron.layers.config import GATED
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.cost import embedding_parameters, period_parameters, table_parameters
-from jaxtron.models.decoder.kinds import ATTENTION, KINDS, MLP, MOE, WINDOW, LayerKind, expert_width, local_kv_heads
+from jaxtron.models.decoder.kinds import (
+    ATTENTION,
+    KINDS,
+    LATENT,
+    MLP,
+    MOE,
+    WINDOW,
+    LayerKind,
+    expert_width,
+    local_kv_heads,
+)
 from jaxtron.models.decoder.pattern import Branch
-from jaxtron.models.work.attention import AttentionShapes, core, core_temporaries, mixed_bytes, projections
+from jaxtron.models.work.attention import (
+    AttentionShapes,
+    core,
+    core_temporaries,
+    latent_projections,
+    mixed_bytes,
+    projections,
+)
 from jaxtron.models.work.blocks import embedding, linear, mlp, mlp_temporaries, norm, residual, token_head
 from jaxtron.models.work.model import ModelWork, StackWork
 from jaxtron.models.work.operations import PhaseWork, SlotWork
@@ -27,6 +44,8 @@ class LayerWork:
     """Operations by the regions that `model.recompute` can name; what lies in a part is not counted in the whole."""
     temporaries: Callable[[ModelConfig, Shapes], float] = lambda model, shapes: 0.0
     """Bytes that one layer's backward needs beside what was kept; of kinds of one `module` those with most count."""
+    gathers: bool = True
+    """Whether it reads the whole sequence, and not a device's part of it along `tensor`."""
     transposed: Callable[[ModelConfig, Shapes, bool], int] = lambda model, shapes, in_loop: 0
     """Bytes of one row that a loop over layers keeps a second time, transposed; the last: whether it has several."""
 
@@ -66,7 +85,7 @@ def period(model: ModelConfig, shapes: Shapes) -> SlotWork:
 
 def _branch(model: ModelConfig, shapes: Shapes, branch: Branch) -> SlotWork:
     """One residual layer: a norm, what reads it, and the residual sum of each."""
-    found = norm(shapes, model.hidden_size)
+    found = norm(shapes, model.hidden_size, gathered=any(LAYER_WORK[symbol].gathers for symbol in branch))
     for symbol in branch:
         regions = LAYER_WORK[symbol].slots(model, shapes)
         found += _recomputed(model, shapes, KINDS[symbol], regions)
@@ -112,6 +131,7 @@ def _attention_layer(model: ModelConfig, shapes: Shapes, *, in_window: bool = Fa
         # all of them where they do not split
         kv_heads=local_kv_heads(model, shapes.tensor),
         head_size=model.head_size,
+        value_size=model.head_size,
         window=model.attention.window or shapes.length if in_window else None,
         rotary=model.position == "rotary",
         bias=model.bias,
@@ -130,6 +150,28 @@ def _scores(model: ModelConfig, shapes: Shapes) -> float:
 
 def _mixed(model: ModelConfig, shapes: Shapes, in_loop: bool) -> int:
     return mixed_bytes(shapes, _attention_layer(model, shapes))
+
+
+def _latent_layer(model: ModelConfig, shapes: Shapes) -> AttentionShapes:
+    layer, latent = _attention_layer(model, shapes), model.latent
+    return replace(layer, kv_heads=layer.heads, head_size=latent.key_dim, value_size=latent.v_head_dim)
+
+
+def _latent(model: ModelConfig, shapes: Shapes) -> RegionWork:
+    layer, latent = _latent_layer(model, shapes), model.latent
+    widths = (latent.kv_lora_rank, latent.qk_rope_head_dim)
+    return {
+        "attention": latent_projections(shapes, layer, latent.q_lora_rank, *widths),
+        "attention_core": core(shapes, layer),
+    }
+
+
+def _latent_scores(model: ModelConfig, shapes: Shapes) -> float:
+    return core_temporaries(shapes, _latent_layer(model, shapes))
+
+
+def _latent_mixed(model: ModelConfig, shapes: Shapes, in_loop: bool) -> int:
+    return mixed_bytes(shapes, _latent_layer(model, shapes))
 
 
 def _mlp(model: ModelConfig, shapes: Shapes) -> RegionWork:
@@ -166,8 +208,9 @@ def _moe(model: ModelConfig, shapes: Shapes) -> RegionWork:
 
 # by symbol, the keys of kinds.py: KINDS
 LAYER_WORK = {
-    ATTENTION.symbol: LayerWork(_attention, _scores, _mixed),
-    WINDOW.symbol: LayerWork(partial(_attention, in_window=True), _scores, _mixed),
-    MLP.symbol: LayerWork(_mlp, _mlp_temporaries, _mlp_hidden),
+    ATTENTION.symbol: LayerWork(_attention, _scores, transposed=_mixed),
+    WINDOW.symbol: LayerWork(partial(_attention, in_window=True), _scores, transposed=_mixed),
+    LATENT.symbol: LayerWork(_latent, _latent_scores, gathers=False, transposed=_latent_mixed),
+    MLP.symbol: LayerWork(_mlp, _mlp_temporaries, transposed=_mlp_hidden),
     MOE.symbol: LayerWork(_moe),
 }

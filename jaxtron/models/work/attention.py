@@ -1,12 +1,12 @@
 """Attention as work of a device, by the kernels that a profile has."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtron.models.work.blocks import linear
 from jaxtron.models.work.operations import CollectiveWork, PhaseWork, Product, SlotWork
 from jaxtron.models.work.profile import Attention
-from jaxtron.models.work.shapes import FLOAT, MASK_BYTES, Shapes
+from jaxtron.models.work.shapes import FLOAT, MASK_BYTES, Shapes, gather, over_tensor, scatter
 
 # What its backward holds at its peak beside the classes that shapes explain, as multiples of the scores in float32;
 # measured as in blocks.py.
@@ -21,6 +21,8 @@ class AttentionShapes:
     heads: float
     kv_heads: float
     head_size: int
+    """Of queries and keys."""
+    value_size: int
     window: int | None = None
     rotary: bool = False
     bias: bool = False
@@ -34,13 +36,45 @@ Core = Callable[[Shapes, AttentionShapes], SlotWork]
 
 def projections(shapes: Shapes, layer: AttentionShapes) -> SlotWork:
     """Products around attention, rotations, and what travels between the parts of a sequence."""
-    n, d, both = shapes.tokens, layer.head_size, layer.heads + 2 * layer.kv_heads
-    found = linear(shapes, layer.hidden, both * d, bias=layer.bias)
-    found += linear(shapes, layer.heads * d, layer.hidden, bias=layer.bias)
-    if layer.rotary:
-        rotated = PhaseWork(stream=2 * n * (layer.heads + layer.kv_heads) * d * shapes.width, kernels=1)
-        found += SlotWork(forward=rotated, backward=rotated)
-    return found + _travelling(shapes, layer)
+    d, v = layer.head_size, layer.value_size
+    inputs = layer.heads * d + layer.kv_heads * (d + v)
+    found = linear(shapes, layer.hidden, inputs, bias=layer.bias)
+    found += linear(shapes, layer.heads * v, layer.hidden, bias=layer.bias)
+    return found + _rotations(shapes, layer) + _travelling(shapes, layer)
+
+
+def latent_projections(
+    shapes: Shapes, layer: AttentionShapes, queries: int | None, latent: int, shared: int
+) -> SlotWork:
+    """Products around latent attention: to latents of a device's part of the sequence, which then travel, and of these.
+
+    `queries` is the width of the queries' latent (none: they are made of the stream), `latent` that of keys and values,
+    `shared` the rotated part of the keys.
+    """
+    d, v, down = layer.head_size, layer.value_size, latent + shared + (queries or 0)
+    own = replace(shapes, rows=shapes.rows / shapes.tensor) if shapes.profile.sequence_sharded else shapes
+    # what heads are made of, put together from the parts of the sequence
+    travels = shapes.stream_bytes(latent + shared + (queries or layer.hidden))
+    # of matrices that each device has, the gradient of its part of the sequence
+    summed = over_tensor(shapes, "all_reduce", layer.hidden * down * shapes.width)
+    moved = SlotWork(
+        forward=PhaseWork(collectives=gather(shapes, travels)),
+        backward=PhaseWork(collectives=scatter(shapes, travels)),
+        weight=PhaseWork(collectives=(*gather(shapes, travels, "regather"), *summed)),
+    )
+    found = linear(own, layer.hidden, down, bias=layer.bias)
+    found += linear(shapes, queries or layer.hidden, layer.heads * d)
+    found += linear(shapes, latent, layer.heads * (d - shared + v))
+    found += linear(shapes, layer.heads * v, layer.hidden, bias=layer.bias)
+    return found + moved + _rotations(shapes, layer) + _travelling(shapes, layer)
+
+
+def _rotations(shapes: Shapes, layer: AttentionShapes) -> SlotWork:
+    if not layer.rotary:
+        return SlotWork()
+    size = 2 * shapes.tokens * (layer.heads + layer.kv_heads) * layer.head_size * shapes.width
+    rotated = PhaseWork(stream=size, kernels=1)
+    return SlotWork(forward=rotated, backward=rotated)
 
 
 def core(shapes: Shapes, layer: AttentionShapes) -> SlotWork:
@@ -57,7 +91,7 @@ def core_temporaries(shapes: Shapes, layer: AttentionShapes) -> float:
 
 def mixed_bytes(shapes: Shapes, layer: AttentionShapes) -> int:
     """Of the mixed values of one row, which the output's weight gradient contracts over tokens."""
-    return round(shapes.length // shapes.parts * shapes.width * layer.heads * layer.head_size)
+    return round(shapes.length // shapes.parts * shapes.width * layer.heads * layer.value_size)
 
 
 def _travelling(shapes: Shapes, layer: AttentionShapes) -> SlotWork:
@@ -67,7 +101,7 @@ def _travelling(shapes: Shapes, layer: AttentionShapes) -> SlotWork:
     """
     if shapes.parts == 1:
         return SlotWork()
-    elements = 2 * shapes.tokens * shapes.parts * layer.kv_heads * layer.head_size
+    elements = shapes.tokens * shapes.parts * layer.kv_heads * (layer.head_size + layer.value_size)
     gather = CollectiveWork("all_gather", elements * shapes.width, "context")
     back = (gather, CollectiveWork("reduce_scatter", 4 * elements, "context"))
     return SlotWork(forward=PhaseWork(collectives=(gather,)), backward=PhaseWork(collectives=back))
@@ -75,21 +109,25 @@ def _travelling(shapes: Shapes, layer: AttentionShapes) -> SlotWork:
 
 def _fused(shapes: Shapes, layer: AttentionShapes) -> SlotWork:
     """A kernel that keeps no scores: the backward makes them again, and what is outside of a window is left out."""
-    s, d = shapes.length, layer.head_size
+    s, d, v = shapes.length, layer.head_size, layer.value_size
     queries = shapes.rows * layer.heads * s / shapes.parts
-    stream = queries * d * shapes.width
+    # of queries, keys, values and outputs
+    stream = 2 * queries * (d + v) * shapes.width
+    # of the formulas' four products of the backward two sum over values or make them, and the scores are made again
+    backward = 3 * d + 2 * v
     if layer.window is not None:
         # of a window as many scores a query as it is long: the formulas count no more either
-        inside = queries * d * min(layer.window, s)
+        inside = 2.0 * queries * min(layer.window, s)
         return SlotWork(
-            forward=PhaseWork(attention_flops=4.0 * inside, stream=4 * stream, kernels=1),
-            backward=PhaseWork(attention_flops=10.0 * inside, masked_flops=-2.0 * inside, stream=4 * stream, kernels=1),
+            forward=PhaseWork(attention_flops=inside * (d + v), stream=stream, kernels=1),
+            backward=PhaseWork(attention_flops=inside * backward, masked_flops=-inside * d, stream=stream, kernels=1),
         )
-    # forward two products of the half below the diagonal; of the formulas' four and the scores again, five halves run
-    product = 2.0 * queries * s * d
+    # forward two products of the half below the diagonal, backward five
+    half = queries * s
+    forward, hidden = half * (d + v), half * (d + 2 * v)
     return SlotWork(
-        forward=PhaseWork(attention_flops=product, masked_flops=product, stream=4 * stream, kernels=1),
-        backward=PhaseWork(attention_flops=2.5 * product, masked_flops=1.5 * product, stream=8 * stream, kernels=2),
+        forward=PhaseWork(attention_flops=forward, masked_flops=forward, stream=stream, kernels=1),
+        backward=PhaseWork(attention_flops=half * backward, masked_flops=hidden, stream=2 * stream, kernels=2),
     )
 
 
@@ -101,19 +139,19 @@ class _Materialized:
     passes: int
 
     def __call__(self, shapes: Shapes, layer: AttentionShapes) -> SlotWork:
-        s, d, narrow = shapes.length, layer.head_size, shapes.width
+        s, d, v, narrow = shapes.length, layer.head_size, layer.value_size, shapes.width
         count, queries = shapes.rows * layer.heads, s / shapes.parts
         square, drops = count * queries * s, layer.dropout
         scores = Product(queries, s, d, count, narrow, output_width=self.score_bytes)
-        mix = Product(queries, d, s, count, narrow, output_width=narrow)
+        mix = Product(queries, v, s, count, narrow, output_width=narrow)
         softmax = square * (self.score_bytes * self.passes + narrow)
         dropped = square * (2 * narrow + MASK_BYTES) if drops else 0
         back = square * (2 * narrow + self.score_bytes)
-        inputs = Product(s, d, s, count, narrow, output_width=narrow)
+        inputs = [Product(s, width, s, count, narrow, output_width=narrow) for width in (d, d, v)]
         return SlotWork(
             forward=PhaseWork((scores, mix), stream=softmax + dropped, kernels=2 + drops),
             backward=PhaseWork(
-                (Product(s, s, d, count, narrow, output_width=narrow), inputs, inputs, inputs),
+                (Product(s, s, v, count, narrow, output_width=narrow), *inputs),
                 stream=back + dropped,
                 kernels=2 + drops,
             ),

@@ -39,14 +39,17 @@ def mlp_temporaries(shapes: Shapes, hidden: float, width: float) -> float:
     return MATRICES * FLOAT * hidden * width + HIDDEN * shapes.tokens * shapes.width * width
 
 
-def norm(shapes: Shapes, hidden: float) -> SlotWork:
-    """A norm of the stream, whose parts are then put together for what reads it."""
+def norm(shapes: Shapes, hidden: float, *, gathered: bool = True) -> SlotWork:
+    """A norm of the stream, whose parts are then put together where what reads it reads all of it."""
     stream, size = shapes.own_bytes(hidden), shapes.stream_bytes(hidden)
+    there, back, again = gather(shapes, size), scatter(shapes, size), gather(shapes, size, "regather")
+    if not gathered:
+        there = back = again = ()
     # forward: input read, output written; backward: input, its gradient and the residual's read, their sum written
     return SlotWork(
-        forward=PhaseWork(stream=2 * stream, kernels=1, collectives=gather(shapes, size)),
-        backward=PhaseWork(stream=4 * stream, kernels=2, collectives=scatter(shapes, size)),
-        weight=PhaseWork(collectives=gather(shapes, size, "regather")),
+        forward=PhaseWork(stream=2 * stream, kernels=1, collectives=there),
+        backward=PhaseWork(stream=4 * stream, kernels=2, collectives=back),
+        weight=PhaseWork(collectives=again),
     )
 
 

@@ -19,7 +19,7 @@ class Shapes:
     profile: Profile
     sizes: dict[str, int]
     """Devices by flag of the mesh."""
-    rows: int
+    rows: float
     length: int
     """Of a whole sequence, in tokens."""
     gathered: int

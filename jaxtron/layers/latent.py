@@ -1,0 +1,88 @@
+"""Multi-head latent attention: keys and values of all heads are made of one narrow latent (DeepSeek-V2, 2405.04434).
+
+Each device makes the latents of its own part of the sequence, and only these travel: they are narrower than the stream.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtron.layers.attention import HEADS, CoreFunction
+from jaxtron.layers.config import LatentConfig
+from jaxtron.layers.inputs import LayerInputs, dropout
+from jaxtron.layers.linear import Linear
+from jaxtron.layers.norm import Norm
+from jaxtron.layers.positions import rotate
+from jaxtron.layers.saved import save_for_backward
+from jaxtron.sharding.rules import constrain, current, spec
+from jaxtron.typing import Array, Float
+
+LATENT = ("batch", "full_seq", "latent")
+
+
+class LatentAttention(nnx.Module):
+    """Causal self-attention whose heads are made of latents; a part of each key is rotated, and the same in all heads.
+
+    `rotated` are its dimensions that positions turn (none: they do not).
+    """
+
+    def __init__(
+        self,
+        embed: int,
+        config: LatentConfig,
+        *,
+        num_heads: int,
+        rotated: int | None,
+        bias: bool,
+        norm: Callable[[int], Norm],
+        core: CoreFunction,
+        std: float,
+        output_std: float,
+        dropout: float,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.rank, self.plain, self.rotated = config.kv_lora_rank, config.qk_nope_head_dim, rotated
+        self.core = core
+        self.dropout = dropout
+        queries = config.q_lora_rank
+        stream, heads = {"embed": embed}, {"heads": num_heads}
+        self.query_down = Linear(stream, {"latent": queries}, bias=bias, std=std, rngs=rngs) if queries else None
+        self.query_norm = norm(queries) if queries else None
+        # as of other matrices, what ZeRO shares of those from latents is their input
+        self.query = Linear(
+            {"embed": queries or embed}, {**heads, "head_dim": config.key_dim}, bias=False, std=std, rngs=rngs
+        )
+        self.down = Linear(stream, {"latent": self.rank + config.qk_rope_head_dim}, bias=bias, std=std, rngs=rngs)
+        self.norm = norm(self.rank)
+        both = self.plain + config.v_head_dim
+        self.up = Linear({"embed": self.rank}, {**heads, "head_dim": both}, bias=False, std=std, rngs=rngs)
+        self.output = Linear({**heads, "head_dim": config.v_head_dim}, stream, bias=bias, std=output_std, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
+        attended = save_for_backward(self.core(*self._heads(x, inputs), None, None, inputs))
+        y = self.output(attended, "batch", "seq", "embed")
+        return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
+
+    def _heads(
+        self, x: Float[Array, "B S E"], inputs: LayerInputs
+    ) -> tuple[Float[Array, "B S H D"], Float[Array, "B S H D"], Float[Array, "B S H V"]]:
+        """Queries, keys and values."""
+        # on one tensor part a sequence that is not named as split is multiplied as one matrix
+        part = "seq" if current().parts("tensor") > 1 else "full_seq"
+        queries = x = constrain(x, "batch", part, "embed")
+        if self.query_down is not None and self.query_norm is not None:
+            queries = self.query_norm(self.query_down(x, "batch", part, "latent"))
+        query = self.query(constrain(queries, *LATENT), *HEADS)
+        down = self.down(x, "batch", part, "latent")
+        both = self.up(constrain(self.norm(down[..., : self.rank]), *LATENT), *HEADS)
+        shared = constrain(down[..., self.rank :], *LATENT)[:, :, None]
+        turned = query[..., self.plain :]
+        if self.rotated is not None:
+            tables = inputs.rotary[self.rotated]
+            turned, shared = rotate(turned, tables), rotate(shared, tables)
+        # its layout is given: the gradient is then summed over a device's heads, and not gathered before that
+        shared = jnp.broadcast_to(shared, turned.shape, out_sharding=spec(*HEADS))
+        query = jnp.concatenate([query[..., : self.plain], turned], -1)
+        key = jnp.concatenate([both[..., : self.plain], shared], -1)
+        return query, key, both[..., self.plain :]
