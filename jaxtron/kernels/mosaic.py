@@ -28,6 +28,14 @@ ROWS = TILE.reduce(1)
 COLUMNS = TILE.reduce(0)
 """One number per column of a `TILE`."""
 WARPGROUP_ROWS = 64
+_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+
+
+def not_hopper(device_kind: str) -> str | None:
+    """Why these kernels do not run on devices of this kind (`jax.Device.device_kind`), or None if they do."""
+    return (
+        None if any(name in device_kind for name in _HOPPER) else f"its kernels are for Hopper GPUs, not {device_kind}"
+    )
 
 
 def swizzled(dtype: Any, columns: int, widest: int = 128) -> tuple:

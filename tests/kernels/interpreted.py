@@ -1,8 +1,10 @@
 """Runs Mosaic kernels in Pallas' interpreter and prints a line of JSON per case; a process of its own, so that a wrong
 barrier can hang this one only: `python tests/kernels/interpreted.py CASE ...`."""
 
+import functools
 import json
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -188,18 +190,22 @@ def without_wait() -> None:
     jax.block_until_ready(made)
 
 
-PLANTED = {"without fences": without_fences, "without wait": without_wait}
+RUNS: dict[str, Callable[[], Any]] = {
+    "without fences": without_fences,
+    "without wait": without_wait,
+    **{name: functools.partial(errors_of, case) for name, case in CASES.items()},
+}
 
 
-def main(names: list[str]) -> None:
-    """One line per case: its errors and whether a race was found."""
+def main(names: list[str], runs: Mapping[str, Callable[[], Any]]) -> None:
+    """One line per run: its errors and whether a race was found."""
     for name in names:
-        # what the case before left behind
+        # what the run before left behind
         gpu_callbacks.reset_gpu_interpret_mode_state()
-        errors = PLANTED[name]() if name in PLANTED else errors_of(CASES[name])
+        errors = runs[name]()
         races = bool(interpret_pallas_call.get_races().races_found)
         print(json.dumps({"case": name, "errors": errors, "races": races}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:], RUNS)

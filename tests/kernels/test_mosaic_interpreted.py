@@ -45,12 +45,12 @@ MOST_ERROR = 0.012
 MOST_LSE_ERROR = 1e-4
 
 
-def interpret(names: list[str], seconds: int) -> list[dict]:
-    """What the cases report; fails if the interpreter hangs, as it does on a barrier that nobody arrives at."""
+def interpret(names: list[str], seconds: int, program: Path = PROGRAM) -> list[dict]:
+    """What a program's cases report; fails if the interpreter hangs, as it does on a barrier that nobody arrives at."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     environment["PYTHONPATH"] = str(PROGRAM.parents[2])
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), *names], capture_output=True, text=True, timeout=seconds, env=environment
+        [sys.executable, str(program), *names], capture_output=True, text=True, timeout=seconds, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -16,7 +16,7 @@ from jaxtron.kernels.attention import mosaic_backward, mosaic_forward, mosaic_qu
 from jaxtron.kernels.attention.mosaic_backward import Wanted
 from jaxtron.kernels.attention.mosaic_tiles import LOG2_E
 from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads
-from jaxtron.kernels.mosaic import Target
+from jaxtron.kernels.mosaic import Target, not_hopper
 from jaxtron.typing import Array, Float
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -29,8 +29,8 @@ features: frozenset[Feature] = frozenset({"segments", "soft_cap", "alibi", "offs
 
 def unsupported_reason(q: Heads, k: Heads, v: Heads, spec: AttentionSpec, device_kind: str) -> str | None:
     """Why these kernels cannot compute arrays of such sizes and types on such devices, or None if they can."""
-    if not any(name in device_kind for name in ("H100", "H200", "H800", "H20", "GH200")):
-        return f"its kernels are for Hopper GPUs, not {device_kind}"
+    if (reason := not_hopper(device_kind)) is not None:
+        return reason
     if jnp.dtype(q.dtype) not in (jnp.bfloat16, jnp.float16):
         return f"its kernels take bfloat16 and float16, not {q.dtype}"
     widest = max(q.shape[3], v.shape[3])

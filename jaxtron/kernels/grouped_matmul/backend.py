@@ -1,5 +1,6 @@
 """Which implementation computes grouped products, selected before anything is traced: the one named, or the fastest.
 
+- `mosaic`: our kernels for Hopper.
 - `xla`: plain JAX, one tile of rows after the other, anywhere.
 - `reference`: plain mathematics, every expert times all rows; never selected by `auto`.
 """
@@ -8,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxtron.config import UserError
-from jaxtron.kernels.grouped_matmul import reference, xla
+from jaxtron.kernels.grouped_matmul import mosaic, reference, xla
 from jaxtron.kernels.grouped_matmul.grouped_matmul import GroupedProducts
 from jaxtron.kernels.grouped_matmul.spec import Operand
 
-IMPLEMENTATIONS: Mapping[str, GroupedProducts] = {"xla": xla, "reference": reference}
+IMPLEMENTATIONS: Mapping[str, GroupedProducts] = {"mosaic": mosaic, "xla": xla, "reference": reference}
 SETTING = "model.moe.implementation"
 """The setting that names one."""
 

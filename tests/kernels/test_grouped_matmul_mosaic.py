@@ -1,0 +1,155 @@
+"""The Mosaic kernels of grouped products: interpreted, for numbers and races, and compiled for GPUs that are not there.
+
+Compiling needs ptxas of CUDA 13.0 or later on the path.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from test_mosaic_compiled import COLLECTIVES, WARNINGS
+from test_mosaic_interpreted import interpret
+
+from jaxtron.kernels.grouped_matmul import mosaic
+from jaxtron.kernels.grouped_matmul.grouped_matmul import gradient, product, product_transposed
+from jaxtron.kernels.grouped_matmul.mosaic_pipeline import place, tile_columns
+from jaxtron.kernels.grouped_matmul.spec import TILE
+from jaxtron.plan.compiled.deviceless import gpu_devices
+
+interpreted = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the interpreter before JAX 0.11 lacks layouts and transposed operands"
+)
+PROGRAM = Path(__file__).with_name("interpreted_grouped.py")
+SLOW = [
+    "wide",
+    "narrow",
+    "float16",
+    "ragged",
+    "experts without rows",
+    "all in one expert",
+    "no rows",
+    "one tile",
+    "one expert",
+    "many blocks",
+]
+KERNELS: dict[str, Callable] = {
+    "product": lambda rows, cotangent, kernel, experts: product(rows, kernel, experts, mosaic),
+    "product_transposed": lambda rows, cotangent, kernel, experts: product_transposed(
+        cotangent, kernel, experts, mosaic
+    ),
+    "gradient": lambda rows, cotangent, kernel, experts: gradient(rows, cotangent, experts, EXPERTS, mosaic),
+}
+ROWS, EXPERTS = 4096, 8
+
+
+def check_numbers(names: list[str], seconds: int) -> None:
+    for report in interpret(names, seconds, PROGRAM):
+        assert not report["races"], report
+        assert set(report["errors"]) == set(KERNELS)
+        assert all(share <= 1.0 for share in report["errors"].values()), report
+
+
+@interpreted
+def test_a_short_case_is_right_and_free_of_races() -> None:
+    check_numbers(["short"], seconds=240)
+
+
+@interpreted
+@pytest.mark.slow
+def test_every_case_is_right_and_free_of_races() -> None:
+    check_numbers(SLOW, seconds=900)
+
+
+@interpreted
+@pytest.mark.slow
+def test_planted_races_are_found() -> None:
+    (report,) = interpret(["without fences"], seconds=120, program=PROGRAM)
+    assert report["races"]
+
+
+def shapes(
+    mesh: Mesh, widths: tuple[int, int], dtype: str = "bfloat16", axis: str | None = None
+) -> list[jax.ShapeDtypeStruct]:
+    """Rows, their cotangent, kernels, experts of tiles; rows and experts of all devices along `axis`."""
+    parts = mesh.shape[axis] if axis else 1
+
+    def array(shape: tuple[int, ...], dtype: str, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    return [
+        *(array((parts * ROWS, width), dtype, PartitionSpec(axis)) for width in widths),
+        array((EXPERTS, *widths), dtype, PartitionSpec()),
+        array((parts * ROWS // TILE,), "int32", PartitionSpec(axis)),
+    ]
+
+
+@pytest.fixture
+def said(monkeypatch, capfd) -> Callable[[], str]:
+    """What ptxas said since, with the PTX."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    capfd.readouterr()
+    return lambda: capfd.readouterr().out
+
+
+def check_program(said: str, kernels: int) -> None:
+    """No register is put aside, products are the tensor cores', and one is in flight while the next is issued."""
+    spilled = [int(stored) for stored in re.findall(r"(\d+) bytes spill stores", said)]
+    assert spilled == [0] * kernels
+    assert said.count("wgmma.mma_async") >= 4 * kernels
+    assert said.count("wgmma.wait_group.sync.aligned 1;") >= kernels
+    assert not [warning for warning in WARNINGS if warning in said]
+
+
+def one_gpu() -> Mesh:
+    return Mesh(np.array(gpu_devices("h100", 1)), ("x",))
+
+
+def test_kernels_compile_inside_a_manual_region_without_copies_and_collectives(said) -> None:
+    """All three, over rows that differ from device to device."""
+    mesh = Mesh(np.array(gpu_devices("h100", 8)).reshape(2, 4), ("data", "tensor"))
+    given = shapes(mesh, (2048, 1536), axis="data")
+
+    def run(*operands: jax.Array) -> list[jax.Array]:
+        return [kernel(*operands) for kernel in KERNELS.values()]
+
+    rows = PartitionSpec("data")
+    region = jax.shard_map(run, mesh=mesh, in_specs=(rows, rows, PartitionSpec(), rows), out_specs=[rows, rows, rows])
+    compiled = jax.jit(region).lower(*given).compile()
+    check_program(said(), kernels=3)
+    text = compiled.as_text()
+    assert all(f"mosaic.grouped_{name}.flops" in text for name in KERNELS)
+    assert not COLLECTIVES.search(text)
+    # a copy of anything would be megabytes
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**16
+
+
+# tiles of 256, 192, 128 and 64 columns; widths that are no whole tiles or swizzles; one step
+WIDTHS = ((4096, 2880), (384, 704), (128, 2816), (64, 192), (352, 80), (16, 2048))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("widths", "dtype"), [*((widths, "bfloat16") for widths in WIDTHS), ((384, 704), "float16")], ids=str
+)
+def test_every_width_compiles(said, widths: tuple[int, int], dtype: str) -> None:
+    given = shapes(one_gpu(), widths, dtype)
+    jax.jit(lambda *operands: [kernel(*operands) for kernel in KERNELS.values()]).lower(*given).compile()
+    check_program(said(), kernels=3)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (40, 3), (16, 5), (17, 1)])
+def test_every_tile_of_a_result_is_visited_once(rows: int, columns: int) -> None:
+    found = jax.vmap(lambda index: place(index, np.int32(rows), columns))(np.arange(rows * columns, dtype=np.int32))
+    places = list(zip(*map(np.ndarray.tolist, map(np.asarray, found)), strict=True))
+    assert sorted(places) == [(row, column) for row in range(rows) for column in range(columns)]
+
+
+def test_tiles_of_columns_fit_the_width() -> None:
+    """Wide ones read least of the rows; narrower ones where a wide one would be mostly beyond the end."""
+    widths = {4096: 256, 1408: 256, 384: 192, 128: 128, 96: 128, 64: 64, 16: 64}
+    assert {width: tile_columns(width) for width in widths} == widths
