@@ -6,6 +6,7 @@ Sizes are bytes and floating-point operations (FLOPs), times are seconds.
 import functools
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pydantic import Field, model_validator
 from jaxtron.config import Config, UserError, load
 from jaxtron.gpus import GPUS, Gpu, gpu_named
 from jaxtron.models.work.operations import CollectiveKind, Product
-from jaxtron.sharding.folding import FLAGS
+from jaxtron.sharding.folding import Axes
 
 CONSTANTS = Path(__file__).with_name("machines.yaml")
 
@@ -83,13 +84,18 @@ class Machine(Config):
         """Seconds of a collective; `size` is the bytes of the whole array: gathered, or before it is scattered.
 
         A ring inside a node moves size * (n - 1) / n bytes through each GPU's NVLink. Between nodes each of the
-        node's GPUs uses its own network card for its share. An all-reduce is a reduce-scatter and an all-gather.
+        node's GPUs uses its own network card for its share. An all-reduce is a reduce-scatter and an all-gather. In an
+        all-to-all each device sends an equal part of `size` to each, by its own card to those in other nodes.
         """
         if group.size == 1:
             return 0.0
         gpu, nodes = self.datasheet, group.size // group.local
         inside = size * (group.size - 1) / group.size / (self.nvlink_fraction * gpu.nvlink_bandwidth)
-        between = size * (nodes - 1) / nodes / (group.local * self.network_fraction * gpu.network_bandwidth)
+        cards = group.local
+        if kind == "all_to_all":
+            # nobody passes on what is another's
+            inside, cards = inside * (group.local - 1) / (group.size - 1), 1
+        between = size * (nodes - 1) / nodes / (cards * self.network_fraction * gpu.network_bandwidth)
         latency = (group.local - 1) * self.nvlink_seconds + math.log2(nodes) * self.network_seconds
         once = max(inside if group.local > 1 else 0.0, between) + latency
         return 2 * once if kind == "all_reduce" else once
@@ -101,12 +107,14 @@ class Machine(Config):
         return size / (self.network_fraction * self.datasheet.network_bandwidth) + self.network_seconds
 
 
-def axes_group(sizes: dict[str, int], axes: tuple[str, ...], gpus_per_node: int) -> Group:
-    """The devices along neighbouring axes of a mesh whose devices fill nodes in order, `tensor` innermost."""
-    size = math.prod(sizes[axis] for axis in axes)
-    inner = FLAGS[max(map(FLAGS.index, axes)) + 1 :]
-    stride = math.prod(sizes[axis] for axis in inner)
-    local = max(1, min(size, gpus_per_node // stride))
+def axes_group(sizes: Mapping[str, int], axes: Axes, gpus_per_node: int) -> Group:
+    """The devices along some axes of a mesh with these sizes, outermost first, whose devices fill nodes in order."""
+    size = local = stride = 1
+    for axis, parts in reversed(sizes.items()):
+        if axis in axes:
+            size *= parts
+            local *= min(parts, max(1, gpus_per_node // stride))
+        stride *= parts
     while size % local:
         local -= 1
     return Group(size, local)

@@ -10,14 +10,16 @@ from jaxtron.models.work.profile import JAXTRON, Profile
 from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.tick_loops import message_counts
 from jaxtron.plan.compiled import flops
-from jaxtron.plan.compiled.communication import CommunicationRow, communication_rows, compiled_overlap
+from jaxtron.plan.compiled.communication import CommunicationRow, communication_rows, compiled_overlap, is_further
 from jaxtron.plan.compiled.diagnostics import Diagnostic, diagnostics
 from jaxtron.plan.compiled.rehearsal import Rehearsal
 from jaxtron.plan.formula.prediction import Prediction, predict
+from jaxtron.plan.formula.workload import shapes_of, work_of
 from jaxtron.plan.hint import first_change
 from jaxtron.plan.machine import Machine
 from jaxtron.plan.memory_use import MemoryUse
 from jaxtron.run.configuration import Configuration
+from jaxtron.sharding.folding import EXPERT_FLAGS
 from jaxtron.words import plural
 
 # of the file that --json writes: 2 has `communication`, `diagnostics` and `hint`, 3 frozen weights
@@ -28,12 +30,15 @@ FORMAT = 3
 class Plan:
     """What is known of a run before it runs. Bytes, FLOPs and seconds are those of one GPU and one step.
 
-    `compiled_flops` are those of the products in the program, where no schedule chooses among them; `padding` is the
-    part of the model's FLOPs that rows of the vocabulary take which are no tokens.
+    `experts` is the experts' view of the mesh, empty where there are none. `compiled_flops` are those of the products
+    in the program, where no schedule chooses among them; `padding` is the part of the model's FLOPs that rows of the
+    vocabulary take which are no tokens; `further` are communications of rounds of experts that run only where choices
+    are uneven, and that nothing here counts.
     """
 
     title: str
     mesh: dict[str, int]
+    experts: dict[str, int]
     gpu: str
     num_gpus: int
     gpus_per_node: int
@@ -50,6 +55,7 @@ class Plan:
     attention: tuple[str, ...]
     padding: float
     diagnostics: list[Diagnostic]
+    further: int
     hint: str | None
 
     def json(self) -> dict[str, Any]:
@@ -71,10 +77,13 @@ def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
     train, tokens = config.train, config.data.sequence_length
     rows = train.global_batch // train.microbatches // (sizes["data"] * sizes["fsdp"])
     name = f"{config.pipeline.schedule}, " if sizes["pipe"] > 1 else ""
-    memory = rehearsal.memory_use
+    memory, rules = rehearsal.memory_use, rehearsal.session.rules
+    shapes = shapes_of(config, sizes, profile, rehearsal.gpu.device_kind)
+    has_experts = config.family.experts(config.model) is not None
     return Plan(
         title=title,
         mesh=sizes,
+        experts={flag: rules.parts(flag) for flag in EXPERT_FLAGS} if has_experts else {},
         gpu=rehearsal.gpu.name,
         num_gpus=rehearsal.session.mesh.size,
         gpus_per_node=rehearsal.gpus_per_node,
@@ -90,7 +99,8 @@ def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
         compiled_flops=_executed(rehearsal),
         attention=rehearsal.attention,
         padding=_padding(config),
-        diagnostics=diagnostics(rehearsal),
+        diagnostics=diagnostics(rehearsal, work_of(config, shapes).exchanged),
+        further=sum(map(is_further, rehearsal.collectives)),
         hint=None if memory.fits else first_change(config, sizes, memory),
     )
 

@@ -29,7 +29,9 @@ def write_hlo(rehearsal: Rehearsal, path: Path) -> None:
 def plan_text(plan: Plan, tokens: float | None = None) -> str:
     """The plan for a reader; `tokens` is a budget whose days are told."""
     nodes = math.ceil(plan.num_gpus / plan.gpus_per_node)
-    mesh = " x ".join(f"{axis} {parts}" for axis, parts in plan.mesh.items() if parts > 1) or "one device"
+    mesh = _mesh(plan.mesh)
+    if plan.experts:
+        mesh = f"{mesh}; experts: {_mesh(plan.experts)}"
     return "\n".join(
         [
             f"{plan.title}: {readable_count(plan.parameters)} parameters on {plan.num_gpus:,} {plan.gpu} "
@@ -48,6 +50,10 @@ def plan_text(plan: Plan, tokens: float | None = None) -> str:
             *_diagnostics(plan),
         ]
     )
+
+
+def _mesh(sizes: dict[str, int]) -> str:
+    return " x ".join(f"{flag} {parts}" for flag, parts in sizes.items() if parts > 1) or "one device"
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -96,6 +102,11 @@ def _communication(plan: Plan) -> list[str]:
     sent = {link: sum(row.sent for row in plan.communication if row.link == link) for link in ("NVLink", "network")}
     total = " and ".join(f"{readable_bytes(part)} by {link}" for link, part in sent.items() if part)
     lines = [f"communication of a GPU in a step: sends {total or 'nothing'}", *aligned(rows, right=range(4, 10))]
+    if plan.further:
+        lines.append(
+            f"  further rounds of experts ({plural(plan.further, 'communication')}) run only where choices are uneven: "
+            "counted as none"
+        )
     given, needed = plan.messages
     return [*lines, f"  stages send {given / needed:.2f} times the messages they need"] if needed else lines
 
@@ -111,9 +122,10 @@ def _compute(plan: Plan) -> list[str]:
     parts = plan.prediction.breakdown
     bubble = parts.bubble / (parts.total - parts.bubble) if parts.total else 0.0
     model, hardware = readable_flops(found.model_flops), readable_flops(found.hardware_flops)
+    what = "what is computed again and empty rows of experts" if plan.experts else "what is computed again"
     lines = [
         f"compute of a GPU in a step: {model} of the model ({plan.padding:.1%} for the vocabulary's padding), "
-        f"{hardware} with what is computed again ({again:+.1%}); bubble {bubble:.1%}"
+        f"{hardware} with {what} ({again:+.1%}); bubble {bubble:.1%}"
     ]
     if plan.compiled_flops is not None:
         ratio = plan.compiled_flops / found.model_flops - 1

@@ -48,6 +48,10 @@ class Folding:
             rest = [axis for axis in rest[1:] if flag is None or axis not in self.flags[flag]]
         return tuple(found)
 
+    def named(self, names: Axes) -> Axes:
+        """The mesh axes of what `names` calls them."""
+        return tuple(axis for name in names for axis in self.flags.get(name, (name,)))
+
     def without(self, flag: str) -> "Folding":
         """The same mesh with nothing split over `flag`: devices along it are copies."""
         assert flag != "tensor", "what is not of tensor is manual"

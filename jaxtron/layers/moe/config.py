@@ -1,5 +1,6 @@
 """Settings of a mixture of experts: how tokens choose, how load is balanced, how tokens travel."""
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -54,3 +55,9 @@ class MoeConfig(Config):
     slots: float = Field(default=1.25, gt=0)
     """Rows of an expert in one round of the exchange, times the even share; what has no place goes in a further round,
     so nothing is dropped."""
+
+    def round_rows(self, num_tokens: int) -> int:
+        """Rows of an expert in a round: `slots` times the even share of a device's pairs, at most one for each of its
+        tokens."""
+        even = num_tokens * self.top_k / self.num_experts
+        return min(num_tokens, max(8, math.ceil(self.slots * even / 8) * 8))

@@ -6,7 +6,6 @@ of the group has pairs left, so that shapes are static, memory is that of one ro
 nothing is dropped. Both ways are gathers: by row on the way out, by pair on the way back, each the other's transpose.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,12 +39,6 @@ class Exchange:
     def own_experts(self) -> int:
         """Experts of a device."""
         return self.num_experts // self.num_devices
-
-
-def round_rows(num_tokens: int, num_experts: int, top_k: int, slots: float) -> int:
-    """Rows of an expert in a round: `slots` times the even share of a device's pairs, at most one for every token."""
-    even = num_tokens * top_k / num_experts
-    return min(num_tokens, max(8, math.ceil(slots * even / 8) * 8))
 
 
 class Dispatch(NamedTuple):

@@ -16,6 +16,9 @@ from jaxtron.sharding.regions import on_each_device
 from jaxtron.sharding.rules import current, spec
 from jaxtron.typing import Array, Float, Int, PyTree
 
+# the scope of rounds after the first, by which a plan finds their loop: nobody knows how often it runs
+FURTHER_ROUNDS = "further_rounds"
+
 # (what enters an expert's MLP [..., G, F], the weight of its row [..., 1]) -> what goes into its last product [..., F]
 Activate = Callable[[Array, Array], Array]
 
@@ -172,7 +175,7 @@ def _further(exchange: Exchange, dispatch: Dispatch, a_round: Callable[[Array], 
         turn, sums = carry
         return turn + 1, jax.tree.map(jnp.add, sums, a_round(turn))
 
-    with jax.named_scope("further_rounds"):
+    with jax.named_scope(FURTHER_ROUNDS):
         return jax.lax.while_loop(lambda carry: carry[0] < dispatch.rounds, body, (turn, sums))[1]
 
 

@@ -11,7 +11,7 @@ from jaxtron.layers.inputs import BranchOutput, LayerInputs, dropout
 from jaxtron.layers.linear import normal
 from jaxtron.layers.mlp import FUNCTIONS, Mlp
 from jaxtron.layers.moe.config import MoeConfig
-from jaxtron.layers.moe.exchange import Exchange, round_rows
+from jaxtron.layers.moe.exchange import Exchange
 from jaxtron.layers.moe.experts import mix
 from jaxtron.layers.moe.router import Router
 from jaxtron.sharding.parameters import parameter
@@ -72,7 +72,7 @@ class Moe(nnx.Module):
         """For so many tokens of a device."""
         config, rules = self.config, current()
         axes = {flag: rules.axes(flag) if rules.parts(flag) > 1 else () for flag in ("expert", "expert_tensor")}
-        rows = round_rows(num_tokens, config.num_experts, config.top_k, config.slots)
+        rows = config.round_rows(num_tokens)
         return Exchange(
             config.num_experts,
             config.top_k,

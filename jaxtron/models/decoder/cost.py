@@ -21,6 +21,12 @@ def period_parameters(config: ModelConfig, tensor: int = 1) -> int:
     return branches + len(period) * norm_parameters(config, config.hidden_size)
 
 
+def period_expert_parameters(config: ModelConfig) -> int:
+    """Those of `period_parameters` that are experts', all of them."""
+    kinds = (KINDS[symbol] for branch in config.layout.period for symbol in branch)
+    return sum(kind.expert_parameters(config) for kind in kinds if kind.expert_parameters is not None)
+
+
 def embedding_parameters(config: ModelConfig, sequence_length: int, tensor: int = 1) -> int:
     """Parameters of the embedding and of learned positions on each of `tensor` devices."""
     positions = (config.max_positions or sequence_length) if config.position == "learned" else 0

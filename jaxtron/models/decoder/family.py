@@ -41,7 +41,7 @@ def evaluated(model: ModelConfig) -> ModelConfig:
 
 def experts(model: ModelConfig) -> Experts | None:
     """Those of `E` layers."""
-    if not any(kind.splits_experts for kind in model.kinds):
+    if all(kind.expert_parameters is None for kind in model.kinds):
         return None
     width = "model.moe.expert_size" if model.moe.expert_size else "model.mlp_size"
     return Experts(("model.moe.num_experts", model.moe.num_experts), (width, expert_width(model)))

@@ -57,8 +57,8 @@ class LayerKind:
     """Whether its tokens see others of their sequence by attention: all before them, or `model.attention.window`."""
     heads: Callable[[DecoderSettings], HeadSizes] | None = None
     """Those of a kind that attends."""
-    splits_experts: bool = False
-    """Whether mesh.expert and mesh.expert_tensor split it."""
+    expert_parameters: Callable[[DecoderSettings], int] | None = None
+    """Those of all its experts, which mesh.expert and mesh.expert_tensor split (none: it has none)."""
     validate: Callable[[DecoderSettings], None] = lambda settings: None
     """`UserError` for settings that do not go together, whatever the mesh."""
     check: Callable[[DecoderSettings, Mapping[str, int], ContextConfig], None] = lambda settings, sizes, context: None
@@ -231,10 +231,15 @@ def expert_width(settings: DecoderSettings) -> int:
     return settings.moe.expert_size or settings.mlp_width
 
 
+def _expert_parameters(settings: DecoderSettings) -> int:
+    matrices = 3 if settings.activation in GATED else 2
+    return settings.moe.num_experts * matrices * settings.hidden_size * expert_width(settings)
+
+
 def _moe_parameters(settings: DecoderSettings, tensor: int) -> int:
     moe, matrices = settings.moe, 3 if settings.activation in GATED else 2
-    experts = moe.num_experts * (1 + matrices * expert_width(settings))
-    return settings.hidden_size * (experts + matrices * moe.shared_size // tensor + moe.shared_gate)
+    others = moe.num_experts + matrices * moe.shared_size // tensor + moe.shared_gate
+    return _expert_parameters(settings) + settings.hidden_size * others
 
 
 def _moe_flops(settings: DecoderSettings, length: int) -> dict[str, int]:
@@ -332,7 +337,7 @@ MOE = LayerKind(
     parameters=_moe_parameters,
     flops=_moe_flops,
     fields=("mlp_size", "activation", "moe"),
-    splits_experts=True,
+    expert_parameters=_expert_parameters,
     validate=_validate_moe,
     check=_check_moe,
 )

@@ -1,12 +1,17 @@
 """What a decoder takes of a device: work of each kind of layer by symbol, of a period of its pattern, of its ends."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from jaxtron.layers.config import GATED
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.cost import embedding_parameters, period_parameters, table_parameters
+from jaxtron.models.decoder.cost import (
+    embedding_parameters,
+    period_expert_parameters,
+    period_parameters,
+    table_parameters,
+)
 from jaxtron.models.decoder.kinds import (
     ATTENTION,
     KINDS,
@@ -27,7 +32,17 @@ from jaxtron.models.work.attention import (
     mixed_bytes,
     projections,
 )
-from jaxtron.models.work.blocks import embedding, linear, mlp, mlp_temporaries, norm, residual, token_head
+from jaxtron.models.work.blocks import (
+    added_up,
+    embedding,
+    mlp,
+    mlp_temporaries,
+    norm,
+    put_together,
+    residual,
+    token_head,
+)
+from jaxtron.models.work.experts import ExpertShapes, expert_temporaries, experts
 from jaxtron.models.work.model import ModelWork, StackWork
 from jaxtron.models.work.operations import PhaseWork, SlotWork
 from jaxtron.models.work.shapes import Shapes, gather, gathered_weights
@@ -46,8 +61,12 @@ class LayerWork:
     """Bytes that one layer's backward needs beside what was kept; of kinds of one `module` those with most count."""
     gathers: bool = True
     """Whether it reads the whole sequence, and not a device's part of it along `tensor`."""
+    scatters: bool = True
+    """Whether it leaves partial sums along `tensor`."""
     transposed: Callable[[ModelConfig, Shapes, bool], int] = lambda model, shapes, in_loop: 0
     """Bytes of one row that a loop over layers keeps a second time, transposed; the last: whether it has several."""
+    exchanged: Callable[[ModelConfig, Shapes], tuple[float, ...]] = lambda model, shapes: ()
+    """Bytes of the arrays that devices with experts send each other in it."""
 
 
 def decoder_work(model: ModelConfig, shapes: Shapes) -> ModelWork:
@@ -57,7 +76,8 @@ def decoder_work(model: ModelConfig, shapes: Shapes) -> ModelWork:
     passes = 2 + model.embedding_norm + (model.position == "learned")
     stack = StackWork(
         layer=period(model, shapes),
-        parameters=period_parameters(model, shapes.tensor),
+        parameters=_dense_parameters(model, shapes),
+        expert_parameters=_expert_parameters(model, shapes),
         enter=embedding(shapes, hidden, tables, passes=passes, dropout=model.dropout > 0),
         temporaries=_temporaries(model, shapes),
         transposed=_transposed(model, shapes, in_loop=False),
@@ -70,6 +90,12 @@ def decoder_work(model: ModelConfig, shapes: Shapes) -> ModelWork:
         stream=shapes.stream_bytes(hidden),
         head_matrix=vocab * hidden,
         logits=shapes.tokens * vocab,
+        exchanged=tuple(
+            size
+            for branch in model.layout.period
+            for symbol in branch
+            for size in LAYER_WORK[symbol].exchanged(model, shapes)
+        ),
     )
 
 
@@ -80,7 +106,17 @@ def period(model: ModelConfig, shapes: Shapes) -> SlotWork:
         found += _branch(model, shapes, branch)
     if "layer" in model.recomputed:
         found += SlotWork(backward=found.forward)
-    return found + gathered_weights(shapes, period_parameters(model, shapes.tensor))
+    return found + gathered_weights(shapes, _dense_parameters(model, shapes), _expert_parameters(model, shapes))
+
+
+def _dense_parameters(model: ModelConfig, shapes: Shapes) -> float:
+    """Of a period on a device, without experts."""
+    return period_parameters(model, shapes.tensor) - period_expert_parameters(model)
+
+
+def _expert_parameters(model: ModelConfig, shapes: Shapes) -> float:
+    """Of a period's experts on a device."""
+    return period_expert_parameters(model) / (shapes.sizes["expert"] * shapes.sizes["expert_tensor"])
 
 
 def _branch(model: ModelConfig, shapes: Shapes, branch: Branch) -> SlotWork:
@@ -89,7 +125,7 @@ def _branch(model: ModelConfig, shapes: Shapes, branch: Branch) -> SlotWork:
     for symbol in branch:
         regions = LAYER_WORK[symbol].slots(model, shapes)
         found += _recomputed(model, shapes, KINDS[symbol], regions)
-        found += residual(shapes, model.hidden_size, dropout=model.dropout > 0)
+        found += residual(shapes, model.hidden_size, dropout=model.dropout > 0, scattered=LAYER_WORK[symbol].scatters)
     return found
 
 
@@ -97,8 +133,9 @@ def _recomputed(model: ModelConfig, shapes: Shapes, kind: LayerKind, regions: Re
     """A branch with the forward of what `model.recompute` names of it in its backward too."""
     found = sum(regions.values(), start=SlotWork())
     if kind.module in model.recomputed:
-        gathered = PhaseWork(collectives=gather(shapes, shapes.stream_bytes(model.hidden_size)))
-        return found + SlotWork(backward=found.forward + gathered)
+        size = shapes.stream_bytes(model.hidden_size)
+        gathered = gather(shapes, size) if LAYER_WORK[kind.symbol].gathers else ()
+        return found + SlotWork(backward=found.forward + PhaseWork(collectives=gathered))
     for name in kind.parts:
         if name in model.recomputed:
             found += SlotWork(backward=regions[name].forward)
@@ -194,16 +231,40 @@ def _mlp_width(model: ModelConfig, shapes: Shapes) -> float:
     return model.mlp_width / shapes.tensor
 
 
-def _moe(model: ModelConfig, shapes: Shapes) -> RegionWork:
-    """Router and experts of an even load; what is exchanged between devices is not counted yet."""
-    moe, is_gated = model.moe, model.activation in GATED
-    own = replace(shapes, rows=shapes.rows * moe.top_k)
-    found = linear(shapes, model.hidden_size, moe.num_experts) + mlp(
-        own, model.hidden_size, expert_width(model) / shapes.tensor, gated=is_gated
+def _expert_layer(model: ModelConfig, shapes: Shapes) -> ExpertShapes:
+    moe, tokens = model.moe, shapes.own_tokens
+    rows = tokens * moe.top_k / moe.num_experts
+    if shapes.profile.expert_rows == "round":
+        rows = moe.round_rows(round(tokens))
+    return ExpertShapes(
+        hidden=model.hidden_size,
+        num_experts=moe.num_experts,
+        top_k=moe.top_k,
+        rows=rows,
+        own=moe.num_experts / shapes.sizes["expert"],
+        width=expert_width(model) / shapes.sizes["expert_tensor"],
+        inputs=2 if model.activation in GATED else 1,
+        has_rounds=rows < tokens,
     )
-    if moe.shared_size:
-        found += mlp(shapes, model.hidden_size, moe.shared_size / shapes.tensor, gated=is_gated)
+
+
+def _moe(model: ModelConfig, shapes: Shapes) -> RegionWork:
+    """Router and experts, and the MLP that all tokens go through."""
+    found, hidden, shared = experts(shapes, _expert_layer(model, shapes)), model.hidden_size, model.moe.shared_size
+    if shared:
+        found += put_together(shapes, hidden) + added_up(shapes, hidden)
+        found += mlp(shapes, hidden, shared / shapes.tensor, gated=model.activation in GATED)
     return {"moe": found}
+
+
+def _moe_temporaries(model: ModelConfig, shapes: Shapes) -> float:
+    needed = expert_temporaries(shapes, _expert_layer(model, shapes))
+    shared = model.moe.shared_size / shapes.tensor
+    return needed + (mlp_temporaries(shapes, model.hidden_size, shared) if shared else 0.0)
+
+
+def _moe_exchanged(model: ModelConfig, shapes: Shapes) -> tuple[float, ...]:
+    return _expert_layer(model, shapes).exchanged(shapes)
 
 
 # by symbol, the keys of kinds.py: KINDS
@@ -212,5 +273,5 @@ LAYER_WORK = {
     WINDOW.symbol: LayerWork(partial(_attention, in_window=True), _scores, transposed=_mixed),
     LATENT.symbol: LayerWork(_latent, _latent_scores, gathers=False, transposed=_latent_mixed),
     MLP.symbol: LayerWork(_mlp, _mlp_temporaries, transposed=_mlp_hidden),
-    MOE.symbol: LayerWork(_moe),
+    MOE.symbol: LayerWork(_moe, _moe_temporaries, gathers=False, scatters=False, exchanged=_moe_exchanged),
 }

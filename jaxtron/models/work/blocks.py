@@ -41,25 +41,38 @@ def mlp_temporaries(shapes: Shapes, hidden: float, width: float) -> float:
 
 def norm(shapes: Shapes, hidden: float, *, gathered: bool = True) -> SlotWork:
     """A norm of the stream, whose parts are then put together where what reads it reads all of it."""
-    stream, size = shapes.own_bytes(hidden), shapes.stream_bytes(hidden)
-    there, back, again = gather(shapes, size), scatter(shapes, size), gather(shapes, size, "regather")
-    if not gathered:
-        there = back = again = ()
+    stream = shapes.own_bytes(hidden)
     # forward: input read, output written; backward: input, its gradient and the residual's read, their sum written
+    found = SlotWork(forward=PhaseWork(stream=2 * stream, kernels=1), backward=PhaseWork(stream=4 * stream, kernels=2))
+    return found + put_together(shapes, hidden) if gathered else found
+
+
+def residual(shapes: Shapes, hidden: float, *, dropout: bool = False, scattered: bool = True) -> SlotWork:
+    """What a branch ends with: its partial sums reduced, where it has some, dropout, and the sum with the stream."""
+    stream = shapes.own_bytes(hidden)
+    drop = dropout_bytes(shapes, hidden) if dropout else 0.0
+    found = SlotWork(
+        forward=PhaseWork(stream=3 * stream + drop, kernels=1),
+        backward=PhaseWork(stream=(2 * stream if drop else 0) + drop, kernels=1),
+    )
+    return found + added_up(shapes, hidden) if scattered else found
+
+
+def put_together(shapes: Shapes, hidden: float) -> SlotWork:
+    """A sequence's parts where products over `tensor` begin."""
+    size = shapes.stream_bytes(hidden)
     return SlotWork(
-        forward=PhaseWork(stream=2 * stream, kernels=1, collectives=there),
-        backward=PhaseWork(stream=4 * stream, kernels=2, collectives=back),
-        weight=PhaseWork(collectives=again),
+        forward=PhaseWork(collectives=gather(shapes, size)),
+        backward=PhaseWork(collectives=scatter(shapes, size)),
+        weight=PhaseWork(collectives=gather(shapes, size, "regather")),
     )
 
 
-def residual(shapes: Shapes, hidden: float, *, dropout: bool = False) -> SlotWork:
-    """What a branch ends with: its partial sums reduced, dropout, and the sum with the residual stream."""
-    stream, size = shapes.own_bytes(hidden), shapes.stream_bytes(hidden)
-    drop = dropout_bytes(shapes, hidden) if dropout else 0.0
+def added_up(shapes: Shapes, hidden: float) -> SlotWork:
+    """Partial sums where they end."""
+    size = shapes.stream_bytes(hidden)
     return SlotWork(
-        forward=PhaseWork(stream=3 * stream + drop, kernels=1, collectives=scatter(shapes, size)),
-        backward=PhaseWork(stream=(2 * stream if drop else 0) + drop, kernels=1, collectives=gather(shapes, size)),
+        forward=PhaseWork(collectives=scatter(shapes, size)), backward=PhaseWork(collectives=gather(shapes, size))
     )
 
 

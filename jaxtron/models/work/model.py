@@ -15,7 +15,7 @@ class StackWork:
 
     layer: SlotWork
     parameters: float
-    """Of a layer."""
+    """Of a layer, without experts."""
     enter: SlotWork = SlotWork()
     """What makes the stream of its first layer."""
     temporaries: float = 0.0
@@ -24,6 +24,8 @@ class StackWork:
     """Bytes of one row that are kept a second time for weight gradients, which contract over tokens."""
     transposed_in_loop: int = 0
     """The same where a loop runs several layers."""
+    expert_parameters: float = 0.0
+    """Of a layer's experts, split by `expert` and `expert_tensor` and whole over `expert_data`."""
 
 
 @dataclass(frozen=True)
@@ -41,3 +43,5 @@ class ModelWork:
     """Numbers of the head's matrix on a device."""
     logits: float = 0.0
     """Numbers of a microbatch's logits on a device; of all of these the loss has a chunk at a time."""
+    exchanged: tuple[float, ...] = ()
+    """Bytes of the arrays that devices with experts send each other in a layer."""

@@ -6,7 +6,7 @@ Sizes are bytes and floating-point operations (FLOPs).
 from dataclasses import dataclass
 from typing import Literal
 
-CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce"]
+CollectiveKind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Product:
 
 @dataclass(frozen=True)
 class CollectiveWork:
-    """`size` is the bytes of the whole array on one device; `purpose` names the field of `Overlap`."""
+    """`size` is the bytes of the whole array on one device; `purpose` says over which devices it runs and what part of
+    it is hidden (plan/formula/timer.py: PURPOSES)."""
 
     kind: CollectiveKind
     size: float

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 Attention = Literal["plain", "softmax_kernel", "fused"]
+ExpertRows = Literal["round", "chosen"]
 
 
 @dataclass(frozen=True)
 class Overlap:
     """The part of each kind of communication, 0 to 1, that runs beside products.
 
-    No more is hidden than there is to hide behind: for `tensor`, `regather` and `fsdp` the products of the same layer
-    and slot, for `data` those of one backward or forward. A hidden message (`pipe`) still takes its time to arrive.
+    No more is hidden than there is to hide behind: for all but `data` and `pipe` the products of the same layer and
+    slot, for `data` those of one backward or forward. A hidden message (`pipe`) still takes its time to arrive.
     """
 
     tensor: float = 0.0
@@ -26,6 +27,8 @@ class Overlap:
     """Messages between stages."""
     context: float = 0.0
     """Keys and values of other parts of a sequence."""
+    expert: float = 0.0
+    """Tokens on their way to experts and back."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,15 @@ class Profile:
     `sequence_sharded`: norms, dropout and the residual stream are split over `tensor` (2205.05198), else copied.
     `attention`: scores in memory in float32 (plain), in 16 bits with a softmax kernel (2104.04473, sec. 4.2), or never
     (fused: 2205.14135). `logit_bytes`: moved for each logit between the head's products. Jaxtron: written in float32,
-    read for the maximum, the sum and the gradient, which is written in 16 bits.
+    read for the maximum, the sum and the gradient, which is written in 16 bits. `expert_rows`: what travels to experts
+    and is multiplied there, rounds of a fixed size with what is empty in them, or the rows that were chosen.
     """
 
     overlap: Overlap = Overlap(fsdp=1.0, pipe=1.0, context=1.0)
     sequence_sharded: bool = True
     attention: Attention = "plain"
     logit_bytes: int = 18
+    expert_rows: ExpertRows = "round"
 
 
 # Megatron's loss without a fused kernel, pass by pass: logits written in 16 bits 2, cast 6, maximum 4, difference 8,
@@ -65,6 +70,7 @@ MEGATRON_2024 = Profile(
     sequence_sharded=True,
     attention="fused",
     logit_bytes=_MEGATRON_LOGIT_BYTES,
+    expert_rows="chosen",
 )
 
 PROFILES = {

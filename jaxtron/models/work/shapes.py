@@ -18,7 +18,7 @@ class Shapes:
 
     profile: Profile
     sizes: dict[str, int]
-    """Devices by flag of the mesh."""
+    """Devices by flag of either view of the mesh."""
     rows: float
     length: int
     """Of a whole sequence, in tokens."""
@@ -26,6 +26,8 @@ class Shapes:
     """Parts that weights are gathered from where they are used."""
     width: int
     """Bytes of an activation."""
+    expert_gathered: int = 1
+    """As `gathered`, of experts."""
 
     @property
     def tensor(self) -> int:
@@ -73,10 +75,16 @@ def over_tensor(
     return (CollectiveWork(kind, size, purpose),) if shapes.tensor > 1 else ()
 
 
-def gathered_weights(shapes: Shapes, parameters: float) -> SlotWork:
-    """Weights gathered at use in 16 bits, again in the backward, and their gradients reduced there (ZeRO-3)."""
-    if shapes.gathered == 1:
+def gathered_weights(shapes: Shapes, parameters: float, experts: float = 0.0) -> SlotWork:
+    """Weights gathered at use in 16 bits, again in the backward, and their gradients reduced there (ZeRO-3); apart from
+    others those of experts."""
+    return _gathered("fsdp", shapes.gathered, parameters * shapes.width) + _gathered(
+        "expert_fsdp", shapes.expert_gathered, experts * shapes.width
+    )
+
+
+def _gathered(purpose: str, parts: int, size: float) -> SlotWork:
+    if parts == 1 or not size:
         return SlotWork()
-    size = parameters * shapes.width
-    gathered = PhaseWork(collectives=(CollectiveWork("all_gather", size, "fsdp"),))
-    return SlotWork(gathered, gathered, PhaseWork(collectives=(CollectiveWork("reduce_scatter", size, "fsdp"),)))
+    gathered = PhaseWork(collectives=(CollectiveWork("all_gather", size, purpose),))
+    return SlotWork(gathered, gathered, PhaseWork(collectives=(CollectiveWork("reduce_scatter", size, purpose),)))

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtron.pipeline.executor import BACKWARD
 from jaxtron.plan.compiled import hlo
 from jaxtron.plan.compiled.overlap import products_beside
+from jaxtron.sharding.folding import Axes
 
 # HLO's names, and how much of the payload each device sends when a ring of n carries it out
 _RING_PASSES = {
@@ -38,10 +39,12 @@ class Collective:
 
     `bytes` is the payload of one execution per device: what an all-gather has gathered, what a reduce-scatter reduces,
     the array of an all-reduce, all-to-all or permutation. `shapes` are the arrays so counted.
-    `axes` are the mesh axes whose groups communicate: `()` if no data leaves the device, `("?",)` if groups match none,
-    `("context/8",)` if they are eight neighbours along `context`.
+    `axes` are those whose groups communicate, as people call them (flags of either view where they make up one): `()`
+    if no data leaves the device, `("?",)` if groups match none, `("context/8",)` if they are eight neighbours along
+    `context`.
     `group_size` is the number of devices of those axes; 0 marks a permutation without pairs, whose result is zeros.
-    `loops` are trip counts of the loops around it, outermost first, None where the compiler does not know.
+    `loops` are trip counts of the loops around it, outermost first, None where the compiler does not know, 0 of further
+    rounds of experts.
     `source` is the traced operation it came from, or its innermost loop's where XLA lost it; `location` is `file:line`;
     `backward` tells whether either belongs to a backward pass, recomputation included.
     `beside` are the FLOPs of products that the compiler scheduled between its start and its end.
@@ -95,17 +98,20 @@ class Collective:
         return self.sent_bytes * self.executions
 
 
-def census(text: str | hlo.Module, sizes: Mapping[str, int]) -> tuple[Collective, ...]:
-    """The collectives in `compiled.as_text()` (or that text parsed), in program order, with the flags of the mesh.
+def census(
+    text: str | hlo.Module, sizes: Mapping[str, int], names: Callable[[Axes], Axes] = lambda axes: axes
+) -> tuple[Collective, ...]:
+    """The collectives in `compiled.as_text()` (or that text parsed), in program order.
 
-    `sizes` are those of the mesh compiled for, by flag, outermost first: devices in HLO are positions in
-    `mesh.devices.flat`, however finely the mesh cuts a flag. `ValueError` if there are more or fewer of them.
+    `sizes` are those of the axes of the mesh compiled for, outermost first: devices in HLO are positions in
+    `mesh.devices.flat`. `names` says what people call some of them (`Folding.names`). `ValueError` if there are more or
+    fewer devices.
     """
     module = text if isinstance(text, hlo.Module) else hlo.parse(text)
     if module.num_partitions not in (None, math.prod(sizes.values())):
         have = math.prod(sizes.values())
         raise ValueError(f"HLO is for {module.num_partitions} devices, the mesh {dict(sizes)} has {have}")
-    groups, beside = _Groups(sizes), products_beside(module)
+    groups, beside = _Groups(sizes, names), products_beside(module)
     found = (_collective(module, site, groups, beside) for site in hlo.walk(module))
     return tuple(collective for collective in found if collective is not None)
 
@@ -162,7 +168,8 @@ def _payload(opcode: str, instruction: hlo.Instruction, group_size: int) -> tupl
 class _Groups:
     """Finds the mesh axes that a collective's replica groups, or its pairs of source and target, run along."""
 
-    def __init__(self, sizes: Mapping[str, int]):
+    def __init__(self, sizes: Mapping[str, int], names: Callable[[Axes], Axes]) -> None:
+        self._called = names
         self._names, self._sizes = tuple(sizes), tuple(sizes.values())
         self._positions = np.arange(math.prod(self._sizes)).reshape(self._sizes)
         self._known: dict[str, tuple[tuple[str, ...], int]] = {}
@@ -194,7 +201,7 @@ class _Groups:
                 count = actual.shape[1]
                 runs = np.moveaxis(self._positions, axis, -1).reshape(-1, count)
                 if self._sizes[axis] % count == 0 and np.array_equal(_canonical(actual), _canonical(runs)):
-                    return (f"{self._names[axis]}/{count}",), count
+                    return (f"{self._called((self._names[axis],))[0]}/{count}",), count
         return UNKNOWN_AXES, max(lengths)
 
     def _differing(self, these: np.ndarray, those: np.ndarray) -> tuple[int, ...]:
@@ -203,7 +210,8 @@ class _Groups:
         return tuple(axis for axis, (a, b) in enumerate(zip(ours, theirs, strict=True)) if np.any(a != b))
 
     def _named(self, axes: tuple[int, ...]) -> tuple[tuple[str, ...], int]:
-        return tuple(self._names[axis] for axis in axes), math.prod(self._sizes[axis] for axis in axes)
+        called = self._called(tuple(self._names[axis] for axis in axes))
+        return called, math.prod(self._sizes[axis] for axis in axes)
 
 
 def _canonical(groups: np.ndarray) -> np.ndarray:

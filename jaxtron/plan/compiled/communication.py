@@ -13,11 +13,13 @@ from jaxtron.plan.compiled.links import Link, link
 from jaxtron.plan.compiled.rehearsal import Rehearsal
 from jaxtron.plan.machine import Group, Machine, axes_group
 from jaxtron.sharding.folding import BATCH_FLAGS, SHARD_FLAGS
+from jaxtron.sharding.mesh import Folding
 
 _KINDS: dict[str, CollectiveKind] = {
     "all_gather": "all_gather",
     "reduce_scatter": "reduce_scatter",
     "all_reduce": "all_reduce",
+    "all_to_all": "all_to_all",
 }
 
 
@@ -52,25 +54,35 @@ class CommunicationRow:
 
 
 def communication_rows(rehearsal: Rehearsal, machine: Machine) -> list[CommunicationRow]:
-    """The census by kind, axes and loops, what takes longest first."""
+    """The census by kind, axes and loops, what takes longest first; without further rounds of experts."""
     groups: dict[CommunicationKey, list[Collective]] = {}
     for entry in rehearsal.collectives:
+        if is_further(entry):
+            continue
         groups.setdefault(CommunicationKey(entry.kind, entry.axes, entry.loops, entry.conditional), []).append(entry)
     weigh, times = _weigher(rehearsal, machine), runs(rehearsal)
     found = [_row(key, entries, rehearsal, weigh, times) for key, entries in groups.items()]
     return sorted(found, key=lambda row: (-row.seconds, row.key))
 
 
+def is_further(entry: Collective) -> bool:
+    """Whether it runs only where choices of experts are so uneven that one round does not take them."""
+    return 0 in entry.loops
+
+
 def compiled_overlap(rehearsal: Rehearsal, machine: Machine) -> Overlap:
     """The part of each kind of communication that the compiled schedule hides, for the model of time."""
-    weigh = _weigher(rehearsal, machine)
-    batch = set(BATCH_FLAGS)
+    weigh, folding = _weigher(rehearsal, machine), rehearsal.session.rules.folding
+    is_exchange = exchange_of(folding)
+    exchanged = [entry for entry in rehearsal.collectives if is_exchange(entry)]
+    entries = [(entry, {*folding.named(entry.names)}) for entry in rehearsal.collectives if not is_exchange(entry)]
+    batch, shared = ({*folding.axes(*flags)} for flags in (BATCH_FLAGS, SHARD_FLAGS))
     # parts of a sequence share the state as the batch does: what travels in attention does so in a loop over layers
-    once = [entry for entry in rehearsal.collectives if not entry.loops and set(entry.names) & set(SHARD_FLAGS)]
-    at_use = [entry for entry in rehearsal.collectives if entry.loops and set(entry.axes) & batch]
-    tensor = [entry for entry in rehearsal.collectives if entry.axes == ("tensor",)]
-    split = [entry for entry in rehearsal.collectives if entry.loops and entry.names == ("context",)]
-    pipe = [entry for entry in rehearsal.collectives if entry.kind == "collective_permute" and entry.axes == ("pipe",)]
+    once = [entry for entry, axes in entries if not entry.loops and axes & shared]
+    at_use = [entry for entry, axes in entries if entry.loops and axes & batch]
+    tensor = [entry for entry, _ in entries if entry.axes == ("tensor",)]
+    split = [entry for entry, _ in entries if entry.loops and entry.names == ("context",)]
+    pipe = [entry for entry, _ in entries if entry.kind == "collective_permute" and entry.axes == ("pipe",)]
 
     def part(entries: Sequence[Collective]) -> float:
         times = [weigh(entry) for entry in entries]
@@ -84,7 +96,22 @@ def compiled_overlap(rehearsal: Rehearsal, machine: Machine) -> Overlap:
         data=part(once),
         pipe=part(pipe),
         context=part(split),
+        expert=part(exchanged),
     )
+
+
+def exchange_of(folding: Folding) -> Callable[[Collective], bool]:
+    """Tells what brings tokens to their experts and back: all-to-alls along mesh.expert, and in layers what puts rows
+    together along mesh.expert_tensor and adds them up, where these are not the devices of mesh.tensor."""
+    expert, width, tensor = ({*folding.axes(flag)} for flag in ("expert", "expert_tensor", "tensor"))
+
+    def belongs(entry: Collective) -> bool:
+        axes = {*folding.named(entry.names)}
+        if entry.group_size <= 1 or entry.kind == "all_to_all":
+            return entry.group_size > 1 and axes == expert
+        return bool(entry.loops) and axes == width != tensor and entry.kind in ("all_gather", "reduce_scatter")
+
+    return belongs
 
 
 def runs(rehearsal: Rehearsal) -> Callable[[Collective], float]:
@@ -108,18 +135,18 @@ Weigher = Callable[[Collective], tuple[float, float]]
 
 def _weigher(rehearsal: Rehearsal, machine: Machine) -> Weigher:
     """Seconds a step of one communication, and how many of them are hidden."""
-    sizes, times = rehearsal.session.sizes, runs(rehearsal)
+    sizes, times = rehearsal.session.mesh.shape, runs(rehearsal)
+    folding = rehearsal.session.rules.folding
     speed = machine.datasheet.peak_flops * machine.product_fraction
 
     def weigh(entry: Collective) -> tuple[float, float]:
         if entry.group_size <= 1:
             return 0.0, 0.0
         neighbours = {name: count for name, count in map(part_of, entry.axes) if count}
-        known = set(entry.names) <= set(sizes)
+        axes = folding.named(entry.names)
+        known = set(axes) <= set(sizes)
         group = (
-            axes_group(sizes | neighbours, entry.names, rehearsal.gpus_per_node)
-            if known
-            else Group(entry.group_size, 1)
+            axes_group({**sizes, **neighbours}, axes, rehearsal.gpus_per_node) if known else Group(entry.group_size, 1)
         )
         if entry.kind in _KINDS:
             seconds = machine.collective_seconds(_KINDS[entry.kind], entry.bytes, group)
@@ -141,7 +168,9 @@ def _row(
     weighed = [weigh(entry) for entry in entries]
     return CommunicationRow(
         key=key,
-        link=link(rehearsal.session.sizes, key.axes, rehearsal.gpus_per_node),
+        link=link(
+            rehearsal.session.mesh.shape, rehearsal.session.rules.folding.named(key.axes), rehearsal.gpus_per_node
+        ),
         operations=len(entries),
         arrays=sum(entry.operands for entry in entries),
         executions=round(sum(map(times, entries))),

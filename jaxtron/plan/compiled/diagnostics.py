@@ -1,13 +1,15 @@
 """What a compiled step does that nobody asked for, and what was asked for and is not in it."""
 
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from jaxtron.plan.compiled.census import UNKNOWN_AXES, Collective
+from jaxtron.plan.compiled.communication import exchange_of
 from jaxtron.plan.compiled.rehearsal import Rehearsal
 from jaxtron.plan.layout import ParameterRow
+from jaxtron.sharding.folding import FLAGS, Axes
+from jaxtron.sharding.mesh import Folding
 from jaxtron.words import readable_bytes
 
 # a payload a step below this is scalars, norms and what a loss needs of its rows
@@ -16,7 +18,7 @@ SMALL = 2**20
 STATE_COPIES = 3
 # the part of a GPU's memory from which copies are worth a line
 NOTABLE = 1e-3
-# what each axis is for: weights and gradients over the batch axes, the residual stream over tensor, messages over pipe
+# what each flag is for: weights and gradients over the batch axes, the residual stream over tensor, messages over pipe
 EXPECTED = {
     "data": {"all_gather", "reduce_scatter", "all_reduce"},
     "fsdp": {"all_gather", "reduce_scatter", "all_reduce"},
@@ -39,11 +41,12 @@ class Diagnostic:
     location: str = ""
 
 
-def diagnostics(rehearsal: Rehearsal) -> list[Diagnostic]:
-    """All that the compiled program shows, the largest first."""
+def diagnostics(rehearsal: Rehearsal, exchanged: Collection[float] = ()) -> list[Diagnostic]:
+    """All that the compiled program shows, the largest first; `exchanged` are the bytes of the arrays that devices with
+    experts send each other in a layer."""
     found = [
         *_compiler(rehearsal.messages),
-        *_resharding(rehearsal),
+        *_resharding(rehearsal, frozenset(exchanged)),
         *_replicated(rehearsal),
         *_missing(rehearsal),
     ]
@@ -65,10 +68,14 @@ def _compiler(messages: tuple[str, ...]) -> Iterator[Diagnostic]:
             )
 
 
-def _resharding(rehearsal: Rehearsal) -> Iterator[Diagnostic]:
+def _resharding(rehearsal: Rehearsal, exchanged: frozenset[float]) -> Iterator[Diagnostic]:
     """Communication of a kind that its axes are not for: a layout was changed where none of ours asks for it."""
+    folding = rehearsal.session.rules.folding
+    is_exchange = exchange_of(folding)
     for entry in rehearsal.collectives:
-        if entry.group_size <= 1 or entry.step_bytes < SMALL or _is_expected(entry):
+        if entry.group_size <= 1 or entry.step_bytes < SMALL or _is_expected(entry, folding):
+            continue
+        if is_exchange(entry) and entry.bytes in exchanged:
             continue
         axes = " and ".join(entry.axes) if entry.axes != UNKNOWN_AXES else "no axes of the mesh"
         moved = readable_bytes(entry.step_bytes)
@@ -76,40 +83,60 @@ def _resharding(rehearsal: Rehearsal) -> Iterator[Diagnostic]:
         yield Diagnostic(what, entry.step_bytes, entry.location)
 
 
-def _is_expected(entry: Collective) -> bool:
-    return all(entry.kind in EXPECTED.get(axis, ()) for axis in entry.names)
+def _is_expected(entry: Collective, folding: Folding) -> bool:
+    owners = {axis: flag for flag in FLAGS for axis in folding.axes(flag)}
+    return all(entry.kind in EXPECTED.get(owners.get(axis, ""), ()) for axis in folding.named(entry.names))
 
 
 def _replicated(rehearsal: Rehearsal) -> Iterator[Diagnostic]:
     """Parameters that every device of an axis keeps whole, although the axis divides one of their dimensions."""
-    sizes = rehearsal.session.sizes
-    for axis, number in sizes.items():
-        whole = [row for row in rehearsal.layout if number > 1 and _could_split(row, axis, sizes)]
-        saved = sum(row.bytes * STATE_COPIES * (number - 1) // number for row in whole)
-        if saved >= NOTABLE * rehearsal.gpu.memory_bytes:
+    folding = rehearsal.session.rules.folding
+    for flag in FLAGS:
+        copies: dict[Axes, list[ParameterRow]] = {}
+        for row in rehearsal.layout:
+            # experts may split a part of a flag's axes
+            axes = _unused(row, flag, folding)
+            if folding.size(axes) > 1 and _could_split(row, axes, folding):
+                copies.setdefault(axes, []).append(row)
+        for axes, whole in copies.items():
+            number = folding.size(axes)
+            saved = sum(row.bytes * STATE_COPIES * (number - 1) // number for row in whole)
+            if saved < NOTABLE * rehearsal.gpu.memory_bytes:
+                continue
             whole.sort(key=lambda row: -row.bytes)
             names = ", ".join(row.name for row in whole[:3]) + (", ..." if len(whole) > 3 else "")
-            is_unshared = axis in ("data", "context") and rehearsal.session.config.sharding.zero == "none"
+            is_unshared = flag in ("data", "context") and rehearsal.session.config.sharding.zero == "none"
             fix = "; --sharding.zero optimizer shares them" if is_unshared else ""
+            along = " x ".join(folding.names(axes))
             yield Diagnostic(
-                f"whole on all {number} of {axis}: the state of {names}, {readable_bytes(saved)} a GPU{fix}", saved
+                f"whole on all {number} of {along}: the state of {names}, {readable_bytes(saved)} a GPU{fix}", saved
             )
 
 
-def _could_split(row: ParameterRow, axis: str, sizes: Mapping[str, int]) -> bool:
-    """Whether a trained parameter lies whole along an axis that divides what a device has of one of its dimensions.
+def _unused(row: ParameterRow, flag: str, folding: Folding) -> Axes:
+    """The axes of a flag that split no dimension of a parameter."""
+    used = {axis for names in row.split for axis in folding.named(names)}
+    return tuple(axis for axis in folding.axes(flag) if axis not in used)
+
+
+def _could_split(row: ParameterRow, axes: Axes, folding: Folding) -> bool:
+    """Whether it is trained and these axes divide what a device has of one of its dimensions.
 
     What is not trained lies as it is used: sharing it is what `sharding.zero parameters` is for.
     """
-    if row.status != "trained" or any(axis in flags for flags in row.split):
-        return False
-    parts = [math.prod(sizes[name] for name in flags) for flags in row.split]
+    parts = [folding.size(folding.named(names)) for names in row.split]
     dims = zip(row.shape, row.axes, parts, strict=True)
-    return any(name != "layers" and dim % (part * sizes[axis]) == 0 for dim, name, part in dims)
+    fits = (name != "layers" and dim % (part * folding.size(axes)) == 0 for dim, name, part in dims)
+    return row.status == "trained" and any(fits)
 
 
 def _missing(rehearsal: Rehearsal) -> Iterator[Diagnostic]:
-    """Axes of the mesh over which nothing is communicated."""
-    for axis, parts in rehearsal.session.sizes.items():
-        if parts > 1 and not any(axis in entry.names for entry in rehearsal.collectives):
-            yield Diagnostic(f"mesh.{axis} is {parts}, but the compiled step communicates nothing over it")
+    """Flags of the mesh over which nothing is communicated."""
+    folding = rehearsal.session.rules.folding
+    used = {axis for entry in rehearsal.collectives for axis in folding.named(entry.names)}
+    for flag, parts in rehearsal.session.sizes.items():
+        if parts > 1 and not used & {*folding.axes(flag)}:
+            yield Diagnostic(f"mesh.{flag} is {parts}, but the compiled step communicates nothing over it")
+    parts = rehearsal.session.rules.parts("expert")
+    if parts > 1 and not any(map(exchange_of(folding), rehearsal.collectives)):
+        yield Diagnostic(f"mesh.expert is {parts}, but the compiled step exchanges nothing over it")

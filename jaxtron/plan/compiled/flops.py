@@ -79,7 +79,8 @@ def most(
     total = 0
     for role, name in instruction.called():
         if role == "body":
-            total += (hlo.trip_count(module, instruction) or 1) * _most_of(module, name, known)
+            trips = hlo.trip_count(module, instruction)
+            total += (1 if trips is None else trips) * _most_of(module, name, known)
         elif role in ("calls", "to_apply", "called_computations"):
             total += _most_of(module, name, known)
     return total

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxtron.layers.moe.experts import FURTHER_ROUNDS
+
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
 _OPCODE = re.compile(r"\s*(?P<opcode>[a-z][\w\-]*)\(")
@@ -151,7 +153,12 @@ def _walk(module: Module, name: str, loops: tuple[Loop, ...], conditional: bool,
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
-    """How often a `while` runs: as the compiler recorded it, else from `counter < constant`; None if neither tells."""
+    """How often a `while` runs: as the compiler recorded it, else from `counter < constant`; None if neither tells.
+
+    Further rounds of experts run as often as choices are uneven: they count as none.
+    """
+    if FURTHER_ROUNDS in loop.source.split("/"):
+        return 0
     if known := _TRIP_COUNT.search(loop.attributes):
         return int(known[1])
     condition = dict(loop.called())["condition"]

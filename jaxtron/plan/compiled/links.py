@@ -12,9 +12,9 @@ Link = Literal["NVLink", "network"]
 
 
 def link(sizes: Mapping[str, int], axes: tuple[str, ...], gpus_per_node: int) -> Link | None:
-    """The slowest link between devices that differ along these flags; None where no data leaves a device.
+    """The slowest link between devices that differ along these axes; None where no data leaves a device.
 
-    `sizes` are those of the mesh, outermost first; devices fill the nodes in its order. What is no flag of it ("?")
+    `sizes` are those of the mesh, outermost first; devices fill the nodes in its order. What is no axis of it ("?")
     counts as crossing nodes.
     """
     if not axes:

@@ -60,7 +60,7 @@ def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: i
             compiled = _compile(lowered, {**gpu_options(config.runtime), **COMPILER_OPTIONS})
         text, planned = compiled.as_text() or "", memory(compiled)
         module = hlo.parse(text)
-        collectives = census(module, session.sizes)
+        collectives = census(module, session.mesh.shape, session.rules.folding.names)
         num_groups = len({entry.axes for entry in collectives if entry.group_size > 1})
         rows = tuple(parameter_rows(trainer.blueprint))
         use_of_memory = memory_use(trainer, batch, planned, gpu_named(gpu), num_groups)

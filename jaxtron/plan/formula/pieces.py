@@ -8,6 +8,7 @@ from jaxtron.models.work.operations import CollectiveWork, PhaseWork, SlotWork
 from jaxtron.models.work.shapes import Shapes
 from jaxtron.pipeline.schedules.figures import Slot
 from jaxtron.run.configuration import Configuration
+from jaxtron.sharding.config import Zero
 
 # Of Adam and clipping, for each parameter of a device's share: gradient for the norm 4; gradient, weight and moments
 # read 16; weight and moments written 12; 2 for the working weight. SGD has one moment.
@@ -25,6 +26,14 @@ class Once:
     tables: tuple[CollectiveWork, ...] = field(default=())
     """Gradients of the embedding and the head, which all stages hold, summed over `pipe`."""
 
+    def __add__(self, other: "Once") -> "Once":
+        return Once(
+            self.parameters + other.parameters,
+            self.reduced + other.reduced,
+            self.gathered + other.gathered,
+            self.tables + other.tables,
+        )
+
 
 def once(config: Configuration, shapes: Shapes, work: ModelWork, layers: Sequence[int]) -> Once:
     """The step's end on a stage with so many layers of each stack: gradients in float32, weights in the step's
@@ -35,20 +44,35 @@ def once(config: Configuration, shapes: Shapes, work: ModelWork, layers: Sequenc
     stacked = sum(count * stack.parameters for count, stack in zip(layers, work.stacks, strict=True))
     local = (stacked + work.outer_parameters) / shapes.gathered
     tables = ()
+    experts = _experts_once(config, shapes, work, layers)
     if sizes["pipe"] > 1:
         rest = work.outer_parameters / shapes.gathered / (data if zero == "optimizer" else 1)
         tables = (CollectiveWork("all_reduce", 4 * rest, "pipe"),)
-    if zero == "parameters" or data == 1:
-        return Once(local, tables=tables)
-    if zero == "none":
-        return Once(local, (CollectiveWork("all_reduce", 4 * local, "data"),), tables=tables)
     # what is gathered again at use stays in float32 until then
     width = shapes.width if sizes["fsdp"] == 1 else 4
+    share = zero if data > 1 else "parameters"
+    return experts + _shared("data", local, data, share, width) + Once(0, tables=tables)
+
+
+def _experts_once(config: Configuration, shapes: Shapes, work: ModelWork, layers: Sequence[int]) -> Once:
+    """Of experts, which their copies share."""
+    zero, copies = config.sharding.zero, shapes.sizes["expert_data"]
+    held = sum(count * stack.expert_parameters for count, stack in zip(layers, work.stacks, strict=True))
+    # those gathered at use are reduced there
+    share = zero if copies > 1 and shapes.expert_gathered == 1 else "parameters"
+    return _shared("expert_data", held / shapes.expert_gathered, copies, share, shapes.width)
+
+
+def _shared(purpose: str, local: float, parts: int, zero: Zero, width: int) -> Once:
+    """Parameters of a device whose gradients so many devices add up, unless they did where they are used."""
+    if zero == "parameters" or not local:
+        return Once(local)
+    if zero == "none":
+        return Once(local, (CollectiveWork("all_reduce", 4 * local, purpose),))
     return Once(
-        local / data,
-        (CollectiveWork("reduce_scatter", 4 * local, "data"),),
-        (CollectiveWork("all_gather", width * local, "data"),),
-        tables=tables,
+        local / parts,
+        (CollectiveWork("reduce_scatter", 4 * local, purpose),),
+        (CollectiveWork("all_gather", width * local, purpose),),
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from jaxtron.gpus import gpu_named
 from jaxtron.models.work.model import ModelWork
-from jaxtron.models.work.operations import CollectiveWork, PhaseWork
+from jaxtron.models.work.operations import CollectiveWork
 from jaxtron.models.work.profile import JAXTRON, Profile
 from jaxtron.pipeline.partition import StagePlan
 from jaxtron.pipeline.schedules.figures import Slot, Walk, starts, walk
@@ -14,35 +14,13 @@ from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.plan.formula import pieces
 from jaxtron.plan.formula.pieces import OPTIMIZER_BYTES, Once
+from jaxtron.plan.formula.timer import SlotCost, Timer
 from jaxtron.plan.formula.workload import shapes_of, work_of
-from jaxtron.plan.machine import Group, Machine, axes_group
+from jaxtron.plan.machine import Machine
 from jaxtron.run.configuration import Configuration
-from jaxtron.sharding.folding import FLAGS, SHARD_FLAGS
+from jaxtron.sharding.folding import FLAGS, refine
 
 SLOTS: tuple[Slot, ...] = ("forward", "backward", "weight")
-
-
-@dataclass(frozen=True)
-class SlotCost:
-    """Seconds of a slot by what they are spent on; communication is what no product hides."""
-
-    products: float = 0.0
-    memory: float = 0.0
-    tensor: float = 0.0
-    fsdp: float = 0.0
-    context: float = 0.0
-    pipe: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return sum(getattr(self, field.name) for field in fields(self))
-
-    def __add__(self, other: "SlotCost") -> "SlotCost":
-        return SlotCost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(SlotCost)))
-
-    def __mul__(self, times: float) -> "SlotCost":
-        return SlotCost(*(getattr(self, field.name) * times for field in fields(SlotCost)))
 
 
 @dataclass(frozen=True)
@@ -73,67 +51,6 @@ class Prediction:
         return tokens / self.tokens_per_second
 
 
-@dataclass(frozen=True)
-class Timer:
-    """Prices work on a machine whose mesh has these sizes."""
-
-    machine: Machine
-    sizes: dict[str, int]
-    gpus_per_node: int
-    profile: Profile
-    zero: str
-
-    def group(self, purpose: str) -> Group:
-        """The devices that a collective runs over."""
-        if purpose == "data" and self.sizes["context"] > 1:
-            # gradients are summed over the parts of a sequence too
-            inner = axes_group(self.sizes, ("context",), self.gpus_per_node)
-            return Group(inner.size * self.sizes["data"], inner.local)
-        if purpose == "fsdp" and self.zero == "parameters":
-            return axes_group(self.sizes, SHARD_FLAGS, self.gpus_per_node)
-        return axes_group(self.sizes, ("tensor" if purpose == "regather" else purpose,), self.gpus_per_node)
-
-    def cost(self, work: PhaseWork) -> SlotCost:
-        """Seconds of a piece of work alone on the device."""
-        products = sum(map(self.machine.product_seconds, work.products))
-        if work.attention_flops:
-            products += self.machine.attention_seconds(work.attention_flops)
-        exposed = {"tensor": 0.0, "regather": 0.0, "fsdp": 0.0, "context": 0.0}
-        behind = products
-        for purpose in exposed:
-            seconds = self.collectives(tuple(one for one in work.collectives if one.purpose == purpose), purpose)
-            hidden = min(getattr(self.profile.overlap, purpose) * seconds, behind)
-            exposed[purpose], behind = seconds - hidden, behind - hidden
-        return SlotCost(
-            products=products,
-            memory=self.machine.pass_seconds(work.stream, work.kernels),
-            tensor=exposed["tensor"] + exposed["regather"],
-            fsdp=exposed["fsdp"],
-            context=exposed["context"],
-        )
-
-    def collectives(self, found: tuple[CollectiveWork, ...], purpose: str) -> float:
-        """Seconds of collectives one after the other, none hidden."""
-        if not found:
-            return 0.0
-        group = self.group(purpose)
-        return sum(one.count * self.machine.collective_seconds(one.kind, one.size, group) for one in found)
-
-    def message(self, stream: float) -> float:
-        """Seconds of a microbatch's stream of so many bytes from one stage to the next: each device sends its part.
-
-        Where the stream is copied over `tensor`, a part is sent all the same and gathered after it (2104.04473, 4.1).
-        """
-        parts = self.sizes["tensor"]
-        if self.sizes["pipe"] == 1:
-            return 0.0
-        inside = axes_group(self.sizes, ("pipe",), self.gpus_per_node)
-        seconds = self.machine.message_seconds(stream / parts, inside_node=inside.local == inside.size)
-        if self.profile.sequence_sharded or parts == 1:
-            return seconds
-        return seconds + self.machine.collective_seconds("all_gather", stream, self.group("tensor"))
-
-
 def predict(
     config: Configuration,
     sizes: dict[str, int],
@@ -149,7 +66,8 @@ def predict(
     config = config.resolved()
     config.check_mesh(sizes)
     shapes = shapes_of(config, sizes, profile, gpu_named(machine.gpu).device_kind)
-    timer = Timer(machine, sizes, gpus_per_node, profile, config.sharding.zero)
+    folded = refine(sizes, config.mesh.expert, config.mesh.expert_tensor)
+    timer = Timer(machine, folded, gpus_per_node, profile, config.sharding.zero)
     work = work_of(config, shapes)
     table, walked = _walk(config, sizes["pipe"])
     plan = config.stage_plan(sizes["pipe"])
@@ -264,14 +182,14 @@ def _breakdown(stages: list[StageStep], timer: Timer, optimizer: str) -> Breakdo
     overlap = timer.profile.overlap.data
 
     def exposed(found: tuple[CollectiveWork, ...], beside: SlotCost) -> float:
-        seconds = timer.collectives(found, "data")
+        seconds = timer.collectives(found)
         return seconds - min(overlap * seconds, beside.products)
 
     reduced = [exposed(stage.once.reduced, stage.backward) for stage in stages]
     done, latest = max((stage.end + reduced[number], number) for number, stage in enumerate(stages))
     update = max(stage.once.parameters for stage in stages) * OPTIMIZER_BYTES[optimizer]
     work = stages[latest].work
-    spent = work + SlotCost(pipe=timer.collectives(stages[0].once.tables, "pipe"))
+    spent = work + SlotCost(pipe=timer.collectives(stages[0].once.tables))
     return Breakdown(
         **{field.name: getattr(spent, field.name) for field in fields(spent)},
         bubble=max(0.0, stages[latest].end - work.total),
