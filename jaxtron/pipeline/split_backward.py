@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 from jaxtron.typing import Array, PyTree
@@ -130,7 +131,8 @@ def _bind(closed: ClosedJaxpr, arguments: Sequence[Array]) -> dict[Var, Array]:
 
 
 def _value(values: dict[Var, Array], var: Var | Literal) -> Array:
-    return var.val if isinstance(var, Literal) else values[var]
+    # a literal may be a number of JAX's own, which is no array
+    return np.asarray(var.val, var.aval.dtype) if isinstance(var, Literal) else values[var]
 
 
 def _unique(variables) -> list[Var]:

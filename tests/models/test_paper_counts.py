@@ -9,8 +9,15 @@ import jax
 import pytest
 
 from jaxtron.config import load
-from jaxtron.models.decoder.cost import hardware_flops_per_token, model_flops_per_token, num_parameters
+from jaxtron.gpus import gpu_named
+from jaxtron.models.decoder.cost import (
+    hardware_flops_per_token,
+    model_flops_per_token,
+    num_active_parameters,
+    num_parameters,
+)
 from jaxtron.models.program import make_parts
+from jaxtron.plan.formula.memory_model import Estimator
 from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.sharding.folding import FLAGS
@@ -73,6 +80,21 @@ LAYOUTS = {
     "llama_3_70b": (8, 4, 16),
 }
 
+# Mixtures: tensor, pipeline, data and expert sizes, which of 8x22B, G8T8, 8x70B and Qwen2 are those of 2504.14960,
+# Table 3, and of E8T2 those of 2412.09952; billions of all parameters and of those of a token, as they are known
+MIXTURES = {
+    "mixtral_8x7b": (2, 2, 16, 8, "46.7", "12.9"),
+    "mixtral_8x22b": (2, 8, 8, 8, "140.6", "39.2"),
+    "mixtral_8x22b_g8t8": (4, 8, 4, 8, "140.6", None),
+    "qwen2_57b_a14b": (2, 4, 8, 4, "57.4", "14.2"),
+    "llama_3_8x70b": (8, 16, 2, 8, "465.2", None),
+    # of all layers; the paper's 34.4 and 11.8 are those of some
+    "llama_3_8b_e8t2": (2, 4, 64, 8, "47.5", "13.7"),
+    "nemotron_4_15b_e8g1t2": (4, 4, 8, 8, None, None),
+    "nemotron_4_15b_e8g8t8": (4, 4, 8, 8, None, None),
+    "qwen3_30b_a3b": (1, 2, 16, 8, "30.5", "3.4"),
+}
+
 # The parameters that the released weights of these have, and for PaLM what its Table 1 prints, in billions
 RELEASED = {
     "llama_2_7b": 6_738_415_616,
@@ -83,6 +105,8 @@ RELEASED = {
     "llama_3.1_405b": 405_853_388_800,
     "yi_6b": 6_061_035_520,
     "yi_34b": 34_388_917_248,
+    "mixtral_8x7b": 46_702_792_704,
+    "qwen3_30b_a3b": 30_532_122_624,
 }
 PALM = {"palm_8b": 8.63, "palm_62b": 62.50, "palm_540b": 540.35}
 
@@ -128,8 +152,8 @@ def specs_on(config: Configuration, plan: Blueprint) -> list:
 
 
 def test_every_configuration_of_a_paper_is_tested_here():
-    others = {"gpt_tiny", "gpt_1b", "shakespeare_char", "llama3_8b_128k", "wikitext2"}
-    assert {*GPT2, *PTDP, *SELECTIVE, *LAYOUTS} == {*NAMES} - others
+    others = {"gpt_tiny", "moe_tiny", "gpt_1b", "shakespeare_char", "llama3_8b_128k", "wikitext2"}
+    assert {*GPT2, *PTDP, *SELECTIVE, *LAYOUTS, *MIXTURES} == {*NAMES} - others
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -270,8 +294,46 @@ def test_palm_540b_stages_and_heads():
     assert config.stage_plan(20).partitions[0].lengths == (5, *[6] * 18, 5)
 
 
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures(name):
+    tensor, pipe, data, expert, total, active = MIXTURES[name]
+    config = configuration(name)
+    assert sizes(config) == {"pipe": pipe, "data": data, "fsdp": 1, "context": 1, "tensor": tensor}
+    assert (config.mesh.expert, config.mesh.expert_tensor) == (expert, 1)
+    found = count(name), num_active_parameters(config.model, config.data.sequence_length)
+    for parameters, billions in zip(found, (total, active), strict=True):
+        assert billions is None or f"{parameters / 1e9:.1f}" == billions
+    # FLOPs are those of the dense model with as many parameters, but for the look-up and the square of scores
+    model, length = config.model, config.data.sequence_length
+    scores = 12 * length * model.num_layers * model.num_heads * model.head_size
+    table = 6 * model.padded_vocab * model.hidden_size
+    assert model_flops_per_token(model, length) == pytest.approx(6 * found[1] - table + scores, rel=1e-3)
+
+
+def test_experts_of_upcycled_models_have_the_dense_models_parameters():
+    # 2410.07524: E copies of the MLP, whole or cut in G, each token through T of them
+    dense = configuration("nemotron_4_15b").model
+    mlps = 2 * dense.num_layers * dense.hidden_size * dense.mlp_width
+    for name, experts, parts, chosen in (("e8g1t2", 8, 1, 2), ("e8g8t8", 64, 8, 8)):
+        config = configuration(f"nemotron_4_15b_{name}")
+        routers = dense.num_layers * dense.hidden_size * experts
+        assert (config.model.moe.num_experts, config.model.moe.top_k) == (experts, chosen)
+        assert count(f"nemotron_4_15b_{name}") == count("nemotron_4_15b") + 7 * mlps + routers
+        active = num_active_parameters(config.model, 4096)
+        assert active == count("nemotron_4_15b") + (chosen // parts - 1) * mlps + routers
+    # with a vocabulary of 32,000 rows the Mixtral that was released first
+    assert num_parameters(configuration("mixtral_8x22b", "--model.vocab_size", "32000").model, 4096) == 140_620_634_112
+
+
+@pytest.mark.parametrize("name", ["mixtral_8x22b", "mixtral_8x22b_g8t8", "qwen2_57b_a14b", "llama_3_8x70b"])
+def test_mixtures_fit_the_gpus_of_their_paper(name):
+    config = configuration(name)
+    memory = Estimator(config).memory(config, sizes(config), gpu_named("h100"))
+    assert memory.fits and memory.total <= 80e9
+
+
 @pytest.mark.parametrize("name", RELEASED)
-def test_llama_and_yi_have_the_parameters_of_the_released_weights(name):
+def test_as_many_parameters_as_the_released_weights(name):
     assert count(name) == RELEASED[name]
 
 
@@ -291,3 +353,7 @@ def test_the_page_of_configurations_says_what_the_files_say():
         mesh = sizes(configuration(name))
         assert layout == f"{mesh['tensor']} x {mesh['pipe']} x {mesh['data']}"
         assert (gpus, parameters) == (f"{math.prod(mesh.values()):,}", f"{count(name):,}")
+    for name in MIXTURES:
+        config = configuration(name)
+        active = num_active_parameters(config.model, config.data.sequence_length)
+        assert re.search(rf"^\| {name} \| .* \| {active:,} \| {config.mesh.expert} \|$", page, re.MULTILINE), name

@@ -14,6 +14,13 @@ def num_parameters(config: ModelConfig, sequence_length: int) -> int:
     return table_parameters(config, sequence_length) + norms + config.layout.repeats * period_parameters(config)
 
 
+def num_active_parameters(config: ModelConfig, sequence_length: int) -> int:
+    """Those of `num_parameters` that a token goes through: of a layer's experts as many as it chooses."""
+    experts = config.layout.repeats * period_expert_parameters(config)
+    asleep = experts * (config.moe.num_experts - config.moe.top_k) // config.moe.num_experts
+    return num_parameters(config, sequence_length) - asleep
+
+
 def period_parameters(config: ModelConfig, tensor: int = 1) -> int:
     """Parameters of one period of the pattern on each of `tensor` devices, whole over the other axes of the mesh."""
     period = config.layout.period

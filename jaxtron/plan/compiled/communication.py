@@ -135,8 +135,8 @@ Weigher = Callable[[Collective], tuple[float, float]]
 
 def _weigher(rehearsal: Rehearsal, machine: Machine) -> Weigher:
     """Seconds a step of one communication, and how many of them are hidden."""
-    sizes, times = rehearsal.session.mesh.shape, runs(rehearsal)
-    folding = rehearsal.session.rules.folding
+    folding, times = rehearsal.session.rules.folding, runs(rehearsal)
+    sizes = folding.mesh.shape
     speed = machine.datasheet.peak_flops * machine.product_fraction
 
     def weigh(entry: Collective) -> tuple[float, float]:
@@ -165,12 +165,10 @@ def _row(
     weigh: Weigher,
     times: Callable[[Collective], float],
 ) -> CommunicationRow:
-    weighed = [weigh(entry) for entry in entries]
+    weighed, folding = [weigh(entry) for entry in entries], rehearsal.session.rules.folding
     return CommunicationRow(
         key=key,
-        link=link(
-            rehearsal.session.mesh.shape, rehearsal.session.rules.folding.named(key.axes), rehearsal.gpus_per_node
-        ),
+        link=link(folding.mesh.shape, folding.named(key.axes), rehearsal.gpus_per_node),
         operations=len(entries),
         arrays=sum(entry.operands for entry in entries),
         executions=round(sum(map(times, entries))),

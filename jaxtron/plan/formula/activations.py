@@ -1,5 +1,6 @@
 """What a layer keeps for its backward, in bytes, from shapes alone."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -21,14 +22,14 @@ from jaxtron.typing import PyTree
 
 
 class Kept(NamedTuple):
-    """Bytes a device keeps of one row in one period: for backwards, and for weight gradients that were put off."""
+    """Bytes a device keeps of them in one period: for backwards, and for weight gradients that were put off."""
 
     residuals: int
     deferred: int
 
 
 class RowBytes(NamedTuple):
-    """Bytes of one row on a device: what is kept in a layer of each stack, and the stream between layers."""
+    """Bytes of so many rows on a device: what is kept in a layer of each stack, and the stream between layers."""
 
     kept: tuple[Kept, ...]
     stream: int
@@ -40,24 +41,38 @@ def layer_bytes(config: Configuration, sizes: dict[str, int], kind: str | None =
     `kind` is what the devices are (`jax.Device.device_kind`; none: this machine's): kernels keep no probabilities.
     """
     rows = config.train.global_batch // config.train.microbatches // (sizes["data"] * sizes["fsdp"])
-    found = row_bytes(config, sizes["tensor"], sizes["context"], kind)
-    return tuple(rows * kept.residuals for kept in found.kept)
+    found = row_bytes(
+        config, sizes["tensor"], sizes["context"], kind, rows=rows, expert_tensor=config.mesh.expert_tensor
+    )
+    return tuple(kept.residuals for kept in found.kept)
 
 
-def row_bytes(config: Configuration, tensor: int, context: int = 1, kind: str | None = None) -> RowBytes:
-    """Bytes of one row of a microbatch on each of `tensor` x `context` devices.
+def row_bytes(
+    config: Configuration,
+    tensor: int,
+    context: int = 1,
+    kind: str | None = None,
+    *,
+    rows: int = 1,
+    expert_tensor: int = 1,
+) -> RowBytes:
+    """Bytes of so many rows of a microbatch on each of `tensor` x `context` devices.
 
     Traced, never run, on devices of this machine that stand for those of this `kind`; `UserError` where it has too few.
+    Devices with other experts change nothing: what they send is as much as they get.
     """
     # two parts of a sequence stand for any number: nothing that is kept is larger than a part
-    parts = min(context, 2)
-    length, count = config.data.sequence_length // context * parts, tensor * parts
+    parts = min(context, 2) if tensor % expert_tensor == 0 else context
+    length = config.data.sequence_length // context * parts
+    data = expert_tensor // math.gcd(expert_tensor, tensor * parts)
+    count = tensor * parts * data
     if count > len(jax.devices()):
         raise UserError(f"mesh.tensor {tensor} is traced on {count} devices, here are {len(jax.devices())}: --devices")
-    mesh = build_mesh(MeshConfig(data=1, context=parts, tensor=tensor), jax.devices()[:count])
+    sizes = MeshConfig(data=data, context=parts, tensor=tensor, expert_tensor=expert_tensor)
+    mesh = build_mesh(sizes, jax.devices()[:count])
     alone = {
         "data": config.data.model_copy(update={"sequence_length": length}),
-        "train": config.train.model_copy(update={"global_batch": 1, "microbatches": 1, "batch_ramp": None}),
+        "train": config.train.model_copy(update={"global_batch": rows * data, "microbatches": 1, "batch_ramp": None}),
         "pipeline": PipelineConfig(),
     }
     config = config.model_copy(update=alone)

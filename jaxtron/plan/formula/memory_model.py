@@ -101,7 +101,7 @@ class Estimator:
         layers = self._chunk_layers(config, stages)
         slots = _slots(shortened(config, stages), stages, len(layers))
         state = self.state(config, sizes)
-        row = self._bytes_of_a_row(config, sizes["tensor"], sizes["context"], gpu.device_kind)
+        row = self._kept(config, sizes, rows, gpu.device_kind)
         travels = stages * _chunks(config, stages) * len(layers) > 1
         held = (slots.activations + 1 if travels else 0) + slots.gradients + 1 + travels
         communication = NCCL_BUFFERS * _groups(sizes)
@@ -113,8 +113,8 @@ class Estimator:
             frozen=state.frozen,
             weights=state.weights,
             gradients=state.gradients,
-            activations=rows * kept,
-            messages=held * rows * row.stream,
+            activations=kept,
+            messages=held * row.stream,
             batch=rows * train.microbatches * batch_row_bytes(config),
             temporaries=0,
             communication=communication,
@@ -129,9 +129,10 @@ class Estimator:
         """Of all parameters; a `UserError` where one does not divide, or the layers cannot be shared out."""
         stages = sizes["pipe"]
         rows = tuple(count * _chunks(config, stages) for count in self._chunk_layers(config, stages))
-        key = (*(sizes[axis] for axis in FLAGS), config.sharding.zero, rows)
+        experts = {"expert": config.mesh.expert, "expert_tensor": config.mesh.expert_tensor}
+        key = (*(sizes[axis] for axis in FLAGS), *experts.values(), config.sharding.zero, rows)
         if key not in self._states:
-            self._states[key] = self._added(_rules(sizes, config.sharding), rows)
+            self._states[key] = self._added(_rules(sizes | experts, config.sharding), rows)
         return self._states[key]
 
     def _added(self, rules: Rules, rows: tuple[int, ...]) -> StateBytes:
@@ -162,20 +163,29 @@ class Estimator:
             self._chunks[key] = tuple(stack.slots_per_chunk for stack in plan.partitions)
         return self._chunks[key]
 
-    def _bytes_of_a_row(self, config: Configuration, tensor: int, context: int, kind: str) -> RowBytes:
-        """Of one row. All that is kept has a device's tokens and no more, so that a whole sequence tells what is kept
-        of a part, where the same implementation computes its attention."""
+    def _kept(self, config: Configuration, sizes: dict[str, int], rows: int, kind: str) -> RowBytes:
+        """Of so many rows. All that is kept has a device's tokens and no more, so that a row tells what is kept of
+        several, and a whole sequence what is kept of a part, where the same implementation computes its attention.
+
+        But experts have as many rows as a device's tokens need, rounded up."""
 
         def names(parts: int) -> tuple[str, ...]:
             return tuple(backend.name for backend in select_attention(config, parts, kind).values())
 
+        tensor, context = sizes["tensor"], sizes["context"]
         parts = 1 if names(1) == names(context) else 2
-        key = (getattr(config.model, "recompute", None), tensor, parts, names(context), kind)
+        traced, width = 1, config.mesh.expert_tensor
+        if config.family.experts(config.model) is not None:
+            parts, traced = context, rows
+        key = (getattr(config.model, "recompute", None), tensor, parts, names(context), kind, traced, width)
         if key not in self._row_bytes:
-            self._row_bytes[key] = row_bytes(config, tensor, parts, kind)
+            self._row_bytes[key] = row_bytes(config, tensor, parts, kind, rows=traced, expert_tensor=width)
         found = self._row_bytes[key]
-        kept = tuple(Kept(*(size * parts // context for size in one)) for one in found.kept)
-        return RowBytes(kept, found.stream * parts // context)
+
+        def whole(size: int) -> int:
+            return size * parts // context * rows // traced
+
+        return RowBytes(tuple(Kept(*map(whole, one)) for one in found.kept), whole(found.stream))
 
 
 def _temporaries(
@@ -201,10 +211,12 @@ def _temporaries(
     loop = max(*(stack.temporaries for stack in work.stacks), head)
     for count, here, late, one, stack in zip(layers, slots.residuals, slots.deferred, kept, work.stacks, strict=True):
         transposed = stack.transposed_in_loop if count > 1 else stack.transposed
-        loop += shapes.rows * count * (DEFERRED * late * one.deferred + here * transposed)
+        loop += count * (DEFERRED * late * one.deferred + here * shapes.rows * transposed)
     if state.gathered:
         loop += state.largest + tables
-    if config.sharding.zero != "optimizer" or sizes["data"] * sizes["context"] == 1:
+    has_experts = any(stack.expert_parameters for stack in work.stacks)
+    copies = max(sizes["data"] * sizes["context"], shapes.sizes["expert_data"] if has_experts else 1)
+    if config.sharding.zero != "optimizer" or copies == 1:
         return round(loop)
     reduced = state.master + (state.gradients if sizes["pipe"] > 1 else state.largest)
     return round(max(loop, reduced - used.weights - used.activations - used.messages))
@@ -232,7 +244,7 @@ def _parameters(config: Configuration) -> tuple[Parameter, ...]:
 
 def _rules(sizes: dict[str, int], config: ShardingConfig) -> Rules:
     """Of a mesh without devices: rules read nothing but its sizes."""
-    return make_rules(abstract_mesh(MeshConfig(**sizes), math.prod(sizes.values())), config)
+    return make_rules(abstract_mesh(MeshConfig(**sizes), math.prod(sizes[flag] for flag in FLAGS)), config)
 
 
 def _state(parameter: Parameter, rules: Rules, count: int, dtype: jnp.dtype) -> StateBytes:

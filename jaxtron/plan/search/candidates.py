@@ -1,5 +1,8 @@
 """Layouts for so many GPUs: what a search chooses from."""
 
+import functools
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,7 +12,7 @@ from jaxtron.plan.compiled.deviceless import MORE
 from jaxtron.plan.hint import LEAST_PART
 from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.config import ContextConfig, MeshConfig
-from jaxtron.sharding.folding import FLAGS
+from jaxtron.sharding.folding import FLAGS, refine
 from jaxtron.words import plural
 
 # Rows of a microbatch on a device. More only fill memory: products of so many tokens are large enough.
@@ -22,7 +25,7 @@ TWO_CHUNKS = ("zero_bubble_v", "dualpipe_v")
 MORE_CHUNKS = ("interleaved", "eager_interleaved")
 # Settings that a layout decides, by section; of the pipeline an own layout may have more.
 SETTINGS = {
-    "mesh": ("data", "fsdp", "context", "tensor", "pipe"),
+    "mesh": ("data", "fsdp", "context", "tensor", "pipe", "expert", "expert_tensor"),
     "context": ("method", "inner"),
     "pipeline": ("schedule", "chunks", "embedding_weight", "loss_weight"),
     "train": ("microbatches",),
@@ -47,11 +50,18 @@ class CandidateLayout:
     context: int = 1
     attention: ContextConfig = ContextConfig()
     """How attention sees the other parts of a sequence, where `context` is above 1."""
+    expert: int = 1
+    expert_tensor: int = 1
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The mesh by axis."""
+        """The mesh by flag of the layers' view."""
         return {axis: getattr(self, axis) for axis in FLAGS}
+
+    @property
+    def experts(self) -> dict[str, int]:
+        """What the experts' view has of it."""
+        return {"expert": self.expert, "expert_tensor": self.expert_tensor}
 
     @property
     def has_shared_state(self) -> bool:
@@ -68,7 +78,7 @@ class CandidateLayout:
         model = {} if self.recompute is None else {"recompute": self.recompute}
         return base.model_copy(
             update={
-                "mesh": MeshConfig(**self.sizes),
+                "mesh": MeshConfig(**self.sizes, **self.experts),
                 "context": self.attention,
                 "pipeline": self.pipeline,
                 "model": base.model.model_copy(update=model),
@@ -96,7 +106,7 @@ class CandidateLayout:
         return [f"{name} {mine[name]} instead of {its[name]}" for name in both if mine[name] != its[name]]
 
     def _words(self) -> dict[str, str]:
-        words = {axis: str(part) for axis, part in self.sizes.items()}
+        words = {flag: str(part) for flag, part in (self.sizes | self.experts).items()}
         words["rows"] = str(self.rows)
         if self.recompute is not None:
             words["recompute"] = self.recompute_text
@@ -113,8 +123,12 @@ class CandidateLayout:
 
     @property
     def mesh_text(self) -> str:
-        """Such as `tensor 8 x pipe 4`."""
-        return " x ".join(f"{axis} {part}" for axis, part in self.sizes.items() if part > 1) or "one device"
+        """Such as `tensor 8 x pipe 4`, or `data 8; expert 8`."""
+        views = [
+            " x ".join(f"{flag} {part}" for flag, part in view.items() if part > 1)
+            for view in (self.sizes, self.experts)
+        ]
+        return "; ".join(filter(None, views)) or "one device"
 
     @property
     def order_text(self) -> str:
@@ -157,9 +171,23 @@ def layouts(config: Configuration, num_gpus: int, gpus_per_node: int) -> Iterato
                     if not _feeds(pipeline, pipe, batch // shards // rows):
                         continue
                     for data, fsdp, zero in _shardings(config, shards, context):
-                        for recompute in recomputes:
+                        sizes = {"pipe": 1, "data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+                        for (expert, width), recompute in itertools.product(
+                            _foldings(config, sizes, gpus_per_node), recomputes
+                        ):
                             yield CandidateLayout(
-                                data, fsdp, tensor, pipe, pipeline, rows, recompute, zero, context, attention
+                                data,
+                                fsdp,
+                                tensor,
+                                pipe,
+                                pipeline,
+                                rows,
+                                recompute,
+                                zero,
+                                context,
+                                attention,
+                                expert,
+                                width,
                             )
 
 
@@ -179,7 +207,32 @@ def own_layout(config: Configuration, num_gpus: int) -> CandidateLayout:
         zero=config.sharding.zero,
         context=sizes["context"],
         attention=config.context,
+        expert=config.mesh.expert,
+        expert_tensor=config.mesh.expert_tensor,
     )
+
+
+def _foldings(config: Configuration, sizes: dict[str, int], gpus_per_node: int) -> list[tuple[int, int]]:
+    """Parts of experts and of their width over the devices of a stage, a width inside a node."""
+    experts = config.family.experts(config.model)
+    if experts is None:
+        return [(1, 1)]
+    return _refined(experts.count[1], experts.width[1], tuple(sizes.items()), gpus_per_node)
+
+
+@functools.lru_cache(maxsize=1024)
+def _refined(count: int, width: int, sizes: tuple[tuple[str, int], ...], gpus_per_node: int) -> list[tuple[int, int]]:
+    """Those whose cuts of the devices go with the others'."""
+    devices = math.prod(size for _, size in sizes)
+    found = []
+    for expert in _divisors(math.gcd(devices, count)):
+        for parts in _divisors(math.gcd(devices // expert, width, gpus_per_node)):
+            try:
+                refine(dict(sizes), expert, parts)
+            except UserError:
+                continue
+            found.append((expert, parts))
+    return found
 
 
 def _recompute(config: Configuration) -> str | tuple[str, ...] | None:

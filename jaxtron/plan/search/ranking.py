@@ -55,7 +55,7 @@ def _table(found: SearchResult) -> list[str]:
     """Those compiled, then by formula the best layout of each other mesh."""
     compiled = [_row(found, one, str(rank)) for rank, one in enumerate(found.compiled, 1)]
     compiled += [_row(found, one, "-", "does not fit") for one in found.unfit]
-    others = list(_one_of_each_mesh(found.candidates, [one.layout.sizes for one in found.compiled]))[:SHOWN]
+    others = list(_one_of_each_mesh(found.candidates, [one.layout.mesh_text for one in found.compiled]))[:SHOWN]
     own = found.own
     if own is not None and own.plan is None and not any(map(found.is_own, others)):
         others.append(own)
@@ -95,11 +95,11 @@ def _formula_mark(one: Candidate) -> str:
     return "memory?" if one.memory.total <= (1 + MARGIN) * one.memory.capacity else "does not fit"
 
 
-def _one_of_each_mesh(candidates: Iterable[Candidate], seen: list[dict[str, int]]) -> Iterable[Candidate]:
+def _one_of_each_mesh(candidates: Iterable[Candidate], seen: list[str]) -> Iterable[Candidate]:
     meshes = list(seen)
     for one in candidates:
-        if one.layout.sizes not in meshes:
-            meshes.append(one.layout.sizes)
+        if one.layout.mesh_text not in meshes:
+            meshes.append(one.layout.mesh_text)
             yield one
 
 
@@ -128,7 +128,7 @@ def _range(ratios: list[float]) -> str:
 
 def _promising(found: SearchResult, ratio: float) -> int:
     """Meshes that were not compiled and are faster than the first if they take so many times their formula's time."""
-    tried = [one.layout.sizes for one in (*found.compiled, *found.unfit)]
+    tried = [one.layout.mesh_text for one in (*found.compiled, *found.unfit)]
     others = _one_of_each_mesh(found.candidates, tried)
     return sum(ratio * one.formula.step_seconds < found.best.prediction.step_seconds for one in others)
 
@@ -151,7 +151,7 @@ def _gain(found: SearchResult) -> list[str]:
 def _reasons(found: SearchResult) -> list[str]:
     """The first against the next two of other meshes and the own layout, all compiled or all by formula."""
     best = found.best
-    chosen = list(_one_of_each_mesh(found.ranked[1:], [best.layout.sizes]))[:2]
+    chosen = list(_one_of_each_mesh(found.ranked[1:], [best.layout.mesh_text]))[:2]
     own = next((one for one in found.ranked[1:] if found.is_own(one)), None)
     if own is not None and own not in chosen:
         chosen.append(own)
@@ -203,7 +203,7 @@ def _plain(found: SearchResult, one: Candidate) -> dict[str, Any]:
     return {
         "compiled": one.plan is not None,
         "own": found.is_own(one),
-        "mesh": layout.sizes,
+        "mesh": layout.sizes | layout.experts,
         "context_method": layout.attention.method if layout.context > 1 else None,
         "pipeline": pipeline,
         "rows": layout.rows,

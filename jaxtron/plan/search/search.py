@@ -169,10 +169,10 @@ def compile_best(found: SearchResult, top: int, compile_layout: Callable[[Config
     for candidate in found.candidates:
         if len(compiled) == top or len(compiled) + len(unfit) == MOST_COMPILED * top:
             break
-        mesh = candidate.layout.sizes
-        if any(one.layout.sizes == mesh for one in compiled):
+        mesh = candidate.layout.mesh_text
+        if any(one.layout.mesh_text == mesh for one in compiled):
             continue
-        if any(one.layout.sizes == mesh and not _corrected(candidate, one) for one in unfit):
+        if any(one.layout.mesh_text == mesh and not _corrected(candidate, one) for one in unfit):
             continue
         compile_one(candidate)
     own = found.own

@@ -1,0 +1,217 @@
+"""Plans of experts: what a compiled step with a mixture communicates, multiplies and holds, and the same by formula."""
+
+import functools
+import math
+
+import jax
+import pytest
+
+from jaxtron.gpus import gpu_named
+from jaxtron.models.work.profile import JAXTRON
+from jaxtron.plan.compiled import flops
+from jaxtron.plan.compiled.census import Collective
+from jaxtron.plan.compiled.communication import communication_rows, compiled_overlap, exchange_of, is_further
+from jaxtron.plan.compiled.deviceless import Memory
+from jaxtron.plan.compiled.diagnostics import diagnostics
+from jaxtron.plan.compiled.memory import memory_use
+from jaxtron.plan.compiled.rehearsal import Rehearsal, rehearse
+from jaxtron.plan.formula.memory_model import Estimator
+from jaxtron.plan.formula.prediction import predict
+from jaxtron.plan.formula.workload import shapes_of, work_of
+from jaxtron.plan.machine import machine_named
+from jaxtron.plan.memory_use import MemoryUse
+from jaxtron.plan.plan import make_plan
+from jaxtron.plan.report import plan_text
+from jaxtron.run.batches import abstract_batch
+from jaxtron.run.configuration import Configuration
+from jaxtron.run.session import make_session
+
+H100 = machine_named("h100")
+KIND = gpu_named("h100").device_kind
+LAYERS, HIDDEN, WIDTH, LENGTH, MICROBATCHES, ROWS = 2, 256, 128, 256, 2, 2
+# a payload below this is norms, weights of rows and scalars
+SMALL = 32 * 1024
+REDUCTIONS = ("reduce_scatter", "all_gather", "all_reduce")
+
+
+def configuration(*, zero: str = "optimizer", moe: dict | None = None, **mesh: int) -> Configuration:
+    shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
+    return Configuration.model_validate(
+        {
+            "model": {
+                "pattern": "*E",
+                "num_layers": LAYERS,
+                "hidden_size": HIDDEN,
+                "num_heads": 8,
+                "mlp_size": WIDTH,
+                "activation": "swiglu",
+                "vocab_size": 512,
+                "position": "rotary",
+                "bias": False,
+                # whose products are those of the papers' formulas
+                "attention": {"implementation": "xla" if "context" in mesh else "materialized"},
+                "moe": {"num_experts": 8, "top_k": 2} | (moe or {}),
+            },
+            "data": {"sequence_length": LENGTH},
+            "train": {"global_batch": ROWS * shards * MICROBATCHES, "microbatches": MICROBATCHES, "precision": "bf16"},
+            "mesh": {"data": 1, **mesh},
+            "sharding": {"zero": zero},
+        }
+    ).resolved()
+
+
+@functools.cache
+def step(zero: str = "optimizer", **mesh: int) -> Rehearsal:
+    return rehearse(configuration(zero=zero, **mesh), gpu="h100", num_gpus=8)
+
+
+def exchanged(rehearsal: Rehearsal, kind: str = "all_to_all") -> list[Collective]:
+    is_exchange = exchange_of(rehearsal.session.rules.folding)
+    found = [entry for entry in rehearsal.collectives if is_exchange(entry) and not is_further(entry)]
+    return [entry for entry in found if entry.kind == kind]
+
+
+def by_formula(rehearsal: Rehearsal, kind: str) -> float:
+    """Bytes of a kind of collectives for experts that a step has, from shapes."""
+    config, sizes = rehearsal.session.config, rehearsal.session.sizes
+    layer = work_of(config, shapes_of(config, sizes, JAXTRON, KIND)).stacks[0].layer
+    phases = (layer.forward, layer.backward, layer.weight)
+    found = [one for phase in phases for one in phase.collectives if one.purpose in ("expert", "expert_tensor")]
+    return LAYERS * MICROBATCHES * sum(one.size * one.count for one in found if one.kind == kind)
+
+
+def of_experts(rehearsal: Rehearsal) -> float:
+    """Elements of all experts on a device, whole over their copies."""
+    config = rehearsal.session.config
+    return LAYERS * 8 * 3 * HIDDEN * WIDTH / (config.mesh.expert * config.mesh.expert_tensor)
+
+
+def over_copies(rehearsal: Rehearsal) -> list[Collective]:
+    """What travels among devices that have the same experts."""
+    folding = rehearsal.session.rules.folding
+    copies = {*folding.axes("expert_data")}
+    return [entry for entry in rehearsal.collectives if {*folding.named(entry.names)} == copies]
+
+
+def check_formulas(rehearsal: Rehearsal) -> None:
+    """Products and exchange are those of the formula, and nothing of experts' weights is in a loop."""
+    config, sizes = rehearsal.session.config, rehearsal.session.sizes
+    formula = predict(config, sizes, H100)
+    assert flops.work(rehearsal.module).most == pytest.approx(formula.hardware_flops, rel=1e-3)
+    for kind in ("all_to_all", "all_gather", "reduce_scatter"):
+        moved = sum(entry.step_bytes for entry in exchanged(rehearsal, kind))
+        assert moved == pytest.approx(by_formula(rehearsal, kind), rel=1e-3), kind
+    assert not diagnostics(rehearsal, work_of(config, shapes_of(config, sizes, JAXTRON, KIND)).exchanged)
+    rest = [entry for entry in rehearsal.collectives if entry.bytes >= SMALL and not is_further(entry)]
+    folding = rehearsal.session.rules.folding
+    # in loops only the residual stream goes over tensor, and rows over the experts' axes
+    manual = {*folding.axes("data", "fsdp", "context")}
+    looped = [entry for entry in rest if entry.loops and manual & {*folding.named(entry.names)}]
+    assert all(map(exchange_of(folding), looped))
+
+
+def test_tokens_travel_as_often_and_as_many_as_the_formula_says() -> None:
+    rehearsal = step(data=4, tensor=2, expert=8)
+    check_formulas(rehearsal)
+    tokens = ROWS * LENGTH // 2
+    rows = math.ceil(1.25 * tokens * 2 / 8 / 8) * 8
+    large = [entry for entry in exchanged(rehearsal) if entry.bytes >= SMALL]
+    assert {entry.bytes for entry in large} == {8 * rows * HIDDEN * 2} and {entry.axes for entry in large} == {
+        ("data", "tensor")
+    }
+    # out and back, forward and backward
+    assert [sum(entry.executions for entry in large if entry.backward is way) for way in (False, True)] == [
+        2 * LAYERS * MICROBATCHES
+    ] * 2
+    assert all(entry.asynchronous for entry in large)
+    assert large[0].sent_bytes == large[0].bytes * 7 / 8
+
+
+def test_further_rounds_count_as_none_and_are_told() -> None:
+    rehearsal = step(data=4, tensor=2, expert=8)
+    further = [entry for entry in rehearsal.collectives if is_further(entry)]
+    assert further and not any(entry.executions or entry.step_sent_bytes for entry in further)
+    assert not any(0 in row.key.loops for row in communication_rows(rehearsal, H100))
+    plan = make_plan(rehearsal, H100, "mine")
+    text = plan_text(plan)
+    assert f"further rounds of experts ({len(further)} communications)" in text and "counted as none" in text
+    assert "experts: expert 8" in text and "empty rows of experts" in text and "diagnostics: none" in text
+    # the whole exchange has its time, of which nothing is another's
+    assert 0 <= compiled_overlap(rehearsal, H100).expert <= 1
+    assert plan.prediction.breakdown.expert > 0 and plan.prediction.breakdown.fsdp == 0
+
+
+def test_a_step_without_its_exchange_or_with_another_is_told() -> None:
+    rehearsal = step(data=4, tensor=2, expert=8)
+    told = [found.what for found in diagnostics(rehearsal, [1.0])]
+    assert any("all_to_all over data and tensor" in what for what in told) or not told
+    is_exchange = exchange_of(rehearsal.session.rules.folding)
+    others = tuple(entry for entry in rehearsal.collectives if not is_exchange(entry))
+    silent = Rehearsal(**{**vars(rehearsal), "collectives": others})
+    assert "exchanges nothing over it" in diagnostics(silent)[-1].what
+
+
+# what shapes decide: all but temporaries, reserve and the communication's buffers
+SHAPED = ("master_weights", "optimizer", "frozen", "weights", "gradients", "activations", "messages", "batch")
+
+
+def planned(config: Configuration) -> tuple[MemoryUse, MemoryUse]:
+    """Memory of the real step's shapes, as if the compiler had found nothing besides, and by formula."""
+    session = make_session(config, jax.devices()[:8])
+    with session.use():
+        trainer, batch = session.trainer, abstract_batch(session.config)
+        leaves = jax.tree.leaves((trainer.abstract_state(), batch))
+        shapes = [leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape) for leaf in leaves]
+        arguments = sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(shapes, leaves, strict=True))
+        compiled = Memory(arguments=arguments, outputs=0, aliases=0, temporaries=0)
+        real = memory_use(trainer, batch, compiled, gpu_named("h100"), 1)
+    return real, Estimator(config).memory(config, session.sizes, gpu_named("h100"))
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"data": 4, "tensor": 2, "expert": 8},
+        {"data": 2, "tensor": 4, "expert": 2, "expert_tensor": 2, "zero": "none"},
+        {"fsdp": 2, "data": 2, "tensor": 2, "expert": 4, "moe": {"num_experts": 32, "top_k": 3, "shared_size": 64}},
+        {"pipe": 2, "data": 2, "context": 2, "expert": 2, "expert_tensor": 2, "zero": "parameters"},
+        {"data": 8, "expert": 2, "expert_tensor": 4, "moe": {"bias_rate": 0.1}},
+    ],
+    ids=str,
+)
+def test_memory_is_that_of_the_real_step(mesh: dict) -> None:
+    real, found = planned(configuration(**mesh))
+    assert {name: getattr(found, name) for name in SHAPED} == {name: getattr(real, name) for name in SHAPED}
+    assert found.temporaries > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"data": 2, "tensor": 4, "expert": 2, "expert_tensor": 2},
+        {"data": 2, "tensor": 4, "expert": 4, "zero": "none"},
+    ],
+    ids=str,
+)
+def test_experts_weights_and_gradients_travel_once_a_step(mesh: dict) -> None:
+    rehearsal = step(**mesh)
+    check_formulas(rehearsal)
+    own = [entry for entry in over_copies(rehearsal) if not entry.loops]
+    moved = {kind: sum(entry.bytes for entry in own if entry.kind == kind) for kind in REDUCTIONS}
+    experts = of_experts(rehearsal)
+    if mesh.get("zero") == "none":
+        assert moved["all_reduce"] >= 4 * experts and not moved["reduce_scatter"] + moved["all_gather"]
+    else:
+        assert moved["reduce_scatter"] >= 4 * experts and moved["all_gather"] >= 2 * experts
+
+
+@pytest.mark.slow
+def test_with_fsdp_experts_are_gathered_where_they_are_used() -> None:
+    """Over all their copies, forward and backward, and their gradients reduced there: 2 and 2 bytes an element."""
+    rehearsal = step(data=2, fsdp=2, tensor=2, expert=2)
+    looped = [entry for entry in over_copies(rehearsal) if entry.loops]
+    moved = {kind: sum(entry.step_bytes for entry in looped if entry.kind == kind) for kind in REDUCTIONS}
+    size = of_experts(rehearsal) * MICROBATCHES * 2
+    assert moved["all_gather"] == 2 * size and moved["reduce_scatter"] in (size, 2 * size)
+    assert not [entry for entry in over_copies(rehearsal) if not entry.loops and entry.bytes >= of_experts(rehearsal)]
