@@ -1,25 +1,20 @@
 """`python -m benchmarks.attention`: our attention kernels beside cuDNN's and Tokamax's on the same cases, as JSON."""
 
-import argparse
 import functools
-import gc
 import importlib
 import importlib.util
-import json
-import math
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import side_by_side
+from benchmarks.side_by_side import Begins, Worker, compare, interleaved, recorded, serve, serves, timed
 from jaxtron.kernels.attention import cudnn
 from jaxtron.kernels.attention.attention import attention
 from jaxtron.kernels.attention.backend import select_backend
@@ -27,17 +22,11 @@ from jaxtron.kernels.attention.spec import AttentionSpec
 
 DIRECTIONS = ("forward", "backward")
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-# told who runs next: whoever ends or hangs the process is then known
-Begins = Callable[[str], None]
 # of these the first is judged
 OURS = ("mosaic", "mosaic_deterministic")
-# what is aimed at: so many times the fastest of the others
-AIM = 1.05
 # relative norm of the difference that two implementations' roundings to bf16 can make, several times over: a result
 # further from the others' is wrong, and its speed no figure
 AGREEMENT = 0.02
-# seconds without a sign of life after which a kernel hangs: compiling a case's programs is the longest step
-PATIENCE = 90.0
 
 
 @dataclass(frozen=True)
@@ -155,7 +144,10 @@ def main(argv: Sequence[str]) -> None:
     """Prints the result anew after every case, so that the last line is whole whenever it is stopped."""
     if serves(argv, __doc__):
         kind = jax.devices()[0].device_kind
-        serve(lambda case, names, begins: measure(case, {name: IMPLEMENTATIONS[name] for name in names}, kind, begins))
+        serve(
+            Case,
+            lambda case, names, begins: measure(case, {name: IMPLEMENTATIONS[name] for name in names}, kind, begins),
+        )
         return
     missing = [name for name in ("tokamax",) if importlib.util.find_spec(name) is None]
     names = [name for name in IMPLEMENTATIONS if name not in missing]
@@ -165,13 +157,12 @@ def main(argv: Sequence[str]) -> None:
 
 def report(cases: Sequence[Case], run: Callable[[Case], Mapping[str, Any]], absent: Mapping[str, str]) -> dict:
     """Prints and returns every case with, of each implementation, what `run` measured or why there is nothing."""
-    result: dict[str, Any] = {"absent_implementations": dict(absent), "cases": []}
-    for case in cases:
-        found = dict(run(case))
-        entry = {**asdict(case), "flops": case.flops, "implementations": found}
-        result["cases"].append({**entry, "judged": judge(entry)})
-        print(json.dumps(result), flush=True)
-    return result
+    return side_by_side.report(cases, run, absent, judge)
+
+
+def merged(sections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The cases of several processes' reports, each with all implementations, judged anew."""
+    return side_by_side.merged(Case, sections, judge)
 
 
 def judge(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,138 +178,13 @@ def judge(entry: Mapping[str, Any]) -> dict[str, Any]:
     judged: dict[str, Any] = {"agrees": agrees}
     for direction in DIRECTIONS:
         speed = None if agrees is False else _tflops(ours, direction)
-        speeds = {name: tflops for name, made in others.items() if (tflops := _tflops(made, direction)) is not None}
-        best = max(speeds, key=speeds.__getitem__, default=None)
-        ratio = None if speed is None or best is None else speed / speeds[best]
-        target = entry[f"{direction}_target"]
-        judged[direction] = {
-            "tflops": speed,
-            "best_of_others": best,
-            "ratio": ratio,
-            "aim_met": None if ratio is None else ratio >= AIM,
-            "target": target,
-            "target_met": None if speed is None or target is None else speed >= target,
-        }
+        rivals = {name: _tflops(made, direction) for name, made in others.items()}
+        judged[direction] = compare(speed, rivals, entry[f"{direction}_target"])
     return judged
 
 
 def _tflops(made: Mapping[str, Any], direction: str) -> float | None:
     return made.get(direction, {}).get("tflops")
-
-
-def merged(sections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The cases of several processes' reports, each with all implementations, judged anew."""
-    cases: dict[Case, dict[str, Any]] = {}
-    for entry in (entry for section in sections for entry in section["cases"]):
-        case = Case(**{name: entry[name] for name in Case.__dataclass_fields__})
-        one = cases.setdefault(case, {**entry, "implementations": {}})
-        one["implementations"] |= entry["implementations"]
-    return [{**entry, "judged": judge(entry)} for entry in cases.values()]
-
-
-class Worker:
-    """Measures cases in another process: one that a kernel ends or hangs is replaced, and the others still count."""
-
-    def __init__(self, command: Sequence[str], names: Sequence[str], *, patience: float = PATIENCE) -> None:
-        self.command, self.names, self.patience = command, names, patience
-        self.process: subprocess.Popen[str] | None = None
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop()
-
-    def measure(self, case: Case) -> dict[str, Any]:
-        """Figures of each implementation; where one ended the process, that one's end and the others' figures."""
-        refused: dict[str, Any] = {}
-        while left := [name for name in self.names if name not in refused]:
-            found, began, why = self._ask(json.dumps({"case": asdict(case), "implementations": left}))
-            if found is not None:
-                return refused | found
-            # while all were compiled, or timed in turns: whoever it was
-            refused |= dict.fromkeys([began] if began in left else left, {"error": why})
-        return refused
-
-    def _ask(self, question: str) -> tuple[dict[str, Any] | None, str | None, str]:
-        """The answer, or None with who was running last and what happened."""
-        if self.process is not None and self.process.poll() is not None:
-            self._stop()
-        if self.process is None:
-            pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-            self.process = subprocess.Popen(self.command, **pipes)
-        process, began, why, hung = self.process, None, "", threading.Event()
-        assert process.stdin is not None and process.stdout is not None
-
-        def end() -> None:
-            hung.set()
-            process.kill()
-
-        timer = _started(self.patience, end)
-        try:
-            process.stdin.write(question + "\n")
-            for line in process.stdout:
-                said = _said(line)
-                began, why = said.get("begins", began), said.get("ended", why)
-                if "measured" in said:
-                    return said["measured"], None, ""
-                timer.cancel()
-                timer = _started(self.patience, end)
-        finally:
-            timer.cancel()
-        code = process.wait()
-        self._stop()
-        if hung.is_set():
-            return None, began, f"no sign of life for {self.patience:.0f} s"
-        return None, began, f"its process ended with code {code} {why}".rstrip()
-
-    def _stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            # closes the pipes, and waits
-            self.process.communicate()
-            self.process = None
-
-
-def _started(seconds: float, end: Callable[[], None]) -> threading.Timer:
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    return timer
-
-
-def _said(line: str) -> dict[str, Any]:
-    """What a worker says; libraries may print too."""
-    try:
-        said = json.loads(line)
-    except ValueError:
-        return {}
-    return said if isinstance(said, dict) else {}
-
-
-def serves(argv: Sequence[str], purpose: str | None) -> bool:
-    """Whether the command line is a worker's."""
-    parser = argparse.ArgumentParser(description=purpose)
-    parser.add_argument("serve", nargs="?", choices=["serve"], help="measure the cases that come on standard input")
-    return parser.parse_args(argv).serve is not None
-
-
-def serve(measure: Callable[[Case, Sequence[str], Begins], Mapping[str, Any]]) -> None:
-    """A worker's end of the conversation: a case a line, until there are no more or a failure cannot be survived."""
-
-    def say(**said: Any) -> None:
-        print(json.dumps(said), flush=True)
-
-    for line in sys.stdin:
-        asked = json.loads(line)
-        try:
-            found = measure(Case(**asked["case"]), asked["implementations"], lambda name: say(begins=name))
-        except Exception as error:
-            say(ended=_words(error))
-            raise
-        say(measured=found)
-        # an error's traceback holds arrays in a cycle
-        gc.collect()
 
 
 def measure(
@@ -358,25 +224,6 @@ def measure(
     return refused | {name: figures(case, name, seconds) | differences(made, name) for name in made}
 
 
-class recorded:
-    """Keeps why an implementation has no figures: a library refuses in its own way, and the others still count."""
-
-    def __init__(self, name: str, refused: dict[str, Any]) -> None:
-        self.name, self.refused = name, refused
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, Exception):
-            self.refused[self.name] = {"error": _words(error)}
-        return isinstance(error, Exception)
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:300]
-
-
 def lower(case: Case, attend: Attend, sharding: jax.sharding.Sharding | None = None) -> tuple[jax.stages.Lowered, ...]:
     """The forward, the forward that keeps what the backward needs, and the backward."""
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in case.shapes]
@@ -397,43 +244,10 @@ def lower(case: Case, attend: Attend, sharding: jax.sharding.Sharding | None = N
     return forward, first, jax.jit(backward).lower(kept, arrays[3])
 
 
-def interleaved(
-    functions: Mapping[str, Callable[[], Any]],
-    wait: Callable[[Any], Any],
-    *,
-    rounds: int = 10,
-    round_seconds: float = 0.04,
-) -> dict[str, list[float]]:
-    """Seconds of a call of each, one for every round; calls are in flight together, so that no dispatch is timed."""
-    calls = {}
-    for name, function in functions.items():
-        for _ in range(2):
-            wait(function())
-        start = time.perf_counter()
-        wait(function())
-        calls[name] = min(max(math.ceil(round_seconds / (time.perf_counter() - start)), 1), 200)
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                last = function()
-            wait(last)
-            seconds[name].append((time.perf_counter() - start) / calls[name])
-    return seconds
-
-
 def figures(case: Case, name: str, seconds: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
     """Of each direction median, fastest and slowest round, and TFLOP/s at the median."""
-    found = {}
-    for direction, flops in zip(DIRECTIONS, (case.flops, 2.5 * case.flops), strict=True):
-        times = seconds[direction][name]
-        median = float(np.median(times))
-        found[direction] = {
-            "milliseconds": {"median": 1e3 * median, "min": 1e3 * min(times), "max": 1e3 * max(times)},
-            "tflops": 1e-12 * flops / median,
-        }
-    return found
+    flops = {"forward": case.flops, "backward": 2.5 * case.flops}
+    return {direction: timed(seconds[direction][name], flops[direction]) for direction in DIRECTIONS}
 
 
 @jax.jit

@@ -9,19 +9,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.attention import (
-    CASES,
-    DIRECTIONS,
-    Begins,
-    Case,
-    Worker,
-    figures,
-    interleaved,
-    recorded,
-    report,
-    serve,
-    serves,
-)
+from benchmarks.attention import CASES, DIRECTIONS, Case, figures, report
+from benchmarks.side_by_side import Begins, Worker, interleaved, recorded, serve, serves
 
 BACKENDS = {"torch_flash": "FLASH_ATTENTION", "torch_cudnn": "CUDNN_ATTENTION"}
 
@@ -32,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps({"absent": "PyTorch is not installed"}))
     elif serves(argv, __doc__):
         torch = importlib.import_module("torch")
-        serve(lambda case, names, begins: measure(case, {name: BACKENDS[name] for name in names}, torch, begins))
+        serve(Case, lambda case, names, begins: measure(case, {name: BACKENDS[name] for name in names}, torch, begins))
     else:
         with Worker([sys.executable, "-m", "benchmarks.attention_torch", "serve"], tuple(BACKENDS)) as worker:
             report(CASES, worker.measure, {})

@@ -304,7 +304,7 @@ for line in sys.stdin:
 def test_a_kernel_that_ends_its_process_does_not_take_the_others_along(benchmark):
     attention = benchmark("attention")
     names = ("fine", "crashes", "hangs", "last")
-    with attention.Worker([sys.executable, "-c", WORKER], names, patience=3) as worker:
+    with benchmark("side_by_side").Worker([sys.executable, "-c", WORKER], names, patience=3) as worker:
         first = worker.measure(attention.Case(4096, 64))
         assert first["crashes"]["error"].startswith("its process ended with code -6")
         assert first["hangs"]["error"] == "no sign of life for 3 s"
@@ -337,7 +337,7 @@ def test_a_worker_answers_with_what_it_measured(benchmark, monkeypatch, capsys):
         return {"xla": {"forward": 1}}
 
     with pytest.raises(RuntimeError):
-        attention.serve(measure)
+        benchmark("side_by_side").serve(attention.Case, measure)
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert asked == [(case, ["xla"])] * 2
     assert said[:3] == [{"begins": "xla"}, {"measured": {"xla": {"forward": 1}}}, {"begins": "xla"}]
