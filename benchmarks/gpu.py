@@ -13,21 +13,23 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from benchmarks import attention, record
+from benchmarks import attention, grouped_matmul, record
 from jaxtron.command import configure, run_command
 from jaxtron.config import Config, UserError
 from jaxtron.runtime.devices import expects_gpu
 
-Section = Literal["tests", "ceilings", "attention_jax", "attention_torch", "train"]
+Section = Literal["tests", "ceilings", "attention_jax", "attention_torch", "grouped_jax", "grouped_torch", "train"]
 
 # seconds of each in the default nine minutes, right answers first; of more or less time each has its share, and what
 # one leaves over is shared among those after it
 SHARES: dict[Section, int] = {
-    "tests": 180,
-    "ceilings": 30,
-    "attention_jax": 160,
-    "attention_torch": 50,
-    "train": 120,
+    "tests": 160,
+    "ceilings": 25,
+    "attention_jax": 130,
+    "attention_torch": 45,
+    "grouped_jax": 60,
+    "grouped_torch": 20,
+    "train": 100,
 }
 # seconds in which a section whose time is over may still say what it has
 GRACE = 10.0
@@ -70,7 +72,8 @@ def main(argv: list[str]) -> int:
         seconds = share(config.sections[number:], deadline - time.monotonic())
         outcome = run_section(command(section, config), seconds)
         result["sections"][section] = outcome
-        result["attention"] = attention.merged(attention_sections(result))
+        result["attention"] = attention.merged(results_of(result, "attention"))
+        result["grouped"] = grouped_matmul.merged(results_of(result, "grouped"))
         record.write(path, result)
         print(f"{section}: {outcome['status']} {outcome.get('reason', '')}".strip(), flush=True)
     print(f"written to {path}")
@@ -82,9 +85,9 @@ def share(sections: Sequence[Section], seconds: float) -> float:
     return seconds * SHARES[sections[0]] / sum(SHARES[section] for section in sections)
 
 
-def attention_sections(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a GPU's result has of attention, complete or not."""
-    found = (result.get("sections", {}).get(name, {}).get("result") for name in ("attention_jax", "attention_torch"))
+def results_of(result: dict[str, Any], what: Literal["attention", "grouped"]) -> list[dict[str, Any]]:
+    """What a GPU's result has of attention or of grouped products, complete or not."""
+    found = (result.get("sections", {}).get(f"{what}_{by}", {}).get("result") for by in ("jax", "torch"))
     return [section for section in found if section]
 
 
@@ -95,6 +98,8 @@ def command(section: Section, config: GpuBenchmark) -> list[str]:
         "ceilings": ["benchmarks.ceilings"],
         "attention_jax": ["benchmarks.attention"],
         "attention_torch": ["benchmarks.attention_torch"],
+        "grouped_jax": ["benchmarks.grouped_matmul"],
+        "grouped_torch": ["benchmarks.grouped_matmul_torch"],
         "train": ["benchmarks.train", config.config],
     }[section]
     return [sys.executable, "-m", *module]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import attention, gpu, record
+from benchmarks import attention, gpu, grouped_matmul, record
 from jaxtron.command import configure, run_command
 from jaxtron.config import Config, UserError
 
@@ -36,7 +36,8 @@ def main(argv: list[str]) -> int:
     if not begin or not end:
         raise UserError(f"{path} has no {BEGIN} followed by {END}: add the two lines where the tables belong")
     results = [json.loads(file.read_text()) for file in sorted(Path(config.results).glob("*.json"))]
-    content = "\n\n".join(part for part in (training_table(results), attention_tables(results)) if part)
+    parts = (training_table(results), attention_tables(results), grouped_tables(results))
+    content = "\n\n".join(part for part in parts if part)
     path.write_text(f"{before}{begin}\n{content}\n{end}{after}" if content else f"{before}{begin}\n{end}{after}")
     return 0
 
@@ -77,12 +78,17 @@ def _training_row(run: dict[str, Any]) -> tuple[str, ...]:
 
 def attention_tables(results: Sequence[dict[str, Any]]) -> str:
     """For each GPU its newest ceilings and attention, forward / backward in TFLOP/s; empty without any."""
+    return "\n\n".join(part for result in _newest(results) for part in _attention_table(result))
+
+
+def _newest(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each GPU its last."""
     newest = {result["device"]: result for result in sorted(results, key=lambda r: r["date"]) if "sections" in result}
-    return "\n\n".join(part for device in sorted(newest) for part in _attention_table(newest[device]))
+    return [newest[device] for device in sorted(newest)]
 
 
 def _attention_table(result: dict[str, Any]) -> list[str]:
-    ceilings, cases = _section(result, "ceilings"), attention.merged(gpu.attention_sections(result))
+    ceilings, cases = _section(result, "ceilings"), attention.merged(gpu.results_of(result, "attention"))
     names = list(dict.fromkeys(name for case in cases for name in case["implementations"]))
     line = f"{result['device']}, {result['date']}"
     if ceilings:
@@ -90,9 +96,7 @@ def _attention_table(result: dict[str, Any]) -> list[str]:
         line += f"copy {ceilings['copy_gigabytes_per_second']:,.0f} GB/s"
     if cases:
         line += f". Attention, forward / backward in TFLOP/s; the last column is {attention.OURS[0]}'s over the "
-        line += "fastest of the others'"
-        unfinished = [name for name, section in result["sections"].items() if section.get("incomplete")]
-        line += f" ({', '.join(unfinished)} did not finish):" if unfinished else ":"
+        line += f"fastest of the others'{_unfinished(result)}:"
     header = ("mask", "head dimension", "heads / key-value heads", "sequence", *names, "ratio")
     table = _table(header, [_attention_row(case, names) for case in cases])
     return [part for part in (line if ceilings or cases else "", table) if part]
@@ -103,15 +107,56 @@ def _attention_row(case: dict[str, Any], names: Sequence[str]) -> tuple[str, ...
     mask += f", window {case['window']:,}" if case["window"] else ""
     mask += f", {case['documents']} documents" if case["documents"] > 1 else ""
     found, judged = case["implementations"], case["judged"]
-    speeds = [_pair(found.get(name, {}), "tflops", ".0f") for name in names]
+    speeds = [_figures(found.get(name, {}), "tflops", ".0f", attention.DIRECTIONS) for name in names]
     heads = f"{case['heads']} / {case['kv_heads']}"
-    return mask, str(case["head_dim"]), heads, f"{case['length']:,}", *speeds, _pair(judged, "ratio", ".2f")
+    return (
+        mask,
+        str(case["head_dim"]),
+        heads,
+        f"{case['length']:,}",
+        *speeds,
+        _figures(judged, "ratio", ".2f", attention.DIRECTIONS),
+    )
 
 
-def _pair(found: dict[str, Any], field: str, form: str) -> str:
-    """A figure of the forward and of the backward; a dash for what there is not."""
-    numbers = [found.get(direction, {}).get(field) for direction in attention.DIRECTIONS]
-    if numbers == [None, None]:
+def grouped_tables(results: Sequence[dict[str, Any]]) -> str:
+    """For each GPU its newest grouped products, with both gradients, in TFLOP/s; empty without any."""
+    return "\n\n".join(part for result in _newest(results) for part in _grouped_table(result))
+
+
+def _grouped_table(result: dict[str, Any]) -> list[str]:
+    cases = grouped_matmul.merged(gpu.results_of(result, "grouped"))
+    if not cases:
+        return []
+    names = list(dict.fromkeys(name for case in cases for name in case["implementations"]))
+    line = f"{result['device']}, {result['date']}. Products of rows by expert, forward / gradient of rows / of kernels "
+    line += f"in TFLOP/s of the rows without padding; the last columns are {grouped_matmul.OURS[0]}'s over the fastest "
+    line += f"other grouped and dense one{_unfinished(result)}:"
+    header = ("rows", "experts", "width", "skew", *names, "ratio", "of dense")
+    return [line, _table(header, [_grouped_row(case, names) for case in cases])]
+
+
+def _grouped_row(case: dict[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+    found, judged, directions = case["implementations"], case["judged"], grouped_matmul.DIRECTIONS
+    return (
+        f"{case['pairs']:,}",
+        str(case["experts"]),
+        f"{case['width']:,} x {case['out']:,}",
+        str(case["skew"]),
+        *(_figures(found.get(name, {}), "tflops", ".0f", directions) for name in names),
+        *(_figures(judged, field, ".2f", directions) for field in ("ratio", "of_dense")),
+    )
+
+
+def _unfinished(result: dict[str, Any]) -> str:
+    names = [name for name, section in result["sections"].items() if section.get("incomplete")]
+    return f" ({', '.join(names)} did not finish)" if names else ""
+
+
+def _figures(found: dict[str, Any], field: str, form: str, directions: Sequence[str]) -> str:
+    """A figure of each direction; a dash for what there is not."""
+    numbers = [found.get(direction, {}).get(field) for direction in directions]
+    if all(number is None for number in numbers):
         return "-"
     return " / ".join("-" if number is None else format(number, form) for number in numbers)
 
