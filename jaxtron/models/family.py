@@ -63,6 +63,8 @@ class Family(Generic[ConfigT]):
     """(config, length) -> parameters, exactly those that are made."""
     flops_per_token: Callable[[ConfigT, int], float]
     """(config, length) -> FLOPs of a token's forward and backward, without what is recomputed."""
+    leading: Callable[[ConfigT], int] = lambda config: 0
+    """Layers before those of the first stack, as large, that what enters it has in it: they lie on the first stage."""
     check: Callable[[ConfigT, Mapping[str, int], int, ContextConfig], None] = lambda *_: None
     """(config, sizes of the mesh by flag, length, how sequences are split): `UserError` where they do not fit; that
     sequences split evenly is known already."""

@@ -119,30 +119,30 @@ def one_stage_plan(num_layers: Sequence[int]) -> StagePlan:
     return StagePlan(tuple(Partition((count,), first_chunk=stack) for stack, count in enumerate(num_layers)))
 
 
-def stage_plan(num_layers: Sequence[int], schedule: Schedule, config: PipelineConfig) -> StagePlan:
+def stage_plan(num_layers: Sequence[int], schedule: Schedule, config: PipelineConfig, leading: int = 0) -> StagePlan:
     """The layers of each stack shared out among its virtual stages, of which all stacks have as many.
 
     The first stack's first part has the embedding's work, the last stack's last part that of the head and the loss.
-    Raises `UserError` where layers are too few, or `pipeline.stage_layers` does not fit.
+    On the first part are the `leading` layers too that lead the first stack, and that no partition has. Raises
+    `UserError` where layers are too few, or `pipeline.stage_layers` does not fit.
     """
     assert schedule.num_chunks % len(num_layers) == 0
     chunks = schedule.num_chunks // len(num_layers)
     num_parts = schedule.num_stages * chunks
     sizes = f"mesh.pipe {schedule.num_stages} x pipeline.chunks {chunks}"
     if config.stage_layers is None:
-        lengths = _even_lengths(num_layers, num_parts, sizes, config)
+        lengths = _even_lengths(num_layers, num_parts, sizes, config, leading)
     else:
-        lengths = [
-            config.stage_layers[start : start + num_parts] for start in range(0, len(config.stage_layers), num_parts)
-        ]
-        fits = [sum(part) for part in lengths] == list(num_layers) and len(config.stage_layers) == len(
-            lengths
-        ) * num_parts
-        if not fits or min(config.stage_layers) < 0:
+        given = (config.stage_layers[0] - leading, *config.stage_layers[1:])
+        lengths = [given[start : start + num_parts] for start in range(0, len(given), num_parts)]
+        fits = [sum(part) for part in lengths] == list(num_layers) and len(given) == len(lengths) * num_parts
+        if not fits or min(given) < 0:
             several = f" x {len(num_layers)} stacks" if len(num_layers) > 1 else ""
+            totals = (num_layers[0] + leading, *num_layers[1:])
+            first = f", at least {leading} of them on the first" if leading else ""
             raise UserError(
                 f"pipeline.stage_layers {list(config.stage_layers)} must be {num_parts * len(num_layers)} numbers "
-                f"({sizes}{several}) that add up to the model's {' and '.join(map(str, num_layers))} layers"
+                f"({sizes}{several}) that add up to the model's {' and '.join(map(str, totals))} layers{first}"
             )
     return StagePlan(
         tuple(
@@ -152,7 +152,9 @@ def stage_plan(num_layers: Sequence[int], schedule: Schedule, config: PipelineCo
     )
 
 
-def _even_lengths(num_layers: Sequence[int], num_parts: int, sizes: str, config: PipelineConfig) -> list[list[int]]:
+def _even_lengths(
+    num_layers: Sequence[int], num_parts: int, sizes: str, config: PipelineConfig, leading: int
+) -> list[list[int]]:
     last = len(num_layers) - 1
     lengths = []
     for stack, count in enumerate(num_layers):
@@ -163,7 +165,7 @@ def _even_lengths(num_layers: Sequence[int], num_parts: int, sizes: str, config:
                 else (f"stack {stack + 1} of the model's {last + 1} has {plural(count, 'layer')}")
             )
             raise UserError(f"{layers}, too few for {sizes} = {num_parts} parts; change one of them")
-        ends = (config.embedding_weight * (stack == 0), config.loss_weight * (stack == last))
+        ends = ((config.embedding_weight + leading) * (stack == 0), config.loss_weight * (stack == last))
         lengths.append(_share_out(count, num_parts, *ends))
     return lengths
 

@@ -209,7 +209,8 @@ class Configuration(Config):
                     f"pipeline.chunks {pipeline.chunks} = {num_parts}; change the cuts or one of these"
                 )
             pipeline = pipeline.model_copy(update={"stage_layers": cuts.layers})
-        return stage_plan(layers, self.schedule(num_stages, num_microbatches), pipeline)
+        schedule = self.schedule(num_stages, num_microbatches)
+        return stage_plan(layers, schedule, pipeline, self.family.leading(self.model))
 
     def check_mesh(self, sizes: dict[str, int]) -> None:
         """`UserError` where batch, sequence, layers, vocabulary or stages do not fit a mesh of these sizes by flag."""

@@ -83,13 +83,12 @@ def qwen3_moe(config: Config) -> dict[str, Any]:
 
 
 def deepseek(config: Config) -> dict[str, Any]:
-    dense, layers = config["first_k_dense_replace"], config["num_hidden_layers"]
     widths = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     return {
-        "pattern": "L-" * dense + "LE" * (layers - dense),
-        "num_layers": 1,
+        "pattern": "LE",
         "latent": {name: config[name] for name in widths},
         "moe": {
+            "leading_dense": config["first_k_dense_replace"],
             "num_experts": config["n_routed_experts"],
             "top_k": config["num_experts_per_tok"],
             "expert_size": config["moe_intermediate_size"],
@@ -162,6 +161,9 @@ def parameters_of(fixture: Fixture, model: ModelConfig) -> Arrays:
         for layer in (attend(read, number, model), mlp_layer(read, number, model))
     ]
     size = len(model.layout.period)
+    for number in range(len(model.layout.leading)):
+        for place in range(size):
+            found |= {f"stack.leading.{number}.layers.{place}.{name}": one for name, one in layers.pop(0).items()}
     for place in range(size):
         for name in layers[place]:
             found[f"stack.periods.layers.{place}.{name}"] = np.stack([layer[name] for layer in layers[place::size]])

@@ -21,6 +21,8 @@ class MoeConfig(Config):
     """Experts that a token is sent to."""
     expert_size: int | None = Field(default=None, ge=1)
     """Width of an expert's MLP (none: model.mlp_size, or what follows from model.hidden_size)."""
+    leading_dense: int = Field(default=0, ge=0)
+    """The first so many layers with experts have an MLP, of model.mlp_size, in their place (DeepSeek-V3: 3)."""
     shared_size: int = Field(default=0, ge=0)
     """Width of an MLP beside the experts that every token goes through: of several shared experts, their sum."""
     shared_gate: bool = False

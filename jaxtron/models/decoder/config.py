@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from jaxtron.config import NoEffect, UserError
 from jaxtron.layers.config import RotaryConfig
 from jaxtron.models.decoder.kinds import KINDS, LayerKind, check_multiple
-from jaxtron.models.decoder.pattern import Pattern, parse
+from jaxtron.models.decoder.pattern import Pattern, dense_first, parse
 from jaxtron.models.decoder.settings import DecoderSettings
 from jaxtron.sharding.config import ContextConfig
 
@@ -39,7 +39,7 @@ class ModelConfig(DecoderSettings):
     @model_validator(mode="after")
     def _agree(self) -> "ModelConfig":
         try:
-            parse(self.pattern, self.num_layers)
+            _ = self.layout
         except UserError as error:
             raise ValueError(str(error)) from None
         given = self.model_fields_set
@@ -93,7 +93,7 @@ class ModelConfig(DecoderSettings):
     @property
     def layout(self) -> Pattern:
         """The parsed pattern."""
-        return parse(self.pattern, self.num_layers)
+        return dense_first(parse(self.pattern, self.num_layers), self.moe.leading_dense)
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:

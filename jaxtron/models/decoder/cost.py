@@ -2,6 +2,7 @@
 
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.kinds import KINDS, LayerKind, norm_parameters
+from jaxtron.models.decoder.pattern import Branch
 
 
 def num_parameters(config: ModelConfig, sequence_length: int) -> int:
@@ -11,7 +12,8 @@ def num_parameters(config: ModelConfig, sequence_length: int) -> int:
     2104.04473's Eq. 2, 12 l h^2 + 13 l h + (v + s) h, and 2 h more: the equation leaves out the final norm.
     """
     norms = (1 + config.embedding_norm) * norm_parameters(config, config.hidden_size)
-    return table_parameters(config, sequence_length) + norms + config.layout.repeats * period_parameters(config)
+    layers = leading_parameters(config) + config.layout.repeats * period_parameters(config)
+    return table_parameters(config, sequence_length) + norms + layers
 
 
 def num_active_parameters(config: ModelConfig, sequence_length: int) -> int:
@@ -23,9 +25,17 @@ def num_active_parameters(config: ModelConfig, sequence_length: int) -> int:
 
 def period_parameters(config: ModelConfig, tensor: int = 1) -> int:
     """Parameters of one period of the pattern on each of `tensor` devices, whole over the other axes of the mesh."""
-    period = config.layout.period
-    branches = sum(KINDS[symbol].parameters(config, tensor) for branch in period for symbol in branch)
-    return branches + len(period) * norm_parameters(config, config.hidden_size)
+    return _layers_parameters(config, config.layout.period, tensor)
+
+
+def leading_parameters(config: ModelConfig, tensor: int = 1) -> int:
+    """Those of all periods that lead the others."""
+    return sum(_layers_parameters(config, period, tensor) for period in config.layout.leading)
+
+
+def _layers_parameters(config: ModelConfig, layers: tuple[Branch, ...], tensor: int) -> int:
+    branches = sum(KINDS[symbol].parameters(config, tensor) for branch in layers for symbol in branch)
+    return branches + len(layers) * norm_parameters(config, config.hidden_size)
 
 
 def period_expert_parameters(config: ModelConfig) -> int:
@@ -67,9 +77,10 @@ def hardware_flops_per_token(config: ModelConfig, sequence_length: int) -> float
 
     `full` is 2104.04473, Eq. 3: 96 l h^2 (1 + s/6h + v/16lh). `selective` adds the two products of the scores, 4 l h s.
     2205.05198, App. A, adds three times that, 12 l h s (its s/3h in place of s/6h), so the paper's hardware FLOPs are
-    `model + 3 * (hardware - model)`. The head is never computed again.
+    `model + 3 * (hardware - model)`. The head is never computed again, layers that lead the pattern always are.
     """
-    again = 0
+    leading = [KINDS[symbol] for period in config.layout.leading for branch in period for symbol in branch]
+    again = sum(sum(kind.flops(config, sequence_length).values()) for kind in leading)
     for kind in config.kinds:
         is_whole = bool({"layer", kind.module} & config.recomputed)
         forward = _forward_flops(config, kind, sequence_length)

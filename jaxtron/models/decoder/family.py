@@ -7,7 +7,6 @@ from jaxtron.config import UserError
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.cost import model_flops_per_token, num_parameters, padding_flops_per_token
 from jaxtron.models.decoder.kinds import expert_width
-from jaxtron.models.decoder.pattern import parse
 from jaxtron.models.decoder.work import decoder_work
 from jaxtron.models.family import Cuts, Experts, Family
 from jaxtron.sharding.config import ContextConfig
@@ -62,7 +61,7 @@ def recompute_levels(model: ModelConfig) -> tuple[str, ...]:
 
 def meaning(model: ModelConfig) -> dict[str, Any]:
     """A default spelled out, and cuts for stages, are the same model."""
-    layers = parse(model.pattern, model.num_layers).layers
+    layers = model.layout.layers
     return {
         "pattern": layers,
         "num_layers": layers,
@@ -81,6 +80,7 @@ FAMILY = Family(
     num_parameters=num_parameters,
     flops_per_token=model_flops_per_token,
     check=check,
+    leading=lambda model: len(model.layout.leading),
     cuts=cuts,
     resolve=resolve,
     evaluated=evaluated,

@@ -80,7 +80,7 @@ class Decoder(nnx.Module):
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         # the site after those of the layers: the embedding's own dropout
-        inputs = LayerInputs(keys=keys).fold(config.layout.repeats)
+        inputs = LayerInputs(keys=keys).fold(len(config.layout.leading) + config.layout.repeats)
         return dropout(x, config.dropout, inputs, "batch", "seq", "embed")
 
     def score(self, x: Float[Array, "B S E"], targets: Int[Array, "B S"], weights: Float[Array, "B S"]) -> Sums:

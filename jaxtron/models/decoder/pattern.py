@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass, replace
 
 from jaxtron.config import UserError
-from jaxtron.models.decoder.kinds import KINDS
+from jaxtron.models.decoder.kinds import KINDS, MLP, MOE
 
 CUT = "|"
 
@@ -14,17 +14,19 @@ Branch = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Pattern:
-    """A decoder's layers in order, as a repeated period."""
+    """A decoder's layers in order, as a repeated period; before it perhaps others, a few, which are like it."""
 
     period: tuple[Branch, ...]
     repeats: int
     parts: tuple[int, ...] | None = None
-    """Periods between the cuts; None where the pattern has no `|`."""
+    """Periods between the cuts, leading ones among them; None where the pattern has no `|`."""
+    leading: tuple[tuple[Branch, ...], ...] = ()
+    """The first periods, where they have an MLP in the place of experts."""
 
     @property
     def layers(self) -> tuple[Branch, ...]:
         """Every residual layer in order."""
-        return self.period * self.repeats
+        return sum(self.leading, ()) + self.period * self.repeats
 
     def count(self, *symbols: str) -> int:
         """How often these symbols occur in the whole decoder."""
@@ -76,6 +78,25 @@ def parse(text: str, repeats: int = 1) -> Pattern:
         )
     pattern = _reduce(layers * repeats)
     return replace(pattern, parts=_parts(text, pattern, [*cuts, len(layers)])) if cuts else pattern
+
+
+def dense_first(pattern: Pattern, count: int) -> Pattern:
+    """The pattern with an MLP in the place of its first `count` mixtures of experts; these are whole periods."""
+    here = sum(branch.count(MOE.symbol) for branch in pattern.period)
+    if count == 0 or here == 0:
+        return pattern
+    name, most = f"model.moe.leading_dense {count}", here * (pattern.repeats - 1)
+    if any(MLP.symbol in branch and MOE.symbol in branch for branch in pattern.period):
+        raise UserError(f"{name} puts an MLP in the place of experts, where model.pattern has one in the same group")
+    if count % here:
+        raise UserError(f"{name} is not a multiple of {here}, the layers with experts in a period of model.pattern")
+    if count > most:
+        raise UserError(f"{name} is more than {most}: a period of model.pattern must be left with its experts")
+    periods = count // here
+    dense = tuple(
+        tuple(MLP.symbol if symbol == MOE.symbol else symbol for symbol in branch) for branch in pattern.period
+    )
+    return replace(pattern, repeats=pattern.repeats - periods, leading=(dense,) * periods)
 
 
 def _parts(text: str, pattern: Pattern, ends: list[int]) -> tuple[int, ...]:

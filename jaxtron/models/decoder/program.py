@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import jax
+from flax import nnx
 
 from jaxtron.data.batch import TokenBatch
 from jaxtron.layers.inputs import LayerInputs, row_keys
@@ -35,8 +36,19 @@ def model(parts: Parts[Decoder], key: Key[Array, ""] | None) -> Model:
         return None if key is None else row_keys(key, microbatch.rows)
 
     def enter(outer: Outer, _stream: None, microbatch: Microbatch[TokenBatch]) -> Float[Array, "B S E"]:
-        batch = microbatch.batch
-        return parts.outer(outer).embed(batch.tokens, keys(microbatch), batch.positions)
+        batch, module = microbatch.batch, parts.outer(outer)
+        x = module.embed(batch.tokens, keys(microbatch), batch.positions)
+        for number, period in enumerate(module.stack.leading or ()):
+            x = lead(*nnx.split(period), x, number, shared(microbatch))
+        return x
+
+    def lead(graph: nnx.GraphDef, weights: nnx.State, x: Float[Array, "B S E"], number: int, inputs: LayerInputs):
+        def run(weights: nnx.State, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
+            output = whole(nnx.merge(graph, weights), decoder.dtype)(x, inputs.fold(number))
+            assert output.loss is None and not output.metrics, "layers that lead others report nothing"
+            return output.x
+
+        return recompute.layer(config.recomputed, run)(weights, x, inputs)
 
     def shared(microbatch: Microbatch[TokenBatch]) -> LayerInputs:
         batch = microbatch.batch
@@ -44,7 +56,7 @@ def model(parts: Parts[Decoder], key: Key[Array, ""] | None) -> Model:
         return replace(inputs, row_weights=microbatch.row_weights)
 
     def layer(weights: PyTree, x: Float[Array, "B S E"], number: Int[Array, ""], inputs: LayerInputs) -> LayerOutput:
-        output = whole(parts.layer(0, weights), decoder.dtype)(x, inputs.fold(number))
+        output = whole(parts.layer(0, weights), decoder.dtype)(x, inputs.fold(len(config.layout.leading) + number))
         return LayerOutput(output.x, output.loss, output.metrics)
 
     def head(outer: Outer, x: Float[Array, "B S E"], microbatch: Microbatch[TokenBatch]) -> HeadOutput:

@@ -48,10 +48,10 @@ class Layer(nnx.Module):
 
 
 class Period(nnx.Module):
-    """The layers of one period, in order."""
+    """Some layers in order, those of a period."""
 
-    def __init__(self, config: ModelConfig, backends: Backends, rngs: nnx.Rngs) -> None:
-        self.layers = nnx.List([Layer(config, branch, backends, rngs) for branch in config.layout.period])
+    def __init__(self, config: ModelConfig, branches: tuple[Branch, ...], backends: Backends, rngs: nnx.Rngs) -> None:
+        self.layers = nnx.List([Layer(config, branch, backends, rngs) for branch in branches])
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> BranchOutput:
         """What the last layer leaves, the sum of their losses, and of each metric those of the layers that have it."""
@@ -68,7 +68,10 @@ class Period(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """All layers, by period."""
+    """All layers, by period: those that are alike, and a few before them (none: no such)."""
 
     def __init__(self, config: ModelConfig, partition: Partition, backends: Backends, rngs: nnx.Rngs) -> None:
-        self.periods = stacked(functools.partial(Period, config, backends), partition, rngs)
+        layout = config.layout
+        self.periods = stacked(functools.partial(Period, config, layout.period, backends), partition, rngs)
+        leading = [Period(config, period, backends, rngs) for period in layout.leading]
+        self.leading = nnx.List(leading) if leading else None

@@ -8,6 +8,7 @@ from jaxtron.layers.config import GATED
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.cost import (
     embedding_parameters,
+    leading_parameters,
     period_expert_parameters,
     period_parameters,
     table_parameters,
@@ -72,13 +73,14 @@ class LayerWork:
 def decoder_work(model: ModelConfig, shapes: Shapes) -> ModelWork:
     """One stack, whose layers are periods of the pattern."""
     tables = embedding_parameters(model, shapes.length, shapes.tensor)
+    leading = leading_parameters(model, shapes.tensor)
     vocab, hidden = model.padded_vocab / shapes.tensor, model.hidden_size
     passes = 2 + model.embedding_norm + (model.position == "learned")
     stack = StackWork(
         layer=period(model, shapes),
         parameters=_dense_parameters(model, shapes),
         expert_parameters=_expert_parameters(model, shapes),
-        enter=embedding(shapes, hidden, tables, passes=passes, dropout=model.dropout > 0),
+        enter=embedding(shapes, hidden, tables, passes=passes, dropout=model.dropout > 0) + _leading(model, shapes),
         temporaries=_temporaries(model, shapes),
         transposed=_transposed(model, shapes, in_loop=False),
         transposed_in_loop=_transposed(model, shapes, in_loop=True),
@@ -86,7 +88,7 @@ def decoder_work(model: ModelConfig, shapes: Shapes) -> ModelWork:
     return ModelWork(
         stacks=(stack,),
         head=token_head(shapes, hidden, vocab),
-        outer_parameters=table_parameters(model, shapes.length, shapes.tensor),
+        outer_parameters=table_parameters(model, shapes.length, shapes.tensor) + leading,
         stream=shapes.stream_bytes(hidden),
         head_matrix=vocab * hidden,
         logits=shapes.tokens * vocab,
@@ -101,11 +103,7 @@ def decoder_work(model: ModelConfig, shapes: Shapes) -> ModelWork:
 
 def period(model: ModelConfig, shapes: Shapes) -> SlotWork:
     """One period of the model's pattern, recomputation in the backward."""
-    found = SlotWork()
-    for branch in model.layout.period:
-        found += _branch(model, shapes, branch)
-    if "layer" in model.recomputed:
-        found += SlotWork(backward=found.forward)
+    found = _layers(model, shapes, model.layout.period)
     return found + gathered_weights(shapes, _dense_parameters(model, shapes), _expert_parameters(model, shapes))
 
 
@@ -117,6 +115,23 @@ def _dense_parameters(model: ModelConfig, shapes: Shapes) -> float:
 def _expert_parameters(model: ModelConfig, shapes: Shapes) -> float:
     """Of a period's experts on a device."""
     return period_expert_parameters(model) / (shapes.sizes["expert"] * shapes.sizes["expert_tensor"])
+
+
+def _leading(model: ModelConfig, shapes: Shapes) -> SlotWork:
+    """Periods that lead the others: part of what enters the stack, their forward runs again in its backward."""
+    found = SlotWork()
+    for layers in model.layout.leading:
+        found += _layers(model, shapes, layers)
+        found += SlotWork(backward=_layers(model, shapes, layers).forward)
+    return found + gathered_weights(shapes, leading_parameters(model, shapes.tensor))
+
+
+def _layers(model: ModelConfig, shapes: Shapes, layers: tuple[Branch, ...]) -> SlotWork:
+    """Some residual layers, recomputation in the backward."""
+    found = SlotWork()
+    for branch in layers:
+        found += _branch(model, shapes, branch)
+    return found + SlotWork(backward=found.forward) if "layer" in model.recomputed else found
 
 
 def _branch(model: ModelConfig, shapes: Shapes, branch: Branch) -> SlotWork:
