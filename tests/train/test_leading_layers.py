@@ -19,8 +19,7 @@ SUBJECT = dataclasses.replace(make_subject("decoder", MODEL), name="dense first"
 CUBE = Layout({"data": 2, "fsdp": 2, "tensor": 2, "expert": 4})
 OTHERS = (
     Layout({"data": 4, "tensor": 2}, zero="parameters"),
-    Layout({"fsdp": 2, "context": 2, "tensor": 2}, zero="none", microbatches=1),
-    Layout({"pipe": 2, "data": 2, "tensor": 2, "expert": 2}, schedule="1f1b", microbatches=4),
+    Layout({"fsdp": 2, "context": 2, "tensor": 2}, zero="none"),
     Layout({"pipe": 2, "data": 2, "tensor": 2}, schedule="interleaved", parts=2, microbatches=4),
     Layout({"pipe": 2, "fsdp": 2, "expert": 2}, schedule="zero_bubble", microbatches=4, zero="none"),
     Layout({"pipe": 2, "data": 2, "context": 2}, schedule="dualpipe_v", parts=2, microbatches=4, zero="parameters"),
@@ -36,9 +35,8 @@ def test_a_step_is_plain_differentiation_on_every_mesh(layout: Layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["full", ("attention", "mlp")], ids=str)
-def test_what_is_recomputed_changes_no_number(recompute):
-    assert_same(step(SUBJECT, Layout({"fsdp": 2, "tensor": 2}), recompute=recompute), reference(SUBJECT))
+def test_what_is_recomputed_changes_no_number():
+    assert_same(step(SUBJECT, Layout({"fsdp": 2, "tensor": 2}), recompute="full"), reference(SUBJECT))
 
 
 def model(**changes) -> ModelConfig:
