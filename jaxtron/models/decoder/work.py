@@ -1,7 +1,7 @@
 """What a decoder takes of a device: work of each kind of layer by symbol, of a period of its pattern, of its ends."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from jaxtron.layers.config import GATED
