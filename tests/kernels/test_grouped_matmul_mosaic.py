@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from test_mosaic_compiled import COLLECTIVES, WARNINGS
 from test_mosaic_interpreted import interpret
 
@@ -18,6 +19,7 @@ from jaxtron.kernels.grouped_matmul import mosaic
 from jaxtron.kernels.grouped_matmul.grouped_matmul import gradient, product, product_transposed
 from jaxtron.kernels.grouped_matmul.mosaic_pipeline import place, tile_columns
 from jaxtron.kernels.grouped_matmul.spec import TILE
+from jaxtron.kernels.varying import vary_alike
 from jaxtron.plan.compiled.deviceless import gpu_devices
 
 interpreted = pytest.mark.skipif(
@@ -44,6 +46,10 @@ KERNELS: dict[str, Callable] = {
     "gradient": lambda rows, cotangent, kernel, experts: gradient(rows, cotangent, experts, EXPERTS, mosaic),
 }
 ROWS, EXPERTS = 4096, 8
+
+
+def all_three(*operands: jax.Array) -> list[jax.Array]:
+    return [kernel(*operands) for kernel in KERNELS.values()]
 
 
 def check_numbers(names: list[str], seconds: int) -> None:
@@ -114,11 +120,10 @@ def test_kernels_compile_inside_a_manual_region_without_copies_and_collectives(s
     mesh = Mesh(np.array(gpu_devices("h100", 8)).reshape(2, 4), ("data", "tensor"))
     given = shapes(mesh, (2048, 1536), axis="data")
 
-    def run(*operands: jax.Array) -> list[jax.Array]:
-        return [kernel(*operands) for kernel in KERNELS.values()]
-
     rows = PartitionSpec("data")
-    region = jax.shard_map(run, mesh=mesh, in_specs=(rows, rows, PartitionSpec(), rows), out_specs=[rows, rows, rows])
+    region = jax.shard_map(
+        all_three, mesh=mesh, in_specs=(rows, rows, PartitionSpec(), rows), out_specs=[rows, rows, rows]
+    )
     compiled = jax.jit(region).lower(*given).compile()
     check_program(said(), kernels=3)
     text = compiled.as_text()
@@ -126,6 +131,43 @@ def test_kernels_compile_inside_a_manual_region_without_copies_and_collectives(s
     assert not COLLECTIVES.search(text)
     # a copy of anything would be megabytes
     assert compiled.memory_analysis().temp_size_in_bytes < 2**16
+
+
+@pytest.mark.slow
+def test_kernels_compile_in_a_loop_of_nested_regions(said) -> None:
+    """As further rounds of an exchange: one region inside another, and as many turns as a device needs."""
+    devices = np.array(gpu_devices("h100", 8)).reshape(2, 4)
+    mesh = Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    given = shapes(mesh, (512, 384), axis="data")
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+
+    def local(turns: jax.Array, *operands: jax.Array) -> list[jax.Array]:
+        # devices along tensor have tiles of their own
+        experts = operands[3] + jax.lax.axis_index("tensor")
+        operands = (*operands[:3], jax.lax.sort(experts))
+
+        def add(_: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
+            return jax.tree.map(jnp.add, sums, all_three(*operands))
+
+        sums = [jnp.zeros(made.shape, made.dtype) for made in jax.eval_shape(all_three, *operands)]
+        sums, _ = vary_alike((sums, operands))
+        return [array[None] for array in jax.lax.fori_loop(0, turns[0], add, sums)]
+
+    def outer(turns: jax.Array, *operands: jax.Array) -> list[jax.Array]:
+        parts = PartitionSpec("tensor")
+        return jax.shard_map(local, in_specs=(whole,) * 5, out_specs=[parts] * 3, axis_names={"tensor"})(
+            turns, *operands
+        )
+
+    turns = jax.ShapeDtypeStruct((2,), "int32", sharding=NamedSharding(mesh, rows))
+    with jax.set_mesh(mesh):
+        region = jax.shard_map(
+            outer, in_specs=(rows, rows, rows, whole, rows), out_specs=[rows] * 3, axis_names={"data"}
+        )
+        compiled = jax.jit(region).lower(turns, *given).compile()
+    check_program(said(), kernels=3)
+    text = compiled.as_text()
+    assert " while(" in text and not COLLECTIVES.search(text)
 
 
 # tiles of 256, 192, 128 and 64 columns; widths that are no whole tiles or swizzles; one step
@@ -138,7 +180,7 @@ WIDTHS = ((4096, 2880), (384, 704), (128, 2816), (64, 192), (352, 80), (16, 2048
 )
 def test_every_width_compiles(said, widths: tuple[int, int], dtype: str) -> None:
     given = shapes(one_gpu(), widths, dtype)
-    jax.jit(lambda *operands: [kernel(*operands) for kernel in KERNELS.values()]).lower(*given).compile()
+    jax.jit(all_three).lower(*given).compile()
     check_program(said(), kernels=3)
 
 
