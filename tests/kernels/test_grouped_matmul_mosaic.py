@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from test_mosaic_compiled import COLLECTIVES, WARNINGS
 from test_mosaic_interpreted import interpret
 
 from jaxtron.kernels.grouped_matmul import mosaic
 from jaxtron.kernels.grouped_matmul.grouped_matmul import gradient, product, product_transposed
-from jaxtron.kernels.grouped_matmul.mosaic_pipeline import place, tile_columns
+from jaxtron.kernels.grouped_matmul.mosaic_pipeline import place, processors, tile_columns
 from jaxtron.kernels.grouped_matmul.spec import TILE
 from jaxtron.kernels.varying import vary_alike
 from jaxtron.plan.compiled.deviceless import gpu_devices
@@ -195,3 +195,13 @@ def test_tiles_of_columns_fit_the_width() -> None:
     """Wide ones read least of the rows; narrower ones where a wide one would be mostly beyond the end."""
     widths = {4096: 256, 1408: 256, 384: 192, 128: 128, 96: 128, 64: 64, 16: 64}
     assert {width: tile_columns(width) for width in widths} == widths
+
+
+def test_as_many_blocks_as_the_gpu_has_processors() -> None:
+    """Where the program is traced for a mesh that knows them; a GPU that is not there has not said."""
+    device = AbstractDevice(device_kind="NVIDIA H20", num_cores=78, platform="gpu")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert processors() == 78
+    with jax.set_mesh(one_gpu()):
+        assert processors() == 132
