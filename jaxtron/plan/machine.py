@@ -43,6 +43,8 @@ class Machine(Config):
     """Of the NVLink bandwidth of one direction."""
     network_fraction: float = Field(gt=0, le=1)
     """Of the network bandwidth of a GPU."""
+    exchange_fraction: float = Field(default=0.6, gt=0, le=1)
+    """Of either bandwidth, in an all-to-all."""
     kernel_seconds: float = Field(ge=0)
     """Of every kernel beyond its work: launch, ramp and tail."""
     nvlink_seconds: float = Field(ge=0)
@@ -90,12 +92,15 @@ class Machine(Config):
         if group.size == 1:
             return 0.0
         gpu, nodes = self.datasheet, group.size // group.local
-        inside = size * (group.size - 1) / group.size / (self.nvlink_fraction * gpu.nvlink_bandwidth)
-        cards = group.local
+        nvlink, network = self.nvlink_fraction * gpu.nvlink_bandwidth, self.network_fraction * gpu.network_bandwidth
         if kind == "all_to_all":
             # nobody passes on what is another's
-            inside, cards = inside * (group.local - 1) / (group.size - 1), 1
-        between = size * (nodes - 1) / nodes / (cards * self.network_fraction * gpu.network_bandwidth)
+            nvlink, network = (self.exchange_fraction * rate for rate in (gpu.nvlink_bandwidth, gpu.network_bandwidth))
+            inside = size * (group.local - 1) / group.size / nvlink
+            between = size * (nodes - 1) / nodes / network
+        else:
+            inside = size * (group.size - 1) / group.size / nvlink
+            between = size * (nodes - 1) / nodes / (group.local * network)
         latency = (group.local - 1) * self.nvlink_seconds + math.log2(nodes) * self.network_seconds
         once = max(inside if group.local > 1 else 0.0, between) + latency
         return 2 * once if kind == "all_reduce" else once
