@@ -14,6 +14,7 @@ from interpreted import INTERPRETER, main
 from test_grouped_matmul import CASES, Case, given, ratios
 
 from jaxtron.kernels.grouped_matmul import mosaic, mosaic_pipeline
+from jaxtron.kernels.mosaic import plgpu
 
 # several tiles a block, and several blocks
 BLOCKS = 2
@@ -22,6 +23,8 @@ CASES = {
     "short": SHORT,
     # several tiles of columns, the last of which are not whole, and several steps
     "wide": replace(SHORT, width=208, out=336),
+    # three pieces on their way out, which take turns in two places
+    "odd": replace(SHORT, width=64, out=192),
     "narrow": replace(SHORT, width=16, out=32),
     "float16": replace(SHORT, dtype="float16"),
     **{
@@ -56,8 +59,15 @@ def planted(**wrong: Any) -> None:
         mosaic_pipeline.plgpu = real
 
 
+def wait_for_the_last(count: int, *, wait_read_only: bool = False) -> None:
+    """Waits only before the kernel ends, and not before a place is filled anew."""
+    if not wait_read_only:
+        plgpu.wait_smem_to_gmem(count)
+
+
 RUNS: dict[str, Callable[[], Any]] = {
     "without fences": functools.partial(planted, commit_smem=lambda: None),
+    "without waits": functools.partial(planted, wait_smem_to_gmem=wait_for_the_last),
     "many blocks": functools.partial(errors_of, SHORT, 132),
     **{name: functools.partial(errors_of, case) for name, case in CASES.items()},
 }

@@ -28,6 +28,7 @@ interpreted = pytest.mark.skipif(
 PROGRAM = Path(__file__).with_name("interpreted_grouped.py")
 SLOW = [
     "wide",
+    "odd",
     "narrow",
     "float16",
     "ragged",
@@ -73,8 +74,8 @@ def test_every_case_is_right_and_free_of_races() -> None:
 @interpreted
 @pytest.mark.slow
 def test_planted_races_are_found() -> None:
-    (report,) = interpret(["without fences"], seconds=120, program=PROGRAM)
-    assert report["races"]
+    for report in interpret(["without fences", "without waits"], seconds=120, program=PROGRAM):
+        assert report["races"], report
 
 
 def shapes(
