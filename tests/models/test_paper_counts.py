@@ -93,6 +93,8 @@ MIXTURES = {
     "nemotron_4_15b_e8g1t2": (4, 4, 8, 8, None, None),
     "nemotron_4_15b_e8g8t8": (4, 4, 8, 8, None, None),
     "qwen3_30b_a3b": (1, 2, 16, 8, "30.5", "3.4"),
+    # 2412.19437, Sec. 3.2: 16 stages, experts over 64 devices, 2,048 GPUs
+    "deepseek_v3": (1, 16, 128, 64, "671.0", "37.6"),
 }
 
 # The parameters that the released weights of these have, and for PaLM what its Table 1 prints, in billions
@@ -107,6 +109,7 @@ RELEASED = {
     "yi_34b": 34_388_917_248,
     "mixtral_8x7b": 46_702_792_704,
     "qwen3_30b_a3b": 30_532_122_624,
+    "deepseek_v3": 671_026_404_352,
 }
 PALM = {"palm_8b": 8.63, "palm_62b": 62.50, "palm_540b": 540.35}
 
@@ -305,7 +308,8 @@ def test_mixtures(name):
         assert billions is None or f"{parameters / 1e9:.1f}" == billions
     # FLOPs are those of the dense model with as many parameters, but for the look-up and the square of scores
     model, length = config.model, config.data.sequence_length
-    scores = 12 * length * model.num_layers * model.num_heads * model.head_size
+    heads = next(kind.heads for kind in model.kinds if kind.heads)(model)
+    scores = 6 * length * model.num_layers * model.num_heads * (heads.key + heads.value)
     table = 6 * model.padded_vocab * model.hidden_size
     assert model_flops_per_token(model, length) == pytest.approx(6 * found[1] - table + scores, rel=1e-3)
 
@@ -325,7 +329,9 @@ def test_experts_of_upcycled_models_have_the_dense_models_parameters():
     assert num_parameters(configuration("mixtral_8x22b", "--model.vocab_size", "32000").model, 4096) == 140_620_634_112
 
 
-@pytest.mark.parametrize("name", ["mixtral_8x22b", "mixtral_8x22b_g8t8", "qwen2_57b_a14b", "llama_3_8x70b"])
+@pytest.mark.parametrize(
+    "name", ["mixtral_8x22b", "mixtral_8x22b_g8t8", "qwen2_57b_a14b", "llama_3_8x70b", "deepseek_v3"]
+)
 def test_mixtures_fit_the_gpus_of_their_paper(name):
     config = configuration(name)
     memory = Estimator(config).memory(config, sizes(config), gpu_named("h100"))
