@@ -118,7 +118,9 @@ def randomize(model: torch.nn.Module) -> None:
     for name, array in model.state_dict().items():
         numbers = generator.standard_normal(tuple(array.shape))
         is_scale = name.endswith("norm.weight")
-        scaled = numbers * (0.2 if is_scale or "bias" in name else 0.3) + is_scale
+        # selection biases so large that some scores are below zero
+        size = 0.8 if "correction_bias" in name else 0.2 if is_scale or "bias" in name else 0.3
+        scaled = numbers * size + is_scale
         whole = np.clip(np.rint(scaled / STEP), -127, 127)
         array.copy_(torch.from_numpy((whole * STEP).astype(np.float32)))
 

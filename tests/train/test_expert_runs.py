@@ -11,9 +11,11 @@ from tests.support.command_runs import run_here, small
 from tests.support.saved_state import assert_same, values
 
 FLAGS = (
-    *("--model.pattern", "*E", "--model.num_layers", "2", "--model.bias", "false", "--model.moe.num_experts", "4"),
-    *("--model.moe.bias_rate", "0.01", "--model.mlp_size", "32", "--train.global_batch", "16"),
-    *("--train.microbatches", "2", "--train.sample_tokens", "0", "--train.steps", "3", "--optimizer.decay_steps", "4"),
+    *("--model.pattern", "*E", "--model.num_layers", "3", "--model.bias", "false", "--model.moe.num_experts", "4"),
+    # one of them is before the stack that stages share out
+    *("--model.moe.leading_dense", "1", "--model.moe.bias_rate", "0.01", "--model.mlp_size", "32"),
+    *("--train.global_batch", "16", "--train.microbatches", "2", "--train.sample_tokens", "0", "--train.steps", "3"),
+    *("--optimizer.decay_steps", "4"),
 )
 FOLDED = ("--mesh.data", "4", "--mesh.tensor", "2", "--mesh.expert", "4")
 # more parts of tensor than experts take, which Megatron once left out of checkpoints

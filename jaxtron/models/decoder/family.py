@@ -62,6 +62,7 @@ def recompute_levels(model: ModelConfig) -> tuple[str, ...]:
 def meaning(model: ModelConfig) -> dict[str, Any]:
     """A default spelled out, and cuts for stages, are the same model."""
     layers = model.layout.layers
+    heads = [kind.heads(model) for kind in model.kinds if kind.heads is not None]
     return {
         "pattern": layers,
         "num_layers": layers,
@@ -69,7 +70,7 @@ def meaning(model: ModelConfig) -> dict[str, Any]:
         "head_dim": model.head_size,
         "mlp_size": model.mlp_width,
         "qkv_bias": model.bias if model.qkv_bias is None else model.qkv_bias,
-        "attention.scale": model.attention.scale or model.head_size**-0.5,
+        "attention.scale": [one.scale or one.key**-0.5 for one in heads],
     }
 
 
