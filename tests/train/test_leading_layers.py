@@ -5,10 +5,14 @@ import dataclasses
 import pytest
 
 from jaxtron.config import UserError, load
+from jaxtron.gpus import gpu_named
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.cost import hardware_flops_per_token, model_flops_per_token
 from jaxtron.models.decoder.kinds import LATENT, MLP
+from jaxtron.models.work.profile import PROFILES
+from jaxtron.plan.formula.workload import shapes_of
 from jaxtron.run.configuration import Configuration
+from jaxtron.sharding.folding import FLAGS
 from tests.conformance.communication import Communication
 from tests.conformance.runs import assert_same, reference, step
 from tests.conformance.subjects import DECODER, LENGTH, ONE_DEVICE, SETTINGS, Layout, make_subject
@@ -59,6 +63,12 @@ def test_operations_count_them_as_what_they_are_and_once_more():
     one_less = model(num_layers=5, moe=EXPERTS["moe"] | {"leading_dense": 1})
     assert model_flops_per_token(config, LENGTH) - model_flops_per_token(one_less, LENGTH) == 3 * dense
     assert hardware_flops_per_token(config, LENGTH) - model_flops_per_token(config, LENGTH) == 2 * dense
+    # of a plan they are part of what enters the stack, with another forward in its backward
+    whole = SUBJECT.configuration(ONE_DEVICE)
+    shapes = shapes_of(whole, dict.fromkeys(FLAGS, 1), PROFILES["jaxtron"], gpu_named("h100").device_kind)
+    enter = whole.family.work(whole.model, shapes).stacks[0].enter
+    assert enter.forward.flops == pytest.approx(shapes.tokens * 2 * dense)
+    assert (enter.backward + enter.weight).flops == pytest.approx(3 * enter.forward.flops)
 
 
 @pytest.mark.parametrize(
