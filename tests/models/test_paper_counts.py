@@ -329,9 +329,7 @@ def test_experts_of_upcycled_models_have_the_dense_models_parameters():
     assert num_parameters(configuration("mixtral_8x22b", "--model.vocab_size", "32000").model, 4096) == 140_620_634_112
 
 
-@pytest.mark.parametrize(
-    "name", ["mixtral_8x22b", "mixtral_8x22b_g8t8", "qwen2_57b_a14b", "llama_3_8x70b", "deepseek_v3"]
-)
+@pytest.mark.parametrize("name", ["llama_3_8x70b", "deepseek_v3"])
 def test_mixtures_fit_the_gpus_of_their_paper(name):
     config = configuration(name)
     memory = Estimator(config).memory(config, sizes(config), gpu_named("h100"))

@@ -2,10 +2,12 @@
 
 import functools
 import math
+from pathlib import Path
 
 import jax
 import pytest
 
+from jaxtron.config import load
 from jaxtron.gpus import gpu_named
 from jaxtron.models.work.profile import JAXTRON
 from jaxtron.plan.compiled import flops
@@ -22,11 +24,16 @@ from jaxtron.plan.machine import machine_named
 from jaxtron.plan.memory_use import MemoryUse
 from jaxtron.plan.plan import make_plan
 from jaxtron.plan.report import plan_text
+from jaxtron.plan.search.candidates import layouts
+from jaxtron.plan.search.ranking import ranking_text
+from jaxtron.plan.search.search import search
 from jaxtron.run.batches import abstract_batch
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import make_session
+from jaxtron.sharding.folding import FLAGS, refine
 
 H100 = machine_named("h100")
+CONFIGS = Path(__file__).parents[2] / "configs"
 KIND = gpu_named("h100").device_kind
 LAYERS, HIDDEN, WIDTH, LENGTH, MICROBATCHES, ROWS = 2, 256, 128, 256, 2, 2
 # a payload below this is norms, weights of rows and scalars
@@ -175,7 +182,7 @@ def planned(config: Configuration) -> tuple[MemoryUse, MemoryUse]:
         {"data": 2, "tensor": 4, "expert": 2, "expert_tensor": 2, "zero": "none"},
         {"fsdp": 2, "data": 2, "tensor": 2, "expert": 4, "moe": {"num_experts": 32, "top_k": 3, "shared_size": 64}},
         {"pipe": 2, "data": 2, "context": 2, "expert": 2, "expert_tensor": 2, "zero": "parameters"},
-        {"data": 8, "expert": 2, "expert_tensor": 4, "moe": {"bias_rate": 0.1}},
+        pytest.param({"data": 8, "expert": 2, "expert_tensor": 4, "moe": {"bias_rate": 0.1}}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -183,6 +190,55 @@ def test_memory_is_that_of_the_real_step(mesh: dict) -> None:
     real, found = planned(configuration(**mesh))
     assert {name: getattr(found, name) for name in SHAPED} == {name: getattr(real, name) for name in SHAPED}
     assert found.temporaries > 0
+
+
+# GiB of temporaries of the steps in configs/, compiled with JAX 0.11.2 for their H100s (2026-11-26)
+COMPILED = {"mixtral_8x7b": 3.53, "mixtral_8x22b": 4.07, "mixtral_8x22b_g8t8": 3.54, "qwen2_57b_a14b": 5.12}
+
+
+@pytest.mark.parametrize(
+    "name", [one if "22b" in one else pytest.param(one, marks=pytest.mark.slow) for one in COMPILED]
+)
+def test_temporaries_are_near_those_that_were_compiled(name: str) -> None:
+    config = load(Configuration, CONFIGS / f"{name}.yaml", []).resolved()
+    sizes = {flag: getattr(config.mesh, flag) for flag in FLAGS}
+    memory = Estimator(config).memory(config, sizes, gpu_named("h100"))
+    assert memory.temporaries / 2**30 == pytest.approx(COMPILED[name], abs=1.6)
+
+
+def test_a_search_folds_experts_in_every_way_that_refines() -> None:
+    config = configuration(data=4, expert=2)
+    found = [layout for layout in layouts(config, 4, 4) if layout.pipe == 1]
+    foldings = {(layout.mesh_text.partition(";")[0], layout.expert, layout.expert_tensor) for layout in found}
+    assert {folding[1:] for folding in foldings if folding[0] == "data 4"} == {
+        *((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4))
+    }
+    # each folding is one that a run has
+    for layout in found[::100]:
+        refine(layout.sizes, layout.expert, layout.expert_tensor)
+    # a dense model has nothing to fold
+    dense = config.model_copy(update={"model": config.model.model_copy(update={"pattern": "*-"})})
+    assert {layout.expert * layout.expert_tensor for layout in layouts(dense, 4, 4)} == {1}
+
+
+@pytest.mark.slow
+def test_a_search_takes_the_fastest_folding_of_a_mesh() -> None:
+    config = configuration(data=2, expert=2)
+    result = search(config, H100, num_gpus=2, gpus_per_node=2)
+    own = result.own
+    assert own is not None and own in result.candidates and own.layout.experts == {"expert": 2, "expert_tensor": 1}
+    assert own.layout.flags(config) == "" and "data 2; expert 2" in ranking_text(result, "mine")
+    best = result.best
+    again = predict(best.layout.config(config), best.layout.sizes, H100)
+    assert again.step_seconds == best.formula.step_seconds <= own.formula.step_seconds
+    # of a mesh the fastest folding is among those that were searched
+    tried = [layout for layout in layouts(config, 2, 2) if layout.sizes == best.layout.sizes]
+    first = {layout.experts["expert"]: layout for layout in reversed(tried)}
+    times = {
+        expert: predict(layout.config(config), layout.sizes, H100).step_seconds for expert, layout in first.items()
+    }
+    assert best.layout.expert == min(times, key=times.__getitem__)
+    assert "--mesh.expert 1" in first[1].flags(config)
 
 
 @pytest.mark.slow

@@ -134,12 +134,13 @@ def _slot_costs(
     for slot in SLOTS if table.split else SLOTS[:2]:
         costs[slot] = []
         head = pieces.slot_work(work.head, slot, split=table.split)
+        ending = timer.cost(head)
         for stack, partition in zip(work.stacks, plan.partitions, strict=True):
             layer, enter = (pieces.slot_work(piece, slot, split=table.split) for piece in (stack.layer, stack.enter))
             each, first = timer.cost(layer), timer.cost(enter)
             for number, length in enumerate(partition.lengths):
                 virtual = len(costs[slot])
-                ends = (first,) * (number == 0) + (timer.cost(head),) * (virtual == last)
+                ends = (first,) * (number == 0) + (ending,) * (virtual == last)
                 arrives = slot == "forward" and virtual > 0 or slot == "backward" and virtual < last
                 costs[slot].append(sum((*ends, *(message,) * arrives), start=each * length))
             flops += layer.flops * partition.num_layers + enter.flops

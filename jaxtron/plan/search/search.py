@@ -10,6 +10,7 @@ from jaxtron.plan.machine import Machine
 from jaxtron.plan.memory_use import MemoryUse
 from jaxtron.plan.plan import Plan
 from jaxtron.plan.search.candidates import CandidateLayout, layouts, own_layout
+from jaxtron.plan.search.foldings import narrowed
 from jaxtron.run.configuration import Configuration
 from jaxtron.words import plural, readable_bytes
 
@@ -92,6 +93,8 @@ def search(config: Configuration, machine: Machine, *, num_gpus: int, gpus_per_n
     config, capacity = config.resolved(), machine.datasheet.memory_bytes
     own, own_problem = _own(config, num_gpus)
     found = list(dict.fromkeys((*layouts(config, num_gpus, gpus_per_node), *((own,) if own else ()))))
+    if config.family.experts(config.model) is not None:
+        found = narrowed(found, own, config, machine, gpus_per_node)
     # layouts of one schedule follow each other, so that its table is made once
     batch = config.train.global_batch
     found.sort(key=lambda layout: (layout.pipe, layout.microbatches(batch), repr(layout.pipeline)))
