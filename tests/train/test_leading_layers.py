@@ -20,8 +20,10 @@ from tests.conformance.subjects import DECODER, LENGTH, ONE_DEVICE, SETTINGS, La
 EXPERTS = SETTINGS["E"] | {"moe": SETTINGS["E"]["moe"] | {"leading_dense": 2, "bias_rate": 0.01}}
 MODEL = {**DECODER, **SETTINGS["L"], **EXPERTS, "pattern": "LE", "num_layers": 6, "position": "rotary", "dropout": 0.1}
 SUBJECT = dataclasses.replace(make_subject("decoder", MODEL), name="dense first")
-CUBE = Layout({"data": 2, "fsdp": 2, "tensor": 2, "expert": 4})
-OTHERS = (
+# one layer of each kind
+SHALLOW = {**MODEL, "num_layers": 2, "moe": EXPERTS["moe"] | {"leading_dense": 1}}
+LAYOUTS = (
+    Layout({"data": 2, "fsdp": 2, "tensor": 2, "expert": 4}),
     Layout({"data": 4, "tensor": 2}, zero="parameters"),
     Layout({"fsdp": 2, "context": 2, "tensor": 2}, zero="none"),
     Layout({"pipe": 2, "data": 2, "tensor": 2}, schedule="interleaved", parts=2, microbatches=4),
@@ -30,7 +32,13 @@ OTHERS = (
 )
 
 
-@pytest.mark.parametrize("layout", [CUBE, *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS)], ids=str)
+def test_a_step_is_plain_differentiation() -> None:
+    shallow = dataclasses.replace(SUBJECT, settings=SHALLOW)
+    assert_same(step(shallow, Layout({"fsdp": 2, "tensor": 2})), reference(shallow))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_step_is_plain_differentiation_on_every_mesh(layout: Layout):
     found = step(SUBJECT, layout)
     assert_same(found, reference(SUBJECT))
