@@ -304,6 +304,11 @@ def test_an_output_replaces_nothing_but_an_earlier_one(tmp_path: Path):
         ("--batch_size", "train.global_batch"),
         ("--seq_len", "data.sequence_length"),
         ("--num_attention_heads", "model.num_heads"),
+        ("--first_k_dense_replace", "model.moe.leading_dense"),
+        ("--model.moe_router_topk", "model.moe.top_k"),
+        ("--model.moe.routed_scaling_factor", "model.moe.scaling"),
+        ("--qk_pos_emb_head_dim", "model.latent.qk_rope_head_dim"),
+        ("--mesh.expert_parallel", "mesh.expert"),
     ],
 )
 def test_other_programs_words_are_understood(flag: str, meant: str):
