@@ -9,7 +9,19 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxtron.kernels.varying import vary_alike
-from jaxtron.layers.moe.exchange import Dispatch, Exchange, make_dispatch, receive, receive_tokens, send
+from jaxtron.layers.moe.exchange import (
+    Dispatch,
+    Exchange,
+    Turn,
+    enter,
+    leave,
+    make_dispatch,
+    make_turn,
+    receive,
+    receive_tokens,
+    send,
+)
+from jaxtron.layers.moe.products import gradient, product, product_transposed
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.collectives import vary
 from jaxtron.sharding.regions import on_each_device
@@ -50,74 +62,73 @@ class _Tokens(NamedTuple):
     chosen: Int[Array, "T K"]
 
 
+class _Kept(NamedTuple):
+    """Of the first round, for the backward."""
+
+    rows: Float[Array, "*rows E"]
+    of_rows: Float[Array, "*rows 1"]
+    """Their weights."""
+    hidden: Float[Array, "*rows G F"]
+
+
 def _forward(
     x: Array, weights: Array, chosen: Array, up: Array, down: Array, exchange: Exchange, activate: Activate
-) -> tuple[Array, tuple[Array, ...]]:
-    def local(*arrays: Array) -> tuple[Array, ...]:
-        tokens, (up, down) = _enter(arrays[:3]), (block[0] for block in arrays[3:])
-        dispatch = make_dispatch(exchange, tokens.chosen)
+) -> tuple[Array, tuple[PyTree, ...]]:
+    def local(*arrays: Array) -> tuple[Array, PyTree, PyTree]:
+        tokens, (up, down) = _tokens(arrays[:3]), (block[0] for block in arrays[3:])
+        dispatch = make_dispatch(exchange, enter(exchange, tokens.chosen))
 
-        def a_round(turn: Array | int) -> tuple[Array, tuple[Array, ...]]:
-            rows = send(exchange, dispatch, turn, tokens.x[:, None])
-            of_rows = send(exchange, dispatch, turn, tokens.weights[..., None])
-            hidden = _product(rows, up)
-            out = _product(activate(hidden, of_rows), down)
-            return receive_tokens(exchange, dispatch, turn, out), (rows, of_rows, hidden)
+        def a_round(number: Array | int) -> tuple[Array, _Kept]:
+            turn, kept = _expert_rows(exchange, dispatch, number, tokens, up)
+            out = product(exchange, turn, activate(kept.hidden, kept.of_rows), down)
+            return receive_tokens(exchange, turn, out), kept
 
         y, kept = a_round(0)
-        y = _further(exchange, dispatch, lambda turn: a_round(turn)[0], y)
-        return (y.astype(arrays[0].dtype).reshape(arrays[0].shape), *(array[None] for array in kept))
+        y = leave(exchange, _further(exchange, dispatch, lambda number: a_round(number)[0], y))
+        return y.astype(arrays[0].dtype).reshape(arrays[0].shape), _as_block(dispatch), _as_block(kept)
 
     tokens, block = _specs()
-    y, *kept = on_each_device(local, (tokens, tokens, tokens, block, block), (tokens, block, block, block))(
-        x, weights, chosen, up, down
-    )
-    return y, (x, weights, chosen, up, down, *map(save_for_backward, kept))
+    run = on_each_device(local, (tokens, tokens, tokens, block, block), (tokens, block, block))
+    y, dispatch, kept = run(x, weights, chosen, up, down)
+    return y, (x, weights, up, down, *jax.tree.map(save_for_backward, (dispatch, kept)))
 
 
 def _backward(
-    exchange: Exchange, activate: Activate, residuals: tuple[Array, ...], cotangent: Array
+    exchange: Exchange, activate: Activate, residuals: tuple[PyTree, ...], cotangent: Array
 ) -> tuple[Array, Array, None, Array, Array]:
     """In two regions: gradients of the tokens, and of the experts, which a pipeline may put off."""
-    x, weights, chosen, up, down, rows, of_rows, hidden = residuals
+    x, weights, up, down, dispatch, kept = residuals
     tokens, block = _specs()
-    given, lie = (x, weights, chosen, cotangent, up, down), (tokens, tokens, tokens, tokens, block, block)
+    given, lie = (x, weights, cotangent, up, down, dispatch), (tokens, tokens, tokens, block, block, block)
 
-    def of_tokens(*arrays: Array) -> tuple[Array, ...]:
-        step = _Back(exchange, activate, arrays)
-        of_rows, hidden = (array[0] for array in arrays[6:])
-        sums, dhidden, dout = step.inputs(0, of_rows, hidden)
+    def of_tokens(*arrays: PyTree) -> tuple[Array, ...]:
+        step = _Back(exchange, activate, arrays[:-1])
+        sums, dhidden, dout = step.inputs(step.turn(0), _own(arrays[-1]))
 
-        def further(turn: Array) -> PyTree:
-            _, of_rows, hidden = step.again(turn)
-            return step.inputs(turn, of_rows, hidden)[0]
+        def further(number: Array) -> PyTree:
+            return step.inputs(*step.again(number))[0]
 
-        dx, dweights = _further(exchange, step.dispatch, further, sums)
-        return (
-            dx.astype(x.dtype).reshape(arrays[0].shape),
-            dweights.reshape(arrays[1].shape),
-            dhidden[None],
-            dout[None],
-        )
+        dx, dweights = (leave(exchange, array) for array in _further(exchange, step.dispatch, further, sums))
+        dx, dweights = dx.astype(x.dtype).reshape(arrays[0].shape), dweights.reshape(arrays[1].shape)
+        return dx, dweights, dhidden[None], dout[None]
 
-    run = on_each_device(of_tokens, (*lie, block, block), (tokens, tokens, block, block))
-    dx, dweights, dhidden, dout = run(*given, of_rows, hidden)
+    run = on_each_device(of_tokens, (*lie, block), (tokens, tokens, block, block))
+    dx, dweights, dhidden, dout = run(*given, kept)
 
-    def of_experts(*arrays: Array) -> tuple[Array, Array]:
-        step = _Back(exchange, activate, arrays)
-        rows, of_rows, hidden, dhidden, dout = (array[0] for array in arrays[6:])
-        sums = _gradients(activate, rows, of_rows, hidden, dhidden, dout)
+    def of_experts(*arrays: PyTree) -> tuple[Array, Array]:
+        step = _Back(exchange, activate, arrays[:-3])
+        kept, dhidden, dout = map(_own, arrays[-3:])
+        sums = step.experts(step.turn(0), kept, dhidden, dout)
 
-        def further(turn: Array) -> PyTree:
-            rows, of_rows, hidden = step.again(turn)
-            _, dhidden, dout = step.inputs(turn, of_rows, hidden)
-            return _gradients(activate, rows, of_rows, hidden, dhidden, dout)
+        def further(number: Array) -> PyTree:
+            turn, kept = step.again(number)
+            return step.experts(turn, kept, *step.inputs(turn, kept)[1:])
 
         dup, ddown = _further(exchange, step.dispatch, further, sums)
-        return dup.astype(up.dtype)[None], ddown.astype(down.dtype)[None]
+        return dup.reshape(arrays[3].shape).astype(up.dtype), ddown.reshape(arrays[4].shape).astype(down.dtype)
 
-    run = on_each_device(of_experts, (*lie, *(block,) * 5), (block, block))
-    dup, ddown = run(*given, rows, of_rows, hidden, dhidden, dout)
+    run = on_each_device(of_experts, (*lie, block, block, block), (block, block))
+    dup, ddown = run(*given, kept, dhidden, dout)
     return dx, dweights, None, dup, ddown
 
 
@@ -127,56 +138,62 @@ mix.defvjp(_forward, _backward)
 class _Back:
     """The backward of rounds on one device."""
 
-    def __init__(self, exchange: Exchange, activate: Activate, arrays: tuple[Array, ...]) -> None:
+    def __init__(self, exchange: Exchange, activate: Activate, arrays: tuple[PyTree, ...]) -> None:
+        x, weights, cotangent, up, down, dispatch = arrays
         self.exchange, self.activate = exchange, activate
-        self.tokens = _enter(arrays[:3])
-        self.cotangent = _rows(arrays[3])
-        self.up, self.down = arrays[4][0], arrays[5][0]
-        self.dispatch: Dispatch = make_dispatch(exchange, self.tokens.chosen)
+        self.dispatch: Dispatch = _own(dispatch)
+        # choices are in the dispatch
+        self.tokens = _Tokens(_rows(x), _rows(weights), jnp.zeros((0, exchange.top_k), jnp.int32))
+        self.cotangent = enter(exchange, _rows(cotangent))
+        self.up, self.down = up[0], down[0]
 
-    def again(self, turn: Array) -> tuple[Array, Array, Array]:
+    def turn(self, number: Array | int) -> Turn:
+        """A round."""
+        return make_turn(self.exchange, self.dispatch, number)
+
+    def again(self, number: Array) -> tuple[Turn, _Kept]:
         """What the first round keeps, of a further one."""
-        rows = send(self.exchange, self.dispatch, turn, self.tokens.x[:, None])
-        of_rows = send(self.exchange, self.dispatch, turn, self.tokens.weights[..., None])
-        return rows, of_rows, _product(rows, self.up)
+        return _expert_rows(self.exchange, self.dispatch, number, self.tokens, self.up)
 
-    def inputs(self, turn: Array | int, of_rows: Array, hidden: Array) -> tuple[PyTree, Array, Array]:
+    def inputs(self, turn: Turn, kept: _Kept) -> tuple[PyTree, Array, Array]:
         """Cotangents of the tokens and their weights, of what entered the activation, and of what left the expert."""
-        exchange, dispatch = self.exchange, self.dispatch
-        dout = send(exchange, dispatch, turn, self.cotangent[:, None])
-        pull = jax.vjp(self.activate, hidden, of_rows)[1]
-        dhidden, dof_rows = pull(jnp.einsum("nre,nfe->nrf", dout, self.down))
-        drows = jnp.einsum("nrgf,negf->nre", dhidden, self.up)
-        dx = receive_tokens(exchange, dispatch, turn, drows)
-        return (dx, receive(exchange, dispatch, turn, dof_rows)[..., 0]), dhidden, dout
+        exchange = self.exchange
+        dout = send(exchange, turn, self.cotangent[:, None])
+        pull = jax.vjp(self.activate, kept.hidden, kept.of_rows)[1]
+        dhidden, dof_rows = pull(product_transposed(exchange, turn, dout, self.down))
+        drows = product_transposed(exchange, turn, _flat(dhidden), self.up)
+        dx = receive_tokens(exchange, turn, drows)
+        return (dx, receive(exchange, turn, dof_rows)[..., 0]), dhidden, dout
+
+    def experts(self, turn: Turn, kept: _Kept, dhidden: Array, dout: Array) -> tuple[Array, Array]:
+        """Gradients of the device's experts, in float32."""
+        inner = self.activate(kept.hidden, kept.of_rows)
+        dup = gradient(self.exchange, turn, kept.rows, _flat(dhidden))
+        return dup, gradient(self.exchange, turn, inner, dout)
 
 
-def _gradients(
-    activate: Activate, rows: Array, of_rows: Array, hidden: Array, dhidden: Array, dout: Array
-) -> tuple[Array, Array]:
-    """Of a device's experts, in float32."""
-    inner = activate(hidden, of_rows)
-    dup = jnp.einsum("nre,nrgf->negf", rows, dhidden, preferred_element_type=jnp.float32)
-    return dup, jnp.einsum("nrf,nre->nfe", inner, dout, preferred_element_type=jnp.float32)
-
-
-def _product(rows: Array, kernel: Array) -> Array:
-    """Rows [N, R, I] of each expert times its kernel [N, I, ...]."""
-    return jnp.einsum("nri,ni...->nr...", rows, kernel)
+def _expert_rows(
+    exchange: Exchange, dispatch: Dispatch, number: Array | int, tokens: _Tokens, up: Array
+) -> tuple[Turn, _Kept]:
+    """A round, as far as the first product."""
+    turn = make_turn(exchange, dispatch, number)
+    rows = send(exchange, turn, enter(exchange, tokens.x)[:, None])
+    of_rows = send(exchange, turn, enter(exchange, tokens.weights)[..., None])
+    return turn, _Kept(rows, of_rows, product(exchange, turn, rows, up))
 
 
 def _further(exchange: Exchange, dispatch: Dispatch, a_round: Callable[[Array], PyTree], sums: PyTree) -> PyTree:
     """`sums` and what rounds after the first add to it: usually there are none."""
     if not exchange.has_rounds:
         return sums
-    turn, _ = vary_alike((jnp.int32(1), dispatch.rounds))
+    number, _ = vary_alike((jnp.int32(1), dispatch.rounds))
 
     def body(carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-        turn, sums = carry
-        return turn + 1, jax.tree.map(jnp.add, sums, a_round(turn))
+        number, sums = carry
+        return number + 1, jax.tree.map(jnp.add, sums, a_round(number))
 
     with jax.named_scope(FURTHER_ROUNDS):
-        return jax.lax.while_loop(lambda carry: carry[0] < dispatch.rounds, body, (turn, sums))[1]
+        return jax.lax.while_loop(lambda carry: carry[0] < dispatch.rounds, body, (number, sums))[1]
 
 
 def _specs() -> tuple[PartitionSpec, PartitionSpec]:
@@ -184,7 +201,15 @@ def _specs() -> tuple[PartitionSpec, PartitionSpec]:
     return spec("batch", "seq", None), PartitionSpec(current().axes("tensor"))
 
 
-def _enter(arrays: tuple[Array, ...]) -> _Tokens:
+def _as_block(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda array: vary(array)[None], tree)
+
+
+def _own(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda array: array[0], tree)
+
+
+def _tokens(arrays: tuple[Array, ...]) -> _Tokens:
     x, weights, chosen = map(_rows, arrays)
     return _Tokens(x, weights, chosen)
 
@@ -192,3 +217,7 @@ def _enter(arrays: tuple[Array, ...]) -> _Tokens:
 def _rows(array: Array) -> Array:
     """By token, typed as every device's own."""
     return vary(array.reshape(-1, array.shape[-1]))
+
+
+def _flat(array: Float[Array, "*rows G F"]) -> Float[Array, "*rows O"]:
+    return array.reshape(*array.shape[:-2], -1)

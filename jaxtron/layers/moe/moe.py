@@ -86,10 +86,10 @@ class Moe(nnx.Module):
 
 
 def activate(
-    name: Activation, hidden: Float[Array, "N R G F"], weights: Float[Array, "N R 1"]
-) -> Float[Array, "N R F"]:
+    name: Activation, hidden: Float[Array, "*rows G F"], weights: Float[Array, "*rows 1"]
+) -> Float[Array, "*rows F"]:
     """What goes into an expert's last product, with the router's weight of its row on it."""
-    inner = FUNCTIONS[name](hidden[:, :, 0])
+    inner = FUNCTIONS[name](hidden[..., 0, :])
     if name in GATED:
-        inner = inner * hidden[:, :, 1]
+        inner = inner * hidden[..., 1, :]
     return (inner * weights).astype(hidden.dtype)
