@@ -94,6 +94,11 @@ CASES = {
     "capacity by probability": {"capacity_factor": 0.5},
     "capacity by position": {"capacity_factor": 0.7, "drop": "position", "top_k": 3},
     "no capacity to speak of": {"capacity_factor": 0.01},
+    "grouped": {"buckets": "device", "implementation": "reference"},
+    "grouped by tiles": {"buckets": "device", "top_k": 3, "implementation": "xla"},
+    "grouped, one expert": {"buckets": "device", "num_experts": 1, "top_k": 1},
+    "grouped, capacity": {"buckets": "device", "capacity_factor": 0.5},
+    "room for all": {"exchange": "capacity", "capacity_factor": 0.7},
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ ROUTING: dict[str, dict[str, Any]] = {
     "at random": {"capacity_factor": 0.75, "drop": "random"},
     "shared": {"shared_size": 16, "shared_gate": True, "jitter": 0.3, "scores": "sigmoid", "renormalize": True},
 }
+GROUPED = {"buckets": "device", "implementation": "xla"}
 
 
 class Case(NamedTuple):
@@ -32,18 +33,19 @@ class Case(NamedTuple):
     microbatches: int = 1
     schedule: str = "1f1b"
     chunks: int = 1
-    slots: float = 1.25
     recompute: Any = "none"
+    travel: Any = {}
+    """Settings of how tokens get to experts."""
 
     def __str__(self) -> str:
         words = [f"{flag} {size}" for flag, size in self.mesh.items()] + [self.routing, self.zero]
         words += [self.schedule] if "pipe" in self.mesh else []
-        words += [f"slots {self.slots}"] if self.slots != 1.25 else []
+        words += [f"{name} {value}" for name, value in self.travel.items()]
         return "-".join(words)
 
 
 QUICK = (
-    Case({"data": 4, "tensor": 2, "expert": 8}, microbatches=2, slots=0.5),
+    Case({"data": 4, "tensor": 2, "expert": 8}, microbatches=2, travel={"slots": 0.5}),
     Case({"data": 2, "tensor": 4, "expert": 4, "expert_tensor": 2}, "skewed", zero="parameters"),
 )
 OTHERS = (
@@ -57,15 +59,15 @@ OTHERS = (
     Case({"data": 2, "tensor": 4, "expert": 8}, recompute="full"),
     Case({"data": 4, "tensor": 2, "expert": 4}, recompute=("moe",)),
     Case({"data": 4, "tensor": 2, "expert": 4, "expert_tensor": 2}),
-    Case({"data": 8, "expert": 4, "expert_tensor": 2}, slots=0.3),
+    Case({"data": 8, "expert": 4, "expert_tensor": 2}, travel={"slots": 0.3}),
     Case({"fsdp": 8, "expert": 4}),
     Case({"data": 2, "fsdp": 2, "tensor": 2, "expert": 4}, zero="parameters"),
     Case({"fsdp": 2, "context": 2, "tensor": 2, "expert": 4}),
     Case({"context": 4, "data": 2, "expert": 8}),
-    Case({"context": 4, "tensor": 2, "expert": 4}, "skewed", slots=0.4),
+    Case({"context": 4, "tensor": 2, "expert": 4}, "skewed", travel={"slots": 0.4}),
     Case({"pipe": 2, "data": 2, "tensor": 2, "expert": 4}, microbatches=4),
-    Case({"pipe": 2, "data": 2, "tensor": 2, "expert_tensor": 2, "expert": 2}, microbatches=4, slots=0.4),
-    Case({"pipe": 2, "data": 4, "expert": 2}, microbatches=4, schedule="zero_bubble", slots=0.4),
+    Case({"pipe": 2, "data": 2, "tensor": 2, "expert_tensor": 2, "expert": 2}, microbatches=4, travel={"slots": 0.4}),
+    Case({"pipe": 2, "data": 4, "expert": 2}, microbatches=4, schedule="zero_bubble", travel={"slots": 0.4}),
     Case({"pipe": 2, "tensor": 2, "data": 2, "expert": 2}, microbatches=4, schedule="eager_1f1b"),
     Case({"pipe": 2, "data": 4, "expert": 4}, microbatches=4, schedule="interleaved", chunks=2),
     Case({"pipe": 2, "fsdp": 2, "tensor": 2, "expert": 4}, microbatches=4, schedule="zero_bubble_v", chunks=2),
@@ -75,24 +77,39 @@ OTHERS = (
     Case({"data": 2, "context": 2, "expert": 4}, "by position"),
     Case({"context": 2, "tensor": 2, "expert": 2}, "at random", microbatches=2),
     Case({"data": 2, "context": 2, "tensor": 2, "expert": 8}, "shared"),
+    Case({"data": 4, "tensor": 2, "expert": 4}, travel=GROUPED),
+    Case({"data": 8, "expert": 2}, travel={**GROUPED, "implementation": "reference"}),
+    Case({"tensor": 2, "data": 4}, travel=GROUPED),
+    Case({"data": 2, "tensor": 4, "expert": 2, "expert_tensor": 2}, "skewed", travel={**GROUPED, "slots": 0.3}),
+    Case(
+        {"pipe": 2, "data": 2, "tensor": 2, "expert": 4},
+        microbatches=4,
+        schedule="zero_bubble",
+        travel={**GROUPED, "slots": 0.4},
+    ),
+    Case({"data": 4, "tensor": 2, "expert": 8}, microbatches=2, travel={"exchange": "all_gather"}),
+    Case({"data": 2, "context": 2, "expert": 2, "expert_tensor": 2}, "skewed", travel={"exchange": "all_gather"}),
+    Case({"data": 4, "tensor": 2, "expert": 4}, travel={**GROUPED, "exchange": "all_gather", "slots": 0.5}),
+    Case({"data": 4, "tensor": 2, "expert": 4}, "by probability", travel={"exchange": "capacity"}),
+    Case({"context": 2, "tensor": 2, "expert": 2}, "by position", travel={**GROUPED, "exchange": "capacity"}),
 )
 
 
-def model(routing: str, slots: float, recompute: Any) -> ModelConfig:
-    moe = {**MOE, **ROUTING[routing], "slots": slots}
+def model(routing: str, travel: dict[str, Any], recompute: Any) -> ModelConfig:
+    moe = {**MOE, **ROUTING[routing], **travel}
     return changed(MODELS["llama"], pattern="*E", num_layers=4, recompute=recompute, moe=moe)
 
 
 @functools.cache
 def one_device(routing: str) -> Result:
     """In one round that takes all."""
-    return loss_and_gradients(model(routing, 8.0, "none"), ONE_DEVICE, "none", 1)
+    return loss_and_gradients(model(routing, {"slots": 8.0}, "none"), ONE_DEVICE, "none", 1)
 
 
 @pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=SLOW) for case in OTHERS)], ids=str)
 def test_loss_and_every_gradient_equal_one_device(case: Case) -> None:
     pipeline = PipelineConfig(schedule=case.schedule, chunks=case.chunks) if "pipe" in case.mesh else PipelineConfig()
-    settings = model(case.routing, case.slots, case.recompute)
+    settings = model(case.routing, case.travel, case.recompute)
     found = loss_and_gradients(settings, case.mesh, case.zero, case.microbatches, pipeline)
     expected = one_device(case.routing)
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)

@@ -6,10 +6,13 @@ from typing import Literal
 from pydantic import Field
 
 from jaxtron.config import Config
+from jaxtron.kernels.grouped_matmul.config import Implementation
 
 Scores = Literal["softmax", "topk_softmax", "sigmoid"]
 GroupScore = Literal["largest", "two_largest"]
 Drop = Literal["probability", "position", "random"]
+Way = Literal["rounds", "all_gather", "capacity"]
+Buckets = Literal["auto", "expert", "device"]
 
 
 class MoeConfig(Config):
@@ -54,12 +57,24 @@ class MoeConfig(Config):
     """
     drop: Drop = "probability"
     """Which tokens pass by an expert that is full: those of least probability, of last position, or random ones."""
+    exchange: Way = "rounds"
+    """How tokens get to experts on other devices: pairs of token and expert in rounds of a fixed size; all_gather: all
+    tokens to all who share experts, which pays where top_k is near mesh.expert; capacity: one round with room for all
+    that capacity_factor lets through."""
     slots: float = Field(default=1.25, gt=0)
-    """Rows of an expert in one round of the exchange, times the even share; what has no place goes in a further round,
-    so nothing is dropped."""
+    """Rows of a bucket in one round, times the even share; what has no place goes in a further round, so nothing is
+    dropped."""
+    buckets: Buckets = "auto"
+    """What a round has so many rows for: each expert, and one batched product is of all of them; or each device, whose
+    rows a grouped product multiplies by expert (auto: device where a kernel for it runs and rows of an expert are few).
+    """
+    implementation: Implementation = "auto"
+    """Kernel of grouped products, where a bucket is a device."""
 
-    def round_rows(self, num_tokens: int) -> int:
-        """Rows of an expert in a round: `slots` times the even share of a device's pairs, at most one for each of its
-        tokens."""
-        even = num_tokens * self.top_k / self.num_experts
-        return min(num_tokens, max(8, math.ceil(self.slots * even / 8) * 8))
+    def round_rows(self, num_tokens: int, of_bucket: int = 1) -> int:
+        """Rows of a bucket of so many experts in a round: `slots` times the even share of a device's pairs.
+
+        At most those of every token, each once for every expert of the bucket that it can choose.
+        """
+        even = num_tokens * self.top_k * of_bucket / self.num_experts
+        return min(num_tokens * min(self.top_k, of_bucket), max(8, math.ceil(self.slots * even / 8) * 8))

@@ -11,9 +11,9 @@ from jaxtron.layers.inputs import BranchOutput, LayerInputs, dropout
 from jaxtron.layers.linear import normal
 from jaxtron.layers.mlp import FUNCTIONS, Mlp
 from jaxtron.layers.moe.config import MoeConfig
-from jaxtron.layers.moe.exchange import Exchange
 from jaxtron.layers.moe.experts import mix
 from jaxtron.layers.moe.router import Router
+from jaxtron.layers.moe.sizes import make_exchange
 from jaxtron.sharding.parameters import parameter
 from jaxtron.sharding.rules import constrain, current
 from jaxtron.typing import Array, Float
@@ -51,7 +51,8 @@ class Moe(nnx.Module):
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> BranchOutput:
         x = constrain(x, "batch", "seq", "embed")
         routing = self.router(x, inputs)
-        exchange = self._exchange(x.shape[0] * x.shape[1] // current().parts("tensor"))
+        shape = (x.shape[0], x.shape[1] // current().parts("tensor"))
+        exchange = make_exchange(self.config, shape, self.up.shape[-3:], x.dtype)
         run = functools.partial(mix, x, routing.weights, routing.chosen)
         y = run(self.up[...], self.down[...], exchange, functools.partial(activate, self.activation))
         if self.shared is not None:
@@ -67,22 +68,6 @@ class Moe(nnx.Module):
             return y
         logits = jnp.sum(x.astype(jnp.float32) * self.shared_gate[...], -1, keepdims=True)
         return y * jax.nn.sigmoid(logits).astype(y.dtype)
-
-    def _exchange(self, num_tokens: int) -> Exchange:
-        """For so many tokens of a device."""
-        config, rules = self.config, current()
-        axes = {flag: rules.axes(flag) if rules.parts(flag) > 1 else () for flag in ("expert", "expert_tensor")}
-        rows = config.round_rows(num_tokens)
-        return Exchange(
-            config.num_experts,
-            config.top_k,
-            axes["expert"],
-            rules.parts("expert"),
-            axes["expert_tensor"],
-            rules.parts("expert_tensor"),
-            rows,
-            has_rounds=rows < num_tokens,
-        )
 
 
 def activate(

@@ -27,7 +27,7 @@ class ModelConfig(DecoderSettings):
 
     FREE: ClassVar[str] = (
         "attention.implementation attention.deterministic recompute unroll moe.slots moe.jitter moe.balance moe.z_loss "
-        "moe.capacity_factor moe.drop"
+        "moe.capacity_factor moe.drop moe.exchange moe.buckets moe.implementation"
     )
     CONTENT: ClassVar[str] = "vocab_multiple"
 
