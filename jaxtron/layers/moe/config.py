@@ -12,7 +12,7 @@ Scores = Literal["softmax", "topk_softmax", "sigmoid"]
 GroupScore = Literal["largest", "two_largest"]
 Drop = Literal["probability", "position", "random"]
 Way = Literal["rounds", "all_gather", "capacity"]
-Buckets = Literal["auto", "expert", "device"]
+Buckets = Literal["expert", "device"]
 
 
 class MoeConfig(Config):
@@ -64,12 +64,11 @@ class MoeConfig(Config):
     slots: float = Field(default=1.25, gt=0)
     """Rows of a bucket in one round, times the even share; what has no place goes in a further round, so nothing is
     dropped."""
-    buckets: Buckets = "auto"
+    buckets: Buckets = "expert"
     """What a round has so many rows for: each expert, and one batched product is of all of them; or each device, whose
-    rows a grouped product multiplies by expert (auto: device where a kernel for it runs and rows of an expert are few).
-    """
+    rows a grouped product multiplies by expert: fewer empty rows where experts are many and small."""
     implementation: Implementation = "auto"
-    """Kernel of grouped products, where a bucket is a device."""
+    """Kernel of grouped products, only where a bucket is a device."""
 
     def round_rows(self, num_tokens: int, of_bucket: int = 1) -> int:
         """Rows of a bucket of so many experts in a round: `slots` times the even share of a device's pairs.

@@ -1,7 +1,6 @@
 """How a mixture's tokens travel on the mesh in use: rows of a round, and what multiplies them."""
 
 import math
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -14,41 +13,19 @@ from jaxtron.layers.moe.exchange import Exchange
 from jaxtron.sharding.rules import current
 from jaxtron.typing import DTypeLike
 
-# where a device has at least so many pairs for an expert, an even share and a quarter more holds nearly all that come:
-# with 128 and load as even as chance makes it, 1.17 (docs/experts.md)
-MANY_ROWS = 256
-# kernels that make of tiles what a batched product makes of an expert's rows, at no loss
-FAST = ("mosaic",)
-
-
-@dataclass(frozen=True)
-class Products:
-    """What multiplies rows: a kernel of grouped products (none: one batched product), and a line that says why."""
-
-    backend: ProductsBackend | None
-    reason: str
-
 
 def select_products(
-    config: MoeConfig, num_tokens: int, parts: int, kernel: tuple[int, int, int], dtype: DTypeLike, device_kind: str
-) -> Products:
-    """For `num_tokens` of a device and experts on `parts` devices, whose kernels are [inputs, gates, outputs].
+    config: MoeConfig, parts: int, kernel: tuple[int, int, int], dtype: DTypeLike, device_kind: str
+) -> ProductsBackend | None:
+    """The kernel of grouped products, for experts on `parts` devices, whose kernels are [inputs, gates, outputs].
 
-    `UserError` where the kernel asked for cannot.
+    None where a bucket is an expert. `UserError` where the one asked for cannot.
     """
     if config.buckets == "expert":
-        return Products(None, "experts: one batched product, as asked")
+        return None
     rows = jax.ShapeDtypeStruct((TILE, kernel[0]), jnp.dtype(dtype))
     kernels = jax.ShapeDtypeStruct((config.num_experts // parts, kernel[0], kernel[1] * kernel[2]), jnp.dtype(dtype))
-    backend = select_backend(config.implementation, rows, kernels, device_kind)
-    if config.buckets == "device" or config.implementation != "auto":
-        return Products(backend, backend.reason)
-    even = num_tokens * config.top_k // config.num_experts
-    if backend.name not in FAST:
-        return Products(None, f"experts: one batched product, for there is no kernel here ({backend.reason})")
-    if parts > 1 and even >= MANY_ROWS:
-        return Products(None, f"experts: one batched product, for an even share is {even:,} rows of an expert")
-    return Products(backend, backend.reason)
+    return select_backend(config.implementation, rows, kernels, device_kind)
 
 
 def make_exchange(
@@ -58,16 +35,16 @@ def make_exchange(
     rules = current()
     axes = {flag: rules.axes(flag) if rules.parts(flag) > 1 else () for flag in ("expert", "expert_tensor")}
     parts, length = rules.parts("expert"), shape[1] * rules.parts("context") * rules.parts("tensor")
-    products = select_products(config, math.prod(shape), parts, kernel, dtype, rules.device_kind)
+    backend = select_products(config, parts, kernel, dtype, rules.device_kind)
     gathers = config.exchange == "all_gather"
     own = config.num_experts // parts
     # of tokens that are gathered a device takes what is its own, as if there were no others
     num_tokens = math.prod(shape) * (parts * rules.parts("expert_tensor") if gathers else 1)
-    of_bucket = 1 if products.backend is None else own
+    of_bucket = 1 if backend is None else own
     most = num_tokens * min(config.top_k, of_bucket)
     if config.exchange == "capacity":
         rows = min(most, shape[0] * capacity(config, length) * of_bucket)
-    elif products.backend is not None and parts == 1:
+    elif backend is not None and parts == 1:
         # all pairs, in tiles: no more than there are
         rows = num_tokens * config.top_k
     else:
@@ -82,5 +59,5 @@ def make_exchange(
         gathers=gathers,
         rows=rows,
         has_rounds=rows < most and config.exchange != "capacity",
-        grouped=None if products.backend is None else products.backend.implementation,
+        grouped=None if backend is None else backend.implementation,
     )

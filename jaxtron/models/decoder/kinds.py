@@ -268,11 +268,15 @@ def _validate_moe(settings: DecoderSettings) -> None:
         )
     if moe.groups > 1 and moe.group_score == "two_largest" and moe.num_experts == moe.groups:
         raise UserError("model.moe.group_score two_largest needs groups of two experts or more: lower model.moe.groups")
+    if moe.exchange == "capacity" and moe.capacity_factor is None:
+        raise UserError("model.moe.exchange capacity needs model.moe.capacity_factor: set it, or use rounds")
     ignored = {
         "renormalize": moe.scores == "topk_softmax" and {"model.moe.scores": moe.scores},
         "group_score": moe.groups == 1 and {"model.moe.groups": 1},
         "shared_gate": moe.shared_size == 0 and {"model.moe.shared_size": 0},
         "drop": moe.capacity_factor is None and {"model.moe.capacity_factor": "none"},
+        "slots": moe.exchange == "capacity" and {"model.moe.exchange": moe.exchange},
+        "implementation": moe.buckets == "expert" and {"model.moe.buckets": moe.buckets},
     }
     for name, choice in ignored.items():
         if choice and getattr(moe, name) != type(moe).model_fields[name].default:
