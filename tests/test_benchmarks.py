@@ -438,7 +438,9 @@ def test_the_plan_of_a_run_is_told_beside_it(benchmark):
     assert plan["gpu"] == "h200" and plan["fits"]
     # master weights and two moments in float32 at the least, and what the compiled step needs beside them
     parameters = config.model.num_layers * 12 * 64**2
-    assert 12 * parameters < plan["program_bytes"] < plan["total_bytes"] < 2**32
+    assert 12 * parameters < plan["program_bytes"] < 2**32
+    # with what JAX's pool leaves of the GPU
+    assert plan["program_bytes"] < plan["total_bytes"] < gpu_named("h200").memory_bytes
     expected = predict(config, config.mesh.shape(1), machine_named("h200"))
     assert plan["step_milliseconds"] == pytest.approx(1e3 * expected.step_seconds, rel=1e-2)
     assert plan["attention"][0].startswith("attention: ")

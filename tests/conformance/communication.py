@@ -35,6 +35,8 @@ class Communication:
             entries = [entry for entry in self.found.collectives if entry.kind == "all_reduce" and not entry.loops]
             # what a stage's own work adds up is a branch of its tick
             entries = [entry for entry in entries if not entry.conditional and entry.axes]
+            # the norm of all gradients is made outside of the region that makes them
+            entries = [entry for entry in entries if "shard_map" in entry.source]
             summed = sum(entry.bytes for entry in entries if "tensor" not in entry.axes)
             # beside gradients what is reported, and the counts that weights are divided by
             scalars = sum(map(np.size, self.found.reported.values())) + self.found.num_counts

@@ -16,9 +16,9 @@ ROUTING: dict[str, dict[str, Any]] = {
     "dropless": {},
     # all tokens of a sequence to few experts: the balance of 4 groups of 2 leaves no choice
     "skewed": {"groups": 4, "top_groups": 1},
-    "by probability": {"capacity_factor": 0.75},
-    "by position": {"capacity_factor": 0.75, "drop": "position"},
-    "at random": {"capacity_factor": 0.75, "drop": "random"},
+    "by probability": {"capacity_factor": 0.8},
+    "by position": {"capacity_factor": 0.8, "drop": "position"},
+    "at random": {"capacity_factor": 0.8, "drop": "random"},
     "shared": {"shared_size": 16, "shared_gate": True, "jitter": 0.3, "scores": "sigmoid", "renormalize": True},
 }
 GROUPED = {"buckets": "device", "implementation": "xla"}
