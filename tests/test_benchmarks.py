@@ -511,6 +511,6 @@ def test_a_result_that_cannot_be_kept_is_said_before_the_run(benchmark, tmp_path
 @pytest.mark.slow
 def test_the_billion_parameter_recipe_fits_one_h200():
     planned = rehearse(load(Configuration, ROOT / "configs" / "gpt_1b.yaml"), gpu="h200", num_gpus=1)
-    assert 1.2e9 < planned.trainer.blueprint.num_parameters < 1.5e9
+    assert 1.2e9 < planned.session.blueprint.num_parameters < 1.5e9
     # JAX takes three quarters of the memory unless told otherwise
     assert planned.memory.peak < 0.75 * gpu_named("h200").memory_bytes
