@@ -138,5 +138,5 @@ def test_products_in_parts_beside_their_communication_are_all_counted() -> None:
     moved = [entry for entry in cut.collectives if entry.kind == "collective_permute" and entry.asynchronous]
     assert moved and any(entry.beside for entry in moved)
     # the whole square of logits by formula, half of them in the kernel, which makes them again in its backward
-    model = model_flops_per_token(cut.config.model, 256) * 16 * 256 / 8
+    model = model_flops_per_token(cut.session.config.model, 256) * 16 * 256 / 8
     assert work(cut.module).most == pytest.approx(model, rel=0.05)
