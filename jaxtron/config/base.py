@@ -39,7 +39,7 @@ class NoEffect(UserError):
 class Config(BaseModel):
     """A frozen, strictly validated configuration; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def resolved(self) -> Self:
         """The same with defaults that follow from other settings filled in."""

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from jaxtron.config.base import Config
+from jaxtron.config.meanings import meanings
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,14 @@ class Setting:
     name: str
     members: tuple[Any, ...]
     default: Any
-    meaning: str
+    owner: type[Config]
+    """Whose field it is."""
     bounds: str
+
+    @property
+    def meaning(self) -> str:
+        """What it says of itself."""
+        return meanings(self.owner)[self.name.rpartition(".")[2]]
 
     @property
     def is_section(self) -> bool:
@@ -57,7 +64,7 @@ def settings(config_type: type[Config]) -> dict[str, Setting]:
             # alternatives of a union share this name: it takes what either takes
             first = found[setting.name]
             members = tuple(dict.fromkeys(first.members + setting.members))
-            setting = Setting(first.name, members, first.default, first.meaning, first.bounds)
+            setting = Setting(first.name, members, first.default, first.owner, first.bounds)
         found[setting.name] = setting
     return found
 
@@ -69,8 +76,7 @@ def _walk(config_type: type[Config], prefix: str, instance: Any) -> Iterator[Set
             default = getattr(instance, key)
         else:
             default = info.get_default(call_default_factory=True, validated_data={})
-        meaning = " ".join((info.description or "").split())
-        yield Setting(prefix + key, members, default, meaning, _bounds(info))
+        yield Setting(prefix + key, members, default, config_type, _bounds(info))
         for member in members:
             if is_config(member):
                 yield from _walk(member, f"{prefix}{key}.", default)

@@ -3,6 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
+from jaxtron.config import settings
 from jaxtron.optim.config import OptimizerConfig
 
 
@@ -81,4 +82,4 @@ def test_saved_configuration_loads_again():
 
 
 def test_every_field_has_a_meaning():
-    assert all(field.description for field in OptimizerConfig.model_fields.values())
+    assert all(setting.meaning for setting in settings(OptimizerConfig).values())

@@ -3,6 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
+from jaxtron.config import settings
 from jaxtron.run.run_config import RunConfig
 
 
@@ -28,4 +29,4 @@ def test_bad_settings_are_refused(settings, message):
 def test_settings_load_again():
     config = RunConfig(trackers=("wandb",), wandb_project="mine", profile_steps=(2, 4))
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
-    assert all(field.description for field in RunConfig.model_fields.values())
+    assert all(setting.meaning for setting in settings(RunConfig).values())

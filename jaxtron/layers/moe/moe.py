@@ -43,7 +43,8 @@ class Moe(nnx.Module):
         gate = functools.partial(parameter, rngs, normal(std), (embed,), axes=("embed",), role="router")
         self.shared_gate = gate() if config.shared_gate else None
         inputs = 2 if activation in GATED else 1
-        shape, axes = (config.num_experts, embed, inputs, mlp), ("expert", "expert_embed", "gate", "expert_mlp")
+        self.kernel_shape = (embed, inputs, mlp)
+        shape, axes = (config.num_experts, *self.kernel_shape), ("expert", "expert_embed", "gate", "expert_mlp")
         self.up = parameter(rngs, normal(std), shape, axes=axes, role="kernel")
         shape, axes = (config.num_experts, mlp, embed), ("expert", "expert_mlp", "expert_embed")
         self.down = parameter(rngs, normal(output_std), shape, axes=axes, role="kernel")
@@ -52,7 +53,7 @@ class Moe(nnx.Module):
         x = constrain(x, "batch", "seq", "embed")
         routing = self.router(x, inputs)
         shape = (x.shape[0], x.shape[1] // current().parts("tensor"))
-        exchange = make_exchange(self.config, shape, self.up.shape[-3:], x.dtype)
+        exchange = make_exchange(self.config, shape, self.kernel_shape, x.dtype)
         run = functools.partial(mix, x, routing.weights, routing.chosen)
         y = run(self.up[...], self.down[...], exchange, functools.partial(activate, self.activation))
         if self.shared is not None:
