@@ -3,6 +3,7 @@
 import ast
 import functools
 import inspect
+import sys
 import textwrap
 from collections.abc import Mapping
 from itertools import pairwise
@@ -21,17 +22,29 @@ def meanings(config: type[Config]) -> Mapping[str, str]:
 
 
 def _of_class(config: type[Config]) -> dict[str, str]:
-    try:
-        source = inspect.getsource(config)
-    except (OSError, TypeError):
-        # made by a program, or typed at a prompt
-        return {}
-    definition = ast.parse(textwrap.dedent(source)).body[0]
-    assert isinstance(definition, ast.ClassDef)
     found = {}
-    for field, text in pairwise(definition.body):
+    for field, text in pairwise(_definition(config)):
         if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
             continue
         if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             found[field.target.id] = " ".join(str(text.value.value).split())
     return found
+
+
+def _definition(config: type[Config]) -> list[ast.stmt]:
+    """The statements of its class; none where it was made by a program, or typed at a prompt."""
+    try:
+        if config.__qualname__ == config.__name__:
+            return _classes(config.__module__).get(config.__name__, [])
+        definition = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
+    except (OSError, TypeError):
+        return []
+    assert isinstance(definition, ast.ClassDef)
+    return definition.body
+
+
+@functools.cache
+def _classes(module: str) -> Mapping[str, list[ast.stmt]]:
+    """The statements of a module's classes: `inspect` would read the module anew for each of them."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {statement.name: statement.body for statement in tree.body if isinstance(statement, ast.ClassDef)}
