@@ -3,6 +3,7 @@
 from jaxtron.config import UserError
 from jaxtron.plan.memory_use import MemoryUse
 from jaxtron.run.configuration import Configuration
+from jaxtron.sharding.folding import refine
 
 # Tokens of a sequence that a device has at least where a search splits it over mesh.context: as many as Llama 3 had of
 # its longest, 16 parts of 131,072 (2407.21783, Table 4). The configuration's own number of parts is always tried.
@@ -22,6 +23,8 @@ def first_change(config: Configuration, sizes: dict[str, int], memory: MemoryUse
 
 def _smaller_state(config: Configuration, sizes: dict[str, int]) -> str:
     why = "weights, gradients and optimizer take most"
+    if config.sharding.zero != "none" and (parts := _more_experts(config, sizes)):
+        return f"--mesh.expert {parts} ({why}, and devices have copies of the same experts)"
     sharing = [axis for axis in ("data", "context") if sizes[axis] > 1]
     if sharing and config.sharding.zero != "parameters":
         level = "optimizer" if config.sharding.zero == "none" else "parameters"
@@ -30,6 +33,18 @@ def _smaller_state(config: Configuration, sizes: dict[str, int]) -> str:
     if sizes["tensor"] < MOST_TENSOR and _fits(config, {**sizes, "tensor": 2 * sizes["tensor"]}):
         return f"--mesh.tensor {2 * sizes['tensor']} ({why})"
     return f"more of mesh.pipe or mesh.fsdp, on more GPUs ({why})"
+
+
+def _more_experts(config: Configuration, sizes: dict[str, int]) -> int | None:
+    """Twice the parts of experts, where there are experts and devices for it."""
+    experts, parts = config.family.experts(config.model), 2 * config.mesh.expert
+    if experts is None or experts.count[1] % parts:
+        return None
+    try:
+        refine(sizes, parts, config.mesh.expert_tensor)
+    except UserError:
+        return None
+    return parts
 
 
 def _smaller_activations(config: Configuration, sizes: dict[str, int]) -> str:

@@ -2,13 +2,20 @@
 
 import functools
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxtron.config import load
 from jaxtron.gpus import gpu_named
+from jaxtron.kernels.grouped_matmul import spec
+from jaxtron.layers.moe.groups import num_rows
+from jaxtron.layers.moe.sizes import make_exchange
+from jaxtron.models.decoder.work import TILE, _expert_layer
 from jaxtron.models.work.profile import JAXTRON
 from jaxtron.plan.compiled import flops
 from jaxtron.plan.compiled.census import Collective
@@ -20,6 +27,7 @@ from jaxtron.plan.compiled.rehearsal import Rehearsal, rehearse
 from jaxtron.plan.formula.memory_model import Estimator
 from jaxtron.plan.formula.prediction import predict
 from jaxtron.plan.formula.workload import shapes_of, work_of
+from jaxtron.plan.hint import first_change
 from jaxtron.plan.machine import machine_named
 from jaxtron.plan.memory_use import MemoryUse
 from jaxtron.plan.plan import make_plan
@@ -31,6 +39,7 @@ from jaxtron.run.batches import abstract_batch
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import make_session
 from jaxtron.sharding.folding import FLAGS, refine
+from jaxtron.sharding.rules import Rules, use
 
 H100 = machine_named("h100")
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -68,8 +77,8 @@ def configuration(*, zero: str = "optimizer", moe: dict | None = None, **mesh: i
 
 
 @functools.cache
-def step(zero: str = "optimizer", **mesh: int) -> Rehearsal:
-    return rehearse(configuration(zero=zero, **mesh), gpu="h100", num_gpus=8)
+def step(zero: str = "optimizer", moe: tuple[tuple[str, int | str], ...] = (), **mesh: int) -> Rehearsal:
+    return rehearse(configuration(zero=zero, moe=dict(moe), **mesh), gpu="h100", num_gpus=8)
 
 
 def exchanged(rehearsal: Rehearsal, kind: str = "all_to_all") -> list[Collective]:
@@ -155,7 +164,7 @@ def test_a_step_without_its_exchange_or_with_another_is_told() -> None:
     is_exchange = exchange_of(rehearsal.session.rules.folding)
     others = tuple(entry for entry in rehearsal.collectives if not is_exchange(entry))
     silent = Rehearsal(**{**vars(rehearsal), "collectives": others})
-    assert "exchanges nothing over it" in diagnostics(silent)[-1].what
+    assert "exchanges nothing over it" in diagnostics(silent, [1.0])[-1].what
 
 
 # what shapes decide: all but temporaries, reserve and the communication's buffers
@@ -183,6 +192,8 @@ def planned(config: Configuration) -> tuple[MemoryUse, MemoryUse]:
         {"fsdp": 2, "data": 2, "tensor": 2, "expert": 4, "moe": {"num_experts": 32, "top_k": 3, "shared_size": 64}},
         {"pipe": 2, "data": 2, "context": 2, "expert": 2, "expert_tensor": 2, "zero": "parameters"},
         pytest.param({"data": 8, "expert": 2, "expert_tensor": 4, "moe": {"bias_rate": 0.1}}, marks=pytest.mark.slow),
+        {"data": 8, "expert": 4, "moe": {"buckets": "device", "num_experts": 16, "top_k": 4}},
+        {"data": 4, "tensor": 2, "expert": 4, "moe": {"exchange": "all_gather"}},
     ],
     ids=str,
 )
@@ -204,6 +215,44 @@ def test_temporaries_are_near_those_that_were_compiled(name: str) -> None:
     sizes = {flag: getattr(config.mesh, flag) for flag in FLAGS}
     memory = Estimator(config).memory(config, sizes, gpu_named("h100"))
     assert memory.temporaries / 2**30 == pytest.approx(COMPILED[name], abs=1.6)
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {},
+        {"slots": 0.4},
+        {"buckets": "device"},
+        {"exchange": "all_gather"},
+        {"exchange": "all_gather", "buckets": "device"},
+        {"exchange": "capacity", "capacity_factor": 1.5},
+        {"exchange": "capacity", "capacity_factor": 1.5, "buckets": "device"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mesh", [{"data": 8, "expert": 4}, {"data": 4, "tensor": 2, "expert": 2, "expert_tensor": 2}])
+def test_rows_are_those_of_the_layer(moe: dict, mesh: dict, rules_for: Callable[..., Rules]) -> None:
+    config = configuration(moe=moe | {"num_experts": 16, "top_k": 3}, **mesh)
+    rules = rules_for(**mesh)
+    shapes = shapes_of(config, rules.sizes, JAXTRON, KIND)
+    found = _expert_layer(config.model, shapes)
+    with use(rules):
+        tokens = (ROWS, LENGTH // rules.parts("tensor"))
+        exchange = make_exchange(config.model.moe, tokens, (HIDDEN, 2, WIDTH), jnp.bfloat16)
+    known = exchange.known_experts // exchange.of_bucket
+    assert found.sent == known * exchange.rows and found.own == exchange.own_experts
+    assert found.has_rounds == exchange.has_rounds and found.gathers == exchange.gathers
+    came = found.sent * (1 if exchange.gathers else exchange.num_parts)
+    assert found.held == (came if exchange.grouped is None else num_rows(came, exchange.own_experts))
+    assert TILE == spec.TILE
+
+
+def test_advice_is_to_share_experts_out_before_all_else() -> None:
+    for expert, words in ((4, "--mesh.expert 8 ("), (8, "--sharding.zero parameters")):
+        config = configuration(data=4, tensor=2, expert=expert)
+        sizes = {flag: getattr(config.mesh, flag) for flag in FLAGS}
+        use = Estimator(config).memory(config, sizes, gpu_named("h100"))
+        assert first_change(config, sizes, replace(use, optimizer=2**40)).startswith(words)
 
 
 def test_a_search_folds_experts_in_every_way_that_refines() -> None:
@@ -260,6 +309,23 @@ def test_experts_weights_and_gradients_travel_once_a_step(mesh: dict) -> None:
         assert moved["all_reduce"] >= 4 * experts and not moved["reduce_scatter"] + moved["all_gather"]
     else:
         assert moved["reduce_scatter"] >= 4 * experts and moved["all_gather"] >= 2 * experts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moe", [("buckets", "device"), ("exchange", "all_gather")], ids=str)
+def test_other_ways_to_travel_are_those_of_the_formula(moe: tuple[str, str]) -> None:
+    rehearsal = step(moe=(moe, ("num_experts", 16), ("top_k", 4)), data=8, expert=4)
+    config, sizes = rehearsal.session.config, rehearsal.session.sizes
+    assert flops.work(rehearsal.module).most == pytest.approx(predict(config, sizes, H100).hardware_flops, rel=1e-3)
+    work = work_of(config, shapes_of(config, sizes, JAXTRON, KIND))
+    layer = work.stacks[0].layer
+    for kind in ("all_to_all", "all_gather", "reduce_scatter", "all_reduce"):
+        looped = [entry for entry in rehearsal.collectives if entry.kind == kind and entry.loops]
+        phases = (layer.forward, layer.backward, layer.weight)
+        found = sum(one.size * one.count for phase in phases for one in phase.collectives if one.kind == kind)
+        assert sum(entry.step_bytes for entry in looped) == LAYERS * MICROBATCHES * found, kind
+    assert not diagnostics(rehearsal, work.exchanged)
+    assert Estimator(config).memory(config, sizes, gpu_named("h100")).activations == rehearsal.memory_use.activations
 
 
 @pytest.mark.slow

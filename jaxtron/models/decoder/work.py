@@ -1,5 +1,6 @@
 """What a decoder takes of a device: work of each kind of layer by symbol, of a period of its pattern, of its ends."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,6 +49,9 @@ from jaxtron.models.work.model import ModelWork, StackWork
 from jaxtron.models.work.operations import PhaseWork, SlotWork
 from jaxtron.models.work.shapes import Shapes, gather, gathered_weights
 
+# rows of a tile of grouped products, kernels/grouped_matmul/spec.py
+TILE = 128
+
 # by the regions of a kind of layer: of the whole branch and, apart from it, of the parts that can be recomputed alone
 RegionWork = dict[str, SlotWork]
 
@@ -68,6 +72,8 @@ class LayerWork:
     """Bytes of one row that a loop over layers keeps a second time, transposed; the last: whether it has several."""
     exchanged: Callable[[ModelConfig, Shapes], tuple[float, ...]] = lambda model, shapes: ()
     """Bytes of the arrays that devices with experts send each other in it."""
+    kept: Callable[[ModelConfig, Shapes], float] = lambda model, shapes: 0.0
+    """Bytes that it keeps of experts' rows, which depend on how many devices share them."""
 
 
 def decoder_work(model: ModelConfig, shapes: Shapes) -> ModelWork:
@@ -80,6 +86,12 @@ def decoder_work(model: ModelConfig, shapes: Shapes) -> ModelWork:
         layer=period(model, shapes),
         parameters=_dense_parameters(model, shapes),
         expert_parameters=_expert_parameters(model, shapes),
+        expert_kept=sum(
+            LAYER_WORK[symbol].kept(model, shapes)
+            for branch in model.layout.period
+            for symbol in branch
+            if not {"layer", KINDS[symbol].module} & model.recomputed
+        ),
         enter=embedding(shapes, hidden, tables, passes=passes, dropout=model.dropout > 0) + _leading(model, shapes),
         temporaries=_temporaries(model, shapes),
         transposed=_transposed(model, shapes, in_loop=False),
@@ -247,20 +259,43 @@ def _mlp_width(model: ModelConfig, shapes: Shapes) -> float:
 
 
 def _expert_layer(model: ModelConfig, shapes: Shapes) -> ExpertShapes:
+    """Rows are those of layers/moe/sizes.py; an implementation that has no empty ones sends what was chosen."""
     moe, tokens = model.moe, shapes.own_tokens
-    rows = tokens * moe.top_k / moe.num_experts
+    parts, widths = shapes.sizes["expert"], shapes.sizes["expert_tensor"]
+    own, grouped, gathers, is_sure = moe.num_experts // parts, False, False, False
+    sent = held = tokens * moe.top_k
     if shapes.profile.expert_rows == "round":
-        rows = moe.round_rows(round(tokens))
+        grouped, gathers = moe.buckets == "device", moe.exchange == "all_gather"
+        of_bucket = own if grouped else 1
+        tokens = round(tokens) * (parts * widths if gathers else 1)
+        most = tokens * min(moe.top_k, of_bucket)
+        rows = moe.round_rows(tokens, of_bucket)
+        if moe.capacity_factor is not None and moe.exchange == "capacity":
+            room = math.ceil(shapes.length * moe.top_k * moe.capacity_factor / moe.num_experts)
+            rows = min(most, round(shapes.rows) * room * of_bucket)
+        elif grouped and parts == 1:
+            rows = tokens * moe.top_k
+        is_sure = rows >= most or moe.exchange == "capacity"
+        sent = held = rows * (own if gathers else moe.num_experts) // of_bucket
+    held *= 1 if gathers else widths
     return ExpertShapes(
         hidden=model.hidden_size,
         num_experts=moe.num_experts,
         top_k=moe.top_k,
-        rows=rows,
-        own=moe.num_experts / shapes.sizes["expert"],
-        width=expert_width(model) / shapes.sizes["expert_tensor"],
+        sent=sent,
+        held=_tiled(held, own) if grouped else held,
+        own=own,
+        width=expert_width(model) / widths,
         inputs=2 if model.activation in GATED else 1,
-        has_rounds=rows < tokens,
+        has_rounds=not is_sure,
+        gathers=gathers,
+        grouped=grouped,
     )
+
+
+def _tiled(rows: float, num_experts: int) -> float:
+    """Rows of so many, however shared out over the experts, with what fills their tiles."""
+    return TILE * max(1, min((rows + num_experts * (TILE - 1)) // TILE, rows))
 
 
 def _moe(model: ModelConfig, shapes: Shapes) -> RegionWork:
@@ -278,6 +313,10 @@ def _moe_temporaries(model: ModelConfig, shapes: Shapes) -> float:
     return needed + (mlp_temporaries(shapes, model.hidden_size, shared) if shared else 0.0)
 
 
+def _moe_kept(model: ModelConfig, shapes: Shapes) -> float:
+    return _expert_layer(model, shapes).kept(shapes)
+
+
 def _moe_exchanged(model: ModelConfig, shapes: Shapes) -> tuple[float, ...]:
     return _expert_layer(model, shapes).exchanged(shapes)
 
@@ -288,5 +327,7 @@ LAYER_WORK = {
     WINDOW.symbol: LayerWork(partial(_attention, in_window=True), _scores, transposed=_mixed),
     LATENT.symbol: LayerWork(_latent, _latent_scores, gathers=False, transposed=_latent_mixed),
     MLP.symbol: LayerWork(_mlp, _mlp_temporaries, transposed=_mlp_hidden),
-    MOE.symbol: LayerWork(_moe, _moe_temporaries, gathers=False, scatters=False, exchanged=_moe_exchanged),
+    MOE.symbol: LayerWork(
+        _moe, _moe_temporaries, gathers=False, scatters=False, exchanged=_moe_exchanged, kept=_moe_kept
+    ),
 }

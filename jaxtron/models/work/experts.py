@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxtron.models.work.operations import CollectiveWork, PhaseWork, Product, SlotWork
+from jaxtron.models.work.operations import CollectiveKind, CollectiveWork, PhaseWork, Product, SlotWork
 from jaxtron.models.work.shapes import FLOAT, Shapes
 
 # Small kernels that sort choices, count them and make indices of them.
@@ -20,27 +20,34 @@ class ExpertShapes:
     hidden: int
     num_experts: int
     top_k: int
-    rows: float
-    """Pairs of token and expert that a device sends to each expert."""
+    sent: float
+    """Rows that a device sends, and gets back; where tokens are gathered, those that it takes of them."""
+    held: float
+    """Rows that its experts multiply: those of all that share their width, and what fills tiles."""
     own: float
     width: float
     inputs: int
     """Matrices before the activation: 2 where it is gated."""
     has_rounds: bool
     """Whether devices ask each other how many rounds there are."""
+    gathers: bool = False
+    """Whether tokens are gathered, rather than pairs sent."""
+    grouped: bool = False
+    """Whether rows lie in tiles of one expert each."""
 
-    @property
-    def sent(self) -> float:
-        """Rows that a device sends, and gets back."""
-        return self.num_experts * self.rows
-
-    def held(self, shapes: Shapes) -> float:
-        """Rows that its experts multiply: those of all that share their width."""
-        return self.sent * shapes.sizes["expert_tensor"]
-
-    def exchanged(self, shapes: Shapes) -> tuple[float, float]:
+    def exchanged(self, shapes: Shapes) -> tuple[float, ...]:
         """Bytes of the arrays that devices with experts send each other: rows, and their weights or gradients."""
-        return self.sent * self.hidden * shapes.width, self.sent * FLOAT
+        return () if self.gathers else (self.sent * self.hidden * shapes.width, self.sent * FLOAT)
+
+    def kept(self, shapes: Shapes) -> float:
+        """Bytes that a layer keeps of them for its backward: rows, their weights, the first product, and where pairs
+        went (layers/moe/experts.py)."""
+        parts, widths = shapes.sizes["expert"], shapes.sizes["expert_tensor"]
+        rows = self.held * ((self.hidden + self.inputs * self.width) * shapes.width + FLOAT)
+        known = self.own if self.gathers else self.num_experts
+        pairs = shapes.own_tokens * self.top_k * (parts * widths if self.gathers else 1)
+        arrivals = parts * widths * self.own if self.grouped and not self.gathers else known
+        return rows + FLOAT * (3 * pairs + 2 * known / (self.own if self.grouped else 1) + arrivals)
 
 
 def experts(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
@@ -51,7 +58,7 @@ def experts(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
 def expert_temporaries(shapes: Shapes, layer: ExpertShapes) -> float:
     """Bytes that their backward needs beside what was kept."""
     matrices = layer.own * (layer.inputs + 1) * layer.hidden * layer.width
-    return EXPERT_MATRICES * FLOAT * matrices + EXPERT_ROWS * layer.held(shapes) * layer.hidden * shapes.width
+    return EXPERT_MATRICES * FLOAT * matrices + EXPERT_ROWS * layer.held * layer.hidden * shapes.width
 
 
 def _router(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
@@ -71,33 +78,57 @@ def _router(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
 
 
 def _movements(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
-    """Rows out and back, and the same of their gradients: gathers by row and by pair, an exchange, and where devices
-    share an expert's width an all-gather and a reduce-scatter."""
-    row = layer.hidden * shapes.width
-    rows, weights = layer.exchanged(shapes)
-    parts = shapes.sizes["expert"] * shapes.sizes["expert_tensor"]
-    pairs = shapes.own_tokens * layer.top_k
+    """Rows out and back, and the same of their gradients: gathers by row and by pair, and what devices exchange."""
+    row, own = layer.hidden * shapes.width, shapes.own_tokens
+    meets = shapes.sizes["expert"] * shapes.sizes["expert_tensor"] > 1
     # gathered by row, laid out by expert, and again by device; read by pair, and the sum written
-    copies = 2 if parts > 1 else 0
-    stream = 2 * (1 + copies) * rows + (pairs + 2 * shapes.own_tokens) * row
-    asked = _all(shapes, "expert", "all_reduce", FLOAT) if layer.has_rounds else ()
-    exchanged = (2 * _all(shapes, "expert", "all_to_all", rows)) + _all(shapes, "expert", "all_to_all", weights)
-    wide = [size * shapes.sizes["expert_tensor"] for size in (rows, weights)]
-    gathered, summed = (_all(shapes, "expert_tensor", kind, wide[0]) for kind in ("all_gather", "reduce_scatter"))
-    small = (_all(shapes, "expert_tensor", kind, wide[1]) for kind in ("all_gather", "reduce_scatter"))
-    both = asked + exchanged + gathered + summed
-    forward, backward = (PhaseWork(stream=stream, kernels=INDEX_KERNELS, collectives=both + one) for one in small)
-    return SlotWork(forward=forward, backward=backward)
+    copies = 2 if meets and not layer.gathers else 0
+    stream = 2 * (1 + copies) * layer.sent * row + (own * layer.top_k + 2 * own) * row
+    stream += 4 * layer.held * row if layer.grouped and copies else 0
+    # choices are counted once, in the forward
+    asked = _all(shapes, "experts", "all_reduce", FLOAT) if layer.has_rounds else ()
+    forward, backward = _gathered(shapes, layer) if layer.gathers else (_sent(shapes, layer, way) for way in (0, 1))
+    return SlotWork(
+        forward=PhaseWork(stream=stream, kernels=INDEX_KERNELS, collectives=asked + forward),
+        backward=PhaseWork(stream=stream, kernels=INDEX_KERNELS, collectives=backward),
+    )
 
 
-def _all(shapes: Shapes, flag: str, kind: str, size: float) -> tuple[CollectiveWork, ...]:
-    """A collective along a flag of the experts' view, which is its purpose too; nothing on one part."""
-    return (CollectiveWork(kind, size, flag),) if shapes.sizes[flag] > 1 else ()
+def _sent(shapes: Shapes, layer: ExpertShapes, backward: int) -> tuple[CollectiveWork, ...]:
+    """Rows and their weights out and rows back, or the gradients of both the other way; where devices share an expert's
+    width an all-gather and a reduce-scatter beside."""
+    rows, weights = layer.exchanged(shapes)
+    parts = shapes.sizes["expert_tensor"]
+    found = 2 * _all(shapes, "expert", "all_to_all", rows) + _all(shapes, "expert", "all_to_all", weights)
+    found += _all(shapes, "expert_tensor", "all_gather", parts * rows)
+    found += _all(shapes, "expert_tensor", "reduce_scatter", parts * rows)
+    small = _all(shapes, "expert_tensor", "reduce_scatter" if backward else "all_gather", parts * weights)
+    if layer.grouped and not backward:
+        # how many rows come for which expert
+        meet = shapes.sizes["expert"] * parts
+        small += _all(shapes, "experts", "all_gather", meet * layer.num_experts * FLOAT)
+    return found + small
+
+
+def _gathered(shapes: Shapes, layer: ExpertShapes) -> tuple[tuple[CollectiveWork, ...], tuple[CollectiveWork, ...]]:
+    """Tokens with choices and weights to all who share experts, float32 sums back; gradients likewise."""
+    tokens = shapes.own_tokens * shapes.sizes["expert"] * shapes.sizes["expert_tensor"]
+    whole, of_pairs = tokens * layer.hidden, tokens * layer.top_k * FLOAT
+    forward = _all(shapes, "experts", "all_gather", whole * shapes.width)
+    sums = _all(shapes, "experts", "reduce_scatter", whole * FLOAT)
+    choices = 2 * _all(shapes, "experts", "all_gather", of_pairs)
+    return forward + choices + sums, forward + sums + _all(shapes, "experts", "reduce_scatter", of_pairs)
+
+
+def _all(shapes: Shapes, flag: str, kind: CollectiveKind, size: float) -> tuple[CollectiveWork, ...]:
+    """A collective along a flag of the experts' view, or along both, which is its purpose too; nothing on one part."""
+    flags = ("expert", "expert_tensor") if flag == "experts" else (flag,)
+    return (CollectiveWork(kind, size, flag),) if any(shapes.sizes[one] > 1 for one in flags) else ()
 
 
 def _products(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
     """Of each expert's rows with its two matrices, or three where the activation is gated."""
-    held, width, hidden = layer.held(shapes), shapes.width, layer.hidden
+    held, width, hidden = layer.held, shapes.width, layer.hidden
     rows, inner = held / layer.own, layer.inputs * layer.width
 
     def product(m: float, columns: float, k: float, output_width: int = width) -> Product:

@@ -26,6 +26,8 @@ class StackWork:
     """The same where a loop runs several layers."""
     expert_parameters: float = 0.0
     """Of a layer's experts, split by `expert` and `expert_tensor` and whole over `expert_data`."""
+    expert_kept: float = 0.0
+    """Bytes that a layer keeps of its experts' rows, which depend on how many devices share them."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def diagnostics(rehearsal: Rehearsal, exchanged: Collection[float] = ()) -> list
         *_compiler(rehearsal.messages),
         *_resharding(rehearsal, frozenset(exchanged)),
         *_replicated(rehearsal),
-        *_missing(rehearsal),
+        *_missing(rehearsal, is_exchanged=bool(exchanged)),
     ]
     return sorted(found, key=lambda diagnostic: -diagnostic.bytes)
 
@@ -130,7 +130,7 @@ def _could_split(row: ParameterRow, axes: Axes, folding: Folding) -> bool:
     return row.status == "trained" and any(fits)
 
 
-def _missing(rehearsal: Rehearsal) -> Iterator[Diagnostic]:
+def _missing(rehearsal: Rehearsal, *, is_exchanged: bool) -> Iterator[Diagnostic]:
     """Flags of the mesh over which nothing is communicated."""
     folding = rehearsal.session.rules.folding
     used = {axis for entry in rehearsal.collectives for axis in folding.named(entry.names)}
@@ -138,5 +138,5 @@ def _missing(rehearsal: Rehearsal) -> Iterator[Diagnostic]:
         if parts > 1 and not used & {*folding.axes(flag)}:
             yield Diagnostic(f"mesh.{flag} is {parts}, but the compiled step communicates nothing over it")
     parts = rehearsal.session.rules.parts("expert")
-    if parts > 1 and not any(map(exchange_of(folding), rehearsal.collectives)):
+    if is_exchanged and parts > 1 and not any(map(exchange_of(folding), rehearsal.collectives)):
         yield Diagnostic(f"mesh.expert is {parts}, but the compiled step exchanges nothing over it")

@@ -185,7 +185,18 @@ class Estimator:
         def whole(size: int) -> int:
             return size * parts // context * rows // traced
 
-        return RowBytes(tuple(Kept(*map(whole, one)) for one in found.kept), whole(found.stream))
+        more = self._more_kept(config, sizes, kind)
+        kept = (
+            Kept(whole(one.residuals) + here, whole(one.deferred)) for one, here in zip(found.kept, more, strict=True)
+        )
+        return RowBytes(tuple(kept), whole(found.stream))
+
+    def _more_kept(self, config: Configuration, sizes: dict[str, int], kind: str) -> tuple[int, ...]:
+        """Bytes of a layer of each stack beside those of a trace, where no devices share experts."""
+        shapes = shapes_of(config, sizes, JAXTRON, kind)
+        alone = replace(shapes, sizes=shapes.sizes | {"expert": 1})
+        both = zip(*(work_of(config, one).stacks for one in (shapes, alone)), strict=True)
+        return tuple(round(here.expert_kept - there.expert_kept) for here, there in both)
 
 
 def _temporaries(

@@ -26,6 +26,7 @@ PURPOSES = {
     "expert_fsdp": Purpose("fsdp", "fsdp", ("expert_data",)),
     "context": Purpose("context", "context", ("context",)),
     "expert": Purpose("expert", "expert", ("expert",)),
+    "experts": Purpose("expert", "expert", ("expert", "expert_tensor")),
     "expert_tensor": Purpose("expert", "expert", ("expert_tensor",)),
     # gradients are summed over the parts of a sequence too
     "data": Purpose(None, None, ("data", "context")),
