@@ -1,6 +1,7 @@
 """Buffers: trees of arrays with leading axes of slots, read and written at indices of these."""
 
 import jax
+from jax.sharding import PartitionSpec
 
 from jaxtron.sharding.collectives import vary, zeros_like_type
 from jaxtron.typing import Array, PyTree
@@ -16,7 +17,11 @@ def read(buffer: PyTree, *indices: Array | int) -> PyTree:
 
     def read_array(array: Array) -> Array:
         for index in indices:
+            spec = PartitionSpec(*jax.typeof(array).sharding.spec[1:])
             array = jax.lax.dynamic_index_in_dim(array, index, 0, keepdims=False)
+            # of a single element JAX 0.11 forgets how it lies
+            if array.size == 1 and jax.typeof(array).sharding.spec != spec:
+                array = jax.lax.reshape(array, array.shape, out_sharding=spec)
         return array
 
     return jax.tree.map(read_array, buffer)
