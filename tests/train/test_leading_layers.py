@@ -24,7 +24,6 @@ SUBJECT = dataclasses.replace(make_subject("decoder", MODEL), name="dense first"
 SHALLOW = {**MODEL, "num_layers": 2, "moe": EXPERTS["moe"] | {"leading_dense": 1}}
 LAYOUTS = (
     Layout({"data": 2, "fsdp": 2, "tensor": 2, "expert": 4}),
-    Layout({"data": 4, "tensor": 2}, zero="parameters"),
     Layout({"fsdp": 2, "context": 2, "tensor": 2}, zero="none"),
     Layout({"pipe": 2, "data": 2, "tensor": 2}, schedule="interleaved", parts=2, microbatches=4),
     Layout({"pipe": 2, "fsdp": 2, "expert": 2}, schedule="zero_bubble", microbatches=4, zero="none"),
