@@ -110,8 +110,12 @@ def test_a_kinds_work_is_its_flops_region_by_region(subject: Subject):
         for region, flops in counted.items():
             # scores in memory are computed for the whole square, also where a window masks most
             is_whole = kind.attends == "window" and region in kind.parts and shapes.profile.attention != "fused"
-            found = work[region].forward.flops
-            assert found > shapes.tokens * flops if is_whole else found == pytest.approx(shapes.tokens * flops)
+            found, wanted = work[region].forward.flops, shapes.tokens * flops
+            if kind.splits_experts and profile.expert_rows == "round":
+                # rows of a round that no token fills are multiplied too
+                assert wanted < found < config.model.moe.slots * wanted
+            else:
+                assert found > wanted if is_whole else found == pytest.approx(wanted)
 
 
 @each_subject
