@@ -111,7 +111,7 @@ def test_a_kinds_work_is_its_flops_region_by_region(subject: Subject):
             # scores in memory are computed for the whole square, also where a window masks most
             is_whole = kind.attends == "window" and region in kind.parts and shapes.profile.attention != "fused"
             found, wanted = work[region].forward.flops, shapes.tokens * flops
-            if kind.splits_experts and profile.expert_rows == "round":
+            if kind.expert_parameters and profile.expert_rows == "round":
                 # rows of a round that no token fills are multiplied too
                 assert wanted < found < config.model.moe.slots * wanted
             else:
