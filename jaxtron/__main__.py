@@ -13,6 +13,7 @@ VERBS = {
     "preprocess": "text to token files, in parallel; merge and inspect them, prove the order of samples",
     "train": "train a model",
     "evaluate": "perplexity of a trained model on a text",
+    "convert": "a trained dense model becomes a mixture of experts",
     "plan": "compile and weigh a run, or show its layout, without the machines it is for",
 }
 

@@ -31,6 +31,7 @@ FLOORS = [
     {"checkpoint", "preprocess"},
     {"run", "curate"},
     {"train", "plan", "evaluate", "generate"},
+    {"convert"},
     {"__main__"},
 ]
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}

@@ -30,6 +30,16 @@ WINDOWS_PER_PART = 8
 
 
 @dataclass(frozen=True)
+class RestoredModel:
+    """The parameters of a checkpoint of a run, and what was saved beside them."""
+
+    params: PyTree
+    step: int
+    checkpoints: Path
+    extra: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class EvaluatedModel:
     """A trained model on a mesh; made by `open_model`, used inside it."""
 
@@ -85,27 +95,36 @@ def open_model(request: EvaluateRequest, trained: Configuration, config: Configu
     check_batch_fits("--batch", batch, config)
     session = make_session(config, devices, trains=False)
     with session.use():
-        order, abstract = session.layer_order, divided(session.blueprint, session.blueprint.abstract)
-        check_state_fits(config.family.sizes(config.model), abstract, what="parameters")
-        checkpoints = (request.run / "checkpoints").absolute()
-        check = partial(_check_record, trained=trained, path=request.run / CONFIG_FILE)
-        restored = restore_part(
-            checkpoints, order.abstract(abstract), step=request.step, check=check, on_disk=order.on_disk(abstract)
-        )
-        state = order.in_stage_order(restored.state, abstract)
-        name = first_not_finite(state)
-        if name is not None:
-            raise diverged(checkpoints, restored.step, f"{name} has numbers that are not finite")
+        restored = restore_model(session, request.run, trained, request.step)
         yield EvaluatedModel(
             session=session,
-            params=merged(state),
+            params=restored.params,
             tokenizer=_open_tokenizer(trained, config, restored.extra),
-            checkpoints=checkpoints,
+            checkpoints=restored.checkpoints,
             step=restored.step,
             batch=batch,
             sequence_length=config.data.sequence_length,
             num_devices=len(devices),
         )
+
+
+def restore_model(session: Session, run: Path, trained: Configuration, step: int | None) -> RestoredModel:
+    """The parameters of a run's checkpoint (`step` none: the newest) on a session's mesh, inside its `use()`.
+
+    `trained` is the run's `config.yaml`. A `UserError` where there are none, of another model, or not finite.
+    """
+    order, abstract = session.layer_order, divided(session.blueprint, session.blueprint.abstract)
+    check_state_fits(session.config.family.sizes(session.config.model), abstract, what="parameters")
+    checkpoints = (run / "checkpoints").absolute()
+    check = partial(_check_record, trained=trained, path=run / CONFIG_FILE)
+    restored = restore_part(
+        checkpoints, order.abstract(abstract), step=step, check=check, on_disk=order.on_disk(abstract)
+    )
+    state = order.in_stage_order(restored.state, abstract)
+    name = first_not_finite(state)
+    if name is not None:
+        raise diverged(checkpoints, restored.step, f"{name} has numbers that are not finite")
+    return RestoredModel(merged(state), restored.step, checkpoints, restored.extra)
 
 
 def _check_record(extra: dict[str, Any], trained: Configuration, path: Path) -> None:

@@ -62,7 +62,8 @@ def announce(run: Run) -> None:
             f"optimizer.warmup_steps {optimizer.warmup_steps:,} is not below train.steps {steps:,}: the learning rate "
             f"does not reach {optimizer.learning_rate:g}"
         )
-    if run.step:
+    # one of step 0 was made of another run's
+    if run.checkpoints.latest_step() is not None:
         print(run.continuation.text(run.step, run.config.train.steps))
     if run.step < run.config.train.steps:
         print("compiling the step", flush=True)

@@ -1,0 +1,165 @@
+"""The flags of `upcycle`, and the configurations of both models: the dense one's and the mixture's."""
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtron.command import FlagParser, file_path, natural, positive
+from jaxtron.config import UserError, load, settings, split_arguments
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.kinds import MLP, MOE
+from jaxtron.run.configuration import Configuration, configuration_type
+
+PROGRAM = "python -m jaxtron.convert"
+USAGE = f"{PROGRAM} upcycle RUN_DIRECTORY --output DIRECTORY [--flag value ...]"
+# what a mixture's model may be told; all else of it is the checkpoint's or follows from the flags
+MODEL_SETTINGS = (*(f"model.{name}" for name in ModelConfig.FREE.split()), "model.moe.bias_rate")
+ORDERS = ("softmax", "topk_softmax")
+TAKEN = {"run.directory": "--output", "checkpoint.resume": None, "train.trainable": None}
+
+
+@dataclass(frozen=True)
+class UpcycleRequest:
+    """A dense run, and the mixture that it becomes: `experts` copies of each MLP, each in `granularity` shards.
+
+    `step` is the checkpoint's (none: the newest), `router_std` the router's (none: model.initial_std).
+    """
+
+    run: Path
+    output: Path
+    overrides: tuple[str, ...] = ()
+    experts: int = 8
+    granularity: int = 1
+    top_k: int | None = None
+    scores: str = "softmax"
+    router_std: float | None = None
+    step: int | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """Of a layer of the mixture."""
+        return self.experts * self.granularity
+
+    @property
+    def chosen(self) -> int:
+        """Experts of a token: where nothing is said two copies, of experts that are whole, or the shards of one."""
+        return self.top_k or (min(2, self.experts) if self.granularity == 1 else self.granularity)
+
+
+def parse(argv: list[str]) -> UpcycleRequest:
+    """The request of a command line after `upcycle`; a `UserError` for what is missing or cannot be."""
+    found, rest = _parser().parse_known_args(argv)
+    words, flags = split_arguments(Configuration, rest)
+    if not words:
+        raise UserError(f"no run directory; give it first: {USAGE}")
+    if len(words) > 1:
+        raise UserError(f"unexpected argument {words[1]!r}: one run directory, then flags")
+    for name, _ in flags:
+        is_fixed = name.startswith("model.") and not any(f"{name}.".startswith(f"{free}.") for free in MODEL_SETTINGS)
+        if is_fixed or name in TAKEN:
+            instead = TAKEN.get(name)
+            mend = f"give {instead}" if instead else f"leave it out; {PROGRAM} upcycle --help lists what can be set"
+            raise UserError(f"--{name} is not for this command: {mend}")
+    rest.remove(words[0])
+    given = {name: value for name, value in vars(found).items() if value is not None}
+    request = UpcycleRequest(**given | {"run": file_path(words[0]), "overrides": tuple(rest)})
+    if request.chosen % request.granularity:
+        raise UserError(
+            f"--top_k {request.chosen} is not a multiple of --granularity {request.granularity}: a token would not get "
+            "all shards of an MLP; change one"
+        )
+    if request.chosen > request.num_experts:
+        raise UserError(
+            f"--top_k {request.chosen} is more than the {request.num_experts} experts of --experts {request.experts} x "
+            f"--granularity {request.granularity}"
+        )
+    return request
+
+
+def read_configuration(request: UpcycleRequest) -> tuple[Configuration, Configuration]:
+    """What the dense run was trained with, and the run of the mixture; `UserError` where one cannot be."""
+    path = request.run / "config.yaml"
+    if not path.is_file():
+        what = f"{request.run} has no config.yaml" if request.run.is_dir() else f"no directory {request.run}"
+        raise UserError(f"{what}; give the --run.directory of a training, such as runs/gpt_tiny")
+    _check_output(request.output)
+    config_type = configuration_type([str(path)])
+    dense = load(config_type, path).resolved()
+    model = dense.model
+    if not isinstance(model, ModelConfig):
+        raise UserError(f"{path} has model.family {model.family}, which has no experts: only a decoder can be upcycled")
+    if MOE.symbol in model.pattern or MLP.symbol not in model.pattern:
+        raise UserError(
+            f"{path} has model.pattern {model.pattern}: only a model with MLPs ({MLP.symbol}) and no experts "
+            f"({MOE.symbol}) can be upcycled"
+        )
+    if model.bias:
+        raise UserError(f"{path} has model.bias true, and experts have no biases: train with --model.bias false")
+    if dense.train.trainable != ("*",):
+        raise UserError(f"{path} has train.trainable {' '.join(dense.train.trainable)}: only a run that trains all can")
+    if model.mlp_width % request.granularity:
+        raise UserError(
+            f"--granularity {request.granularity}: model.mlp_size {model.mlp_width} of {path} is not a multiple of it"
+        )
+    made = {
+        "run.directory": request.output,
+        "model.pattern": model.pattern.replace(MLP.symbol, MOE.symbol),
+        "model.moe.num_experts": request.num_experts,
+        "model.moe.top_k": request.chosen,
+        "model.moe.expert_size": model.mlp_width // request.granularity,
+        "model.moe.scores": request.scores,
+    }
+    words = [word for name, value in made.items() for word in (f"--{name}", str(value))]
+    return dense, load(config_type, path, [*request.overrides, *words]).resolved()
+
+
+def _check_output(path: Path) -> None:
+    """`UserError` unless the directory is not there or empty: what is in it would be overwritten."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        what = "is not empty" if path.is_dir() else "is a file"
+        raise UserError(f"--output {path} {what}; give a new directory")
+
+
+def _std(text: str) -> float:
+    """A flag's number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+    return value
+
+
+def _parser() -> FlagParser:
+    purpose = (
+        "Makes a mixture of experts of a trained dense model: its MLPs are copied, perhaps in shards, a router is "
+        "drawn, and a training is begun in a new directory, at step 0, that python -m jaxtron.train goes on with."
+    )
+    further = (
+        "Of training's settings it takes all but those of the model, of which it takes "
+        f"{', '.join(f'--{name}' for name in MODEL_SETTINGS)} (python -m jaxtron.train --help); what is left out "
+        "is the dense run's."
+    )
+    parser = FlagParser(f"{PROGRAM} upcycle", purpose, usage=USAGE, further=further, others=settings(Configuration))
+    add = parser.add_argument
+    add("--output", type=file_path, required=True, metavar="DIRECTORY", help="of the mixture's run, new or empty")
+    add("--experts", type=positive, metavar="E", help="copies of each MLP (none: 8)")
+    add("--granularity", type=positive, metavar="G", help="shards of each copy, each an expert (none: 1)")
+    add(
+        "--top_k",
+        type=positive,
+        metavar="K",
+        help="experts of a token, a multiple of G (none: 2, or with shards G)",
+    )
+    add(
+        "--scores",
+        choices=ORDERS,
+        metavar="NAME",
+        help="softmax: over all experts, then the top k; topk_softmax: over the chosen, with which the mixture is "
+        "exactly the dense model at first (none: softmax)",
+    )
+    add("--router_std", type=_std, metavar="STD", help="standard deviation of the router (none: model.initial_std)")
+    add("--step", type=natural, metavar="STEP", help="of the checkpoint (none: the newest)")
+    return parser

@@ -1,0 +1,195 @@
+"""`python -m jaxtron.convert upcycle`: the mixture computes what the dense model did, and a training goes on with it."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtron.config import dump, load
+from jaxtron.convert import __main__ as convert
+from jaxtron.convert.request import UpcycleRequest, parse
+from jaxtron.convert.upcycle import expert_inputs, expert_outputs, output_factor, router_rows, scales
+from jaxtron.layers.config import GATED, Activation
+from jaxtron.layers.mlp import FUNCTIONS
+from jaxtron.run.configuration import Configuration
+from jaxtron.train import __main__ as training
+from tests.support.commands import Ended, run_main
+from tests.support.evaluate_runs import SMALL, figures
+
+EMBED, WIDTH, TOKENS = 16, 32, 50
+
+
+def mlp(x: jax.Array, up: jax.Array, down: jax.Array, activation: Activation) -> jax.Array:
+    """Of one MLP, whose first matrix is [E, G, F]."""
+    hidden = jnp.einsum("te,egf->tgf", x, up)
+    inner = FUNCTIONS[activation](hidden[:, 0])
+    return (inner * hidden[:, 1] if activation in GATED else inner) @ down
+
+
+def mixture(x: jax.Array, request: UpcycleRequest, activation: Activation, arrays: tuple) -> jax.Array:
+    """A plain mixture: every expert of every token, then those that the router takes."""
+    router, up, down = arrays
+    logits = x @ router
+    chosen = np.argsort(-np.asarray(logits), axis=-1, kind="stable")[:, : request.chosen]
+    taken = jnp.take_along_axis(logits, chosen, -1)
+    scores = jnp.take_along_axis(jax.nn.softmax(logits, -1), chosen, -1)
+    weights = jax.nn.softmax(taken, -1) if request.scores == "topk_softmax" else scores
+    every = jnp.stack([mlp(x, up[expert], down[expert], activation) for expert in range(request.num_experts)], 1)
+    return jnp.einsum("tk,tke->te", weights, jnp.take_along_axis(every, chosen[..., None], 1))
+
+
+@pytest.mark.parametrize("scores", ["softmax", "topk_softmax"])
+@pytest.mark.parametrize(("experts", "granularity", "top_k"), [(8, 1, 2), (8, 8, 8), (8, 8, 16), (3, 4, 4), (1, 2, 2)])
+@pytest.mark.parametrize("activation", FUNCTIONS)
+def test_a_mixture_computes_what_the_mlp_did(
+    activation: Activation, experts: int, granularity: int, top_k: int, scores: str
+):
+    request = UpcycleRequest(
+        Path("run"), Path("new"), experts=experts, granularity=granularity, top_k=top_k, scores=scores
+    )
+    with jax.enable_x64(True):
+        random = np.random.default_rng(0)
+        gated = activation in GATED
+        up = jnp.asarray(random.normal(size=(EMBED, 2, WIDTH) if gated else (EMBED, WIDTH)))
+        down, x = jnp.asarray(random.normal(size=(WIDTH, EMBED))), jnp.asarray(random.normal(size=(TOKENS, EMBED)))
+        # softmax over all is exact where logits are 0; ties go to the first, as in the router
+        std = 1e-9 if scores == "softmax" else 1.0
+        drawn = jnp.asarray(random.normal(size=(EMBED, request.num_experts))) * std
+        factors = scales(activation, output_factor(request))
+        of_all = {"copies": experts, "shards": granularity}
+        arrays = (
+            router_rows(drawn, **of_all),
+            expert_inputs(up, **of_all, gated=gated, factor=factors[0]),
+            expert_outputs(down, **of_all, factor=factors[1]),
+        )
+        expected = mlp(x, up if gated else up[:, None], down, activation)
+        found = mixture(x, request, activation, arrays)
+        assert float(jnp.abs(found - expected).max() / jnp.abs(expected).max()) < 1e-6
+
+
+def test_factors_of_the_paper():
+    paper = UpcycleRequest(Path("run"), Path("new"), experts=8, granularity=8, top_k=8)
+    # equation 2 of 2410.07524 for squared ReLU: (E G^2 / T)^(1/3) on both matrices
+    assert scales("squared_relu", output_factor(paper)) == pytest.approx((4.0, 4.0))
+    assert output_factor(UpcycleRequest(Path("run"), Path("new"), scores="topk_softmax")) == 1
+
+
+def test_experts_lie_in_the_order_of_the_paper():
+    up = jnp.arange(6.0).reshape(1, 6)
+    found = expert_inputs(up, copies=2, shards=3, gated=False, factor=1.0)[:, 0, 0]
+    assert found.tolist() == [[0, 1], [2, 3], [4, 5]] * 2
+    assert router_rows(jnp.arange(6.0)[None], copies=2, shards=3).tolist() == [[0, 0, 0, 1, 1, 1]]
+
+
+def test_rows_of_several_layers_are_each_their_own():
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 2, 6)), jnp.float32)
+    of_all = {"copies": 2, "shards": 3, "gated": True, "factor": 2.0}
+    each = jnp.stack([expert_inputs(layer, **of_all) for layer in kernel])
+    assert (expert_inputs(kernel, **of_all) == each).all()
+    down = kernel[:, :, 0].swapaxes(1, 2)
+    each = jnp.stack([expert_outputs(layer, copies=2, shards=3, factor=2.0) for layer in down])
+    assert (expert_outputs(down, copies=2, shards=3, factor=2.0) == each).all()
+
+
+DENSE = (
+    "--model.bias",
+    "false",
+    "--model.activation",
+    "swiglu",
+    "--model.mlp_size",
+    "64",
+    "--optimizer.clip_norm",
+    "1",
+)
+
+
+def upcycle(*words: object) -> Ended:
+    return run_main(convert.main, ("upcycle", *words))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense run of four steps on eight devices."""
+    folder = tmp_path_factory.mktemp("dense")
+    (folder / "text.txt").write_text("the cat sat on a mat and ran off to see what made such noise\n" * 60)
+    places = {"run.directory": "run", "data.path": "text.txt", "data.cache_directory": "tokens"}
+    flags = [word for name, place in places.items() for word in (f"--{name}", folder / place)]
+    ended = run_main(training.main, [*SMALL, *DENSE, *flags])
+    assert ended.code == 0, ended
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "mesh", "tolerance"),
+    [
+        (("--granularity", 4, "--scores", "topk_softmax"), {"data": 2, "tensor": 2, "expert": 4}, 1e-6),
+        (("--experts", 4, "--router_std", 1e-7), {"data": 2, "pipe": 2, "fsdp": 2}, 1e-6),
+    ],
+)
+def test_a_mixture_scores_as_its_dense_model_and_is_trained(
+    dense: Path, flags: tuple, mesh: dict, tolerance: float, tmp_path: Path
+):
+    layout = [word for name, size in mesh.items() for word in (f"--mesh.{name}", size)]
+    if "pipe" in mesh:
+        layout += ["--train.microbatches", 2]
+    devices = ["--devices", int(np.prod([size for name, size in mesh.items() if name != "expert"]))]
+    made = upcycle(dense, "--output", tmp_path / "mixture", *flags, *layout, *devices)
+    assert (made.code, made.err) == (0, ""), made
+    text = dense.parent / "text.txt"
+    before, after = (figures(tmp_path, run, "--text", text) for run in (dense, tmp_path / "mixture"))
+    assert (before["step"], after["step"]) == (4, 0)
+    assert after["nll_per_token"] == pytest.approx(before["nll_per_token"], rel=tolerance)
+    ended = run_main(training.main, [tmp_path / "mixture" / "config.yaml"])
+    assert ended.code == 0 and "checkpoint of step 0 found: continuing" in ended.out, ended
+    lines = [json.loads(line) for line in (tmp_path / "mixture" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 4 and lines[-1]["loss"] < before["nll_per_token"]
+
+
+def a_config(folder: Path, *flags: str) -> Path:
+    """A directory as a run leaves it, without checkpoints."""
+    folder.mkdir()
+    config = load(Configuration, None, ["--data.path", str(folder / "text.txt"), *flags])
+    (folder / "config.yaml").write_text(dump(config.resolved()))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "said"),
+    [
+        ((), "", "has model.bias true, and experts have no biases: train with --model.bias false"),
+        (("--model.bias=false",), "--granularity 7", "--granularity 7: model.mlp_size "),
+        (("--model.bias=false",), "--granularity 4 --top_k 6", "--top_k 6 is not a multiple of --granularity 4"),
+        (("--model.bias=false",), "--experts 2 --top_k 4", "--top_k 4 is more than the 2 experts of --experts 2"),
+        (("--model.bias=false",), "--model.hidden_size 64", "--model.hidden_size is not for this command: leave it"),
+        (("--model.bias=false",), "--run.directory x", "--run.directory is not for this command: give --output"),
+        (("--model.bias=false",), "--router_std 0", "--router_std: '0' must be a number above 0"),
+        (("--model.bias=false", "--model.pattern=*E"), "", "only a model with MLPs (-) and no experts (E)"),
+        (("--model.bias=false", "--train.trainable=head.*"), "", "only a run that trains all"),
+        (("--model.bias=false",), "", "no checkpoint in "),
+    ],
+)
+def test_what_cannot_be_is_told_in_a_line(model: tuple, flags: str, said: str, tmp_path: Path):
+    run = a_config(tmp_path / "run", *model)
+    (tmp_path / "run" / "text.txt").write_text("the cat sat on a mat\n" * 200)
+    ended = upcycle(run, "--output", tmp_path / "new", *flags.split())
+    assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1, ended
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_path_that_is_no_run_and_an_output_that_is_there(tmp_path: Path):
+    (tmp_path / "model.safetensors").write_text("weights")
+    ended = upcycle(tmp_path, "--output", tmp_path / "new")
+    assert f"{tmp_path} has no config.yaml; give the --run.directory of a training" in ended.err
+    run = a_config(tmp_path / "run", "--model.bias=false")
+    ended = upcycle(run, "--output", tmp_path)
+    assert f"--output {tmp_path} is not empty; give a new directory" in ended.err
+
+
+def test_experts_of_a_token_where_nothing_is_said():
+    assert parse(["run", "--output", "new"]).chosen == 2
+    assert parse(["run", "--output", "new", "--granularity", "4"]).chosen == 4
+    assert parse(["run", "--output", "new", "--experts", "1"]).chosen == 1
