@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "gpt_tiny.yaml"
 # what takes longer to import than a refused setting may take to be refused
 HEAVY = ("jax", "flax", "optax", "orbax", "grain", "matplotlib", "tokenizers", "pyarrow")
-VERBS = ("train", "plan", "evaluate", "preprocess")
+VERBS = ("train", "plan", "evaluate", "preprocess", "convert upcycle")
 
 
 def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
@@ -238,10 +238,11 @@ def python(*words: str) -> float:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_reading_a_configuration_imports_nothing_heavy(verb: str):
+    name, *subcommand = verb.split()
     program = (
-        f"import sys, jaxtron.{verb}.__main__ as verb\n"
+        f"import sys, jaxtron.{name}.__main__ as verb\n"
         f"from jaxtron.command import run_command\n"
-        f"run_command(verb.main, ['{TINY}', '--mesh.tensro', '2'])\n"
+        f"run_command(verb.main, [*{subcommand}, '{TINY}', '--mesh.tensro', '2'])\n"
         f"print(*(name for name in {HEAVY} if name in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)

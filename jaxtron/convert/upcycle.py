@@ -108,7 +108,7 @@ def scales(activation: Activation, factor: float) -> tuple[float, float]:
 
 def expert_inputs(
     kernel: Float[Array, "..."], *, copies: int, shards: int, gated: bool, factor: float
-) -> Float[Array, "*L N E G F"]:
+) -> Float[Array, "*L N E G H"]:
     """The first matrices of all experts, of an MLP's [*L, E, F], or [*L, E, 2, F] where it is gated."""
     kernel = kernel if gated else kernel[..., None, :]
     *rows, embed, inputs, width = kernel.shape
@@ -120,7 +120,7 @@ def expert_inputs(
 
 def expert_outputs(
     kernel: Float[Array, "*L F E"], *, copies: int, shards: int, factor: float
-) -> Float[Array, "*L N F E"]:
+) -> Float[Array, "*L N H E"]:
     """The last matrices of all experts, of an MLP's."""
     *rows, width, embed = kernel.shape
     return _copied((kernel * factor).reshape(*rows, shards, width // shards, embed), len(rows), copies)

@@ -1,4 +1,4 @@
-"""`python -m jaxtron.convert upcycle`: the mixture computes what the dense model did, and a training goes on with it."""
+"""`python -m jaxtron.convert upcycle`: the mixture computes what the dense model did, and is trained on."""
 
 import json
 from pathlib import Path
@@ -22,11 +22,11 @@ from tests.support.evaluate_runs import SMALL, figures
 EMBED, WIDTH, TOKENS = 16, 32, 50
 
 
-def mlp(x: jax.Array, up: jax.Array, down: jax.Array, activation: Activation) -> jax.Array:
-    """Of one MLP, whose first matrix is [E, G, F]."""
-    hidden = jnp.einsum("te,egf->tgf", x, up)
-    inner = FUNCTIONS[activation](hidden[:, 0])
-    return (inner * hidden[:, 1] if activation in GATED else inner) @ down
+def mlps(x: jax.Array, up: jax.Array, down: jax.Array, activation: Activation) -> jax.Array:
+    """Of MLPs with first matrices [N, E, G, F], what each makes of each token [T, N, E]."""
+    hidden = jnp.einsum("te,negf->tngf", x, up)
+    inner = FUNCTIONS[activation](hidden[:, :, 0])
+    return jnp.einsum("tnf,nfe->tne", inner * hidden[:, :, 1] if activation in GATED else inner, down)
 
 
 def mixture(x: jax.Array, request: UpcycleRequest, activation: Activation, arrays: tuple) -> jax.Array:
@@ -37,13 +37,13 @@ def mixture(x: jax.Array, request: UpcycleRequest, activation: Activation, array
     taken = jnp.take_along_axis(logits, chosen, -1)
     scores = jnp.take_along_axis(jax.nn.softmax(logits, -1), chosen, -1)
     weights = jax.nn.softmax(taken, -1) if request.scores == "topk_softmax" else scores
-    every = jnp.stack([mlp(x, up[expert], down[expert], activation) for expert in range(request.num_experts)], 1)
+    every = mlps(x, up, down, activation)
     return jnp.einsum("tk,tke->te", weights, jnp.take_along_axis(every, chosen[..., None], 1))
 
 
 @pytest.mark.parametrize("scores", ["softmax", "topk_softmax"])
-@pytest.mark.parametrize(("experts", "granularity", "top_k"), [(8, 1, 2), (8, 8, 8), (8, 8, 16), (3, 4, 4), (1, 2, 2)])
-@pytest.mark.parametrize("activation", FUNCTIONS)
+@pytest.mark.parametrize(("experts", "granularity", "top_k"), [(8, 1, 2), (8, 8, 16), (3, 4, 4)])
+@pytest.mark.parametrize("activation", ["gelu", "relu", "squared_relu", "swiglu"])
 def test_a_mixture_computes_what_the_mlp_did(
     activation: Activation, experts: int, granularity: int, top_k: int, scores: str
 ):
@@ -65,7 +65,7 @@ def test_a_mixture_computes_what_the_mlp_did(
             expert_inputs(up, **of_all, gated=gated, factor=factors[0]),
             expert_outputs(down, **of_all, factor=factors[1]),
         )
-        expected = mlp(x, up if gated else up[:, None], down, activation)
+        expected = mlps(x, (up if gated else up[:, None])[None], down[None], activation)[:, 0]
         found = mixture(x, request, activation, arrays)
         assert float(jnp.abs(found - expected).max() / jnp.abs(expected).max()) < 1e-6
 
@@ -124,25 +124,22 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("flags", "mesh", "tolerance"),
+    ("flags", "mesh"),
     [
-        (("--granularity", 4, "--scores", "topk_softmax"), {"data": 2, "tensor": 2, "expert": 4}, 1e-6),
-        (("--experts", 4, "--router_std", 1e-7), {"data": 2, "pipe": 2, "fsdp": 2}, 1e-6),
+        (("--granularity", 4, "--scores", "topk_softmax"), {"data": 4, "tensor": 2, "expert": 4}),
+        (("--experts", 4, "--router_std", 1e-7), {"data": 2, "pipe": 2, "fsdp": 2}),
     ],
 )
-def test_a_mixture_scores_as_its_dense_model_and_is_trained(
-    dense: Path, flags: tuple, mesh: dict, tolerance: float, tmp_path: Path
-):
+def test_a_mixture_scores_as_its_dense_model_and_is_trained(dense: Path, flags: tuple, mesh: dict, tmp_path: Path):
     layout = [word for name, size in mesh.items() for word in (f"--mesh.{name}", size)]
     if "pipe" in mesh:
         layout += ["--train.microbatches", 2]
-    devices = ["--devices", int(np.prod([size for name, size in mesh.items() if name != "expert"]))]
-    made = upcycle(dense, "--output", tmp_path / "mixture", *flags, *layout, *devices)
+    made = upcycle(dense, "--output", tmp_path / "mixture", *flags, *layout)
     assert (made.code, made.err) == (0, ""), made
     text = dense.parent / "text.txt"
     before, after = (figures(tmp_path, run, "--text", text) for run in (dense, tmp_path / "mixture"))
     assert (before["step"], after["step"]) == (4, 0)
-    assert after["nll_per_token"] == pytest.approx(before["nll_per_token"], rel=tolerance)
+    assert after["nll_per_token"] == pytest.approx(before["nll_per_token"], rel=1e-6)
     ended = run_main(training.main, [tmp_path / "mixture" / "config.yaml"])
     assert ended.code == 0 and "checkpoint of step 0 found: continuing" in ended.out, ended
     lines = [json.loads(line) for line in (tmp_path / "mixture" / "metrics.jsonl").read_text().splitlines()]

@@ -18,6 +18,7 @@ PIPE = (*TRAIN, "--mesh.pipe", "2", "--model.num_layers", "2", "--train.microbat
 CURATE = ("curate", "curation.yaml")
 PLAN = ("plan", "tiny.yaml")
 EVALUATE = ("evaluate", "run", "--text", "text.txt")
+UPCYCLE = ("convert", "upcycle", "run", "--output", "new")
 TOKENIZE = ("preprocess", "--input", "documents.jsonl", "--tokenizer", "bytes", "--output", "out", "--workers", "1")
 MERGE = ("preprocess", "merge", "--input", "tokens", "--output", "out")
 INSPECT = ("preprocess", "inspect", "tokens")
@@ -84,6 +85,18 @@ FLAGS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
             "--step": ("-1", "1.5", "many", "", "nan", "5", str(10**30)),
             "--detokenize": ("", "wikitex", LONG),
             "--json": PLACES,
+        },
+    ),
+    "upcycle": (
+        UPCYCLE,
+        {
+            "--output": ("folder_with_file", "text.txt", ""),
+            "--experts": NUMBERS,
+            "--granularity": (*NUMBERS, "7"),
+            "--top_k": (*NUMBERS, "9"),
+            "--scores": ("", "sigmoid", LONG),
+            "--router_std": ("0", "-1", "many", "nan", "inf", "", "1e400"),
+            "--step": ("-1", "1.5", "many", "", "nan", str(10**30)),
         },
     ),
     "preprocess": (
@@ -171,6 +184,19 @@ LINES: tuple[tuple[str, str], ...] = (
     ("evaluate run --text text.txt --data.sequence_length 0", "data.sequence_length"),
     ("evaluate run --text text.txt --mesh.tensor 3", "mesh.tensor"),
     ("evaluate run --text text.txt --mesh.data 16", "mesh.data"),
+    ("convert", "upcycle"),
+    ("convert upcicle", "'upcicle'"),
+    ("convert upcycle", "--output"),
+    ("convert upcycle --output new", "run directory"),
+    ("convert upcycle run", "--output"),
+    ("convert upcycle nowhere --output new", "nowhere"),
+    ("convert upcycle folder --output new", "folder"),
+    ("convert upcycle text.txt --output new", "text.txt"),
+    ("convert upcycle run run --output new", "run"),
+    ("convert upcycle run --output new --nowhere 1", "nowhere"),
+    ("convert upcycle run --output new --model.hidden_size 64", "--model.hidden_size"),
+    ("convert upcycle run --output new --run.directory x", "--run.directory"),
+    ("convert upcycle run --output new", "model.bias"),
     ("preprocess", "--input"),
     ("preprocess tokenise", "'tokenise'"),
     ("preprocess --input documents.jsonl --tokenizer bytes", "--output"),
