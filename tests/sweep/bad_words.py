@@ -92,7 +92,7 @@ FLAGS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
         {
             "--output": ("folder_with_file", "text.txt", ""),
             "--experts": NUMBERS,
-            "--granularity": (*NUMBERS, "7"),
+            "--granularity": NUMBERS,
             "--top_k": (*NUMBERS, "9"),
             "--scores": ("", "sigmoid", LONG),
             "--router_std": ("0", "-1", "many", "nan", "inf", "", "1e400"),
@@ -130,6 +130,8 @@ KIND_FLAGS = {
     "--top": ("--search", "--gpu", "h100", "--gpus", "8"),
     "--gpu": (),
 }
+# flags that are in the good line, at its end
+ALONE = (("evaluate", "--text"), ("upcycle", "--output"))
 # whole lines, and what their error must name
 LINES: tuple[tuple[str, str], ...] = (
     ("trian", "'trian'"),
@@ -184,7 +186,6 @@ LINES: tuple[tuple[str, str], ...] = (
     ("evaluate run --text text.txt --data.sequence_length 0", "data.sequence_length"),
     ("evaluate run --text text.txt --mesh.tensor 3", "mesh.tensor"),
     ("evaluate run --text text.txt --mesh.data 16", "mesh.data"),
-    ("convert", "upcycle"),
     ("convert upcicle", "'upcicle'"),
     ("convert upcycle", "--output"),
     ("convert upcycle --output new", "run directory"),
@@ -338,7 +339,7 @@ def flag_cases() -> Iterator[Case]:
         for flag, values in flags.items():
             extra = KIND_FLAGS.get(flag, ("--gpu", "h100")) if command == "plan" else ()
             # of a list that goes on, the bad value alone
-            line = start[:2] if (command, flag) == ("evaluate", "--text") else start
+            line = start[: start.index(flag)] if (command, flag) in ALONE else start
             for value in values:
                 yield Case(f"{command} {flag} {short(value)}", (*line, *extra, flag, value), _names(flag, value))
             yield Case(f"{command} {flag} missing", (*start, *extra, flag), (flag,))
