@@ -8,6 +8,7 @@ No operation is run twice, but for moving and gathering data, which is not worth
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -131,8 +132,11 @@ def _bind(closed: ClosedJaxpr, arguments: Sequence[Array]) -> dict[Var, Array]:
 
 
 def _value(values: dict[Var, Array], var: Var | Literal) -> Array:
-    # a literal may be a number of JAX's own, which is no array
-    return np.asarray(var.val, var.aval.dtype) if isinstance(var, Literal) else values[var]
+    if isinstance(var, Var):
+        return values[var]
+    # it may be a number of JAX's own, which is no array
+    aval: Any = var.aval
+    return cast(Array, np.asarray(var.val, aval.dtype))
 
 
 def _unique(variables) -> list[Var]:

@@ -115,7 +115,7 @@ class Machine(Config):
 def axes_group(sizes: Mapping[str, int], axes: Axes, gpus_per_node: int) -> Group:
     """The devices along some axes of a mesh with these sizes, outermost first, whose devices fill nodes in order."""
     size = local = stride = 1
-    for axis, parts in reversed(sizes.items()):
+    for axis, parts in reversed(list(sizes.items())):
         if axis in axes:
             size *= parts
             local *= min(parts, max(1, gpus_per_node // stride))

@@ -92,7 +92,7 @@ class Timer:
         found = SlotCost(products, self.machine.pass_seconds(work.stream, work.kernels))
         behind = products
         for purpose, (hides, spent, _) in PURPOSES.items():
-            if hides is None:
+            if hides is None or spent is None:
                 continue
             seconds = self.collectives(tuple(one for one in work.collectives if one.purpose == purpose))
             hidden = min(getattr(self.profile.overlap, hides) * seconds, behind)
