@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import side_by_side
-from benchmarks.side_by_side import Begins, Worker, compare, interleaved, recorded, serve, serves, timed
+from benchmarks.side_by_side import Begins, Worker, agreement, compare, interleaved, recorded, serve, serves, timed
 from jaxtron.kernels.attention import cudnn
 from jaxtron.kernels.attention.attention import attention
 from jaxtron.kernels.attention.backend import select_backend
@@ -172,9 +172,7 @@ def judge(entry: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = entry["implementations"]
     ours, others = found.get(OURS[0], {}), {name: made for name, made in found.items() if name not in OURS}
-    distances = ours.get("differs", {}).values()
-    # not-a-number agrees with nothing
-    agrees = all(distance <= AGREEMENT for distance in distances) if distances else None
+    agrees = agreement(ours, AGREEMENT)
     judged: dict[str, Any] = {"agrees": agrees}
     for direction in DIRECTIONS:
         speed = None if agrees is False else _tflops(ours, direction)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import side_by_side
-from benchmarks.side_by_side import Begins, Worker, compare, interleaved, recorded, serve, serves, timed
+from benchmarks.side_by_side import Begins, Worker, agreement, compare, interleaved, recorded, serve, serves, timed
 from jaxtron.kernels.grouped_matmul.backend import select_backend
 from jaxtron.kernels.grouped_matmul.grouped_matmul import gradient, product, product_transposed
 from jaxtron.kernels.grouped_matmul.spec import TILE
@@ -158,9 +158,7 @@ def judge(entry: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = entry["implementations"]
     mine = found.get(OURS[0], {})
-    distances = mine.get("differs", {}).values()
-    # not-a-number agrees with nothing
-    agrees = all(distance <= AGREEMENT for distance in distances) if distances else None
+    agrees = agreement(mine, AGREEMENT)
     judged: dict[str, Any] = {"agrees": agrees}
     for direction in DIRECTIONS:
         speeds = {name: made.get(direction, {}).get("tflops") for name, made in found.items()}

@@ -8,13 +8,13 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import yaml
 
+from benchmarks.marked import read_marked
 from benchmarks.record import ROOT
 from jaxtron.command import configure, run_command
-from jaxtron.config import Config, UserError, load
+from jaxtron.config import Config, load
 from jaxtron.models.work.profile import PROFILES
 from jaxtron.plan.formula.prediction import Prediction, predict
 from jaxtron.plan.machine import CONSTANTS, Machine, machine_named
@@ -149,13 +149,11 @@ def _loss(runs: Sequence[tuple[Row, Configuration]], machine: Machine) -> float:
 def refit() -> None:
     """Writes the fitted constants: of these runs' products into their file, of exchanges into machines.yaml."""
     found = fit([row for row in read_rows() if row.fitted], machine())
-    for path, name, pattern in (
-        (PUBLISHED, "product_fraction", r"^product_fraction: \S+"),
-        (CONSTANTS, "exchange_fraction", r"^  exchange_fraction: \S+"),
-    ):
-        text = path.read_text(encoding="utf-8")
-        indent = "  " if pattern.startswith("^  ") else ""
-        path.write_text(re.sub(pattern, f"{indent}{name}: {getattr(found, name)}", text, flags=re.MULTILINE))
+    for path, name in zip((PUBLISHED, CONSTANTS), FITTED, strict=True):
+        pattern, text = rf"(^ *{name}: )\S+", path.read_text(encoding="utf-8")
+        text, count = re.subn(pattern, rf"\g<1>{getattr(found, name)}", text, flags=re.MULTILINE)
+        assert count, f"{path} has no {name}"
+        path.write_text(text, encoding="utf-8")
     machine_named.cache_clear()
 
 
@@ -193,16 +191,11 @@ def main(argv: list[str]) -> int:
     config = configure(MixturesConfig, argv, program="python -m benchmarks.mixtures", purpose=purpose)
     if config is None:
         return 0
-    path = Path(config.document)
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{path} has no {BEGIN} followed by {END}: add the two lines where the table belongs")
+    marked = read_marked(config.document, BEGIN, END)
     if config.fit:
         refit()
     content = table([predict_row(row, machine()) for row in read_rows()])
-    path.write_text(f"{before}{begin}\n{content}\n{end}{after}", encoding="utf-8")
+    marked.write(content)
     print(content)
     return 0
 

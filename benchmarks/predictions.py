@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import yaml
 
+from benchmarks.marked import read_marked
 from benchmarks.record import ROOT
 from jaxtron.command import configure, run_command
-from jaxtron.config import Config, UserError
+from jaxtron.config import Config
 from jaxtron.gpus import gpu_named
 from jaxtron.models.decoder.cost import model_flops_per_token
 from jaxtron.models.work.profile import PROFILES
@@ -264,17 +265,12 @@ def main(argv: list[str]) -> int:
     config = configure(PredictionsConfig, argv, program="python -m benchmarks.predictions", purpose=purpose)
     if config is None:
         return 0
-    path = Path(config.document)
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{path} has no {BEGIN} followed by {END}: add the two lines where the table belongs")
+    marked = read_marked(config.document, BEGIN, END)
     if config.fit:
         refit()
     results = [predict_row(row) for row in read_rows()]
     content = f"{summary(results)}\n\n{table(results)}"
-    path.write_text(f"{before}{begin}\n{content}\n{end}{after}", encoding="utf-8")
+    marked.write(content)
     print(content)
     return 0
 

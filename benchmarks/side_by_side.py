@@ -53,6 +53,13 @@ def merged(case_type: type[Any], sections: Sequence[Mapping[str, Any]], judge: J
     return [{**entry, "judged": judge(entry)} for entry in cases.values()]
 
 
+def agreement(measured: Mapping[str, Any], most: float) -> bool | None:
+    """Whether no result of an implementation differs from another's by more than this; None where none was compared."""
+    distances = measured.get("differs", {}).values()
+    # not-a-number agrees with nothing
+    return all(distance <= most for distance in distances) if distances else None
+
+
 def compare(speed: float | None, others: Mapping[str, float | None], target: float | None) -> dict[str, Any]:
     """TFLOP/s against the fastest of the others, and against a target; None is what is not known."""
     speeds = {name: tflops for name, tflops in others.items() if tflops is not None}

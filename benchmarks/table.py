@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import attention, gpu, grouped_matmul, record
+from benchmarks.marked import read_marked
 from jaxtron.command import configure, run_command
-from jaxtron.config import Config, UserError
+from jaxtron.config import Config
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 GIB = 2**30
@@ -29,16 +30,11 @@ def main(argv: list[str]) -> int:
     config = configure(TableConfig, argv, program="python -m benchmarks.table", purpose=purpose)
     if config is None:
         return 0
-    path = Path(config.readme)
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{path} has no {BEGIN} followed by {END}: add the two lines where the tables belong")
+    marked = read_marked(config.readme, BEGIN, END)
     results = [json.loads(file.read_text()) for file in sorted(Path(config.results).glob("*.json"))]
     parts = (training_table(results), attention_tables(results), grouped_tables(results))
     content = "\n\n".join(part for part in parts if part)
-    path.write_text(f"{before}{begin}\n{content}\n{end}{after}" if content else f"{before}{begin}\n{end}{after}")
+    marked.write(content)
     return 0
 
 

@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -143,6 +144,18 @@ def natural(text: str) -> int:
     if not WHOLE.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or above")
     return _countable(text)
+
+
+def positive_number(text: str, *, example: str = "") -> float:
+    """A flag's number above 0, finite; an error may give an example."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        such = f", such as {example}" if example else ""
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0{such}")
+    return value
 
 
 def _countable(text: str) -> int:

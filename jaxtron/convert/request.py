@@ -1,11 +1,9 @@
 """The flags of `upcycle`, and the configurations of both models: the dense one's and the mixture's."""
 
-import argparse
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxtron.command import FlagParser, file_path, natural, positive
+from jaxtron.command import FlagParser, file_path, natural, positive, positive_number
 from jaxtron.config import UserError, load, settings, split_arguments
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.kinds import MLP, MOE
@@ -121,17 +119,6 @@ def _check_output(path: Path) -> None:
         raise UserError(f"--output {path} {what}; give a new directory")
 
 
-def _std(text: str) -> float:
-    """A flag's number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
-    return value
-
-
 def _parser() -> FlagParser:
     purpose = (
         "Makes a mixture of experts of a trained dense model: its MLPs are copied, perhaps in shards, a router is "
@@ -160,6 +147,11 @@ def _parser() -> FlagParser:
         help="softmax: over all experts, then the top k; topk_softmax: over the chosen, with which the mixture is "
         "exactly the dense model at first (none: softmax)",
     )
-    add("--router_std", type=_std, metavar="STD", help="standard deviation of the router (none: model.initial_std)")
+    add(
+        "--router_std",
+        type=positive_number,
+        metavar="STD",
+        help="standard deviation of the router (none: model.initial_std)",
+    )
     add("--step", type=natural, metavar="STEP", help="of the checkpoint (none: the newest)")
     return parser

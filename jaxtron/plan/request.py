@@ -1,11 +1,10 @@
 """The planner's own flags, beside those of the configuration."""
 
-import argparse
-import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from jaxtron.command import HELP, PRINT, FlagParser, check_output, file_path, positive
+from jaxtron.command import HELP, PRINT, FlagParser, check_output, file_path, positive, positive_number
 from jaxtron.config import UserError, settings
 from jaxtron.gpus import GPUS
 from jaxtron.run.configuration import Configuration, configuration_type
@@ -136,17 +135,6 @@ def flags_text(kind: str) -> str:
     return f"flags{text[text.index(title) + len(title) :]}".rstrip() if title in text else ""
 
 
-def _budget(text: str) -> float:
-    """Tokens, above 0 and finite."""
-    try:
-        tokens = float(text)
-    except ValueError:
-        tokens = math.nan
-    if not 0 < tokens < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0, such as 300e9")
-    return tokens
-
-
 def _parser(config_type: type[Configuration], program: str, *kinds: str) -> FlagParser:
     """The flags of these kinds of request; those that choose another kind belong to a plan."""
     others = {*settings(config_type), *(word.lstrip("-") for word in (*HELP, *PRINT)), ""}
@@ -162,7 +150,12 @@ def _parser(config_type: type[Configuration], program: str, *kinds: str) -> Flag
     add("--nodes", type=positive, metavar="N", help="nodes of the cluster")
     add("--gpus", type=positive, metavar="N", help="GPUs, instead of nodes (none: what the mesh asks for)")
     add("--gpus-per-node", type=positive, metavar="N", help="GPUs that NVLink joins (none: 8)")
-    add("--tokens", type=_budget, metavar="T", help="a budget of tokens, such as 300e9: how many days it takes")
+    add(
+        "--tokens",
+        type=partial(positive_number, example="300e9"),
+        metavar="T",
+        help="a budget of tokens, such as 300e9: how many days it takes",
+    )
     add("--top", type=positive, metavar="N", help="layouts that are compiled beside the configuration's own (none: 3)")
     add("--json", type=file_path, metavar="FILE", help="write all figures")
     add("--hlo", type=file_path, metavar="FILE", help="write the compiled program")

@@ -34,8 +34,6 @@ class Exchange:
     """Devices along them."""
     expert_tensor: Axes
     """Axes of `mesh.expert_tensor`: devices along them share the width of the same experts."""
-    num_parts: int
-    """Devices along these."""
     gathers: bool
     """Whether tokens are gathered, rather than pairs sent."""
     rows: int

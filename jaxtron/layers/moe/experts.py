@@ -55,11 +55,10 @@ def mix(
 
 
 class _Tokens(NamedTuple):
-    """What a device has of the tokens, by token."""
+    """What a device sends of its tokens, by token."""
 
     x: Float[Array, "T E"]
     weights: Float[Array, "T K"]
-    chosen: Int[Array, "T K"]
 
 
 class _Kept(NamedTuple):
@@ -75,8 +74,8 @@ def _forward(
     x: Array, weights: Array, chosen: Array, up: Array, down: Array, exchange: Exchange, activate: Activate
 ) -> tuple[Array, tuple[PyTree, ...]]:
     def local(*arrays: Array) -> tuple[Array, PyTree, PyTree]:
-        tokens, (up, down) = _tokens(arrays[:3]), (block[0] for block in arrays[3:])
-        dispatch = make_dispatch(exchange, enter(exchange, tokens.chosen))
+        (x, weights, chosen), (up, down) = map(_rows, arrays[:3]), (block[0] for block in arrays[3:])
+        tokens, dispatch = _Tokens(x, weights), make_dispatch(exchange, enter(exchange, chosen))
 
         def a_round(number: Array | int) -> tuple[Array, _Kept]:
             turn, kept = _expert_rows(exchange, dispatch, number, tokens, up)
@@ -142,8 +141,7 @@ class _Back:
         x, weights, cotangent, up, down, dispatch = arrays
         self.exchange, self.activate = exchange, activate
         self.dispatch: Dispatch = _own(dispatch)
-        # choices are in the dispatch
-        self.tokens = _Tokens(_rows(x), _rows(weights), jnp.zeros((0, exchange.top_k), jnp.int32))
+        self.tokens = _Tokens(_rows(x), _rows(weights))
         self.cotangent = enter(exchange, _rows(cotangent))
         self.up, self.down = up[0], down[0]
 
@@ -207,11 +205,6 @@ def _as_block(tree: PyTree) -> PyTree:
 
 def _own(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda array: array[0], tree)
-
-
-def _tokens(arrays: tuple[Array, ...]) -> _Tokens:
-    x, weights, chosen = map(_rows, arrays)
-    return _Tokens(x, weights, chosen)
 
 
 def _rows(array: Array) -> Array:

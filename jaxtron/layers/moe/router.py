@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxtron.layers.inputs import LayerInputs, random_bits
 from jaxtron.layers.linear import normal
-from jaxtron.layers.moe.capacity import drop_excess
+from jaxtron.layers.moe.capacity import TOKENS, drop_excess
 from jaxtron.layers.moe.config import MoeConfig, Scores
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.collectives import all_reduce
@@ -17,7 +17,6 @@ from jaxtron.sharding.regions import on_each_device
 from jaxtron.sharding.rules import current, spec
 from jaxtron.typing import Array, Float, Int
 
-TOKENS = ("batch", "seq", None)
 # tokens of each expert, before any is dropped
 LOAD = "moe/load"
 # what is drawn beside a branch's dropout

@@ -55,7 +55,6 @@ def make_exchange(
         expert=axes["expert"],
         num_devices=parts,
         expert_tensor=axes["expert_tensor"],
-        num_parts=rules.parts("expert_tensor"),
         gathers=gathers,
         rows=rows,
         has_rounds=rows < most and config.exchange != "capacity",
