@@ -304,6 +304,7 @@ def test_what_is_said_of_the_data_is_printed_before_training(make, capsys):
         config=Configuration().resolved(),
         data=make([talk("q", "a", id=1)]),
         step=0,
+        checkpoints=SimpleNamespace(latest_step=lambda: None),
     )
     announce(run)
     assert capsys.readouterr().out.splitlines()[-3:] == [

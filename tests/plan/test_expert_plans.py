@@ -242,7 +242,7 @@ def test_rows_are_those_of_the_layer(moe: dict, mesh: dict, rules_for: Callable[
     known = exchange.known_experts // exchange.of_bucket
     assert found.sent == known * exchange.rows and found.own == exchange.own_experts
     assert found.has_rounds == exchange.has_rounds and found.gathers == exchange.gathers
-    came = found.sent * (1 if exchange.gathers else exchange.num_parts)
+    came = found.sent * (1 if exchange.gathers else rules.parts("expert_tensor"))
     assert found.held == (came if exchange.grouped is None else num_rows(came, exchange.own_experts))
     assert TILE == spec.TILE
 
