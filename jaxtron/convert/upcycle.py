@@ -6,19 +6,18 @@ e // G. Rows of the router repeat within a copy, so that a token's best experts 
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxtron.checkpoint.names import nest, parts
-from jaxtron.command import write_whole
-from jaxtron.config import dump
 from jaxtron.convert.request import UpcycleRequest
 from jaxtron.evaluate.model import restore_model
 from jaxtron.layers.config import GATED, Activation
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.history import CONFIG_FILE
+from jaxtron.run.history import CONFIG_FILE, changes, write_record
 from jaxtron.run.metrics import MetricsTally
 from jaxtron.run.session import Session, make_session
 from jaxtron.run.state import divided
@@ -33,7 +32,8 @@ ROOM = "Raise --mesh.fsdp or --mesh.expert, or ask for fewer --experts"
 
 
 def upcycle(request: UpcycleRequest, dense: Configuration, mixture: Configuration) -> None:
-    """Writes the mixture's run: `config.yaml` and a checkpoint of step 0, on the mesh of its configuration."""
+    """Writes the mixture's run, on the mesh of its configuration: a checkpoint of step 0, then where it comes from and
+    `config.yaml`."""
     start_runtime(mixture.runtime, devices=mixture.devices)
     with leaving_together(), out_of_memory_as_user_error(ROOM):
         # the dense model where the mixture will be
@@ -47,8 +47,18 @@ def upcycle(request: UpcycleRequest, dense: Configuration, mixture: Configuratio
             run.save(0, state, 0, MetricsTally())
             run.checkpoints.wait()
             if jax.process_index() == 0:
-                write_whole(run.directory / CONFIG_FILE, dump(run.config), advice="make room or change --output")
+                found, notes = changes(dense.model_dump(mode="json"), run.config), origin(request, restored.step)
+                advice = "make room, remove the directory and give the same command again"
+                # last of all: a directory without config.yaml is no run
+                write_record(run.directory, run.config, found, step=0, notes=notes, advice=advice)
                 _tell(request, restored.step, run.session)
+
+
+def origin(request: UpcycleRequest, step: int) -> dict[str, Any]:
+    """What the history of the mixture says of where it comes from: the dense run, its step, how it was converted."""
+    how = ("experts", "granularity", "scores", "router_std")
+    found = {name: getattr(request, name) for name in how} | {"top_k": request.chosen}
+    return {"upcycled": {"run": str(request.run.absolute()), "step": step, **found}}
 
 
 def upcycled(source: Session, dense: PyTree, target: Session, initial: PyTree, request: UpcycleRequest) -> PyTree:

@@ -205,7 +205,7 @@ def _learning_rates(recorded: Mapping[str, Any], config: Configuration, step: in
 
 
 class Recorder:
-    """Writes `config.yaml` and a line of `history.jsonl` after the first step, before anything else of it is kept.
+    """Writes a line of `history.jsonl` and `config.yaml` after the first step, before anything else of it is kept.
 
     A command that takes no step leaves the record as it is. `found` are the changes, `first_step` the step before,
     `notes` what was said of the data.
@@ -230,24 +230,37 @@ class Recorder:
             return
         self._is_done = True
         advice = "make room or choose another --run.directory"
-        path = self._directory / HISTORY_FILE
-        earlier = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        # a line cut short by a kill of an older version stays, on its own
-        earlier += "\n" if earlier and not earlier.endswith("\n") else ""
-        write_whole(self._directory / CONFIG_FILE, dump(self._config), advice=advice)
-        write_whole(path, earlier + json.dumps(self._entry()) + "\n", advice=advice)
+        notes = {"data": list(self._notes)}
+        write_record(self._directory, self._config, self._changes, step=self._step, notes=notes, advice=advice)
 
-    def _entry(self) -> dict[str, Any]:
-        devices = jax.devices()
-        packages = ("jaxtron", "jax", "jaxlib")
-        return {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "step": self._step,
-            "changes": {change.name: [change.old, change.new] for change in self._changes},
-            "data": list(self._notes),
-            "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
-            "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
-        }
+
+def write_record(
+    directory: Path,
+    config: Configuration,
+    found: Sequence[Change],
+    *,
+    step: int,
+    notes: Mapping[str, Any],
+    advice: str,
+) -> None:
+    """Adds a line to `history.jsonl`, with the notes, and then writes `config.yaml`: where that is, the other is too.
+
+    Each whole or not at all; a `UserError` with the advice where one cannot be.
+    """
+    path, devices, packages = directory / HISTORY_FILE, jax.devices(), ("jaxtron", "jax", "jaxlib")
+    earlier = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    # a line cut short by a kill of an older version stays, on its own
+    earlier += "\n" if earlier and not earlier.endswith("\n") else ""
+    entry = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "changes": {change.name: [change.old, change.new] for change in found},
+        **notes,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
+    }
+    write_whole(path, earlier + json.dumps(entry) + "\n", advice=advice)
+    write_whole(directory / CONFIG_FILE, dump(config), advice=advice)
 
 
 def _version(package: str) -> str | None:

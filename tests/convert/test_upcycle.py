@@ -1,6 +1,9 @@
 """`python -m jaxtron.convert upcycle`: the mixture computes what the dense model did, and is trained on."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -12,6 +15,7 @@ from jaxtron.config import dump, load
 from jaxtron.convert import __main__ as convert
 from jaxtron.convert.request import UpcycleRequest, parse
 from jaxtron.convert.upcycle import expert_inputs, expert_outputs, output_factor, router_rows, scales
+from jaxtron.evaluate import __main__ as evaluating
 from jaxtron.layers.config import GATED, Activation
 from jaxtron.layers.mlp import FUNCTIONS
 from jaxtron.run.configuration import Configuration
@@ -140,10 +144,44 @@ def test_a_mixture_scores_as_its_dense_model_and_is_trained(dense: Path, flags: 
     before, after = (figures(tmp_path, run, "--text", text) for run in (dense, tmp_path / "mixture"))
     assert (before["step"], after["step"]) == (4, 0)
     assert after["nll_per_token"] == pytest.approx(before["nll_per_token"], rel=1e-6)
+    history = [json.loads(line) for line in (tmp_path / "mixture" / "history.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in history] == [0]
+    told = history[0]["upcycled"]
+    assert (told["run"], told["step"], told["top_k"]) == (str(dense), 4, 4 if "--granularity" in flags else 2)
+    assert history[0]["changes"]["model.pattern"] == ["*-", "*E"] and "run.directory" not in history[0]["changes"]
     ended = run_main(training.main, [tmp_path / "mixture" / "config.yaml"])
     assert ended.code == 0 and "checkpoint of step 0 found: continuing" in ended.out, ended
     lines = [json.loads(line) for line in (tmp_path / "mixture" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 4 and lines[-1]["loss"] < before["nll_per_token"]
+    # training adds its own line and keeps that
+    later = [json.loads(line) for line in (tmp_path / "mixture" / "history.jsonl").read_text().splitlines()]
+    assert later[0] == history[0] and len(later) == 2 and "upcycled" not in later[1]
+
+
+# what a process runs that is killed where the checkpoint is whole and nothing tells yet of what it is
+KILLED = """
+import os, signal, sys
+from jaxtron.convert import __main__ as convert, upcycle
+upcycle.write_record = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+convert.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_before_the_end_leaves_what_no_command_takes_for_a_run(dense: Path, tmp_path: Path):
+    output = tmp_path / "mixture"
+    words = ["upcycle", str(dense), "--output", str(output), "--devices", "1", "--mesh.data", "1"]
+    done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done
+    assert [path.name for path in output.glob("checkpoints/*")] == ["step_00000000"]
+    assert not (output / "config.yaml").exists() and not (output / "history.jsonl").exists()
+    again = upcycle(*words[1:])
+    assert again.code == 2 and f"{output} has checkpoints and no config.yaml" in again.err, again
+    assert again.err.count("\n") == 1 and "remove it" in again.err
+    # neither training nor scoring begins with what is there
+    for main in (training.main, evaluating.main):
+        ended = run_main(main, [output / "config.yaml"] if main is training.main else [output, "--text", __file__])
+        assert ended.code == 2 and "config.yaml" in ended.err and ended.err.count("\n") == 1, ended
 
 
 def a_config(folder: Path, *flags: str) -> Path:
@@ -184,6 +222,9 @@ def test_a_path_that_is_no_run_and_an_output_that_is_there(tmp_path: Path):
     run = a_config(tmp_path / "run", "--model.bias=false")
     ended = upcycle(run, "--output", tmp_path)
     assert f"--output {tmp_path} is not empty; give a new directory" in ended.err
+    (tmp_path / "half" / "checkpoints").mkdir(parents=True)
+    ended = upcycle(run, "--output", tmp_path / "half")
+    assert ended.code == 2 and "has checkpoints and no config.yaml" in ended.err and ended.err.count("\n") == 1
 
 
 def test_experts_of_a_token_where_nothing_is_said():
