@@ -41,6 +41,9 @@ class LayerInputs:
     segments: Int[Array, "B S"] | None = None
     row_weights: Float[Array, "B"] | None = None
     """A row's share of the step's loss, for losses of layers; none: they are not asked for."""
+    load: Float[Array, "layers N"] | None = None
+    """Tokens that this device sent to each expert in the step's earlier microbatches, by layer with experts, the next
+    one's first; none: as if this were the first microbatch."""
 
     def fold(self, number: int | Array) -> "LayerInputs":
         """The same inputs with keys of their own for the layer (or the site in it) `number`."""

@@ -128,6 +128,7 @@ class _Executor:
                 self._numbers(index),
                 stack.unroll,
                 None if frozen is None else frozen.stacks[index],
+                stack.recall,
             )
             for index, stack in enumerate(model.stacks)
         )

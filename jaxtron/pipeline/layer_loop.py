@@ -4,6 +4,7 @@ The loops are written out instead of differentiating a scan: so residuals go str
 weights are not among them, and gradients are added in float32 where they are summed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -80,15 +81,18 @@ class LayerLoop:
     frozen: PyTree = None
     """The other parameters, like `trained` with None where that has a leaf, and the other way round (None: no others).
     """
+    recall: Callable[[PyTree, PyTree], PyTree] | None = None
+    """As that of the stack."""
 
     def prepare(self, stream: Stream, shared: PyTree, *, trains: bool = True, splits: bool = False) -> PreparedLayer:
         """What a layer leaves for its backward, and (`splits`) this for its weight gradients; by types, never run."""
 
-        def trace(stream: Stream, shared: PyTree) -> PreparedLayer:
-            if not trains:
-                output = self._run(0, stream, shared)
-                return PreparedLayer(output.loss, [], [], output.metrics, None, None)
-            output, residuals, pullback = self._differentiate(0, stream, shared)
+        def evaluate(stream: Stream, shared: PyTree) -> PreparedLayer:
+            output = self._run(0, stream, shared)
+            return PreparedLayer(output.loss, [], [], output.metrics, None, None)
+
+        def trace(stream: Stream, shared: PyTree, so_far: PyTree) -> PreparedLayer:
+            output, residuals, pullback = self._differentiate(0, stream, shared, so_far)
             whole = PreparedLayer(output.loss, residuals, [], output.metrics, pullback, None)
             if not splits:
                 return whole
@@ -98,7 +102,11 @@ class LayerLoop:
             deferred = split.input_grads(inputs, given)[1]
             return PreparedLayer(output.loss, residuals, deferred, output.metrics, pullback, split)
 
-        prepared = jax.eval_shape(trace, stream, shared)
+        if trains:
+            so_far = () if self.recall is None else jax.eval_shape(evaluate, stream, shared).metrics
+            prepared = jax.eval_shape(trace, stream, shared, so_far)
+        else:
+            prepared = jax.eval_shape(evaluate, stream, shared)
         assert all(metric.dtype == jnp.float32 for metric in jax.tree.leaves(prepared.metrics))
         return prepared
 
@@ -133,7 +141,8 @@ class LayerLoop:
 
         def body(carry: tuple[Stream, PyTree, PyTree], index: Array) -> tuple[tuple[Stream, PyTree, PyTree], None]:
             stream, residuals, metrics = carry
-            output, stored, pullback = self._differentiate(work.first + index, stream, shared)
+            so_far = () if self.recall is None else buffers.read(metrics, work.first + index)
+            output, stored, pullback = self._differentiate(work.first + index, stream, shared, so_far)
             assert prepared.pullback is not None and pullback.sources == prepared.pullback.sources
             residuals = buffers.write(residuals, stored, work.residual, index)
             return (output.stream, residuals, buffers.add_at(metrics, output.metrics, work.first + index)), None
@@ -197,11 +206,15 @@ class LayerLoop:
         return self.layer(merge(trained, frozen), stream, number, shared)
 
     def _differentiate(
-        self, slot: Array | int, stream: Stream, shared: PyTree
+        self, slot: Array | int, stream: Stream, shared: PyTree, so_far: PyTree
     ) -> tuple[LayerOutput, list[Array], Pullback]:
-        """The layer's output, its residuals, and how to make its derivative of these and of what is given."""
+        """The layer's output, its residuals, and how to make its derivative of these and of what is given.
+
+        What it recalls of `so_far` is kept: by the time of its backward, later microbatches are in it.
+        """
         given = self._given(slot, shared)
         trained, frozen, number, shared = given
+        shared = shared if self.recall is None else self.recall(shared, so_far)
 
         def run(trained: PyTree, stream: Stream) -> tuple[tuple[Stream, Float[Array, ""] | None], PyTree]:
             output = self.layer(merge(trained, frozen), stream, number, shared)

@@ -58,6 +58,9 @@ class Stack:
     layer: LayerFunction
     unroll: int = 1
     """Layers unrolled in each iteration of the loop over them."""
+    recall: Callable[[PyTree, PyTree], PyTree] | None = None
+    """(shared input, this device's sums of a layer's metrics over the step's earlier microbatches) -> the shared input
+    of a layer that is trained; none: it remembers nothing."""
 
 
 @dataclass(frozen=True)

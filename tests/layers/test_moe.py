@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,17 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxtron.layers.inputs import LayerInputs
+from jaxtron.layers.inputs import BranchOutput, LayerInputs
 from jaxtron.layers.moe.capacity import capacity
 from jaxtron.layers.moe.config import MoeConfig
 from jaxtron.layers.moe.moe import Moe
 from jaxtron.layers.moe.router import LOAD, evened
+from jaxtron.models.decoder.stack import Period
 from jaxtron.sharding.rules import current, use
 
 ROWS, LENGTH, WIDTH, HIDDEN = 2, 12, 16, 8
+# tokens of each expert in earlier microbatches
+BEFORE = np.arange(8, dtype=np.float32) ** 2
 TOLERANCE = 2e-5
 
 
@@ -65,8 +69,11 @@ def reference(config: MoeConfig, params: dict, x, row_weights, activation: str):
             more *= jax.nn.sigmoid(jnp.einsum("bse,e->bs", x, params["shared_gate"])[..., None])
         y += more
     share = scores / scores.sum(-1, keepdims=True) if config.scores == "sigmoid" else scores
-    even = config.num_experts / (config.top_k * LENGTH**2)
-    loss = config.balance * jnp.sum(row_weights * even * (share.sum(1) * counts).sum(-1))
+    load = counts
+    if config.balance_over != "sequence":
+        load = counts.sum(0) + (BEFORE if config.balance_over == "global" else 0.0)
+    balance = config.num_experts * (share.mean(1) * load / load.sum(-1, keepdims=True)).sum(-1)
+    loss = config.balance * jnp.sum(row_weights * balance)
     loss += config.z_loss * jnp.sum(row_weights * jnp.square(jax.nn.logsumexp(logits, -1)).mean(-1))
     return y, loss, counts.sum(0)
 
@@ -89,6 +96,8 @@ CASES = {
     "all to few": {"slots": 0.1, "top_k": 1},
     "every expert": {"top_k": 8, "renormalize": True},
     "one expert": {"num_experts": 1, "top_k": 1},
+    "load of a microbatch": {"balance_over": "microbatch"},
+    "load of the step so far": {"balance_over": "global", "num_experts": 8},
     "shared": {"shared_size": 12},
     "shared behind a gate": {"shared_size": 12, "shared_gate": True, "scores": "topk_softmax"},
     "capacity by probability": {"capacity_factor": 0.5},
@@ -123,7 +132,8 @@ def test_every_gradient_is_that_of_each_expert_on_each_token(
         params = nnx.to_pure_dict(state)
 
         def run(params, x):
-            output = nnx.merge(graph, in_blocks(params))(x, LayerInputs(row_weights=jnp.asarray(row_weights)))
+            inputs = LayerInputs(row_weights=jnp.asarray(row_weights), load=jnp.asarray(BEFORE[None]))
+            output = nnx.merge(graph, in_blocks(params))(x, inputs)
             loss = 0.0 if output.loss is None else output.loss
             return (output.x * pull).sum() + loss, (output.x, loss, output.metrics[LOAD])
 
@@ -196,6 +206,24 @@ def test_the_selection_bias_chooses_and_weighs_nothing(rules_for: Callable, in_r
     pair = np.einsum("bse,egf->bsgf", x, params["up"][3])
     only = np.einsum("bsf,fe->bse", jax.nn.silu(pair[:, :, 0]) * pair[:, :, 1], params["down"][3])
     np.testing.assert_allclose(y, only * scores[..., None], rtol=1e-4, atol=1e-5)
+
+
+def test_each_layer_of_a_period_gets_its_own_row_of_the_load() -> None:
+    seen = []
+
+    def layer(metrics: dict[str, jax.Array]) -> Callable:
+        def run(x: jax.Array, inputs: LayerInputs) -> list[BranchOutput]:
+            assert inputs.load is not None
+            seen.append(inputs.load[:1].tolist())
+            return [BranchOutput(x, None, metrics)]
+
+        return run
+
+    load, report = jnp.asarray([[1.0, 2.0], [3.0, 4.0]]), {LOAD: jnp.zeros(2)}
+    period = Mock(spec=Period, layers=[layer({}), layer(report), layer({}), layer(report)])
+    output = Period.__call__(period, jnp.zeros((1, 1, 1)), LayerInputs(load=load))
+    assert seen == [[[1.0, 2.0]], [[1.0, 2.0]], [[3.0, 4.0]], [[3.0, 4.0]]]
+    assert output.metrics[LOAD].shape == (2, 2)
 
 
 def test_the_selection_bias_rises_where_tokens_are_few() -> None:

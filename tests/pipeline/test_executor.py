@@ -187,6 +187,24 @@ def test_accumulation(rules_for, model, num_layers, num_microbatches):
     assert found.sums["rows"] == ROWS * num_microbatches
 
 
+def recall(shared, metrics):
+    return {"scale": shared["scale"] * (1 + jnp.tanh(metrics["size"] + jnp.sum(metrics["hidden"])))}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_stages"),
+    [("1f1b", 1), ("zero_bubble_v", 2), pytest.param("interleaved", 2, marks=pytest.mark.slow)],
+)
+def test_a_layer_recalls_the_microbatches_before(rules_for, name, num_stages):
+    model = Model((replace(TOY.stacks[0], recall=recall),), head)
+    schedule = make_schedule(name, num_stages, 4, 1 if num_stages == 1 else 2)
+    params, batch, other = toy(5, 4)
+    stages = stage_plan((5,), schedule, PipelineConfig())
+    expected = expected_of(model, params, batch)
+    assert not np.allclose(expected.sums["absolute"], other.sums["absolute"], rtol=1e-3)
+    assert_same(on_stages(rules_for(pipe=num_stages), schedule, stages, model, params, batch), expected)
+
+
 def one_stage_table(*rows: tuple[int | None, int | None, int | None]) -> Schedule:
     table = tuple((Entry(*(None if index is None else Work(0, index) for index in row)),) for row in rows)
     return Schedule("mine", table, 3)

@@ -18,7 +18,10 @@ def plain(model: Model, params: Parameters, microbatches: Sequence[Microbatch]) 
     """
 
     def loss(params: Parameters) -> tuple[Any, tuple[PyTree, PyTree]]:
-        found = [_one(model, params, microbatch) for microbatch in microbatches]
+        found: list[tuple[Any, PyTree, tuple[PyTree, ...]]] = []
+        for microbatch in microbatches:
+            before = jax.tree.map(lambda *rows: sum(rows), *(metrics for _, _, metrics in found)) if found else None
+            found.append(_one(model, params, microbatch, before))
         total, *reported = (jax.tree.map(lambda *parts: sum(parts), *part) for part in zip(*found, strict=True))
         return total, tuple(reported)
 
@@ -26,14 +29,24 @@ def plain(model: Model, params: Parameters, microbatches: Sequence[Microbatch]) 
     return total, Result(gradients, sums, metrics)
 
 
-def _one(model: Model, params: Parameters, microbatch: Microbatch) -> tuple[Any, PyTree, tuple[PyTree, ...]]:
-    """Loss, sums and layers' metrics of one microbatch."""
+def _one(
+    model: Model, params: Parameters, microbatch: Microbatch, before: tuple[PyTree, ...] | None
+) -> tuple[Any, PyTree, tuple[PyTree, ...]]:
+    """Loss, sums and layers' metrics of one microbatch, after those of the ones `before` it."""
     losses, metrics, stream = [], [], None
-    for stack, layers in zip(model.stacks, params.stacks, strict=True):
+    for place, (stack, layers) in enumerate(zip(model.stacks, params.stacks, strict=True)):
         stream, found = stack.enter(params.outer, stream, microbatch), []
         for number in range(len(jax.tree.leaves(layers)[0])):
             weights = jax.tree.map(lambda leaf, number=number: leaf[number], layers)
-            output = stack.layer(weights, stream, jnp.int32(number), stack.shared(microbatch))
+            shared = stack.shared(microbatch)
+            if stack.recall is not None:
+                if before is None:
+                    metrics_now = stack.layer(weights, stream, jnp.int32(number), shared).metrics
+                    so_far = jax.tree.map(jnp.zeros_like, metrics_now)
+                else:
+                    so_far = jax.tree.map(lambda rows, number=number: rows[number], before[place])
+                shared = stack.recall(shared, jax.lax.stop_gradient(so_far))
+            output = stack.layer(weights, stream, jnp.int32(number), shared)
             stream = output.stream
             found.append(output.metrics)
             losses += [] if output.loss is None else [output.loss]

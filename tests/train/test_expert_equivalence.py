@@ -19,6 +19,9 @@ ROUTING: dict[str, dict[str, Any]] = {
     "by probability": {"capacity_factor": 0.8},
     "by position": {"capacity_factor": 0.8, "drop": "position"},
     "at random": {"capacity_factor": 0.8, "drop": "random"},
+    # the balance of a step cut in microbatches depends on the cut, which must be the same
+    "over a microbatch": {"balance_over": "microbatch"},
+    "over the step": {"balance_over": "global"},
     "shared": {"shared_size": 16, "shared_gate": True, "jitter": 0.3, "scores": "sigmoid", "renormalize": True},
 }
 GROUPED = {"buckets": "device", "implementation": "xla"}
@@ -49,11 +52,11 @@ QUICK = (
     Case({"data": 2, "tensor": 4, "expert": 4, "expert_tensor": 2}, "skewed", zero="parameters"),
 )
 OTHERS = (
-    Case({"data": 8}),
+    Case({"data": 8}, "over a microbatch"),
     Case({"data": 8, "expert": 2}),
     Case({"data": 8, "expert": 8}, zero="parameters"),
     Case({"tensor": 8, "expert": 8}, zero="none"),
-    Case({"tensor": 8, "expert_tensor": 4}),
+    Case({"tensor": 8, "expert_tensor": 4}, "over a microbatch", microbatches=2),
     Case({"data": 2, "tensor": 4, "expert": 2}, zero="parameters", microbatches=2),
     Case({"data": 2, "tensor": 4, "expert": 2}, zero="none"),
     Case({"data": 2, "tensor": 4, "expert": 8}, recompute="full"),
@@ -68,6 +71,14 @@ OTHERS = (
     Case({"pipe": 2, "data": 2, "tensor": 2, "expert": 4}, microbatches=4),
     Case({"pipe": 2, "data": 2, "tensor": 2, "expert_tensor": 2, "expert": 2}, microbatches=4, travel={"slots": 0.4}),
     Case({"pipe": 2, "data": 4, "expert": 2}, microbatches=4, schedule="zero_bubble", travel={"slots": 0.4}),
+    Case(
+        {"pipe": 2, "context": 2, "tensor": 2, "expert": 4},
+        "over the step",
+        microbatches=4,
+        schedule="zero_bubble_v",
+        chunks=2,
+        recompute="full",
+    ),
     Case({"pipe": 2, "tensor": 2, "data": 2, "expert": 2}, microbatches=4, schedule="eager_1f1b"),
     Case({"pipe": 2, "data": 4, "expert": 4}, microbatches=4, schedule="interleaved", chunks=2),
     Case({"pipe": 2, "fsdp": 2, "tensor": 2, "expert": 4}, microbatches=4, schedule="zero_bubble_v", chunks=2),
@@ -101,9 +112,9 @@ def model(routing: str, travel: dict[str, Any], recompute: Any) -> ModelConfig:
 
 
 @functools.cache
-def one_device(routing: str) -> Result:
+def one_device(routing: str, microbatches: int) -> Result:
     """In one round that takes all."""
-    return loss_and_gradients(model(routing, {"slots": 8.0}, "none"), ONE_DEVICE, "none", 1)
+    return loss_and_gradients(model(routing, {"slots": 8.0}, "none"), ONE_DEVICE, "none", microbatches)
 
 
 @pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=SLOW) for case in OTHERS)], ids=str)
@@ -111,6 +122,6 @@ def test_loss_and_every_gradient_equal_one_device(case: Case) -> None:
     pipeline = PipelineConfig(schedule=case.schedule, chunks=case.chunks) if "pipe" in case.mesh else PipelineConfig()
     settings = model(case.routing, case.travel, case.recompute)
     found = loss_and_gradients(settings, case.mesh, case.zero, case.microbatches, pipeline)
-    expected = one_device(case.routing)
+    expected = one_device(case.routing, case.microbatches if "balance_over" in ROUTING[case.routing] else 1)
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
     assert_equal(found.gradients, expected.gradients)

@@ -10,6 +10,7 @@ from jaxtron.kernels.grouped_matmul.config import Implementation
 
 Scores = Literal["softmax", "topk_softmax", "sigmoid"]
 GroupScore = Literal["largest", "two_largest"]
+BalanceOver = Literal["sequence", "microbatch", "global"]
 Drop = Literal["probability", "position", "random"]
 Way = Literal["rounds", "all_gather", "capacity"]
 Buckets = Literal["expert", "device"]
@@ -46,7 +47,11 @@ class MoeConfig(Config):
     jitter: float = Field(default=0.0, ge=0, lt=1)
     """What the router reads in training is multiplied by random numbers in 1 +- this (Switch: 0.01)."""
     balance: float = Field(default=0.01, ge=0)
-    """Coefficient of the load-balancing loss of each sequence (2101.03961; Megatron's seq_aux_loss)."""
+    """Coefficient of the load-balancing loss, which is 1 where load is even (2101.03961)."""
+    balance_over: BalanceOver = "sequence"
+    """Tokens whose load that is: of each sequence by itself (Megatron's seq_aux_loss), the same on every mesh; of a
+    microbatch on all devices (its aux_loss, which counts each data-parallel rank by itself); global: of the step's
+    microbatches so far, on all devices (its global_aux_loss)."""
     bias_rate: float = Field(default=0.0, ge=0)
     """What a step adds to the selection bias of an expert that has fewer tokens than the mean, and takes where it has
     more (2408.15664, DeepSeek-V3: 0.001); the bias only chooses, it weighs nothing."""

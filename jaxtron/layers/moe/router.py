@@ -91,7 +91,7 @@ class Router(nnx.Module):
         """Sums over the device's rows, each with its share of the step's loss.
 
         Of a sequence of S tokens the balance is N / (k S^2) sum over experts of (sum of a token's scores) x (its
-        tokens), 1 where load is even: of whole sequences, so that it is the same on every mesh.
+        tokens in as many), 1 where load is even.
         """
         config, rules = self.config, current()
         if inputs.row_weights is None or not (config.balance or config.z_loss):
@@ -101,8 +101,7 @@ class Router(nnx.Module):
         if config.balance:
             if config.scores == "sigmoid":
                 scores = scores / scores.sum(-1, keepdims=True)
-            # counts have no gradient, so a device's part of the loss needs nothing of the others but these
-            counts = all_reduce(jax.lax.stop_gradient(load.sum(1)), rules.axes("context"))
+            counts = self._counts(jax.lax.stop_gradient(load), length, inputs)
             even = config.num_experts / (config.top_k * length**2)
             of_rows = even * jnp.sum(scores.sum(1) * counts, -1)
             total += config.balance * jnp.sum(of_rows * inputs.row_weights)
@@ -110,6 +109,21 @@ class Router(nnx.Module):
             of_rows = jnp.square(jax.nn.logsumexp(logits, -1)).sum(1) / length
             total += config.z_loss * jnp.sum(of_rows * inputs.row_weights)
         return total
+
+    def _counts(self, load: Array, length: int, inputs: LayerInputs) -> Float[Array, "rows N"]:
+        """Each expert's tokens in a sequence: in each by itself, or (one row) in one with the load of many.
+
+        They have no gradient, so a device's part of the loss needs nothing of the others but these.
+        """
+        config, rules = self.config, current()
+        if config.balance_over == "sequence":
+            return all_reduce(load.sum(1), rules.axes("context"))
+        counts = load.sum((0, 1))
+        if config.balance_over == "global" and inputs.load is not None:
+            counts += inputs.load[0]
+        counts = all_reduce(counts, (*rules.batch, *rules.axes("context")))
+        # a few numbers, and else every device would ask the others again in the backward
+        return save_for_backward(counts * (config.top_k * length / counts.sum()))[None]
 
 
 def evened(bias: Float[Array, "L N"], load: Float[Array, "L N"], rate: float) -> Float[Array, "L N"]:

@@ -26,8 +26,8 @@ class ModelConfig(DecoderSettings):
     """A decoder-only language model (GPT, Llama, PaLM, BLOOM, Nemotron, ...)."""
 
     FREE: ClassVar[str] = (
-        "attention.implementation attention.deterministic recompute unroll moe.slots moe.jitter moe.balance moe.z_loss "
-        "moe.capacity_factor moe.drop moe.exchange moe.buckets moe.implementation"
+        "attention.implementation attention.deterministic recompute unroll moe.slots moe.jitter moe.balance "
+        "moe.balance_over moe.z_loss moe.capacity_factor moe.drop moe.exchange moe.buckets moe.implementation"
     )
     CONTENT: ClassVar[str] = "vocab_multiple"
 

@@ -275,6 +275,7 @@ def _validate_moe(settings: DecoderSettings) -> None:
         "group_score": moe.groups == 1 and {"model.moe.groups": 1},
         "shared_gate": moe.shared_size == 0 and {"model.moe.shared_size": 0},
         "drop": moe.capacity_factor is None and {"model.moe.capacity_factor": "none"},
+        "balance_over": moe.balance == 0 and {"model.moe.balance": 0},
         "slots": moe.exchange == "capacity" and {"model.moe.exchange": moe.exchange},
         "implementation": moe.buckets == "expert" and {"model.moe.buckets": moe.buckets},
     }

@@ -63,8 +63,14 @@ def model(parts: Parts[Decoder], key: Key[Array, ""] | None) -> Model:
         loss, nll = parts.outer(outer).score(x, microbatch.batch.targets, microbatch.batch.weights)
         return HeadOutput(loss, {"loss": nll})
 
+    def recall(inputs: LayerInputs, metrics: Mapping[str, Array]) -> LayerInputs:
+        return replace(inputs, load=metrics[LOAD])
+
     unroll = min(config.unroll or 1, config.layout.repeats)
-    return Model((Stack(enter, shared, recompute.layer(config.recomputed, layer), unroll),), head)
+    has_experts = any(MOE.symbol in branch for branch in config.layout.period)
+    recalls = has_experts and config.moe.balance_over == "global"
+    run = recompute.layer(config.recomputed, layer)
+    return Model((Stack(enter, shared, run, unroll, recall if recalls else None),), head)
 
 
 def predict(parts: Parts[Decoder], outer: Outer, x: Float[Array, "B S E"], place: Int[Array, ""]) -> Float[Array, "V"]:

@@ -1,11 +1,13 @@
 """A pattern's residual layers, stacked by period and scanned."""
 
 import functools
+from dataclasses import replace
 
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxtron.layers.inputs import BranchOutput, LayerInputs
+from jaxtron.layers.moe.router import LOAD
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.models.decoder import recompute
 from jaxtron.models.decoder.config import ModelConfig
@@ -57,7 +59,11 @@ class Period(nnx.Module):
         """What the last layer leaves, the sum of their losses, and of each metric those of the layers that have it."""
         outputs: list[BranchOutput] = []
         for number, layer in enumerate(self.layers):
-            outputs += layer(x, inputs.fold(number))
+            found = layer(x, inputs.fold(number))
+            if inputs.load is not None:
+                reports = sum(LOAD in output.metrics for output in found)
+                inputs = replace(inputs, load=inputs.load[reports:])
+            outputs += found
             x = outputs[-1].x
         losses = [output.loss for output in outputs if output.loss is not None]
         names = dict.fromkeys(name for output in outputs for name in output.metrics)
