@@ -1,0 +1,5 @@
+"""Names of the implementations of state-space duality."""
+
+from typing import Literal
+
+Implementation = Literal["auto", "xla", "reference"]

@@ -1,0 +1,216 @@
+"""State-space duality in plain JAX: a loop over chunks of the sequence, forward and backward. It runs anywhere.
+
+Inside a chunk it is attention without a softmax, whose weights decay with distance; chunks hand on the state. Memory is
+linear in the length: the backward keeps the states that enter chunks and makes everything else again, chunk by chunk.
+Results do not depend on how long chunks are.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxtron.kernels.ssd.spec import Operand
+from jaxtron.kernels.varying import vary_alike
+from jaxtron.typing import Array, Bool, Float
+
+MOST_POSITIONS = 128
+"""Of a chunk."""
+
+
+def unsupported_reason(x: Operand, B: Operand, device_kind: str) -> str | None:
+    """None: it computes on any device, arrays of any size and type."""
+    return None
+
+
+def forward(
+    x: Float[Array, "B S H P"],
+    dt: Float[Array, "B S H"],
+    A: Float[Array, " H"],
+    B: Float[Array, "B S G N"],
+    C: Float[Array, "B S G N"],
+    D: Float[Array, " H"],
+    initial: Float[Array, "B H N P"],
+    resets: Bool[Array, "B S"] | None,
+) -> tuple[Float[Array, "B S H P"], Float[Array, "B H N P"], Float[Array, "B H chunks N P"]]:
+    """y, the final state, and the states that enter the chunks, in float32."""
+
+    def body(state: Array, chunk: _Chunk) -> tuple[Array, tuple[Array, Array]]:
+        y, after = _outputs(A, D, state, chunk)
+        return after, (y, state)
+
+    initial, chunks = vary_alike((initial, _cut(_Chunk(x, dt, B, C, resets))))
+    final, (y, states) = jax.lax.scan(body, initial, chunks)
+    return _joined(y, x.shape[1]), final, jnp.moveaxis(states, 0, 2)
+
+
+def backward(
+    x: Float[Array, "B S H P"],
+    dt: Float[Array, "B S H"],
+    A: Float[Array, " H"],
+    B: Float[Array, "B S G N"],
+    C: Float[Array, "B S G N"],
+    D: Float[Array, " H"],
+    states: Float[Array, "B H chunks N P"],
+    dy: Float[Array, "B S H P"],
+    dfinal: Float[Array, "B H N P"],
+    resets: Bool[Array, "B S"] | None,
+) -> tuple[Array, Array, Array, Array, Array, Array, Array]:
+    """Each chunk's own derivative, the last chunk first."""
+
+    def body(carry: tuple[Array, Array, Array], given: tuple[Array, Array, _Chunk]) -> tuple[tuple, _Chunk]:
+        dstate, dA, dD = carry
+        state, dy, chunk = given
+
+        def outputs(A: Array, D: Array, state: Array, x: Array, dt: Array, B: Array, C: Array) -> tuple[Array, Array]:
+            return _outputs(A, D, state, _Chunk(x, dt, B, C, chunk.resets))
+
+        _, pull = jax.vjp(outputs, A, D, state, chunk.x, chunk.dt, chunk.B, chunk.C)
+        here_A, here_D, dstate, *gradients = pull((dy, dstate))
+        return (dstate, dA + here_A, dD + here_D), _Chunk(*gradients, None)
+
+    carry = (dfinal, jnp.zeros_like(A), jnp.zeros_like(D))
+    given = (jnp.moveaxis(states, 2, 0), _cut(dy), _cut(_Chunk(x, dt, B, C, resets)))
+    carry, given = vary_alike((carry, given))
+    (dinitial, dA, dD), by_chunk = jax.lax.scan(body, carry, given, reverse=True)
+    dx, ddt, dB, dC = (_joined(part, x.shape[1]) for part in by_chunk[:4])
+    return dx, ddt, dA, dB, dC, dD, dinitial
+
+
+def final_state(
+    x: Float[Array, "B S H P"],
+    dt: Float[Array, "B S H"],
+    A: Float[Array, " H"],
+    B: Float[Array, "B S G N"],
+    initial: Float[Array, "B H N P"],
+    resets: Bool[Array, "B S"] | None,
+) -> Float[Array, "B H N P"]:
+    """What chunks add to the state, without their outputs."""
+
+    def body(state: Array, given: tuple[Array, Array, Array, Array | None]) -> tuple[Array, None]:
+        x, dt, B, resets = given
+        return _after(state, x, dt, B, _Decays.of(dt, A, resets)), None
+
+    initial, chunks = vary_alike((initial, _cut((x, dt, B, resets))))
+    return jax.lax.scan(body, initial, chunks)[0]
+
+
+def gradient_summary(
+    dt: Float[Array, "B S H"],
+    A: Float[Array, " H"],
+    C: Float[Array, "B S G N"],
+    dy: Float[Array, "B S H P"],
+    dfinal: Float[Array, "B H N P"],
+    resets: Bool[Array, "B S"] | None,
+) -> Float[Array, "B H N P"]:
+    """What chunks ask of the state that enters them, the last chunk first."""
+
+    def body(dstate: Array, given: tuple[Array, Array, Array, Array | None]) -> tuple[Array, None]:
+        dt, C, dy, resets = given
+        decays = _Decays.of(dt, A, resets)
+        weighted = _grouped(dy.astype(jnp.float32) * decays.from_start[..., None], C.shape[2])
+        asked = jnp.einsum("bsgn,bsghp->bghnp", C.astype(jnp.float32), weighted)
+        return dstate * decays.through[..., None, None] + asked.reshape(dstate.shape), None
+
+    dfinal, chunks = vary_alike((dfinal, _cut((dt, C, dy, resets))))
+    return jax.lax.scan(body, dfinal, chunks, reverse=True)[0]
+
+
+class _Chunk(NamedTuple):
+    """What a chunk is computed from, or the gradients of it; of all chunks they are stacked, chunks first."""
+
+    x: Array
+    dt: Array
+    B: Array
+    C: Array
+    resets: Array | None
+
+
+class _Decays(NamedTuple):
+    """A chunk's decays in float32; of what a reset drops nothing is left."""
+
+    logs: Array
+    """Logarithm from the chunk's start up to and with each position [B, S, H]."""
+    from_start: Array
+    """What is left at each position of the state that entered [B, S, H]."""
+    to_end: Array
+    """What is left of each position at the end [B, S, H]."""
+    through: Array
+    """What is left of the state that entered at the end [B, H]."""
+    documents: Array | None
+    """Number of resets up to and with each position [B, S]; none without resets."""
+
+    @classmethod
+    def of(cls, dt: Array, A: Array, resets: Array | None) -> "_Decays":
+        logs = jnp.cumsum(dt * A, axis=1)
+        from_start, to_end, left = jnp.exp(logs), jnp.exp(logs[:, -1:] - logs), jnp.exp(logs[:, -1])
+        if resets is None:
+            return cls(logs, from_start, to_end, left, None)
+        documents = jnp.cumsum(resets, axis=1, dtype=jnp.int32)
+        first, last = documents == 0, documents == documents[:, -1:]
+        return cls(
+            logs,
+            jnp.where(first[..., None], from_start, 0.0),
+            jnp.where(last[..., None], to_end, 0.0),
+            jnp.where(first[:, -1:], left, 0.0),
+            documents,
+        )
+
+    @property
+    def between(self) -> Array:
+        """What is left of position j at position i [B, H, i, j]: nothing of later ones and of other documents'."""
+        logs = jnp.swapaxes(self.logs, 1, 2)
+        place = jnp.arange(logs.shape[2])
+        earlier = (place[:, None] > place)[None]
+        if self.documents is not None:
+            earlier = earlier & (self.documents[:, :, None] == self.documents[:, None])
+        # masked before the exponential: of a later position it may be infinite, and its gradient no number; of itself
+        # all is left of a position, where a gradient could only be what does not cancel of two sums
+        other = jnp.where(jnp.eye(len(place), dtype=bool), 0.0, -jnp.inf)
+        return jnp.exp(jnp.where(earlier[:, None], logs[..., :, None] - logs[..., None, :], other))
+
+
+def _outputs(A: Array, D: Array, state: Array, chunk: _Chunk) -> tuple[Array, Array]:
+    """y of a chunk, and the state after it."""
+    x, dt, B, C = (array.astype(jnp.float32) for array in chunk[:4])
+    decays, groups = _Decays.of(dt, A, chunk.resets), B.shape[2]
+    between = decays.between.reshape(x.shape[0], groups, -1, x.shape[1], x.shape[1])
+    entered = state.reshape(x.shape[0], groups, -1, *state.shape[2:])
+    weights = jnp.einsum("bign,bjgn->bgij", C, B)[:, :, None] * between
+    y = jnp.einsum("bghij,bjghp->bighp", weights, _grouped(x * dt[..., None], groups))
+    y = y + jnp.einsum("bign,bghnp->bighp", C, entered) * _grouped(decays.from_start, groups)[..., None]
+    y = y.reshape(x.shape) + D.astype(jnp.float32)[:, None] * x
+    return y.astype(chunk.x.dtype), _after(state, x, dt, B, decays)
+
+
+def _after(state: Array, x: Array, dt: Array, B: Array, decays: _Decays) -> Array:
+    """The state after a chunk."""
+    weighted = _grouped(x.astype(jnp.float32) * (decays.to_end * dt)[..., None], B.shape[2])
+    added = jnp.einsum("bsgn,bsghp->bghnp", B.astype(jnp.float32), weighted)
+    return state * decays.through[..., None, None] + added.reshape(state.shape)
+
+
+def _grouped(array: Array, groups: int) -> Array:
+    """[B, S, H, ...] as [B, S, G, H / G, ...]."""
+    return array.reshape(*array.shape[:2], groups, -1, *array.shape[3:])
+
+
+def _cut(arrays):
+    """[B, S, ...] as [chunks, B, positions, ...], each; zeros behind the last position."""
+
+    def cut(array: Array) -> Array:
+        length = array.shape[1]
+        # of equal size, as near the largest as whole chunks allow, so that little is padding
+        chunks = math.ceil(length / MOST_POSITIONS)
+        positions = math.ceil(length / chunks)
+        array = jnp.pad(array, ((0, 0), (0, chunks * positions - length), *((0, 0),) * (array.ndim - 2)))
+        return jnp.moveaxis(array.reshape(array.shape[0], chunks, positions, *array.shape[2:]), 1, 0)
+
+    return jax.tree.map(cut, arrays)
+
+
+def _joined(array: Array, length: int) -> Array:
+    """The inverse of `_cut` for the first `length` positions."""
+    array = jnp.moveaxis(array, 0, 1)
+    return array.reshape(array.shape[0], -1, *array.shape[3:])[:, :length]
