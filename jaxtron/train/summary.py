@@ -11,7 +11,7 @@ from jaxtron.run.metrics import ARRAYS_FILE, read_metrics
 from jaxtron.run.session import Session
 from jaxtron.train.divergence import diverged
 from jaxtron.train.loop import TrainOutcome
-from jaxtron.train.loss_plot import plot_losses
+from jaxtron.train.plots import plot_load, plot_losses
 from jaxtron.train.setup import Run
 from jaxtron.train.validation import validate
 from jaxtron.typing import PyTree
@@ -21,6 +21,7 @@ FILES = {
     "metrics": "metrics.jsonl",
     "arrays": ARRAYS_FILE,
     "loss curve": "loss.png",
+    "expert load": "load.png",
     "checkpoints": "checkpoints",
 }
 
@@ -37,7 +38,7 @@ class Sampler(Protocol):
 
 
 def finish(run: Run, outcome: TrainOutcome, sampler: Sampler) -> None:
-    """Draw `loss.png` and print the summary (process 0); every process takes part in validating and sampling."""
+    """Draw the pictures and print the summary (process 0); every process takes part in validating and sampling."""
     text = sample_text(run, outcome, sampler)
     validation_loss = outcome.validation_loss
     if validation_loss is None:
@@ -49,7 +50,8 @@ def finish(run: Run, outcome: TrainOutcome, sampler: Sampler) -> None:
     records = read_metrics(metrics) if metrics.exists() else []
     # a command that took no step leaves the run as it is
     if records and outcome.step > run.step:
-        plot_losses(metrics, run.directory / "loss.png", run.directory.name)
+        plot_losses(metrics, run.directory / FILES["loss curve"], run.directory.name)
+        plot_load(run.directory / ARRAYS_FILE, run.directory / FILES["expert load"], run.directory.name)
     rows = [("steps", f"{outcome.step} of {max(outcome.step, run.config.train.steps)}")]
     if records and records[-1].get("skipped_steps"):
         rows.append(("skipped steps", f"{records[-1]['skipped_steps']:,.0f} (their gradients overflowed float16)"))

@@ -40,6 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_load_is_reported_by_layer_and_expert(trained: Path) -> None:
     words = small(trained)
     tokens = 16 * int(words[words.index("--data.sequence_length") + 1])
+    assert (trained / "run" / "load.png").read_bytes().startswith(b"\x89PNG")
     lines = (trained / "run" / "arrays.jsonl").read_text().splitlines()
     assert lines
     for line in lines:
