@@ -166,6 +166,8 @@ def results(arrays: Mapping[str, Any], implementation: StateSpaceDuality) -> dic
         arrays[name] for name in ("x", "dt", "A", "B", "C", "D", "initial", "resets", "dy", "dfinal")
     )
     y, final, states = forward(x, dt, A, B, C, D, initial, resets, implementation)
+    # they are to be sharded like x
+    assert all(array.ndim >= 3 and array.shape[2] % x.shape[2] == 0 for array in jax.tree.leaves(states))
     gradients = backward(x, dt, A, B, C, D, states, dy, dfinal, resets, implementation)
     return {
         "y": y,

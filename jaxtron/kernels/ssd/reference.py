@@ -21,10 +21,10 @@ def forward(
     D: Float[Array, " H"],
     initial: Float[Array, "B H N P"],
     resets: Bool[Array, "B S"] | None,
-) -> tuple[Float[Array, "B S H P"], Float[Array, "B H N P"], Float[Array, "B H N P"]]:
+) -> tuple[Float[Array, "B S H P"], Float[Array, "B H N P"], Float[Array, "B 1 H N P"]]:
     """y, the final state, and the initial one, of which the backward makes all others again."""
     y, final = _recurrence(x, dt, A, B, C, D, initial, resets)
-    return y, final, initial
+    return y, final, initial[:, None]
 
 
 def backward(
@@ -34,13 +34,13 @@ def backward(
     B: Float[Array, "B S G N"],
     C: Float[Array, "B S G N"],
     D: Float[Array, " H"],
-    states: Float[Array, "B H N P"],
+    states: Float[Array, "B 1 H N P"],
     dy: Float[Array, "B S H P"],
     dfinal: Float[Array, "B H N P"],
     resets: Bool[Array, "B S"] | None,
 ) -> tuple[Array, Array, Array, Array, Array, Array, Array]:
     """The recurrence, differentiated."""
-    _, pull = jax.vjp(lambda *given: _recurrence(*given, resets), x, dt, A, B, C, D, states)
+    _, pull = jax.vjp(lambda *given: _recurrence(*given, resets), x, dt, A, B, C, D, states[:, 0])
     return pull((dy, dfinal))
 
 

@@ -98,8 +98,8 @@ def forward(
 ) -> tuple[Float[Array, "B S H P"], Float[Array, "B H N P"], PyTree]:
     """y in the type of `x`, the state after the last position, and what the backward needs beside these arguments.
 
-    That is arrays [B, heads, ...] whatever the implementation; heads are a multiple of H, in its order. `UserError` for
-    sizes and types that do not fit.
+    That is arrays [B, chunks, heads, ...] whatever the implementation, to be sharded like `x`; heads are a multiple of
+    H, in its order. `UserError` for sizes and types that do not fit.
     """
     check(x, dt, A, B, C, D=D, state=initial, resets=resets)
     return implementation.forward(*vary_alike((x, dt, A, B, C, D, initial.astype(jnp.float32), resets)))

@@ -33,7 +33,7 @@ def forward(
     D: Float[Array, " H"],
     initial: Float[Array, "B H N P"],
     resets: Bool[Array, "B S"] | None,
-) -> tuple[Float[Array, "B S H P"], Float[Array, "B H N P"], Float[Array, "B H chunks N P"]]:
+) -> tuple[Float[Array, "B S H P"], Float[Array, "B H N P"], Float[Array, "B chunks H N P"]]:
     """y, the final state, and the states that enter the chunks, in float32."""
 
     def body(state: Array, chunk: _Chunk) -> tuple[Array, tuple[Array, Array]]:
@@ -42,7 +42,7 @@ def forward(
 
     initial, chunks = vary_alike((initial, _cut(_Chunk(x, dt, B, C, resets))))
     final, (y, states) = jax.lax.scan(body, initial, chunks)
-    return _joined(y, x.shape[1]), final, jnp.moveaxis(states, 0, 2)
+    return _joined(y, x.shape[1]), final, jnp.moveaxis(states, 0, 1)
 
 
 def backward(
@@ -52,7 +52,7 @@ def backward(
     B: Float[Array, "B S G N"],
     C: Float[Array, "B S G N"],
     D: Float[Array, " H"],
-    states: Float[Array, "B H chunks N P"],
+    states: Float[Array, "B chunks H N P"],
     dy: Float[Array, "B S H P"],
     dfinal: Float[Array, "B H N P"],
     resets: Bool[Array, "B S"] | None,
@@ -71,7 +71,7 @@ def backward(
         return (dstate, dA + here_A, dD + here_D), _Chunk(*gradients, None)
 
     carry = (dfinal, jnp.zeros_like(A), jnp.zeros_like(D))
-    given = (jnp.moveaxis(states, 2, 0), _cut(dy), _cut(_Chunk(x, dt, B, C, resets)))
+    given = (jnp.moveaxis(states, 1, 0), _cut(dy), _cut(_Chunk(x, dt, B, C, resets)))
     carry, given = vary_alike((carry, given))
     (dinitial, dA, dD), by_chunk = jax.lax.scan(body, carry, given, reverse=True)
     dx, ddt, dB, dC = (_joined(part, x.shape[1]) for part in by_chunk[:4])
