@@ -117,6 +117,9 @@ class Program(Generic[BatchT, ModuleT]):
     """Samples of `batch` made of the data's own, which are of `TokenBatch`."""
     attention: Callable[..., Mapping[str, Backend]] = lambda config, dtype, **devices: {}
     """(config, dtype, device_kind=, parts=, length=, packed=) -> the backends of its kinds of attention by name."""
+    choices: Callable[[Any, DTypeLike, int, int], tuple[str, ...]] = lambda config, dtype, rows, length: ()
+    """(config, dtype, rows, length) -> lines that say what else is chosen for a device with so many rows of so many
+    tokens in a microbatch, and why; inside `sharding.use(rules)`."""
     update_buffers: Callable[[Parts[ModuleT], Buffers, Mapping[str, Array]], Buffers] | None = None
     """(parts, buffers, what a step reports) -> the buffers after it, where it was not skipped; none: they stay.
 

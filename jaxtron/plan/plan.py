@@ -53,6 +53,7 @@ class Plan:
     prediction: Prediction
     compiled_flops: int | None
     attention: tuple[str, ...]
+    choices: tuple[str, ...]
     padding: float
     diagnostics: list[Diagnostic]
     further: int
@@ -98,6 +99,7 @@ def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
         prediction=predict(config, sizes, machine, gpus_per_node=rehearsal.gpus_per_node, profile=profile),
         compiled_flops=_executed(rehearsal),
         attention=rehearsal.attention,
+        choices=rehearsal.choices,
         padding=_padding(config),
         diagnostics=diagnostics(rehearsal, work_of(config, shapes).exchanged),
         further=sum(map(is_further, rehearsal.collectives)),

@@ -38,6 +38,7 @@ def plan_text(plan: Plan, tokens: float | None = None) -> str:
             f"({plural(nodes, 'node')}), compiled with JAX {plan.jax_version} in {plan.rehearsal_seconds:.0f} s",
             f"mesh: {mesh}; {plan.schedule}",
             *plan.attention,
+            *plan.choices,
             "",
             *_memory(plan),
             "",

@@ -82,6 +82,14 @@ class Session:
         with self.use():
             return layer_order(self.trainer.partitions, self.blueprint)
 
+    def choices(self) -> tuple[str, ...]:
+        """A line for each choice that a step's microbatches have beside attention, and why."""
+        config = self.config
+        with self.use():
+            rows = config.train.global_batch // config.train.microbatches // self.rules.size(self.rules.batch)
+            choices, dtype = program_of(config.model).choices, DTYPES[config.train.precision]
+            return choices(config.model, dtype, rows, config.data.sequence_length)
+
     def initial_state(self) -> TrainState:
         """The state before the first step, sharded as at rest."""
         with self.use():

@@ -59,7 +59,7 @@ def expert_load(records: Sequence[dict[str, Any]]) -> ExpertLoad | None:
             found.append((record["step"], np.concatenate([load.reshape(-1, load.shape[-1]) for load in loads])))
     if not found:
         return None
-    tokens = sum(load for _, load in found)
+    tokens = np.sum([load for _, load in found], axis=0)
     return ExpertLoad((found[0][0], found[-1][0]), tokens / tokens.mean(-1, keepdims=True))
 
 

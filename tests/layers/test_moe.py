@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 from unittest.mock import Mock
 
 import jax
@@ -16,6 +17,7 @@ from jaxtron.layers.moe.capacity import capacity
 from jaxtron.layers.moe.config import MoeConfig
 from jaxtron.layers.moe.moe import Moe
 from jaxtron.layers.moe.router import LOAD, evened
+from jaxtron.layers.moe.sizes import exchange_lines
 from jaxtron.models.decoder.stack import Period
 from jaxtron.sharding.rules import current, use
 
@@ -207,6 +209,59 @@ def test_the_selection_bias_chooses_and_weighs_nothing(rules_for: Callable, in_r
     pair = np.einsum("bse,egf->bsgf", x, params["up"][3])
     only = np.einsum("bsf,fe->bse", jax.nn.silu(pair[:, :, 0]) * pair[:, :, 1], params["down"][3])
     np.testing.assert_allclose(y, only * scores[..., None], rtol=1e-4, atol=1e-5)
+
+
+TILES = "grouped products: xla, as asked"
+
+
+@pytest.mark.parametrize(
+    ("settings", "mesh", "lines"),
+    [
+        ({}, {"data": 2}, ("experts: 8 on a device, rounds of 16 rows for each (model.moe.slots 1.25)",)),
+        (
+            {"slots": 2.0},
+            {"data": 2, "tensor": 2, "expert": 4},
+            ("experts: 2 of 8 on a device, rounds of 16 rows for each (model.moe.slots 2)",),
+        ),
+        (
+            {"slots": 100.0},
+            {"data": 4, "expert": 4},
+            ("experts: 2 of 8 on a device, one round of 48 rows for each (all that can come)",),
+        ),
+        (
+            {"buckets": "device", "implementation": "xla"},
+            {"data": 4, "expert": 4},
+            ("experts: 2 of 8 on a device, rounds of 32 rows for all 2 (model.moe.slots 1.25)", TILES),
+        ),
+        (
+            {"buckets": "device", "implementation": "xla"},
+            {"data": 2},
+            ("experts: 8 on a device, one round of 96 rows for all 8 (all that can come)", TILES),
+        ),
+        (
+            {"exchange": "all_gather"},
+            {"data": 4, "expert": 2, "expert_tensor": 2},
+            (
+                "experts: 4 of 8 on a device, the tokens of 4 devices gathered, rounds of 64 rows for each "
+                "(model.moe.slots 1.25)",
+            ),
+        ),
+        (
+            {"exchange": "capacity", "capacity_factor": 1.5},
+            {"data": 4, "expert": 4},
+            (
+                "experts: 2 of 8 on a device, one round of 18 rows for each (all that model.moe.capacity_factor 1.5 "
+                "lets through)",
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_chosen_is_told(
+    rules_for: Callable, settings: dict[str, Any], mesh: dict[str, int], lines: tuple[str, ...]
+) -> None:
+    with use(rules_for(**mesh)):
+        shape = (ROWS, 2 * LENGTH // current().parts("tensor"))
+        assert exchange_lines(MoeConfig(**settings), shape, (WIDTH, 2, HIDDEN), jnp.float32) == lines
 
 
 def test_each_layer_of_a_period_gets_its_own_row_of_the_load() -> None:

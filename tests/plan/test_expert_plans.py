@@ -152,6 +152,8 @@ def test_further_rounds_count_as_none_and_are_told() -> None:
     text = plan_text(plan)
     assert f"further rounds of experts ({len(further)} communications)" in text and "counted as none" in text
     assert "experts: expert 8" in text and "empty rows of experts" in text and "diagnostics: none" in text
+    rows = math.ceil(1.25 * ROWS * LENGTH // 2 * 2 / 8 / 8) * 8
+    assert f"experts: 1 of 8 on a device, rounds of {rows:,} rows for each (model.moe.slots 1.25)" in text
     # the whole exchange has its time, of which nothing is another's
     assert 0 <= compiled_overlap(rehearsal, H100).expert <= 1
     assert plan.prediction.breakdown.expert > 0 and plan.prediction.breakdown.fsdp == 0

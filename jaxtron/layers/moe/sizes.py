@@ -28,6 +28,25 @@ def select_products(
     return select_backend(config.implementation, rows, kernels, device_kind)
 
 
+def exchange_lines(
+    config: MoeConfig, shape: tuple[int, int], kernel: tuple[int, int, int], dtype: DTypeLike
+) -> tuple[str, ...]:
+    """What `make_exchange` chooses, for a reader: what a round has room for, and what multiplies it and why."""
+    exchange, devices = make_exchange(config, shape, kernel, dtype), current().parts("expert", "expert_tensor")
+    where = f"{exchange.own_experts:,}" + (f" of {config.num_experts:,}" if exchange.num_devices > 1 else "")
+    gathered = f"the tokens of {devices} devices gathered, " if exchange.gathers and devices > 1 else ""
+    if config.exchange == "capacity":
+        rounds, why = "one round", f"all that model.moe.capacity_factor {config.capacity_factor:g} lets through"
+    elif exchange.has_rounds:
+        rounds, why = "rounds", f"model.moe.slots {config.slots:g}"
+    else:
+        rounds, why = "one round", "all that can come"
+    of_what = "each" if exchange.of_bucket == 1 else f"all {exchange.of_bucket:,}"
+    line = f"experts: {where} on a device, {gathered}{rounds} of {exchange.rows:,} rows for {of_what} ({why})"
+    products = select_products(config, exchange.num_devices, kernel, dtype, current().device_kind)
+    return (line,) if products is None else (line, products.reason)
+
+
 def make_exchange(
     config: MoeConfig, shape: tuple[int, int], kernel: tuple[int, int, int], dtype: DTypeLike
 ) -> Exchange:

@@ -7,17 +7,19 @@ import jax
 from flax import nnx
 
 from jaxtron.data.batch import TokenBatch
+from jaxtron.layers.config import GATED
 from jaxtron.layers.inputs import LayerInputs, row_keys
 from jaxtron.layers.moe.router import LOAD, evened
+from jaxtron.layers.moe.sizes import exchange_lines
 from jaxtron.models.decoder import recompute
 from jaxtron.models.decoder.attention_backends import attention_backends
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.kinds import MOE
+from jaxtron.models.decoder.kinds import MOE, expert_width
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.models.program import BuildContext, Microbatch, Parts, Program, whole
 from jaxtron.pipeline.model import HeadOutput, LayerOutput, Model, Outer, Stack
-from jaxtron.sharding.rules import constrain
-from jaxtron.typing import Array, Float, Int, Key, PyTree
+from jaxtron.sharding.rules import constrain, current
+from jaxtron.typing import Array, DTypeLike, Float, Int, Key, PyTree
 
 
 def build(config: ModelConfig, context: BuildContext, rngs) -> Decoder:
@@ -67,8 +69,7 @@ def model(parts: Parts[Decoder], key: Key[Array, ""] | None) -> Model:
         return replace(inputs, load=metrics[LOAD])
 
     unroll = min(config.unroll or 1, config.layout.repeats)
-    has_experts = any(MOE.symbol in branch for branch in config.layout.period)
-    recalls = has_experts and config.moe.balance_over == "global"
+    recalls = has_experts(config) and config.moe.balance_over == "global"
     run = recompute.layer(config.recomputed, layer)
     return Model((Stack(enter, shared, run, unroll, recall if recalls else None),), head)
 
@@ -95,12 +96,27 @@ def update_buffers(
     return found
 
 
+def choices(config: ModelConfig, dtype: DTypeLike, rows: int, length: int) -> tuple[str, ...]:
+    """How tokens get to experts, and what multiplies them."""
+    if not has_experts(config):
+        return ()
+    shape = (rows, length // current().parts("context", "tensor"))
+    kernel = (config.hidden_size, 2 if config.activation in GATED else 1, expert_width(config))
+    return exchange_lines(config.moe, shape, kernel, dtype)
+
+
+def has_experts(config: ModelConfig) -> bool:
+    """Whether a period has a layer with experts."""
+    return any(MOE.symbol in branch for branch in config.layout.period)
+
+
 PROGRAM = Program(
     batch=TokenBatch,
     losses={"loss": "tokens"},
     build=build,
     model=model,
     attention=attention_backends,
+    choices=choices,
     update_buffers=update_buffers,
     predict=predict,
 )

@@ -28,12 +28,14 @@ NO_CONFIGURATION = "default config"
 class Rehearsal:
     """A compiled step: its collectives, memory a device, parameters, and the scheduled program itself.
 
-    `attention` says by what it is computed; `memory` is the compiler's sum, `memory_use` the same by what it is for;
-    `messages` are lines that the compiler printed; `seconds` went into tracing and compiling.
+    `attention` says by what it is computed, `choices` what else was chosen; `memory` is the compiler's sum,
+    `memory_use` the same by what it is for; `messages` are lines that the compiler printed; `seconds` went into tracing
+    and compiling.
     """
 
     session: Session
     attention: tuple[str, ...]
+    choices: tuple[str, ...]
     gpu: Gpu
     gpus_per_node: int
     collectives: tuple[Collective, ...]
@@ -67,6 +69,7 @@ def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: i
     return Rehearsal(
         session=session,
         attention=attention_lines(session.attention),
+        choices=session.choices(),
         gpu=gpu_named(gpu),
         gpus_per_node=gpus_per_node,
         collectives=collectives,
