@@ -54,12 +54,24 @@ class Mlp(nnx.Module):
         self.down = Linear({"mlp": mlp}, {"embed": embed}, bias=bias, std=output_std, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
+        return self.leave(self.enter(x), inputs)
+
+    def enter(self, x: Float[Array, "B S E"]) -> Float[Array, "B S *gates F"]:
+        """What goes into the activation."""
         x = constrain(x, "batch", "full_seq", "embed")
+        return self.up(x, *self.entered)
+
+    @property
+    def entered(self) -> tuple[str, ...]:
+        """How this is split."""
+        return ("batch", "full_seq", *(("gate",) if self.activation in GATED else ()), "mlp")
+
+    def leave(self, hidden: Float[Array, "B S *gates F"], inputs: LayerInputs) -> Float[Array, "B S E"]:
+        """What comes of it."""
         function = FUNCTIONS[self.activation]
         if self.activation in GATED:
-            gate_up = self.up(x, "batch", "full_seq", "gate", "mlp")
-            hidden = checkpoint_inputs(lambda pair: function(pair[:, :, 0]) * pair[:, :, 1])(gate_up)
+            hidden = checkpoint_inputs(lambda pair: function(pair[:, :, 0]) * pair[:, :, 1])(hidden)
         else:
-            hidden = checkpoint_inputs(function)(self.up(x, "batch", "full_seq", "mlp"))
+            hidden = checkpoint_inputs(function)(hidden)
         y = self.down(hidden, "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")

@@ -236,7 +236,7 @@ TILES = "grouped products: xla, as asked"
         (
             {"buckets": "device", "implementation": "xla"},
             {"data": 2},
-            ("experts: 8 on a device, one round of 96 rows for all 8 (all that can come)", TILES),
+            ("experts: 8 on a device, one round of 48 tokens with 96 choices for all 8 (all that can come)", TILES),
         ),
         (
             {"exchange": "all_gather"},

@@ -241,11 +241,12 @@ def test_rows_are_those_of_the_layer(moe: dict, mesh: dict, rules_for: Callable[
     with use(rules):
         tokens = (ROWS, LENGTH // rules.parts("tensor"))
         exchange = make_exchange(config.model.moe, tokens, (HIDDEN, 2, WIDTH), jnp.bfloat16)
-    known = exchange.known_experts // exchange.of_bucket
-    assert found.sent == known * exchange.rows and found.own == exchange.own_experts
+    assert found.sent == exchange.num_buckets * exchange.rows and found.own == exchange.own_experts
     assert found.has_rounds == exchange.has_rounds and found.gathers == exchange.gathers
-    came = found.sent * (1 if exchange.gathers else rules.parts("expert_tensor"))
-    assert found.held == (came if exchange.grouped is None else num_rows(came, exchange.own_experts))
+    meets = 1 if exchange.gathers else rules.parts("expert_tensor")
+    pairs = exchange.num_buckets * exchange.pairs * meets
+    assert found.came == found.sent * meets
+    assert found.held == (pairs if exchange.grouped is None else num_rows(pairs, exchange.own_experts))
     assert TILE == spec.TILE
 
 
@@ -328,6 +329,22 @@ def test_other_ways_to_travel_are_those_of_the_formula(moe: tuple[str, str]) -> 
         assert sum(entry.step_bytes for entry in looped) == LAYERS * MICROBATCHES * found, kind
     assert not diagnostics(rehearsal, work.exchanged)
     assert Estimator(config).memory(config, sizes, gpu_named("h100")).activations == rehearsal.memory_use.activations
+
+
+@pytest.mark.slow
+def test_the_shared_mlp_is_multiplied_while_tokens_travel() -> None:
+    """Qwen2-57B's layer: its first products on the way out; in the backward those before and after the activation."""
+    smaller = "--model.num_layers 2 --model.vocab_size 1024 --train.global_batch 8 --train.microbatches 2 --mesh.data 4"
+    flags = f"{smaller} --mesh.pipe 1 --pipeline.schedule 1f1b --pipeline.chunks 1".split()
+    config = load(Configuration, CONFIGS / "qwen2_57b_a14b.yaml", flags).resolved()
+    rehearsal = rehearse(config, gpu="h100", num_gpus=8)
+    tokens, width = config.data.sequence_length, config.model.moe.shared_size / config.mesh.tensor
+    down = 2 * tokens * config.model.hidden_size * width
+    large = [entry for entry in exchanged(rehearsal) if entry.bytes >= 2**20]
+    out, back = ([entry for entry in large if entry.backward is way] for way in (False, True))
+    assert all(entry.asynchronous for entry in large) and len(out) == len(back) == 2
+    assert out[0].beside == pytest.approx(2 * down)
+    assert [entry.beside for entry in back] == [pytest.approx(down), pytest.approx(2 * down)]
 
 
 @pytest.mark.slow

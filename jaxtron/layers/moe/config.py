@@ -1,7 +1,7 @@
 """Settings of a mixture of experts: how tokens choose, how load is balanced, how tokens travel."""
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
@@ -14,6 +14,17 @@ BalanceOver = Literal["sequence", "microbatch", "global"]
 Drop = Literal["probability", "position", "random"]
 Way = Literal["rounds", "all_gather", "capacity"]
 Buckets = Literal["expert", "device"]
+
+
+class Round(NamedTuple):
+    """Of one round of an exchange."""
+
+    rows: int
+    """Of a bucket: a token's, for whichever of its experts are there."""
+    pairs: int
+    """Pairs of token and expert that these are for at most."""
+    has_rounds: bool
+    """Whether there can be further ones."""
 
 
 class MoeConfig(Config):
@@ -71,14 +82,54 @@ class MoeConfig(Config):
     dropped."""
     buckets: Buckets = "expert"
     """What a round has so many rows for: each expert, and one batched product is of all of them; or each device, whose
-    rows a grouped product multiplies by expert: fewer empty rows where experts are many and small."""
+    tokens travel once, whichever of its experts they are for, and are multiplied by grouped products: fewer rows, and
+    fewer of them empty, where experts are many and small."""
     implementation: Implementation = "auto"
     """Kernel of grouped products, only where a bucket is a device."""
 
-    def round_rows(self, num_tokens: int, of_bucket: int = 1) -> int:
-        """Rows of a bucket of so many experts in a round: `slots` times the even share of a device's pairs.
+    def round_of(self, num_tokens: int, parts: int, room: int | None) -> Round:
+        """What a device has room for in a round: of so many tokens, for experts on so many parts.
 
-        At most those of every token, each once for every expert of the bucket that it can choose.
+        `room` is what an expert takes of a device's sequences (none: all). `slots` times the even share of the tokens
+        that go to a bucket, and of their pairs; at most all of them.
         """
-        even = num_tokens * self.top_k * of_bucket / self.num_experts
-        return min(num_tokens * min(self.top_k, of_bucket), max(8, math.ceil(self.slots * even / 8) * 8))
+        own, grouped = self.num_experts // parts, self.buckets == "device"
+        of_bucket = own if grouped else 1
+        choices = min(self.top_k, of_bucket)
+        most = num_tokens * choices
+        if self.exchange == "capacity":
+            assert room is not None
+            pairs = min(most, room * of_bucket)
+            return Round(min(num_tokens, pairs), pairs, False)
+        if grouped and parts == 1:
+            # all pairs, in tiles: no more than there are
+            return Round(num_tokens, num_tokens * self.top_k, False)
+        # a token's pairs go in one round
+        pairs = min(most, max(choices, self._with_slots(num_tokens * self.top_k * of_bucket / self.num_experts)))
+        if not grouped:
+            return Round(pairs, pairs, pairs < most)
+        rows = num_tokens
+        if self.exchange == "rounds":
+            rows = min(num_tokens, self._with_slots(num_tokens * self.reach(own)))
+        return Round(rows, pairs, rows < num_tokens or pairs < most)
+
+    def _with_slots(self, even: float) -> int:
+        return max(8, math.ceil(self.slots * even / 8) * 8)
+
+    def reach(self, experts: int) -> float:
+        """The share of tokens that choose any of so many neighbouring experts, where none is chosen more often."""
+        size = self.num_experts // self.groups
+        if self.groups == 1 or (size % experts and experts % size):
+            return 1 - _avoided(self.num_experts, experts, self.top_k)
+        # by how many of the groups that they lie in are open to a token
+        groups, total = max(1, experts // size), 0.0
+        for count in range(1, min(groups, self.top_groups) + 1):
+            ways = math.comb(groups, count) * math.comb(self.groups - groups, self.top_groups - count)
+            reached = 1 - _avoided(size * self.top_groups, min(experts, count * size), self.top_k)
+            total += ways / math.comb(self.groups, self.top_groups) * reached
+        return total
+
+
+def _avoided(num_experts: int, experts: int, top_k: int) -> float:
+    """The share of choices of `top_k` of so many experts that have none of these."""
+    return math.comb(num_experts - experts, top_k) / math.comb(num_experts, top_k)

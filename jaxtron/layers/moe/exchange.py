@@ -1,13 +1,13 @@
 """Tokens to the experts that they chose and back: what one device does where every mesh axis is manual.
 
-A device has *pairs*, a token with one of its choices. They travel in rounds of a fixed size: in each, a device sends at
-most `rows` pairs to a *bucket*, which is an expert, or all experts of a device. The first round takes nearly all of
-them. Further rounds follow only while some device of the group has pairs left, so that shapes are static, memory is
-that of one round, and however uneven the choices are, nothing is dropped. Both ways are gathers: by row on the way out,
-by pair on the way back, each the other's transpose.
+A *pair* is a token with one of its choices. A token goes to *buckets*: an expert is one, or all experts of a device. It
+has a row at each bucket with any of its choices, so that a device gets a token once, whichever of its experts it wants.
+Rows travel in rounds of a fixed size: in each, a device sends at most `rows` of them to a bucket, for at most `pairs`
+pairs. The first round takes nearly all. Further rounds follow only while a device of the group has rows left, so that
+shapes are static, memory is that of one round, and however uneven the choices are, nothing is dropped. Both ways are
+gathers: by row on the way out, by pair on the way back, each the other's transpose.
 
-Or no pair travels: a device gets the tokens of all who share experts with it, takes the pairs of its own experts out of
-them, and returns sums by token.
+Or no row travels: a device gets the tokens of all who share experts with it, and returns sums by token.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxtron.kernels.grouped_matmul.grouped_matmul import GroupedProducts
-from jaxtron.layers.moe.groups import Groups, make_groups
+from jaxtron.layers.moe.groups import Groups
+from jaxtron.sharding.collectives import vary
 from jaxtron.sharding.folding import Axes
 from jaxtron.typing import Array, Int
 
@@ -35,9 +36,11 @@ class Exchange:
     expert_tensor: Axes
     """Axes of `mesh.expert_tensor`: devices along them share the width of the same experts."""
     gathers: bool
-    """Whether tokens are gathered, rather than pairs sent."""
+    """Whether tokens are gathered, rather than rows sent."""
     rows: int
-    """Pairs that a device has for one bucket in a round."""
+    """Rows that a device has for one bucket in a round."""
+    pairs: int
+    """Pairs that these rows are of at most."""
     has_rounds: bool
     """Whether a second round can ever be needed."""
     grouped: GroupedProducts | None
@@ -64,85 +67,110 @@ class Exchange:
         return 1 if self.grouped is None else self.own_experts
 
     @property
+    def num_buckets(self) -> int:
+        """Buckets that a device's pairs are of."""
+        return self.known_experts // self.of_bucket
+
+    @property
     def sends(self) -> bool:
-        """Whether pairs go to another device."""
+        """Whether rows go to another device."""
         return bool(self.axes) and not self.gathers
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether what is laid out by expert are a device's tokens, its own or gathered ones, and no rows of them."""
+        return self.grouped is not None and not self.sends
+
+    @property
+    def is_free(self) -> bool:
+        """Whether what is laid out by expert is there without any work: a device's own tokens."""
+        return self.has_tokens and not self.axes
 
 
 class Dispatch(NamedTuple):
     """Where a device's pairs go; made of the choices alone, once, in the forward."""
 
-    order: Int[Array, "P"]
-    """Pairs by expert; those that go nowhere last."""
-    experts: Int[Array, "P"]
+    chosen: Int[Array, "T K"]
     """Of a pair, its expert; `known_experts` where it goes nowhere."""
+    order: Int[Array, "P"]
+    """Pairs by bucket, of each token the first that goes there; those without a row of their own last."""
     places: Int[Array, "P"]
-    """Its place among those of its bucket."""
-    starts: Int[Array, "N"]
+    """A pair's place among those of its bucket; as many as there are pairs where it has no row of its own."""
+    starts: Int[Array, "B"]
     """A bucket's first place in `order`."""
-    counts: Int[Array, "N"]
-    """Its pairs."""
-    arrivals: Int[Array, "D M"]
-    """Pairs that each device has for each expert of this one; of one device where nothing is sent."""
-    rounds: Int[Array, ""]
-    """Rounds that the group needs."""
+    counts: Int[Array, "B"]
+    """Its rows."""
+    until: Int[Array, "P"] | None
+    """Pairs of the rows up to each place of `order`, itself among them; none where they set no bound."""
+    further: Int[Array, ""]
+    """Whether any of the group needs a second round: 1 or 0."""
 
 
 class Turn(NamedTuple):
     """One round of it."""
 
-    pairs: Int[Array, "*rows"]
+    pairs: Int[Array, "B rows"]
     """Of each row its pair; as many as there are for none."""
     rows: Int[Array, "P"]
-    """Of each pair its row; as many as there are where it is not in this round."""
-    groups: Groups | None
-    """How rows lie where they are multiplied: by expert, in tiles."""
+    """Of each pair its row; as many as there are where it has none in this round."""
+    stop: Int[Array, "B"]
+    """The place in each bucket where the next round begins."""
+    groups: Groups | None = None
+    """How pairs lie where they are multiplied: by expert, in tiles."""
 
 
 def make_dispatch(exchange: Exchange, chosen: Int[Array, "T K"]) -> Dispatch:
     """Where pairs go for these choices of experts, `num_experts` for none."""
-    known, size = exchange.known_experts, exchange.of_bucket
-    experts = chosen.reshape(-1)
+    known, num_buckets = exchange.known_experts, exchange.num_buckets
     if exchange.gathers and exchange.expert:
-        experts = experts - jax.lax.axis_index(exchange.expert) * known
-        experts = jnp.where((experts >= 0) & (experts < known), experts, known)
-    order = jnp.argsort(experts, stable=True).astype(jnp.int32)
-    by_expert = jnp.sum(experts[:, None] == jnp.arange(known), 0, dtype=jnp.int32)
-    counts = by_expert.reshape(-1, size).sum(1, dtype=jnp.int32)
+        chosen = chosen - jax.lax.axis_index(exchange.expert) * known
+        chosen = jnp.where((chosen >= 0) & (chosen < known), chosen, known)
+    of_pairs, until = chosen // exchange.of_bucket, None
+    sizes = jnp.ones_like(chosen)
+    if exchange.of_bucket > 1:
+        # by pair and pair of the same token
+        meets = of_pairs[:, :, None] == of_pairs[:, None]
+        sizes = meets.sum(2, dtype=jnp.int32)
+        of_pairs = jnp.where(jnp.tril(meets, -1).any(2), num_buckets, of_pairs)
+    buckets = of_pairs.reshape(-1)
+    order = jnp.argsort(buckets, stable=True).astype(jnp.int32)
+    counts = jnp.sum(buckets[:, None] == jnp.arange(num_buckets), 0, dtype=jnp.int32)
     starts = jnp.cumsum(counts, dtype=jnp.int32) - counts
-    ranks = jnp.argsort(order).astype(jnp.int32)
-    places = ranks - starts.at[experts // size].get(mode="fill", fill_value=0)
-    arrivals, most = by_expert[None], jnp.max(counts)
-    if exchange.sends and exchange.grouped is not None:
-        arrivals = jax.lax.all_gather(by_expert, exchange.axes)
-        if exchange.expert:
-            own = jax.lax.axis_index(exchange.expert) * exchange.own_experts
-            arrivals = jax.lax.dynamic_slice_in_dim(arrivals, own, exchange.own_experts, 1)
-    rounds = -(-most // exchange.rows)
+    places = jnp.argsort(order).astype(jnp.int32) - starts.at[buckets].get(mode="fill", fill_value=0)
+    places = jnp.where(buckets < num_buckets, places, buckets.size)
+    if exchange.has_rounds and exchange.of_bucket > 1:
+        until = jnp.cumsum(sizes.reshape(-1)[order], dtype=jnp.int32)
+    made = Dispatch(chosen, order, places, starts, counts, until, jnp.int32(0))
+    return made._replace(further=is_left(exchange, made, _stop(exchange, made, jnp.zeros_like(counts))))
+
+
+def is_left(exchange: Exchange, dispatch: Dispatch, stop: Int[Array, "B"]) -> Int[Array, ""]:
+    """Whether any of the group has rows from these places on: 1 or 0."""
+    left = jnp.any(stop < dispatch.counts).astype(jnp.int32)
     # all who meet in a round must come to it: those that share experts, and those that share an expert's width
-    if exchange.axes and exchange.has_rounds:
-        rounds = jax.lax.pmax(rounds, exchange.axes)
-    return Dispatch(order, experts, places, starts, counts, arrivals, rounds)
+    return vary(jax.lax.pmax(left, exchange.axes) if exchange.axes and exchange.has_rounds else left)
 
 
-def make_turn(exchange: Exchange, dispatch: Dispatch, turn: Int[Array, ""] | int) -> Turn:
-    """A round of it."""
-    num_pairs, first = dispatch.order.size, turn * exchange.rows
-    place = first + jnp.arange(exchange.rows, dtype=jnp.int32)
+def _stop(exchange: Exchange, dispatch: Dispatch, first: Int[Array, "B"]) -> Int[Array, "B"]:
+    """Where a round that begins at these places of the buckets ends."""
+    stop = jnp.minimum(first + exchange.rows, dispatch.counts)
+    if dispatch.until is None:
+        return stop
+    before = dispatch.until.at[dispatch.starts + first - 1].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    fits = jnp.sum(dispatch.until <= (before + exchange.pairs)[:, None], 1, dtype=jnp.int32)
+    return jnp.minimum(stop, fits - dispatch.starts)
+
+
+def make_turn(exchange: Exchange, dispatch: Dispatch, first: Int[Array, "B"]) -> Turn:
+    """The round that begins at these places of the buckets."""
+    num_pairs, stop = dispatch.order.size, _stop(exchange, dispatch, first)
+    place = first[:, None] + jnp.arange(exchange.rows, dtype=jnp.int32)
     pairs = dispatch.order.at[dispatch.starts[:, None] + place].get(mode="fill", fill_value=num_pairs)
-    pairs = jnp.where(place < dispatch.counts[:, None], pairs, num_pairs)
-    row = dispatch.places - first
-    is_here = (row >= 0) & (row < exchange.rows) & (dispatch.experts < exchange.known_experts)
-    rows = jnp.where(is_here, dispatch.experts // exchange.of_bucket * exchange.rows + row, pairs.size)
-    if exchange.grouped is None:
-        return Turn(pairs, rows, None)
-    groups = make_groups(dispatch.arrivals, first, exchange.rows)
-    if exchange.sends:
-        return Turn(pairs, rows, groups)
-    # nothing lies between the two ways: one gather is enough
-    pairs = pairs.reshape(-1).at[groups.sources].get(mode="fill", fill_value=num_pairs)
-    rows = groups.targets.at[rows].get(mode="fill", fill_value=pairs.size)
-    return Turn(pairs, rows, groups)
+    pairs = jnp.where(place < stop[:, None], pairs, num_pairs)
+    bucket = dispatch.chosen.reshape(-1) // exchange.of_bucket
+    begin, end = (array.at[bucket].get(mode="fill", fill_value=0) for array in (first, stop))
+    is_here = (dispatch.places >= begin) & (dispatch.places < end)
+    return Turn(pairs, jnp.where(is_here, bucket * exchange.rows + dispatch.places - begin, pairs.size), stop)
 
 
 def enter(exchange: Exchange, tokens: Array) -> Array:
@@ -160,36 +188,51 @@ def leave(exchange: Exchange, sums: Array) -> Array:
 
 
 def send(exchange: Exchange, turn: Turn, values: Array) -> Array:
-    """Of each pair [T, K, ...], or of each token [T, 1, ...], the value at its expert: [*rows, ...], zeros elsewhere.
+    """Of each pair [T, K, ...], or of each token [T, 1, ...], the value at its bucket: [*rows, ...], zeros elsewhere.
 
-    Rows are [own expert, row], or in the tiles of `groups`: of all devices that send here, and where devices share an
-    expert's width, each gets the rows of all.
+    Rows are [own expert, row], or [row] where a bucket is a device: of all devices that send here, and where devices
+    share an expert's width, each gets the rows of all.
     """
+    if exchange.has_tokens:
+        return values[:, 0]
     flat = values.reshape(-1, *values.shape[2:])
     rows = flat.at[turn.pairs // (exchange.top_k // values.shape[1])].get(mode="fill", fill_value=0)
-    if not exchange.sends:
-        return rows
-    # [device, own expert, row, ...], or [device, row, ...]
-    rows = rows.reshape(exchange.num_devices, exchange.own_experts // exchange.of_bucket, *rows.shape[1:])
-    if exchange.expert:
-        rows = jax.lax.all_to_all(rows, exchange.expert, 0, 0)
-    rows = jnp.moveaxis(rows, 1, 0)
-    rows = rows.reshape(rows.shape[0], -1, *rows.shape[3:])
-    if exchange.expert_tensor:
-        rows = jax.lax.all_gather(rows, exchange.expert_tensor, axis=1, tiled=True)
-    if turn.groups is None:
-        return rows
-    return rows[0].at[turn.groups.sources].get(mode="fill", fill_value=0)
+    if exchange.sends:
+        # [device, own expert, row, ...], or one bucket in the place of experts
+        rows = rows.reshape(exchange.num_devices, exchange.own_experts // exchange.of_bucket, *rows.shape[1:])
+        if exchange.expert:
+            rows = jax.lax.all_to_all(rows, exchange.expert, 0, 0)
+        rows = jnp.moveaxis(rows, 1, 0)
+        rows = rows.reshape(rows.shape[0], -1, *rows.shape[3:])
+        if exchange.expert_tensor:
+            rows = jax.lax.all_gather(rows, exchange.expert_tensor, axis=1, tiled=True)
+    return rows if exchange.grouped is None else rows[0]
+
+
+def send_choices(exchange: Exchange, dispatch: Dispatch, turn: Turn) -> Int[Array, "R K"] | None:
+    """Of the tokens of `send`'s rows, which of a device's experts they chose, `own_experts` for none of them.
+
+    None where a bucket is an expert: its rows are for it.
+    """
+    own = exchange.own_experts
+    if exchange.grouped is None:
+        return None
+    if exchange.sends:
+        # rows without a token have zeros
+        chosen = send(exchange, turn, dispatch.chosen[:, None] + 1) - 1
+        chosen -= own * jax.lax.axis_index(exchange.expert) if exchange.expert else 0
+        return jnp.where((chosen >= 0) & (chosen < own), chosen, own)
+    is_here = (turn.rows < turn.pairs.size).reshape(dispatch.chosen.shape).any(1, keepdims=True)
+    return jnp.where(is_here, dispatch.chosen, own) if exchange.has_rounds else dispatch.chosen
 
 
 def receive(exchange: Exchange, turn: Turn, rows: Array) -> Array:
     """The transpose of `send` of pairs: [*rows, ...] back where they came from, [T, K, ...].
 
-    Where devices share an expert's width, their rows are summed. Zeros for pairs that are not in this round.
+    Where devices share an expert's width, their rows are summed. Zeros for pairs without a row in this round.
     """
     if exchange.sends:
-        if turn.groups is not None:
-            rows = rows.at[turn.groups.targets].get(mode="fill", fill_value=0)[None]
+        rows = rows if exchange.grouped is None else rows[None]
         if exchange.expert_tensor:
             rows = jax.lax.psum_scatter(rows, exchange.expert_tensor, scatter_dimension=1, tiled=True)
         rows = rows.reshape(rows.shape[0], exchange.num_devices, exchange.rows, *rows.shape[2:])
@@ -203,5 +246,7 @@ def receive(exchange: Exchange, turn: Turn, rows: Array) -> Array:
 
 
 def receive_tokens(exchange: Exchange, turn: Turn, rows: Array) -> Array:
-    """The transpose of `send` of tokens: float32 sums over their pairs [T, ...]."""
+    """The transpose of `send` of tokens: float32 sums over their rows [T, ...]."""
+    if exchange.has_tokens:
+        return rows.astype(jnp.float32)
     return jnp.sum(receive(exchange, turn, rows), 1, dtype=jnp.float32)

@@ -2,25 +2,27 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxtron.kernels.varying import vary_alike
 from jaxtron.layers.moe.exchange import (
     Dispatch,
     Exchange,
     Turn,
     enter,
+    is_left,
     leave,
     make_dispatch,
     make_turn,
     receive,
     receive_tokens,
     send,
+    send_choices,
 )
+from jaxtron.layers.moe.groups import collect, collect_weights, make_groups, spread, spread_weights
 from jaxtron.layers.moe.products import gradient, product, product_transposed
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.collectives import vary
@@ -35,23 +37,29 @@ FURTHER_ROUNDS = "further_rounds"
 Activate = Callable[[Array, Array], Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def mix(
     x: Float[Array, "B S E"],
     weights: Float[Array, "B S K"],
     chosen: Int[Array, "B S K"],
     up: Float[Array, "T N E G F"],
     down: Float[Array, "T N F E"],
+    beside: Float[Array, "..."] | None,
     exchange: Exchange,
     activate: Activate,
-) -> Float[Array, "B S E"]:
-    """The sum over a token's experts of weight x down(activate(up(x))).
+    names: tuple[str, ...],
+) -> tuple[Float[Array, "B S E"], Float[Array, "..."] | None]:
+    """The sum over a token's experts of weight x down(activate(up(x))), and `beside` as it is.
 
     x, weights and chosen are split over tensor along S; up and down are a block for each device along tensor
     (`Layout.blocks`), of its own experts and its own part of their width. The weight is put on before the last product:
     what comes back needs only be summed, and its gradient arises where the expert is.
+
+    What is computed of the tokens without experts is best computed while they travel, and no earlier or later:
+    `beside`, split as `names` say, has to be there when they have come, and what is made of it is made on their way
+    back. So has its cotangent in the backward.
     """
-    return _forward(x, weights, chosen, up, down, exchange, activate)[0]
+    return _forward(x, weights, chosen, up, down, beside, exchange, activate, names)[0]
 
 
 class _Tokens(NamedTuple):
@@ -61,74 +69,102 @@ class _Tokens(NamedTuple):
     weights: Float[Array, "T K"]
 
 
+class _Came(NamedTuple):
+    """The rows of a round where they are multiplied, as they came."""
+
+    rows: Float[Array, "*rows E"]
+    weights: Float[Array, "*rows K"]
+    """Of the row's expert, or of all choices of its token."""
+    chosen: Int[Array, "*rows K"] | None
+    """These choices (`send_choices`)."""
+
+
 class _Kept(NamedTuple):
     """Of the first round, for the backward."""
 
-    rows: Float[Array, "*rows E"]
-    of_rows: Float[Array, "*rows 1"]
-    """Their weights."""
+    came: _Came | None
+    """None where it is made of the device's own tokens alone."""
     hidden: Float[Array, "*rows G F"]
 
 
 def _forward(
-    x: Array, weights: Array, chosen: Array, up: Array, down: Array, exchange: Exchange, activate: Activate
-) -> tuple[Array, tuple[PyTree, ...]]:
-    def local(*arrays: Array) -> tuple[Array, PyTree, PyTree]:
-        (x, weights, chosen), (up, down) = map(_rows, arrays[:3]), (block[0] for block in arrays[3:])
+    x: Array,
+    weights: Array,
+    chosen: Array,
+    up: Array,
+    down: Array,
+    beside: Array | None,
+    exchange: Exchange,
+    activate: Activate,
+    names: tuple[str, ...],
+) -> tuple[tuple[Array, Array | None], tuple[PyTree, ...]]:
+    def local(*arrays: Any) -> tuple[PyTree, ...]:
+        (x, weights, chosen), (up, down) = map(_rows, arrays[:3]), (block[0] for block in arrays[3:5])
         tokens, dispatch = _Tokens(x, weights), make_dispatch(exchange, enter(exchange, chosen))
 
-        def a_round(number: Array | int) -> tuple[Array, _Kept]:
-            turn, kept = _expert_rows(exchange, dispatch, number, tokens, up)
-            out = product(exchange, turn, activate(kept.hidden, kept.of_rows), down)
-            return receive_tokens(exchange, turn, out), kept
+        def a_round(turn: Turn, beside: Array | None = None) -> tuple[Array, _Kept, Array | None]:
+            turn, came, hidden, beside = _expert_rows(exchange, dispatch, turn, tokens, up, beside)
+            inner = activate(hidden, spread_weights(turn.groups, came.weights))
+            out, beside = _when(exchange, collect(turn.groups, product(exchange, turn, inner, down)), beside)
+            return receive_tokens(exchange, turn, out), _Kept(None if exchange.is_free else came, hidden), beside
 
-        y, kept = a_round(0)
-        y = leave(exchange, _further(exchange, dispatch, lambda number: a_round(number)[0], y))
-        return y.astype(arrays[0].dtype).reshape(arrays[0].shape), _as_block(dispatch), _as_block(kept)
+        turn = _first(exchange, dispatch)
+        y, kept, beside = a_round(turn, arrays[5])
+        y = leave(exchange, _further(exchange, dispatch, turn, lambda turn: a_round(turn)[0], y))
+        y = y.astype(arrays[0].dtype).reshape(arrays[0].shape)
+        return y, beside, _as_block(dispatch), _as_block(kept)
 
-    tokens, block = _specs()
-    run = on_each_device(local, (tokens, tokens, tokens, block, block), (tokens, block, block))
-    y, dispatch, kept = run(x, weights, chosen, up, down)
-    return y, (x, weights, up, down, *jax.tree.map(save_for_backward, (dispatch, kept)))
+    (tokens, block), companion = _specs(), spec(*names)
+    run = on_each_device(local, (tokens, tokens, tokens, block, block, companion), (tokens, companion, block, block))
+    y, beside, dispatch, kept = run(x, weights, chosen, up, down, beside)
+    return (y, beside), (x, weights, up, down, *jax.tree.map(save_for_backward, (dispatch, kept)))
 
 
 def _backward(
-    exchange: Exchange, activate: Activate, residuals: tuple[PyTree, ...], cotangent: Array
-) -> tuple[Array, Array, None, Array, Array]:
+    exchange: Exchange,
+    activate: Activate,
+    names: tuple[str, ...],
+    residuals: tuple[PyTree, ...],
+    cotangents: tuple[Array, Array | None],
+) -> tuple[Array | None, ...]:
     """In two regions: gradients of the tokens, and of the experts, which a pipeline may put off."""
     x, weights, up, down, dispatch, kept = residuals
+    cotangent, beside = cotangents
     tokens, block = _specs()
-    given, lie = (x, weights, cotangent, up, down, dispatch), (tokens, tokens, tokens, block, block, block)
+    given, lie = (x, weights, cotangent, up, down, dispatch, kept), (tokens, tokens, tokens, *(block,) * 4)
 
-    def of_tokens(*arrays: PyTree) -> tuple[Array, ...]:
+    def of_tokens(*arrays: PyTree) -> tuple[PyTree, ...]:
         step = _Back(exchange, activate, arrays[:-1])
-        sums, dhidden, dout = step.inputs(step.turn(0), _own(arrays[-1]))
+        turn, came, hidden = step.first()
+        sums, dhidden, dout, beside = step.inputs(turn, came, hidden, arrays[-1])
 
-        def further(number: Array) -> PyTree:
-            return step.inputs(*step.again(number))[0]
+        def further(turn: Turn) -> PyTree:
+            return step.inputs(*step.again(turn))[0]
 
-        dx, dweights = (leave(exchange, array) for array in _further(exchange, step.dispatch, further, sums))
+        sums = _further(exchange, step.dispatch, turn, further, sums)
+        dx, dweights = (leave(exchange, array) for array in sums)
         dx, dweights = dx.astype(x.dtype).reshape(arrays[0].shape), dweights.reshape(arrays[1].shape)
-        return dx, dweights, dhidden[None], dout[None]
+        return dx, dweights, _as_block((dhidden, None if exchange.is_free else dout)), beside
 
-    run = on_each_device(of_tokens, (*lie, block), (tokens, tokens, block, block))
-    dx, dweights, dhidden, dout = run(*given, kept)
+    companion = spec(*names)
+    run = on_each_device(of_tokens, (*lie, companion), (tokens, tokens, block, companion))
+    dx, dweights, later, beside = run(*given, beside)
 
     def of_experts(*arrays: PyTree) -> tuple[Array, Array]:
-        step = _Back(exchange, activate, arrays[:-3])
-        kept, dhidden, dout = map(_own, arrays[-3:])
-        sums = step.experts(step.turn(0), kept, dhidden, dout)
+        step = _Back(exchange, activate, arrays[:-1])
+        turn, came, hidden = step.first()
+        dhidden, dout = _own(arrays[-1])
+        sums = step.experts(turn, came, hidden, dhidden, step.send(turn) if dout is None else dout)
 
-        def further(number: Array) -> PyTree:
-            turn, kept = step.again(number)
-            return step.experts(turn, kept, *step.inputs(turn, kept)[1:])
+        def further(turn: Turn) -> PyTree:
+            turn, came, hidden = step.again(turn)
+            return step.experts(turn, came, hidden, *step.inputs(turn, came, hidden)[1:3])
 
-        dup, ddown = _further(exchange, step.dispatch, further, sums)
+        dup, ddown = _further(exchange, step.dispatch, turn, further, sums)
         return dup.reshape(arrays[3].shape).astype(up.dtype), ddown.reshape(arrays[4].shape).astype(down.dtype)
 
-    run = on_each_device(of_experts, (*lie, block, block, block), (block, block))
-    dup, ddown = run(*given, kept, dhidden, dout)
-    return dx, dweights, None, dup, ddown
+    dup, ddown = on_each_device(of_experts, (*lie, block), (block, block))(*given, later)
+    return dx, dweights, None, dup, ddown, beside
 
 
 mix.defvjp(_forward, _backward)
@@ -138,60 +174,104 @@ class _Back:
     """The backward of rounds on one device."""
 
     def __init__(self, exchange: Exchange, activate: Activate, arrays: tuple[PyTree, ...]) -> None:
-        x, weights, cotangent, up, down, dispatch = arrays
+        x, weights, cotangent, up, down, dispatch, kept = arrays
         self.exchange, self.activate = exchange, activate
         self.dispatch: Dispatch = _own(dispatch)
+        self.kept: _Kept = _own(kept)
         self.tokens = _Tokens(_rows(x), _rows(weights))
         self.cotangent = enter(exchange, _rows(cotangent))
         self.up, self.down = up[0], down[0]
 
-    def turn(self, number: Array | int) -> Turn:
-        """A round."""
-        return make_turn(self.exchange, self.dispatch, number)
+    def first(self) -> tuple[Turn, _Came, Array]:
+        """The first round, of which what came and what entered the activation were kept."""
+        turn = _first(self.exchange, self.dispatch)
+        came = self.kept.came or _come(self.exchange, self.dispatch, turn, self.tokens)
+        return _grouped(self.exchange, turn, came), came, self.kept.hidden
 
-    def again(self, number: Array) -> tuple[Turn, _Kept]:
-        """What the first round keeps, of a further one."""
-        return _expert_rows(self.exchange, self.dispatch, number, self.tokens, self.up)
+    def again(self, turn: Turn) -> tuple[Turn, _Came, Array]:
+        """The same of a further one."""
+        return _expert_rows(self.exchange, self.dispatch, turn, self.tokens, self.up)[:3]
 
-    def inputs(self, turn: Turn, kept: _Kept) -> tuple[PyTree, Array, Array]:
-        """Cotangents of the tokens and their weights, of what entered the activation, and of what left the expert."""
+    def send(self, turn: Turn) -> Array:
+        """The cotangents of what left the experts."""
+        return send(self.exchange, turn, self.cotangent[:, None])
+
+    def inputs(
+        self, turn: Turn, came: _Came, hidden: Array, beside: Array | None = None
+    ) -> tuple[PyTree, Array, Array, Array | None]:
+        """Cotangents of the tokens and their weights, of what entered the activation, and of what left the experts; and
+        of what is computed beside."""
         exchange = self.exchange
-        dout = send(exchange, turn, self.cotangent[:, None])
-        pull = jax.vjp(self.activate, kept.hidden, kept.of_rows)[1]
-        dhidden, dof_rows = pull(product_transposed(exchange, turn, dout, self.down))
-        drows = product_transposed(exchange, turn, _flat(dhidden), self.up)
-        dx = receive_tokens(exchange, turn, drows)
-        return (dx, receive(exchange, turn, dof_rows)[..., 0]), dhidden, dout
+        dout, beside = _when(exchange, self.send(turn), beside)
+        pull = jax.vjp(self.activate, hidden, spread_weights(turn.groups, came.weights))[1]
+        dhidden, dof_rows = pull(product_transposed(exchange, turn, spread(turn.groups, dout), self.down))
+        drows = collect(turn.groups, product_transposed(exchange, turn, _flat(dhidden), self.up))
+        drows, beside = _when(exchange, drows, beside)
+        dof_rows = collect_weights(turn.groups, dof_rows)
+        back = receive if exchange.grouped is None else receive_tokens
+        dweights = back(exchange, turn, dof_rows).reshape(-1, exchange.top_k)
+        return (receive_tokens(exchange, turn, drows), dweights), dhidden, dout, beside
 
-    def experts(self, turn: Turn, kept: _Kept, dhidden: Array, dout: Array) -> tuple[Array, Array]:
+    def experts(self, turn: Turn, came: _Came, hidden: Array, dhidden: Array, dout: Array) -> tuple[Array, Array]:
         """Gradients of the device's experts, in float32."""
-        inner = self.activate(kept.hidden, kept.of_rows)
-        dup = gradient(self.exchange, turn, kept.rows, _flat(dhidden))
-        return dup, gradient(self.exchange, turn, inner, dout)
+        inner = self.activate(hidden, spread_weights(turn.groups, came.weights))
+        dup = gradient(self.exchange, turn, spread(turn.groups, came.rows), _flat(dhidden))
+        return dup, gradient(self.exchange, turn, inner, spread(turn.groups, dout))
+
+
+def _first(exchange: Exchange, dispatch: Dispatch) -> Turn:
+    """The first round."""
+    return make_turn(exchange, dispatch, jnp.zeros_like(dispatch.counts))
+
+
+def _come(exchange: Exchange, dispatch: Dispatch, turn: Turn, tokens: _Tokens) -> _Came:
+    """The rows of a round to where they are multiplied."""
+    # with its row, a token's weights go to a device once; to an expert goes that of the pair
+    weights = enter(exchange, tokens.weights)
+    weights = weights[..., None] if exchange.grouped is None else weights[:, None]
+    rows = send(exchange, turn, enter(exchange, tokens.x)[:, None])
+    return _Came(rows, send(exchange, turn, weights), send_choices(exchange, dispatch, turn))
+
+
+def _grouped(exchange: Exchange, turn: Turn, came: _Came) -> Turn:
+    """The round, with how what came is laid out by expert."""
+    if came.chosen is None:
+        return turn
+    pairs = exchange.pairs * (1 if exchange.has_tokens else came.chosen.shape[0] // exchange.rows)
+    return turn._replace(groups=make_groups(came.chosen, exchange.own_experts, pairs))
 
 
 def _expert_rows(
-    exchange: Exchange, dispatch: Dispatch, number: Array | int, tokens: _Tokens, up: Array
-) -> tuple[Turn, _Kept]:
-    """A round, as far as the first product."""
-    turn = make_turn(exchange, dispatch, number)
-    rows = send(exchange, turn, enter(exchange, tokens.x)[:, None])
-    of_rows = send(exchange, turn, enter(exchange, tokens.weights)[..., None])
-    return turn, _Kept(rows, of_rows, product(exchange, turn, rows, up))
+    exchange: Exchange, dispatch: Dispatch, turn: Turn, tokens: _Tokens, up: Array, beside: Array | None = None
+) -> tuple[Turn, _Came, Array, Array | None]:
+    """A round, as far as the first product, with what is computed beside."""
+    came = _come(exchange, dispatch, turn, tokens)
+    rows, beside = _when(exchange, came.rows, beside)
+    turn, came = _grouped(exchange, turn, came), came._replace(rows=rows)
+    return turn, came, product(exchange, turn, spread(turn.groups, rows), up), beside
 
 
-def _further(exchange: Exchange, dispatch: Dispatch, a_round: Callable[[Array], PyTree], sums: PyTree) -> PyTree:
-    """`sums` and what rounds after the first add to it: usually there are none."""
+def _when(exchange: Exchange, array: Array, beside: Array | None) -> tuple[Array, Array | None]:
+    """Both when both are there, where anything travels."""
+    return (array, beside) if beside is None or not exchange.axes else jax.lax.optimization_barrier((array, beside))
+
+
+def _further(
+    exchange: Exchange, dispatch: Dispatch, turn: Turn, a_round: Callable[[Turn], PyTree], sums: PyTree
+) -> PyTree:
+    """`sums` and what rounds after the first, `turn`, add to it: usually there are none."""
     if not exchange.has_rounds:
         return sums
-    number, _ = vary_alike((jnp.int32(1), dispatch.rounds))
+    further, stop = dispatch.further, turn.stop
 
-    def body(carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-        number, sums = carry
-        return number + 1, jax.tree.map(jnp.add, sums, a_round(number))
+    def body(carry: tuple[Array, Array, PyTree]) -> tuple[Array, Array, PyTree]:
+        _, first, sums = carry
+        turn = make_turn(exchange, dispatch, first)
+        sums = jax.tree.map(jnp.add, sums, a_round(turn))
+        return is_left(exchange, dispatch, turn.stop), turn.stop, sums
 
     with jax.named_scope(FURTHER_ROUNDS):
-        return jax.lax.while_loop(lambda carry: carry[0] < dispatch.rounds, body, (number, sums))[1]
+        return jax.lax.while_loop(lambda carry: carry[0] > 0, body, (further, stop, sums))[2]
 
 
 def _specs() -> tuple[PartitionSpec, PartitionSpec]:

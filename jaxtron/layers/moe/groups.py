@@ -1,46 +1,73 @@
-"""Rows of a device's experts, by expert and in tiles, as grouped products want them: from where each comes."""
+"""Pairs of a device's experts, by expert and in tiles, as grouped products want them: of which token's row each is."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from jaxtron.kernels.grouped_matmul.spec import TILE
-from jaxtron.typing import Array, Int
+from jaxtron.typing import Array, Float, Int
 
 
 class Groups(NamedTuple):
-    """Rows as they came, [device, row], and as they are multiplied."""
+    """Rows as they came, each of a token with its choices, and pairs as they are multiplied."""
 
-    sources: Int[Array, "R"]
-    """Of each row that is multiplied, which it is of those that came; as many as came for none."""
-    targets: Int[Array, "S"]
-    """Of each row that came, where it goes; as many as are multiplied where it is none."""
+    sources: Int[Array, "M"]
+    """Of each row that is multiplied, its place among the choices of all rows that came; as many as there are for none.
+    """
+    targets: Int[Array, "R K"]
+    """Of each choice of a row that came, where it goes; as many as are multiplied where it is another device's."""
     tile_experts: Int[Array, " tiles"]
     """The expert of each tile; as many as there are for tiles that are empty, which are last."""
 
 
-def num_rows(num_came: int, num_experts: int) -> int:
-    """Rows that are enough however those that came are shared out over the experts, each rounded up to tiles."""
-    tiles = (num_came + num_experts * (TILE - 1)) // TILE
-    return TILE * max(1, min(tiles, num_came))
+def num_rows(num_pairs: int, num_experts: int) -> int:
+    """Rows that are enough however so many pairs are shared out over the experts, each rounded up to tiles."""
+    tiles = (num_pairs + num_experts * (TILE - 1)) // TILE
+    return TILE * max(1, min(tiles, num_pairs))
 
 
-def make_groups(arrivals: Int[Array, "D M"], first: Int[Array, ""] | int, rows: int) -> Groups:
-    """Of the pairs that each device has for each expert, by expert, those from place `first` on, `rows` of a device."""
-    num_devices, num_experts = arrivals.shape
-    ends = jnp.clip(jnp.cumsum(arrivals, 1, dtype=jnp.int32) - first, 0, rows)
-    starts = jnp.clip(jnp.cumsum(arrivals, 1, dtype=jnp.int32) - arrivals - first, 0, rows)
-    counts = ends - starts
-    tiles = -(-counts.sum(0, dtype=jnp.int32) // TILE)
+def make_groups(chosen: Int[Array, "R K"], num_experts: int, num_pairs: int) -> Groups:
+    """Of the experts that rows' tokens chose, `num_experts` for none, no expert twice and at most so many pairs."""
+    total = num_rows(num_pairs, num_experts)
+    # by row and expert
+    is_chosen = jnp.any(chosen[:, :, None] == jnp.arange(num_experts), 1).astype(jnp.int32)
+    until = jnp.cumsum(is_chosen, 0, dtype=jnp.int32)
+    tiles = -(-until[-1] // TILE)
     last_tiles = jnp.cumsum(tiles, dtype=jnp.int32)
-    # where the rows of a device for an expert begin, less where they began
-    shift = (last_tiles - tiles) * TILE + jnp.cumsum(counts, 0, dtype=jnp.int32) - counts - starts
-    place = jnp.arange(rows, dtype=jnp.int32)
-    expert = jnp.sum(place[:, None] >= ends[:, None], -1, dtype=jnp.int32)
-    total = num_rows(num_devices * rows, num_experts)
-    moved = place + jnp.take_along_axis(shift, jnp.minimum(expert, num_experts - 1), 1)
-    targets = jnp.where(expert < num_experts, moved, total).reshape(-1)
+    places = (last_tiles - tiles) * TILE + until - is_chosen
+    targets = jnp.take_along_axis(places, jnp.minimum(chosen, num_experts - 1), 1)
+    targets = jnp.where(chosen < num_experts, targets, total)
     came = jnp.arange(targets.size, dtype=jnp.int32)
-    sources = jnp.full(total, targets.size, jnp.int32).at[targets].set(came, mode="drop", unique_indices=True)
+    sources = jnp.full(total, targets.size, jnp.int32)
+    sources = sources.at[targets.reshape(-1)].set(came, mode="drop", unique_indices=True)
     tile = jnp.arange(total // TILE, dtype=jnp.int32)
     return Groups(sources, targets, jnp.sum(tile[:, None] >= last_tiles, 1, dtype=jnp.int32))
+
+
+def spread(groups: Groups | None, rows: Float[Array, "*rows E"]) -> Float[Array, "*tiles E"]:
+    """Rows as they came to where they are multiplied; the same where nothing is grouped."""
+    if groups is None:
+        return rows
+    return rows.at[groups.sources // groups.targets.shape[1]].get(mode="fill", fill_value=0)
+
+
+def spread_weights(groups: Groups | None, weights: Float[Array, "*rows K"]) -> Float[Array, "*tiles 1"]:
+    """Of each row that is multiplied, the weight of its pair; the same where nothing is grouped."""
+    if groups is None:
+        return weights
+    return weights.reshape(-1).at[groups.sources].get(mode="fill", fill_value=0)[:, None]
+
+
+def collect(groups: Groups | None, tiles: Float[Array, "*tiles E"]) -> Float[Array, "*rows E"]:
+    """The transpose of `spread`, summed in float32."""
+    if groups is None:
+        return tiles
+    found = tiles.at[groups.targets].get(mode="fill", fill_value=0)
+    return jnp.sum(found, 1, dtype=jnp.float32).astype(tiles.dtype)
+
+
+def collect_weights(groups: Groups | None, tiles: Float[Array, "*tiles 1"]) -> Float[Array, "*rows K"]:
+    """The transpose of `spread_weights`."""
+    if groups is None:
+        return tiles
+    return tiles[:, 0].at[groups.targets].get(mode="fill", fill_value=0)

@@ -14,6 +14,7 @@ from jaxtron.layers.moe.config import MoeConfig
 from jaxtron.layers.moe.experts import mix
 from jaxtron.layers.moe.router import Router
 from jaxtron.layers.moe.sizes import make_exchange
+from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.parameters import parameter
 from jaxtron.sharding.rules import constrain, current
 from jaxtron.typing import Array, Float
@@ -54,17 +55,22 @@ class Moe(nnx.Module):
         routing = self.router(x, inputs)
         shape = (x.shape[0], x.shape[1] // current().parts("tensor"))
         exchange = make_exchange(self.config, shape, self.kernel_shape, x.dtype)
-        run = functools.partial(mix, x, routing.weights, routing.chosen)
-        y = run(self.up[...], self.down[...], exchange, functools.partial(activate, self.activation))
-        if self.shared is not None:
-            y = y + self._shared(x, inputs)
+        # what all tokens go through is multiplied while tokens travel to experts and back
+        beside = None if self.shared is None else self.shared.enter(x)
+        names = () if self.shared is None else self.shared.entered
+        run = functools.partial(mix, x, routing.weights, routing.chosen, self.up[...], self.down[...], beside)
+        y, beside = run(exchange, functools.partial(activate, self.activation), names)
+        if beside is not None:
+            y = y + self._shared(x, save_for_backward(beside), inputs)
         y = dropout(y, self.dropout, inputs, "batch", "seq", "embed")
         return BranchOutput(y, routing.loss, routing.metrics)
 
-    def _shared(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
-        """What every token goes through."""
+    def _shared(
+        self, x: Float[Array, "B S E"], hidden: Float[Array, "B S *gates F"], inputs: LayerInputs
+    ) -> Float[Array, "B S E"]:
+        """What every token goes through, from what goes into its activation on."""
         assert self.shared is not None
-        y = self.shared(x, inputs)
+        y = self.shared.leave(hidden, inputs)
         if self.shared_gate is None:
             return y
         logits = jnp.sum(x.astype(jnp.float32) * self.shared_gate[...], -1, keepdims=True)

@@ -42,7 +42,10 @@ def exchange_lines(
     else:
         rounds, why = "one round", "all that can come"
     of_what = "each" if exchange.of_bucket == 1 else f"all {exchange.of_bucket:,}"
-    line = f"experts: {where} on a device, {gathered}{rounds} of {exchange.rows:,} rows for {of_what} ({why})"
+    rows = f"{exchange.rows:,} rows"
+    if exchange.pairs != exchange.rows:
+        rows = f"{exchange.rows:,} tokens with {exchange.pairs:,} choices"
+    line = f"experts: {where} on a device, {gathered}{rounds} of {rows} for {of_what} ({why})"
     products = select_products(config, exchange.num_devices, kernel, dtype, current().device_kind)
     return (line,) if products is None else (line, products.reason)
 
@@ -56,18 +59,10 @@ def make_exchange(
     parts, length = rules.parts("expert"), shape[1] * rules.parts("context") * rules.parts("tensor")
     backend = select_products(config, parts, kernel, dtype, rules.device_kind)
     gathers = config.exchange == "all_gather"
-    own = config.num_experts // parts
     # of tokens that are gathered a device takes what is its own, as if there were no others
     num_tokens = math.prod(shape) * (parts * rules.parts("expert_tensor") if gathers else 1)
-    of_bucket = 1 if backend is None else own
-    most = num_tokens * min(config.top_k, of_bucket)
-    if config.exchange == "capacity":
-        rows = min(most, shape[0] * capacity(config, length) * of_bucket)
-    elif backend is not None and parts == 1:
-        # all pairs, in tiles: no more than there are
-        rows = num_tokens * config.top_k
-    else:
-        rows = config.round_rows(num_tokens, of_bucket)
+    room = None if config.capacity_factor is None else shape[0] * capacity(config, length)
+    found = config.round_of(num_tokens, parts, room)
     return Exchange(
         num_experts=config.num_experts,
         top_k=config.top_k,
@@ -75,7 +70,8 @@ def make_exchange(
         num_devices=parts,
         expert_tensor=axes["expert_tensor"],
         gathers=gathers,
-        rows=rows,
-        has_rounds=rows < most and config.exchange != "capacity",
+        rows=found.rows,
+        pairs=found.pairs,
+        has_rounds=found.has_rounds,
         grouped=None if backend is None else backend.implementation,
     )

@@ -262,32 +262,28 @@ def _expert_layer(model: ModelConfig, shapes: Shapes) -> ExpertShapes:
     """Rows are those of layers/moe/sizes.py; an implementation that has no empty ones sends what was chosen."""
     moe, tokens = model.moe, shapes.own_tokens
     parts, widths = shapes.sizes["expert"], shapes.sizes["expert_tensor"]
-    own, grouped, gathers, is_sure = moe.num_experts // parts, False, False, False
-    sent = held = tokens * moe.top_k
+    own, grouped, gathers, has_rounds = moe.num_experts // parts, False, False, True
+    sent = pairs = tokens * moe.top_k
     if shapes.profile.expert_rows == "round":
         grouped, gathers = moe.buckets == "device", moe.exchange == "all_gather"
-        of_bucket = own if grouped else 1
-        tokens = round(tokens) * (parts * widths if gathers else 1)
-        most = tokens * min(moe.top_k, of_bucket)
-        rows = moe.round_rows(tokens, of_bucket)
-        if moe.capacity_factor is not None and moe.exchange == "capacity":
-            room = math.ceil(shapes.length * moe.top_k * moe.capacity_factor / moe.num_experts)
-            rows = min(most, round(shapes.rows) * room * of_bucket)
-        elif grouped and parts == 1:
-            rows = tokens * moe.top_k
-        is_sure = rows >= most or moe.exchange == "capacity"
-        sent = held = rows * (own if gathers else moe.num_experts) // of_bucket
-    held *= 1 if gathers else widths
+        room = None
+        if moe.capacity_factor is not None:
+            room = round(shapes.rows) * math.ceil(shapes.length * moe.top_k * moe.capacity_factor / moe.num_experts)
+        rows, pairs, has_rounds = moe.round_of(round(tokens) * (parts * widths if gathers else 1), parts, room)
+        buckets = (own if gathers else moe.num_experts) // (own if grouped else 1)
+        sent, pairs = rows * buckets, pairs * buckets
+    came, held = (size * (1 if gathers else widths) for size in (sent, pairs))
     return ExpertShapes(
         hidden=model.hidden_size,
         num_experts=moe.num_experts,
         top_k=moe.top_k,
         sent=sent,
+        came=came,
         held=_tiled(held, own) if grouped else held,
         own=own,
         width=expert_width(model) / widths,
         inputs=2 if model.activation in GATED else 1,
-        has_rounds=not is_sure,
+        has_rounds=has_rounds,
         gathers=gathers,
         grouped=grouped,
     )

@@ -22,8 +22,10 @@ class ExpertShapes:
     top_k: int
     sent: float
     """Rows that a device sends, and gets back; where tokens are gathered, those that it takes of them."""
+    came: float
+    """Rows that it has of all that share its experts."""
     held: float
-    """Rows that its experts multiply: those of all that share their width, and what fills tiles."""
+    """Rows that its experts multiply: of each expert of a row that came its own, with what fills tiles."""
     own: float
     width: float
     inputs: int
@@ -37,17 +39,29 @@ class ExpertShapes:
 
     def exchanged(self, shapes: Shapes) -> tuple[float, ...]:
         """Bytes of the arrays that devices with experts send each other: rows, and their weights or gradients."""
-        return () if self.gathers else (self.sent * self.hidden * shapes.width, self.sent * FLOAT)
+        return () if self.gathers else (self.sent * self.hidden * shapes.width, self.sent * self.weights * FLOAT)
+
+    @property
+    def weights(self) -> int:
+        """Weights of a row: where a bucket is a device, those of all choices of its token."""
+        return self.top_k if self.grouped else 1
+
+    def meets(self, shapes: Shapes) -> int:
+        """Devices that share experts."""
+        return shapes.sizes["expert"] * shapes.sizes["expert_tensor"]
 
     def kept(self, shapes: Shapes) -> float:
         """Bytes that a layer keeps of them for its backward: rows, their weights, the first product, and where pairs
         went (layers/moe/experts.py)."""
-        parts, widths = shapes.sizes["expert"], shapes.sizes["expert_tensor"]
-        rows = self.held * ((self.hidden + self.inputs * self.width) * shapes.width + FLOAT)
+        rows = self.held * self.inputs * self.width * shapes.width
+        if not self.grouped or self.meets(shapes) > 1:
+            # with the choices of a row's token beside their weights
+            rows += self.came * (self.hidden * shapes.width + (2 if self.grouped else 1) * self.weights * FLOAT)
         known = self.own if self.gathers else self.num_experts
-        pairs = shapes.own_tokens * self.top_k * (parts * widths if self.gathers else 1)
-        arrivals = parts * widths * self.own if self.grouped and not self.gathers else known
-        return rows + FLOAT * (3 * pairs + 2 * known / (self.own if self.grouped else 1) + arrivals)
+        pairs = shapes.own_tokens * self.top_k * (self.meets(shapes) if self.gathers else 1)
+        return rows + FLOAT * (
+            (4 if self.grouped and self.has_rounds else 3) * pairs + 2 * known / (self.own if self.grouped else 1)
+        )
 
 
 def experts(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
@@ -80,11 +94,15 @@ def _router(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
 def _movements(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
     """Rows out and back, and the same of their gradients: gathers by row and by pair, and what devices exchange."""
     row, own = layer.hidden * shapes.width, shapes.own_tokens
-    meets = shapes.sizes["expert"] * shapes.sizes["expert_tensor"] > 1
+    meets = layer.meets(shapes) > 1
     # gathered by row, laid out by expert, and again by device; read by pair, and the sum written
     copies = 2 if meets and not layer.gathers else 0
-    stream = 2 * (1 + copies) * layer.sent * row + (own * layer.top_k + 2 * own) * row
-    stream += 4 * layer.held * row if layer.grouped and copies else 0
+    stream = 0.0
+    if copies or not layer.grouped:
+        stream = 2 * (1 + copies) * layer.sent * row + (own * layer.top_k + 2 * own) * row
+    if layer.grouped:
+        # to tiles and back
+        stream += (3 * layer.held + layer.came) * row
     # choices are counted once, in the forward
     asked = _all(shapes, "experts", "all_reduce", FLOAT) if layer.has_rounds else ()
     forward, backward = _gathered(shapes, layer) if layer.gathers else (_sent(shapes, layer, way) for way in (0, 1))
@@ -104,9 +122,10 @@ def _sent(shapes: Shapes, layer: ExpertShapes, backward: int) -> tuple[Collectiv
     found += _all(shapes, "expert_tensor", "reduce_scatter", parts * rows)
     small = _all(shapes, "expert_tensor", "reduce_scatter" if backward else "all_gather", parts * weights)
     if layer.grouped and not backward:
-        # how many rows come for which expert
-        meet = shapes.sizes["expert"] * parts
-        small += _all(shapes, "experts", "all_gather", meet * layer.num_experts * FLOAT)
+        # the choices of tokens beside their weights
+        small += _all(shapes, "expert", "all_to_all", weights) + _all(
+            shapes, "expert_tensor", "all_gather", parts * weights
+        )
     return found + small
 
 
