@@ -38,6 +38,12 @@ def not_hopper(device_kind: str) -> str | None:
     )
 
 
+def processors() -> int:
+    """Multiprocessors of a GPU that the program is traced for, as far as is known: a block stays on each."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "num_cores", None) or 132
+
+
 def swizzled(dtype: Any, columns: int, widest: int = 128) -> tuple:
     """Shared-memory layout of a matrix that TMA fills and wgmma reads: the widest swizzle that divides its rows."""
     itemsize = jnp.dtype(dtype).itemsize
@@ -109,18 +115,16 @@ class Target:
         `issued` is called once the product was issued, before it is waited for.
         """
         issued = issued or (lambda: None)
-        shape = (left.shape[0], right.shape[1])
-        if self.interpret and isinstance(left, jax.Array):
+        if self.interpret:
             return self._product_of_values(left, right, total, issued)
-        if self.interpret or total is None:
+        if total is None:
 
             def fresh(accumulator: Any) -> Array:
                 plgpu.wgmma(accumulator, left, right)
                 issued()
                 return accumulator[...]
 
-            made = pl.run_scoped(fresh, plgpu.ACC(shape, jnp.float32))
-            return made if total is None else total + made
+            return pl.run_scoped(fresh, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
 
         def added(accumulator: Any) -> None:
             plgpu.wgmma(accumulator, left, right)
@@ -128,12 +132,13 @@ class Target:
 
         return pl.run_state(added)(plgpu.ACC.init(total))
 
-    def _product_of_values(self, left: Array, right: Any, total: Array | None, issued: Callable[[], None]) -> Array:
-        """The interpreter cannot multiply from registers; the race detector still sees the reading of `right`."""
-        values = right[...]
-        # on the GPU the tensor cores read `right`, which needs no fence before a copy overwrites it
+    def _product_of_values(self, left: Any, right: Any, total: Array | None, issued: Callable[[], None]) -> Array:
+        """The interpreter cannot multiply from registers, and its race detector sees ordinary loads alone."""
+        first = left if isinstance(left, jax.Array) else left[...]
+        second = right[...]
+        # on the GPU the tensor cores read both, which needs no fence before a copy overwrites them
         plgpu.commit_smem()
-        made = jnp.dot(left.astype(jnp.float32), values.astype(jnp.float32))
+        made = jnp.dot(first.astype(jnp.float32), second.astype(jnp.float32))
         issued()
         return made if total is None else total + made
 

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxtron.kernels.attention import mosaic, mosaic_forward
+from jaxtron.kernels.attention import mosaic, mosaic_backward, mosaic_forward
 from jaxtron.kernels.attention.spec import AttentionSpec
 from jaxtron.kernels.mosaic import Refs, Target, run_kernel
 
@@ -167,6 +167,16 @@ def without_fences() -> None:
         mosaic_forward.plgpu = plgpu
 
 
+def without_meeting() -> None:
+    """The backward kernel whose warpgroups do not wait for what each has for the other's product."""
+    meet = mosaic_backward._meet
+    mosaic_backward._meet = lambda refs: None
+    try:
+        errors_of(Case(queries=128, keys=128, heads=1, backward=True))
+    finally:
+        mosaic_backward._meet = meet
+
+
 def without_wait() -> None:
     """A copy into shared memory that is read before it was waited for."""
 
@@ -193,17 +203,28 @@ def without_wait() -> None:
 RUNS: dict[str, Callable[[], Any]] = {
     "without fences": without_fences,
     "without wait": without_wait,
+    "without meeting": without_meeting,
     **{name: functools.partial(errors_of, case) for name, case in CASES.items()},
 }
 
 
 def main(names: list[str], runs: Mapping[str, Callable[[], Any]]) -> None:
-    """One line per run: its errors and whether a race was found."""
+    """One line per run: its errors, and of each of its kernels, in their order, whether it has a race."""
+    started: list[Any] = []
+    make_state = gpu_callbacks.GPURaceDetectionState
+
+    # the interpreter remembers the races of the last kernel only
+    def remember(**sizes: Any) -> Any:
+        started.append(make_state(**sizes))
+        return started[-1]
+
+    gpu_callbacks.GPURaceDetectionState = remember
     for name in names:
         # what the run before left behind
         gpu_callbacks.reset_gpu_interpret_mode_state()
+        started.clear()
         errors = runs[name]()
-        races = bool(interpret_pallas_call.get_races().races_found)
+        races = [bool(state.races_found) for state in started]
         print(json.dumps({"case": name, "errors": errors, "races": races}), flush=True)
 
 

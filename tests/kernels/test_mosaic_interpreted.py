@@ -60,7 +60,7 @@ def interpret(names: list[str], seconds: int, program: Path = PROGRAM) -> list[d
 
 def check(reports: list[dict]) -> None:
     for report in reports:
-        assert not report["races"], report
+        assert not any(report["races"]), report
         for name, error in report["errors"].items():
             assert error <= (MOST_LSE_ERROR if name == "lse" else MOST_ERROR), report
 
@@ -70,8 +70,8 @@ def test_short_sequences_are_right_and_free_of_races() -> None:
 
 
 def test_planted_races_are_found() -> None:
-    for report in interpret(["without wait", "without fences"], seconds=120):
-        assert report["races"], report
+    for report in interpret(["without wait", "without fences", "without meeting"], seconds=120):
+        assert any(report["races"]), report
 
 
 @pytest.mark.slow

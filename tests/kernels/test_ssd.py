@@ -359,13 +359,31 @@ def select(name: str, device_kind: str, width: int = 64, size: int = 128, dtype:
     return select_backend(name, shape(1, 64, 8, width, dtype=dtype), shape(1, 64, 1, size, dtype=dtype), device_kind)
 
 
-def test_a_named_one_is_taken_or_refused() -> None:
-    assert select("reference", "cpu").reason == "state-space duality: reference, as asked"
-    assert select("xla", "NVIDIA H200").implementation is xla
-    with pytest.raises(UserError, match="model.mamba.implementation fast is not known: use one of auto, "):
-        select("fast", "cpu")
+H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
 
 
 def test_auto_takes_the_fastest_that_can_and_says_why() -> None:
+    assert select("auto", H100).reason == f"state-space duality: mosaic, the fastest that runs on {H100}"
+    assert select("auto", A100).reason == (
+        f"state-space duality: xla, the fastest that runs on {A100}; "
+        f"not mosaic: its kernels are for Hopper GPUs, not {A100}"
+    )
     assert select("auto", "cpu").implementation is xla
-    assert select("auto", "cpu").reason.startswith("state-space duality: xla, the fastest that runs on cpu")
+    assert select("auto", H100, width=96, size=64).name == "mosaic"
+    for sizes, words in (
+        ({"dtype": "float32"}, "not mosaic: its kernels take bfloat16, not float32"),
+        ({"size": 256}, "not mosaic: its kernels take states of 64 and 128, not 256"),
+    ):
+        backend = select("auto", H100, **sizes)
+        assert backend.implementation is xla and words in backend.reason
+
+
+def test_a_named_one_is_taken_or_refused() -> None:
+    assert select("reference", "cpu").reason == "state-space duality: reference, as asked"
+    assert select("xla", "NVIDIA H200").implementation is xla
+    with pytest.raises(
+        UserError, match="model.mamba.implementation fast is not known: use one of auto, mosaic, xla, reference"
+    ):
+        select("fast", "cpu")
+    with pytest.raises(UserError, match="mosaic cannot: its kernels are for Hopper GPUs, not cpu; use auto"):
+        select("mosaic", "cpu")

@@ -20,10 +20,9 @@ from jaxtron.kernels.grouped_matmul.mosaic_pipeline import (
     Block,
     ResultTile,
     place,
-    processors,
 )
 from jaxtron.kernels.grouped_matmul.spec import TILE, Operand
-from jaxtron.kernels.mosaic import WARPGROUP_ROWS, Refs, Target, not_hopper, plgpu, run_kernel, transposed
+from jaxtron.kernels.mosaic import WARPGROUP_ROWS, Refs, Target, not_hopper, plgpu, processors, run_kernel, transposed
 from jaxtron.typing import Array, Float, Int
 
 # of 16 bits: the narrowest piece of a result's rows that TMA copies through swizzled memory

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -206,9 +205,3 @@ def place(index: Any, rows: Any, columns: int) -> tuple[Any, Any]:
 
 def _stage(step: Any) -> Any:
     return lax.rem(step, jnp.int32(STAGES))
-
-
-def processors() -> int:
-    """Multiprocessors of a GPU that the program is traced for, as far as is known: a block stays on each."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return getattr(device, "num_cores", None) or 132

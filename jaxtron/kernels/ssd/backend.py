@@ -1,5 +1,6 @@
 """Which implementation computes state-space duality, selected before anything is traced: the one named, or the fastest.
 
+- `mosaic`: our kernels for Hopper.
 - `xla`: plain JAX, one chunk of the sequence after the other, anywhere.
 - `reference`: plain mathematics, one position after the other; never selected by `auto`.
 """
@@ -8,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxtron.config import UserError
-from jaxtron.kernels.ssd import reference, xla
+from jaxtron.kernels.ssd import mosaic, reference, xla
 from jaxtron.kernels.ssd.spec import Operand
 from jaxtron.kernels.ssd.ssd import StateSpaceDuality
 
-IMPLEMENTATIONS: Mapping[str, StateSpaceDuality] = {"xla": xla, "reference": reference}
+IMPLEMENTATIONS: Mapping[str, StateSpaceDuality] = {"mosaic": mosaic, "xla": xla, "reference": reference}
 SETTING = "model.mamba.implementation"
 """The setting that names one."""
 

@@ -2,4 +2,4 @@
 
 from typing import Literal
 
-Implementation = Literal["auto", "xla", "reference"]
+Implementation = Literal["auto", "mosaic", "xla", "reference"]

@@ -1,0 +1,112 @@
+"""Runs the Mosaic kernels of state-space duality in Pallas' interpreter, as `interpreted.py` does with attention's:
+`python tests/kernels/interpreted_ssd.py CASE ...`."""
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from interpreted import INTERPRETER, main
+from test_ssd import GRADIENTS, PACKED, Case, errors, given
+
+from jaxtron.kernels.mosaic import plgpu
+from jaxtron.kernels.ssd import mosaic, mosaic_chunks, mosaic_forward, mosaic_inputs, mosaic_march, mosaic_outputs
+
+KERNELS = (mosaic_forward, mosaic_march, mosaic_inputs, mosaic_outputs, mosaic_chunks)
+SHORT = Case(140, rows=1, heads=1, groups=1, width=64, size=64, dtype="bfloat16", resets=(70,))
+PLAIN = Case(256, rows=1, heads=2, groups=1, width=64, size=128, dtype="bfloat16")
+CASES = {
+    "short": SHORT,
+    "plain": PLAIN,
+    "groups, resets, padding": replace(PLAIN, length=300, heads=4, groups=2, resets=(10, 150, 151, 299)),
+    "two rows": replace(PLAIN, heads=4, rows=2, resets=PACKED),
+    "states of 64": replace(PLAIN, size=64, resets=(100,)),
+    "heads of 128": replace(PLAIN, width=128, resets=(100,)),
+    "heads of 80": replace(PLAIN, length=140, width=80, heads=1),
+    "heads of 16": replace(PLAIN, length=140, width=16, heads=1),
+    "resets at edges": replace(PLAIN, length=384, resets=(0, 127, 128, 130, 255, 383)),
+    "one position": replace(PLAIN, length=1, groups=2),
+    "slow decay": replace(PLAIN, dt=(1e-4, 1e-3)),
+    "fast decay": replace(PLAIN, dt=(0.5, 2.0)),
+    "steps of 0": replace(PLAIN, padding=100),
+}
+
+
+def errors_of(case: Case, pieces: int = 1, parts: int | None = None) -> dict[str, float]:
+    """Greatest error of each result, as a share of the greatest value."""
+    arrays = given(case).arrays
+    x, dt, A, B, C, D, initial, dy, dfinal = (
+        jnp.asarray(arrays[name]) for name in ("x", "dt", "A", "B", "C", "D", "initial", "dy", "dfinal")
+    )
+    resets = None if arrays["resets"] is None else jnp.asarray(arrays["resets"])
+    run: dict[str, Any] = {"interpret": INTERPRETER}
+    y, final, states = mosaic.forward(x, dt, A, B, C, D, initial, resets, pieces=pieces, **run)
+    gradients = mosaic.backward(x, dt, A, B, C, D, states, dy, dfinal, resets, pieces=pieces, parts=parts, **run)
+    made = {
+        "y": y,
+        "final": final,
+        **dict(zip(GRADIENTS, gradients, strict=True)),
+        "final_state": mosaic.final_state(x, dt, A, B, initial, resets, **run),
+        "gradient_summary": mosaic.gradient_summary(dt, A, C, dy, dfinal, resets, **run),
+    }
+    return errors(jax.block_until_ready(made), case)
+
+
+def planted(**wrong: Any) -> None:
+    """The kernels with other functions of Pallas', or of their own."""
+    real = {
+        (module, name): vars(module)[name] for module in KERNELS for name in ("meet", "plgpu") if name in vars(module)
+    }
+    for module, name in real:
+        if name in wrong:
+            setattr(module, name, wrong[name])
+        elif name == "plgpu":
+            module.plgpu = SimpleNamespace(**{**vars(plgpu), **wrong})
+    try:
+        errors_of(replace(PLAIN, length=384))
+    finally:
+        for (module, name), function in real.items():
+            setattr(module, name, function)
+
+
+def wait_for_the_last(count: int, *, wait_read_only: bool = False) -> None:
+    """Waits only before the kernel ends, and not before a place is filled anew."""
+    if not wait_read_only:
+        plgpu.wait_smem_to_gmem(count)
+
+
+def without_one_meeting(number: int) -> None:
+    """The forward kernel without one of its three meetings, which are traced in order."""
+    real, count = mosaic_forward.meet, [0]
+
+    def meet(meeting: Any) -> None:
+        count[0] += 1
+        if count[0] != number:
+            real(meeting)
+
+    mosaic_forward.meet = meet
+    try:
+        errors_of(replace(PLAIN, length=384))
+    finally:
+        mosaic_forward.meet = real
+
+
+RUNS: dict[str, Callable[[], Any]] = {
+    "without fences": functools.partial(planted, commit_smem=lambda: None),
+    "without waits": functools.partial(planted, wait_smem_to_gmem=wait_for_the_last),
+    "without meetings": functools.partial(planted, meet=lambda meeting: None),
+    "without the meeting before the state": functools.partial(without_one_meeting, 2),
+    "without the meeting after the state": functools.partial(without_one_meeting, 3),
+    "shared heads": functools.partial(errors_of, replace(CASES["two rows"], rows=1), parts=2),
+    "pieces": functools.partial(errors_of, replace(CASES["two rows"], length=512, heads=1), pieces=2),
+    "pieces with padding": functools.partial(errors_of, replace(CASES["two rows"], length=500, heads=1), pieces=4),
+    **{name: functools.partial(errors_of, case) for name, case in CASES.items()},
+}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:], RUNS)
