@@ -27,35 +27,29 @@ interpreted = pytest.mark.skipif(
 )
 PROGRAM = Path(__file__).with_name("interpreted_ssd.py")
 SLOW = [
-    "plain",
     "groups, resets, padding",
-    "two rows",
-    "states of 64",
-    "heads of 128",
+    "states of 64, heads of 128",
     "heads of 80",
-    "heads of 16",
     "resets at edges",
     "one position",
     "slow decay",
     "fast decay",
-    "steps of 0",
     "shared heads",
     "pieces",
-    "pieces with padding",
 ]
 # forward, march, inputs, outputs, and march as either summary
 PLANTED = {
     "without fences": [True, True, True, True, False, False],
     "without waits": [True, True, False, False, False, False],
     "without meetings": [True, True, False, False, True, True],
-    "without the meeting before the state": [True, False, False, False, False, False],
-    "without the meeting after the state": [True, False, False, False, False, False],
+    "without the meeting before the state": [True],
+    "without the meeting after the state": [True],
 }
 # products of a warpgroup on the tensor cores in each program, at N 128
 PRODUCTS = {"forward": 28, "summary": 8, "backward": 60}
 KERNELS = {"forward": 1, "summary": 1, "backward": 3}
 # bytes of registers that ptxas put aside, all kernels together: what it was on JAX 0.11.2 and CUDA 13.0
-SPILLED = {("backward", 128, False): 8, ("backward", 128, True): 20}
+SPILLED = {("backward", 128, False): 8, ("backward", 128, True): 16}
 
 
 def check_numbers(names: list[str], seconds: int) -> None:
@@ -86,8 +80,8 @@ def shapes(
     mesh: Mesh,
     *,
     rows: int = 8,
-    length: int = 1024,
-    heads: int = 16,
+    length: int = 4096,
+    heads: int = 80,
     groups: int = 1,
     width: int = 64,
     size: int = 128,
@@ -185,7 +179,7 @@ def test_backward_compiles_inside_a_manual_region_without_collectives(dumps: Pat
 
 
 def check_region(mesh: Mesh, name: str, program: Callable) -> None:
-    given = shapes(mesh, rows=16, heads=64, resets=True, spec=("data", "tensor"))
+    given = shapes(mesh, rows=16, heads=320, resets=True, spec=("data", "tensor"))
     heads = PartitionSpec("data", None, "tensor")
     state, each = PartitionSpec("data", "tensor"), PartitionSpec(("data", "tensor"))
 
@@ -223,7 +217,7 @@ def test_memory_is_linear_in_the_length() -> None:
     """Of a forward and a backward."""
     temporary = {}
     for length in (8, 32, 128):
-        given = shapes(one_gpu(), rows=1, length=length * 1024, heads=80, resets=True)
+        given = shapes(one_gpu(), rows=1, length=length * 1024, resets=True)
         compiled = jax.jit(run_both).lower({**given, "states": None}).compile()
         temporary[length] = compiled.memory_analysis().temp_size_in_bytes
     x = 1024 * 80 * 64 * 2
