@@ -164,7 +164,8 @@ def _even_lengths(
                 if last == 0
                 else (f"stack {stack + 1} of the model's {last + 1} has {plural(count, 'layer')}")
             )
-            raise UserError(f"{layers}, too few for {sizes} = {num_parts} parts; change one of them")
+            before = f" beside {leading} leading" if leading and stack == 0 else ""
+            raise UserError(f"{layers}{before}, too few for {sizes} = {num_parts} parts; change one of them")
         ends = ((config.embedding_weight + leading) * (stack == 0), config.loss_weight * (stack == last))
         lengths.append(_share_out(count, num_parts, *ends))
     return lengths

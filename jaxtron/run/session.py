@@ -37,6 +37,8 @@ class Session:
     rules: Rules
     attention: Mapping[str, Backend]
     """The backend of each kind of attention, by the pattern's symbol."""
+    choices: tuple[str, ...] = ()
+    """A line for each thing that was chosen for its steps beside attention, and why."""
     trains: bool = True
     """Whether steps are taken; one that only evaluates does not look at the settings of batches."""
 
@@ -81,14 +83,6 @@ class Session:
         """Between the layers of a state here and those of a checkpoint."""
         with self.use():
             return layer_order(self.trainer.partitions, self.blueprint)
-
-    def choices(self) -> tuple[str, ...]:
-        """A line for each choice that a step's microbatches have beside attention, and why."""
-        config = self.config
-        with self.use():
-            rows = config.train.global_batch // config.train.microbatches // self.rules.size(self.rules.batch)
-            choices, dtype = program_of(config.model).choices, DTYPES[config.train.precision]
-            return choices(config.model, dtype, rows, config.data.sequence_length)
 
     def initial_state(self) -> TrainState:
         """The state before the first step, sharded as at rest."""
@@ -137,7 +131,15 @@ def make_session(config: Configuration, devices: Sequence[Device], *, trains: bo
         config.check_model(sizes)
     attention = select_attention(config, sizes["context"], devices[0].device_kind)
     rules = make_rules(build_mesh(config.mesh, devices), config.sharding, config.context)
-    return Session(config, rules, attention, trains)
+    choices = _choices(config, rules) if trains else ()
+    return Session(config, rules, attention, choices, trains)
+
+
+def _choices(config: Configuration, rules: Rules) -> tuple[str, ...]:
+    rows = config.train.global_batch // config.train.microbatches // rules.size(rules.batch)
+    with use(rules):
+        choose = program_of(config.model).choices
+        return choose(config.model, DTYPES[config.train.precision], rows, config.data.sequence_length)
 
 
 def placed(abstract: PyTree, mesh: Mesh) -> PyTree:

@@ -52,7 +52,7 @@ def announce(run: Run) -> None:
     whole, trained = session.blueprint.num_parameters, session.blueprint.num_trained
     counts = f"{whole:,} parameters" + (f", {trained:,} of them trained," if trained < whole else "")
     print(f"{counts} on {where}, run in {run.directory}")
-    for line in (*attention_lines(session.attention), *session.choices()):
+    for line in (*attention_lines(session.attention), *session.choices):
         print(line)
     for line in run.data.notes:
         print(line)

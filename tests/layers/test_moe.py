@@ -172,6 +172,11 @@ def test_tokens_that_are_dropped_at_random_are_others_in_other_rows(rules_for: C
     assert 0 < dropped < ROWS * LENGTH * config.top_k
 
 
+def test_an_expert_takes_no_more_than_a_sequence_has() -> None:
+    assert capacity(MoeConfig(capacity_factor=1.25), LENGTH) == 4
+    assert capacity(MoeConfig(capacity_factor=1e30), LENGTH) == LENGTH
+
+
 def test_jitter_moves_the_choice_and_keeps_the_tokens(rules_for: Callable, in_region: Callable) -> None:
     x = np.random.default_rng(0).standard_normal((ROWS, LENGTH, WIDTH), np.float32)
     with use(rules_for(data=1)):

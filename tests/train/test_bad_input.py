@@ -81,6 +81,62 @@ def test_settings(flags: str, message: str, tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+EXPERTS = "--model.pattern *E --model.bias false --model.mlp_size 32 "
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model.bias true", "model.bias true: experts have no biases; set --model.bias false"),
+        ("--model.pattern *-", "has no effect with model.pattern *-: leave it out, or add mixture of experts (E) to"),
+        ("--moe.top_k 2", "unknown setting moe.top_k (--moe.top_k); did you mean model.moe.top_k?"),
+        ("--model.moe.top_k 9", "model.moe.top_k 9 is more than model.moe.num_experts 8; change one of them"),
+        ("--model.moe.jitter 2", "model.moe.jitter: must be less than 1, got 2"),
+        ("--model.moe.capacity_factor 1e39", "model.moe.capacity_factor: must be below 3.4e+38"),
+        ("--model.moe.groups 3", "model.moe.num_experts 8 is not a multiple of model.moe.groups 3; change one"),
+        ("--model.moe.top_groups 2", "model.moe.top_groups 2 is more than model.moe.groups 1; change one of them"),
+        (
+            "--model.moe.groups 8",
+            "model.moe.top_k 2 is more than the 1 expert in model.moe.top_groups 1 of model.moe.groups 8; change one",
+        ),
+        (
+            "--model.moe.groups 8 --model.moe.top_k 1 --model.moe.group_score two_largest",
+            "needs groups of two experts: model.moe.groups 8 have one each of model.moe.num_experts 8; lower",
+        ),
+        ("--model.moe.exchange capacity", "needs model.moe.capacity_factor: set it, or --model.moe.exchange rounds"),
+        ("--model.moe.drop random", "model.moe.drop random has no effect with model.moe.capacity_factor none: leave"),
+        (
+            "--model.moe.balance 0 --model.moe.balance_over global",
+            "model.moe.balance_over global has no effect with model.moe.balance 0: leave it out",
+        ),
+        (
+            "--model.moe.balance_over step",
+            "model.moe.balance_over: expected sequence | microbatch | global, got 'step'",
+        ),
+        ("--model.moe.implementation xla", "model.moe.implementation xla has no effect with model.moe.buckets expert"),
+        ("--model.moe.leading_dense 1", "must be left with its experts; lower it, or add layers"),
+        (
+            "--model.moe.leading_dense 1 --model.num_layers 2 --mesh.pipe 2",
+            "the model has 1 layer beside 1 leading, too few for mesh.pipe 2 x pipeline.chunks 1 = 2 parts",
+        ),
+        ("--mesh.expert 3", "model.moe.num_experts 8 is not a multiple of mesh.expert 3; change one of them"),
+        (
+            "--mesh.expert 8 --mesh.expert_tensor 2",
+            "mesh.expert 8 x mesh.expert_tensor 2 needs a multiple of 16 devices in a stage, there are 8 (mesh.data 8)",
+        ),
+        ("--mesh.expert_tensor 3", "model.mlp_size 32 is not a multiple of mesh.expert_tensor 3; change one of them"),
+        (
+            "--model.moe.buckets device --model.moe.implementation mosaic",
+            "model.moe.implementation mosaic cannot: its kernels are for Hopper GPUs, not cpu; use auto",
+        ),
+    ],
+)
+def test_experts(flags: str, message: str, tmp_path: Path):
+    words = [*EXPERTS.split(), "--model.moe.scaling", "2"]
+    assert_one_line(run_here(*small(tmp_path), *words, *flags.split()), message)
+    assert not (tmp_path / "run").exists()
+
+
 PIPE = "--mesh.pipe 2 --mesh.data 4 --model.num_layers 4 --train.global_batch 16 --train.microbatches 4 "
 
 

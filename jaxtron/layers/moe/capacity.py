@@ -15,9 +15,9 @@ TOKENS = ("batch", "seq", None)
 
 
 def capacity(config: MoeConfig, length: int) -> int:
-    """Tokens of a sequence of so many that an expert takes."""
+    """Tokens of a sequence of so many that an expert takes: all of them at most."""
     assert config.capacity_factor is not None
-    return math.ceil(length * config.top_k * config.capacity_factor / config.num_experts)
+    return min(length, math.ceil(length * config.top_k * config.capacity_factor / config.num_experts))
 
 
 def drop_excess(

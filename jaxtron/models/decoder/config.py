@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn
 
 from pydantic import Field, model_validator
 
-from jaxtron.config import NoEffect, UserError
+from jaxtron.config import NoEffect, UserError, format_value
 from jaxtron.layers.config import RotaryConfig
 from jaxtron.models.decoder.kinds import KINDS, LayerKind, check_multiple
 from jaxtron.models.decoder.pattern import Pattern, dense_first, parse
@@ -54,8 +54,8 @@ class ModelConfig(DecoderSettings):
         if (self.attention.window is not None) != any(kind.attends == "window" for kind in self.kinds):
             windows = " or ".join(kind.symbol for kind in KINDS.values() if kind.attends == "window")
             raise ValueError(
-                f"model.attention.window {self.attention.window} and model.pattern {self.pattern!r} do not agree: "
-                f"layers with a window are {windows}"
+                f"model.attention.window {format_value(self.attention.window)} and model.pattern {self.pattern!r} do "
+                f"not agree: layers with a window are {windows}"
             )
         for kind in self.kinds:
             kind.validate(self)

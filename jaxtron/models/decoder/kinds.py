@@ -13,6 +13,7 @@ from jaxtron.config import NoEffect, UserError
 from jaxtron.layers.config import GATED
 from jaxtron.models.decoder.settings import DecoderSettings
 from jaxtron.sharding.config import ContextConfig
+from jaxtron.words import plural
 
 
 class HeadSizes(NamedTuple):
@@ -251,11 +252,15 @@ def _moe_flops(settings: DecoderSettings, length: int) -> dict[str, int]:
 def _validate_moe(settings: DecoderSettings) -> None:
     moe = settings.moe
     if moe.top_k > moe.num_experts:
-        raise UserError(f"model.moe.top_k {moe.top_k} is more than model.moe.num_experts {moe.num_experts}")
+        raise UserError(
+            f"model.moe.top_k {moe.top_k} is more than model.moe.num_experts {moe.num_experts}; change one of them"
+        )
     if settings.bias:
         raise UserError("model.bias true: experts have no biases; set --model.bias false")
     if moe.groups == 1 and moe.top_groups > 1 or moe.top_groups > moe.groups:
-        raise UserError(f"model.moe.top_groups {moe.top_groups} is more than model.moe.groups {moe.groups}")
+        raise UserError(
+            f"model.moe.top_groups {moe.top_groups} is more than model.moe.groups {moe.groups}; change one of them"
+        )
     if moe.num_experts % moe.groups:
         raise UserError(
             f"model.moe.num_experts {moe.num_experts} is not a multiple of model.moe.groups {moe.groups}; change one"
@@ -263,13 +268,18 @@ def _validate_moe(settings: DecoderSettings) -> None:
     reachable = moe.num_experts // moe.groups * moe.top_groups
     if moe.groups > 1 and moe.top_k > reachable:
         raise UserError(
-            f"model.moe.top_k {moe.top_k} is more than the {reachable} experts of model.moe.top_groups "
-            f"{moe.top_groups} groups; change one of them"
+            f"model.moe.top_k {moe.top_k} is more than the {plural(reachable, 'expert')} in model.moe.top_groups "
+            f"{moe.top_groups} of model.moe.groups {moe.groups}; change one of them"
         )
     if moe.groups > 1 and moe.group_score == "two_largest" and moe.num_experts == moe.groups:
-        raise UserError("model.moe.group_score two_largest needs groups of two experts or more: lower model.moe.groups")
+        raise UserError(
+            f"model.moe.group_score two_largest needs groups of two experts: model.moe.groups {moe.groups} have one "
+            f"each of model.moe.num_experts {moe.num_experts}; lower model.moe.groups"
+        )
     if moe.exchange == "capacity" and moe.capacity_factor is None:
-        raise UserError("model.moe.exchange capacity needs model.moe.capacity_factor: set it, or use rounds")
+        raise UserError(
+            "model.moe.exchange capacity needs model.moe.capacity_factor: set it, or --model.moe.exchange rounds"
+        )
     ignored = {
         "renormalize": moe.scores == "topk_softmax" and {"model.moe.scores": moe.scores},
         "group_score": moe.groups == 1 and {"model.moe.groups": 1},

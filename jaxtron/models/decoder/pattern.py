@@ -91,7 +91,10 @@ def dense_first(pattern: Pattern, count: int) -> Pattern:
     if count % here:
         raise UserError(f"{name} is not a multiple of {here}, the layers with experts in a period of model.pattern")
     if count > most:
-        raise UserError(f"{name} is more than {most}: a period of model.pattern must be left with its experts")
+        raise UserError(
+            f"{name} is more than {most}: a period of model.pattern must be left with its experts; lower it, or add "
+            "layers"
+        )
     periods = count // here
     dense = tuple(
         tuple(MLP.symbol if symbol == MOE.symbol else symbol for symbol in branch) for branch in pattern.period

@@ -69,7 +69,7 @@ def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: i
     return Rehearsal(
         session=session,
         attention=attention_lines(session.attention),
-        choices=session.choices(),
+        choices=session.choices,
         gpu=gpu_named(gpu),
         gpus_per_node=gpus_per_node,
         collectives=collectives,
