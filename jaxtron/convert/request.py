@@ -14,7 +14,15 @@ USAGE = f"{PROGRAM} upcycle RUN_DIRECTORY --output DIRECTORY [--flag value ...]"
 # what a mixture's model may be told; all else of it is the checkpoint's or follows from the flags
 MODEL_SETTINGS = (*(f"model.{name}" for name in ModelConfig.FREE.split()), "model.moe.bias_rate")
 ORDERS = ("softmax", "topk_softmax")
-TAKEN = {"run.directory": "--output", "checkpoint.resume": None, "train.trainable": None}
+TAKEN = {
+    "run.directory": "--output",
+    "model.moe.num_experts": "--experts",
+    "model.moe.expert_size": "--granularity",
+    "model.moe.top_k": "--top_k",
+    "model.moe.scores": "--scores",
+    "checkpoint.resume": None,
+    "train.trainable": None,
+}
 
 
 @dataclass(frozen=True)

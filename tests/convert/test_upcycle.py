@@ -207,6 +207,7 @@ def a_config(folder: Path, *flags: str) -> Path:
         (("--model.bias=false",), "--granularity 4 --top_k 6", "--top_k 6 is not a multiple of --granularity 4"),
         (("--model.bias=false",), "--experts 2 --top_k 4", "--top_k 4 is more than the 2 experts of --experts 2"),
         (("--model.bias=false",), "--model.hidden_size 64", "--model.hidden_size is not for this command: leave it"),
+        (("--model.bias=false",), "--model.moe.top_k 2", "--model.moe.top_k is not for this command: give --top_k"),
         (("--model.bias=false",), "--run.directory x", "--run.directory is not for this command: give --output"),
         (("--model.bias=false",), "--router_std 0", "--router_std: '0' must be a number above 0"),
         (("--model.bias=false", "--model.pattern=*E"), "", "only a model with MLPs (-) and no experts (E)"),
