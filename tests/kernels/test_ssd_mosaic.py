@@ -152,7 +152,9 @@ def check_program(dumps: Path, program: str, size: int, *, resets: bool) -> None
         [file.read_text() for file in sorted(dumps.glob(f"*{suffix}"))]
         for suffix in (".ptx", ".ptxas", "resources.txt")
     )
-    assert len(ptx) == len(said) == len(resources) == KERNELS[program]
+    assert len(ptx) == len(said) == KERNELS[program]
+    # JAX before 0.11 does not say how much shared memory it takes
+    assert len(resources) == (KERNELS[program] if jax.__version_info__ >= (0, 11) else 0)
     # ptxas may report a kernel twice
     spilled = [re.findall(r"(\d+) bytes spill stores", text)[-1] for text in said]
     assert sum(map(int, spilled)) <= SPILLED.get((program, size, resets), 0), spilled

@@ -259,7 +259,7 @@ def parts_of(x: Operand, B: Operand) -> int:
 def _states_between(left: Array, added: Array, first: Array, *, reverse: bool) -> tuple[Array, Array]:
     """The states that enter the pieces of each row [B * pieces, H, N, P], and the one after the last."""
 
-    def step(state: Array, piece: tuple[Array, Array]) -> tuple[Array, Array]:
+    def step(state: Array, piece: tuple[Array, ...]) -> tuple[Array, Array]:
         left, added = piece
         return left[..., None, None] * state + added, state
 

@@ -1,5 +1,7 @@
 """State-space duality as its definition says, position after position in float32: what the others are held to."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -40,7 +42,7 @@ def backward(
     resets: Bool[Array, "B S"] | None,
 ) -> tuple[Array, Array, Array, Array, Array, Array, Array]:
     """The recurrence, differentiated."""
-    _, pull = jax.vjp(lambda *given: _recurrence(*given, resets), x, dt, A, B, C, D, states[:, 0])
+    _, pull = jax.vjp(functools.partial(_recurrence, resets=resets), x, dt, A, B, C, D, states[:, 0])
     return pull((dy, dfinal))
 
 
@@ -66,7 +68,7 @@ def gradient_summary(
 ) -> Float[Array, "B H N P"]:
     """What is asked of the state before each position, the last position first."""
 
-    def step(asked: Array, position: tuple[Array, Array, Array]) -> tuple[Array, None]:
+    def step(asked: Array, position: tuple[Array, ...]) -> tuple[Array, None]:
         left, c, dy = position
         asked = asked + jnp.einsum("bhn,bhp->bhnp", c, dy)
         return asked * left[..., None, None], None
@@ -80,7 +82,7 @@ def _recurrence(
 ) -> tuple[Array, Array]:
     """y and the final state."""
 
-    def step(state: Array, position: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+    def step(state: Array, position: tuple[Array, ...]) -> tuple[Array, Array]:
         left, added, b, c = position
         state = state * left[..., None, None] + jnp.einsum("bhn,bhp->bhnp", b, added)
         return state, jnp.einsum("bhn,bhnp->bhp", c, state)

@@ -67,8 +67,8 @@ def backward(
             return _outputs(A, D, state, _Chunk(x, dt, B, C, chunk.resets))
 
         _, pull = jax.vjp(outputs, A, D, state, chunk.x, chunk.dt, chunk.B, chunk.C)
-        here_A, here_D, dstate, *gradients = pull((dy, dstate))
-        return (dstate, dA + here_A, dD + here_D), _Chunk(*gradients, None)
+        here_A, here_D, dstate, dx, ddt, dB, dC = pull((dy, dstate))
+        return (dstate, dA + here_A, dD + here_D), _Chunk(dx, ddt, dB, dC, None)
 
     carry = (dfinal, jnp.zeros_like(A), jnp.zeros_like(D))
     given = (jnp.moveaxis(states, 1, 0), _cut(dy), _cut(_Chunk(x, dt, B, C, resets)))
