@@ -183,6 +183,7 @@ class _Executor:
         works = (lowered.forward, lowered.backward, lowered.weight)
         return (
             tuple(jax.tree.map(lambda table: part(table, 0), work) for work in works),
+            part(lowered.paired, 0),
             tuple(part(channel.slots, lowered.num_inputs) for channel in lowered.inputs),
             tuple(part(channel.slots, lowered.num_cotangents) for channel in lowered.cotangents),
         )
@@ -225,16 +226,19 @@ class _Executor:
 
     def tick(self, state: ExecutorState, rows: PyTree, ticks: TickLoop, phase: int) -> ExecutorState:
         """One tick: a row of each table, at this phase of the loop's iterations."""
-        (forward, backward, weight), arrivals, cotangent_arrivals = rows
+        (forward, backward, weight), paired, arrivals, cotangent_arrivals = rows
         lowered = self.lowered
         messages = self._travel(lowered.cotangents, ticks.cotangents[phase], state.sent)
         y = cotangent = None
-        if self._has_any(lowered.forward, ticks, phase):
+        is_paired = bool(lowered.paired[ticks.start + phase : ticks.stop : ticks.period].any())
+        if not is_paired and self._has_any(lowered.forward, ticks, phase):
             state, y = self._run(self._forward, lowered.forward, forward, state)
         for message, slot in zip(messages, cotangent_arrivals, strict=True):
             state = replace(state, cotangents=_receive(state.cotangents, message, slot))
+        if is_paired:
+            state, y, cotangent = self._pair(state, paired, forward, backward)
         messages = self._travel(lowered.inputs, ticks.inputs[phase], y)
-        if self._has_any(lowered.backward, ticks, phase):
+        if not is_paired and self._has_any(lowered.backward, ticks, phase):
             state, cotangent = self._run(self._backward, lowered.backward, backward, state)
         if lowered.cotangents:
             state = replace(state, sent=buffers.zeros(self.stream) if cotangent is None else cotangent)
@@ -265,16 +269,36 @@ class _Executor:
 
         return jax.lax.cond(row.active, lambda state: work(state, row), nothing, state)
 
+    def _pair(
+        self, state: ExecutorState, paired: Array, forward: WorkTable[Array], backward: WorkTable[Array]
+    ) -> tuple[ExecutorState, Stream, Stream]:
+        """A tick's forward and backward: together where the table says so, else one after the other."""
+
+        def together(state: ExecutorState) -> tuple[ExecutorState, Stream, Stream]:
+            ahead, back = self._microbatch(forward), self._microbatch(backward)
+            ((stack, length),) = self.variants
+            works = tuple(
+                ChunkWork(row.chunk * self.stages.partitions[stack].slots_per_chunk, length, row.residual, row.deferred)
+                for row in (forward, backward)
+            )
+            streams = (self._entered(state, forward, ahead), buffers.read(state.cotangents, backward.cotangent))
+            shared = (self._shared(ahead)[stack], self._shared(back)[stack])
+            y, entered, held = self.loops[stack].both(self.prepared[stack], works, streams, shared, state.stacks[stack])
+            state = self._scored(replace(state, stacks=_put(state.stacks, stack, held)), forward, ahead, y)
+            state, cotangent = self._back_from(state, backward, back, entered)
+            return state, y, cotangent
+
+        def in_turn(state: ExecutorState) -> tuple[ExecutorState, Stream, Stream]:
+            state, y = self._run(self._forward, self.lowered.forward, forward, state)
+            state, cotangent = self._run(self._backward, self.lowered.backward, backward, state)
+            return state, y, cotangent
+
+        return jax.lax.cond(paired, together, in_turn, state)
+
     def _forward(self, state: ExecutorState, row: WorkTable[Array]) -> tuple[ExecutorState, Stream]:
         """What enters the chunk, its layers, and on the last virtual stage head and loss with their gradient."""
         microbatch = self._microbatch(row)
-        shared = self._shared(microbatch)
-
-        def enter(stack: int, state: ExecutorState) -> Stream:
-            received = None if stack == 0 else buffers.read(state.inputs, row.input)
-            return received if stack < 0 else self._enter(stack, self.outer, received, microbatch)
-
-        entered = self._by_enters(row, enter, state)
+        shared, entered = self._shared(microbatch), self._entered(state, row, microbatch)
 
         def layers(stack: int, work: ChunkWork) -> tuple[Stream, tuple[StackBuffers, ...]]:
             loop, held = self.loops[stack], state.stacks[stack]
@@ -285,11 +309,23 @@ class _Executor:
             return y, _put(state.stacks, stack, held)
 
         y, stacks = self._by_chunk(row, layers)
-        state = replace(state, stacks=stacks)
+        return self._scored(replace(state, stacks=stacks), row, microbatch, y), y
+
+    def _entered(self, state: ExecutorState, row: WorkTable[Array], microbatch: Microbatch) -> Stream:
+        """What enters the chunk."""
+
+        def enter(stack: int, state: ExecutorState) -> Stream:
+            received = None if stack == 0 else buffers.read(state.inputs, row.input)
+            return received if stack < 0 else self._enter(stack, self.outer, received, microbatch)
+
+        return self._by_enters(row, enter, state)
+
+    def _scored(self, state: ExecutorState, row: WorkTable[Array], microbatch: Microbatch, y: Stream) -> ExecutorState:
+        """With head and loss on the last virtual stage."""
         head = partial(self._head, y=y, microbatch=microbatch, slot=row.cotangent)
         if isinstance(row.is_last, int):
-            return (head(state) if row.is_last else state), y
-        return jax.lax.cond(row.is_last, head, lambda state: state, state), y
+            return head(state) if row.is_last else state
+        return jax.lax.cond(row.is_last, head, lambda state: state, state)
 
     def _head(self, state: ExecutorState, *, y: Stream, microbatch: Microbatch, slot: Array) -> ExecutorState:
         """Loss and, when training, its gradient at once, left where the backward finds it."""
@@ -317,7 +353,12 @@ class _Executor:
             return entered, _put(state.stacks, stack, held)
 
         entered, stacks = self._by_chunk(row, layers)
-        state = replace(state, stacks=stacks)
+        return self._back_from(replace(state, stacks=stacks), row, microbatch, entered)
+
+    def _back_from(
+        self, state: ExecutorState, row: WorkTable[Array], microbatch: Microbatch, entered: Stream
+    ) -> tuple[ExecutorState, Stream]:
+        """From the cotangent of the chunk's first layer to that of what entered it."""
 
         def enter(stack: int, accumulators: PyTree) -> tuple[PyTree, Stream]:
             if stack < 0:

@@ -43,6 +43,11 @@ class StackBuffers(NamedTuple):
     """The layers' float32 metrics so far: [layer slot, ...]."""
 
 
+# of a forward: the stream, residuals and metrics; of a backward: the cotangent, sums of gradients, what is deferred
+ForwardCarry = tuple[Stream, PyTree, PyTree]
+BackwardCarry = tuple[Stream, PyTree, PyTree]
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("loss", "residuals", "deferred", "metrics"),
@@ -139,13 +144,8 @@ class LayerLoop:
     ) -> tuple[Stream, StackBuffers]:
         """As `evaluate`, with each layer's residuals written to the work's slot."""
 
-        def body(carry: tuple[Stream, PyTree, PyTree], index: Array) -> tuple[tuple[Stream, PyTree, PyTree], None]:
-            stream, residuals, metrics = carry
-            so_far = () if self.recall is None else buffers.read(metrics, work.first + index)
-            output, stored, pullback = self._differentiate(work.first + index, stream, shared, so_far)
-            assert prepared.pullback is not None and pullback.sources == prepared.pullback.sources
-            residuals = buffers.write(residuals, stored, work.residual, index)
-            return (output.stream, residuals, buffers.add_at(metrics, output.metrics, work.first + index)), None
+        def body(carry: ForwardCarry, index: Array) -> tuple[ForwardCarry, None]:
+            return self._forward_layer(prepared, work, shared, carry, index), None
 
         stream, residuals, metrics = self._scan(body, (stream, held.residuals, held.metrics), work.length)
         return stream, held._replace(residuals=residuals, metrics=metrics)
@@ -158,29 +158,76 @@ class LayerLoop:
         Where the layer is prepared in two parts, without the products of weight gradients: their operands are kept.
         """
 
-        def body(carry: tuple[Stream, PyTree, PyTree], index: Array) -> tuple[tuple[Stream, PyTree, PyTree], None]:
-            cotangent, accumulators, deferred = carry
-            slot = work.first + index
-            inputs = (buffers.read(held.residuals, work.residual, index), cotangent)
-            given = self._given(slot, shared)
-            if prepared.split is None:
-                outputs = _pull(prepared, inputs, given)
-                wanted = [True] * len(self._is_deferred())
-            else:
-                outputs, kept = prepared.split.input_grads(inputs, given)
-                deferred = buffers.write(deferred, kept, work.deferred, index)
-                wanted = [not later for later in self._is_deferred()]
-            num_grads = sum(wanted)
-            accumulators = _add_some(accumulators, outputs[:num_grads], wanted, slot)
-            return (
-                jax.tree.unflatten(jax.tree.structure(cotangent), outputs[num_grads:]),
-                accumulators,
-                deferred,
-            ), None
+        def body(carry: BackwardCarry, index: Array) -> tuple[BackwardCarry, None]:
+            kept = buffers.read(held.residuals, work.residual, index)
+            return self._backward_layer(prepared, work, shared, carry, index, kept), None
 
         carry = (cotangent, held.grad_accumulators, held.deferred)
         cotangent, accumulators, deferred = self._scan(body, carry, work.length, reverse=True)
         return cotangent, held._replace(grad_accumulators=accumulators, deferred=deferred)
+
+    def both(
+        self,
+        prepared: PreparedLayer,
+        works: tuple[ChunkWork, ChunkWork],
+        streams: tuple[Stream, Stream],
+        shared: tuple[PyTree, PyTree],
+        held: StackBuffers,
+    ) -> tuple[Stream, Stream, StackBuffers]:
+        """`forward` of one microbatch and `backward` of another through as many layers, a layer of each at a time.
+
+        Neither waits for the other, so that what one communicates can travel while the other computes.
+        """
+        ahead, back = works
+        assert ahead.length == back.length
+
+        def body(carry: tuple[ForwardCarry, BackwardCarry], index: Array) -> tuple[PyTree, None]:
+            (stream, residuals, metrics), of_backward = carry
+            place = back.length - 1 - index
+            # read before the forward writes to another slot of the same buffer, which needs no copy then
+            residuals, kept = jax.lax.optimization_barrier((residuals, buffers.read(residuals, back.residual, place)))
+            of_forward = self._forward_layer(prepared, ahead, shared[0], (stream, residuals, metrics), index)
+            return (of_forward, self._backward_layer(prepared, back, shared[1], of_backward, place, kept)), None
+
+        carry = (
+            (streams[0], held.residuals, held.metrics),
+            (streams[1], held.grad_accumulators, held.deferred),
+        )
+        (stream, residuals, metrics), (cotangent, sums, deferred) = self._scan(body, carry, ahead.length)
+        return stream, cotangent, StackBuffers(residuals, deferred, sums, metrics)
+
+    def _forward_layer(
+        self, prepared: PreparedLayer, work: ChunkWork, shared: PyTree, carry: ForwardCarry, index: Array
+    ) -> ForwardCarry:
+        stream, residuals, metrics = carry
+        so_far = () if self.recall is None else buffers.read(metrics, work.first + index)
+        output, stored, pullback = self._differentiate(work.first + index, stream, shared, so_far)
+        assert prepared.pullback is not None and pullback.sources == prepared.pullback.sources
+        residuals = buffers.write(residuals, stored, work.residual, index)
+        return output.stream, residuals, buffers.add_at(metrics, output.metrics, work.first + index)
+
+    def _backward_layer(
+        self,
+        prepared: PreparedLayer,
+        work: ChunkWork,
+        shared: PyTree,
+        carry: BackwardCarry,
+        index: Array,
+        residuals: list[Array],
+    ) -> BackwardCarry:
+        cotangent, accumulators, deferred = carry
+        slot = work.first + index
+        inputs, given = (residuals, cotangent), self._given(slot, shared)
+        if prepared.split is None:
+            outputs = _pull(prepared, inputs, given)
+            wanted = [True] * len(self._is_deferred())
+        else:
+            outputs, kept = prepared.split.input_grads(inputs, given)
+            deferred = buffers.write(deferred, kept, work.deferred, index)
+            wanted = [not later for later in self._is_deferred()]
+        num_grads = sum(wanted)
+        accumulators = _add_some(accumulators, outputs[:num_grads], wanted, slot)
+        return jax.tree.unflatten(jax.tree.structure(cotangent), outputs[num_grads:]), accumulators, deferred
 
     def weight_grads(
         self, prepared: PreparedLayer, work: ChunkWork, shared: PyTree, held: StackBuffers

@@ -95,6 +95,8 @@ class LoweredSchedule:
     forward: WorkTable[IntTable]
     backward: WorkTable[IntTable]
     weight: WorkTable[IntTable]
+    paired: IntTable
+    """Where a forward and a backward run together: 1, and 0 elsewhere."""
     inputs: tuple[Channel, ...]
     """They arrive at the end of the tick that sent them."""
     cotangents: tuple[Channel, ...]
@@ -128,6 +130,7 @@ def lower(schedule: Schedule, stack_chunks: tuple[int, ...] | None = None) -> Lo
         forward=_work_table(schedule, stacks, "forward", slots),
         backward=_work_table(schedule, stacks, "backward", slots),
         weight=_work_table(schedule, stacks, "weight", slots),
+        paired=_paired(schedule),
         inputs=_channels(schedule, forward, slots["input"], spare=num_inputs, step=1, delay=0),
         cotangents=_channels(schedule, backward, slots["cotangent"], spare=num_cotangents, step=-1, delay=1),
         num_inputs=num_inputs,
@@ -222,6 +225,14 @@ def _work_table(
         for name, value in values.items():
             tables[name][tick, stage] = value
     return WorkTable(**tables)
+
+
+def _paired(schedule: Schedule) -> IntTable:
+    """Of a schedule that overlaps, where a stage has a pair."""
+    table = _zeros(schedule)
+    if schedule.overlap:
+        table[:] = [[entry.is_pair for entry in row] for row in schedule.table]
+    return table
 
 
 def _channels(

@@ -4,6 +4,7 @@ import difflib
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from jaxtron.run.run_config import RunConfig
 from jaxtron.runtime.config import RuntimeConfig
 from jaxtron.sharding.config import ContextConfig, MeshConfig, ShardingConfig
 from jaxtron.sharding.folding import BATCH_FLAGS
+from jaxtron.words import either, plural
 
 # a thousand times the largest models and batches there are
 PARAMETERS_MOST, TOKENS_MOST = 10**15, 10**12
@@ -184,7 +186,8 @@ class Configuration(Config):
             hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(SCHEDULES)}, or a .csv table"
             raise UserError(f"no pipeline.schedule {name!r}; {hint}")
         try:
-            return make_schedule(name, num_stages, count, chunks, len(self.family.stacks(self.model)))
+            made = make_schedule(name, num_stages, count, chunks, len(self.family.stacks(self.model)))
+            return replace(made, overlap=True) if self.pipeline.overlap else made
         except UserError as error:
             if name.endswith(".csv"):
                 raise UserError(f"pipeline.schedule: {error}") from None
@@ -210,7 +213,24 @@ class Configuration(Config):
                 )
             pipeline = pipeline.model_copy(update={"stage_layers": cuts.layers})
         schedule = self.schedule(num_stages, num_microbatches)
-        return stage_plan(layers, schedule, pipeline, self.family.leading(self.model))
+        found = stage_plan(layers, schedule, pipeline, self.family.leading(self.model))
+        if pipeline.overlap and num_microbatches in (None, self.train.microbatches):
+            self._check_overlap(schedule, found)
+        return found
+
+    def _check_overlap(self, schedule: Schedule, stages: StagePlan) -> None:
+        """`UserError` where a forward and a backward cannot go through their layers together, or never do."""
+        if not any(entry.is_pair for row in schedule.table for entry in row):
+            pairs = "eager_1f1b, eager_interleaved or dualpipe_v"
+            choice = {"pipeline.schedule": self.pipeline.schedule}
+            raise NoEffect("pipeline.overlap", True, choice, f"leave it out, or use {pairs}")
+        lengths = sorted({length for part in stages.partitions for length in part.lengths})
+        if len(lengths) > 1 or len(stages.partitions) > 1:
+            have = f"{plural(len(stages.partitions), 'stack')} with {either(list(map(str, lengths)))} layers in a part"
+            raise UserError(
+                f"pipeline.overlap true needs one stack with as many layers in each part, not {have}; leave it out, or "
+                f"share layers out evenly"
+            )
 
     def check_mesh(self, sizes: dict[str, int]) -> None:
         """`UserError` where batch, sequence, layers, vocabulary or stages do not fit a mesh of these sizes by flag."""

@@ -58,7 +58,7 @@ CHANGES: dict[str, dict[str, str]] = {
     },
     "mesh": {FREE: "data fsdp tensor pipe context expert expert_tensor"},
     "context": {FREE: "method inner"},
-    "pipeline": {FREE: "schedule chunks stage_layers embedding_weight loss_weight"},
+    "pipeline": {FREE: "schedule chunks stage_layers overlap embedding_weight loss_weight"},
     "sharding": {FREE: "zero"},
     "checkpoint": {FREE: "every keep asynchronous", HERE: "resume"},
     "run": {FREE: "log_every print_seconds trackers wandb_project profile_steps", HERE: "directory"},

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.executor import Result, run
 from jaxtron.pipeline.layer_slots import arrange, restore
+from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.model import HeadOutput, LayerOutput, Model, Parameters, Stack
 from jaxtron.pipeline.partition import Partition, StagePlan, forward_only, stage_plan
 from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
@@ -174,6 +175,21 @@ def test_every_schedule_is_plain_differentiation(rules_for, name):
     assert set(np.flatnonzero(found.sums["rows"])) == {last}
     assert set(np.flatnonzero(found.gradients.outer["head"].any((1, 2)))) == {last}
     assert set(np.flatnonzero(found.gradients.outer["embedding"].any((1, 2)))) == {first, last}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["eager_1f1b", *(pytest.param(name, marks=pytest.mark.slow) for name in ("eager_interleaved", "dualpipe_v"))],
+)
+def test_a_forward_and_a_backward_together_sum_to_the_same(rules_for, name):
+    num_stages, num_microbatches, num_chunks = sizes(name)
+    num_chunks = 2 if "interleaved" in name else num_chunks
+    schedule = replace(make_schedule(name, num_stages, num_microbatches, num_chunks), overlap=True)
+    num_layers = 2 * num_stages * num_chunks
+    params, batch, expected = toy(num_layers, num_microbatches)
+    stages = stage_plan((num_layers,), schedule, PipelineConfig())
+    assert lower(schedule).paired.any()
+    assert_same(on_stages(rules_for(pipe=num_stages), schedule, stages, TOY, params, batch), expected)
 
 
 @pytest.mark.parametrize(

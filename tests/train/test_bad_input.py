@@ -174,6 +174,14 @@ PIPE = "--mesh.pipe 2 --mesh.data 4 --model.num_layers 4 --train.global_batch 16
             + "--train.batch_ramp.increment 4 --train.batch_ramp.samples 9",
             "train.batch_ramp has batches of 2 microbatches",
         ),
+        (
+            PIPE + "--pipeline.overlap true",
+            "pipeline.overlap true has no effect with pipeline.schedule 1f1b: leave it out",
+        ),
+        (
+            PIPE + "--pipeline.schedule eager_1f1b --pipeline.overlap true --pipeline.stage_layers 1 3",
+            "pipeline.overlap true needs one stack with as many layers in each part, not 1 stack with 1 or 3 layers",
+        ),
         (PIPE + "--pipeline.schedule nowhere.csv", "cannot read the schedule nowhere.csv"),
         (
             PIPE + "--model.num_layers 1 --model.pattern *-|*-|*-",

@@ -37,6 +37,7 @@ class Case(NamedTuple):
     schedule: str = "1f1b"
     chunks: int = 1
     recompute: Any = "none"
+    overlap: bool = False
     travel: Any = {}
     """Settings of how tokens get to experts."""
 
@@ -79,10 +80,22 @@ OTHERS = (
         chunks=2,
         recompute="full",
     ),
-    Case({"pipe": 2, "tensor": 2, "data": 2, "expert": 2}, microbatches=4, schedule="eager_1f1b"),
+    Case(
+        {"pipe": 2, "tensor": 2, "data": 2, "expert": 2},
+        microbatches=4,
+        schedule="eager_1f1b",
+        overlap=True,
+        zero="parameters",
+    ),
     Case({"pipe": 2, "data": 4, "expert": 4}, microbatches=4, schedule="interleaved", chunks=2),
     Case({"pipe": 2, "fsdp": 2, "tensor": 2, "expert": 4}, microbatches=4, schedule="zero_bubble_v", chunks=2),
-    Case({"pipe": 2, "data": 2, "context": 2, "expert": 4}, microbatches=4, schedule="dualpipe_v", chunks=2),
+    Case(
+        {"pipe": 2, "data": 2, "context": 2, "expert": 4},
+        microbatches=4,
+        schedule="dualpipe_v",
+        chunks=2,
+        overlap=True,
+    ),
     Case({"data": 4, "tensor": 2, "expert": 4}, "by probability"),
     Case({"pipe": 2, "data": 2, "tensor": 2, "expert": 4}, "by probability", microbatches=4),
     Case({"data": 2, "context": 2, "expert": 4}, "by position"),
@@ -119,7 +132,9 @@ def one_device(routing: str, microbatches: int) -> Result:
 
 @pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=SLOW) for case in OTHERS)], ids=str)
 def test_loss_and_every_gradient_equal_one_device(case: Case) -> None:
-    pipeline = PipelineConfig(schedule=case.schedule, chunks=case.chunks) if "pipe" in case.mesh else PipelineConfig()
+    pipeline = PipelineConfig()
+    if "pipe" in case.mesh:
+        pipeline = PipelineConfig(schedule=case.schedule, chunks=case.chunks, overlap=case.overlap)
     settings = model(case.routing, case.travel, case.recompute)
     found = loss_and_gradients(settings, case.mesh, case.zero, case.microbatches, pipeline)
     expected = one_device(case.routing, case.microbatches if "balance_over" in ROUTING[case.routing] else 1)

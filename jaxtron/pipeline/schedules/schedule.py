@@ -33,6 +33,14 @@ class Entry:
         """Whether nothing runs."""
         return self.forward is None and self.backward is None and self.weight is None
 
+    @property
+    def is_pair(self) -> bool:
+        """Whether there are a forward and a backward, of which neither waits for the other.
+
+        The last virtual stage's forward makes the cotangent of its own backward.
+        """
+        return self.forward is not None and self.backward is not None and self.forward != self.backward
+
 
 IDLE = Entry()
 
@@ -50,6 +58,8 @@ class Schedule:
     num_microbatches: int
     num_chunks: int = 1
     placement: ChunkPlacement = "round_robin"
+    overlap: bool = False
+    """Whether a forward and a backward of one tick go through their layers together."""
 
     @property
     def num_stages(self) -> int:
