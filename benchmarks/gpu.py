@@ -13,23 +13,35 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from benchmarks import attention, grouped_matmul, record
+from benchmarks import attention, grouped_matmul, record, ssd
 from jaxtron.command import configure, run_command
 from jaxtron.config import Config, UserError
 from jaxtron.runtime.devices import expects_gpu
 
-Section = Literal["tests", "ceilings", "attention_jax", "attention_torch", "grouped_jax", "grouped_torch", "train"]
+Section = Literal[
+    "tests",
+    "ceilings",
+    "attention_jax",
+    "attention_torch",
+    "grouped_jax",
+    "grouped_torch",
+    "ssd_jax",
+    "ssd_torch",
+    "train",
+]
 
 # seconds of each in the default nine minutes, right answers first; of more or less time each has its share, and what
 # one leaves over is shared among those after it
 SHARES: dict[Section, int] = {
-    "tests": 160,
+    "tests": 150,
     "ceilings": 25,
-    "attention_jax": 130,
-    "attention_torch": 45,
-    "grouped_jax": 60,
+    "attention_jax": 115,
+    "attention_torch": 40,
+    "grouped_jax": 55,
     "grouped_torch": 20,
-    "train": 100,
+    "ssd_jax": 40,
+    "ssd_torch": 15,
+    "train": 80,
 }
 # seconds in which a section whose time is over may still say what it has
 GRACE = 10.0
@@ -74,6 +86,7 @@ def main(argv: list[str]) -> int:
         result["sections"][section] = outcome
         result["attention"] = attention.merged(results_of(result, "attention"))
         result["grouped"] = grouped_matmul.merged(results_of(result, "grouped"))
+        result["ssd"] = ssd.merged(results_of(result, "ssd"))
         record.write(path, result)
         print(f"{section}: {outcome['status']} {outcome.get('reason', '')}".strip(), flush=True)
     print(f"written to {path}")
@@ -85,8 +98,8 @@ def share(sections: Sequence[Section], seconds: float) -> float:
     return seconds * SHARES[sections[0]] / sum(SHARES[section] for section in sections)
 
 
-def results_of(result: dict[str, Any], what: Literal["attention", "grouped"]) -> list[dict[str, Any]]:
-    """What a GPU's result has of attention or of grouped products, complete or not."""
+def results_of(result: dict[str, Any], what: Literal["attention", "grouped", "ssd"]) -> list[dict[str, Any]]:
+    """What a GPU's result has of attention, grouped products or state-space duality, complete or not."""
     found = (result.get("sections", {}).get(f"{what}_{by}", {}).get("result") for by in ("jax", "torch"))
     return [section for section in found if section]
 
@@ -100,6 +113,8 @@ def command(section: Section, config: GpuBenchmark) -> list[str]:
         "attention_torch": ["benchmarks.attention_torch"],
         "grouped_jax": ["benchmarks.grouped_matmul"],
         "grouped_torch": ["benchmarks.grouped_matmul_torch"],
+        "ssd_jax": ["benchmarks.ssd"],
+        "ssd_torch": ["benchmarks.ssd_torch"],
         "train": ["benchmarks.train", config.config],
     }[section]
     return [sys.executable, "-m", *module]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import attention, gpu, grouped_matmul, record
+from benchmarks import attention, gpu, grouped_matmul, record, ssd
 from benchmarks.marked import read_marked
 from jaxtron.command import configure, run_command
 from jaxtron.config import Config
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
         return 0
     marked = read_marked(config.readme, BEGIN, END)
     results = [json.loads(file.read_text()) for file in sorted(Path(config.results).glob("*.json"))]
-    parts = (training_table(results), attention_tables(results), grouped_tables(results))
+    parts = (training_table(results), attention_tables(results), grouped_tables(results), ssd_tables(results))
     content = "\n\n".join(part for part in parts if part)
     marked.write(content)
     return 0
@@ -141,6 +141,39 @@ def _grouped_row(case: dict[str, Any], names: Sequence[str]) -> tuple[str, ...]:
         str(case["skew"]),
         *(_figures(found.get(name, {}), "tflops", ".0f", directions) for name in names),
         *(_figures(judged, field, ".2f", directions) for field in ("ratio", "of_dense")),
+    )
+
+
+def ssd_tables(results: Sequence[dict[str, Any]]) -> str:
+    """For each GPU its newest state-space duality, in milliseconds; empty without any."""
+    return "\n\n".join(part for result in _newest(results) for part in _ssd_table(result))
+
+
+def _ssd_table(result: dict[str, Any]) -> list[str]:
+    cases = ssd.merged(gpu.results_of(result, "ssd"))
+    if not cases:
+        return []
+    names = list(dict.fromkeys(name for case in cases for name in case["implementations"]))
+    line = f"{result['device']}, {result['date']}. State-space duality (Mamba-2), forward / forward and backward in "
+    line += f"milliseconds; the last column is {ssd.OURS[0]}'s speed over the fastest other{_unfinished(result)}:"
+    header = ("rows x positions", "heads", "groups", "state", "documents", *names, "ratio")
+    return [line, _table(header, [_ssd_row(case, names) for case in cases])]
+
+
+def _ssd_row(case: dict[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+    found = case["implementations"]
+    medians = [
+        {of: made.get(of, {}).get("milliseconds", {}) for of in ssd.DIRECTIONS}
+        for made in (found.get(name, {}) for name in names)
+    ]
+    return (
+        f"{case['rows']} x {case['length']:,}",
+        f"{case['heads']} of {case['width']}",
+        str(case["groups"]),
+        str(case["size"]),
+        str(case["documents"]),
+        *(_figures(one, "median", ".3f", ssd.DIRECTIONS) for one in medians),
+        _figures(case["judged"], "ratio", ".2f", ssd.DIRECTIONS),
     )
 
 
