@@ -46,6 +46,7 @@ DENSE = Continued("dense", ("--experts", 1, "--scores", "topk_softmax"))
 MIXTURES = (
     Continued("E8G1T2", ("--experts", 8, "--top_k", 2)),
     Continued("E8G8T8", ("--experts", 8, "--granularity", 8, "--top_k", 8)),
+    Continued("E8G8T8 topk", ("--experts", 8, "--granularity", 8, "--top_k", 8, "--scores", "topk_softmax")),
 )
 
 
@@ -84,8 +85,9 @@ def measure(options: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
     for way in (DENSE, *MIXTURES):
         # other tokens than the first run's, the same for all
         settings = (*BUCKETS, "--seed", SEED, "--train.steps", options.further, *every)
-        jaxtron("convert", "upcycle", folder / "first", "--output", folder / way.name, *way.flags, *settings)
-        runs[way.name] = train(folder / way.name / "config.yaml", folder / way.name)
+        output = folder / way.name.replace(" ", "_")
+        jaxtron("convert", "upcycle", folder / "first", "--output", output, *way.flags, *settings)
+        runs[way.name] = train(output / "config.yaml", output)
     last = {name: run["validation_losses"][options.further] for name, run in runs.items()}
     return {
         "benchmark": "upcycling",
