@@ -124,8 +124,8 @@ def _check_output(path: Path) -> None:
     """`UserError` unless the directory is not there or empty: what is in it would be overwritten."""
     if (path / "checkpoints").is_dir() and not (path / "config.yaml").exists():
         raise UserError(
-            f"--output {path} has checkpoints and no config.yaml, as a command leaves it that was ended before it was "
-            "done; remove it, or give a new directory"
+            f"--output {path} has checkpoints and no config.yaml: a command has just begun there, or was ended before "
+            "it was done; if none is at work, remove it, or give a new directory"
         )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what = "is not empty" if path.is_dir() else "is a file"
