@@ -46,10 +46,10 @@ PLANTED = {
     "without the meeting after the state": [True],
 }
 # products of a warpgroup on the tensor cores in each program, at N 128
-PRODUCTS = {"forward": 28, "summary": 8, "backward": 60}
+PRODUCTS = {"forward": 28, "summary": 8, "backward": 44}
 KERNELS = {"forward": 1, "summary": 1, "backward": 3}
 # bytes of registers that ptxas put aside, all kernels together: what it was on JAX 0.11.2 and CUDA 13.0
-SPILLED = {("backward", 128, False): 8, ("backward", 128, True): 16}
+SPILLED = {("backward", 128, True): 12}
 
 
 def check_numbers(names: list[str], seconds: int) -> None:

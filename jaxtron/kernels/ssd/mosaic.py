@@ -1,9 +1,9 @@
 """`mosaic`: state-space duality for Hopper GPUs (sm_90a), forward and backward, in Pallas on Mosaic GPU.
 
 Forward is one kernel that walks along the chunks of a head. Backward is three: gradients of the states from chunk to
-chunk, then each chunk by its inputs and by its outputs. None adds to memory that another block adds to: the bits are
-the same every time. Where rows and heads are too few to fill a GPU, a sequence is several that run at once, from states
-that a summary of each has told.
+chunk, then each chunk by its inputs and by its outputs, both of which read products of B and C that were made once for
+all heads of a group. None adds to memory that another block adds to: the bits are the same every time. Where rows and
+heads are too few to fill a GPU, a sequence is several that run at once, from states that a summary of each has told.
 
 Heads are of 64 columns: a wider one is several with the same dt, A and D, what is missing is filled with zeros.
 Under `vmap` and inside `jax.shard_map` over rows and heads the kernels run as they are; elsewhere the partitioner would
@@ -152,8 +152,10 @@ def backward(
     first, dstates, products = march(out, queries, *weights, leaving, target, reverse=True, others=states)
     assert dstates is not None and products is not None, "it was given states"
     parts = parts or parts_of(values, keys)
-    inputs = by_inputs(values, out, keys, queries, wide_D.astype(jnp.float32), dstates, decays, parts, target)
-    dC, before = by_outputs(values, out, keys, queries, states, decays, parts, target)
+    scores = _scores(keys, queries)
+    wide_D = wide_D.astype(jnp.float32)
+    inputs = by_inputs(values, out, keys, queries, wide_D, dstates, jnp.swapaxes(scores, 3, 4), decays, parts, target)
+    dC, before = by_outputs(values, out, keys, queries, states, scores, decays, parts, target)
     ddt, dA = _step_gradients(inputs.inside, inputs.behind, before, products, decays, wide_A, cuts)
     return (
         heads.wide(_joined(inputs.dx, x.shape)),
@@ -164,6 +166,16 @@ def backward(
         heads.total(inputs.skipped.sum((0, 2))).astype(D.dtype),
         heads.wide_state(first if dinitial is None else dinitial),
     )
+
+
+def _scores(B: Array, C: Array) -> Array:
+    """Products of C and B in chunks [B, chunks, G, outputs, inputs], once for all heads of a group.
+
+    They are rounded once: what a pair has in the sums of its input and of its output must be the same, for it cancels.
+    """
+    rows, length, groups, size = B.shape
+    cut_C, cut_B = (array.reshape(rows, length // CHUNK, CHUNK, groups, size) for array in (C, B))
+    return jnp.einsum("bcign,bcjgn->bcgij", cut_C, cut_B, preferred_element_type=jnp.float32).astype(B.dtype)
 
 
 def _step_gradients(

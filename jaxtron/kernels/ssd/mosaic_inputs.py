@@ -67,11 +67,15 @@ def by_inputs(
     C: Array,
     D: Array,
     dstates: Array,
+    scores: Array,
     decays: Decays,
     parts: int,
     target: Target,
 ) -> ByInputs:
-    """`dstates` are gradients of the states after the chunks; `parts` blocks share out the heads of a group."""
+    """`dstates` are gradients of the states after the chunks; `parts` blocks share out the heads of a group.
+
+    `scores` [B, chunks, G, inputs, outputs] are products of B and C.
+    """
     sizes = Sizes.of(x, B)
     rows, chunks, heads, size = sizes.rows, sizes.chunks, sizes.heads, sizes.size
     numbers = jax.ShapeDtypeStruct((rows, heads, sizes.length), jnp.float32)
@@ -87,6 +91,7 @@ def by_inputs(
             "to_end": decays.to_end,
             "steps": decays.steps,
             "ahead": decays.ahead,
+            "scores": scores,
             "skip": D,
         },
         outputs={
@@ -107,7 +112,8 @@ def by_inputs(
             "steps_shared": vectors(_STAGES, CHUNK),
             "dx_shared": sizes.matrix(WARPGROUPS, WARPGROUP_ROWS, WIDTH),
             "out_shared": vectors(3, WARPGROUPS, WARPGROUP_ROWS),
-            "once": plgpu.Barrier(num_arrivals=2),
+            "scores_shared": sizes.matrix(CHUNK, CHUNK),
+            "once": plgpu.Barrier(num_arrivals=3),
             "ready": plgpu.Barrier(num_arrivals=_COPIES, num_barriers=_STAGES),
             "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=_STAGES),
         },
@@ -115,7 +121,7 @@ def by_inputs(
         warpgroups=WARPGROUPS + 1,
         target=target,
         name="ssd_by_inputs",
-        flops=2 * rows * heads * chunks * (2 * CHUNK * size * WIDTH + 2 * sizes.pairs * (size + WIDTH)),
+        flops=2 * rows * heads * chunks * (2 * CHUNK * size * WIDTH + sizes.pairs * (size + 2 * WIDTH)),
     )
     return ByInputs(**made)
 
@@ -141,6 +147,7 @@ def _block(refs: Refs, sizes: Sizes, parts: int, target: Target) -> None:
         group = lax.div(part, jnp.int32(parts))
         for source, shared in ((refs.b, refs.b_shared), (refs.c, refs.c_shared)):
             plgpu.copy_gmem_to_smem(source.at[row, here, group], shared, refs.once)
+        plgpu.copy_gmem_to_smem(refs.scores.at[row, chunk, group], refs.scores_shared, refs.once)
         keep_full(each, _STAGES, refs.free, copy)
 
     def compute(warpgroup: Any) -> None:
@@ -197,17 +204,19 @@ def _add(
     """What 64 outputs add to dx, dB and the sums along rows."""
     dx, total, inside = carry
     own, outputs = half(moving), half(other)
-    out_sums = target.load(refs.sums_shared.at[stage, outputs], COLUMNS)
     shape = (WARPGROUP_ROWS, WARPGROUP_ROWS)
+    # in this order fewest registers spill
+    scores = values_of(target, refs.scores_shared.at[own, outputs])
+    dscores = target.product(refs.x_shared.at[stage, own], transposed(refs.dy_shared.at[stage, outputs]))
+    out_sums = target.load(refs.sums_shared.at[stage, outputs], COLUMNS)
     logs = spread(out_sums, shape, 1) - spread(target.load(refs.sums_shared.at[stage, own], ROWS), shape, 0)
     first_row, first_column = moving * WARPGROUP_ROWS, other * WARPGROUP_ROWS
     decay = decay_between(target, logs, first_row, first_column, reach, rows_are_inputs=True)
     decay = decay * spread(target.load(refs.steps_shared.at[stage, own], ROWS), shape, 0)
-    scores = target.product(refs.b_shared.at[own], transposed(refs.c_shared.at[outputs]))
-    dscores = target.product(refs.x_shared.at[stage, own], transposed(refs.dy_shared.at[stage, outputs])) * decay
+    dscores = dscores * decay
     inside = inside + jnp.sum(scores * dscores, 1)
     weights = (scores * decay).astype(sizes.dtype)
     dscores = dscores.astype(sizes.dtype)
-    dx = target.product(weights, refs.dy_shared.at[stage, outputs], dx)
     total = target.product(dscores, refs.c_shared.at[outputs], total)
+    dx = target.product(weights, refs.dy_shared.at[stage, outputs], dx)
     return dx, total, inside

@@ -45,12 +45,21 @@ _COPIES = 6
 
 
 def by_outputs(
-    x: Array, dy: Array, B: Array, C: Array, states: Array, decays: Decays, parts: int, target: Target
+    x: Array,
+    dy: Array,
+    B: Array,
+    C: Array,
+    states: Array,
+    scores: Array,
+    decays: Decays,
+    parts: int,
+    target: Target,
 ) -> tuple[Array, Array]:
     """dC [B, S, G * parts, N]; and by head and position what an output's decay has of all before it, float32
     [B, H, S].
 
-    `states` are those that enter the chunks; `parts` blocks share out the heads of a group.
+    `states` are those that enter the chunks; `parts` blocks share out the heads of a group. `scores` [B, chunks, G,
+    outputs, inputs] are products of C and B.
     """
     sizes = Sizes.of(x, B)
     rows, chunks, heads, size = sizes.rows, sizes.chunks, sizes.heads, sizes.size
@@ -66,6 +75,7 @@ def by_outputs(
             "from_start": decays.from_start,
             "steps": decays.steps,
             "back": decays.back,
+            "scores": scores,
         },
         outputs={
             "dC": jax.ShapeDtypeStruct((rows, sizes.length, sizes.groups * parts, size), x.dtype),
@@ -81,7 +91,8 @@ def by_outputs(
             "from_start_shared": vectors(_STAGES, CHUNK),
             "steps_shared": vectors(_STAGES, CHUNK),
             "out_shared": vectors(WARPGROUPS, WARPGROUP_ROWS),
-            "once": plgpu.Barrier(num_arrivals=2),
+            "scores_shared": sizes.matrix(CHUNK, CHUNK),
+            "once": plgpu.Barrier(num_arrivals=3),
             "ready": plgpu.Barrier(num_arrivals=_COPIES, num_barriers=_STAGES),
             "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=_STAGES),
         },
@@ -89,7 +100,7 @@ def by_outputs(
         warpgroups=WARPGROUPS + 1,
         target=target,
         name="ssd_by_outputs",
-        flops=2 * rows * heads * chunks * (CHUNK * size * WIDTH + sizes.pairs * (2 * size + WIDTH)),
+        flops=2 * rows * heads * chunks * (CHUNK * size * WIDTH + sizes.pairs * (size + WIDTH)),
     )
     return made["dC"], made["before"]
 
@@ -115,6 +126,7 @@ def _block(refs: Refs, sizes: Sizes, parts: int, target: Target) -> None:
         group = lax.div(part, jnp.int32(parts))
         for source, shared in ((refs.b, refs.b_shared), (refs.c, refs.c_shared)):
             plgpu.copy_gmem_to_smem(source.at[row, here, group], shared, refs.once)
+        plgpu.copy_gmem_to_smem(refs.scores.at[row, chunk, group], refs.scores_shared, refs.once)
         keep_full(each, _STAGES, refs.free, copy)
 
     def compute(warpgroup: Any) -> None:
@@ -169,7 +181,7 @@ def _add(
     decay = decay_between(target, logs, first_row, first_column, reach, rows_are_inputs=False)
     decay = decay * spread(target.load(refs.steps_shared.at[stage, inputs], COLUMNS), shape, 1)
     dscores = dscores * decay
-    scores = target.product(refs.c_shared.at[own], transposed(refs.b_shared.at[inputs]))
+    scores = values_of(target, refs.scores_shared.at[own, inputs])
     before = before + jnp.sum(scores * dscores, 1)
     total = target.product(dscores.astype(sizes.dtype), refs.b_shared.at[inputs], total)
     return total, before
