@@ -29,6 +29,9 @@ PARAMETERS: Table = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
+    "groups": ("tensor",),
+    "state": (),
+    "taps": (),
     "latent": (),
     "mlp": ("tensor",),
     "gate": (),
@@ -52,6 +55,9 @@ ACTIVATIONS: Table = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
+    "groups": ("tensor",),
+    "state": (),
+    "taps": (),
     "latent": (),
     "mlp": ("tensor",),
     "gate": (),
@@ -59,8 +65,9 @@ ACTIVATIONS: Table = {
     "vocab": ("tensor",),
 }
 
-# A key/value head is copied to the devices that share it when there are fewer of them than tensor parts.
-REPLICABLE = frozenset({"kv_heads"})
+# A key/value head, or a group of a state-space layer, is copied to the devices that share it when there are fewer of
+# them than tensor parts.
+REPLICABLE = frozenset({"kv_heads", "groups"})
 
 
 @dataclass(frozen=True)

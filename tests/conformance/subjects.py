@@ -32,6 +32,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         }
     },
     "E": {"bias": False, "moe": {"num_experts": 4, "balance": 0.3, "z_loss": 0.1}},
+    # pieces of two positions on a mesh with context 4; with less in the norm, rounding of small numbers is scaled up
+    "M": {"norm_epsilon": 1e-2, "mamba": {"state_size": 16, "head_dim": 8, "num_groups": 2, "conv_width": 3}},
 }
 DECODER: dict[str, Any] = {
     "num_layers": 4,

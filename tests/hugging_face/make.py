@@ -57,6 +57,8 @@ YARN: dict[str, Any] = {
     "beta_slow": 0.25,
     "original_max_position_embeddings": 16,
 }
+# state-space layers
+MAMBA: dict[str, Any] = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "layer_norm_epsilon": 1e-5}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}),
     # layers in turn with and without experts
@@ -109,6 +111,41 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
+    "mamba2": (
+        "mamba2",
+        {**MAMBA, "num_heads": 8, "head_dim": 8, "state_size": 12, "n_groups": 2, "time_step_limit": (0.3, 1.5)},
+    ),
+    # the pattern of layers of the 8B hybrid in small; its attention knows no positions, its MLP no gate
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            **MAMBA,
+            "layers_block_type": ["linear_attention", "mlp", "linear_attention", "full_attention", "mlp"],
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "intermediate_size": 40,
+            "mlp_hidden_act": "gelu",
+            "mamba_num_heads": 6,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 12,
+            "n_groups": 3,
+            "use_mamba_kernels": False,
+            "time_step_min": 0.5,
+        },
+    ),
+    "bamba": (
+        "bamba",
+        {
+            "num_hidden_layers": 3,
+            "intermediate_size": 40,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 12,
+        },
+    ),
 }
 
 
@@ -117,7 +154,7 @@ def randomize(model: torch.nn.Module) -> None:
     generator = np.random.default_rng(0)
     for name, array in model.state_dict().items():
         numbers = generator.standard_normal(tuple(array.shape))
-        is_scale = name.endswith("norm.weight")
+        is_scale = name.endswith(("norm.weight", "norm_f.weight", "layernorm.weight", ".D"))
         # selection biases so large that some scores are below zero
         size = 0.8 if "correction_bias" in name else 0.2 if is_scale or "bias" in name else 0.3
         scaled = numbers * size + is_scale
@@ -128,7 +165,7 @@ def randomize(model: torch.nn.Module) -> None:
 def record(name: str) -> None:
     """The fixture of one model."""
     model_type, changes = MODELS[name]
-    settings = {**BASE, **changes}
+    settings = changes if set(MAMBA) <= set(changes) else {**BASE, **changes}
     config = transformers.AutoConfig.for_model(model_type, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():

@@ -300,6 +300,59 @@ def _check_moe(settings: DecoderSettings, sizes: Mapping[str, int], context: Con
         check_multiple("model.moe.shared_size", settings.moe.shared_size, sizes["tensor"])
 
 
+def mamba_heads(settings: DecoderSettings) -> int:
+    """Heads of a state-space layer."""
+    mamba = settings.mamba
+    return mamba.num_heads or round(mamba.expand * settings.hidden_size) // mamba.head_dim
+
+
+def mamba_groups(settings: DecoderSettings, tensor: int) -> int:
+    """Groups on each of `tensor` devices: all of them where they do not split."""
+    groups = settings.mamba.num_groups
+    return groups // tensor if groups % tensor == 0 else groups
+
+
+def _mamba_parameters(settings: DecoderSettings, tensor: int) -> int:
+    mamba, heads = settings.mamba, mamba_heads(settings) // tensor
+    inner, shared = heads * mamba.head_dim, 2 * mamba_groups(settings, tensor) * mamba.state_size
+    convolved = (mamba.conv_width + 1) * (inner + shared)
+    # of the heads: their step's bias, decay and skip; of the channels the norm's scale
+    return settings.hidden_size * (3 * inner + shared + heads) + convolved + 3 * heads + inner
+
+
+def _mamba_flops(settings: DecoderSettings, length: int) -> dict[str, int]:
+    """Megatron's count: the products, and 7 for each number of the state."""
+    mamba, heads = settings.mamba, mamba_heads(settings)
+    inner = heads * mamba.head_dim
+    products = 3 * inner + 2 * mamba.num_groups * mamba.state_size + heads
+    return {"mamba": 2 * settings.hidden_size * products + 7 * inner * mamba.state_size}
+
+
+def _validate_mamba(settings: DecoderSettings) -> None:
+    mamba, heads = settings.mamba, mamba_heads(settings)
+    channels = mamba.expand * settings.hidden_size
+    if mamba.num_heads is None and (heads == 0 or heads * mamba.head_dim != channels):
+        raise UserError(
+            f"model.mamba.expand {mamba.expand:g} x model.hidden_size {settings.hidden_size} = {channels:g} is not a "
+            f"multiple of model.mamba.head_dim {mamba.head_dim}; change one, or set model.mamba.num_heads"
+        )
+    for name in ("num_groups", "norm_groups"):
+        groups = getattr(mamba, name)
+        if groups is not None and heads % groups:
+            raise UserError(f"model.mamba.{name} {groups}: the {heads} heads are not a multiple of it; change one")
+
+
+def _check_mamba(settings: DecoderSettings, sizes: Mapping[str, int], context: ContextConfig) -> None:
+    mamba, tensor = settings.mamba, sizes["tensor"]
+    check_multiple("heads of Mamba layers,", mamba_heads(settings), tensor)
+    for name in ("num_groups", "norm_groups"):
+        groups = getattr(mamba, name)
+        if groups is not None and groups % tensor and tensor % groups:
+            raise UserError(
+                f"model.mamba.{name} {groups} and mesh.tensor {tensor}: neither is a multiple of the other; change one"
+            )
+
+
 ATTENTION = LayerKind(
     symbol="*",
     name="attention",
@@ -356,4 +409,14 @@ MOE = LayerKind(
     validate=_validate_moe,
     check=_check_moe,
 )
-KINDS = {kind.symbol: kind for kind in (ATTENTION, WINDOW, LATENT, MLP, MOE)}
+MAMBA = LayerKind(
+    symbol="M",
+    name="Mamba-2",
+    module="mamba",
+    parameters=_mamba_parameters,
+    flops=_mamba_flops,
+    fields=("mamba",),
+    validate=_validate_mamba,
+    check=_check_mamba,
+)
+KINDS = {kind.symbol: kind for kind in (ATTENTION, WINDOW, LATENT, MLP, MOE, MAMBA)}

@@ -11,10 +11,21 @@ from jaxtron.layers.latent import LatentAttention
 from jaxtron.layers.mlp import Mlp
 from jaxtron.layers.moe.moe import Moe
 from jaxtron.layers.norm import Norm
+from jaxtron.layers.ssm.mamba2 import Mamba2
 from jaxtron.models.decoder import recompute
 from jaxtron.models.decoder.attention_backends import attention_spec
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.kinds import ATTENTION, LATENT, MLP, MOE, WINDOW, LayerKind, expert_width
+from jaxtron.models.decoder.kinds import (
+    ATTENTION,
+    LATENT,
+    MAMBA,
+    MLP,
+    MOE,
+    WINDOW,
+    LayerKind,
+    expert_width,
+    mamba_heads,
+)
 
 # of attention, by the pattern's symbol
 Backends = Mapping[str, Backend]
@@ -97,6 +108,19 @@ def _moe(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rng
     )
 
 
+def _mamba(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rngs) -> Mamba2:
+    return Mamba2(
+        config.hidden_size,
+        mamba_heads(config),
+        config.mamba,
+        std=config.initial_std,
+        output_std=config.output_std,
+        epsilon=config.norm_epsilon,
+        dropout=config.dropout,
+        rngs=rngs,
+    )
+
+
 # By symbol, the keys of `kinds.KINDS`: (normalized input [B S E], LayerInputs) -> what is added to the stream [B S E].
 BUILDERS: dict[str, Builder] = {
     ATTENTION.symbol: _attention,
@@ -104,4 +128,5 @@ BUILDERS: dict[str, Builder] = {
     LATENT.symbol: _latent,
     MLP.symbol: _mlp,
     MOE.symbol: _moe,
+    MAMBA.symbol: _mamba,
 }

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from jaxtron.layers.config import Activation, AttentionConfig, LatentConfig, NormKind, PositionKind, RotaryConfig
 from jaxtron.layers.moe.config import MoeConfig
+from jaxtron.layers.ssm.config import MambaConfig
 from jaxtron.models.family import FamilyConfig
 
 
@@ -13,9 +14,9 @@ class DecoderSettings(FamilyConfig):
     """What a decoder-only language model is, without how it is run; `ModelConfig` says what must agree."""
 
     pattern: str = "*-"
-    """Residual layers in order: `*` attention, `W` attention in a window, `L` latent attention, `-` MLP, `E` a mixture
-    of experts; `(*-)` is both in parallel on one norm. `|` cuts all layers into the stages of mesh.pipe (with
-    num_layers 1; one stage runs them all)."""
+    """Residual layers in order: `*` attention, `W` attention in a window, `L` latent attention, `M` Mamba-2, `-` MLP,
+    `E` a mixture of experts; `(*-)` is both in parallel on one norm. `|` cuts all layers into the stages of mesh.pipe
+    (with num_layers 1; one stage runs them all)."""
     num_layers: int = Field(default=12, ge=1, le=2**16)
     """How often the pattern repeats; for `*-` the usual count of transformer layers."""
     hidden_size: int = Field(default=768, ge=1)
@@ -67,6 +68,8 @@ class DecoderSettings(FamilyConfig):
     """Scores of attention, and its kernels."""
     moe: MoeConfig = MoeConfig()
     """Experts of `E` layers."""
+    mamba: MambaConfig = MambaConfig()
+    """State-space layers, `M`."""
     z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of log(Z)^2 in the loss (PaLM: 1e-4)."""
 

@@ -18,12 +18,15 @@ from jaxtron.models.decoder.kinds import (
     ATTENTION,
     KINDS,
     LATENT,
+    MAMBA,
     MLP,
     MOE,
     WINDOW,
     LayerKind,
     expert_width,
     local_kv_heads,
+    mamba_groups,
+    mamba_heads,
 )
 from jaxtron.models.decoder.pattern import Branch
 from jaxtron.models.work.attention import (
@@ -48,6 +51,7 @@ from jaxtron.models.work.experts import ExpertShapes, expert_temporaries, expert
 from jaxtron.models.work.model import ModelWork, StackWork
 from jaxtron.models.work.operations import PhaseWork, SlotWork
 from jaxtron.models.work.shapes import Shapes, gather, gathered_weights
+from jaxtron.models.work.ssm import ScanShapes, mixer
 
 # rows of a tile of grouped products, kernels/grouped_matmul/spec.py
 TILE = 128
@@ -317,6 +321,18 @@ def _moe_exchanged(model: ModelConfig, shapes: Shapes) -> tuple[float, ...]:
     return _expert_layer(model, shapes).exchanged(shapes)
 
 
+def _mamba(model: ModelConfig, shapes: Shapes) -> RegionWork:
+    mamba = model.mamba
+    layer = ScanShapes(
+        hidden=model.hidden_size,
+        heads=mamba_heads(model) / shapes.tensor,
+        head_dim=mamba.head_dim,
+        groups=mamba_groups(model, shapes.tensor),
+        state_size=mamba.state_size,
+    )
+    return {"mamba": mixer(shapes, layer)}
+
+
 # by symbol, the keys of kinds.py: KINDS
 LAYER_WORK = {
     ATTENTION.symbol: LayerWork(_attention, _scores, transposed=_mixed),
@@ -326,4 +342,5 @@ LAYER_WORK = {
     MOE.symbol: LayerWork(
         _moe, _moe_temporaries, gathers=False, scatters=False, exchanged=_moe_exchanged, kept=_moe_kept
     ),
+    MAMBA.symbol: LayerWork(_mamba),
 }

@@ -1,0 +1,51 @@
+"""Settings of state-space layers: the widths of state and heads, the convolution, how long a state lasts."""
+
+import math
+
+from pydantic import Field, model_validator
+
+from jaxtron.config import Config
+from jaxtron.kernels.ssd.config import Implementation
+
+Range = tuple[float, float]
+
+
+class MambaConfig(Config):
+    """State-space layers: `M`, Mamba-2 (2405.21060)."""
+
+    state_size: int = Field(default=128, ge=1)
+    """Numbers that a channel remembers (Mamba's d_state)."""
+    num_heads: int | None = Field(default=None, ge=1)
+    """Heads, each with one rate of decay (none: expand x hidden_size / head_dim)."""
+    head_dim: int = Field(default=64, ge=1)
+    """Channels of a head."""
+    num_groups: int = Field(default=8, ge=1)
+    """Groups of heads that share what is written and read of the state (B and C), as key/value heads are shared."""
+    expand: float = Field(default=2.0, gt=0)
+    """Channels of a layer over hidden_size, where num_heads is none."""
+    conv_width: int = Field(default=4, ge=2)
+    """Positions that the causal convolution before the state sees."""
+    norm_groups: int | None = Field(default=None, ge=1)
+    """Groups of channels that the gated norm before the last product normalizes each by itself (none: num_groups)."""
+    dt_range: Range = (0.001, 0.1)
+    """First steps of heads are between these, log-uniform: about how fast a state forgets."""
+    dt_floor: float = Field(default=1e-4, gt=0)
+    """No first step is below this."""
+    dt_limit: Range | None = None
+    """Steps are cut to these bounds (none: they are not)."""
+    decay_range: Range = (1.0, 16.0)
+    """First rates of decay, uniform."""
+    implementation: Implementation = "auto"
+    """Kernel of the scan."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "MambaConfig":
+        for name in ("dt_range", "dt_limit", "decay_range"):
+            bounds = getattr(self, name)
+            if bounds is None:
+                continue
+            low, high = bounds
+            if not (0 <= low <= high and math.isfinite(low)) or name != "dt_limit" and low == 0:
+                least = "0 or more" if name == "dt_limit" else "above 0"
+                raise ValueError(f"{name} is two numbers {least}, the smaller first, not {low} {high}")
+        return self

@@ -1,0 +1,216 @@
+"""Mamba-2: a convolution, a state for each head, and a gate (2405.21060, section 7; Megatron's `MambaMixer`)."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+
+from jaxtron.kernels.ssd.backend import select_backend
+from jaxtron.layers.inputs import LayerInputs, dropout
+from jaxtron.layers.linear import Linear, project
+from jaxtron.layers.ssm.config import MambaConfig, Range
+from jaxtron.layers.ssm.convolution import convolve, convolve_plainly
+from jaxtron.layers.ssm.norm import GatedNorm
+from jaxtron.layers.ssm.scan import HEADS, STEPS, advance, scan
+from jaxtron.sharding.parameters import Initializer, parameter
+from jaxtron.sharding.rules import constrain, current, spec
+from jaxtron.typing import Array, DTypeLike, Float
+
+BY_GROUP = ("batch", "full_seq", "groups", None)
+
+
+class Memory(NamedTuple):
+    """What a layer remembers of a sequence so far."""
+
+    inputs: tuple[Float[Array, "B W *channels"], ...]
+    """The last positions of what is convolved: one fewer than the convolution sees."""
+    state: Float[Array, "B H N P"]
+
+
+class _Projected(NamedTuple):
+    """The products of a layer's input."""
+
+    z: Float[Array, "B S H P"]
+    convolved: tuple[Float[Array, "B S *channels"], ...]
+    """x, B and C by group in one; or x by head, and B with C."""
+    dt: Float[Array, "B S H"]
+
+
+class Mamba2(nnx.Module):
+    """`output(norm(scan(x, B, C; dt) * silu(z)))`, x, B and C convolved.
+
+    The five products of the input are parameters of their own, so that a checkpoint does not depend on the mesh; by
+    group of heads they are joined to one. Where groups are fewer than tensor parts B and C are made on every device.
+    """
+
+    def __init__(
+        self,
+        embed: int,
+        num_heads: int,
+        config: MambaConfig,
+        *,
+        std: float,
+        output_std: float,
+        epsilon: float,
+        dropout: float,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config, self.dropout = config, dropout
+        self.num_heads = num_heads
+        stream, heads = {"embed": embed}, {"heads": num_heads, "head_dim": config.head_dim}
+        groups = {"groups": config.num_groups, "state": config.state_size}
+        self.z = Linear(stream, heads, bias=False, std=std, rngs=rngs)
+        self.x = Linear(stream, heads, bias=False, std=std, rngs=rngs)
+        self.B = Linear(stream, groups, bias=False, std=std, rngs=rngs)
+        self.C = Linear(stream, groups, bias=False, std=std, rngs=rngs)
+        self.dt = Linear(stream, {"heads": num_heads}, bias=False, std=std, rngs=rngs)
+        self.conv_x = Taps(config.conv_width, heads, rngs)
+        self.conv_B = Taps(config.conv_width, groups, rngs)
+        self.conv_C = Taps(config.conv_width, groups, rngs)
+        shape = (num_heads,)
+        self.dt_bias = parameter(rngs, first_steps(config), shape, axes=("heads",), role="state")
+        self.A_log = parameter(rngs, first_decays(config.decay_range), shape, axes=("heads",), role="state")
+        self.D = parameter(rngs, initializers.ones, shape, axes=("heads",), role="state")
+        norm_groups = config.norm_groups or config.num_groups
+        self.norm = GatedNorm(num_heads, config.head_dim, norm_groups, epsilon=epsilon, rngs=rngs)
+        self.output = Linear(heads, stream, bias=False, std=output_std, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
+        segments = None if inputs.segments is None else constrain(inputs.segments, "batch", "full_seq")
+        z, convolved, dt = self._project(constrain(x, "batch", "full_seq", "embed"))
+        through = [
+            convolve(part, kernel, bias, segments, names)
+            for part, (kernel, bias, names) in zip(convolved, self._taps(), strict=True)
+        ]
+        x, B, C = self._apart(*through)
+        implementation = select_backend(self.config.implementation, x, B, current().device_kind).implementation
+        y = self.output(
+            self.norm(scan(x, dt, *self._decay(B, C), segments, implementation), z), "batch", "seq", "embed"
+        )
+        return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
+
+    def advance(self, x: Float[Array, "B S E"], memory: Memory | None = None) -> tuple[Float[Array, "B S E"], Memory]:
+        """The same for what follows a sequence of which this is the memory (none: nothing came before).
+
+        For generation: the sequence is one document, whole on each device.
+        """
+        z, convolved, dt = self._project(constrain(x, "batch", "full_seq", "embed"))
+        num_before = self.config.conv_width - 1
+        if memory is None:
+            shape = (x.shape[0], self.num_heads, self.config.state_size, self.config.head_dim)
+            zeros = tuple(jnp.zeros_like(part[:, :1]) for part in convolved)
+            before = tuple(jnp.concatenate([part] * num_before, 1) for part in zeros)
+            memory = Memory(before, constrain(jnp.zeros(shape, jnp.float32), "batch", "heads", "state", "head_dim"))
+        wide = [jnp.concatenate([old, new], 1) for old, new in zip(memory.inputs, convolved, strict=True)]
+        taps = self._taps()
+        through = [convolve_plainly(part, kernel, bias) for part, (kernel, bias, _) in zip(wide, taps, strict=True)]
+        x, B, C = self._apart(*through)
+        implementation = select_backend(self.config.implementation, x, B, current().device_kind).implementation
+        y, state = advance(x, dt, *self._decay(B, C), memory.state, implementation)
+        y = self.output(self.norm(y, z), "batch", "seq", "embed")
+        return y, Memory(tuple(part[:, part.shape[1] - num_before :] for part in wide), state)
+
+    def _decay(self, B: Array, C: Array) -> tuple[Array, Array, Array, Array]:
+        """What the scan reads beside x and its steps: A, B, C, D."""
+        A, D = (constrain(array, "heads") for array in (-jnp.exp(self.A_log[...]), self.D[...]))
+        return A, B, C, D
+
+    def _project(self, x: Float[Array, "B S E"]) -> _Projected:
+        """The products, and the steps made of the last of them."""
+        if self._by_group:
+            joined = project(x, self._joined(), BY_GROUP)
+            width = self.num_heads // self.config.num_groups * self.config.head_dim
+            z, convolved = joined[..., :width], joined[..., width : 2 * width + 2 * self.config.state_size]
+            dt = joined[..., 2 * width + 2 * self.config.state_size :]
+            z, dt = self._by_head(z), jnp.reshape(dt, (*x.shape[:2], self.num_heads), out_sharding=spec(*STEPS))
+            return _Projected(z, (convolved,), self._steps(dt))
+        kernel = jnp.concatenate([self.z.kernel[...], self.x.kernel[...], self.dt.kernel[...][..., None]], -1)
+        joined, width = project(x, kernel, HEADS), self.config.head_dim
+        shared = jnp.concatenate([self.B.kernel[...], self.C.kernel[...]], -1)
+        both = project(x, shared, ("batch", "full_seq", None, "state"))
+        return _Projected(
+            joined[..., :width], (joined[..., width : 2 * width], both), self._steps(joined[..., 2 * width])
+        )
+
+    def _steps(self, dt: Float[Array, "B S H"]) -> Float[Array, "B S H"]:
+        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...])
+        dt = dt if self.config.dt_limit is None else jnp.clip(dt, *self.config.dt_limit)
+        return constrain(dt, *STEPS)
+
+    def _taps(self) -> tuple[tuple[Array, Array, tuple[str | None, ...]], ...]:
+        """Kernel, bias and axes of channels for each array that is convolved."""
+        if self._by_group:
+            return ((self._joined_taps("kernel"), self._joined_taps("bias"), BY_GROUP[2:]),)
+        both = (
+            jnp.concatenate([getattr(self.conv_B, name)[...], getattr(self.conv_C, name)[...]], -1)
+            for name in ("kernel", "bias")
+        )
+        return (self.conv_x.kernel[...], self.conv_x.bias[...], HEADS[2:]), (*both, (None, "state"))
+
+    def _apart(
+        self, *convolved: Array
+    ) -> tuple[Float[Array, "B S H P"], Float[Array, "B S G N"], Float[Array, "B S G N"]]:
+        size = self.config.state_size
+        if not self._by_group:
+            return convolved[0], convolved[1][..., :size], convolved[1][..., size:]
+        (whole,) = convolved
+        return self._by_head(whole[..., : -2 * size]), whole[..., -2 * size : -size], whole[..., -size:]
+
+    def _by_head(self, x: Float[Array, "B S G width"]) -> Float[Array, "B S H P"]:
+        shape = (*x.shape[:2], self.num_heads, self.config.head_dim)
+        return jnp.reshape(x, shape, out_sharding=spec(*HEADS))
+
+    @property
+    def _by_group(self) -> bool:
+        """Whether tensor parts have whole groups."""
+        return current().splits("groups", self.config.num_groups)
+
+    def _joined(self) -> Array:
+        """Weights of the products by group: those of z and x of its heads, B, C, and the steps of its heads."""
+        B = self.B.kernel[...]
+        parts = (self._grouped(layer.kernel[...], B) for layer in (self.z, self.x))
+        return jnp.concatenate([*parts, B, self.C.kernel[...], self._grouped(self.dt.kernel[...], B)], -1)
+
+    def _joined_taps(self, name: str) -> Array:
+        B, C, x = (getattr(taps, name)[...] for taps in (self.conv_B, self.conv_C, self.conv_x))
+        return jnp.concatenate([self._grouped(x, B), B, C], -1)
+
+    def _grouped(self, array: Array, like: Array) -> Array:
+        """[..., heads(, head dim)] as [..., groups, what is of a group's heads], laid out as `like`."""
+        shape = (*like.shape[:-1], array.size // math.prod(like.shape[:-1]))
+        return jnp.reshape(array, shape, out_sharding=jax.typeof(like).sharding.spec)
+
+
+class Taps(nnx.Module):
+    """Weights of a convolution of each channel by itself, and its bias; first values are PyTorch's `Conv1d`'s."""
+
+    def __init__(self, width: int, channels: dict[str, int], rngs: nnx.Rngs) -> None:
+        bound, shape, names = 1 / math.sqrt(width), tuple(channels.values()), tuple(channels)
+        initial = uniform(-bound, bound)
+        self.kernel = parameter(rngs, initial, (width, *shape), axes=("taps", *names), role="kernel")
+        self.bias = parameter(rngs, initial, shape, axes=names, role="bias")
+
+
+def uniform(low: float, high: float) -> Initializer:
+    """Uniform between these."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, low, high)
+
+
+def first_steps(config: MambaConfig) -> Initializer:
+    """What softplus makes log-uniform steps of (Mamba, 2312.00752, section 3.6)."""
+    low, high = config.dt_range
+
+    def initial(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        steps = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(low), math.log(high)))
+        steps = jnp.maximum(steps, config.dt_floor)
+        return steps + jnp.log(-jnp.expm1(-steps))
+
+    return initial
+
+
+def first_decays(bounds: Range) -> Initializer:
+    """Logarithms of uniform rates."""
+    return lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape, dtype, *bounds))
