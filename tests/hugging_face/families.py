@@ -1,11 +1,13 @@
-"""Mixtures of Hugging Face transformers as Jaxtron's: settings of a `config.json`, and weights by reshaping alone."""
+"""Models of Hugging Face transformers as Jaxtron's: settings of a `config.json`, and weights by reshaping alone."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.kinds import mamba_heads
 from tests.hugging_face.fixtures import Fixture
 
 Config = dict[str, Any]
@@ -118,19 +120,102 @@ def deepseek_v3(config: Config) -> dict[str, Any]:
     return found
 
 
+def hybrid(config: Config) -> dict[str, Any]:
+    """Settings that families with state-space layers share."""
+    return {
+        "num_layers": 1,
+        "hidden_size": config["hidden_size"],
+        "num_heads": config.get("num_attention_heads", 1),
+        "vocab_size": config["vocab_size"],
+        "vocab_multiple": 16,
+        "norm": "rms_norm",
+        "norm_epsilon": config.get("layer_norm_epsilon") or config["rms_norm_eps"],
+        "bias": False,
+        "position": "none",
+        "tied_head": config["tie_word_embeddings"],
+    }
+
+
+def steps(limit: list[Any]) -> dict[str, Any]:
+    """Bounds of steps; files write infinity as a word."""
+    low, high = limit
+    return {"dt_limit": (low, None if isinstance(high, dict | str) or math.isinf(high) else high)}
+
+
+def mamba2(config: Config) -> dict[str, Any]:
+    return {
+        "pattern": "M" * config["num_hidden_layers"],
+        "mamba": {
+            "num_heads": config["num_heads"],
+            "head_dim": config["head_dim"],
+            "state_size": config["state_size"],
+            "num_groups": config["n_groups"],
+            "conv_width": config["conv_kernel"],
+            **steps(config["time_step_limit"]),
+        },
+    }
+
+
+def nemotron_h(config: Config) -> dict[str, Any]:
+    symbols = {"linear_attention": "M", "mlp": "-", "full_attention": "*"}
+    return {
+        "pattern": "".join(symbols[kind] for kind in config["layers_block_type"]),
+        "num_kv_heads": config["num_key_value_heads"],
+        "head_dim": config["head_dim"],
+        "activation": {"gelu": "gelu", "relu2": "squared_relu"}[config["mlp_hidden_act"]],
+        "mlp_size": config["intermediate_size"],
+        "mamba": {
+            "num_heads": config["mamba_num_heads"],
+            "head_dim": config["mamba_head_dim"],
+            "state_size": config["ssm_state_size"],
+            "num_groups": config["n_groups"],
+            "conv_width": config["conv_kernel"],
+            # it cuts steps below at this, and not at its time_step_limit
+            "dt_limit": (config["time_step_min"], None),
+        },
+    }
+
+
+def bamba(config: Config) -> dict[str, Any]:
+    fraction = config["rope_parameters"]["partial_rotary_factor"]
+    attends = config["attn_layer_indices"]
+    return {
+        "pattern": "".join("*-" if number in attends else "M-" for number in range(config["num_hidden_layers"])),
+        "num_kv_heads": config["num_key_value_heads"],
+        "activation": "swiglu",
+        "mlp_size": config["intermediate_size"],
+        "position": "rotary",
+        "rotary": {"base": config["rope_parameters"]["rope_theta"], "fraction": fraction},
+        "mamba": {
+            "num_heads": config["mamba_n_heads"],
+            "head_dim": config["mamba_d_head"],
+            "state_size": config["mamba_d_state"],
+            "num_groups": config["mamba_n_groups"],
+            "conv_width": config["mamba_d_conv"],
+            **steps(config["time_step_limit"]),
+        },
+    }
+
+
 FAMILIES: dict[str, Callable[[Config], dict[str, Any]]] = {
     "mixtral": mixtral,
     "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
+    "mamba2": mamba2,
+    "nemotron_h": nemotron_h,
+    "bamba": bamba,
 }
+# those whose layers are by pattern
+HYBRID = ("mamba2", "nemotron_h", "bamba")
 
 
 def model_of(fixture: Fixture) -> ModelConfig:
     """The settings of the same model."""
     config = fixture.config
-    return ModelConfig(**{**common(config), **FAMILIES[config["model_type"]](config)})
+    shared = hybrid if config["model_type"] in HYBRID else common
+    return ModelConfig(**{**shared(config), **FAMILIES[config["model_type"]](config)})
 
 
 class Reader:
@@ -148,18 +233,14 @@ class Reader:
 
 def parameters_of(fixture: Fixture, model: ModelConfig) -> Arrays:
     """By name, as `Blueprint.names` has them, every weight of the fixture, layers of a period stacked."""
-    read = Reader(fixture.weights)
+    read = Reader({name.replace("backbone.", "model."): array for name, array in fixture.weights.items()})
     padding = ((0, model.padded_vocab - model.vocab_size), (0, 0))
-    found = {"embedding.table": np.pad(read("model.embed_tokens.weight"), padding)}
+    table = "embeddings" if read.has("model.embeddings.weight") else "embed_tokens"
+    found = {"embedding.table": np.pad(read(f"model.{table}.weight"), padding)}
     found |= {"head.table": np.pad(read("lm_head.weight"), padding)} if not model.tied_head else {}
-    found["final_norm.scale"] = read("model.norm.weight")
-    # a transformer's layer is two of ours
-    attend = latent_layer if "kv_lora_rank" in fixture.config else attention_layer
-    layers = [
-        layer
-        for number in range(fixture.config["num_hidden_layers"])
-        for layer in (attend(read, number, model), mlp_layer(read, number, model))
-    ]
+    (last,) = (name for name in ("norm", "norm_f", "final_layernorm") if read.has(f"model.{name}.weight"))
+    found["final_norm.scale"] = read(f"model.{last}.weight")
+    layers = layers_of(read, fixture.config, model)
     size = len(model.layout.period)
     for number in range(len(model.layout.leading)):
         for place in range(size):
@@ -171,11 +252,68 @@ def parameters_of(fixture: Fixture, model: ModelConfig) -> Arrays:
     return found
 
 
+def layers_of(read: Reader, config: Config, model: ModelConfig) -> list[Arrays]:
+    """Those of the pattern, in order."""
+    if config["model_type"] in HYBRID:
+        return [
+            hybrid_layer(read, place, symbol, model, two_in_one=config["model_type"] == "bamba")
+            for place, (symbol,) in enumerate(model.layout.layers)
+        ]
+    # a transformer's layer is two of ours
+    attend = latent_layer if "kv_lora_rank" in config else attention_layer
+    return [
+        layer
+        for number in range(config["num_hidden_layers"])
+        for layer in (attend(read, number, model), mlp_layer(read, number, model))
+    ]
+
+
+def hybrid_layer(read: Reader, place: int, symbol: str, model: ModelConfig, *, two_in_one: bool) -> Arrays:
+    """Norm and what it is for; two_in_one: every second layer of ours, an MLP, is in the layer of theirs before."""
+    layer = f"model.layers.{place // 2 if two_in_one else place}"
+    names = {"M": "mamba", "*": "self_attn", "-": "feed_forward"} if two_in_one else dict.fromkeys("M*-", "mixer")
+    norms = {"M": "input_layernorm", "*": "input_layernorm", "-": "pre_ff_layernorm"}
+    found = {"norm.scale": read(f"{layer}.{norms[symbol] if two_in_one else 'norm'}.weight")}
+    own = f"{layer}.{names[symbol]}"
+    if symbol == "M":
+        return found | {f"mamba.{name}": value for name, value in mixer(read, own, model).items()}
+    if symbol == "*":
+        return found | attention(read, own, model)
+    if two_in_one:
+        return found | {f"mlp.{name}.kernel": kernel for name, kernel in mlp(read, own).items()}
+    return found | {f"mlp.{name}.kernel": read(f"{own}.{name}_proj.weight").T for name in ("up", "down")}
+
+
+def mixer(read: Reader, own: str, model: ModelConfig) -> Arrays:
+    """A Mamba-2 layer: rows of the first product are z, x, B, C and steps, channels of the convolution x, B, C."""
+    mamba, heads = model.mamba, mamba_heads(model)
+    by_head, by_group = (heads, mamba.head_dim), (mamba.num_groups, mamba.state_size)
+    cuts = np.cumsum([math.prod(shape) for shape in (by_head, by_head, by_group, by_group)])
+    found: Arrays = {}
+    *products, steps = np.split(read(f"{own}.in_proj.weight"), cuts)
+    for name, rows in zip("zxBC", products, strict=True):
+        found[f"{name}.kernel"] = rows.T.reshape(model.hidden_size, *(by_head if name in "zx" else by_group))
+    found["dt.kernel"] = steps.T
+    taps, biases = read(f"{own}.conv1d.weight")[:, 0].T, read(f"{own}.conv1d.bias")
+    for name, kernel, bias in zip("xBC", *(np.split(a, cuts[1:3] - cuts[0], -1) for a in (taps, biases)), strict=True):
+        shape = by_head if name == "x" else by_group
+        found[f"conv_{name}.kernel"] = kernel.reshape(-1, *shape)
+        found[f"conv_{name}.bias"] = bias.reshape(shape)
+    found |= {name: read(f"{own}.{name}") for name in ("A_log", "D", "dt_bias")}
+    found["norm.scale"] = read(f"{own}.norm.weight").reshape(by_head)
+    return found | {"output.kernel": read(f"{own}.out_proj.weight").T.reshape(*by_head, -1)}
+
+
 def attention_layer(read: Reader, number: int, model: ModelConfig) -> Arrays:
     """Norm and attention."""
-    layer, own = f"model.layers.{number}", f"model.layers.{number}.self_attn"
+    layer = f"model.layers.{number}"
     found = {"norm.scale": read(f"{layer}.input_layernorm.weight")}
-    output = read(f"{own}.o_proj.weight").T
+    return found | attention(read, f"{layer}.self_attn", model)
+
+
+def attention(read: Reader, own: str, model: ModelConfig) -> Arrays:
+    """Projections, perhaps biases and norms."""
+    found, output = {}, read(f"{own}.o_proj.weight").T
     found["attention.output.kernel"] = output.reshape(model.num_heads, model.head_size, model.hidden_size)
     for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v")):
         kernel = read(f"{own}.{theirs}_proj.weight").T

@@ -1,4 +1,4 @@
-"""Logits of mixtures equal those of Hugging Face transformers with the same weights, as its fixtures here have them."""
+"""Logits of models equal those of Hugging Face transformers with the same weights, as its fixtures here have them."""
 
 import functools
 

@@ -1,7 +1,5 @@
 """Settings of state-space layers: the widths of state and heads, the convolution, how long a state lasts."""
 
-import math
-
 from pydantic import Field, model_validator
 
 from jaxtron.config import Config
@@ -31,8 +29,8 @@ class MambaConfig(Config):
     """First steps of heads are between these, log-uniform: about how fast a state forgets."""
     dt_floor: float = Field(default=1e-4, gt=0)
     """No first step is below this."""
-    dt_limit: Range | None = None
-    """Steps are cut to these bounds (none: they are not)."""
+    dt_limit: tuple[float, float | None] = (0.0, None)
+    """Steps are cut to these bounds (none: to no upper one)."""
     decay_range: Range = (1.0, 16.0)
     """First rates of decay, uniform."""
     implementation: Implementation = "auto"
@@ -40,12 +38,11 @@ class MambaConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "MambaConfig":
-        for name in ("dt_range", "dt_limit", "decay_range"):
-            bounds = getattr(self, name)
-            if bounds is None:
-                continue
-            low, high = bounds
-            if not (0 <= low <= high and math.isfinite(low)) or name != "dt_limit" and low == 0:
-                least = "0 or more" if name == "dt_limit" else "above 0"
-                raise ValueError(f"{name} is two numbers {least}, the smaller first, not {low} {high}")
+        for name in ("dt_range", "decay_range"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} {low:g} {high:g}: it is two numbers above 0, the smaller first")
+        low, high = self.dt_limit
+        if low < 0 or (high is not None and high <= low):
+            raise ValueError(f"dt_limit {low:g} {high}: it is a number of 0 or more, and a larger one or none")
         return self

@@ -137,8 +137,7 @@ class Mamba2(nnx.Module):
 
     def _steps(self, dt: Float[Array, "B S H"]) -> Float[Array, "B S H"]:
         dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...])
-        dt = dt if self.config.dt_limit is None else jnp.clip(dt, *self.config.dt_limit)
-        return constrain(dt, *STEPS)
+        return constrain(jnp.clip(dt, *self.config.dt_limit), *STEPS)
 
     def _taps(self) -> tuple[tuple[Array, Array, tuple[str | None, ...]], ...]:
         """Kernel, bias and axes of channels for each array that is convolved."""

@@ -24,7 +24,8 @@ from jaxtron.typing import Array, Float, Int
 
 HEADS = ("batch", "full_seq", "heads", "head_dim")
 STEPS = HEADS[:3]
-STATES = ("batch", "heads")
+# of states that the backward keeps, and of one
+KEPT, STATE = ("batch", None, "heads"), ("batch", "heads")
 GROUPS = ("batch", "full_seq", "groups", "state")
 
 
@@ -75,7 +76,7 @@ def _forward(
         return whole(y), states
 
     specs = _specs(B.shape[2], segments is not None)
-    run = on_each_device(local, specs, (specs[0], spec(*STATES)))
+    run = on_each_device(local, specs, (specs[0], spec(*KEPT)))
     y, states = run(x, dt, A, B, C, D, segments)
     return save_for_backward(y), (x, dt, A, B, C, D, segments, save_for_backward(states))
 
@@ -101,7 +102,7 @@ def _backward(implementation: StateSpaceDuality, kept: tuple[Array | None, ...],
         return whole(dx), whole(ddt), dA, dB, dC, dD
 
     specs = _specs(num_groups, segments is not None)
-    run = on_each_device(local, (*specs, spec(*STATES), specs[0]), specs[:6])
+    run = on_each_device(local, (*specs, spec(*KEPT), specs[0]), specs[:6])
     return *run(*kept, dy), None
 
 
@@ -126,7 +127,7 @@ def advance(
         return ssd.forward(x, dt, A, B, C, D, state, None, implementation)[:2]
 
     specs = _specs(B.shape[2], has_segments=False)
-    run = on_each_device(local, (*specs[:6], spec(*STATES)), (specs[0], spec(*STATES)))
+    run = on_each_device(local, (*specs[:6], spec(*STATE)), (specs[0], spec(*STATE)))
     return run(x, dt, A, B, C, D, state)
 
 
