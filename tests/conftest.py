@@ -13,7 +13,8 @@ pytest_plugins = ["pytester", "tests.support.durations", "tests.support.quarters
 checking.install()
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXTRON_TEST_PLATFORM", "cpu")
-FLAGS = ["--xla_force_host_platform_device_count=8"]
+# the second as `simulate_devices` has it
+FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_cpu_enable_concurrency_optimized_scheduler=false"]
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # most of the time goes into LLVM, for programs that run once; a GPU's are tested as they are used
     FLAGS += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
