@@ -60,11 +60,15 @@ def before(x: Array, width: int) -> Array:
 
     One all-gather of the ends of all pieces.
     """
+    if current().parts("context") == 1:
+        return jnp.zeros_like(x, shape=(x.shape[0], width, *x.shape[2:]))
     return _moved(x[:, x.shape[1] - width :], 1)
 
 
 def before_transposed(cotangent: Array, length: int) -> Array:
     """The transpose of `before`: zeros but for the last positions of each piece, [2B, width, ...] to [2B, S, ...]."""
+    if current().parts("context") == 1:
+        return jnp.zeros_like(cotangent, shape=(cotangent.shape[0], length, *cotangent.shape[2:]))
     given = _moved(cotangent, -1)
     return jnp.pad(given, ((0, 0), (length - given.shape[1], 0), *((0, 0),) * (given.ndim - 2)))
 
@@ -91,9 +95,6 @@ def entering(
 
 def _moved(x: Array, by: int) -> Array:
     """Of each piece that of the one `by` places before it; zeros where there is none."""
-    size = current().parts("context")
-    if size == 1:
-        return jnp.zeros_like(x)
     return _own(_everywhere(x), -by)
 
 

@@ -49,7 +49,7 @@ def test_counts_include_both_sides_of_a_parallel_layer():
     ("text", "place", "why"),
     [
         ("*x", 2, "unknown symbol 'x'"),
-        ("*-M", 3, "unknown symbol 'M'"),
+        ("*-X", 3, "unknown symbol 'X'"),
         ("* -", 2, "unknown symbol ' '"),
         ("*)", 2, "unknown symbol '\\)'"),
         ("*(*-", 2, "closing"),

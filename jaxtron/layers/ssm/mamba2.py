@@ -22,7 +22,7 @@ from jaxtron.typing import Array, DTypeLike, Float
 BY_GROUP = ("batch", "full_seq", "groups", None)
 
 
-class Memory(NamedTuple):
+class MambaState(NamedTuple):
     """What a layer remembers of a sequence so far."""
 
     inputs: tuple[Float[Array, "B W *channels"], ...]
@@ -92,7 +92,9 @@ class Mamba2(nnx.Module):
         )
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 
-    def advance(self, x: Float[Array, "B S E"], memory: Memory | None = None) -> tuple[Float[Array, "B S E"], Memory]:
+    def advance(
+        self, x: Float[Array, "B S E"], memory: MambaState | None = None
+    ) -> tuple[Float[Array, "B S E"], MambaState]:
         """The same for what follows a sequence of which this is the memory (none: nothing came before).
 
         For generation: the sequence is one document, whole on each device.
@@ -103,15 +105,16 @@ class Mamba2(nnx.Module):
             shape = (x.shape[0], self.num_heads, self.config.state_size, self.config.head_dim)
             zeros = tuple(jnp.zeros_like(part[:, :1]) for part in convolved)
             before = tuple(jnp.concatenate([part] * num_before, 1) for part in zeros)
-            memory = Memory(before, constrain(jnp.zeros(shape, jnp.float32), "batch", "heads", "state", "head_dim"))
+            memory = MambaState(before, constrain(jnp.zeros(shape, jnp.float32), "batch", "heads", "state", "head_dim"))
         wide = [jnp.concatenate([old, new], 1) for old, new in zip(memory.inputs, convolved, strict=True)]
         taps = self._taps()
         through = [convolve_plainly(part, kernel, bias) for part, (kernel, bias, _) in zip(wide, taps, strict=True)]
         x, B, C = self._apart(*through)
         implementation = select_backend(self.config.implementation, x, B, current().device_kind).implementation
         y, state = advance(x, dt, *self._decay(B, C), memory.state, implementation)
-        y = self.output(self.norm(y, z), "batch", "seq", "embed")
-        return y, Memory(tuple(part[:, part.shape[1] - num_before :] for part in wide), state)
+        # few positions need not split
+        y = self.output(self.norm(y, z), "batch", "full_seq", "embed")
+        return y, MambaState(tuple(part[:, part.shape[1] - num_before :] for part in wide), state)
 
     def _decay(self, B: Array, C: Array) -> tuple[Array, Array, Array, Array]:
         """What the scan reads beside x and its steps: A, B, C, D."""

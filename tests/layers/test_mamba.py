@@ -1,0 +1,96 @@
+"""A Mamba-2 layer goes on from what it remembers, and its documents are sequences of their own.
+
+That it computes what transformers does is tests/hugging_face; that it does on every mesh, tests/conformance.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxtron.config import UserError
+from jaxtron.layers.inputs import LayerInputs
+from jaxtron.layers.ssm.config import MambaConfig
+from jaxtron.layers.ssm.convolution import convolve
+from jaxtron.layers.ssm.mamba2 import Mamba2
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.program import whole
+from jaxtron.sharding.rules import use
+
+EMBED, HEADS, ROWS, LENGTH = 16, 4, 2, 11
+CLOSE = {"rtol": 0, "atol": 1e-5}
+
+
+def make_layer(groups: int = 2) -> Mamba2:
+    config = MambaConfig(num_heads=HEADS, head_dim=8, state_size=6, num_groups=groups, conv_width=4, dt_range=(0.1, 1))
+    layer = Mamba2(EMBED, HEADS, config, std=0.5, output_std=0.5, epsilon=1e-5, dropout=0.0, rngs=nnx.Rngs(0))
+    return whole(layer, jnp.float32)
+
+
+def tokens(length: int = LENGTH) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (ROWS, length, EMBED))
+
+
+@pytest.mark.parametrize(("tensor", "groups"), [(1, 2), (2, 2), (4, 1)])
+def test_in_parts_it_computes_what_it_does_at_once(rules_for, tensor: int, groups: int):
+    with use(rules_for(tensor=tensor)):
+        layer, x = make_layer(groups), tokens(12)
+        at_once = layer(x, LayerInputs())
+        found, state = [], None
+        for start, end in ((0, 5), (5, 6), (6, 7), (7, 12)):
+            y, state = jax.jit(layer.advance)(x[:, start:end], state)
+            found.append(np.asarray(y))
+        np.testing.assert_allclose(np.concatenate(found, 1), np.asarray(at_once), **CLOSE)
+        assert np.abs(np.asarray(at_once)).max() > 0.5
+
+
+def test_a_document_is_a_sequence_of_its_own(rules_for):
+    with use(rules_for()):
+        layer, x = make_layer(), tokens()
+        cuts = (0, 1, 4, 9, LENGTH)
+        segments = jnp.broadcast_to(np.repeat(np.arange(4), np.diff(cuts)), (ROWS, LENGTH))
+        packed = layer(x, LayerInputs(segments=segments))
+        alone = [layer(x[:, start:end], LayerInputs()) for start, end in zip(cuts, cuts[1:], strict=False)]
+        np.testing.assert_allclose(packed, jnp.concatenate(alone, 1), **CLOSE)
+        assert np.abs(np.asarray(packed - layer(x, LayerInputs()))).max() > 0.01
+
+
+def test_first_values_are_those_of_the_paper(rules_for):
+    with use(rules_for()):
+        layer = Mamba2(
+            EMBED, 512, MambaConfig(dt_floor=0.002), std=0.02, output_std=0.02, epsilon=1e-5, dropout=0.0,
+            rngs=nnx.Rngs(0),
+        )  # fmt: skip
+        steps = np.asarray(jax.nn.softplus(layer.dt_bias[...]))
+        assert steps.min() == pytest.approx(0.002, rel=1e-3) and 0.09 < steps.max() <= 0.1001
+        # log-uniform between 0.001 and 0.1
+        assert np.mean(steps < 0.01) == pytest.approx(0.5, abs=0.1)
+        rates = np.exp(np.asarray(layer.A_log[...]))
+        assert (
+            1 <= rates.min() < 1.2 and 15.8 < rates.max() <= 16 and np.mean(rates < 8.5) == pytest.approx(0.5, abs=0.1)
+        )
+        assert (np.asarray(layer.D[...]) == 1).all()
+
+
+def test_a_convolution_that_sees_more_than_a_piece_is_refused(rules_for, in_region):
+    with use(rules_for(context=4)), pytest.raises(UserError, match=r"needs the 3 before .* pieces have 2"):
+        arrays = (jnp.zeros((1, 4, 8)), jnp.zeros((4, 8)), jnp.zeros(8))
+        jax.eval_shape(in_region(lambda *arrays: convolve(*arrays, None, ("embed",))), *arrays)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_dim": 24}, "model.mamba.expand 2 x model.hidden_size 64 = 128 is not a multiple of .*head_dim 24"),
+        ({"num_groups": 3}, "model.mamba.num_groups 3: the 2 heads are not a multiple of it"),
+        ({"num_groups": 1, "norm_groups": 5}, "model.mamba.norm_groups 5: the 2 heads"),
+        ({"dt_range": (0.1, 0.01)}, "dt_range 0.1 0.01: it is two numbers above 0, the smaller first"),
+        ({"dt_limit": (0.5, 0.1)}, "dt_limit 0.5 0.1: it is a number of 0 or more, and a larger one or none"),
+        ({"conv_width": 1}, "greater than or equal to 2"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_go_together(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(pattern="M", hidden_size=64, position="none", mamba={"num_groups": 2, **changes})

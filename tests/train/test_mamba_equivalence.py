@@ -1,0 +1,91 @@
+"""Loss and every gradient of state-space layers do not depend on how sequence, heads and groups lie on the devices."""
+
+import functools
+from typing import Any, NamedTuple
+
+import pytest
+
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.sharding.config import ContextConfig
+from tests.support.equivalence import MODELS, ONE_DEVICE, Result, assert_equal, changed, loss_and_gradients
+
+SLOW = pytest.mark.slow
+
+
+class Case(NamedTuple):
+    """How a step runs."""
+
+    mesh: dict[str, int]
+    groups: int = 2
+    packed: bool = True
+    zero: str = "optimizer"
+    microbatches: int = 1
+    schedule: str = "1f1b"
+    chunks: int = 1
+    context: Any = {}
+    recompute: Any = "none"
+
+    def __str__(self) -> str:
+        words = [f"{flag} {size}" for flag, size in self.mesh.items()]
+        words += [self.schedule] if "pipe" in self.mesh else []
+        return "-".join([*words, f"groups {self.groups}", "packed" if self.packed else "whole"])
+
+
+QUICK = (Case({"data": 2, "context": 2, "tensor": 2}),)
+OTHERS = (
+    Case({"context": 2}, packed=False),
+    Case({"context": 4}, recompute=("mamba",)),
+    Case({"context": 8}, recompute="full"),
+    Case({"context": 4, "data": 2}, packed=False, microbatches=2),
+    Case({"context": 4}, context={"method": "hierarchical", "inner": 2}),
+    Case({"context": 2, "fsdp": 2}, context={"method": "all_gather"}, microbatches=2),
+    Case({"tensor": 2}, packed=False),
+    # groups that are on every device, or on some
+    Case({"tensor": 4}),
+    Case({"tensor": 8}, groups=1),
+    Case({"tensor": 4, "context": 2}, groups=1),
+    Case({"tensor": 8}, groups=8, zero="parameters"),
+    Case({"fsdp": 2, "context": 2, "tensor": 2}, groups=1, zero="parameters"),
+    Case({"pipe": 2, "tensor": 2, "context": 2}, microbatches=4),
+    Case({"pipe": 4, "data": 2}, microbatches=4, schedule="gpipe"),
+    Case({"pipe": 2, "context": 4}, microbatches=4, schedule="zero_bubble", groups=8),
+    Case({"pipe": 2, "tensor": 2, "fsdp": 2}, microbatches=4, schedule="interleaved", chunks=2, groups=1),
+    Case({"pipe": 2, "context": 2, "tensor": 2}, microbatches=4, schedule="zero_bubble_v", chunks=2),
+    Case({"pipe": 2, "data": 2, "context": 2}, microbatches=4, schedule="dualpipe_v", chunks=2),
+)
+
+
+def model(groups: int, recompute: Any) -> ModelConfig:
+    """With a norm in which rounding is not scaled up."""
+    mamba = {"num_heads": 8, "head_dim": 8, "state_size": 8, "num_groups": groups, "conv_width": 3}
+    changes: dict[str, Any] = {"pattern": "M*M-", "num_layers": 4, "norm_epsilon": 0.1, "recompute": recompute}
+    return changed(MODELS["llama"], **changes, mamba=mamba)
+
+
+@functools.cache
+def one_device(groups: int, packed: bool) -> Result:
+    return loss_and_gradients(model(groups, "none"), ONE_DEVICE, "none", 1, packed=packed)
+
+
+@pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=SLOW) for case in OTHERS)], ids=str)
+def test_loss_and_every_gradient_equal_one_device(case: Case) -> None:
+    pipeline = PipelineConfig()
+    if "pipe" in case.mesh:
+        pipeline = PipelineConfig(schedule=case.schedule, chunks=case.chunks)
+    found = loss_and_gradients(
+        model(case.groups, case.recompute),
+        case.mesh,
+        case.zero,
+        case.microbatches,
+        pipeline,
+        context=ContextConfig(**case.context),
+        packed=case.packed,
+    )
+    expected = one_device(case.groups, case.packed)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert_equal(found.gradients, expected.gradients)
+
+
+def test_documents_do_not_see_each_other() -> None:
+    assert one_device(2, True).loss != pytest.approx(one_device(2, False).loss, rel=1e-4)
