@@ -271,7 +271,7 @@ def test_the_final_state_is_what_is_left_of_the_first_and_what_was_added(resets:
 
 def test_results_do_not_depend_on_how_long_chunks_are(monkeypatch) -> None:
     for positions in (50, 300):
-        monkeypatch.setattr(xla, "MOST_POSITIONS", positions)
+        monkeypatch.setattr(xla, "most_positions", lambda size, width, most=positions: most)
         check_case(Case(dtype="float32", resets=(33, 64)), "xla")
 
 

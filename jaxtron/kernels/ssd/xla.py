@@ -13,10 +13,7 @@ import jax.numpy as jnp
 
 from jaxtron.kernels.ssd.spec import Operand
 from jaxtron.kernels.varying import vary_alike
-from jaxtron.typing import Array, Bool, Float
-
-MOST_POSITIONS = 128
-"""Of a chunk."""
+from jaxtron.typing import Array, Bool, Float, PyTree
 
 
 def unsupported_reason(x: Operand, B: Operand, device_kind: str) -> str | None:
@@ -40,7 +37,8 @@ def forward(
         y, after = _outputs(A, D, state, chunk)
         return after, (y, state)
 
-    initial, chunks = vary_alike((initial, _cut(_Chunk(x, dt, B, C, resets))))
+    most = most_positions(B.shape[3], x.shape[3])
+    initial, chunks = vary_alike((initial, _cut(_Chunk(x, dt, B, C, resets), most)))
     final, (y, states) = jax.lax.scan(body, initial, chunks)
     return _joined(y, x.shape[1]), final, jnp.moveaxis(states, 0, 1)
 
@@ -71,7 +69,8 @@ def backward(
         return (dstate, dA + here_A, dD + here_D), _Chunk(dx, ddt, dB, dC, None)
 
     carry = (dfinal, jnp.zeros_like(A), jnp.zeros_like(D))
-    given = (jnp.moveaxis(states, 1, 0), _cut(dy), _cut(_Chunk(x, dt, B, C, resets)))
+    most = most_positions(B.shape[3], x.shape[3])
+    given = (jnp.moveaxis(states, 1, 0), _cut(dy, most), _cut(_Chunk(x, dt, B, C, resets), most))
     carry, given = vary_alike((carry, given))
     (dinitial, dA, dD), by_chunk = jax.lax.scan(body, carry, given, reverse=True)
     dx, ddt, dB, dC = (_joined(part, x.shape[1]) for part in by_chunk[:4])
@@ -92,7 +91,8 @@ def final_state(
         x, dt, B, resets = given
         return _after(state, x, dt, B, _Decays.of(dt, A, resets)), None
 
-    initial, chunks = vary_alike((initial, _cut((x, dt, B, resets))))
+    most = most_positions(B.shape[3], x.shape[3])
+    initial, chunks = vary_alike((initial, _cut((x, dt, B, resets), most)))
     return jax.lax.scan(body, initial, chunks)[0]
 
 
@@ -113,7 +113,8 @@ def gradient_summary(
         asked = jnp.einsum("bsgn,bsghp->bghnp", C.astype(jnp.float32), weighted)
         return dstate * decays.through[..., None, None] + asked.reshape(dstate.shape), None
 
-    dfinal, chunks = vary_alike((dfinal, _cut((dt, C, dy, resets))))
+    most = most_positions(C.shape[3], dy.shape[3])
+    dfinal, chunks = vary_alike((dfinal, _cut((dt, C, dy, resets), most)))
     return jax.lax.scan(body, dfinal, chunks, reverse=True)[0]
 
 
@@ -196,13 +197,18 @@ def _grouped(array: Array, groups: int) -> Array:
     return array.reshape(*array.shape[:2], groups, -1, *array.shape[3:])
 
 
-def _cut(arrays):
-    """[B, S, ...] as [chunks, B, positions, ...], each; zeros behind the last position."""
+def most_positions(size: int, width: int) -> int:
+    """Positions of a chunk at most, by a state's size N x P: pairs in a chunk cost as states of chunks do."""
+    return 64 if size * width <= 4096 else 128
+
+
+def _cut(arrays: PyTree, most: int) -> PyTree:
+    """[B, S, ...] as [chunks, B, positions, ...], each, of so many positions at most; zeros behind the last."""
 
     def cut(array: Array) -> Array:
         length = array.shape[1]
         # of equal size, as near the largest as whole chunks allow, so that little is padding
-        chunks = math.ceil(length / MOST_POSITIONS)
+        chunks = math.ceil(length / most)
         positions = math.ceil(length / chunks)
         array = jnp.pad(array, ((0, 0), (0, chunks * positions - length), *((0, 0),) * (array.ndim - 2)))
         return jnp.moveaxis(array.reshape(array.shape[0], chunks, positions, *array.shape[2:]), 1, 0)
