@@ -129,7 +129,8 @@ class Mamba2(nnx.Module):
             z, convolved = joined[..., :width], joined[..., width : 2 * width + 2 * self.config.state_size]
             dt = joined[..., 2 * width + 2 * self.config.state_size :]
             z, dt = self._by_head(z), jnp.reshape(dt, (*x.shape[:2], self.num_heads), out_sharding=spec(*STEPS))
-            return _Projected(z, (convolved,), self._steps(dt))
+            # an axis of one group loses its name in a slice
+            return _Projected(z, (constrain(convolved, *BY_GROUP),), self._steps(dt))
         kernel = jnp.concatenate([self.z.kernel[...], self.x.kernel[...], self.dt.kernel[...][..., None]], -1)
         joined, width = project(x, kernel, HEADS), self.config.head_dim
         shared = jnp.concatenate([self.B.kernel[...], self.C.kernel[...]], -1)
@@ -159,7 +160,8 @@ class Mamba2(nnx.Module):
         if not self._by_group:
             return convolved[0], convolved[1][..., :size], convolved[1][..., size:]
         (whole,) = convolved
-        return self._by_head(whole[..., : -2 * size]), whole[..., -2 * size : -size], whole[..., -size:]
+        B, C = (constrain(part, *BY_GROUP) for part in (whole[..., -2 * size : -size], whole[..., -size:]))
+        return self._by_head(whole[..., : -2 * size]), B, C
 
     def _by_head(self, x: Float[Array, "B S G width"]) -> Float[Array, "B S H P"]:
         shape = (*x.shape[:2], self.num_heads, self.config.head_dim)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from jaxtron.config import NoEffect, UserError, format_value
 from jaxtron.layers.config import RotaryConfig
 from jaxtron.models.decoder.kinds import KINDS, LayerKind, check_multiple
-from jaxtron.models.decoder.pattern import Pattern, dense_first, parse
+from jaxtron.models.decoder.pattern import Pattern, dense_first, hybrid_pattern, parse
 from jaxtron.models.decoder.settings import DecoderSettings
 from jaxtron.sharding.config import ContextConfig
 
@@ -36,6 +36,22 @@ class ModelConfig(DecoderSettings):
     """Computed again in the backward: none, selective (attention core), full (layers), or a list of names."""
     unroll: int | None = Field(default=None, ge=1)
     """Periods unrolled in each iteration of the scan over layers (none: 1)."""
+
+    @model_validator(mode="after")
+    def _of_shares(self) -> "ModelConfig":
+        """With the pattern that `hybrid` makes, from here on as if it had been given."""
+        if self.hybrid is None:
+            return self
+        try:
+            pattern = hybrid_pattern(*self.hybrid)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        for name, value in (("pattern", pattern), ("num_layers", 1)):
+            # a saved configuration names them too
+            if name in self.model_fields_set and getattr(self, name) != value:
+                self._refuse(name, "hybrid", f"leave one of them out: hybrid makes it {value}")
+            object.__setattr__(self, name, value)
+        return self
 
     @model_validator(mode="after")
     def _agree(self) -> "ModelConfig":

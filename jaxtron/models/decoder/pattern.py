@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass, replace
 
 from jaxtron.config import UserError
-from jaxtron.models.decoder.kinds import KINDS, MLP, MOE
+from jaxtron.models.decoder.kinds import ATTENTION, KINDS, MAMBA, MLP, MOE
 
 CUT = "|"
 
@@ -78,6 +78,31 @@ def parse(text: str, repeats: int = 1) -> Pattern:
         )
     pattern = _reduce(layers * repeats)
     return replace(pattern, parts=_parts(text, pattern, [*cuts, len(layers)])) if cuts else pattern
+
+
+def hybrid_pattern(attention: float, mlp: float, num_layers: int) -> str:
+    """Mamba-2 layers with these shares of attention and MLPs, both spread evenly (2406.07887, Appendix A).
+
+    Attention is between runs of other layers that are as long as can be alike; then MLPs take the places of Mamba-2, so
+    that the last layer is one. Megatron's `--hybrid-attention-ratio` and `--hybrid-mlp-ratio` make the same pattern.
+    """
+    attentions, mlps = round(num_layers * attention), round(num_layers * mlp)
+    if min(attention, mlp) < 0 or num_layers < 1 or attentions + mlps > num_layers:
+        raise UserError(
+            f"model.hybrid {attention:g} {mlp:g} {num_layers}: shares of attention and MLPs are 0 or more and "
+            "together 1 at most, of one layer or more"
+        )
+    layers = [MAMBA.symbol] * num_layers
+    for symbol, count, before in ((ATTENTION.symbol, attentions, 1), (MLP.symbol, mlps, 0)):
+        free = [place for place, other in enumerate(layers) if other == MAMBA.symbol]
+        # layers that stay in each run; of attention there is a run before the first and after the last
+        run = left = (len(free) - count) / (count + before) if count else 0.0
+        for place in free if count else ():
+            if left < 0.5:
+                layers[place], left = symbol, left + run
+            else:
+                left -= 1
+    return "".join(layers)
 
 
 def dense_first(pattern: Pattern, count: int) -> Pattern:

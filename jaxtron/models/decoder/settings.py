@@ -17,6 +17,9 @@ class DecoderSettings(FamilyConfig):
     """Residual layers in order: `*` attention, `W` attention in a window, `L` latent attention, `M` Mamba-2, `-` MLP,
     `E` a mixture of experts; `(*-)` is both in parallel on one norm. `|` cuts all layers into the stages of mesh.pipe
     (with num_layers 1; one stage runs them all)."""
+    hybrid: tuple[float, float, int] | None = None
+    """Makes the pattern of a hybrid: the share of attention, of MLPs, and how many layers there are; the others are
+    Mamba-2, as even as can be (2406.07887, Appendix A: 0.08 0.5 56)."""
     num_layers: int = Field(default=12, ge=1, le=2**16)
     """How often the pattern repeats; for `*-` the usual count of transformer layers."""
     hidden_size: int = Field(default=768, ge=1)
