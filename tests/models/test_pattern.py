@@ -3,7 +3,8 @@
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.models.decoder.pattern import parse
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.pattern import hybrid_pattern, parse
 
 ATTENTION, MLP, PARALLEL = ("*",), ("-",), ("*", "-")
 
@@ -67,6 +68,41 @@ def test_bad_text_names_the_place_and_the_reason(text, place, why):
         error.value
     )
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("shares", "pattern"),
+    [
+        # Megatron's own, of 8 billion and 800 million parameters (examples/mamba/train.sh)
+        ((0.08, 0.5, 56), "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"),
+        ((0.08, 0.5, 48), "M-M-M--M-*M-M-M-M--*M-M-M-M-*M--M-M-M-*M-M--M-M-"),
+        ((0.0, 0.0, 3), "MMM"),
+        ((1.0, 0.0, 2), "**"),
+        ((0.5, 0.5, 4), "-**-"),
+    ],
+)
+def test_a_hybrid_by_shares(shares, pattern):
+    assert hybrid_pattern(*shares) == pattern
+    found = ModelConfig(hybrid=shares, num_heads=4, position="none")
+    assert (found.pattern, found.num_layers) == (pattern, 1)
+    # as a run's directory has it
+    assert ModelConfig(**found.model_dump()) == found
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hybrid": (0.6, 0.5, 10)}, "model.hybrid 0.6 0.5 10: shares .* together 1 at most"),
+        ({"hybrid": (-0.1, 0.5, 10)}, "shares of attention and MLPs are 0 or more"),
+        ({"hybrid": (0.1, 0.5, 0)}, "of one layer or more"),
+        ({"hybrid": (0.0, 0.0, 3), "pattern": "M"}, "model.pattern M has no effect .* hybrid makes it MMM"),
+        ({"hybrid": (0.0, 0.0, 3), "num_layers": 3}, "model.num_layers 3 has no effect .* hybrid makes it 1"),
+    ],
+    ids=str,
+)
+def test_shares_that_make_no_hybrid(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**settings)
 
 
 @pytest.mark.parametrize(("text", "repeats"), [("", 1), ("", 3), ("*-", 0)])
