@@ -299,7 +299,7 @@ def test_what_is_said_of_the_data_is_printed_before_training(make, capsys):
     blueprint = SimpleNamespace(num_parameters=1, num_trained=1)
     run = Mock(
         spec=Run,
-        session=SimpleNamespace(sizes={"data": 1}, device_kind="cpu", blueprint=blueprint, attention={}),
+        session=SimpleNamespace(sizes={"data": 1}, device_kind="cpu", blueprint=blueprint, attention={}, choices=()),
         directory="run",
         config=Configuration().resolved(),
         data=make([talk("q", "a", id=1)]),
