@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxtron.kernels.mosaic import TILE, WARPGROUP_ROWS, Registers, Target, plgpu, spread, swizzled
+from jaxtron.kernels.mosaic import ROWS, TILE, WARPGROUP_ROWS, Refs, Registers, Target, plgpu, spread, swizzled
 from jaxtron.typing import Array, DTypeLike
 
 WARPGROUPS = 2
@@ -81,6 +81,56 @@ def share_out(target: Target, compute: Callable[[Any], None], copy: Callable[[],
     def _() -> None:
         target.registers(_REGISTERS, memory=True)
         copy()
+
+
+def sum_over_heads(
+    refs: Refs,
+    sizes: Sizes,
+    parts: int,
+    target: Target,
+    *,
+    stages: int,
+    of_head: Callable[[Any, Any, Any, Any], tuple[tuple[Any, Any], ...]],
+    reach: Any,
+    shared: Any,
+    out: Any,
+    step: Callable[..., Any],
+) -> None:
+    """A block's body: `out` [B, S, part, N] of a chunk, a sum over the heads of a part of a group.
+
+    A block reads B, C and their products once, and for each head `of_head` (row, chunk, head, positions): pairs of
+    global and shared memory. `step` (row, first head, positions, warpgroup; reach, head, sum) adds one head to the sum
+    of a warpgroup's rows. These leave by way of `shared`, B or C, whose rows nobody else reads. `reach` is
+    `decay_between`'s, of all positions, or None.
+    """
+    row, chunk, part = (lax.axis_index(name) for name in ("row", "chunk", "part"))
+    each = sizes.heads // (sizes.groups * parts)
+    first, here = part * each, pl.ds(chunk * CHUNK, CHUNK)
+
+    def copy(index: Any, stage: Any) -> None:
+        for source, to in of_head(row, chunk, first + index, here):
+            plgpu.copy_gmem_to_smem(source, to.at[stage], refs.ready.at[stage])
+
+    def copy_all() -> None:
+        group = lax.div(part, jnp.int32(parts))
+        for source, to in ((refs.b, refs.b_shared), (refs.c, refs.c_shared)):
+            plgpu.copy_gmem_to_smem(source.at[row, here, group], to, refs.once)
+        plgpu.copy_gmem_to_smem(refs.scores.at[row, chunk, group], refs.scores_shared, refs.once)
+        keep_full(each, stages, refs.free, copy)
+
+    def compute(warpgroup: Any) -> None:
+        mine = positions(chunk, warpgroup)
+        own_reach = None if reach is None else target.load(reach.at[row, mine], ROWS)
+        plgpu.barrier_wait(refs.once)
+        add = functools.partial(step, (row, first, mine, warpgroup), own_reach)
+        total = lax.fori_loop(0, each, add, target.full((WARPGROUP_ROWS, sizes.size), 0.0))
+        own = shared.at[half(warpgroup)]
+        own[...] = total.astype(sizes.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(own, out.at[row, mine, part])
+        plgpu.wait_smem_to_gmem(0)
+
+    share_out(target, compute, copy_all)
 
 
 def keep_full(steps: int, stages: int, free: Any, copy: Callable[[Any, Any], None]) -> None:

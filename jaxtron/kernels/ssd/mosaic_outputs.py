@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
 from jaxtron.kernels.mosaic import (
     COLUMNS,
@@ -30,10 +29,8 @@ from jaxtron.kernels.ssd.mosaic_chunks import (
     Sizes,
     decay_between,
     half,
-    keep_full,
-    positions,
-    share_out,
     stage_of,
+    sum_over_heads,
     values_of,
     vectors,
 )
@@ -106,43 +103,28 @@ def by_outputs(
 
 
 def _block(refs: Refs, sizes: Sizes, parts: int, target: Target) -> None:
-    row, chunk, part = (lax.axis_index(name) for name in ("row", "chunk", "part"))
-    each = sizes.heads // (sizes.groups * parts)
-    first, here = part * each, pl.ds(chunk * CHUNK, CHUNK)
-
-    def copy(index: Any, stage: Any) -> None:
-        head, ready = first + index, refs.ready.at[stage]
-        for source, shared in (
+    def of_head(row: Any, chunk: Any, head: Any, here: Any) -> tuple[tuple[Any, Any], ...]:
+        return (
             (refs.x.at[row, here, head], refs.x_shared),
             (refs.dy.at[row, here, head], refs.dy_shared),
             (refs.states.at[row, chunk, head], refs.state_shared),
             (refs.sums.at[row, head, here], refs.sums_shared),
             (refs.from_start.at[row, head, here], refs.from_start_shared),
             (refs.steps.at[row, head, here], refs.steps_shared),
-        ):
-            plgpu.copy_gmem_to_smem(source, shared.at[stage], ready)
+        )
 
-    def copy_all() -> None:
-        group = lax.div(part, jnp.int32(parts))
-        for source, shared in ((refs.b, refs.b_shared), (refs.c, refs.c_shared)):
-            plgpu.copy_gmem_to_smem(source.at[row, here, group], shared, refs.once)
-        plgpu.copy_gmem_to_smem(refs.scores.at[row, chunk, group], refs.scores_shared, refs.once)
-        keep_full(each, _STAGES, refs.free, copy)
-
-    def compute(warpgroup: Any) -> None:
-        mine = positions(chunk, warpgroup)
-        reach = None if refs.back is None else target.load(refs.back.at[row, mine], ROWS)
-        plgpu.barrier_wait(refs.once)
-        step = functools.partial(_step, refs, sizes, target, (row, first, mine, warpgroup), reach)
-        total = lax.fori_loop(0, each, step, target.full((WARPGROUP_ROWS, sizes.size), 0.0))
-        # nobody else reads these rows of C
-        own = refs.c_shared.at[half(warpgroup)]
-        own[...] = total.astype(sizes.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(own, refs.dC.at[row, mine, part])
-        plgpu.wait_smem_to_gmem(0)
-
-    share_out(target, compute, copy_all)
+    sum_over_heads(
+        refs,
+        sizes,
+        parts,
+        target,
+        stages=_STAGES,
+        of_head=of_head,
+        reach=refs.back,
+        shared=refs.c_shared,
+        out=refs.dC,
+        step=functools.partial(_step, refs, sizes, target),
+    )
 
 
 def _step(refs: Refs, sizes: Sizes, target: Target, block: tuple, reach: Any, index: Any, total: Any) -> Any:
