@@ -13,7 +13,6 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxtron.layers.inputs import BranchOutput, LayerInputs
-from jaxtron.layers.moe.capacity import capacity
 from jaxtron.layers.moe.config import MoeConfig
 from jaxtron.layers.moe.moe import Moe
 from jaxtron.layers.moe.router import LOAD, evened
@@ -56,7 +55,7 @@ def reference(config: MoeConfig, params: dict, x, row_weights, activation: str):
                 tokens = np.flatnonzero(is_chosen[row, :, expert])
                 if config.drop == "probability":
                     tokens = tokens[np.argsort(-known[row, tokens, expert], kind="stable")]
-                is_kept[row, tokens[capacity(config, LENGTH) :], expert] = False
+                is_kept[row, tokens[config.capacity(LENGTH) :], expert] = False
         weights = jnp.where(is_kept, weights, 0.0)
     hidden = jnp.einsum("bse,negf->bsngf", x, params["up"])
     inner = (
@@ -173,8 +172,8 @@ def test_tokens_that_are_dropped_at_random_are_others_in_other_rows(rules_for: C
 
 
 def test_an_expert_takes_no_more_than_a_sequence_has() -> None:
-    assert capacity(MoeConfig(capacity_factor=1.25), LENGTH) == 4
-    assert capacity(MoeConfig(capacity_factor=1e30), LENGTH) == LENGTH
+    assert MoeConfig(capacity_factor=1.25).capacity(LENGTH) == 4
+    assert MoeConfig(capacity_factor=1e30).capacity(LENGTH) == LENGTH
 
 
 def test_jitter_moves_the_choice_and_keeps_the_tokens(rules_for: Callable, in_region: Callable) -> None:

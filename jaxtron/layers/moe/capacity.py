@@ -1,7 +1,5 @@
 """Experts that take so many tokens of a sequence and no more: decided on whole sequences, so the same on every mesh."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -12,12 +10,6 @@ from jaxtron.sharding.rules import current, spec
 from jaxtron.typing import Array, Float, Int, Key
 
 TOKENS = ("batch", "seq", None)
-
-
-def capacity(config: MoeConfig, length: int) -> int:
-    """Tokens of a sequence of so many that an expert takes: all of them at most."""
-    assert config.capacity_factor is not None
-    return min(length, math.ceil(length * config.top_k * config.capacity_factor / config.num_experts))
 
 
 def drop_excess(
@@ -38,7 +30,7 @@ def drop_excess(
         part = jax.lax.axis_index(tensor) * own
         place = jnp.broadcast_to(jax.lax.dynamic_slice_in_dim(here, part, own), (rows, own))
         whole, of_whole, places = (_whole(_whole(x, tensor), context) for x in (chosen, weights, place))
-        limit = capacity(config, whole.shape[1])
+        limit = config.capacity(whole.shape[1])
         kept = jax.vmap(lambda *row: _within(config, limit, *row))(whole, of_whole, places, *keys)
         mine = jax.lax.axis_index((*context, *tensor)) * own
         return jnp.where(jax.lax.dynamic_slice_in_dim(kept, mine, own, 1), chosen, config.num_experts)

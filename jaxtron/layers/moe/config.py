@@ -87,6 +87,11 @@ class MoeConfig(Config):
     implementation: Implementation = "auto"
     """Kernel of grouped products, only where a bucket is a device."""
 
+    def capacity(self, length: int) -> int:
+        """Tokens of a sequence of so many that an expert takes where it drops some: all of them at most."""
+        assert self.capacity_factor is not None
+        return min(length, math.ceil(length * self.top_k * self.capacity_factor / self.num_experts))
+
     def round_of(self, num_tokens: int, parts: int, room: int | None) -> Round:
         """What a device has room for in a round: of so many tokens, for experts on so many parts.
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from jaxtron.kernels.grouped_matmul.backend import ProductsBackend, select_backend
 from jaxtron.kernels.grouped_matmul.spec import TILE
-from jaxtron.layers.moe.capacity import capacity
 from jaxtron.layers.moe.config import MoeConfig
 from jaxtron.layers.moe.exchange import Exchange
 from jaxtron.sharding.rules import current
@@ -61,7 +60,7 @@ def make_exchange(
     gathers = config.exchange == "all_gather"
     # of tokens that are gathered a device takes what is its own, as if there were no others
     num_tokens = math.prod(shape) * (parts * rules.parts("expert_tensor") if gathers else 1)
-    room = None if config.capacity_factor is None else shape[0] * capacity(config, length)
+    room = None if config.capacity_factor is None else shape[0] * config.capacity(length)
     found = config.round_of(num_tokens, parts, room)
     return Exchange(
         num_experts=config.num_experts,

@@ -1,6 +1,5 @@
 """What a decoder takes of a device: work of each kind of layer by symbol, of a period of its pattern, of its ends."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -270,9 +269,7 @@ def _expert_layer(model: ModelConfig, shapes: Shapes) -> ExpertShapes:
     sent = pairs = tokens * moe.top_k
     if shapes.profile.expert_rows == "round":
         grouped, gathers = moe.buckets == "device", moe.exchange == "all_gather"
-        room = None
-        if moe.capacity_factor is not None:
-            room = round(shapes.rows) * math.ceil(shapes.length * moe.top_k * moe.capacity_factor / moe.num_experts)
+        room = None if moe.capacity_factor is None else round(shapes.rows) * moe.capacity(shapes.length)
         rows, pairs, has_rounds = moe.round_of(round(tokens) * (parts * widths if gathers else 1), parts, room)
         buckets = (own if gathers else moe.num_experts) // (own if grouped else 1)
         sent, pairs = rows * buckets, pairs * buckets
