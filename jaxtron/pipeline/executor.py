@@ -277,9 +277,10 @@ class _Executor:
         def together(state: ExecutorState) -> tuple[ExecutorState, Stream, Stream]:
             ahead, back = self._microbatch(forward), self._microbatch(backward)
             ((stack, length),) = self.variants
-            works = tuple(
-                ChunkWork(row.chunk * self.stages.partitions[stack].slots_per_chunk, length, row.residual, row.deferred)
-                for row in (forward, backward)
+            slots = self.stages.partitions[stack].slots_per_chunk
+            works = (
+                ChunkWork(forward.chunk * slots, length, forward.residual, forward.deferred),
+                ChunkWork(backward.chunk * slots, length, backward.residual, backward.deferred),
             )
             streams = (self._entered(state, forward, ahead), buffers.read(state.cotangents, backward.cotangent))
             shared = (self._shared(ahead)[stack], self._shared(back)[stack])

@@ -78,12 +78,10 @@ def entering(
 ) -> Float[Array, "B ..."]:
     """The state that enters each piece, where pieces make of a state `through * state + added`; zeros enter the first.
 
-    `through` is broadcast to `added` from the left. `reverse`: from the end, as gradients of states go. One all-gather
-    of each, for states are small beside a sequence.
+    Where sequences are split. `through` is broadcast to `added` from the left. `reverse`: from the end, as gradients of
+    states go. One all-gather of each, for states are small beside a sequence.
     """
     size = current().parts("context")
-    if size == 1:
-        return jnp.zeros_like(added)
     factors, summands = _everywhere(through), _everywhere(added)
     factors = factors.reshape(*factors.shape, *(1,) * (summands.ndim - factors.ndim))
     state, found = jnp.zeros_like(summands[0]), {}

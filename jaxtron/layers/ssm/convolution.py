@@ -87,7 +87,7 @@ def _forward(
 def _backward(channels: Names, kept: tuple[Array | None, ...], cotangent: Array) -> tuple[Array, Array, Array, None]:
     def local(x: Array, kernel: Array, bias: Array, segments: Array | None, cotangent: Array) -> tuple[Array, ...]:
         wide, ids = _given(x, segments, kernel.shape[0])
-        _, pull = jax.vjp(lambda *arrays: convolve_plainly(*arrays, ids), wide, kernel, bias)
+        _, pull = jax.vjp(functools.partial(convolve_plainly, ids=ids), wide, kernel, bias)
         dwide, dkernel, dbias = pull(pieces(cotangent))
         ends = kernel.shape[0] - 1
         dx = dwide[:, ends:] + before_transposed(dwide[:, :ends], dwide.shape[1] - ends)

@@ -1,7 +1,7 @@
 """Mamba-2: a convolution, a state for each head, and a gate (2405.21060, section 7; Megatron's `MambaMixer`)."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from flax import nnx
 from jax.nn import initializers
 
 from jaxtron.kernels.ssd.backend import select_backend
+from jaxtron.kernels.ssd.ssd import StateSpaceDuality
 from jaxtron.layers.inputs import LayerInputs, dropout
 from jaxtron.layers.linear import Linear, project
 from jaxtron.layers.ssm.config import MambaConfig, Range
@@ -37,6 +38,10 @@ class _Projected(NamedTuple):
     convolved: tuple[Float[Array, "B S *channels"], ...]
     """x, B and C by group in one; or x by head, and B with C."""
     dt: Float[Array, "B S H"]
+
+
+# x, dt, A, B, C and D
+_Scanned = tuple[Array, Array, Array, Array, Array, Array]
 
 
 class Mamba2(nnx.Module):
@@ -81,15 +86,12 @@ class Mamba2(nnx.Module):
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
         segments = None if inputs.segments is None else constrain(inputs.segments, "batch", "full_seq")
         z, convolved, dt = self._project(constrain(x, "batch", "full_seq", "embed"))
-        through = [
+        through: list[Any] = [
             convolve(part, kernel, bias, segments, names)
             for part, (kernel, bias, names) in zip(convolved, self._taps(), strict=True)
         ]
-        x, B, C = self._apart(*through)
-        implementation = select_backend(self.config.implementation, x, B, current().device_kind).implementation
-        y = self.output(
-            self.norm(scan(x, dt, *self._decay(B, C), segments, implementation), z), "batch", "seq", "embed"
-        )
+        arrays, implementation = self._scanned(dt, *through)
+        y = self.output(self.norm(scan(*arrays, segments, implementation), z), "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 
     def advance(
@@ -103,23 +105,25 @@ class Mamba2(nnx.Module):
         num_before = self.config.conv_width - 1
         if memory is None:
             shape = (x.shape[0], self.num_heads, self.config.state_size, self.config.head_dim)
-            zeros = tuple(jnp.zeros_like(part[:, :1]) for part in convolved)
-            before = tuple(jnp.concatenate([part] * num_before, 1) for part in zeros)
-            memory = MambaState(before, constrain(jnp.zeros(shape, jnp.float32), "batch", "heads", "state", "head_dim"))
-        wide = [jnp.concatenate([old, new], 1) for old, new in zip(memory.inputs, convolved, strict=True)]
+            state = constrain(jnp.zeros(shape, jnp.float32), "batch", "heads", "state", "head_dim")
+            wide = [jnp.pad(new, ((0, 0), (num_before, 0), *((0, 0),) * (new.ndim - 2))) for new in convolved]
+        else:
+            state = memory.state
+            wide = [jnp.concatenate([old, new], 1) for old, new in zip(memory.inputs, convolved, strict=True)]
         taps = self._taps()
         through = [convolve_plainly(part, kernel, bias) for part, (kernel, bias, _) in zip(wide, taps, strict=True)]
-        x, B, C = self._apart(*through)
-        implementation = select_backend(self.config.implementation, x, B, current().device_kind).implementation
-        y, state = advance(x, dt, *self._decay(B, C), memory.state, implementation)
+        arrays, implementation = self._scanned(dt, *through)
+        y, state = advance(*arrays, state, implementation)
         # few positions need not split
         y = self.output(self.norm(y, z), "batch", "full_seq", "embed")
         return y, MambaState(tuple(part[:, part.shape[1] - num_before :] for part in wide), state)
 
-    def _decay(self, B: Array, C: Array) -> tuple[Array, Array, Array, Array]:
-        """What the scan reads beside x and its steps: A, B, C, D."""
+    def _scanned(self, dt: Float[Array, "B S H"], *convolved: Array) -> tuple[_Scanned, StateSpaceDuality]:
+        """What a scan reads, and what computes it."""
+        x, B, C = self._apart(*convolved)
         A, D = (constrain(array, "heads") for array in (-jnp.exp(self.A_log[...]), self.D[...]))
-        return A, B, C, D
+        backend = select_backend(self.config.implementation, x, B, current().device_kind)
+        return (x, dt, A, B, C, D), backend.implementation
 
     def _project(self, x: Float[Array, "B S E"]) -> _Projected:
         """The products, and the steps made of the last of them."""
@@ -147,11 +151,9 @@ class Mamba2(nnx.Module):
         """Kernel, bias and axes of channels for each array that is convolved."""
         if self._by_group:
             return ((self._joined_taps("kernel"), self._joined_taps("bias"), BY_GROUP[2:]),)
-        both = (
-            jnp.concatenate([getattr(self.conv_B, name)[...], getattr(self.conv_C, name)[...]], -1)
-            for name in ("kernel", "bias")
-        )
-        return (self.conv_x.kernel[...], self.conv_x.bias[...], HEADS[2:]), (*both, (None, "state"))
+        kernel = jnp.concatenate([self.conv_B.kernel[...], self.conv_C.kernel[...]], -1)
+        bias = jnp.concatenate([self.conv_B.bias[...], self.conv_C.bias[...]], -1)
+        return (self.conv_x.kernel[...], self.conv_x.bias[...], HEADS[2:]), (kernel, bias, (None, "state"))
 
     def _apart(
         self, *convolved: Array
