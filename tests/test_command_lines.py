@@ -76,6 +76,7 @@ USELESS = [
     ),
     ("model: {position: rotary, rotary: {base: 5e5}}", "--model.position alibi", "model.rotary.base", "alibi"),
     ("model: {max_positions: 512}", "--model.position none", "model.max_positions 512", "model.position none"),
+    ("model: {norm_bias: true}", "--model.norm rms_norm", "model.norm_bias true", "model.norm rms_norm"),
     ("model: {num_kv_heads: 2}", "--model.pattern -", "model.num_kv_heads 2", "model.pattern -"),
     ("model: {attention: {sinks: true}}", "--model.attention_dropout 0.1", "model.attention.sinks true", "0.1"),
     (

@@ -86,6 +86,7 @@ CHANGES = [
     {"position": "rotary", "bias": False, "qkv_bias": True, "activation": "swiglu"},
     {"position": "none", "qkv_bias": False, "activation": "geglu", "mlp_size": 40, "norm": "layer_norm_1p"},
     {"position": "rotary", "pattern": "(*-)", "bias": False, "num_kv_heads": 1, "head_dim": 8},
+    {"position": "rotary", "bias": False, "norm_bias": True, "norm": "layer_norm_1p", "activation": "squared_relu"},
     {"position": "none", "pattern": "*--*"},
     {"position": "none", "pattern": "-"},
 ]

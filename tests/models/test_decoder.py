@@ -263,6 +263,7 @@ def test_parameters_are_as_many_as_megatron_counts(rules_for):
         ({"tied_head": False, "vocab_multiple": 128}, 6240 + 2 * 28 * 12),
         # no biases, of LayerNorms neither
         ({"tied_head": False, "bias": False}, 6240 - 2 * (48 + 48 + 12 + 2 * 12) - 12),
+        ({"tied_head": False, "bias": False, "norm_bias": True}, 6240 - 2 * (48 + 48 + 12)),
         ({"tied_head": False, "bias": False, "qkv_bias": True}, 6240 - 2 * (12 + 48 + 12 + 2 * 12) - 12),
         # a key/value head less is 2 x 3 x 12 weights and 2 x 3 biases less, in each layer
         ({"tied_head": False, "num_kv_heads": 1}, 6240 - 2 * 3 * (2 * 3 * 12 + 2 * 3)),

@@ -64,6 +64,8 @@ class ModelConfig(DecoderSettings):
             self._refuse("rotary", "position")
         if self.position != "learned" and self.max_positions is not None:
             self._refuse("max_positions", "position")
+        if self.norm == "rms_norm" and self.norm_bias:
+            self._refuse("norm_bias", "norm")
         if self.position in ("rotary", "alibi") and not any(kind.attends for kind in self.kinds):
             self._refuse("position", "pattern", "it has no attention; leave it out")
         self._refuse_ignored_fields()

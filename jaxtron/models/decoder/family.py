@@ -69,6 +69,7 @@ def meaning(model: ModelConfig) -> dict[str, Any]:
         "num_kv_heads": model.kv_heads,
         "head_dim": model.head_size,
         "mlp_size": model.mlp_width,
+        "norm_bias": model.norms_have_bias,
         "qkv_bias": model.bias if model.qkv_bias is None else model.qkv_bias,
         "attention.scale": [one.scale or one.key**-0.5 for one in heads],
     }

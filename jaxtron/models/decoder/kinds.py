@@ -73,7 +73,7 @@ class LayerKind:
 
 def norm_parameters(settings: DecoderSettings, size: int) -> int:
     """Parameters of one of the model's norms over `size` channels."""
-    return size * (2 if settings.bias and settings.norm != "rms_norm" else 1)
+    return size * (2 if settings.norms_have_bias else 1)
 
 
 def local_kv_heads(settings: DecoderSettings, tensor: int) -> int:

@@ -34,7 +34,7 @@ Builder = Callable[[ModelConfig, LayerKind, Backends, nnx.Rngs], nnx.Module]
 
 def make_norm(config: ModelConfig, size: int, rngs: nnx.Rngs) -> Norm:
     """The model's kind of norm over `size` channels."""
-    return Norm(size, kind=config.norm, bias=config.bias, epsilon=config.norm_epsilon, rngs=rngs)
+    return Norm(size, kind=config.norm, bias=config.norms_have_bias, epsilon=config.norm_epsilon, rngs=rngs)
 
 
 def _attention(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rngs) -> Attention:

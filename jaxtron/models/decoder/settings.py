@@ -50,6 +50,8 @@ class DecoderSettings(FamilyConfig):
     """Norms on queries and keys, per head."""
     bias: bool = True
     """Biases of linear layers and LayerNorms."""
+    norm_bias: bool | None = None
+    """Biases of LayerNorms alone, as Nemotron's (none: as `bias`)."""
     qkv_bias: bool | None = None
     """Biases of the query, key and value projections (none: as `bias`)."""
     position: PositionKind = "learned"
@@ -85,6 +87,11 @@ class DecoderSettings(FamilyConfig):
     def head_size(self) -> int:
         """Dimensions of a head."""
         return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def norms_have_bias(self) -> bool:
+        """Whether norms add a bias; those by the root mean square never do."""
+        return self.norm != "rms_norm" and (self.bias if self.norm_bias is None else self.norm_bias)
 
     @property
     def mlp_width(self) -> int:
