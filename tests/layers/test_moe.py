@@ -1,6 +1,7 @@
 """Mixtures of experts: routing, losses and every gradient against each expert on each token in plain JAX."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import Mock
@@ -266,6 +267,24 @@ def test_what_is_chosen_is_told(
     with use(rules_for(**mesh)):
         shape = (ROWS, 2 * LENGTH // current().parts("tensor"))
         assert exchange_lines(MoeConfig(**settings), shape, (WIDTH, 2, HIDDEN), jnp.float32) == lines
+
+
+def test_rows_are_gathered_along_what_lies_first(rules_for: Callable, in_region: Callable) -> None:
+    """As XLA lays out arrays for collectives; along another dimension, all that is kept of rows would lie like this."""
+    with use(rules_for(data=2, tensor=2, expert=2, expert_tensor=2)):
+        graph, state = nnx.split(make(MoeConfig(num_experts=8), "swiglu"))
+
+        def run(params: dict, x: jax.Array) -> jax.Array:
+            inputs = LayerInputs(row_weights=jnp.ones(ROWS), load=jnp.asarray(BEFORE[None]))
+            block = PartitionSpec(current().axes("tensor"))
+            own = {name: jax.sharding.reshard(params[name], block) for name in ("up", "down")}
+            return nnx.merge(graph, {**params, **own})(x, inputs).x.sum()
+
+        params, x = nnx.to_pure_dict(state), jnp.ones((ROWS, LENGTH, WIDTH))
+        params |= {"up": jnp.ones((2, 4, WIDTH, 2, HIDDEN // 2)), "down": jnp.ones((2, 4, HIDDEN // 2, WIDTH))}
+        text = in_region(lambda *given: jax.grad(run, (0, 1))(*given)).lower(params, x).as_text()
+    for name in ("all_gather_dim", "scatter_dimension"):
+        assert {*re.findall(rf"{name} = (\d+)", text)} == {"0"}
 
 
 def test_each_layer_of_a_period_gets_its_own_row_of_the_load() -> None:

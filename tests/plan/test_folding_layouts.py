@@ -20,8 +20,6 @@ ROWS = [row for row in read_rows() if row.source == "2504.14960 Table 1"]
 GPUS = {row.config: row.gpus for row in ROWS}
 # the folded ones, and of the others the one whose exchange is the largest
 COMPILED = [row for row in ROWS if row.name.endswith("folded") or row.config == "mixtral_8x22b_g8t8"]
-# what the paper does not print: of those without folding, models that fit only with layers computed again
-AGAIN = ("8x22B-G8T8", "Llama3-8x70B")
 # the columns without stages, each model in the order of GPUS: (tensor, expert), experts as wide as tensor
 WHOLE = {
     "FSDP": [(8, 1), (2, 1), (8, 1)],
@@ -41,8 +39,7 @@ def configuration(name: str, flags: dict[str, object]) -> Configuration:
 
 def of_row(row: Row) -> Configuration:
     experts = {"expert": row.expert, "expert_tensor": row.expert_tensor}
-    flags: dict[str, object] = {f"mesh.{flag}": size for flag, size in (row.sizes | experts).items()}
-    return configuration(row.config, flags | ({"model.recompute": "full"} if row.name in AGAIN else {}))
+    return configuration(row.config, {f"mesh.{flag}": size for flag, size in (row.sizes | experts).items()})
 
 
 def estimated(config: Configuration) -> MemoryUse:

@@ -202,10 +202,11 @@ def send(exchange: Exchange, turn: Turn, values: Array) -> Array:
         rows = rows.reshape(exchange.num_devices, exchange.own_experts // exchange.of_bucket, *rows.shape[1:])
         if exchange.expert:
             rows = jax.lax.all_to_all(rows, exchange.expert, 0, 0)
+        if exchange.expert_tensor:
+            # along the leading dimension, where XLA wants it: else all that is kept of rows is laid out like this
+            rows = jax.lax.all_gather(rows, exchange.expert_tensor, tiled=True)
         rows = jnp.moveaxis(rows, 1, 0)
         rows = rows.reshape(rows.shape[0], -1, *rows.shape[3:])
-        if exchange.expert_tensor:
-            rows = jax.lax.all_gather(rows, exchange.expert_tensor, axis=1, tiled=True)
     return rows if exchange.grouped is None else rows[0]
 
 
@@ -233,10 +234,10 @@ def receive(exchange: Exchange, turn: Turn, rows: Array) -> Array:
     """
     if exchange.sends:
         rows = rows if exchange.grouped is None else rows[None]
-        if exchange.expert_tensor:
-            rows = jax.lax.psum_scatter(rows, exchange.expert_tensor, scatter_dimension=1, tiled=True)
-        rows = rows.reshape(rows.shape[0], exchange.num_devices, exchange.rows, *rows.shape[2:])
+        rows = rows.reshape(rows.shape[0], -1, exchange.rows, *rows.shape[2:])
         rows = jnp.moveaxis(rows, 1, 0)
+        if exchange.expert_tensor:
+            rows = jax.lax.psum_scatter(rows, exchange.expert_tensor, tiled=True)
         if exchange.expert:
             rows = jax.lax.all_to_all(rows, exchange.expert, 0, 0)
         rows = rows.reshape(*turn.pairs.shape, *rows.shape[3:])
