@@ -28,7 +28,7 @@ FLOORS = [
     {"pipeline", "data", "optim", "runtime"},
     {"layers"},
     {"models"},
-    {"checkpoint", "preprocess"},
+    {"checkpoint", "preprocess", "weights"},
     {"run", "curate"},
     {"train", "plan", "evaluate", "generate"},
     {"convert"},

@@ -5,6 +5,7 @@ rules and the same words. A `Config` cannot use `mode="before"` model validators
 lists as tuples.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,9 +31,17 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def gather(config_type: type[Config], path: Path | None, overrides: Sequence[str] = ()) -> SettingsSource:
-    """File and flags as plain values with their origins, before validation; raises `UserError` if they do not read."""
-    source = read_file(path) if path is not None else SettingsSource()
+def gather(
+    config_type: type[Config], start: Path | SettingsSource | None, overrides: Sequence[str] = ()
+) -> SettingsSource:
+    """File and flags as plain values with their origins, before validation; raises `UserError` if they do not read.
+
+    In the place of a file there may be settings from elsewhere, which stay as they are.
+    """
+    if isinstance(start, SettingsSource):
+        source = copy.deepcopy(start)
+    else:
+        source = read_file(start) if start is not None else SettingsSource()
     source.layer += 1
     known = settings(config_type)
     words, flags = split_arguments(config_type, overrides)
@@ -93,18 +102,19 @@ def _adapt(value: Any, setting: Setting) -> Any:
 
 def load(
     config_type: type[ConfigType],
-    path: Path | None,
+    start: Path | SettingsSource | None,
     overrides: Sequence[str] | None = (),
     *,
     tell: Callable[[str], None] = lambda line: None,
 ) -> ConfigType:
-    """The configuration of a YAML file (none: the defaults) with dotted flags on top.
+    """The configuration of a YAML file, or of other settings (none: the defaults), with dotted flags on top.
 
     Raises `UserError`, one line, for whatever is wrong with either, naming the setting, its value and its origin.
     `overrides` None: a file that no flags go with. A setting that a higher layer makes useless is left out, and `tell`
     gets a line for each.
     """
-    source = gather(config_type, path, overrides or ())
+    source = gather(config_type, start, overrides or ())
+    path = start if isinstance(start, Path) else None
     while True:
         try:
             # as JSON: strict about numbers and text, while lists become tuples and text becomes paths and enums

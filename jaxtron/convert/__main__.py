@@ -1,4 +1,4 @@
-"""`python -m jaxtron.convert upcycle RUN_DIRECTORY --output DIRECTORY`: a dense model becomes a mixture of experts."""
+"""`python -m jaxtron.convert upcycle RUN_OR_WEIGHTS --output DIRECTORY`: a dense model becomes a mixture of experts."""
 
 import sys
 

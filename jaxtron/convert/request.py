@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxtron.command import FlagParser, file_path, natural, positive, positive_number
-from jaxtron.config import UserError, load, settings, split_arguments
+from jaxtron.config import SettingsSource, UserError, load, settings, split_arguments
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.kinds import MLP, MOE
 from jaxtron.run.configuration import Configuration, configuration_type
+from jaxtron.weights.config_json import CONFIG_JSON
+from jaxtron.weights.hub import TOKENIZER, hub_settings, is_hub
 
 PROGRAM = "python -m jaxtron.convert"
-USAGE = f"{PROGRAM} upcycle RUN_DIRECTORY --output DIRECTORY [--flag value ...]"
+USAGE = f"{PROGRAM} upcycle RUN_OR_WEIGHTS --output DIRECTORY [--flag value ...]"
 # what a mixture's model may be told; all else of it is the checkpoint's or follows from the flags
 MODEL_SETTINGS = (*(f"model.{name}" for name in ModelConfig.FREE.split()), "model.moe.bias_rate")
 ORDERS = ("softmax", "topk_softmax")
@@ -27,12 +29,13 @@ TAKEN = {
 
 @dataclass(frozen=True)
 class UpcycleRequest:
-    """A dense run, and the mixture that it becomes: `experts` copies of each MLP, each in `granularity` shards.
+    """A dense model, and the mixture that it becomes: `experts` copies of each MLP, each in `granularity` shards.
 
-    `step` is the checkpoint's (none: the newest), `router_std` the router's (none: model.initial_std).
+    `dense` is the directory of a run, or of Hugging Face weights. `step` is the checkpoint's of a run (none: the
+    newest), `router_std` the router's (none: model.initial_std).
     """
 
-    run: Path
+    dense: Path
     output: Path
     overrides: tuple[str, ...] = ()
     experts: int = 8
@@ -41,6 +44,11 @@ class UpcycleRequest:
     scores: str = "softmax"
     router_std: float | None = None
     step: int | None = None
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether it begins with Hugging Face weights."""
+        return is_hub(self.dense)
 
     @property
     def num_experts(self) -> int:
@@ -58,9 +66,9 @@ def parse(argv: list[str]) -> UpcycleRequest:
     found, rest = _parser().parse_known_args(argv)
     words, flags = split_arguments(Configuration, rest)
     if not words:
-        raise UserError(f"no run directory; give it first: {USAGE}")
+        raise UserError(f"no directory of a run or of weights; give it first: {USAGE}")
     if len(words) > 1:
-        raise UserError(f"unexpected argument {words[1]!r}: one run directory, then flags")
+        raise UserError(f"unexpected argument {words[1]!r}: one directory, then flags")
     for name, _ in flags:
         is_fixed = name.startswith("model.") and not any(f"{name}.".startswith(f"{free}.") for free in MODEL_SETTINGS)
         if is_fixed or name in TAKEN:
@@ -69,7 +77,7 @@ def parse(argv: list[str]) -> UpcycleRequest:
             raise UserError(f"--{name} is not for this command: {mend}")
     rest.remove(words[0])
     given = {name: value for name, value in vars(found).items() if value is not None}
-    request = UpcycleRequest(**given | {"run": file_path(words[0]), "overrides": tuple(rest)})
+    request = UpcycleRequest(**given | {"dense": file_path(words[0]), "overrides": tuple(rest)})
     if request.chosen % request.granularity:
         raise UserError(
             f"--top_k {request.chosen} is not a multiple of --granularity {request.granularity}: a token would not get "
@@ -84,14 +92,10 @@ def parse(argv: list[str]) -> UpcycleRequest:
 
 
 def read_configuration(request: UpcycleRequest) -> tuple[Configuration, Configuration]:
-    """What the dense run was trained with, and the run of the mixture; `UserError` where one cannot be."""
-    path = request.run / "config.yaml"
-    if not path.is_file():
-        what = f"{request.run} has no config.yaml" if request.run.is_dir() else f"no directory {request.run}"
-        raise UserError(f"{what}; give the --run.directory of a training, such as runs/gpt_tiny")
+    """What the dense model is and was trained with, and the run of the mixture; `UserError` where one cannot be."""
+    path, start, config_type = _start(request)
     _check_output(request.output)
-    config_type = configuration_type([str(path)])
-    dense = load(config_type, path).resolved()
+    dense = load(config_type, start).resolved()
     model = dense.model
     if not isinstance(model, ModelConfig):
         raise UserError(f"{path} has model.family {model.family}, which has no experts: only a decoder can be upcycled")
@@ -101,7 +105,8 @@ def read_configuration(request: UpcycleRequest) -> tuple[Configuration, Configur
             f"({MOE.symbol}) can be upcycled"
         )
     if model.bias:
-        raise UserError(f"{path} has model.bias true, and experts have no biases: train with --model.bias false")
+        mend = "a model without can be upcycled" if request.is_hub else "train with --model.bias false"
+        raise UserError(f"{path} has model.bias true, and experts have no biases: {mend}")
     if dense.train.trainable != ("*",):
         raise UserError(f"{path} has train.trainable {' '.join(dense.train.trainable)}: only a run that trains all can")
     if model.mlp_width % request.granularity:
@@ -117,7 +122,33 @@ def read_configuration(request: UpcycleRequest) -> tuple[Configuration, Configur
         "model.moe.scores": request.scores,
     }
     words = [word for name, value in made.items() for word in (f"--{name}", str(value))]
-    return dense, load(config_type, path, [*request.overrides, *words]).resolved()
+    return dense, load(config_type, start, [*request.overrides, *words]).resolved()
+
+
+def _start(request: UpcycleRequest) -> tuple[Path, Path | SettingsSource, type[Configuration]]:
+    """The file that says what the dense model is, its settings as `load` takes them, and their type."""
+    directory = request.dense
+    if not request.is_hub:
+        path = directory / "config.yaml"
+        if not path.is_file():
+            what = f"{directory} has no config.yaml" if directory.is_dir() else f"no directory {directory}"
+            raise UserError(
+                f"{what}; give the --run.directory of a training, such as runs/gpt_tiny, or a directory of Hugging "
+                "Face weights, which has a config.json"
+            )
+        return path, path, configuration_type([str(path)])
+    if request.step is not None:
+        raise UserError(
+            f"--step {request.step} is of a run's checkpoints, and {directory} has Hugging Face weights: leave it out"
+        )
+    found = hub_settings(directory)
+    if not any(word.partition("=")[0] == "--data.tokenizer" for word in request.overrides) and "data" not in found.tree:
+        others = [path.name for path in sorted(directory.glob("*.model"))]
+        such = (
+            f"such as --data.tokenizer {directory / others[0]}" if others else "the model's own in a form that is read"
+        )
+        raise UserError(f"{directory} has no {TOKENIZER}: give --data.tokenizer, {such}")
+    return directory / CONFIG_JSON, found, Configuration
 
 
 def _check_output(path: Path) -> None:
@@ -134,13 +165,14 @@ def _check_output(path: Path) -> None:
 
 def _parser() -> FlagParser:
     purpose = (
-        "Makes a mixture of experts of a trained dense model: its MLPs are copied, perhaps in shards, a router is "
+        "Makes a mixture of experts of a trained dense model, a run's or that of Hugging Face weights (config.json and "
+        "safetensors): its MLPs are copied, perhaps in shards, a router is "
         "drawn, and a training is begun in a new directory, at step 0, that python -m jaxtron.train goes on with."
     )
     further = (
         "Of training's settings it takes all but those of the model, of which it takes "
         f"{', '.join(f'--{name}' for name in MODEL_SETTINGS)} (python -m jaxtron.train --help); what is left out "
-        "is the dense run's."
+        "is the dense run's, or of weights as in training."
     )
     parser = FlagParser(f"{PROGRAM} upcycle", purpose, usage=USAGE, further=further, others=settings(Configuration))
     add = parser.add_argument
@@ -166,5 +198,5 @@ def _parser() -> FlagParser:
         metavar="STD",
         help="standard deviation of the router (none: model.initial_std)",
     )
-    add("--step", type=natural, metavar="STEP", help="of the checkpoint (none: the newest)")
+    add("--step", type=natural, metavar="STEP", help="of a run's checkpoint (none: the newest)")
     return parser

@@ -20,6 +20,7 @@ from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CONFIG_FILE, changes, write_record
 from jaxtron.run.metrics import MetricsTally
 from jaxtron.run.session import Session, make_session
+from jaxtron.run.sizes import check_state_fits
 from jaxtron.run.state import divided
 from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
 from jaxtron.runtime.start import start_runtime
@@ -27,6 +28,7 @@ from jaxtron.runtime.together import leaving_together
 from jaxtron.sharding.parameters import ParameterSpec, fit
 from jaxtron.train.setup import open_run
 from jaxtron.typing import Array, Float, PyTree
+from jaxtron.weights.load import load_parameters
 
 ROOM = "Raise --mesh.fsdp or --mesh.expert, or ask for fewer --experts"
 
@@ -40,25 +42,36 @@ def upcycle(request: UpcycleRequest, dense: Configuration, mixture: Configuratio
         here = mixture.model_copy(update={"model": dense.model})
         source = make_session(here, jax.devices())
         with source.use():
-            restored = restore_model(source, request.run, dense, request.step)
+            params, origin = _dense(source, request, dense)
         with open_run(mixture, request.output.name) as run, leaving_together():
-            params = upcycled(source, restored.params, run.session, run.state.model, request)
+            params = upcycled(source, params, run.session, run.state.model, request)
             state = replace(run.state, **divided(run.session.blueprint, params))
             run.save(0, state, 0, MetricsTally())
             run.checkpoints.wait()
             if jax.process_index() == 0:
-                found, notes = changes(dense.model_dump(mode="json"), run.config), origin(request, restored.step)
+                found, notes = changes(dense.model_dump(mode="json"), run.config), {"upcycled": origin | how(request)}
                 advice = "make room, remove the directory and give the same command again"
                 # last of all: a directory without config.yaml is no run
                 write_record(run.directory, run.config, found, step=0, notes=notes, advice=advice)
-                _tell(request, restored.step, run.session)
+                _tell(request, origin, run.session)
 
 
-def origin(request: UpcycleRequest, step: int) -> dict[str, Any]:
-    """What the history of the mixture says of where it comes from: the dense run, its step, how it was converted."""
-    how = ("experts", "granularity", "scores", "router_std")
-    found = {name: getattr(request, name) for name in how} | {"top_k": request.chosen}
-    return {"upcycled": {"run": str(request.run.absolute()), "step": step, **found}}
+def _dense(source: Session, request: UpcycleRequest, dense: Configuration) -> tuple[PyTree, dict[str, Any]]:
+    """The dense model's parameters, and what the history says of where they come from; inside `source.use()`."""
+    where = str(request.dense.absolute())
+    if not request.is_hub:
+        restored = restore_model(source, request.dense, dense, request.step)
+        return restored.params, {"run": where, "step": restored.step}
+    model = dense.model
+    assert isinstance(model, ModelConfig)
+    check_state_fits(dense.family.sizes(model), source.blueprint.abstract, what="parameters")
+    return load_parameters(request.dense, model, source.blueprint, source.trainer.partitions), {"weights": where}
+
+
+def how(request: UpcycleRequest) -> dict[str, Any]:
+    """What the history says of how the mixture was made."""
+    names = ("experts", "granularity", "scores", "router_std")
+    return {name: getattr(request, name) for name in names} | {"top_k": request.chosen}
 
 
 def upcycled(source: Session, dense: PyTree, target: Session, initial: PyTree, request: UpcycleRequest) -> PyTree:
@@ -164,11 +177,12 @@ def _at(tree: PyTree, names: tuple[str, ...]) -> PyTree:
     return tree
 
 
-def _tell(request: UpcycleRequest, step: int, session: Session) -> None:
+def _tell(request: UpcycleRequest, origin: dict[str, Any], session: Session) -> None:
     """Lines for the user: what was made, how near it is, and how to go on."""
     whole = session.blueprint.num_parameters
+    what = f"step {origin['step']} of {request.dense}" if "step" in origin else str(request.dense)
     print(
-        f"step {step} of {request.run} is now a mixture of {request.num_experts} experts, {request.chosen} of a token: "
+        f"{what} is now a mixture of {request.num_experts} experts, {request.chosen} of a token: "
         f"{whole:,} parameters in {request.output}"
     )
     if request.scores == "softmax":

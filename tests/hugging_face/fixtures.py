@@ -1,11 +1,13 @@
 """Small models of Hugging Face transformers as `make.py` wrote them."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 FOLDER = Path(__file__).parent
 STEP = 1 / 64
@@ -29,3 +31,17 @@ def load(name: str) -> Fixture:
             key.removeprefix(prefix): file[key] * np.float32(STEP) for key in file.files if key.startswith(prefix)
         }
         return Fixture(json.loads(str(file["config"])), weights, file["tokens"], file["logits"])
+
+
+def write(
+    folder: Path, config: Mapping[str, Any], weights: Mapping[str, np.ndarray], names: Sequence[str] = ("model",)
+) -> Path:
+    """A directory as `save_pretrained` leaves it: one file, or several of these names with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    index = {key: f"{names[place % len(names)]}.safetensors" for place, key in enumerate(weights)}
+    for file in set(index.values()):
+        save_file({key: weights[key] for key in weights if index[key] == file}, folder / file, {"format": "pt"})
+    if len(names) > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder

@@ -1,13 +1,14 @@
 """Writes the fixtures beside this file: small random models of Hugging Face transformers, and their logits.
 
     pip install torch transformers safetensors
-    python -m tests.hugging_face.make
+    python -m tests.hugging_face.make [NAME ...]
 
 The suite reads the fixtures alone. Weights are small multiples of `STEP`, so that they are kept in a byte each, under
 the names that files of the family have; norms, biases and buffers are as random as matrices.
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,48 @@ YARN: dict[str, Any] = {
     "beta_slow": 0.25,
     "original_max_position_embeddings": 16,
 }
+# a decoder with two norms by the mean, and with names of its own
+GPT2: dict[str, Any] = {"vocab_size": 40, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 20, "n_inner": 48}
 # state-space layers
 MAMBA: dict[str, Any] = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "layer_norm_epsilon": 1e-5}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    # 3.1's rotations, so short that every part of the rule is there; heads wider than the stream
+    "llama": (
+        "llama",
+        {
+            "intermediate_size": 40,
+            "head_dim": 12,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "llama_biases": (
+        "llama",
+        {"intermediate_size": 40, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    # a window shorter than the sequence
+    "mistral": ("mistral", {"intermediate_size": 40, "sliding_window": 5, "head_dim": None}),
+    # a window in the last layers alone
+    "qwen2": (
+        "qwen2",
+        {
+            "num_hidden_layers": 3,
+            "intermediate_size": 40,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+            "rope_parameters": {**YARN, "rope_theta": 10000.0},
+        },
+    ),
+    "qwen3": ("qwen3", {"intermediate_size": 40, "head_dim": 14, "tie_word_embeddings": True}),
+    "nemotron": ("nemotron", {"intermediate_size": 40, "norm_eps": 1e-5}),
+    "gpt2": ("gpt2", GPT2),
     "mixtral": ("mixtral", {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}),
     # layers in turn with and without experts
     "qwen2_moe": (
@@ -165,7 +205,10 @@ def randomize(model: torch.nn.Module) -> None:
 def record(name: str) -> None:
     """The fixture of one model."""
     model_type, changes = MODELS[name]
-    settings = changes if set(MAMBA) <= set(changes) else {**BASE, **changes}
+    settings = changes if set(MAMBA) <= set(changes) or set(GPT2) <= set(changes) else {**BASE, **changes}
+    if model_type == "nemotron":
+        # a file keeps what its family does not know
+        settings.pop("rms_norm_eps")
     config = transformers.AutoConfig.for_model(model_type, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
@@ -185,5 +228,5 @@ def record(name: str) -> None:
 
 if __name__ == "__main__":
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
-    for name in MODELS:
+    for name in sys.argv[1:] or MODELS:
         record(name)

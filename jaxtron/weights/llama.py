@@ -1,0 +1,174 @@
+"""Llama and what is like it: Mistral, Qwen2, Qwen3, Nemotron."""
+
+from dataclasses import replace
+
+from jaxtron.weights.config_json import ConfigFile
+from jaxtron.weights.family import HubFamily, Key
+from jaxtron.weights.rotary import read_rotary
+from jaxtron.weights.table import Tensor, TensorTable
+
+MOST_LAYERS = 2**16
+GATED = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
+PLAIN = {
+    "relu2": "squared_relu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def _norm(ours: str, theirs: str, dims: str = "E") -> tuple[Tensor, ...]:
+    return tuple(
+        Tensor(f"{ours}.{own}", dims, f"{theirs}.{name}", dims) for own, name in (("scale", "weight"), ("bias", "bias"))
+    )
+
+
+def _projection(ours: str, theirs: str, heads: str) -> tuple[Tensor, ...]:
+    """From the stream to heads."""
+    kernel = Tensor(f"attention.{ours}.kernel", f"E {heads} D", f"self_attn.{theirs}.weight", f"{heads}D E")
+    return (kernel, Tensor(f"attention.{ours}.bias", f"{heads} D", f"self_attn.{theirs}.bias", f"{heads}D"))
+
+
+ATTENTION = (
+    *_norm("norm", "input_layernorm"),
+    *_projection("query", "q_proj", "H"),
+    *_projection("key", "k_proj", "K"),
+    *_projection("value", "v_proj", "K"),
+    *_norm("attention.query_norm", "self_attn.q_norm", "D"),
+    *_norm("attention.key_norm", "self_attn.k_norm", "D"),
+    Tensor("attention.output.kernel", "H D E", "self_attn.o_proj.weight", "E HD"),
+    Tensor("attention.output.bias", "E", "self_attn.o_proj.bias", "E"),
+)
+DOWN = (
+    *_norm("norm", "post_attention_layernorm"),
+    Tensor("mlp.down.kernel", "F E", "mlp.down_proj.weight", "E F"),
+    Tensor("mlp.down.bias", "E", "mlp.down_proj.bias", "E"),
+)
+# the gate comes first
+GATED_MLP = (
+    *DOWN,
+    Tensor("mlp.up.kernel", "E G F", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "F E"),
+    Tensor("mlp.up.bias", "G F", ("mlp.gate_proj.bias", "mlp.up_proj.bias"), "F"),
+)
+PLAIN_MLP = (
+    *DOWN,
+    Tensor("mlp.up.kernel", "E F", "mlp.up_proj.weight", "F E"),
+    Tensor("mlp.up.bias", "F", "mlp.up_proj.bias", "F"),
+)
+TENSORS = TensorTable(
+    outer=(
+        Tensor("embedding.table", "V E", "model.embed_tokens.weight", "V E"),
+        *_norm("final_norm", "model.norm"),
+        Tensor("head.table", "V E", "lm_head.weight", "V E"),
+    ),
+    branches={"*": ATTENTION, "W": ATTENTION, "-": GATED_MLP},
+    layer="model.layers.{}.",
+    ignored=("rotary_emb.inv_freq",),
+)
+
+
+def _keys(*, vocab: int, hidden: int, mlp: int, layers: int, heads: int, kv_heads: int | None) -> tuple[Key, ...]:
+    """The keys that all have, with the sizes of the family's class."""
+    return (
+        Key("vocab_size", "vocab_size", vocab),
+        Key("hidden_size", "hidden_size", hidden),
+        Key("intermediate_size", "mlp_size", mlp),
+        Key("num_hidden_layers", "num_layers", layers),
+        Key("num_attention_heads", "num_heads", heads),
+        Key("num_key_value_heads", "num_kv_heads", kv_heads),
+        Key("head_dim", "head_dim"),
+        Key("initializer_range", "initial_std", 0.02),
+        Key("tie_word_embeddings", "tied_head", False),
+    )
+
+
+def read_biases(file: ConfigFile) -> None:
+    """`model.bias`: of attention and MLP alike, or of none."""
+    attention, mlp = file.flag("attention_bias", False), file.flag("mlp_bias", False)
+    if attention != mlp:
+        word = str(mlp).lower()
+        file.refuse("attention_bias", f"mlp_bias is {word}, and biases of one alone are not known here")
+    file.set("bias", attention, "attention_bias")
+
+
+def read_window(file: ConfigFile) -> None:
+    """Mistral's: every layer has it, or none."""
+    window = file.whole("sliding_window", 4096) if file.get("sliding_window", 4096) is not None else None
+    if window is not None:
+        file.set("pattern", "W-", "sliding_window")
+        file.set("attention.window", window, "sliding_window")
+
+
+def read_windows(file: ConfigFile, layers: int = 32) -> None:
+    """Qwen's: the last layers have it where it is used at all, or those that are named."""
+    count = file.whole("num_hidden_layers", layers, MOST_LAYERS)
+    used, first = file.flag("use_sliding_window", False), file.whole("max_window_layers", 28)
+    window = file.get("sliding_window", 4096) if used else None
+    file.get("sliding_window")
+    kinds = file.get("layer_types")
+    if kinds is None:
+        kinds = [SLIDING if window is not None and number >= first else FULL for number in range(count)]
+    if not isinstance(kinds, list) or len(kinds) != count or not all(kind in (SLIDING, FULL) for kind in kinds):
+        file.refuse("layer_types", f"it must be a list of {count:,} of {FULL} and {SLIDING}")
+    if SLIDING not in kinds:
+        return
+    if window is None:
+        file.refuse("layer_types", f"{SLIDING} needs use_sliding_window and a sliding_window")
+    file.set("attention.window", file.whole("sliding_window", 4096), "sliding_window")
+    pattern = "".join("W-" if kind == SLIDING else "*-" for kind in kinds)
+    if FULL not in kinds:
+        file.set("pattern", "W-", "layer_types")
+        return
+    file.set("pattern", pattern, "layer_types")
+    file.set("num_layers", 1, "layer_types")
+
+
+RMS = {"norm": "rms_norm", "bias": False}
+RMS_KEYS = (Key("rms_norm_eps", "norm_epsilon", 1e-6), Key("hidden_act", "activation", "silu", GATED))
+
+LLAMA = HubFamily(
+    architecture="LlamaForCausalLM",
+    keys=(*_keys(vocab=32000, hidden=4096, mlp=11008, layers=32, heads=32, kv_heads=None), *RMS_KEYS),
+    tensors=TENSORS,
+    constants=RMS,
+    further=(read_biases, read_rotary),
+)
+MISTRAL = HubFamily(
+    architecture="MistralForCausalLM",
+    keys=(*_keys(vocab=32000, hidden=4096, mlp=14336, layers=32, heads=32, kv_heads=8), *RMS_KEYS),
+    tensors=TENSORS,
+    constants=RMS,
+    only={"attention_bias": False, "mlp_bias": False},
+    further=(read_window, lambda file: read_rotary(file, positions=131072)),
+)
+QWEN2 = HubFamily(
+    architecture="Qwen2ForCausalLM",
+    keys=(*_keys(vocab=151936, hidden=4096, mlp=22016, layers=32, heads=32, kv_heads=32), *RMS_KEYS),
+    tensors=TENSORS,
+    constants={**RMS, "qkv_bias": True},
+    further=(read_windows, lambda file: read_rotary(file, positions=32768)),
+)
+QWEN3 = HubFamily(
+    architecture="Qwen3ForCausalLM",
+    keys=tuple(replace(key, default=128) if key.theirs == "head_dim" else key for key in QWEN2.keys),
+    tensors=TENSORS,
+    constants={**RMS, "qk_norm": True},
+    only={"attention_bias": False},
+    further=QWEN2.further,
+)
+NEMOTRON = HubFamily(
+    architecture="NemotronForCausalLM",
+    keys=(
+        *(
+            replace(key, default=0.0134) if key.theirs == "initializer_range" else key
+            for key in _keys(vocab=256000, hidden=6144, mlp=24576, layers=32, heads=48, kv_heads=None)
+        ),
+        Key("norm_eps", "norm_epsilon", 1e-5),
+        Key("hidden_act", "activation", "relu2", PLAIN),
+    ),
+    tensors=replace(TENSORS, branches={"*": ATTENTION, "-": PLAIN_MLP}),
+    constants={"norm": "layer_norm_1p", "norm_bias": True},
+    further=(read_biases, lambda file: read_rotary(file, fraction=0.5, positions=4096)),
+)

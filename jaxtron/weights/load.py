@@ -1,0 +1,176 @@
+"""The parameters of a model from a directory of Hugging Face weights, each device with its own part of each."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxtron.config import UserError
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.pipeline.partition import Partition
+from jaxtron.sharding.blueprint import Blueprint
+from jaxtron.sharding.parameters import ParameterSpec, shardings
+from jaxtron.typing import Array, PyTree
+from jaxtron.weights.files import WeightFiles, open_files
+from jaxtron.weights.hub import family_of_hub
+from jaxtron.weights.table import STACKED, Place, TensorTable
+from jaxtron.words import plural, readable_bytes
+
+MOST_NAMES = 3
+
+
+def load_parameters(
+    directory: Path, model: ModelConfig, blueprint: Blueprint, partitions: Mapping[str, Partition]
+) -> PyTree:
+    """The blueprint's parameters with the numbers of the files, as they lie at rest; inside `sharding.use(rules)`.
+
+    `model` is what the directory's config.json says (`hub_settings`), and `partitions` has the layers of each stack.
+    Tensors are read one at a time, by each process those that its devices need; of a parameter the process's own parts
+    are on the host at once. `UserError` where names or shapes are not the model's, before any numbers are read.
+    """
+    table = family_of_hub(directory).tensors
+    with open_files(directory) as files:
+        reader = WeightReader(files, table, model)
+        (partition,) = partitions.values()
+        reader.check(list(_wanted(blueprint, table, model, partition)))
+        print(f"reading {plural(len(files.tensors), 'tensor')}, {readable_bytes(files.num_bytes)}, of {directory}")
+        leaves = [
+            reader.load(name, spec, sharding, partition)
+            for (name, spec), sharding in zip(
+                blueprint.names.items(), jax.tree.leaves(shardings(blueprint.parameters)), strict=True
+            )
+        ]
+    return jax.tree.unflatten(jax.tree.structure(blueprint.parameters), leaves)
+
+
+@dataclass(frozen=True)
+class WantedRow:
+    """A parameter, or its row of one layer, that a table finds in a file."""
+
+    source: Place
+    shape: tuple[int, ...]
+    """Without the padding of the vocabulary."""
+
+
+def _wanted(blueprint: Blueprint, table: TensorTable, model: ModelConfig, partition: Partition) -> Iterator[WantedRow]:
+    """All that the model has, of all layers."""
+    for name, spec in blueprint.names.items():
+        for row in range(partition.num_layers) if name.startswith(STACKED) else (None,):
+            source = table.sources(model, name, row)
+            shape = spec.shape if row is None else spec.shape[1:]
+            yield WantedRow(source, table.own_shape(source.tensor, model, shape))
+
+
+class WeightReader:
+    """Parameters of a directory's files by a family's table."""
+
+    def __init__(self, files: WeightFiles, table: TensorTable, model: ModelConfig) -> None:
+        self._files, self._table, self._model = files, table, model
+        # the model without a head has names that begin later
+        self._has_base = any(name.startswith(table.base) for name in files.tensors)
+
+    def check(self, wanted: list[WantedRow]) -> None:
+        """`UserError` unless the files have just the tensors that are wanted, in their shapes."""
+        names = {self._stored(name): one for one in wanted for name in one.source.tensors}
+        there = self._files.tensors
+        left = [
+            name
+            for name in there
+            if name not in names and not name.endswith(self._table.ignored) and not self._is_tied_head(name)
+        ]
+        missing = [name for name in names if name not in there]
+        if missing or left:
+            found = [f"lack {_listed(missing)}"] * bool(missing) + [f"have {_listed(left)} too many"] * bool(left)
+            raise UserError(
+                f"{self._files.directory}: its files {' and '.join(found)} for the model of its config.json; bring "
+                "back the model's own"
+            )
+        for name, one in names.items():
+            stored, here = there[name], one.source.tensor.stored_shape(one.shape)
+            if stored.shape != here:
+                raise UserError(
+                    f"{stored.path} has {name} of shape {list(stored.shape)}, and config.json beside it makes it "
+                    f"{list(here)}; bring back the model's own"
+                )
+
+    def _stored(self, name: str) -> str:
+        return name if self._has_base else name.removeprefix(self._table.base)
+
+    def _is_tied_head(self, name: str) -> bool:
+        """Whether a tensor is a tied model's head, which says what the embedding says; `UserError` if it does not."""
+        if name != self._table.head or not self._model.tied_head:
+            return False
+        table = self._stored(self._table.sources(self._model, "embedding.table").tensors[0])
+        if table in self._files.tensors and not np.array_equal(self._files.read(name), self._files.read(table)):
+            raise UserError(
+                f"{self._files.directory} has a {name} that is not {table}, and its config.json has "
+                "tie_word_embeddings true, or leaves it out for that; say false there if the head is one of its own"
+            )
+        return True
+
+    def values(self, source: Place, shape: tuple[int, ...]) -> np.ndarray:
+        """A parameter's numbers, of the type that they have in the file."""
+        tensors = [self._files.read(self._stored(name)) for name in source.tensors]
+        return source.tensor.read(tensors, source.name, shape)
+
+    def load(self, name: str, spec: ParameterSpec, sharding: jax.sharding.NamedSharding, partition: Partition) -> Array:
+        """A parameter on the devices, with the padding that it has at rest."""
+        parts = _Parts(spec, sharding)
+        if not name.startswith(STACKED):
+            parts.fill(self._row(name, spec.shape, None))
+            return parts.array()
+        for slot, layer in enumerate(partition.slot_layers):
+            # an empty slot of a stage stays zeros
+            if layer >= 0 and parts.has(slot):
+                parts.fill(self._row(name, spec.shape[1:], layer), slot)
+        return parts.array()
+
+    def _row(self, name: str, shape: tuple[int, ...], row: int | None) -> np.ndarray:
+        source = self._table.sources(self._model, name, row)
+        return self.values(source, self._table.own_shape(source.tensor, self._model, shape))
+
+
+Bounds = tuple[tuple[int, int], ...]
+
+
+class _Parts:
+    """What this process's devices have of an array, on the host; each part once, whichever devices have it."""
+
+    def __init__(self, spec: ParameterSpec, sharding: jax.sharding.NamedSharding) -> None:
+        self._shape, self._sharding = spec.layout.padded, sharding
+        self._bounds = {
+            device: tuple(part.indices(size)[:2] for part, size in zip(index, self._shape, strict=True))
+            for device, index in sharding.devices_indices_map(self._shape).items()
+            if device in sharding.addressable_devices
+        }
+        self._parts: dict[Bounds, np.ndarray] = {
+            bounds: np.zeros([stop - start for start, stop in bounds], spec.dtype) for bounds in self._bounds.values()
+        }
+
+    def has(self, slot: int) -> bool:
+        """Whether a device has some of this row."""
+        return any(start <= slot < stop for (start, stop), *_ in self._parts)
+
+    def fill(self, values: np.ndarray, slot: int | None = None) -> None:
+        """Puts in what devices have of the array, or of its row; it may lack what is padding."""
+        for bounds, part in self._parts.items():
+            if slot is not None:
+                (start, stop), *bounds = bounds
+                if not start <= slot < stop:
+                    continue
+                part = part[slot - start]
+            taken = values[tuple(slice(start, stop) for start, stop in bounds)]
+            part[tuple(slice(size) for size in taken.shape)] = taken
+
+    def array(self) -> Array:
+        """The whole, on the devices."""
+        parts = [jax.device_put(self._parts[bounds], device) for device, bounds in self._bounds.items()]
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, parts)
+
+
+def _listed(names: list[str]) -> str:
+    """Some of the names, and how many there are."""
+    some = ", ".join(names[:MOST_NAMES])
+    return some if len(names) <= MOST_NAMES else f"{some} and {len(names) - MOST_NAMES:,} more"

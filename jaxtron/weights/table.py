@@ -1,0 +1,156 @@
+"""A family's table: the tensors of its Hugging Face files, and the parameters that they are here, in both directions.
+
+Dimensions are letters, so that a row of the table says how both lie: `E H D` here and `HD E` there is a transpose and
+a split of the rows into heads.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from jaxtron.models.decoder.config import ModelConfig
+
+# rows of a table of tokens, of which files have no padding
+VOCABULARY = "V"
+STACKED, LEADING = "stack.periods.layers.", "stack.leading."
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A row of a table: a parameter and a tensor of a file that hold the same numbers, or one and several.
+
+    A letter of `dims` that `stored` lacks counts tensors: gate and up, which are one parameter. One of `stored` that
+    `dims` lacks counts parameters: queries, keys and values in one tensor. Letters side by side are one dimension, the
+    first of them outermost.
+    """
+
+    ours: str | tuple[str, ...]
+    """The parameter's name in its layer, or outside of layers its whole name."""
+    dims: str
+    """Its dimensions, a letter each."""
+    theirs: str | tuple[str, ...]
+    """The tensor's name, in its layer too."""
+    stored: str
+    """Its dimensions, a word each."""
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The parameters."""
+        return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The tensors."""
+        return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
+
+    def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """That of each tensor, of a parameter of this shape."""
+        sizes = self._sizes(shape)
+        return tuple(prod(sizes[letter] for letter in word) for word in self.stored.split())
+
+    def read(self, tensors: Sequence[np.ndarray], name: str, shape: Sequence[int]) -> np.ndarray:
+        """The parameter of this name and shape, of the file's tensors."""
+        sizes = self._sizes(shape)
+        split = [tensor.reshape([sizes[letter] for letter in self._letters]) for tensor in tensors]
+        array, letters = (
+            (np.stack(split), self._counted + self._letters) if self._counted else (split[0], self._letters)
+        )
+        if self._shared:
+            place = letters.index(self._shared)
+            array = array.take(self.parameters.index(name), place)
+            letters = letters.replace(self._shared, "")
+        return array.transpose([letters.index(letter) for letter in self.dims.split()])
+
+    def write(self, parameters: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The file's tensors, of the parameters: the inverse of `read`."""
+        shape, letters = self.stored_shape(parameters[0].shape), self.dims.replace(" ", "")
+        array = parameters[0]
+        if self._shared:
+            array, letters = np.stack(parameters), self._shared + letters
+        array = array.transpose([letters.index(letter) for letter in self._counted + self._letters])
+        return [tensor.reshape(shape) for tensor in (array if self._counted else [array])]
+
+    @property
+    def _letters(self) -> str:
+        return self.stored.replace(" ", "")
+
+    @property
+    def _counted(self) -> str:
+        """The letter along which tensors are stacked, or nothing."""
+        return "".join(letter for letter in self.dims.split() if letter not in self._letters)
+
+    @property
+    def _shared(self) -> str:
+        """The letter along which parameters are, or nothing."""
+        return "".join(letter for letter in self._letters if letter not in self.dims)
+
+    def _sizes(self, shape: Sequence[int]) -> dict[str, int]:
+        sizes = dict(zip(self.dims.split(), shape, strict=True))
+        assert not self._counted or sizes[self._counted] == len(self.tensors), (self, shape)
+        return sizes | ({self._shared: len(self.parameters)} if self._shared else {})
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the numbers of a parameter are, or of its row of one layer: a row of the table, and tensors by name."""
+
+    tensor: Tensor
+    name: str
+    """The parameter's among those of the row."""
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TensorTable:
+    """All tensors of a family. A row counts where the model has its parameter: one that has no biases has none."""
+
+    outer: tuple[Tensor, ...]
+    """Those that are in no layer, by whole names."""
+    branches: Mapping[str, tuple[Tensor, ...]]
+    """Those of the layers, by the symbol of `model.pattern` that they are."""
+    layer: str
+    """The beginning of a layer's names, with its number as {}."""
+    layers_in_one: int = 2
+    """Layers of the pattern in one of the file's: attention and MLP."""
+    base: str = "model."
+    """What begins the names of all but the head; files of the model without a head leave it out."""
+    head: str = "lm_head.weight"
+    """The head's name, which a tied model's file may have too."""
+    ignored: tuple[str, ...] = ()
+    """Ends of names that are no weights."""
+
+    def sources(self, model: ModelConfig, name: str, row: int | None = None) -> Place:
+        """Those of a parameter by its name here; of one that is stacked, of the layer in this row of the model."""
+        place, own = _layer_of(model, name, row)
+        if place is None:
+            rows, beginning = self.outer, ""
+        else:
+            number = place // self.layers_in_one
+            rows = [tensor for symbol in model.layout.layers[place] for tensor in self.branches[symbol]]
+            beginning = self.layer.format(number)
+        found = next((tensor for tensor in rows if own in tensor.parameters), None)
+        assert found is not None, f"the table has no row for {name}"
+        return Place(found, own, tuple(beginning + theirs for theirs in found.tensors))
+
+    def own_shape(self, tensor: Tensor, model: ModelConfig, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of a parameter without the padding of the vocabulary, which no file has."""
+        letters = tensor.dims.split()
+        return tuple(
+            model.vocab_size if letter == VOCABULARY else size for letter, size in zip(letters, shape, strict=True)
+        )
+
+
+def _layer_of(model: ModelConfig, name: str, row: int | None) -> tuple[int | None, str]:
+    """The place of a parameter's layer among all of the model, and its name there; None outside of layers."""
+    size, leading = len(model.layout.period), len(model.layout.leading)
+    if name.startswith(STACKED):
+        assert row is not None
+        place, _, own = name.removeprefix(STACKED).partition(".")
+        return (leading + row) * size + int(place), own
+    if name.startswith(LEADING):
+        number, _, rest = name.removeprefix(LEADING).partition(".layers.")
+        place, _, own = rest.partition(".")
+        return int(number) * size + int(place), own
+    return None, name

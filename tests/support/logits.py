@@ -1,0 +1,37 @@
+"""Logits of a batch, by the functions that a pipeline runs, one layer after the other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from jaxtron.data.batch import TokenBatch
+from jaxtron.models.program import Microbatch
+from jaxtron.run.step import Trainer
+from jaxtron.sharding.collectives import all_reduce, vary
+from jaxtron.sharding.parameters import manual_specs
+from jaxtron.sharding.regions import region
+from jaxtron.sharding.rules import current
+from jaxtron.typing import PyTree
+
+
+def logits(trainer: Trainer, params: PyTree, tokens: np.ndarray) -> np.ndarray:
+    """Those of tokens [B, S] on a mesh of one device, float32 [B, S, padded vocabulary]; inside `sharding.use`."""
+    batch = TokenBatch(tokens, tokens, np.ones(tokens.shape, np.float32))
+    lie, whole = manual_specs(trainer.blueprint.parameters), PartitionSpec()
+    run = jax.jit(region(functools.partial(_logits, trainer), (lie, whole), whole))
+    return np.asarray(run(params, Microbatch(batch, np.arange(len(tokens)))))
+
+
+def _logits(trainer: Trainer, params: PyTree, batch: Microbatch[TokenBatch]):
+    program, parts = trainer.program, trainer.parts
+    model, working = program.model(parts, None), trainer.working(params)
+    (stack,), (layers,) = model.stacks, working.stacks
+    x, inputs = stack.enter(working.outer, None, batch), stack.shared(batch)
+    for number in range(len(jax.tree.leaves(layers)[0])):
+        weights = jax.tree.map(lambda leaf, number=number: leaf[number], layers)
+        x = stack.layer(weights, x, jnp.int32(number), inputs).stream
+    # the one device has all of it
+    return all_reduce(vary(parts.outer(working.outer).predict(x)), current().manual)
