@@ -222,7 +222,23 @@ TILES = "grouped products: xla, as asked"
 @pytest.mark.parametrize(
     ("settings", "mesh", "lines"),
     [
-        ({}, {"data": 2}, ("experts: 8 on a device, rounds of 16 rows for each (model.moe.slots 1.25)",)),
+        (
+            {"buckets": "auto"},
+            {"data": 2},
+            (
+                "experts: 8 on a device, rounds of 16 rows for each (model.moe.slots 1.25)",
+                "buckets: expert, where load is even 128 rows to multiply on a device, not the 1,024 of device",
+            ),
+        ),
+        (
+            {"buckets": "auto", "implementation": "xla"},
+            {"data": 4, "expert": 4},
+            (
+                "experts: 2 of 8 on a device, rounds of 32 rows for all 2 (model.moe.slots 1.25)",
+                "buckets: device, for model.moe.implementation xla",
+                TILES,
+            ),
+        ),
         (
             {"slots": 2.0},
             {"data": 2, "tensor": 2, "expert": 4},
@@ -266,7 +282,10 @@ def test_what_is_chosen_is_told(
 ) -> None:
     with use(rules_for(**mesh)):
         shape = (ROWS, 2 * LENGTH // current().parts("tensor"))
-        assert exchange_lines(MoeConfig(**settings), shape, (WIDTH, 2, HIDDEN), jnp.float32) == lines
+        assert (
+            exchange_lines(MoeConfig(**({"buckets": "expert"} | settings)), shape, (WIDTH, 2, HIDDEN), jnp.float32)
+            == lines
+        )
 
 
 def test_rows_are_gathered_along_what_lies_first(rules_for: Callable, in_region: Callable) -> None:

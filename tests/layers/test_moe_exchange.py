@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from jaxtron.kernels.grouped_matmul import reference
+from jaxtron.kernels.grouped_matmul.config import tiled_rows
 from jaxtron.layers.moe.config import MoeConfig
 from jaxtron.layers.moe.exchange import Exchange, Turn, is_left, make_dispatch, make_turn
-from jaxtron.layers.moe.groups import collect, collect_weights, make_groups, num_rows, spread, spread_weights
+from jaxtron.layers.moe.groups import collect, collect_weights, make_groups, spread, spread_weights
 
 TOKENS, EXPERTS, TOP_K, DEVICES = 40, 12, 4, 3
 
@@ -83,7 +84,7 @@ def test_pairs_lie_in_tiles_of_one_expert_and_come_back_as_sums() -> None:
     groups = make_groups(jnp.asarray(chosen), EXPERTS, total)
     rows, weights = random.standard_normal((TOKENS, 8), np.float32), random.random(chosen.shape, np.float32)
     tiles, of_tiles = spread(groups, jnp.asarray(rows)), spread_weights(groups, jnp.asarray(weights))
-    assert tiles.shape == (num_rows(total, EXPERTS), 8) and of_tiles.shape == (tiles.shape[0], 1)
+    assert tiles.shape == (tiled_rows(total, EXPERTS), 8) and of_tiles.shape == (tiles.shape[0], 1)
     experts = np.repeat(np.asarray(groups.tile_experts), tiles.shape[0] // groups.tile_experts.size)
     for token, choice in zip(*np.nonzero(chosen < EXPERTS), strict=True):
         place = int(groups.targets[token, choice])

@@ -113,7 +113,10 @@ EXPERTS = "--model.pattern *E --model.bias false --model.mlp_size 32 "
             "--model.moe.balance_over step",
             "model.moe.balance_over: expected sequence | microbatch | global, got 'step'",
         ),
-        ("--model.moe.implementation xla", "model.moe.implementation xla has no effect with model.moe.buckets expert"),
+        (
+            "--model.moe.buckets expert --model.moe.implementation xla",
+            "model.moe.implementation xla has no effect with model.moe.buckets expert",
+        ),
         ("--model.moe.leading_dense 1", "must be left with its experts; lower it, or add layers"),
         (
             "--model.moe.leading_dense 1 --model.num_layers 2 --mesh.pipe 2",

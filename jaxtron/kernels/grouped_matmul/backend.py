@@ -8,10 +8,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
+
 from jaxtron.config import UserError
 from jaxtron.kernels.grouped_matmul import mosaic, reference, xla
 from jaxtron.kernels.grouped_matmul.grouped_matmul import GroupedProducts
-from jaxtron.kernels.grouped_matmul.spec import Operand
+from jaxtron.kernels.grouped_matmul.spec import TILE, Operand
+from jaxtron.typing import DTypeLike
 
 IMPLEMENTATIONS: Mapping[str, GroupedProducts] = {"mosaic": mosaic, "xla": xla, "reference": reference}
 SETTING = "model.moe.implementation"
@@ -29,6 +33,15 @@ class ProductsBackend:
     def implementation(self) -> GroupedProducts:
         """What computes."""
         return IMPLEMENTATIONS[self.name]
+
+
+def has_kernel(dtype: DTypeLike, device_kind: str) -> bool:
+    """Whether devices of this kind have a kernel that multiplies numbers of this type as fast as whole products: the
+    loop over tiles on a CPU, the kernels for Hopper."""
+    if device_kind == "cpu":
+        return True
+    rows = jax.ShapeDtypeStruct((TILE, TILE), jnp.dtype(dtype))
+    return mosaic.unsupported_reason(rows, jax.ShapeDtypeStruct((1, TILE, TILE), rows.dtype), device_kind) is None
 
 
 def select_backend(name: str, rows: Operand, kernel: Operand, device_kind: str) -> ProductsBackend:

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxtron.config import UserError
+from jaxtron.kernels.grouped_matmul.config import TILE
 from jaxtron.typing import Array
 
-TILE = 128
-"""Rows of a tile."""
 TYPES = ("bfloat16", "float16", "float32")
 # rows or kernels, or what stands for their shape and type
 Operand = Array | jax.ShapeDtypeStruct

@@ -1,19 +1,19 @@
 """Settings of a mixture of experts: how tokens choose, how load is balanced, how tokens travel."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 from pydantic import Field
 
 from jaxtron.config import Config
-from jaxtron.kernels.grouped_matmul.config import Implementation
+from jaxtron.kernels.grouped_matmul.config import TILE, Implementation
 
 Scores = Literal["softmax", "topk_softmax", "sigmoid"]
 GroupScore = Literal["largest", "two_largest"]
 BalanceOver = Literal["sequence", "microbatch", "global"]
 Drop = Literal["probability", "position", "random"]
 Way = Literal["rounds", "all_gather", "capacity"]
-Buckets = Literal["expert", "device"]
+Buckets = Literal["auto", "expert", "device"]
 
 
 class Round(NamedTuple):
@@ -80,10 +80,11 @@ class MoeConfig(Config):
     slots: float = Field(default=1.25, gt=0)
     """Rows of a bucket in one round, times the even share; what has no place goes in a further round, so nothing is
     dropped."""
-    buckets: Buckets = "expert"
-    """What a round has so many rows for: each expert, and one batched product is of all of them; or each device, whose
-    tokens travel once, whichever of its experts they are for, and are multiplied by grouped products: fewer rows, and
-    fewer of them empty, where experts are many and small."""
+    buckets: Buckets = "auto"
+    """What a round has so many rows for: each expert, and one batched product is of all of them, empty ones included;
+    or each device, whose tokens travel once, whichever of its experts they are for, and grouped products are of the
+    rows that came, by tiles of 128. auto: where devices have a kernel of grouped products, what multiplies fewer rows.
+    """
     implementation: Implementation = "auto"
     """Kernel of grouped products, only where a bucket is a device."""
 
@@ -92,12 +93,43 @@ class MoeConfig(Config):
         assert self.capacity_factor is not None
         return min(length, math.ceil(length * self.top_k * self.capacity_factor / self.num_experts))
 
+    def with_buckets(self, num_tokens: int, parts: int, widths: int, room: int | None, *, has_kernel: bool) -> Self:
+        """These settings with what a bucket is, for which `auto` stands: arguments as of `round_of`.
+
+        `widths` devices share an expert's width; `has_kernel`: whether devices have a kernel of grouped products.
+        """
+        if self.buckets != "auto":
+            return self
+        by_expert, by_device = (self.model_copy(update={"buckets": name}) for name in ("expert", "device"))
+        if self.implementation != "auto":
+            return by_device
+        if not has_kernel:
+            return by_expert
+        fewer = by_device.multiplied(num_tokens, parts, widths, room) < by_expert.multiplied(
+            num_tokens, parts, widths, room
+        )
+        return by_device if fewer else by_expert
+
+    def multiplied(self, num_tokens: int, parts: int, widths: int, room: int | None) -> float:
+        """Rows that a device's experts multiply of so many tokens on each device if load is even, `round_of`'s
+        arguments: those of a round, or of each expert what comes and, on average, half a tile that fills its last."""
+        gathers = self.exchange == "all_gather"
+        own = self.num_experts // parts
+        found = self.round_of(num_tokens, parts, room)
+        buckets = (own if gathers else self.num_experts) // (own if self.buckets == "device" else 1)
+        pairs = found.pairs * buckets * (1 if gathers else widths)
+        if self.buckets != "device":
+            return pairs
+        even = num_tokens * self.top_k / (self.num_experts if gathers else own) * (1 if gathers else widths)
+        return own * max(TILE, min(even, pairs / own) + TILE / 2)
+
     def round_of(self, num_tokens: int, parts: int, room: int | None) -> Round:
         """What a device has room for in a round: of so many tokens, for experts on so many parts.
 
-        `room` is what an expert takes of a device's sequences (none: all). `slots` times the even share of the tokens
-        that go to a bucket, and of their pairs; at most all of them.
+        `buckets` is no `auto`. `room` is what an expert takes of a device's sequences (none: all). `slots` times the
+        even share of the tokens that go to a bucket, and of their pairs; at most all of them.
         """
+        assert self.buckets != "auto"
         own, grouped = self.num_experts // parts, self.buckets == "device"
         of_bucket = own if grouped else 1
         choices = min(self.top_k, of_bucket)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jaxtron.kernels.grouped_matmul.spec import TILE
+from jaxtron.kernels.grouped_matmul.config import TILE, tiled_rows
 from jaxtron.typing import Array, Float, Int
 
 
@@ -20,15 +20,9 @@ class Groups(NamedTuple):
     """The expert of each tile; as many as there are for tiles that are empty, which are last."""
 
 
-def num_rows(num_pairs: int, num_experts: int) -> int:
-    """Rows that are enough however so many pairs are shared out over the experts, each rounded up to tiles."""
-    tiles = (num_pairs + num_experts * (TILE - 1)) // TILE
-    return TILE * max(1, min(tiles, num_pairs))
-
-
 def make_groups(chosen: Int[Array, "R K"], num_experts: int, num_pairs: int) -> Groups:
     """Of the experts that rows' tokens chose, `num_experts` for none, no expert twice and at most so many pairs."""
-    total = num_rows(num_pairs, num_experts)
+    total = tiled_rows(num_pairs, num_experts)
     # by row and expert
     is_chosen = jnp.any(chosen[:, :, None] == jnp.arange(num_experts), 1).astype(jnp.int32)
     until = jnp.cumsum(is_chosen, 0, dtype=jnp.int32)

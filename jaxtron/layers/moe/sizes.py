@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxtron.kernels.grouped_matmul.backend import ProductsBackend, select_backend
+from jaxtron.kernels.grouped_matmul.backend import ProductsBackend, has_kernel, select_backend
 from jaxtron.kernels.grouped_matmul.spec import TILE
 from jaxtron.layers.moe.config import MoeConfig
 from jaxtron.layers.moe.exchange import Exchange
@@ -18,7 +18,7 @@ def select_products(
 ) -> ProductsBackend | None:
     """The kernel of grouped products, for experts on `parts` devices, whose kernels are [inputs, gates, outputs].
 
-    None where a bucket is an expert. `UserError` where the one asked for cannot.
+    None where a bucket is an expert; `buckets` is no `auto`. `UserError` where the one asked for cannot.
     """
     if config.buckets == "expert":
         return None
@@ -31,6 +31,7 @@ def exchange_lines(
     config: MoeConfig, shape: tuple[int, int], kernel: tuple[int, int, int], dtype: DTypeLike
 ) -> tuple[str, ...]:
     """What `make_exchange` chooses, for a reader: what a round has room for, and what multiplies it and why."""
+    asked, config = config.buckets, with_buckets(config, shape, dtype)
     exchange, devices = make_exchange(config, shape, kernel, dtype), current().parts("expert", "expert_tensor")
     where = f"{exchange.own_experts:,}" + (f" of {config.num_experts:,}" if exchange.num_devices > 1 else "")
     gathered = f"the tokens of {devices} devices gathered, " if exchange.gathers and devices > 1 else ""
@@ -45,8 +46,28 @@ def exchange_lines(
     if exchange.pairs != exchange.rows:
         rows = f"{exchange.rows:,} tokens with {exchange.pairs:,} choices"
     line = f"experts: {where} on a device, {gathered}{rounds} of {rows} for {of_what} ({why})"
+    lines = (line, _why(config, shape, dtype)) if asked == "auto" else (line,)
     products = select_products(config, exchange.num_devices, kernel, dtype, current().device_kind)
-    return (line,) if products is None else (line, products.reason)
+    return lines if products is None else (*lines, products.reason)
+
+
+def _why(config: MoeConfig, shape: tuple[int, int], dtype: DTypeLike) -> str:
+    """Why a bucket is what `with_buckets` made of `auto`."""
+    found, kind = f"buckets: {config.buckets}", current().device_kind
+    if config.implementation != "auto":
+        return f"{found}, for model.moe.implementation {config.implementation}"
+    if not has_kernel(dtype, kind):
+        return f"{found}, for no kernel of grouped products takes {jnp.dtype(dtype).name} on {kind}"
+    other = "expert" if config.buckets == "device" else "device"
+    tokens, it, its = _tokens(config, shape), config, config.model_copy(update={"buckets": other})
+    rows, others = (round(one.multiplied(*tokens)) for one in (it, its))
+    return f"{found}, where load is even {rows:,} rows to multiply on a device, not the {others:,} of {other}"
+
+
+def with_buckets(config: MoeConfig, shape: tuple[int, int], dtype: DTypeLike) -> MoeConfig:
+    """What a bucket is for a device's tokens of [rows, parts of sequences], inside `use(rules)`."""
+    rules = current()
+    return config.with_buckets(*_tokens(config, shape), has_kernel=has_kernel(dtype, rules.device_kind))
 
 
 def make_exchange(
@@ -55,12 +76,9 @@ def make_exchange(
     """For a device's tokens of [rows, parts of sequences], inside `use(rules)`."""
     rules = current()
     axes = {flag: rules.axes(flag) if rules.parts(flag) > 1 else () for flag in ("expert", "expert_tensor")}
-    parts, length = rules.parts("expert"), shape[1] * rules.parts("context") * rules.parts("tensor")
+    config = with_buckets(config, shape, dtype)
+    num_tokens, parts, _, room = _tokens(config, shape)
     backend = select_products(config, parts, kernel, dtype, rules.device_kind)
-    gathers = config.exchange == "all_gather"
-    # of tokens that are gathered a device takes what is its own, as if there were no others
-    num_tokens = math.prod(shape) * (parts * rules.parts("expert_tensor") if gathers else 1)
-    room = None if config.capacity_factor is None else shape[0] * config.capacity(length)
     found = config.round_of(num_tokens, parts, room)
     return Exchange(
         num_experts=config.num_experts,
@@ -68,9 +86,20 @@ def make_exchange(
         expert=axes["expert"],
         num_devices=parts,
         expert_tensor=axes["expert_tensor"],
-        gathers=gathers,
+        gathers=config.exchange == "all_gather",
         rows=found.rows,
         pairs=found.pairs,
         has_rounds=found.has_rounds,
         grouped=None if backend is None else backend.implementation,
     )
+
+
+def _tokens(config: MoeConfig, shape: tuple[int, int]) -> tuple[int, int, int, int | None]:
+    """Arguments of `MoeConfig.round_of`, and before its last the devices that share an expert's width."""
+    rules = current()
+    parts, widths = rules.parts("expert"), rules.parts("expert_tensor")
+    # of tokens that are gathered a device takes what is its own, as if there were no others
+    num_tokens = math.prod(shape) * (parts * widths if config.exchange == "all_gather" else 1)
+    length = shape[1] * rules.parts("context", "tensor")
+    room = None if config.capacity_factor is None else shape[0] * config.capacity(length)
+    return num_tokens, parts, widths, room

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from jaxtron.kernels.grouped_matmul.config import tiled_rows
 from jaxtron.layers.config import GATED
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.cost import (
@@ -51,9 +52,6 @@ from jaxtron.models.work.model import ModelWork, StackWork
 from jaxtron.models.work.operations import PhaseWork, SlotWork
 from jaxtron.models.work.shapes import Shapes, gather, gathered_weights
 from jaxtron.models.work.ssm import ScanShapes, mixer
-
-# rows of a tile of grouped products, kernels/grouped_matmul/spec.py
-TILE = 128
 
 # by the regions of a kind of layer: of the whole branch and, apart from it, of the parts that can be recomputed alone
 RegionWork = dict[str, SlotWork]
@@ -266,11 +264,14 @@ def _expert_layer(model: ModelConfig, shapes: Shapes) -> ExpertShapes:
     moe, tokens = model.moe, shapes.own_tokens
     parts, widths = shapes.sizes["expert"], shapes.sizes["expert_tensor"]
     own, grouped, gathers, has_rounds = moe.num_experts // parts, False, False, True
-    sent = pairs = tokens * moe.top_k
+    sent = pairs = multiplied = tokens * moe.top_k
     if shapes.profile.expert_rows == "round":
-        grouped, gathers = moe.buckets == "device", moe.exchange == "all_gather"
+        gathers = moe.exchange == "all_gather"
         room = None if moe.capacity_factor is None else round(shapes.rows) * moe.capacity(shapes.length)
-        rows, pairs, has_rounds = moe.round_of(round(tokens) * (parts * widths if gathers else 1), parts, room)
+        some = round(tokens) * (parts * widths if gathers else 1)
+        moe = moe.with_buckets(some, parts, widths, room, has_kernel=shapes.grouped_products)
+        grouped, (rows, pairs, has_rounds) = moe.buckets == "device", moe.round_of(some, parts, room)
+        multiplied = moe.multiplied(some, parts, widths, room)
         buckets = (own if gathers else moe.num_experts) // (own if grouped else 1)
         sent, pairs = rows * buckets, pairs * buckets
     came, held = (size * (1 if gathers else widths) for size in (sent, pairs))
@@ -280,7 +281,8 @@ def _expert_layer(model: ModelConfig, shapes: Shapes) -> ExpertShapes:
         top_k=moe.top_k,
         sent=sent,
         came=came,
-        held=_tiled(held, own) if grouped else held,
+        held=tiled_rows(round(held), own) if grouped else held,
+        multiplied=multiplied,
         own=own,
         width=expert_width(model) / widths,
         inputs=2 if model.activation in GATED else 1,
@@ -288,11 +290,6 @@ def _expert_layer(model: ModelConfig, shapes: Shapes) -> ExpertShapes:
         gathers=gathers,
         grouped=grouped,
     )
-
-
-def _tiled(rows: float, num_experts: int) -> float:
-    """Rows of so many, however shared out over the experts, with what fills their tiles."""
-    return TILE * max(1, min((rows + num_experts * (TILE - 1)) // TILE, rows))
 
 
 def _moe(model: ModelConfig, shapes: Shapes) -> RegionWork:

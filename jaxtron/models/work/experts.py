@@ -25,7 +25,9 @@ class ExpertShapes:
     came: float
     """Rows that it has of all that share its experts."""
     held: float
-    """Rows that its experts multiply: of each expert of a row that came its own, with what fills tiles."""
+    """Rows that its experts have room for: of each expert of a row that came its own, with what fills tiles."""
+    multiplied: float
+    """Of these the ones that are multiplied where load is even: all of them, or those in tiles that are not empty."""
     own: float
     width: float
     inputs: int
@@ -148,7 +150,7 @@ def _all(shapes: Shapes, flag: str, kind: CollectiveKind, size: float) -> tuple[
 def _products(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
     """Of each expert's rows with its two matrices, or three where the activation is gated."""
     held, width, hidden = layer.held, shapes.width, layer.hidden
-    rows, inner = held / layer.own, layer.inputs * layer.width
+    rows, inner = layer.multiplied / layer.own, layer.inputs * layer.width
 
     def product(m: float, columns: float, k: float, output_width: int = width) -> Product:
         return Product(m, columns, k, layer.own, width, output_width)

@@ -28,6 +28,8 @@ class Shapes:
     """Bytes of an activation."""
     expert_gathered: int = 1
     """As `gathered`, of experts."""
+    grouped_products: bool = False
+    """Whether the device has a kernel of grouped products (layers/moe/config.py)."""
 
     @property
     def tensor(self) -> int:

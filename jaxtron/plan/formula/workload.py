@@ -3,11 +3,13 @@
 import math
 from dataclasses import replace
 
+from jaxtron.kernels.grouped_matmul.backend import has_kernel
 from jaxtron.models.work.model import ModelWork
 from jaxtron.models.work.profile import Profile
 from jaxtron.models.work.shapes import Shapes
 from jaxtron.run.attention import select_attention
 from jaxtron.run.configuration import Configuration
+from jaxtron.run.dtypes import DTYPES
 from jaxtron.sharding.folding import EXPERT_FLAGS, refine
 
 
@@ -27,6 +29,7 @@ def shapes_of(config: Configuration, sizes: dict[str, int], profile: Profile, ki
         gathered=sizes["fsdp"] * (sizes["data"] * sizes["context"] if zero == "parameters" else 1),
         expert_gathered=view["expert_data"] if sizes["fsdp"] > 1 or zero == "parameters" else 1,
         width=4 if config.train.precision == "fp32" else 2,
+        grouped_products=has_kernel(DTYPES[config.train.precision], kind),
     )
 
 
