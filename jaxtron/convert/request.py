@@ -95,7 +95,7 @@ def read_configuration(request: UpcycleRequest) -> tuple[Configuration, Configur
     """What the dense model is and was trained with, and the run of the mixture; `UserError` where one cannot be."""
     path, start, config_type = _start(request)
     _check_output(request.output)
-    dense = load(config_type, start).resolved()
+    dense = _load_dense(config_type, start, path)
     model = dense.model
     if not isinstance(model, ModelConfig):
         raise UserError(f"{path} has model.family {model.family}, which has no experts: only a decoder can be upcycled")
@@ -123,6 +123,14 @@ def read_configuration(request: UpcycleRequest) -> tuple[Configuration, Configur
     }
     words = [word for name, value in made.items() for word in (f"--{name}", str(value))]
     return dense, load(config_type, start, [*request.overrides, *words]).resolved()
+
+
+def _load_dense(config_type: type[Configuration], start: Path | SettingsSource, path: Path) -> Configuration:
+    """The dense model's configuration; an error names the file, whose settings may have come from elsewhere."""
+    try:
+        return load(config_type, start).resolved()
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
 
 
 def _start(request: UpcycleRequest) -> tuple[Path, Path | SettingsSource, type[Configuration]]:

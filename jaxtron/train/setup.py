@@ -142,7 +142,7 @@ def check_vocabulary(config: Configuration, data: Data) -> None:
     if known is not None and data.tokenizer.vocab_size > known:
         raise UserError(
             f"the tokenizer {config.data.tokenizer} has {data.tokenizer.vocab_size} tokens, more than model.{name} "
-            f"{known}; set --model.{name} {data.tokenizer.vocab_size}"
+            f"{known}; give the model's with --data.tokenizer, or set --model.{name} {data.tokenizer.vocab_size}"
         )
 
 

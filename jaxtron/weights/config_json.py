@@ -5,21 +5,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxtron.config import SettingsSource, UserError, shown
+from jaxtron.config import SettingsSource, UserError
 
 CONFIG_JSON = "config.json"
 # keys that change nothing of what a decoder computes of a text: names, tokens, training and generation of before
 WITHOUT_EFFECT = frozenset(
-    "_name_or_path architectures attn_implementation _attn_implementation _attn_implementation_autoset "
-    "attention_dropout bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward "
+    "_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout "
+    "attn_implementation bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward "
     "cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping "
     "encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id "
-    "forced_eos_token_id id2label is_decoder label2id length_penalty max_length max_position_embeddings min_length "
-    "model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions "
-    "output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values "
-    "repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params "
-    "temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript "
-    "transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache".split()
+    "forced_eos_token_id id2label is_decoder is_llama_config label2id length_penalty max_length "
+    "max_position_embeddings min_length model_type no_repeat_ngram_size num_beam_groups num_beams "
+    "num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp "
+    "problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id "
+    "suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p "
+    "torch_dtype torchscript transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version "
+    "use_bfloat16 use_cache".split()
 )
 # keys that any family's file can have, with the only value that is understood
 ALWAYS: dict[str, Any] = {
@@ -27,7 +28,9 @@ ALWAYS: dict[str, Any] = {
     "is_encoder_decoder": False,
     "pruned_heads": {},
     "quantization_config": None,
+    "rope_interleaved": False,
 }
+LONGEST = 60
 
 
 class ConfigFile:
@@ -76,13 +79,13 @@ class ConfigFile:
         value = self._values.get(key)
         if inner and isinstance(value, dict):
             key, value = f"{key}.{inner}", value.get(inner)
-        raise UserError(f"{self.path} has {key} {shown(value)}: {why}")
+        raise UserError(f"{self.path} has {key} {as_json(value)}: {why}")
 
     def check_only(self, values: Mapping[str, Any]) -> None:
         """`UserError` where a key has another value than this one."""
         for key, only in values.items():
             if self.get(key, only) not in (only, None):
-                self.refuse(key, f"only {shown(only)} is understood")
+                self.refuse(key, "it is not known here" if only is None else f"only {as_json(only)} is known here")
 
     def check_all_read(self) -> None:
         """`UserError` for a key that nobody asked for."""
@@ -92,8 +95,8 @@ class ConfigFile:
             more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
             self.refuse(
                 unknown[0],
-                f"nobody here knows that key of a {self.model_type}{more}, and it may change what the model computes; "
-                "remove it from a copy of the file if it does not",
+                f"that key of a {self.model_type} is not known here{more}, and it may change what the model computes; "
+                "if it does not, remove it from a copy of the file",
             )
 
 
@@ -107,8 +110,14 @@ def read_config_json(directory: Path) -> ConfigFile:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {str(error).splitlines()[0]}; bring back the model's own") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} must be an object of keys, not {shown(values)}; bring back the model's own")
+        raise UserError(f"{path} must be an object of keys, not {as_json(values)}; bring back the model's own")
     return ConfigFile(path, values)
+
+
+def as_json(value: Any) -> str:
+    """A value as the file has it, a long one by its beginning."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtron.config import shown
 from jaxtron.weights.config_json import ConfigFile
 from jaxtron.weights.table import TensorTable
 from jaxtron.words import either
@@ -26,8 +25,7 @@ class Key:
         value = file.get(self.theirs, self.default)
         if self.words is not None:
             if not isinstance(value, str) or value not in self.words:
-                value = shown(value) + (f" of a {file.model_type}" if not file.has(self.theirs) else "")
-                file.refuse(self.theirs, f"model.{self.ours} can be {either(sorted(self.words))}")
+                file.refuse(self.theirs, f"of a {file.model_type} {either(sorted(self.words))} are known here")
             value = self.words[value]
         if value is not None:
             file.set(self.ours, value, self.theirs)

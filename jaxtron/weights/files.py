@@ -17,6 +17,7 @@ from jaxtron.words import plural
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+POINTER = b"version https://git-lfs"
 # safetensors' names of the types that are read, and their bytes
 TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -50,7 +51,8 @@ class WeightFiles:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     def read(self, name: str) -> np.ndarray:
-        """The numbers of a tensor; `UserError` where they are of a type that is no weight's, or not finite."""
+        """The numbers of a tensor, those of 64 bits as float32; `UserError` where they are of no weight's type, or not
+        finite."""
         tensor = self.tensors[name]
         if tensor.dtype not in TYPES:
             raise UserError(
@@ -61,6 +63,9 @@ class WeightFiles:
             values = self._open[tensor.path].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise _damaged(tensor.path, error) from None
+        with np.errstate(over="ignore"):
+            # what a master can hold
+            values = values.astype(np.float32) if tensor.dtype == "F64" else values
         if not np.isfinite(values).all():
             raise UserError(f"{tensor.path} has numbers in {name} that are not finite; bring back a good copy")
         return values
@@ -97,6 +102,9 @@ def open_files(directory: Path) -> Iterator[WeightFiles]:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            return UserError(f"{path} is a pointer of Git LFS and not what it points to; run git lfs pull there")
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UserError(f"{path} is no whole file of safetensors: {reason}; bring back a good copy")
 

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from jaxtron.config import SettingsSource, UserError, shown
-from jaxtron.weights.config_json import CONFIG_JSON, ConfigFile, read_config_json
+from jaxtron.config import SettingsSource, UserError
+from jaxtron.weights.config_json import CONFIG_JSON, ConfigFile, as_json, read_config_json
 from jaxtron.weights.family import HubFamily
 from jaxtron.weights.gpt2 import GPT2
 from jaxtron.weights.llama import LLAMA, MISTRAL, NEMOTRON, QWEN2, QWEN3
-from jaxtron.words import either
 
 # by `model_type`
 FAMILIES: dict[str, HubFamily] = {
@@ -47,6 +46,6 @@ def hub_settings(directory: Path) -> SettingsSource:
 def _family(file: ConfigFile) -> HubFamily:
     name = file.model_type
     if not isinstance(name, str) or name not in FAMILIES:
-        what = f"has model_type {shown(name)}" if file.has("model_type") else "has no model_type"
-        raise UserError(f"{file.path} {what}: the families that are read are {either(sorted(FAMILIES))}")
+        what = f"has model_type {as_json(name)}" if file.has("model_type") else "has no model_type"
+        raise UserError(f"{file.path} {what}: known here are {', '.join(sorted(FAMILIES))}")
     return FAMILIES[name]

@@ -58,7 +58,7 @@ def _wanted(blueprint: Blueprint, table: TensorTable, model: ModelConfig, partit
     """All that the model has, of all layers."""
     for name, spec in blueprint.names.items():
         for row in range(partition.num_layers) if name.startswith(STACKED) else (None,):
-            source = table.sources(model, name, row)
+            source = table.place(model, name, row)
             shape = spec.shape if row is None else spec.shape[1:]
             yield WantedRow(source, table.own_shape(source.tensor, model, shape))
 
@@ -82,10 +82,11 @@ class WeightReader:
         ]
         missing = [name for name in names if name not in there]
         if missing or left:
-            found = [f"lack {_listed(missing)}"] * bool(missing) + [f"have {_listed(left)} too many"] * bool(left)
+            found = [f"needs {_listed(missing)}, not in its files"] * bool(missing)
+            found += [f"has no place for {_listed(left)}"] * bool(left)
             raise UserError(
-                f"{self._files.directory}: its files {' and '.join(found)} for the model of its config.json; bring "
-                "back the model's own"
+                f"{self._files.directory}: the model of its config.json {' and '.join(found)}; bring back the model's "
+                "own files"
             )
         for name, one in names.items():
             stored, here = there[name], one.source.tensor.stored_shape(one.shape)
@@ -102,7 +103,7 @@ class WeightReader:
         """Whether a tensor is a tied model's head, which says what the embedding says; `UserError` if it does not."""
         if name != self._table.head or not self._model.tied_head:
             return False
-        table = self._stored(self._table.sources(self._model, "embedding.table").tensors[0])
+        table = self._stored(self._table.place(self._model, "embedding.table").tensors[0])
         if table in self._files.tensors and not np.array_equal(self._files.read(name), self._files.read(table)):
             raise UserError(
                 f"{self._files.directory} has a {name} that is not {table}, and its config.json has "
@@ -128,7 +129,7 @@ class WeightReader:
         return parts.array()
 
     def _row(self, name: str, shape: tuple[int, ...], row: int | None) -> np.ndarray:
-        source = self._table.sources(self._model, name, row)
+        source = self._table.place(self._model, name, row)
         return self.values(source, self._table.own_shape(source.tensor, self._model, shape))
 
 

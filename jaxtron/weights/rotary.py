@@ -3,8 +3,7 @@
 import math
 from typing import Any
 
-from jaxtron.config import shown
-from jaxtron.weights.config_json import ConfigFile
+from jaxtron.weights.config_json import ConfigFile, as_json
 
 # their names of what a rule of stretching reads, and ours
 LLAMA3 = {
@@ -27,24 +26,31 @@ def read_rotary(file: ConfigFile, *, fraction: float = 1.0, positions: int = 204
     """Sets `model.rotary`; `fraction` is what is rotated of a head, and `positions` the longest sequence, of the
     family's class where the file says nothing."""
     rope, key = _joined(file)
-    own = {"rope_theta": file.get("rope_theta", 10000.0)}
-    own["partial_rotary_factor"] = file.get("partial_rotary_factor", fraction)
+    own = {"rope_theta": 10000.0, "partial_rotary_factor": fraction}
+    for theirs, default in own.items():
+        if rope.get(theirs) is None:
+            # of transformers 4, where null is as good as nothing
+            given = file.get(theirs)
+            rope[theirs] = default if given is None else given
+        file.get(theirs)
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     file.set("position", "rotary", "model_type")
     for theirs, ours in (("rope_theta", "base"), ("partial_rotary_factor", "fraction")):
-        file.set(f"rotary.{ours}", rope.pop(theirs, own[theirs]), theirs)
+        file.set(f"rotary.{ours}", rope.pop(theirs), theirs)
     if kind not in KINDS:
-        file.refuse(key, f"rope_type {shown(kind)} is not known here, which are {', '.join(KINDS)}")
+        file.refuse(key, f"rope_type {as_json(kind)} is not known here; known are {', '.join(KINDS)}")
     if kind != "default":
-        rope.setdefault("original_max_position_embeddings", file.get("max_position_embeddings", positions))
         names = LLAMA3 if kind == "llama3" else YARN
+        if kind == "yarn":
+            rope.setdefault("original_max_position_embeddings", file.get("max_position_embeddings", positions))
         given = {theirs: rope.pop(theirs, None) for theirs in names}
         if kind == "yarn":
+            # it has bounds of its own
             given = {theirs: value for theirs, value in given.items() if theirs == "factor" or value is not None}
         for theirs, value in given.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                file.refuse(key, f"with rope_type {kind} a number above 0 is needed, not {shown(value)}", theirs)
+                file.refuse(key, f"with rope_type {kind} a number above 0 is needed, not {as_json(value)}", theirs)
         scaling = {names[theirs]: value for theirs, value in given.items()}
         file.set("rotary.scaling", {"kind": kind, **scaling, **_magnitudes(file, key, kind, rope)}, key)
     if rope:

@@ -121,7 +121,7 @@ class TensorTable:
     ignored: tuple[str, ...] = ()
     """Ends of names that are no weights."""
 
-    def sources(self, model: ModelConfig, name: str, row: int | None = None) -> Place:
+    def place(self, model: ModelConfig, name: str, row: int | None = None) -> Place:
         """Those of a parameter by its name here; of one that is stacked, of the layer in this row of the model."""
         place, own = _layer_of(model, name, row)
         if place is None:

@@ -33,11 +33,11 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def weights(folder: Path, name: str = "llama", *, without: str = "") -> Path:
-    """A directory of a fixture in bfloat16, in two files, with a tokenizer, without keys of its config.json."""
+def weights(folder: Path, name: str = "llama", **changes: object) -> Path:
+    """A directory of a fixture in bfloat16, in two files, with a tokenizer; with other keys of its config.json."""
     fixture = fixtures.load(name)
     arrays = {key: array.astype(ml_dtypes.bfloat16) for key, array in fixture.weights.items()}
-    fixtures.write(folder, {k: v for k, v in fixture.config.items() if k not in without.split()}, arrays, HALVES)
+    fixtures.write(folder, fixture.config | changes, arrays, HALVES)
     write_tokenizer(folder)
     return folder
 
@@ -75,3 +75,37 @@ def test_a_mixture_has_the_logits_of_the_dense_model_in_transformers(name: str, 
         params = restore_model(session, output, config, None).params
         found = logits(session.trainer, params, fixture.tokens)[..., : config.model.vocab_size]
     assert np.abs(found - fixture.logits).max() < 1e-5 * np.abs(fixture.logits).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "flags", "said"),
+    [
+        ("gpt2", {"n_positions": 1024}, "", "has model.bias true, and experts have no biases: a model without can be"),
+        ("llama_biases", {}, "", "has model.bias true, and experts have no biases: a model without can be upcycled"),
+        ("llama", {"model_type": "gemma2"}, "", 'config.json has model_type "gemma2": known here are gpt2, llama'),
+        (
+            "llama",
+            {"num_key_value_heads": 3},
+            "",
+            "config.json: model.num_heads 4 is not a multiple of model.num_kv_he",
+        ),
+        ("llama", {}, "--step 3", "--step 3 is of a run's checkpoints, and "),
+        ("llama", {}, "--granularity 7", "--granularity 7: model.mlp_size 40 of "),
+        ("llama", {}, "--model.rotary.base 5", "--model.rotary.base is not for this command: leave it out"),
+        ("llama", {}, "--data.tokenizer bytes", "give the model's with --data.tokenizer"),
+        ("llama", {"num_hidden_layers": 3}, "", "needs model.layers.2."),
+    ],
+    ids=str,
+)
+def test_weights_that_cannot_be_upcycled(name: str, changes: dict, flags: str, said: str, tmp_path: Path):
+    source = weights(tmp_path / "dense", name, **changes)
+    ended = upcycle(source, "--output", tmp_path / "new", *flags.split(), "--mesh.data", 8, *data_flags(tmp_path))
+    assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1, ended
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_tokenizer_in_another_form_has_to_be_given(tmp_path: Path):
+    source = weights(tmp_path / "dense")
+    (source / "tokenizer.json").rename(source / "tokenizer.model")
+    ended = upcycle(source, "--output", tmp_path / "new")
+    assert ended.code == 2 and f"give --data.tokenizer, such as --data.tokenizer {source}/tokenizer.model" in ended.err

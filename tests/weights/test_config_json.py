@@ -1,0 +1,208 @@
+"""Settings of `config.json` by families' tables: those of transformers 4 and 5, class defaults, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxtron.config import UserError, format_value, load
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.run.configuration import Configuration
+from jaxtron.weights.hub import FAMILIES, hub_settings, is_hub
+from tests.hugging_face import fixtures
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+
+def model_of(folder: Path, config: dict[str, Any]) -> ModelConfig:
+    """The settings of a config.json; sequences are no longer than GPT-2's positions in the fixtures."""
+    (folder / "config.json").write_text(json.dumps(config))
+    return load(Configuration, hub_settings(folder), ["--data.sequence_length", "16"]).model
+
+
+def fixture_config(name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """A fixture's, with other values; `...` takes a key out."""
+    config = fixtures.load(name).config | changes
+    return {key: value for key, value in config.items() if value is not ...}
+
+
+def test_llama_3_1_as_it_is_on_the_hub(tmp_path: Path):
+    # written by transformers 4.42
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009],
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": LLAMA3,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.42.3",
+        "use_cache": True,
+        "vocab_size": 128256,
+    }
+    expected = ModelConfig.model_validate(
+        {
+            "num_layers": 32,
+            "hidden_size": 4096,
+            "num_heads": 32,
+            "num_kv_heads": 8,
+            "mlp_size": 14336,
+            "vocab_size": 128256,
+            "activation": "swiglu",
+            "norm": "rms_norm",
+            "bias": False,
+            "position": "rotary",
+            "rotary": {
+                "base": 5e5,
+                "scaling": {
+                    "factor": 8.0,
+                    "low_frequency_factor": 1.0,
+                    "high_frequency_factor": 4.0,
+                    "original_length": 8192,
+                },
+            },
+            "tied_head": False,
+        }
+    )
+    assert model_of(tmp_path, config) == expected
+    # the same of transformers 5, whose key wins where both are there
+    new = {key: value for key, value in config.items() if not key.startswith("rope")}
+    new |= {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}, "dtype": "bfloat16", "head_dim": None, "rope_theta": 1e4}
+    assert model_of(tmp_path, new) == expected
+
+
+DEFAULTS = {
+    "gpt2": "tied_head true max_positions 1024 norm_epsilon 1e-05 activation gelu_tanh num_heads 12",
+    "llama": "tied_head false num_kv_heads none norm_epsilon 1e-06 rotary.base 10000.0 pattern *- activation swiglu",
+    "mistral": "tied_head false num_kv_heads 8 norm_epsilon 1e-06 pattern W- attention.window 4096",
+    "nemotron": "tied_head false norm_epsilon 1e-05 rotary.fraction 0.5 activation squared_relu norm_bias true",
+    "qwen2": "num_kv_heads 32 qkv_bias true bias false head_dim none pattern *- vocab_size 151936",
+    "qwen3": "num_kv_heads 32 qk_norm true head_dim 128 pattern *- mlp_size 22016",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_key_that_is_not_there_means_what_the_class_takes(family: str, tmp_path: Path):
+    found: Any = model_of(tmp_path, {"model_type": family}).model_dump(mode="json")
+    words = DEFAULTS[family].split()
+    for name, value in zip(words[::2], words[1::2], strict=True):
+        at = found
+        for part in name.split("."):
+            at = at[part]
+        assert format_value(at) == value, name
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("mistral", {"sliding_window": None}, {"pattern": "*-", "num_layers": 2}),
+        ("qwen2", {"layer_types": ...}, {"pattern": "*-W-W-", "num_layers": 1}),
+        ("qwen2", {"layer_types": ..., "max_window_layers": 0}, {"pattern": "W-", "num_layers": 3}),
+        ("qwen2", {"layer_types": ..., "use_sliding_window": False}, {"pattern": "*-", "num_layers": 3}),
+        ("gpt2", {"n_inner": None}, {"mlp_size": None, "mlp_width": 128}),
+        ("llama", {"num_key_value_heads": None, "head_dim": ...}, {"kv_heads": 4, "head_size": 8}),
+    ],
+    ids=str,
+)
+def test_what_is_null_or_left_out(name: str, changes: dict, expected: dict, tmp_path: Path):
+    model = model_of(tmp_path, fixture_config(name, changes))
+    assert {key: getattr(model, key) for key in expected} == expected
+
+
+def test_a_tokenizer_is_carried_along(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert is_hub(tmp_path) and "data" not in hub_settings(tmp_path).tree
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert hub_settings(tmp_path).tree["data"] == {"tokenizer": str(tmp_path / "tokenizer.json")}
+    # a run stays a run, whatever else is there
+    (tmp_path / "config.yaml").write_text("seed: 1")
+    assert not is_hub(tmp_path)
+
+
+def rope(**values: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 1e4, **values}}
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"model_type": "gemma2"}, 'has model_type "gemma2": known here are gpt2, llama'),
+    ("llama", {"model_type": ...}, "has no model_type: known here are"),
+    ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "only weights of LlamaForCausalLM are read"),
+    ("llama", {"clip_qkv": 8.0, "logit_scale": 2}, "clip_qkv 8.0: that key of a llama is not known here (and 1 more)"),
+    ("llama", {"quantization_config": {"bits": 4}}, 'quantization_config {"bits": 4}: it is not known here'),
+    ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder true: only false is known here"),
+    ("llama", {"attention_bias": True}, "attention_bias true: mlp_bias is false, and biases of one alone"),
+    ("llama", {"mlp_bias": "yes"}, 'mlp_bias "yes": it must be true or false'),
+    ("llama", {"hidden_act": "gelu_new"}, 'hidden_act "gelu_new": of a llama gelu, silu, or swish are known'),
+    ("llama", {"hidden_size": "32"}, "model.hidden_size: expected int >= 1, got '32' ("),
+    ("llama", {"hidden_size": 0}, "config.json hidden_size)"),
+    ("llama", {"vocab_size": 10**12}, "config.json vocab_size)"),
+    ("llama", {"num_hidden_layers": 10**9}, "config.json num_hidden_layers)"),
+    ("llama", {"rms_norm_eps": float("nan")}, "model.norm_epsilon: must be a finite number, got nan ("),
+    ("llama", {"num_key_value_heads": 3}, "model.num_heads 4 is not a multiple of model.num_kv_heads 3"),
+    ("llama", {"rope_parameters": [1]}, "rope_parameters [1]: it must be an object or null"),
+    ("llama", rope(rope_type="linear", factor=2.0), 'rope_type "linear" is not known here; known are default, llama3'),
+    ("llama", rope(rope_type="dynamic", factor=2.0), 'rope_type "dynamic" is not known here'),
+    ("llama", rope(rope_type="longrope", short_factor=[1.0]), 'rope_type "longrope" is not known here'),
+    ("llama", rope(rope_type="llama3", factor=8.0), "rope_parameters.low_freq_factor null: with rope_type llama3"),
+    ("llama", rope(rope_type="yarn", factor="4"), 'rope_parameters.factor "4": with rope_type yarn a number above 0'),
+    ("llama", rope(rope_type="yarn", factor=4.0, truncate=False), "rope_parameters.truncate false: bounds of YaRN"),
+    ("llama", rope(rope_type="yarn", factor=4.0, attention_factor=2.0), "rope_parameters.attention_factor 2.0: leave"),
+    ("llama", rope(rope_type="yarn", factor=4.0, mscale="1"), 'rope_parameters.mscale "1": it must be a number'),
+    ("llama", rope(mystery=3), "rope_parameters.mystery 3: with rope_type default that is not understood"),
+    ("llama", {"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention {}: positions that differ"),
+    ("llama", {"rope_parameters": None, "rope_theta": "1e4"}, "model.rotary.base: expected float > 1, got '1e4' ("),
+    ("mistral", {"sliding_window": "x"}, 'sliding_window "x": it must be a whole number'),
+    ("mistral", {"attention_bias": True}, "attention_bias true: only false is known here"),
+    ("qwen2", {"layer_types": ["full_attention"]}, "it must be a list of 3 of full_attention and sliding_attention"),
+    ("qwen2", {"use_sliding_window": False}, "sliding_attention needs use_sliding_window and a sliding_window"),
+    ("qwen2", {"num_hidden_layers": 10**12, "layer_types": ...}, "it must be a whole number up to 65,536"),
+    ("qwen3", {"attention_bias": True}, "attention_bias true: only false is known here"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "only false is known here"),
+    ("gpt2", {"activation_function": "silu"}, "of a gpt2 gelu, gelu_new, gelu_pytorch_tanh, or relu are known here"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "said"), REFUSED, ids=[row[2][:40] for row in REFUSED])
+def test_what_may_change_the_model_and_is_not_understood(name: str, changes: dict, said: str, tmp_path: Path):
+    with pytest.raises(UserError) as error:
+        model_of(tmp_path, fixture_config(name, changes))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"[1]", "must be an object of keys, not [1]"),
+        (b'{"model_type": "llama"', "is not JSON: Expecting"),
+        (b'{"model_type": "llama", "model_type": "gpt2"}', "the key 'model_type' is there twice"),
+        (b"\xff\xfe\x00", "is not JSON: 'utf-8' codec"),
+        (b"[" * 100_000, "is not JSON: maximum recursion depth"),
+    ],
+    ids=["list", "cut", "twice", "binary", "deep"],
+)
+def test_a_file_that_is_no_configuration(text: bytes, said: str, tmp_path: Path):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(UserError, match="config.json") as error:
+        hub_settings(tmp_path)
+    assert said in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,258 @@
+"""Parameters from files: on any mesh, of any type, both ways by the same table; and files that are not the model's."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxtron.config import UserError, load
+from jaxtron.pipeline.layer_slots import restore
+from jaxtron.run.configuration import Configuration
+from jaxtron.run.session import Session, make_session
+from jaxtron.weights.files import INDEX, SINGLE
+from jaxtron.weights.hub import FAMILIES, hub_settings
+from jaxtron.weights.load import load_parameters
+from jaxtron.weights.table import STACKED
+from tests.hugging_face import fixtures
+
+READ = sorted(
+    path.stem for path in fixtures.FOLDER.glob("*.npz") if fixtures.load(path.stem).config["model_type"] in FAMILIES
+)
+FIRST, SECOND = "model-00001-of-00002", "model-00002-of-00002"
+
+
+def session_of(folder: Path, *flags: str, devices: int = 1) -> Session:
+    """Of a directory's model, on some of the simulated devices."""
+    words = ["--data.sequence_length", "16", "--train.global_batch", "16", *flags]
+    return make_session(load(Configuration, hub_settings(folder), words), jax.devices()[:devices], trains=False)
+
+
+def read(folder: Path, session: Session) -> dict[str, np.ndarray]:
+    """The parameters by name, layers in the model's order, without padding."""
+    with session.use():
+        model, specs, partitions = session.config.model, session.blueprint.names, session.trainer.partitions
+        params = load_parameters(folder, model, session.blueprint, partitions)
+        (partition,) = partitions.values()
+        found = {}
+        for (name, spec), leaf in zip(specs.items(), jax.tree.leaves(params), strict=True):
+            assert leaf.shape == spec.layout.padded and leaf.dtype == spec.dtype
+            own = np.asarray(leaf)[tuple(slice(size) for size in spec.shape)]
+            found[name] = np.asarray(restore(partition, own)) if name.startswith(STACKED) else own
+        return found
+
+
+@pytest.mark.parametrize("name", READ)
+def test_written_back_every_tensor_is_what_it_was(name: str, tmp_path: Path):
+    fixture = fixtures.load(name)
+    session = session_of(fixtures.write(tmp_path, fixture.config, fixture.weights))
+    found, table, model = read(tmp_path, session), FAMILIES[fixture.config["model_type"]].tensors, session.config.model
+    written: dict[str, np.ndarray] = {}
+    rows = {
+        (parameter, row): array if row is None else array[row]
+        for parameter, array in found.items()
+        for row in (range(len(array)) if parameter.startswith(STACKED) else [None])
+    }
+    for (parameter, row), array in rows.items():
+        place = table.place(model, parameter, row)
+        beginning = parameter.removesuffix(place.name)
+        shape = table.own_shape(place.tensor, model, array.shape)
+        assert not array[tuple(slice(size, None) for size in shape)].any()
+        arrays = [rows[beginning + own, row][tuple(slice(size) for size in shape)] for own in place.tensor.parameters]
+        written |= dict(zip(place.tensors, place.tensor.write(arrays), strict=True))
+    assert written.keys() == fixture.weights.keys()
+    assert all(np.array_equal(written[key], array) for key, array in fixture.weights.items())
+
+
+def three_layers(folder: Path) -> Path:
+    """Llama's with a third layer, in two files of bfloat16."""
+    fixture = fixtures.load("llama")
+    more = {
+        key.replace("layers.1.", "layers.2."): -array for key, array in fixture.weights.items() if "layers.1." in key
+    }
+    weights = {key: array.astype(ml_dtypes.bfloat16) for key, array in (fixture.weights | more).items()}
+    return fixtures.write(folder, fixture.config | {"num_hidden_layers": 3}, weights, (FIRST, SECOND))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        # an empty slot on the second stage; heads, vocabulary and the stream's width split
+        "--mesh.pipe 2 --mesh.tensor 2 --mesh.fsdp 2 --pipeline.stage_layers 2,1",
+        # parts of unequal size have padding
+        "--mesh.data 7 --train.global_batch 14",
+        "--mesh.pipe 3 --mesh.data 2 --sharding.zero parameters",
+    ],
+)
+def test_parameters_are_the_same_on_every_mesh(flags: str, tmp_path: Path):
+    folder = three_layers(tmp_path)
+    words = flags.replace("2,1", "2 1").split()
+    sizes = [int(words[place + 1]) for place, word in enumerate(words) if word.startswith("--mesh")]
+    one = read(folder, session_of(folder))
+    many = read(folder, session_of(folder, *words, devices=int(np.prod(sizes))))
+    assert one.keys() == many.keys()
+    assert all(np.array_equal(one[name], many[name]) for name in one)
+    assert one["stack.periods.layers.0.norm.scale"].shape == (3, 32)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16])
+def test_masters_are_float32_whatever_the_file_has(dtype: type, tmp_path: Path):
+    fixture = fixtures.load("qwen3")
+    whole = fixtures.write(tmp_path / "whole", fixture.config, fixture.weights)
+    other = fixtures.write(tmp_path / "other", fixture.config, {k: v.astype(dtype) for k, v in fixture.weights.items()})
+    expected, found = (read(folder, session_of(folder)) for folder in (whole, other))
+    # small multiples of a sixty-fourth, which all these types have
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+
+
+def test_names_of_old_files(tmp_path: Path):
+    fixture = fixtures.load("gpt2")
+    expected = read(tmp_path / "new", session_of(fixtures.write(tmp_path / "new", fixture.config, fixture.weights)))
+    old = {key.removeprefix("transformer."): array for key, array in fixture.weights.items()}
+    old |= {f"h.{layer}.attn.bias": np.ones((1, 1, 20, 20), np.float32) for layer in range(2)}
+    # a tied head that says the same
+    old["lm_head.weight"] = old["wte.weight"]
+    found = read(tmp_path / "old", session_of(fixtures.write(tmp_path / "old", fixture.config, old)))
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def index(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """What changes the index."""
+
+    def run(folder: Path) -> None:
+        whole = json.loads((folder / INDEX).read_text())
+        change(whole["weight_map"])
+        (folder / INDEX).write_text(json.dumps(whole))
+
+    return run
+
+
+def tensors(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """What changes the tensors, all in one file."""
+
+    def run(folder: Path) -> None:
+        arrays = load_file(folder / f"{FIRST}.safetensors") | load_file(folder / f"{SECOND}.safetensors")
+        for path in folder.glob("model*"):
+            path.unlink()
+        change(arrays)
+        save_file(arrays, folder / SINGLE)
+
+    return run
+
+
+def second(content: bytes) -> Callable[[Path], object]:
+    """Another content of the second file."""
+    return lambda folder: (folder / f"{SECOND}.safetensors").write_bytes(content)
+
+
+def only(name: str) -> Callable[[Path], None]:
+    """A file of this name in the place of all."""
+
+    def run(folder: Path) -> None:
+        for path in folder.glob("model*"):
+            path.unlink()
+        (folder / name).write_bytes(b"\x80\x02}q\x00.")
+
+    return run
+
+
+def cut(folder: Path) -> None:
+    path = folder / f"{SECOND}.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def quantized(folder: Path) -> None:
+    """A tensor of 8-bit numbers, which NumPy does not know."""
+    tensors(lambda arrays: arrays.update({HEAD: arrays[HEAD].astype(np.uint8)}))(folder)
+    path = folder / SINGLE
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    head = content[8 : 8 + size].replace(b'"U8"', b'"F8_E4M3"')
+    path.write_bytes(struct.pack("<Q", len(head)) + head + content[8 + size :])
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "up": (index(lambda files: files.update({HEAD: "../other.safetensors"})), "no name of a .safetensors file in"),
+    "root": (index(lambda files: files.update({HEAD: "/other.safetensors"})), "no name of a .safetensors file in"),
+    "windows": (index(lambda files: files.update({HEAD: "..\\other.safetensors"})), "no name of a .safetensors file"),
+    "pickle": (index(lambda files: files.update({HEAD: "pytorch_model.bin"})), "no name of a .safetensors file in"),
+    "number": (index(lambda files: files.update({HEAD: 3})), "'lm_head.weight' is in 3: that is no name"),
+    "nothing": (index(dict.clear), "is not JSON with a weight_map of tensors"),
+    "elsewhere": (
+        index(lambda files: files.update({HEAD: f"{SECOND}.safetensors"} | {EMBEDDING: f"{FIRST}.safetensors"})),
+        "where it is not",
+    ),
+    "unnamed": (index(lambda files: files.pop(HEAD)), "has 1 tensor that model.safetensors.index.json does not name"),
+    "no list": (lambda folder: (folder / INDEX).write_text("[]"), "is not JSON with a weight_map of tensors"),
+    "no index": (lambda folder: (folder / INDEX).unlink(), f"only {FIRST}.safetensors without an index"),
+    "no file": (lambda folder: (folder / f"{SECOND}.safetensors").unlink(), f"lacks {SECOND}.safetensors, which"),
+    "both": (lambda folder: (folder / SINGLE).write_bytes(b""), "has both model.safetensors and"),
+    "cut": (cut, "is no whole file of safetensors: "),
+    "empty": (second(b""), "is no whole file of safetensors: "),
+    "long": (second(struct.pack("<Q", 2**62) + b"{}"), "is no whole file of safetensors: "),
+    "page": (second(b"<html>not found</html>"), "is no whole file of safetensors: "),
+    "pointer": (second(b"version https://git-lfs.github.com/spec/v1\n"), "is a pointer of Git LFS"),
+    "only a pickle": (only("pytorch_model.bin"), "has pytorch_model.bin and no safetensors: that is a pickle"),
+    "only parts of one": (only("pytorch_model-00001-of-00002.bin"), "and no safetensors: that is a pickle"),
+    "no weights": (only("tokenizer.model"), "has neither model.safetensors nor model.safetensors.index.json; give"),
+    "missing": (tensors(lambda arrays: arrays.pop(EMBEDDING)), f"needs {EMBEDDING}, not in its files"),
+    "left over": (tensors(lambda arrays: arrays.update(extra=np.zeros(3))), "has no place for extra"),
+    "a layer less": (
+        tensors(lambda arrays: [arrays.pop(key) for key in list(arrays) if "layers.1." in key]),
+        "and 6 more, not in its files",
+    ),
+    "shape": (tensors(lambda arrays: arrays.update({HEAD: arrays[HEAD][:-1]})), "of shape [39, 32], and config.json"),
+    "flat": (tensors(lambda arrays: arrays.update({HEAD: arrays[HEAD].reshape(-1)})), "of shape [1280], and"),
+    "whole numbers": (tensors(lambda arrays: arrays.update({HEAD: arrays[HEAD].astype(np.int8)})), "in I8: only F64"),
+    "quantized": (quantized, f"has {HEAD} in F8_E4M3: only F64, F32, F16, BF16 are read"),
+    "not finite": (
+        tensors(lambda arrays: arrays.update({HEAD: np.full((40, 32), np.nan, np.float32)})),
+        "has numbers in lm_head.weight that are not finite",
+    ),
+    "too large": (tensors(lambda arrays: arrays.update({HEAD: np.full((40, 32), 1e300)})), "that are not finite"),
+}
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory: pytest.TempPathFactory) -> Session:
+    """Of Llama's fixture."""
+    fixture = fixtures.load("llama")
+    return session_of(fixtures.write(tmp_path_factory.mktemp("llama"), fixture.config, {"": np.zeros(1)}))
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_files_that_are_not_the_models(what: str, one_device: Session, tmp_path: Path):
+    damage, said = DAMAGED[what]
+    fixture = fixtures.load("llama")
+    # another file holds each second tensor
+    damage(fixtures.write(tmp_path, fixture.config, fixture.weights, (FIRST, SECOND)))
+    with pytest.raises(UserError) as error:
+        read(tmp_path, one_device)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tied_head_that_says_something_else(tmp_path: Path):
+    fixture = fixtures.load("qwen3")
+    weights = fixture.weights | {HEAD: fixture.weights[EMBEDDING] + 1}
+    folder = fixtures.write(tmp_path, fixture.config, weights)
+    with pytest.raises(
+        UserError, match=f"has a {HEAD} that is not {EMBEDDING}, and its config.json has tie_word_embedd"
+    ):
+        read(folder, session_of(folder))
+
+
+def test_files_may_be_links_as_in_the_hubs_cache(one_device: Session, tmp_path: Path):
+    fixture = fixtures.load("llama")
+    folder = fixtures.write(tmp_path / "snapshot", fixture.config, fixture.weights, (FIRST, SECOND))
+    for path in folder.glob("*.safetensors"):
+        path.rename(tmp_path / path.stem)
+        path.symlink_to(Path("..") / path.stem)
+    assert read(folder, one_device)["head.table"].any()
