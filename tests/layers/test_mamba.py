@@ -41,7 +41,8 @@ def test_in_parts_it_computes_what_it_does_at_once(rules_for, tensor: int, group
         layer, x = make_layer(groups), tokens(12)
         at_once = jax.jit(layer)(x, LayerInputs())
         found, state = [], None
-        for start, end in ((0, 5), (5, 6), (6, 7), (7, 12)):
+        # first parts are shorter than what the convolution sees
+        for start, end in ((0, 1), (1, 3), (3, 4), (4, 12)):
             y, state = jax.jit(layer.advance)(x[:, start:end], state)
             found.append(np.asarray(y))
         np.testing.assert_allclose(np.concatenate(found, 1), np.asarray(at_once), **CLOSE)
