@@ -15,6 +15,7 @@ from jaxtron.layers.ssm.config import MambaConfig
 from jaxtron.layers.ssm.convolution import convolve
 from jaxtron.layers.ssm.mamba2 import Mamba2
 from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.program import choices
 from jaxtron.models.program import whole
 from jaxtron.sharding.rules import use
 
@@ -98,3 +99,16 @@ def test_a_convolution_that_sees_more_than_a_piece_is_refused(rules_for, in_regi
 def test_settings_that_do_not_go_together(changes, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(pattern="M", hidden_size=64, position="none", mamba={"num_groups": 2, **changes})
+
+
+def test_what_computes_scans_is_told_before_what_multiplies_experts(rules_for):
+    config = ModelConfig(
+        pattern="ME", num_layers=2, hidden_size=64, position="none", bias=False, mamba={"num_groups": 2}
+    )
+    with use(rules_for()):
+        scans, experts, *_ = choices(config, jnp.bfloat16, ROWS, 64)
+        assert scans.startswith("state-space duality: xla, the fastest that runs on cpu; not mosaic: its kernels are")
+        assert experts.startswith("experts: 8 on a device")
+        named = config.model_copy(update={"mamba": MambaConfig(num_groups=2, implementation="mosaic")})
+        with pytest.raises(UserError, match="model.mamba.implementation mosaic cannot: its kernels are for Hopper"):
+            choices(named, jnp.bfloat16, ROWS, 64)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from jaxtron.kernels.ssd.backend import select_backend
+from jaxtron.kernels.ssd.backend import ScanBackend, select_backend
 from jaxtron.kernels.ssd.ssd import StateSpaceDuality
 from jaxtron.layers.inputs import LayerInputs, dropout
 from jaxtron.layers.linear import Linear, project
@@ -122,8 +122,7 @@ class Mamba2(nnx.Module):
         """What a scan reads, and what computes it."""
         x, B, C = self._apart(*convolved)
         A, D = (constrain(array, "heads") for array in (-jnp.exp(self.A_log[...]), self.D[...]))
-        backend = select_backend(self.config.implementation, x, B, current().device_kind)
-        return (x, dt, A, B, C, D), backend.implementation
+        return (x, dt, A, B, C, D), select_scan(self.config, self.num_heads, x.dtype).implementation
 
     def _project(self, x: Float[Array, "B S E"]) -> _Projected:
         """The products, and the steps made of the last of them."""
@@ -220,3 +219,13 @@ def first_steps(config: MambaConfig) -> Initializer:
 def first_decays(bounds: Range) -> Initializer:
     """Logarithms of uniform rates."""
     return lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape, dtype, *bounds))
+
+
+def select_scan(config: MambaConfig, num_heads: int, dtype: DTypeLike) -> ScanBackend:
+    """What computes the scan of so many heads on the devices of the mesh in use, and why.
+
+    `UserError` where the one that was asked for cannot.
+    """
+    x = jax.ShapeDtypeStruct((1, 1, num_heads, config.head_dim), dtype)
+    shared = jax.ShapeDtypeStruct((1, 1, config.num_groups, config.state_size), dtype)
+    return select_backend(config.implementation, x, shared, current().device_kind)

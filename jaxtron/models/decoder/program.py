@@ -11,10 +11,11 @@ from jaxtron.layers.config import GATED
 from jaxtron.layers.inputs import LayerInputs, row_keys
 from jaxtron.layers.moe.router import LOAD, evened
 from jaxtron.layers.moe.sizes import exchange_lines
+from jaxtron.layers.ssm.mamba2 import select_scan
 from jaxtron.models.decoder import recompute
 from jaxtron.models.decoder.attention_backends import attention_backends
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.kinds import MOE, expert_width
+from jaxtron.models.decoder.kinds import MAMBA, MOE, expert_width, mamba_heads
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.models.program import BuildContext, Microbatch, Parts, Program, whole
 from jaxtron.pipeline.model import HeadOutput, LayerOutput, Model, Outer, Stack
@@ -97,12 +98,14 @@ def update_buffers(
 
 
 def choices(config: ModelConfig, dtype: DTypeLike, rows: int, length: int) -> tuple[str, ...]:
-    """How tokens get to experts, and what multiplies them."""
-    if not has_experts(config):
-        return ()
+    """What computes scans; how tokens get to experts, and what multiplies them."""
+    kinds = {kind.symbol for kind in config.kinds}
+    scans = (select_scan(config.mamba, mamba_heads(config), dtype).reason,) if MAMBA.symbol in kinds else ()
+    if MOE.symbol not in kinds:
+        return scans
     shape = (rows, length // current().parts("context", "tensor"))
     kernel = (config.hidden_size, 2 if config.activation in GATED else 1, expert_width(config))
-    return exchange_lines(config.moe, shape, kernel, dtype)
+    return scans + exchange_lines(config.moe, shape, kernel, dtype)
 
 
 def has_experts(config: ModelConfig) -> bool:
