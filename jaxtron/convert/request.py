@@ -106,7 +106,7 @@ def read_configuration(request: UpcycleRequest) -> tuple[Configuration, Configur
         )
     if model.bias:
         mend = "a model without can be upcycled" if request.is_hub else "train with --model.bias false"
-        raise UserError(f"{path} has model.bias true, and experts have no biases: {mend}")
+        raise UserError(f"{path} has model.bias true, and its biases cannot become those of experts: {mend}")
     if dense.train.trainable != ("*",):
         raise UserError(f"{path} has train.trainable {' '.join(dense.train.trainable)}: only a run that trains all can")
     if model.mlp_width % request.granularity:

@@ -92,6 +92,9 @@ def upcycled(source: Session, dense: PyTree, target: Session, initial: PyTree, r
             std = 1.0 if request.router_std is None else request.router_std / model.initial_std
             make = partial(router_rows, copies=request.experts, shards=request.granularity, factor=std)
             return _made(make, leaf, spec, spec)
+        if last in ("up_bias", "down_bias"):
+            # the dense model has none, and new ones are zeros
+            return leaf
         name = (*folders, "mlp", last, "kernel")
         if last == "up":
             make = partial(expert_inputs, copies=request.experts, shards=request.granularity, gated=gated)
@@ -124,7 +127,7 @@ def scales(activation: Activation, factor: float) -> tuple[float, float]:
     """
     if activation == "squared_relu":
         return factor ** (1 / 3), factor ** (1 / 3)
-    if activation == "relu" or activation in GATED:
+    if activation in ("relu", "swiglu", "geglu"):
         return factor**0.5, factor**0.5
     return 1.0, factor
 

@@ -5,11 +5,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from jaxtron.config import Config
+from jaxtron.config import Config, format_value
 from jaxtron.kernels.attention.config import Implementation
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "swiglu", "geglu"]
-GATED = frozenset({"swiglu", "geglu"})
+Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "swiglu", "geglu", "clamped_swiglu"]
+GATED = frozenset({"swiglu", "geglu", "clamped_swiglu"})
 NormKind = Literal["layer_norm", "layer_norm_1p", "rms_norm"]
 PositionKind = Literal["learned", "rotary", "alibi", "none"]
 
@@ -73,17 +73,21 @@ class RotaryScaling(Config):
     """YaRN: rotated queries and keys are multiplied by m(this) / m(mscale_all_dim), m(s) = 0.1 s ln(factor) + 1."""
     mscale_all_dim: float = Field(default=0.0, ge=0)
     """YaRN: scores of latent attention are multiplied by the square of m(this) (DeepSeek-V2, V3)."""
+    truncate: bool = True
+    """YaRN: the pairs between which it stretches in part are whole numbers, those around beta_fast and beta_slow
+    (gpt-oss: false)."""
 
     @model_validator(mode="after")
     def _check(self) -> "RotaryScaling":
         own = {
             "llama3": ("low_frequency_factor", "high_frequency_factor"),
-            "yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+            "yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
         }
         for kind, names in own.items():
             for name in names if kind != self.kind else ():
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} {getattr(self, name)} has no effect with kind {self.kind}; leave it out")
+                    value = format_value(getattr(self, name))
+                    raise ValueError(f"{name} {value} has no effect with kind {self.kind}; leave it out")
         for low, high in (own["llama3"], ("beta_slow", "beta_fast")):
             if getattr(self, low) >= getattr(self, high):
                 raise ValueError(f"{low} {getattr(self, low)} must be below {high} {getattr(self, high)}")

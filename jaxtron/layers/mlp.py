@@ -29,7 +29,17 @@ FUNCTIONS: dict[Activation, Callable[[Array], Array]] = {
     "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
     "swiglu": jax.nn.silu,
     "geglu": gelu,
+    "clamped_swiglu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
+# of clamped_swiglu, which gates what is one more than it was (gpt-oss, 2508.10925)
+LIMIT = 7.0
+
+
+def gated(name: Activation, gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"]) -> Float[Array, "*rows F"]:
+    """What goes into the last product of a gated MLP."""
+    if name == "clamped_swiglu":
+        gate, up = jnp.minimum(gate, LIMIT), jnp.clip(up, -LIMIT, LIMIT) + 1.0
+    return FUNCTIONS[name](gate) * up
 
 
 class Mlp(nnx.Module):
@@ -68,10 +78,9 @@ class Mlp(nnx.Module):
 
     def leave(self, hidden: Float[Array, "B S *gates F"], inputs: LayerInputs) -> Float[Array, "B S E"]:
         """What comes of it."""
-        function = FUNCTIONS[self.activation]
         if self.activation in GATED:
-            hidden = checkpoint_inputs(lambda pair: function(pair[:, :, 0]) * pair[:, :, 1])(hidden)
+            hidden = checkpoint_inputs(lambda pair: gated(self.activation, pair[:, :, 0], pair[:, :, 1]))(hidden)
         else:
-            hidden = checkpoint_inputs(function)(hidden)
+            hidden = checkpoint_inputs(FUNCTIONS[self.activation])(hidden)
         y = self.down(hidden, "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")

@@ -35,15 +35,18 @@ def rotary_frequencies(config: RotaryConfig, rotated: int) -> np.ndarray:
 def _kept_by_yarn(base: float, scaling: RotaryScaling, rotated: int) -> np.ndarray:
     """What of each frequency is not stretched: all where a pair turns often, nothing where it seldom does (2309.00071).
 
-    Between by the pair's number, from the whole number below the one bound to that above the other, as its code does.
+    Between by the pair's number, from the whole number below the one bound to that above the other, as its code does,
+    or between the bounds as they are.
     """
 
     def pair(turns: float) -> float:
         """The number, not a whole one, of the pair that turns so often in the original length."""
         return rotated * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(pair(scaling.beta_fast)), 0)
-    high = min(math.ceil(pair(scaling.beta_slow)), rotated - 1)
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotated - 1)
     # apart, however short the training's sequences were
     width = max(high - low, 0.001)
     return 1.0 - np.clip((np.arange(rotated // 2) - low) / width, 0.0, 1.0)

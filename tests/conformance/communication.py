@@ -37,10 +37,12 @@ class Communication:
             entries = [entry for entry in entries if not entry.conditional and entry.axes]
             # the norm of all gradients is made outside of the region that makes them
             entries = [entry for entry in entries if "shard_map" in entry.source]
-            summed = sum(entry.bytes for entry in entries if "tensor" not in entry.axes)
+            along_tensor = sum(entry.bytes for entry in entries if "tensor" in entry.axes)
+            summed = sum(entry.bytes for entry in entries) - along_tensor
             # beside gradients what is reported, and the counts that weights are divided by
             scalars = sum(map(np.size, self.found.reported.values())) + self.found.num_counts
-            assert 0 < summed - self.summed_gradients() <= FLOAT * scalars
+            assert 0 < summed - self.summed_gradients(along_tensor=False) <= FLOAT * scalars
+            assert along_tensor >= self.summed_gradients(along_tensor=True)
         # in the loop over layers each matrix once in the forward, and its gradient once in the backward
         for axes, size in {} if mesh.get("pipe", 1) > 1 else self.gathered_in_layers().items():
             assert self.moved("all_gather", axes, num_loops=2, forward_only=True) == size, axes
@@ -70,12 +72,16 @@ class Communication:
         del sizes[()]
         return sizes
 
-    def summed_gradients(self) -> int:
-        """Bytes of gradients that devices have the same part of, and add up."""
+    def summed_gradients(self, *, along_tensor: bool) -> int:
+        """Bytes of gradients that devices have the same part of, and add up: once a step, or, of experts that devices
+        along tensor have the same of, over these at the same time."""
         total = 0
         for spec in self.found.parameters:
             parts = [axis for axes in spec_axes(spec.layout.spec) for axis in axes]
-            if any(size > 1 and flag not in (*parts, "tensor") for flag, size in self.mesh.items()):
+            copied = spec.layout.blocks is not None and "tensor" not in parts and self.mesh.get("tensor", 1) > 1
+            if copied == along_tensor and any(
+                size > 1 and flag not in (*parts, "tensor") for flag, size in self.mesh.items()
+            ):
                 total += FLOAT * math.prod(spec.layout.padded) // math.prod(self.mesh.get(axis, 1) for axis in parts)
         return total
 

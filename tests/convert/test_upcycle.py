@@ -17,7 +17,7 @@ from jaxtron.convert.request import UpcycleRequest, parse
 from jaxtron.convert.upcycle import expert_inputs, expert_outputs, output_factor, router_rows, scales
 from jaxtron.evaluate import __main__ as evaluating
 from jaxtron.layers.config import GATED, Activation
-from jaxtron.layers.mlp import FUNCTIONS
+from jaxtron.layers.mlp import FUNCTIONS, gated
 from jaxtron.run.configuration import Configuration
 from jaxtron.train import __main__ as training
 from tests.support.commands import Ended, run_main
@@ -29,8 +29,9 @@ EMBED, WIDTH, TOKENS = 16, 32, 50
 def mlps(x: jax.Array, up: jax.Array, down: jax.Array, activation: Activation) -> jax.Array:
     """Of MLPs with first matrices [N, E, G, F], what each makes of each token [T, N, E]."""
     hidden = jnp.einsum("te,negf->tngf", x, up)
-    inner = FUNCTIONS[activation](hidden[:, :, 0])
-    return jnp.einsum("tnf,nfe->tne", inner * hidden[:, :, 1] if activation in GATED else inner, down)
+    first = hidden[:, :, 0]
+    inner = gated(activation, first, hidden[:, :, 1]) if activation in GATED else FUNCTIONS[activation](first)
+    return jnp.einsum("tnf,nfe->tne", inner, down)
 
 
 def mixture(x: jax.Array, request: UpcycleRequest, activation: Activation, arrays: tuple) -> jax.Array:
@@ -49,7 +50,7 @@ def mixture(x: jax.Array, request: UpcycleRequest, activation: Activation, array
 @pytest.mark.parametrize(
     ("activation", "experts", "granularity", "top_k"),
     [
-        *((name, 3, 4, 4) for name in ("gelu", "relu", "swiglu")),
+        *((name, 3, 4, 4) for name in ("gelu", "relu", "swiglu", "clamped_swiglu")),
         ("squared_relu", 8, 1, 2),
         ("squared_relu", 8, 8, 16),
         ("swiglu", 8, 1, 2),
@@ -63,8 +64,8 @@ def test_a_mixture_computes_what_the_mlp_did(
     )
     with jax.enable_x64(True):
         random = np.random.default_rng(0)
-        gated = activation in GATED
-        up = jnp.asarray(random.normal(size=(EMBED, 2, WIDTH) if gated else (EMBED, WIDTH)))
+        is_gated = activation in GATED
+        up = jnp.asarray(random.normal(size=(EMBED, 2, WIDTH) if is_gated else (EMBED, WIDTH)))
         down, x = jnp.asarray(random.normal(size=(WIDTH, EMBED))), jnp.asarray(random.normal(size=(TOKENS, EMBED)))
         # softmax over all is exact where logits are 0; ties go to the first, as in the router
         std = 1e-9 if scores == "softmax" else 1.0
@@ -73,10 +74,10 @@ def test_a_mixture_computes_what_the_mlp_did(
         of_all = {"copies": experts, "shards": granularity}
         arrays = (
             router_rows(drawn, **of_all),
-            expert_inputs(up, **of_all, gated=gated, factor=factors[0]),
+            expert_inputs(up, **of_all, gated=is_gated, factor=factors[0]),
             expert_outputs(down, **of_all, factor=factors[1]),
         )
-        expected = mlps(x, (up if gated else up[:, None])[None], down[None], activation)[:, 0]
+        expected = mlps(x, (up if is_gated else up[:, None])[None], down[None], activation)[:, 0]
         found = mixture(x, request, activation, arrays)
         assert float(jnp.abs(found - expected).max() / jnp.abs(expected).max()) < 1e-6
 
@@ -202,7 +203,7 @@ def a_config(folder: Path, *flags: str) -> Path:
 @pytest.mark.parametrize(
     ("model", "flags", "said"),
     [
-        ((), "", "has model.bias true, and experts have no biases: train with --model.bias false"),
+        ((), "", "has model.bias true, and its biases cannot become those of experts: train with --model.bias false"),
         (("--model.bias=false",), "--granularity 7", "--granularity 7: model.mlp_size "),
         (("--model.bias=false",), "--granularity 4 --top_k 6", "--top_k 6 is not a multiple of --granularity 4"),
         (("--model.bias=false",), "--experts 2 --top_k 4", "--top_k 4 is more than the 2 experts of --experts 2"),

@@ -36,9 +36,9 @@ def common(config: Config) -> dict[str, Any]:
 def rotary(config: Config) -> dict[str, Any]:
     found: dict[str, Any] = {"base": config["rope_theta"]}
     if config["rope_type"] == "yarn":
-        names = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+        names = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
         original = {"original_length": config["original_max_position_embeddings"]}
-        found["scaling"] = {"kind": "yarn", **original, **{name: config[name] for name in names}}
+        found["scaling"] = {"kind": "yarn", **original, **{name: config[name] for name in names if name in config}}
     return found
 
 
@@ -80,6 +80,25 @@ def qwen3_moe(config: Config) -> dict[str, Any]:
             "top_k": config["num_experts_per_tok"],
             "expert_size": config["moe_intermediate_size"],
             "renormalize": config["norm_topk_prob"],
+        },
+    }
+
+
+def gpt_oss(config: Config) -> dict[str, Any]:
+    kinds = {"sliding_attention": "WE", "full_attention": "*E"}
+    assert config["attention_bias"] and (config["swiglu_alpha"], config["swiglu_limit"]) == (1.702, 7.0)
+    return {
+        "pattern": "".join(kinds[kind] for kind in config["layer_types"]),
+        "num_layers": 1,
+        "num_kv_heads": config["num_key_value_heads"],
+        "head_dim": config["head_dim"],
+        "bias": True,
+        "activation": "clamped_swiglu",
+        "attention": {"window": config["sliding_window"], "sinks": True},
+        "moe": {
+            "num_experts": config["num_local_experts"],
+            "top_k": config["num_experts_per_tok"],
+            "scores": "topk_softmax",
         },
     }
 
@@ -201,6 +220,7 @@ FAMILIES: dict[str, Callable[[Config], dict[str, Any]]] = {
     "mixtral": mixtral,
     "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,
+    "gpt_oss": gpt_oss,
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
     "mamba2": mamba2,
@@ -320,6 +340,10 @@ def attention(read: Reader, own: str, model: ModelConfig) -> Arrays:
         found[f"attention.{ours}.kernel"] = kernel.reshape(model.hidden_size, -1, model.head_size)
         if read.has(f"{own}.{theirs}_proj.bias"):
             found[f"attention.{ours}.bias"] = read(f"{own}.{theirs}_proj.bias").reshape(-1, model.head_size)
+    if read.has(f"{own}.o_proj.bias"):
+        found["attention.output.bias"] = read(f"{own}.o_proj.bias")
+    if model.attention.sinks:
+        found["attention.sinks"] = read(f"{own}.sinks")
     for ours, theirs in (("query", "q"), ("key", "k")) if model.qk_norm else ():
         found[f"attention.{ours}_norm.scale"] = read(f"{own}.{theirs}_norm.weight")
     return found
@@ -353,6 +377,8 @@ def mlp_layer(read: Reader, number: int, model: ModelConfig) -> Arrays:
     """Norm, and an MLP or experts."""
     layer = f"model.layers.{number}"
     found = {"norm.scale": read(f"{layer}.post_attention_layernorm.weight")}
+    if read.has(f"{layer}.mlp.router.weight"):
+        return found | {f"moe.{name}": value for name, value in biased_experts(read, f"{layer}.mlp").items()}
     mixtral = f"{layer}.block_sparse_moe"
     own = mixtral if read.has(f"{mixtral}.gate.weight") else f"{layer}.mlp"
     if not read.has(f"{own}.gate.weight"):
@@ -369,6 +395,22 @@ def mlp_layer(read: Reader, number: int, model: ModelConfig) -> Arrays:
     if model.moe.shared_gate:
         found["moe.shared_gate"] = read(f"{own}.shared_expert_gate.weight")[0]
     return found
+
+
+def biased_experts(read: Reader, own: str) -> Arrays:
+    """Those of gpt-oss, whose gates and what they gate take turns in one dimension."""
+
+    def pairs(array: np.ndarray) -> np.ndarray:
+        return np.stack([array[..., ::2], array[..., 1::2]], -2)
+
+    return {
+        "router.kernel": read(f"{own}.router.weight").T,
+        "router.logit_bias": read(f"{own}.router.bias"),
+        "up": pairs(read(f"{own}.experts.gate_up_proj")),
+        "up_bias": pairs(read(f"{own}.experts.gate_up_proj_bias")),
+        "down": read(f"{own}.experts.down_proj"),
+        "down_bias": read(f"{own}.experts.down_proj_bias"),
+    }
 
 
 def mlp(read: Reader, own: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Arrays:

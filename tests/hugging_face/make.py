@@ -151,6 +151,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
+    # attention in a window and of all in turn, with sinks; biases everywhere
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "head_dim": 12,
+            "intermediate_size": 16,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "sliding_window": 5,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
     "mamba2": (
         "mamba2",
         {**MAMBA, "num_heads": 8, "head_dim": 8, "state_size": 12, "n_groups": 2, "time_step_limit": (0.3, 1.5)},
@@ -187,9 +199,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+# by model, weights so large that some of what they make is cut off
+LARGE = {"gpt_oss": "gate_up_proj"}
 
 
-def randomize(model: torch.nn.Module) -> None:
+def randomize(model: torch.nn.Module, large: str | None) -> None:
     """Every parameter and every buffer that a file holds, in multiples of `STEP`."""
     generator = np.random.default_rng(0)
     for name, array in model.state_dict().items():
@@ -197,6 +211,7 @@ def randomize(model: torch.nn.Module) -> None:
         is_scale = name.endswith(("norm.weight", "norm_f.weight", "layernorm.weight", ".D"))
         # selection biases so large that some scores are below zero
         size = 0.8 if "correction_bias" in name else 0.2 if is_scale or "bias" in name else 0.3
+        size = 1.0 if large is not None and name.endswith(large) else size
         scaled = numbers * size + is_scale
         whole = np.clip(np.rint(scaled / STEP), -127, 127)
         array.copy_(torch.from_numpy((whole * STEP).astype(np.float32)))
@@ -212,7 +227,7 @@ def record(name: str) -> None:
     config = transformers.AutoConfig.for_model(model_type, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
-        randomize(model)
+        randomize(model, LARGE.get(name))
         tokens = np.random.default_rng(1).integers(0, settings["vocab_size"], (ROWS, LENGTH))
         logits = model(torch.from_numpy(tokens)).logits.numpy()
     with tempfile.TemporaryDirectory() as folder:

@@ -23,7 +23,14 @@ PLAIN = {
     "relu": lambda x: np.maximum(x, 0),
     "squared_relu": lambda x: np.maximum(x, 0) ** 2,
 }
-GATED = {"swiglu": lambda x: x / (1 + np.exp(-x)), "geglu": erf_gelu}
+GATED = {
+    "swiglu": lambda gate, up: gate / (1 + np.exp(-gate)) * up,
+    "geglu": lambda gate, up: erf_gelu(gate) * up,
+    # 2508.10925: both are cut off at 7, the gate from above alone, and what is gated is one more than it was
+    "clamped_swiglu": lambda gate, up: (
+        np.minimum(gate, 7) / (1 + np.exp(-1.702 * np.minimum(gate, 7))) * (np.clip(up, -7, 7) + 1)
+    ),
+}
 
 
 def make_mlp(activation, bias):
@@ -42,14 +49,16 @@ def read(layer):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", [*PLAIN, *GATED])
 def test_activations(rules_for, activation, bias):
-    x = np.random.default_rng(0).normal(size=(2, 5, EMBED)).astype(np.float32)
+    # so large that what is cut off is
+    x = 3 * np.random.default_rng(0).normal(size=(2, 5, EMBED)).astype(np.float32)
     with use(rules_for(data=1)):
         module = make_mlp(activation, bias)
         y = module(x, LayerInputs())
         (up, up_bias), (down, down_bias) = read(module.up), read(module.down)
     if activation in GATED:
         both = np.einsum("bse,egf->bsgf", x, up) + up_bias
-        hidden = GATED[activation](both[:, :, 0]) * both[:, :, 1]
+        assert (both > 7).any((0, 1, 3)).all() and (both < -7).any((0, 1, 3)).all()
+        hidden = GATED[activation](both[:, :, 0], both[:, :, 1])
     else:
         hidden = PLAIN[activation](x @ up + up_bias)
     np.testing.assert_allclose(y, hidden @ down + down_bias, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxtron.layers.inputs import BranchOutput, LayerInputs
+from jaxtron.layers.mlp import gated
 from jaxtron.layers.moe.config import MoeConfig
 from jaxtron.layers.moe.moe import Moe
 from jaxtron.layers.moe.router import LOAD, evened
@@ -27,9 +28,17 @@ BEFORE = np.arange(8, dtype=np.float32) ** 2
 TOLERANCE = 2e-5
 
 
+ACTIVATIONS = {
+    "relu": lambda hidden: jax.nn.relu(hidden[..., 0, :]),
+    "swiglu": lambda hidden: jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :],
+    "clamped_swiglu": lambda hidden: gated("clamped_swiglu", hidden[..., 0, :], hidden[..., 1, :]),
+}
+
+
 def reference(config: MoeConfig, params: dict, x, row_weights, activation: str):
     """(output, loss, choices by expert) of all tokens, in float32 and without parallelism."""
     logits = jnp.einsum("bse,en->bsn", x, params["router"]["kernel"], precision="highest")
+    logits += params["router"].get("logit_bias", 0.0)
     scores = jax.nn.sigmoid(logits) if config.scores == "sigmoid" else jax.nn.softmax(logits, -1)
     ranked = np.asarray(jax.lax.stop_gradient(scores))
     if config.groups > 1:
@@ -58,15 +67,15 @@ def reference(config: MoeConfig, params: dict, x, row_weights, activation: str):
                     tokens = tokens[np.argsort(-known[row, tokens, expert], kind="stable")]
                 is_kept[row, tokens[config.capacity(LENGTH) :], expert] = False
         weights = jnp.where(is_kept, weights, 0.0)
-    hidden = jnp.einsum("bse,negf->bsngf", x, params["up"])
-    inner = (
-        jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :] if activation == "swiglu" else jax.nn.relu(hidden[..., 0, :])
-    )
-    y = jnp.einsum("bsnf,nfe,bsn->bse", inner, params["down"], weights)
+    hidden = jnp.einsum("bse,negf->bsngf", x, params["up"]) + params.get("up_bias", 0.0)
+    inner = ACTIVATIONS[activation](hidden)
+    out = jnp.einsum("bsnf,nfe->bsne", inner, params["down"]) + params.get("down_bias", 0.0)
+    y = jnp.einsum("bsne,bsn->bse", out, weights)
     if config.shared_size:
         shared = params["shared"]
-        pair = jnp.einsum("bse,egf->bsgf", x, shared["up"]["kernel"])
-        more = jnp.einsum("bsf,fe->bse", jax.nn.silu(pair[:, :, 0]) * pair[:, :, 1], shared["down"]["kernel"])
+        pair = jnp.einsum("bse,egf->bsgf", x, shared["up"]["kernel"]) + shared["up"].get("bias", 0.0)
+        inner = ACTIVATIONS[activation](pair)
+        more = jnp.einsum("bsf,fe->bse", inner, shared["down"]["kernel"]) + shared["down"].get("bias", 0.0)
         if config.shared_gate:
             more *= jax.nn.sigmoid(jnp.einsum("bse,e->bs", x, params["shared_gate"])[..., None])
         y += more
@@ -83,7 +92,8 @@ def reference(config: MoeConfig, params: dict, x, row_weights, activation: str):
 def in_blocks(params: dict) -> dict:
     """Parameters as a step computes with them: those of experts are a block for each device along tensor."""
     layout = PartitionSpec(current().axes("tensor"))
-    return {**params, **{name: jax.sharding.reshard(params[name][None], layout) for name in ("up", "down")}}
+    blocks = (name for name in ("up", "down", "up_bias", "down_bias") if name in params)
+    return {**params, **{name: jax.sharding.reshard(params[name][None], layout) for name in blocks}}
 
 
 CASES = {
@@ -108,20 +118,38 @@ CASES = {
     "grouped, one expert": {"buckets": "device", "num_experts": 1, "top_k": 1},
     "grouped, capacity": {"buckets": "device", "capacity_factor": 0.5},
     "room for all": {"exchange": "capacity", "capacity_factor": 0.7},
+    "biases, many rounds": {"bias": True, "slots": 0.1, "shared_size": 12, "z_loss": 0.1},
+    "biases, grouped": {"bias": True, "buckets": "device", "implementation": "xla", "scores": "topk_softmax"},
 }  # fmt: skip
 
 
 def make(config: MoeConfig, activation: str) -> Moe:
-    return Moe(WIDTH, HIDDEN, config, activation=activation, std=0.4, output_std=0.4, dropout=0.0, rngs=nnx.Rngs(3))
+    settings = {"activation": activation, "bias": config.bias is True, "std": 0.4, "output_std": 0.4, "dropout": 0.0}
+    return Moe(WIDTH, HIDDEN, config, **settings, rngs=nnx.Rngs(3))
 
 
-# the reference's shared MLP is gated, and with it both orders of the scores
-PLAIN = {"softmax": "relu", "mixtral": "relu"}
+def with_biases(params: dict) -> dict:
+    """None of them 0, those of which there are any."""
+    random = np.random.default_rng(1)
+
+    def value(path: tuple, leaf: jax.Array) -> jax.Array:
+        return leaf + random.standard_normal(leaf.shape, np.float32) if "bias" in path[-1].key else leaf
+
+    return jax.tree.map_with_path(value, params)
+
+
+# the others are swiglu's
+ACTIVATION = {
+    "softmax": "relu",
+    "mixtral": "relu",
+    "biases, many rounds": "clamped_swiglu",
+    "biases, grouped": "clamped_swiglu",
+}
 
 
 @pytest.mark.parametrize(
     ("name", "activation"),
-    [*((name, PLAIN.get(name, "swiglu")) for name in CASES), ("grouped by tiles", "relu")],
+    [*((name, ACTIVATION.get(name, "swiglu")) for name in CASES), ("grouped by tiles", "relu")],
 )
 def test_every_gradient_is_that_of_each_expert_on_each_token(
     rules_for: Callable, in_region: Callable, name: str, activation: str
@@ -132,7 +160,7 @@ def test_every_gradient_is_that_of_each_expert_on_each_token(
     row_weights = np.asarray([0.5, 2.0], np.float32)
     with use(rules_for(data=1)):
         graph, state = nnx.split(make(config, activation))
-        params = nnx.to_pure_dict(state)
+        params = with_biases(nnx.to_pure_dict(state))
 
         def run(params, x):
             inputs = LayerInputs(row_weights=jnp.asarray(row_weights), load=jnp.asarray(BEFORE[None]))

@@ -110,6 +110,17 @@ def test_yarn_stretches_by_the_pairs_number_as_deepseek_v3_has_it():
     assert scaling.latent_scores == pytest.approx(1.8738, rel=1e-4) and scaling.magnitude == 1.0
 
 
+def test_yarn_stretches_between_bounds_that_are_no_whole_numbers_as_gpt_oss_has_it():
+    scaling = RotaryScaling(kind="yarn", factor=32, original_length=4096, truncate=False)
+    plain = rotary_frequencies(RotaryConfig(base=150000), 64)
+    scaled = rotary_frequencies(RotaryConfig(base=150000, scaling=scaling), 64)
+    low, high = (32 * math.log(4096 / (2 * math.pi * turns)) / math.log(150000) for turns in (32, 1))
+    assert (round(low, 2), round(high, 2)) == (8.09, 17.40)
+    stretched = np.clip((np.arange(32) - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(scaled, plain * (1 - stretched) + plain / 32 * stretched, rtol=1e-12)
+    assert 0 < stretched[9] < 1 / (17 - 8)
+
+
 def test_yarn_makes_what_is_rotated_larger():
     scaling = RotaryScaling(kind="yarn", factor=4, original_length=32)
     cos, sin = rotary_tables(RotaryConfig(scaling=scaling), 8, jnp.arange(20))
@@ -129,6 +140,7 @@ def test_yarn_makes_what_is_rotated_larger():
         {"scaling": {"mscale": 2.0}},
         {"scaling": {"kind": "yarn", "high_frequency_factor": 8.0}},
         {"scaling": {"kind": "yarn", "beta_fast": 1.0, "beta_slow": 1.0}},
+        {"scaling": {"truncate": False}},
     ],
     ids=str,
 )

@@ -90,9 +90,10 @@ CHANGES = [
     {"position": "none", "pattern": "*--*"},
     {"position": "none", "pattern": "-"},
 ]
+BIASED = {"num_experts": 4, "shared_size": 32, "shared_gate": True}
 
 
-@pytest.mark.parametrize("changes", CHANGES)
+@pytest.mark.parametrize("changes", [*CHANGES, {"position": "none", "pattern": "*E", "moe": BIASED}])
 def test_parameters_are_those_of_the_real_model(changes, rules_for):
     config = ModelConfig(**SMALL, **changes)
     with use(rules_for()):

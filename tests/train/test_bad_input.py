@@ -87,7 +87,6 @@ EXPERTS = "--model.pattern *E --model.bias false --model.mlp_size 32 "
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--model.bias true", "model.bias true: experts have no biases; set --model.bias false"),
         ("--model.pattern *-", "has no effect with model.pattern *-: leave it out, or add mixture of experts (E) to"),
         ("--moe.top_k 2", "unknown setting moe.top_k (--moe.top_k); did you mean model.moe.top_k?"),
         ("--model.moe.top_k 9", "model.moe.top_k 9 is more than model.moe.num_experts 8; change one of them"),

@@ -15,7 +15,7 @@ MOE = {"num_experts": 8, "top_k": 2, "balance": 0.3, "z_loss": 0.05, "scores": "
 ROUTING: dict[str, dict[str, Any]] = {
     "dropless": {},
     # all tokens of a sequence to few experts: the balance of 4 groups of 2 leaves no choice
-    "skewed": {"groups": 4, "top_groups": 1},
+    "skewed, with biases": {"groups": 4, "top_groups": 1, "bias": True},
     "by probability": {"capacity_factor": 0.8},
     "by position": {"capacity_factor": 0.8, "drop": "position"},
     "at random": {"capacity_factor": 0.8, "drop": "random"},
@@ -50,7 +50,7 @@ class Case(NamedTuple):
 
 QUICK = (
     Case({"data": 4, "tensor": 2, "expert": 8}, microbatches=2, travel={"slots": 0.5}),
-    Case({"data": 2, "tensor": 4, "expert": 4, "expert_tensor": 2}, "skewed", zero="parameters"),
+    Case({"data": 2, "tensor": 4, "expert": 4, "expert_tensor": 2}, "skewed, with biases", zero="parameters"),
 )
 OTHERS = (
     Case({"data": 8}, "over a microbatch"),
@@ -68,7 +68,7 @@ OTHERS = (
     Case({"data": 2, "fsdp": 2, "tensor": 2, "expert": 4}, zero="parameters"),
     Case({"fsdp": 2, "context": 2, "tensor": 2, "expert": 4}),
     Case({"context": 4, "data": 2, "expert": 8}),
-    Case({"context": 4, "tensor": 2, "expert": 4}, "skewed", travel={"slots": 0.4}),
+    Case({"context": 4, "tensor": 2, "expert": 4}, "skewed, with biases", travel={"slots": 0.4}),
     Case({"pipe": 2, "data": 2, "tensor": 2, "expert": 4}, microbatches=4),
     Case({"pipe": 2, "data": 2, "tensor": 2, "expert_tensor": 2, "expert": 2}, microbatches=4, travel={"slots": 0.4}),
     Case({"pipe": 2, "data": 4, "expert": 2}, microbatches=4, schedule="zero_bubble", travel={"slots": 0.4}),
@@ -104,15 +104,24 @@ OTHERS = (
     Case({"data": 4, "tensor": 2, "expert": 4}, travel=GROUPED),
     Case({"data": 8, "expert": 2}, travel={**GROUPED, "implementation": "reference"}),
     Case({"tensor": 2, "data": 4}, travel=GROUPED),
-    Case({"data": 2, "tensor": 4, "expert": 2, "expert_tensor": 2}, "skewed", travel={**GROUPED, "slots": 0.3}),
+    Case(
+        {"data": 2, "tensor": 4, "expert": 2, "expert_tensor": 2},
+        "skewed, with biases",
+        travel={**GROUPED, "slots": 0.3},
+    ),
     Case(
         {"pipe": 2, "data": 2, "tensor": 2, "expert": 4},
+        "skewed, with biases",
         microbatches=4,
         schedule="zero_bubble",
         travel={**GROUPED, "slots": 0.4},
     ),
     Case({"data": 4, "tensor": 2, "expert": 8}, microbatches=2, travel={"exchange": "all_gather"}),
-    Case({"data": 2, "context": 2, "expert": 2, "expert_tensor": 2}, "skewed", travel={"exchange": "all_gather"}),
+    Case(
+        {"data": 2, "context": 2, "expert": 2, "expert_tensor": 2},
+        "skewed, with biases",
+        travel={"exchange": "all_gather"},
+    ),
     Case({"data": 4, "tensor": 2, "expert": 4}, travel={**GROUPED, "exchange": "all_gather", "slots": 0.5}),
     Case({"data": 4, "tensor": 2, "expert": 4}, "by probability", travel={"exchange": "capacity"}),
     Case({"context": 2, "tensor": 2, "expert": 2}, "by position", travel={**GROUPED, "exchange": "capacity"}),

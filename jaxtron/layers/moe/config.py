@@ -42,6 +42,9 @@ class MoeConfig(Config):
     """Width of an MLP beside the experts that every token goes through: of several shared experts, their sum."""
     shared_gate: bool = False
     """What the shared MLP adds is multiplied by the sigmoid of a learned product (Qwen2-MoE)."""
+    bias: bool | None = None
+    """Biases of the router, and of all products of experts and of the MLP beside them (none: as model.bias; gpt-oss).
+    """
     scores: Scores = "softmax"
     """What weighs an expert: softmax over all of them, then the top k; topk_softmax: softmax over the chosen (Mixtral);
     sigmoid of each (DeepSeek-V3)."""

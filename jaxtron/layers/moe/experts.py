@@ -8,6 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxtron.layers.moe.biases import (
+    add_bias,
+    add_output_bias,
+    add_weight_gradient,
+    bias_gradient,
+    output_bias_gradient,
+)
 from jaxtron.layers.moe.exchange import (
     Dispatch,
     Exchange,
@@ -37,13 +44,22 @@ FURTHER_ROUNDS = "further_rounds"
 Activate = Callable[[Array, Array], Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+class Experts(NamedTuple):
+    """The parameters of all experts, in blocks or of one device."""
+
+    up: Float[Array, "*T N E G F"]
+    down: Float[Array, "*T N F E"]
+    up_bias: Float[Array, "*T N G F"] | None = None
+    down_bias: Float[Array, "*T N E"] | None = None
+    """Where devices share an expert's width, that of the first of them counts."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def mix(
     x: Float[Array, "B S E"],
     weights: Float[Array, "B S K"],
     chosen: Int[Array, "B S K"],
-    up: Float[Array, "T N E G F"],
-    down: Float[Array, "T N F E"],
+    experts: Experts,
     beside: Float[Array, "..."] | None,
     exchange: Exchange,
     activate: Activate,
@@ -51,7 +67,7 @@ def mix(
 ) -> tuple[Float[Array, "B S E"], Float[Array, "..."] | None]:
     """The sum over a token's experts of weight x down(activate(up(x))), and `beside` as it is.
 
-    x, weights and chosen are split over tensor along S; up and down are a block for each device along tensor
+    x, weights and chosen are split over tensor along S; experts are a block for each device along tensor
     (`Layout.blocks`), of its own experts and its own part of their width. The weight is put on before the last product:
     what comes back needs only be summed, and its gradient arises where the expert is.
 
@@ -59,7 +75,7 @@ def mix(
     `beside`, split as `names` say, has to be there when they have come, and what is made of it is made on their way
     back. So has its cotangent in the backward.
     """
-    return _forward(x, weights, chosen, up, down, beside, exchange, activate, names)[0]
+    return _forward(x, weights, chosen, experts, beside, exchange, activate, names)[0]
 
 
 class _Tokens(NamedTuple):
@@ -91,33 +107,34 @@ def _forward(
     x: Array,
     weights: Array,
     chosen: Array,
-    up: Array,
-    down: Array,
+    experts: Experts,
     beside: Array | None,
     exchange: Exchange,
     activate: Activate,
     names: tuple[str, ...],
 ) -> tuple[tuple[Array, Array | None], tuple[PyTree, ...]]:
     def local(*arrays: Any) -> tuple[PyTree, ...]:
-        (x, weights, chosen), (up, down) = map(_rows, arrays[:3]), (block[0] for block in arrays[3:5])
+        (x, weights, chosen), own = map(_rows, arrays[:3]), _own(arrays[3])
         tokens, dispatch = _Tokens(x, weights), make_dispatch(exchange, enter(exchange, chosen))
 
         def a_round(turn: Turn, beside: Array | None = None) -> tuple[Array, _Kept, Array | None]:
-            turn, came, hidden, beside = _expert_rows(exchange, dispatch, turn, tokens, up, beside)
-            inner = activate(hidden, spread_weights(turn.groups, came.weights))
-            out, beside = _when(exchange, collect(turn.groups, product(exchange, turn, inner, down)), beside)
+            turn, came, hidden, beside = _expert_rows(exchange, dispatch, turn, tokens, own, beside)
+            of_rows = spread_weights(turn.groups, came.weights)
+            out = product(exchange, turn, activate(hidden, of_rows), own.down)
+            out = collect(turn.groups, add_output_bias(exchange, turn, out, own.down_bias, of_rows))
+            out, beside = _when(exchange, out, beside)
             return receive_tokens(exchange, turn, out), _Kept(None if exchange.is_free else came, hidden), beside
 
         turn = _first(exchange, dispatch)
-        y, kept, beside = a_round(turn, arrays[5])
+        y, kept, beside = a_round(turn, arrays[4])
         y = leave(exchange, _further(exchange, dispatch, turn, lambda turn: a_round(turn)[0], y))
         y = y.astype(arrays[0].dtype).reshape(arrays[0].shape)
         return y, beside, _as_block(dispatch), _as_block(kept)
 
     (tokens, block), companion = _specs(), spec(*names)
-    run = on_each_device(local, (tokens, tokens, tokens, block, block, companion), (tokens, companion, block, block))
-    y, beside, dispatch, kept = run(x, weights, chosen, up, down, beside)
-    return (y, beside), (x, weights, up, down, *jax.tree.map(save_for_backward, (dispatch, kept)))
+    run = on_each_device(local, (tokens, tokens, tokens, block, companion), (tokens, companion, block, block))
+    y, beside, dispatch, kept = run(x, weights, chosen, experts, beside)
+    return (y, beside), (x, weights, experts, *jax.tree.map(save_for_backward, (dispatch, kept)))
 
 
 def _backward(
@@ -126,12 +143,12 @@ def _backward(
     names: tuple[str, ...],
     residuals: tuple[PyTree, ...],
     cotangents: tuple[Array, Array | None],
-) -> tuple[Array | None, ...]:
+) -> tuple[PyTree, ...]:
     """In two regions: gradients of the tokens, and of the experts, which a pipeline may put off."""
-    x, weights, up, down, dispatch, kept = residuals
+    x, weights, experts, dispatch, kept = residuals
     cotangent, beside = cotangents
     tokens, block = _specs()
-    given, lie = (x, weights, cotangent, up, down, dispatch, kept), (tokens, tokens, tokens, *(block,) * 4)
+    given, lie = (x, weights, cotangent, experts, dispatch, kept), (tokens, tokens, tokens, block, block, block)
 
     def of_tokens(*arrays: PyTree) -> tuple[PyTree, ...]:
         step = _Back(exchange, activate, arrays[:-1])
@@ -150,7 +167,7 @@ def _backward(
     run = on_each_device(of_tokens, (*lie, companion), (tokens, tokens, block, companion))
     dx, dweights, later, beside = run(*given, beside)
 
-    def of_experts(*arrays: PyTree) -> tuple[Array, Array]:
+    def of_experts(*arrays: PyTree) -> Experts:
         step = _Back(exchange, activate, arrays[:-1])
         turn, came, hidden = step.first()
         dhidden, dout = _own(arrays[-1])
@@ -160,11 +177,11 @@ def _backward(
             turn, came, hidden = step.again(turn)
             return step.experts(turn, came, hidden, *step.inputs(turn, came, hidden)[1:3])
 
-        dup, ddown = _further(exchange, step.dispatch, turn, further, sums)
-        return dup.reshape(arrays[3].shape).astype(up.dtype), ddown.reshape(arrays[4].shape).astype(down.dtype)
+        sums = _further(exchange, step.dispatch, turn, further, sums)
+        return jax.tree.map(lambda found, own: found.reshape(own.shape).astype(own.dtype), sums, arrays[3])
 
-    dup, ddown = on_each_device(of_experts, (*lie, block), (block, block))(*given, later)
-    return dx, dweights, None, dup, ddown, beside
+    dexperts = on_each_device(of_experts, (*lie, block), block)(*given, later)
+    return dx, dweights, None, dexperts, beside
 
 
 mix.defvjp(_forward, _backward)
@@ -174,13 +191,13 @@ class _Back:
     """The backward of rounds on one device."""
 
     def __init__(self, exchange: Exchange, activate: Activate, arrays: tuple[PyTree, ...]) -> None:
-        x, weights, cotangent, up, down, dispatch, kept = arrays
+        x, weights, cotangent, experts, dispatch, kept = arrays
         self.exchange, self.activate = exchange, activate
         self.dispatch: Dispatch = _own(dispatch)
         self.kept: _Kept = _own(kept)
         self.tokens = _Tokens(_rows(x), _rows(weights))
         self.cotangent = enter(exchange, _rows(cotangent))
-        self.up, self.down = up[0], down[0]
+        self.own: Experts = _own(experts)
 
     def first(self) -> tuple[Turn, _Came, Array]:
         """The first round, of which what came and what entered the activation were kept."""
@@ -190,7 +207,7 @@ class _Back:
 
     def again(self, turn: Turn) -> tuple[Turn, _Came, Array]:
         """The same of a further one."""
-        return _expert_rows(self.exchange, self.dispatch, turn, self.tokens, self.up)[:3]
+        return _expert_rows(self.exchange, self.dispatch, turn, self.tokens, self.own)[:3]
 
     def send(self, turn: Turn) -> Array:
         """The cotangents of what left the experts."""
@@ -204,19 +221,26 @@ class _Back:
         exchange = self.exchange
         dout, beside = _when(exchange, self.send(turn), beside)
         pull = jax.vjp(self.activate, hidden, spread_weights(turn.groups, came.weights))[1]
-        dhidden, dof_rows = pull(product_transposed(exchange, turn, spread(turn.groups, dout), self.down))
-        drows = collect(turn.groups, product_transposed(exchange, turn, _flat(dhidden), self.up))
+        of_rows = spread(turn.groups, dout)
+        dhidden, dof_rows = pull(product_transposed(exchange, turn, of_rows, self.own.down))
+        dof_rows = add_weight_gradient(exchange, turn, dof_rows, self.own.down_bias, of_rows)
+        drows = collect(turn.groups, product_transposed(exchange, turn, _flat(dhidden), self.own.up))
         drows, beside = _when(exchange, drows, beside)
         dof_rows = collect_weights(turn.groups, dof_rows)
         back = receive if exchange.grouped is None else receive_tokens
         dweights = back(exchange, turn, dof_rows).reshape(-1, exchange.top_k)
         return (receive_tokens(exchange, turn, drows), dweights), dhidden, dout, beside
 
-    def experts(self, turn: Turn, came: _Came, hidden: Array, dhidden: Array, dout: Array) -> tuple[Array, Array]:
+    def experts(self, turn: Turn, came: _Came, hidden: Array, dhidden: Array, dout: Array) -> Experts:
         """Gradients of the device's experts, in float32."""
-        inner = self.activate(hidden, spread_weights(turn.groups, came.weights))
-        dup = gradient(self.exchange, turn, spread(turn.groups, came.rows), _flat(dhidden))
-        return dup, gradient(self.exchange, turn, inner, spread(turn.groups, dout))
+        exchange, dhidden, dout = self.exchange, _flat(dhidden), spread(turn.groups, dout)
+        weights = spread_weights(turn.groups, came.weights)
+        up = gradient(exchange, turn, spread(turn.groups, came.rows), dhidden)
+        down = gradient(exchange, turn, self.activate(hidden, weights), dout)
+        if self.own.up_bias is None:
+            return Experts(up, down)
+        biases = bias_gradient(exchange, turn, dhidden), output_bias_gradient(exchange, turn, dout, weights)
+        return Experts(up, down, *biases)
 
 
 def _first(exchange: Exchange, dispatch: Dispatch) -> Turn:
@@ -242,13 +266,14 @@ def _grouped(exchange: Exchange, turn: Turn, came: _Came) -> Turn:
 
 
 def _expert_rows(
-    exchange: Exchange, dispatch: Dispatch, turn: Turn, tokens: _Tokens, up: Array, beside: Array | None = None
+    exchange: Exchange, dispatch: Dispatch, turn: Turn, tokens: _Tokens, own: Experts, beside: Array | None = None
 ) -> tuple[Turn, _Came, Array, Array | None]:
     """A round, as far as the first product, with what is computed beside."""
     came = _come(exchange, dispatch, turn, tokens)
     rows, beside = _when(exchange, came.rows, beside)
     turn, came = _grouped(exchange, turn, came), came._replace(rows=rows)
-    return turn, came, product(exchange, turn, spread(turn.groups, rows), up), beside
+    hidden = product(exchange, turn, spread(turn.groups, rows), own.up)
+    return turn, came, add_bias(exchange, turn, hidden, own.up_bias), beside
 
 
 def _when(exchange: Exchange, array: Array, beside: Array | None) -> tuple[Array, Array | None]:

@@ -5,13 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn import initializers
 
 from jaxtron.layers.config import GATED, Activation
 from jaxtron.layers.inputs import BranchOutput, LayerInputs, dropout
 from jaxtron.layers.linear import normal
-from jaxtron.layers.mlp import FUNCTIONS, Mlp
+from jaxtron.layers.mlp import FUNCTIONS, Mlp, gated
 from jaxtron.layers.moe.config import MoeConfig
-from jaxtron.layers.moe.experts import mix
+from jaxtron.layers.moe.experts import Experts, mix
 from jaxtron.layers.moe.router import Router
 from jaxtron.layers.moe.sizes import make_exchange
 from jaxtron.layers.saved import save_for_backward
@@ -30,6 +31,7 @@ class Moe(nnx.Module):
         config: MoeConfig,
         *,
         activation: Activation,
+        bias: bool,
         std: float,
         output_std: float,
         dropout: float,
@@ -38,8 +40,8 @@ class Moe(nnx.Module):
         self.config = config
         self.activation: Activation = activation
         self.dropout = dropout
-        self.router = Router(embed, config, std=std, rngs=rngs)
-        of_mlp = {"activation": activation, "bias": False, "std": std, "output_std": output_std, "dropout": 0.0}
+        self.router = Router(embed, config, bias=bias, std=std, rngs=rngs)
+        of_mlp = {"activation": activation, "bias": bias, "std": std, "output_std": output_std, "dropout": 0.0}
         self.shared = Mlp(embed, config.shared_size, **of_mlp, rngs=rngs) if config.shared_size else None
         gate = functools.partial(parameter, rngs, normal(std), (embed,), axes=("embed",), role="router")
         self.shared_gate = gate() if config.shared_gate else None
@@ -49,6 +51,10 @@ class Moe(nnx.Module):
         self.up = parameter(rngs, normal(std), shape, axes=axes, role="kernel")
         shape, axes = (config.num_experts, mlp, embed), ("expert", "expert_mlp", "expert_embed")
         self.down = parameter(rngs, normal(output_std), shape, axes=axes, role="kernel")
+        zeros = functools.partial(parameter, rngs, initializers.zeros, role="bias")
+        shape, axes = (config.num_experts, inputs, mlp), ("expert", "gate", "expert_mlp")
+        self.up_bias = zeros(shape, axes=axes) if bias else None
+        self.down_bias = zeros((config.num_experts, embed), axes=("expert", "norm")) if bias else None
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> BranchOutput:
         x = constrain(x, "batch", "seq", "embed")
@@ -58,12 +64,17 @@ class Moe(nnx.Module):
         # what all tokens go through is multiplied while tokens travel to experts and back
         beside = None if self.shared is None else self.shared.enter(x)
         names = () if self.shared is None else self.shared.entered
-        run = functools.partial(mix, x, routing.weights, routing.chosen, self.up[...], self.down[...], beside)
+        run = functools.partial(mix, x, routing.weights, routing.chosen, self._experts(), beside)
         y, beside = run(exchange, functools.partial(activate, self.activation), names)
         if beside is not None:
             y = y + self._shared(x, save_for_backward(beside), inputs)
         y = dropout(y, self.dropout, inputs, "batch", "seq", "embed")
         return BranchOutput(y, routing.loss, routing.metrics)
+
+    def _experts(self) -> Experts:
+        """The parameters of the experts."""
+        biases = (None if bias is None else bias[...] for bias in (self.up_bias, self.down_bias))
+        return Experts(self.up[...], self.down[...], *biases)
 
     def _shared(
         self, x: Float[Array, "B S E"], hidden: Float[Array, "B S *gates F"], inputs: LayerInputs
@@ -81,7 +92,6 @@ def activate(
     name: Activation, hidden: Float[Array, "*rows G F"], weights: Float[Array, "*rows 1"]
 ) -> Float[Array, "*rows F"]:
     """What goes into an expert's last product, with the router's weight of its row on it."""
-    inner = FUNCTIONS[name](hidden[..., 0, :])
-    if name in GATED:
-        inner = inner * hidden[..., 1, :]
+    first = hidden[..., 0, :]
+    inner = gated(name, first, hidden[..., 1, :]) if name in GATED else FUNCTIONS[name](first)
     return (inner * weights).astype(hidden.dtype)

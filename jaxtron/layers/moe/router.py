@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn import initializers
 
 from jaxtron.layers.inputs import LayerInputs, random_bits
 from jaxtron.layers.linear import normal
@@ -36,11 +37,14 @@ class Routing(NamedTuple):
 class Router(nnx.Module):
     """Logits in float32, `top_k` experts of each token by them."""
 
-    def __init__(self, embed: int, config: MoeConfig, *, std: float, rngs: nnx.Rngs) -> None:
+    def __init__(self, embed: int, config: MoeConfig, *, bias: bool, std: float, rngs: nnx.Rngs) -> None:
         self.config = config
         shape = (embed, config.num_experts)
         self.kernel = parameter(rngs, normal(std), shape, axes=("embed", "choice"), role="router")
-        self.bias = buffer((config.num_experts,), axes=("choice",)) if config.bias_rate else None
+        choices = {"shape": (config.num_experts,), "axes": ("choice",)}
+        # that of the logits, and one that only chooses
+        self.logit_bias = parameter(rngs, initializers.zeros, **choices, role="bias") if bias else None
+        self.bias = buffer(**choices) if config.bias_rate else None
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Routing:
         config = self.config
@@ -55,6 +59,8 @@ class Router(nnx.Module):
             precision=jax.lax.Precision.HIGHEST,
             out_sharding=layout,
         )
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias[...]
         scores = jax.nn.sigmoid(logits) if config.scores == "sigmoid" else jax.nn.softmax(logits, -1)
         ranked = scores if config.scores == "sigmoid" or self.bias is not None else logits
         if self.bias is not None:

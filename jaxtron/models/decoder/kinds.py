@@ -233,14 +233,21 @@ def expert_width(settings: DecoderSettings) -> int:
 
 
 def _expert_parameters(settings: DecoderSettings) -> int:
-    matrices = 3 if settings.activation in GATED else 2
-    return settings.moe.num_experts * matrices * settings.hidden_size * expert_width(settings)
+    return settings.moe.num_experts * _expert_sizes(settings, expert_width(settings))
+
+
+def _expert_sizes(settings: DecoderSettings, width: int) -> int:
+    """Parameters of an MLP of this width among experts."""
+    hidden, inputs = settings.hidden_size, 2 if settings.activation in GATED else 1
+    biases = inputs * width + hidden if settings.expert_bias else 0
+    return (inputs + 1) * hidden * width + biases
 
 
 def _moe_parameters(settings: DecoderSettings, tensor: int) -> int:
-    moe, matrices = settings.moe, 3 if settings.activation in GATED else 2
-    others = moe.num_experts + matrices * moe.shared_size // tensor + moe.shared_gate
-    return _expert_parameters(settings) + settings.hidden_size * others
+    moe = settings.moe
+    router = moe.num_experts * (settings.hidden_size + settings.expert_bias)
+    shared = _expert_sizes(settings, moe.shared_size // tensor) if moe.shared_size else 0
+    return _expert_parameters(settings) + router + shared + settings.hidden_size * moe.shared_gate
 
 
 def _moe_flops(settings: DecoderSettings, length: int) -> dict[str, int]:
@@ -255,8 +262,6 @@ def _validate_moe(settings: DecoderSettings) -> None:
         raise UserError(
             f"model.moe.top_k {moe.top_k} is more than model.moe.num_experts {moe.num_experts}; change one of them"
         )
-    if settings.bias:
-        raise UserError("model.bias true: experts have no biases; set --model.bias false")
     if moe.groups == 1 and moe.top_groups > 1 or moe.top_groups > moe.groups:
         raise UserError(
             f"model.moe.top_groups {moe.top_groups} is more than model.moe.groups {moe.groups}; change one of them"

@@ -101,6 +101,7 @@ def _moe(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rng
         expert_width(config),
         config.moe,
         activation=config.activation,
+        bias=config.expert_bias,
         std=config.initial_std,
         output_std=config.output_std,
         dropout=config.dropout,

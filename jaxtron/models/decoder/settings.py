@@ -4,7 +4,7 @@ import math
 
 from pydantic import Field
 
-from jaxtron.layers.config import Activation, AttentionConfig, LatentConfig, NormKind, PositionKind, RotaryConfig
+from jaxtron.layers.config import GATED, Activation, AttentionConfig, LatentConfig, NormKind, PositionKind, RotaryConfig
 from jaxtron.layers.moe.config import MoeConfig
 from jaxtron.layers.ssm.config import MambaConfig
 from jaxtron.models.family import FamilyConfig
@@ -39,7 +39,8 @@ class DecoderSettings(FamilyConfig):
     max_positions: int | None = Field(default=None, ge=1)
     """Entries of the learned position table (none: data.sequence_length); only for learned positions."""
     activation: Activation = "gelu_tanh"
-    """Of the MLP: gelu (erf), gelu_tanh, relu, squared_relu, swiglu or geglu."""
+    """Of the MLP: gelu (erf), gelu_tanh, relu, squared_relu, swiglu, geglu, or clamped_swiglu: (up + 1) x gate x
+    sigmoid(1.702 gate), gate at most 7 and up within 7 of 0 (gpt-oss)."""
     norm: NormKind = "layer_norm"
     """layer_norm, layer_norm_1p (stored scale is gamma - 1) or rms_norm."""
     norm_epsilon: float = Field(default=1e-5, gt=0)
@@ -49,7 +50,7 @@ class DecoderSettings(FamilyConfig):
     qk_norm: bool = False
     """Norms on queries and keys, per head."""
     bias: bool = True
-    """Biases of linear layers and LayerNorms."""
+    """Biases of linear layers, experts, their router and LayerNorms."""
     norm_bias: bool | None = None
     """Biases of LayerNorms alone, as Nemotron's (none: as `bias`)."""
     qkv_bias: bool | None = None
@@ -79,6 +80,11 @@ class DecoderSettings(FamilyConfig):
     """Coefficient of log(Z)^2 in the loss (PaLM: 1e-4)."""
 
     @property
+    def expert_bias(self) -> bool:
+        """Whether experts and their router have biases."""
+        return self.bias if self.moe.bias is None else self.moe.bias
+
+    @property
     def kv_heads(self) -> int:
         """Key/value heads."""
         return self.num_kv_heads or self.num_heads
@@ -98,11 +104,7 @@ class DecoderSettings(FamilyConfig):
         """Width of the MLP."""
         if self.mlp_size:
             return self.mlp_size
-        return (
-            int(4 * self.hidden_size * 2 / 3) // 64 * 64
-            if self.activation in ("swiglu", "geglu")
-            else 4 * self.hidden_size
-        )
+        return int(4 * self.hidden_size * 2 / 3) // 64 * 64 if self.activation in GATED else 4 * self.hidden_size
 
     @property
     def padded_vocab(self) -> int:

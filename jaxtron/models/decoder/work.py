@@ -289,6 +289,7 @@ def _expert_layer(model: ModelConfig, shapes: Shapes) -> ExpertShapes:
         has_rounds=has_rounds,
         gathers=gathers,
         grouped=grouped,
+        bias=model.expert_bias,
     )
 
 
@@ -297,7 +298,7 @@ def _moe(model: ModelConfig, shapes: Shapes) -> RegionWork:
     found, hidden, shared = experts(shapes, _expert_layer(model, shapes)), model.hidden_size, model.moe.shared_size
     if shared:
         found += put_together(shapes, hidden) + added_up(shapes, hidden)
-        found += mlp(shapes, hidden, shared / shapes.tensor, gated=model.activation in GATED)
+        found += mlp(shapes, hidden, shared / shapes.tensor, gated=model.activation in GATED, bias=model.expert_bias)
     return {"moe": found}
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxtron.models.work.operations import CollectiveKind, CollectiveWork, PhaseWork, Product, SlotWork
+from jaxtron.models.work.operations import NOTHING, CollectiveKind, CollectiveWork, PhaseWork, Product, SlotWork
 from jaxtron.models.work.shapes import FLOAT, Shapes
 
 # Small kernels that sort choices, count them and make indices of them.
@@ -38,6 +38,8 @@ class ExpertShapes:
     """Whether tokens are gathered, rather than pairs sent."""
     grouped: bool = False
     """Whether rows lie in tiles of one expert each."""
+    bias: bool = False
+    """Whether they and the router add biases."""
 
     def exchanged(self, shapes: Shapes) -> tuple[float, ...]:
         """Bytes of the arrays that devices with experts send each other: rows, and their weights or gradients."""
@@ -157,6 +159,8 @@ def _products(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
 
     # what goes into the last product is made again from what went into the activation
     activation = (layer.inputs + 1) * held * layer.width * width
+    # sums over the rows of what entered each product's output
+    biases = PhaseWork(stream=held * (inner + hidden) * width, kernels=2) if layer.bias else NOTHING
     return SlotWork(
         forward=PhaseWork(
             (product(rows, inner, hidden), product(rows, hidden, layer.width)), stream=activation, kernels=1
@@ -168,5 +172,6 @@ def _products(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
         ),
         weight=PhaseWork(
             (product(hidden, inner, rows, 8), product(layer.width, hidden, rows, 8)), stream=activation, kernels=1
-        ),
+        )
+        + biases,
     )
