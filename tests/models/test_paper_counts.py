@@ -15,6 +15,7 @@ from jaxtron.models.decoder.cost import (
     model_flops_per_token,
     num_active_parameters,
     num_parameters,
+    period_parameters,
 )
 from jaxtron.models.program import make_parts
 from jaxtron.plan.formula.memory_model import Estimator
@@ -93,6 +94,8 @@ MIXTURES = {
     "nemotron_4_15b_e8g1t2": (4, 4, 8, 8, None, None),
     "nemotron_4_15b_e8g8t8": (4, 4, 8, 8, None, None),
     "qwen3_30b_a3b": (1, 2, 16, 8, "30.5", "3.4"),
+    # the paper's 3.61 are those without the table that tokens are looked up in
+    "gpt_oss_20b": (1, 2, 16, 8, "20.9", "4.2"),
     # 2412.19437, Sec. 3.2: 16 stages, experts over 64 devices, 2,048 GPUs
     "deepseek_v3": (1, 16, 128, 64, "671.0", "37.6"),
 }
@@ -110,6 +113,7 @@ RELEASED = {
     "mixtral_8x7b": 46_702_792_704,
     "qwen3_30b_a3b": 30_532_122_624,
     "deepseek_v3": 671_026_404_352,
+    "gpt_oss_20b": 20_914_757_184,
 }
 PALM = {"palm_8b": 8.63, "palm_62b": 62.50, "palm_540b": 540.35}
 
@@ -310,7 +314,9 @@ def test_mixtures(name):
     # FLOPs are those of the dense model with as many parameters, but for the look-up and the square of scores
     model, length = config.model, config.data.sequence_length
     heads = next(kind.heads for kind in model.kinds if kind.heads)(model)
-    scores = 6 * length * model.num_layers * model.num_heads * (heads.key + heads.value)
+    seen = {"all": length, "window": model.attention.window or 0}
+    seen_by_all = sum(model.layout.count(kind.symbol) * seen[kind.attends] for kind in model.kinds if kind.attends)
+    scores = 6 * seen_by_all * model.num_heads * (heads.key + heads.value)
     table = 6 * model.padded_vocab * model.hidden_size
     assert model_flops_per_token(model, length) == pytest.approx(6 * found[1] - table + scores, rel=1e-3)
 
@@ -330,8 +336,22 @@ def test_experts_of_upcycled_models_have_the_dense_models_parameters():
     assert num_parameters(configuration("mixtral_8x22b", "--model.vocab_size", "32000").model, 4096) == 140_620_634_112
 
 
-@pytest.mark.parametrize("name", ["llama_3_8x70b", "deepseek_v3"])
-def test_mixtures_fit_the_gpus_of_their_paper(name):
+def test_gpt_oss():
+    # 2508.10925, Table 1: billions of parameters of the MLPs, of attention, of tables, all, and active
+    config = configuration("gpt_oss_20b")
+    model, table = config.model, 201_088 * 2880
+    layers = period_parameters(model) * model.num_layers
+    experts = 24 * (32 * (3 * 2880**2 + 3 * 2880) + 32 * (2880 + 1))
+    attention = layers - experts - 4 * model.num_layers * 2880
+    active = num_active_parameters(model, 4096) - table
+    found = [f"{number / 1e9:.2f}" for number in (experts, attention, 2 * table, count("gpt_oss_20b"), active)]
+    assert found == ["19.12", "0.64", "1.16", "20.91", "3.61"]
+    # windows of 128 tokens in every other layer, the first among them
+    assert "".join(map("".join, model.layout.layers)) == "WE*E" * 12 and model.attention.window == 128
+
+
+@pytest.mark.parametrize("name", ["llama_3_8x70b", "deepseek_v3", "gpt_oss_20b"])
+def test_mixtures_fit_their_gpus(name):
     config = configuration(name)
     memory = Estimator(config).memory(config, sizes(config), gpu_named("h100"))
     assert memory.fits and memory.total <= 80e9
