@@ -80,8 +80,18 @@ def test_a_mixture_has_the_logits_of_the_dense_model_in_transformers(name: str, 
 @pytest.mark.parametrize(
     ("name", "changes", "flags", "said"),
     [
-        ("gpt2", {"n_positions": 1024}, "", "has model.bias true, and experts have no biases: a model without can be"),
-        ("llama_biases", {}, "", "has model.bias true, and experts have no biases: a model without can be upcycled"),
+        (
+            "gpt2",
+            {"n_positions": 1024},
+            "",
+            "has model.bias true, and its biases cannot become those of experts: a model without can be",
+        ),
+        (
+            "llama_biases",
+            {},
+            "",
+            "has model.bias true, and its biases cannot become those of experts: a model without can be upcycled",
+        ),
         ("llama", {"model_type": "gemma2"}, "", 'config.json has model_type "gemma2": known here are gpt2, llama'),
         (
             "llama",

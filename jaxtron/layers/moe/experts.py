@@ -44,7 +44,7 @@ FURTHER_ROUNDS = "further_rounds"
 Activate = Callable[[Array, Array], Array]
 
 
-class Experts(NamedTuple):
+class ExpertParameters(NamedTuple):
     """The parameters of all experts, in blocks or of one device."""
 
     up: Float[Array, "*T N E G F"]
@@ -59,7 +59,7 @@ def mix(
     x: Float[Array, "B S E"],
     weights: Float[Array, "B S K"],
     chosen: Int[Array, "B S K"],
-    experts: Experts,
+    experts: ExpertParameters,
     beside: Float[Array, "..."] | None,
     exchange: Exchange,
     activate: Activate,
@@ -107,7 +107,7 @@ def _forward(
     x: Array,
     weights: Array,
     chosen: Array,
-    experts: Experts,
+    experts: ExpertParameters,
     beside: Array | None,
     exchange: Exchange,
     activate: Activate,
@@ -167,7 +167,7 @@ def _backward(
     run = on_each_device(of_tokens, (*lie, companion), (tokens, tokens, block, companion))
     dx, dweights, later, beside = run(*given, beside)
 
-    def of_experts(*arrays: PyTree) -> Experts:
+    def of_experts(*arrays: PyTree) -> ExpertParameters:
         step = _Back(exchange, activate, arrays[:-1])
         turn, came, hidden = step.first()
         dhidden, dout = _own(arrays[-1])
@@ -197,7 +197,7 @@ class _Back:
         self.kept: _Kept = _own(kept)
         self.tokens = _Tokens(_rows(x), _rows(weights))
         self.cotangent = enter(exchange, _rows(cotangent))
-        self.own: Experts = _own(experts)
+        self.own: ExpertParameters = _own(experts)
 
     def first(self) -> tuple[Turn, _Came, Array]:
         """The first round, of which what came and what entered the activation were kept."""
@@ -231,16 +231,16 @@ class _Back:
         dweights = back(exchange, turn, dof_rows).reshape(-1, exchange.top_k)
         return (receive_tokens(exchange, turn, drows), dweights), dhidden, dout, beside
 
-    def experts(self, turn: Turn, came: _Came, hidden: Array, dhidden: Array, dout: Array) -> Experts:
+    def experts(self, turn: Turn, came: _Came, hidden: Array, dhidden: Array, dout: Array) -> ExpertParameters:
         """Gradients of the device's experts, in float32."""
         exchange, dhidden, dout = self.exchange, _flat(dhidden), spread(turn.groups, dout)
         weights = spread_weights(turn.groups, came.weights)
         up = gradient(exchange, turn, spread(turn.groups, came.rows), dhidden)
         down = gradient(exchange, turn, self.activate(hidden, weights), dout)
         if self.own.up_bias is None:
-            return Experts(up, down)
+            return ExpertParameters(up, down)
         biases = bias_gradient(exchange, turn, dhidden), output_bias_gradient(exchange, turn, dout, weights)
-        return Experts(up, down, *biases)
+        return ExpertParameters(up, down, *biases)
 
 
 def _first(exchange: Exchange, dispatch: Dispatch) -> Turn:
@@ -266,7 +266,12 @@ def _grouped(exchange: Exchange, turn: Turn, came: _Came) -> Turn:
 
 
 def _expert_rows(
-    exchange: Exchange, dispatch: Dispatch, turn: Turn, tokens: _Tokens, own: Experts, beside: Array | None = None
+    exchange: Exchange,
+    dispatch: Dispatch,
+    turn: Turn,
+    tokens: _Tokens,
+    own: ExpertParameters,
+    beside: Array | None = None,
 ) -> tuple[Turn, _Came, Array, Array | None]:
     """A round, as far as the first product, with what is computed beside."""
     came = _come(exchange, dispatch, turn, tokens)

@@ -12,7 +12,7 @@ from jaxtron.layers.inputs import BranchOutput, LayerInputs, dropout
 from jaxtron.layers.linear import normal
 from jaxtron.layers.mlp import FUNCTIONS, Mlp, gated
 from jaxtron.layers.moe.config import MoeConfig
-from jaxtron.layers.moe.experts import Experts, mix
+from jaxtron.layers.moe.experts import ExpertParameters, mix
 from jaxtron.layers.moe.router import Router
 from jaxtron.layers.moe.sizes import make_exchange
 from jaxtron.layers.saved import save_for_backward
@@ -71,10 +71,10 @@ class Moe(nnx.Module):
         y = dropout(y, self.dropout, inputs, "batch", "seq", "embed")
         return BranchOutput(y, routing.loss, routing.metrics)
 
-    def _experts(self) -> Experts:
+    def _experts(self) -> ExpertParameters:
         """The parameters of the experts."""
         biases = (None if bias is None else bias[...] for bias in (self.up_bias, self.down_bias))
-        return Experts(self.up[...], self.down[...], *biases)
+        return ExpertParameters(self.up[...], self.down[...], *biases)
 
     def _shared(
         self, x: Float[Array, "B S E"], hidden: Float[Array, "B S *gates F"], inputs: LayerInputs
