@@ -44,7 +44,7 @@ def score(run: Path, examples: Sequence[Example]) -> dict[int, dict[str, float]]
             rows = [pack_row([example.sequence()], model.sequence_length) for example in part]
             # one shape: the last rows are made as many
             batch = stack_samples([*rows, *rows[:1] * (ROWS - len(rows))])
-            found_right = np.asarray(is_right(model.params, Microbatch(batch, np.arange(ROWS))))
+            found_right = np.asarray(is_right(model.params, Microbatch(batch, jnp.arange(ROWS))))
             for example, row, right in zip(part, rows, found_right, strict=False):
                 found.setdefault(example.size, []).extend(answers(right, row.weights))
     return {

@@ -26,6 +26,8 @@ from jaxtron.command import check_output, run_command, write_whole
 from jaxtron.config import UserError, load
 from jaxtron.models.decoder.cost import num_parameters
 from jaxtron.run.configuration import Configuration
+from jaxtron.runtime.config import RuntimeConfig
+from jaxtron.runtime.start import start_runtime
 
 CONFIG = record.ROOT / "configs" / "gpt_tiny.yaml"
 TEXT = "text"
@@ -41,7 +43,7 @@ MODELS: dict[str, tuple[object, ...]] = {
 }
 COMMON = (
     *("--model.hidden_size", 64, "--model.num_heads", 2, "--model.norm", "rms_norm", "--model.initial_std", 0.1),
-    *("--optimizer.weight_decay", 0.0, "--train.sample_tokens", 0, "--checkpoint.every", 10**6),
+    *("--optimizer.weight_decay", 0.0, "--train.sample_tokens", 0, "--checkpoint.every", 10**6, "--devices", 1),
 )
 LENGTHS = {TEXT: 128, "copying": 64, "phonebook": 128}
 TOKENS_PER_STEP = 1024
@@ -75,6 +77,8 @@ def measure(options: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
     """Held-out losses by step and right answers by size: by task, model and seed."""
     # before anything changes
     circumstances = record.circumstances("cpu", platform.machine(), os.cpu_count() or 1)
+    # answers are scored in this process, on the CPU as all else
+    start_runtime(RuntimeConfig(), devices=1)
     tasks: dict[str, Any] = {}
     # seed by seed, so that a run that is cut short has all models
     for seed in options.seeds:

@@ -1,7 +1,8 @@
 """Tasks that ask for what stands earlier in a text: copying (2402.01032) and looking numbers up in a phonebook.
 
-Both are conversations whose answers alone have loss (docs/data.md): of copying, a line of random letters, then the same
-line again; of a phonebook, lines of a name and a number, an empty line, then some of the lines again, asked for by name.
+Both are conversations whose answers alone have loss (docs/data.md). Of copying: a line of random letters, none of them
+twice, and the same line again. Of a phonebook: lines of a name and a number, an empty line, then some of the names
+again, each to be followed by its number.
 """
 
 import json
