@@ -100,6 +100,30 @@ MIXTURES = {
     "deepseek_v3": (1, 16, 128, 64, "671.0", "37.6"),
 }
 
+# Models with state-space layers and what the study compares them with: sizes of the mesh that are not 1, and parameters
+# as they are printed. 2406.07887 ran on 1,024 GPUs, 4 parts x 256 replicas; layouts of longer sequences are ours.
+STATE_SPACE = {
+    "mamba2_130m": ({"data": 8}, None),
+    "mamba2_370m": ({"data": 8}, None),
+    "mamba2_780m": ({"data": 8}, None),
+    "mamba2_1.3b": ({"data": 8}, "1.3"),
+    "mamba2_2.7b": ({"data": 8}, "2.7"),
+    "mamba2_8b": ({"data": 256, "tensor": 4}, "8.24"),
+    "mamba2_hybrid_8b": ({"data": 256, "tensor": 4}, "8.66"),
+    "mamba2_hybrid_8b_16k": ({"data": 64, "context": 4, "tensor": 4}, "8.66"),
+    "mamba2_hybrid_8b_32k": ({"data": 32, "context": 8, "tensor": 4}, "8.66"),
+    "mamba2_hybrid_8b_128k": ({"data": 16, "context": 16, "tensor": 4}, "8.66"),
+    "transformer_8b": ({"data": 256, "tensor": 4}, "8.53"),
+    # called 840M, which with this vocabulary none of them has
+    "mamba2_840m": ({"data": 256}, None),
+    "mamba2_hybrid_840m": ({"data": 256}, None),
+    "transformer_840m": ({"data": 256}, None),
+    "nemotron_h_8b": ({"data": 192, "tensor": 4}, "8.1"),
+    "bamba_9b": ({"fsdp": 192}, "9.78"),
+}
+# their patterns repeat nothing, so that each layer is built; one of these models is enough
+UNROLLED = ("16k", "32k", "128k", "hybrid_840m", "nemotron_h_8b", "bamba_9b")
+
 # The parameters that the released weights of these have, and for PaLM what its Table 1 prints, in billions
 RELEASED = {
     "llama_2_7b": 6_738_415_616,
@@ -161,10 +185,12 @@ def specs_on(config: Configuration, plan: Blueprint) -> list:
 def test_every_configuration_of_a_paper_is_tested_here():
     tiny = {"gpt_tiny", "moe_tiny", "mamba_tiny", "hybrid_tiny"}
     others = tiny | {"gpt_1b", "shakespeare_char", "llama3_8b_128k", "wikitext2"}
-    assert {*GPT2, *PTDP, *SELECTIVE, *LAYOUTS, *MIXTURES} == {*NAMES} - others
+    assert {*GPT2, *PTDP, *SELECTIVE, *LAYOUTS, *MIXTURES, *STATE_SPACE} == {*NAMES} - others
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name.endswith(UNROLLED) else name for name in NAMES]
+)
 def test_it_fits_its_mesh_and_has_as_many_parameters_as_the_real_model(name, rules_for):
     config = configuration(name)
     config.check_mesh(sizes(config))
@@ -321,6 +347,45 @@ def test_mixtures(name):
     assert model_flops_per_token(model, length) == pytest.approx(6 * found[1] - table + scores, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", STATE_SPACE)
+def test_state_space_models(name):
+    mesh, billions = STATE_SPACE[name]
+    config = configuration(name)
+    assert sizes(config) == {flag: mesh.get(flag, 1) for flag in ("pipe", "data", "fsdp", "context", "tensor")}
+    # 8,654,517,248 is printed as 8.66 billion, and 8,540,135,424 as 8.53
+    assert billions is None or abs(count(name) / 1e9 - float(billions)) < (0.011 if len(billions) == 4 else 0.05)
+    # four million tokens a step, of the smaller Mamba-2 half a million or one
+    tokens = config.train.global_batch * config.data.sequence_length
+    assert tokens == 2**22 or name.startswith(("mamba2_1", "mamba2_2", "mamba2_3", "mamba2_7", "nemotron", "bamba"))
+
+
+@pytest.mark.parametrize("name", [name for name in STATE_SPACE if not name.startswith("transformer")])
+def test_parameters_of_state_space_models_are_those_of_the_released_code(name):
+    # rows of the first product: z, x, B, C and the heads' steps; a convolution of width 4 with a bias over x, B, C
+    model, layers = configuration(name).model, "".join(map("".join, configuration(name).model.layout.layers))
+    hidden, state, groups = model.hidden_size, 128, model.mamba.num_groups
+    inner, heads = 2 * hidden, 2 * hidden // 64
+    mixer = hidden * (2 * inner + 2 * groups * state + heads) + 5 * (inner + 2 * groups * state) + 3 * heads + inner
+    attention = 2 * hidden * (hidden + 8 * 128) if hidden == 4096 else 2 * hidden * (hidden + 8 * 64)
+    mlp = (3 if model.activation == "swiglu" else 2) * hidden * model.mlp_width
+    sizes = {"M": mixer + inner * hidden, "*": attention, "-": mlp}
+    tables = hidden * model.padded_vocab * (1 if model.tied_head else 2)
+    assert count(name) == tables + hidden + sum(sizes[symbol] + hidden for symbol in layers)
+    assert groups == (1 if model.tied_head or name == "bamba_9b" else 8)
+
+
+def test_patterns_of_hybrids():
+    # Megatron-LM's examples/mamba, and the released configurations of Nemotron-H and Bamba
+    found = {name: configuration(name).model.pattern for name in STATE_SPACE}
+    eight = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
+    assert {found[f"mamba2_hybrid_8b{length}"] for length in ("", "_16k", "_32k", "_128k")} == {eight}
+    assert found["mamba2_hybrid_840m"] == "M-M-M--M-*M-M-M-M--*M-M-M-M-*M--M-M-M-*M-M--M-M-"
+    counts = [found["nemotron_h_8b"].count(symbol) for symbol in "M*-"]
+    assert counts == [24, 4, 24] and found["nemotron_h_8b"].split("*")[1:4] == ["-M-M-M-M-M"] * 3
+    layers = found["bamba_9b"].split("-")[:-1]
+    assert len(layers) == 32 and [number for number, layer in enumerate(layers) if layer == "*"] == [9, 18, 27]
+
+
 def test_experts_of_upcycled_models_have_the_dense_models_parameters():
     # 2410.07524: E copies of the MLP, whole or cut in G, each token through T of them
     dense = configuration("nemotron_4_15b").model
@@ -350,10 +415,21 @@ def test_gpt_oss():
     assert "".join(map("".join, model.layout.layers)) == "WE*E" * 12 and model.attention.window == 128
 
 
-@pytest.mark.parametrize("name", ["llama_3_8x70b", "deepseek_v3", "gpt_oss_20b"])
-def test_mixtures_fit_their_gpus(name):
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("llama_3_8x70b", "h100"),
+        ("deepseek_v3", "h100"),
+        ("gpt_oss_20b", "h100"),
+        ("mamba2_2.7b", "a100"),
+        ("mamba2_8b", "h100"),
+        pytest.param("mamba2_hybrid_8b_128k", "h100", marks=pytest.mark.slow),
+        pytest.param("bamba_9b", "a100", marks=pytest.mark.slow),
+    ],
+)
+def test_they_fit_their_gpus(name, gpu):
     config = configuration(name)
-    memory = Estimator(config).memory(config, sizes(config), gpu_named("h100"))
+    memory = Estimator(config).memory(config, sizes(config), gpu_named(gpu))
     assert memory.fits and memory.total <= 80e9
 
 
