@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (NumPy learns of bfloat16 by it)
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -51,8 +51,7 @@ class WeightFiles:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     def read(self, name: str) -> np.ndarray:
-        """The numbers of a tensor, those of 64 bits as float32; `UserError` where they are of no weight's type, or not
-        finite."""
+        """The numbers of a tensor as float32; `UserError` where they are of no weight's type, or not finite."""
         tensor = self.tensors[name]
         if tensor.dtype not in TYPES:
             raise UserError(
@@ -63,12 +62,19 @@ class WeightFiles:
             values = self._open[tensor.path].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise _damaged(tensor.path, error) from None
-        with np.errstate(over="ignore"):
-            # what a master can hold
-            values = values.astype(np.float32) if tensor.dtype == "F64" else values
+        values = _as_float32(values)
         if not np.isfinite(values).all():
             raise UserError(f"{tensor.path} has numbers in {name} that are not finite; bring back a good copy")
         return values
+
+
+def _as_float32(values: np.ndarray) -> np.ndarray:
+    """The same numbers; those of float64 that are too large become infinite."""
+    if values.dtype == ml_dtypes.bfloat16:
+        # the upper half of a float32: faster than a cast
+        return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32, copy=False)
 
 
 @contextlib.contextmanager

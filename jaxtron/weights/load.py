@@ -35,7 +35,8 @@ def load_parameters(
         reader = WeightReader(files, table, model)
         (partition,) = partitions.values()
         reader.check(list(_wanted(blueprint, table, model, partition)))
-        print(f"reading {plural(len(files.tensors), 'tensor')}, {readable_bytes(files.num_bytes)}, of {directory}")
+        if jax.process_index() == 0:
+            print(f"reading {plural(len(files.tensors), 'tensor')}, {readable_bytes(files.num_bytes)}, of {directory}")
         leaves = [
             reader.load(name, spec, sharding, partition)
             for (name, spec), sharding in zip(
@@ -112,7 +113,7 @@ class WeightReader:
         return True
 
     def values(self, source: Place, shape: tuple[int, ...]) -> np.ndarray:
-        """A parameter's numbers, of the type that they have in the file."""
+        """A parameter's numbers."""
         tensors = [self._files.read(self._stored(name)) for name in source.tensors]
         return source.tensor.read(tensors, source.name, shape)
 
