@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -19,7 +20,17 @@ from types import ModuleType
 from typing import NoReturn
 
 from jaxtron import interrupts
-from jaxtron.config import FILE_ENDINGS, ConfigType, UserError, dump, expand_home, load, take_file
+from jaxtron.config import (
+    FILE_ENDINGS,
+    ConfigType,
+    SettingsSource,
+    UserError,
+    dump,
+    expand_home,
+    gather,
+    load,
+    take_file,
+)
 from jaxtron.help import WIDTH, help_text
 from jaxtron.quiet import import_jax
 
@@ -39,12 +50,19 @@ PRINT = ("--print_config", "--print-config")
 
 
 def configure(
-    config_type: type[ConfigType], argv: Sequence[str], *, program: str, purpose: str, flags: str = ""
+    config_type: type[ConfigType],
+    argv: Sequence[str],
+    *,
+    program: str,
+    purpose: str,
+    flags: str = "",
+    under: Callable[[SettingsSource], SettingsSource | None] = lambda given: None,
 ) -> ConfigType | None:
     """The configuration that a command line `[CONFIG.yaml] [--name value ...]` asks for.
 
     None where it was only printed, or help: `--print_config`, `--help`, `--help SECTION ...`. What was left out of it,
-    for flags make it useless, is printed. `flags` are lines of help on the command's own.
+    for flags make it useless, is printed. `flags` are lines of help on the command's own. `under` is shown the settings
+    of file and flags, and gives others that lie below them.
     """
     line = list(argv)
     topics = _take_topics(line)
@@ -53,7 +71,9 @@ def configure(
     if topics is not None:
         print(help_text(config_type, path, options, program=program, purpose=purpose, flags=flags, topics=topics))
         return None
-    config = load(config_type, path, options, tell=lambda line: print(line, file=sys.stderr if shows else sys.stdout))
+    below = under(gather(config_type, path, options))
+    tell = functools.partial(print, file=sys.stderr if shows else sys.stdout)
+    config = load(config_type, path, options, under=below, tell=tell)
     if shows:
         print(dump(config.resolved()), end="")
         return None

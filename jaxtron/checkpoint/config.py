@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from jaxtron.config import Config
+from jaxtron.config import Config, FileName
 
 
 class CheckpointConfig(Config):
@@ -16,3 +16,6 @@ class CheckpointConfig(Config):
     """write files in the background while training goes on"""
     resume: bool = True
     """continue from the newest checkpoint when the run directory has one"""
+    initialize_from: FileName | None = None
+    """Directory whose model a run begins with, where it has no checkpoint yet: of Hugging Face weights, or of a run
+    (its newest checkpoint). Its settings of the model are taken; optimizer, schedule and data are new."""

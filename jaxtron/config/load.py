@@ -32,16 +32,19 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def gather(
-    config_type: type[Config], start: Path | SettingsSource | None, overrides: Sequence[str] = ()
+    config_type: type[Config],
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    under: SettingsSource | None = None,
 ) -> SettingsSource:
     """File and flags as plain values with their origins, before validation; raises `UserError` if they do not read.
 
-    In the place of a file there may be settings from elsewhere, which stay as they are.
+    `under` are settings from elsewhere, which both lie over; they stay as they are.
     """
-    if isinstance(start, SettingsSource):
-        source = copy.deepcopy(start)
+    if path is not None:
+        source = read_file(path, under=under)
     else:
-        source = read_file(start) if start is not None else SettingsSource()
+        source = SettingsSource() if under is None else copy.deepcopy(under)
     source.layer += 1
     known = settings(config_type)
     words, flags = split_arguments(config_type, overrides)
@@ -102,19 +105,19 @@ def _adapt(value: Any, setting: Setting) -> Any:
 
 def load(
     config_type: type[ConfigType],
-    start: Path | SettingsSource | None,
+    path: Path | None,
     overrides: Sequence[str] | None = (),
     *,
+    under: SettingsSource | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> ConfigType:
-    """The configuration of a YAML file, or of other settings (none: the defaults), with dotted flags on top.
+    """The configuration of a YAML file (none: the defaults) with dotted flags on top, and below it other settings.
 
     Raises `UserError`, one line, for whatever is wrong with either, naming the setting, its value and its origin.
     `overrides` None: a file that no flags go with. A setting that a higher layer makes useless is left out, and `tell`
     gets a line for each.
     """
-    source = gather(config_type, start, overrides or ())
-    path = start if isinstance(start, Path) else None
+    source = gather(config_type, path, overrides or (), under)
     while True:
         try:
             # as JSON: strict about numbers and text, while lists become tuples and text becomes paths and enums

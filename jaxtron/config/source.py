@@ -1,5 +1,6 @@
 """Configuration files as plain values that know where they came from."""
 
+import copy
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -75,15 +76,15 @@ class SettingsSource:
         return f" ({self.origins[known]})" if known else ""
 
 
-def read_file(path: Path, chain: tuple[Path, ...] = ()) -> SettingsSource:
-    """A file laid over the one that it `extends`, that over its own, and so on."""
+def read_file(path: Path, chain: tuple[Path, ...] = (), under: SettingsSource | None = None) -> SettingsSource:
+    """A file laid over the one that it `extends`, that over its own, and so on; below all other settings, if any."""
     if path.resolve() in chain:
         raise UserError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in chain)}")
     tree, lines = _read_yaml(path)
     parent = tree.pop("extends", PydanticUndefined)
-    source = SettingsSource()
+    source = SettingsSource() if under is None else copy.deepcopy(under)
     if isinstance(parent, str) and parent:
-        source = read_file(path.parent / parent, (*chain, path.resolve()))
+        source = read_file(path.parent / parent, (*chain, path.resolve()), under)
     elif parent is not PydanticUndefined:
         raise UserError(f"{path} line {lines['extends']}: extends takes one file name, not {format_value(parent)}")
     source.layer += 1

@@ -93,9 +93,10 @@ def parse(argv: list[str]) -> UpcycleRequest:
 
 def read_configuration(request: UpcycleRequest) -> tuple[Configuration, Configuration]:
     """What the dense model is and was trained with, and the run of the mixture; `UserError` where one cannot be."""
-    path, start, config_type = _start(request)
+    path, under, config_type = _start(request)
+    file = path if under is None else None
     _check_output(request.output)
-    dense = _load_dense(config_type, start, path)
+    dense = _load_dense(config_type, path, under)
     model = dense.model
     if not isinstance(model, ModelConfig):
         raise UserError(f"{path} has model.family {model.family}, which has no experts: only a decoder can be upcycled")
@@ -122,19 +123,19 @@ def read_configuration(request: UpcycleRequest) -> tuple[Configuration, Configur
         "model.moe.scores": request.scores,
     }
     words = [word for name, value in made.items() for word in (f"--{name}", str(value))]
-    return dense, load(config_type, start, [*request.overrides, *words]).resolved()
+    return dense, load(config_type, file, [*request.overrides, *words], under=under).resolved()
 
 
-def _load_dense(config_type: type[Configuration], start: Path | SettingsSource, path: Path) -> Configuration:
-    """The dense model's configuration; an error names the file, whose settings may have come from elsewhere."""
+def _load_dense(config_type: type[Configuration], path: Path, under: SettingsSource | None) -> Configuration:
+    """The dense model's configuration; an error names the file, from which the settings may come in other words."""
     try:
-        return load(config_type, start).resolved()
+        return load(config_type, path if under is None else None, under=under).resolved()
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
 
 
-def _start(request: UpcycleRequest) -> tuple[Path, Path | SettingsSource, type[Configuration]]:
-    """The file that says what the dense model is, its settings as `load` takes them, and their type."""
+def _start(request: UpcycleRequest) -> tuple[Path, SettingsSource | None, type[Configuration]]:
+    """The file that says what the dense model is, its settings where these are in other words there, their type."""
     directory = request.dense
     if not request.is_hub:
         path = directory / "config.yaml"
@@ -144,7 +145,7 @@ def _start(request: UpcycleRequest) -> tuple[Path, Path | SettingsSource, type[C
                 f"{what}; give the --run.directory of a training, such as runs/gpt_tiny, or a directory of Hugging "
                 "Face weights, which has a config.json"
             )
-        return path, path, configuration_type([str(path)])
+        return path, None, configuration_type([str(path)])
     if request.step is not None:
         raise UserError(
             f"--step {request.step} is of a run's checkpoints, and {directory} has Hugging Face weights: leave it out"

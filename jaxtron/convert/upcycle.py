@@ -13,12 +13,12 @@ import jax.numpy as jnp
 
 from jaxtron.checkpoint.names import nest, parts
 from jaxtron.convert.request import UpcycleRequest
-from jaxtron.evaluate.model import restore_model
 from jaxtron.layers.config import GATED, Activation
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CONFIG_FILE, changes, write_record
 from jaxtron.run.metrics import MetricsTally
+from jaxtron.run.restored import restore_model
 from jaxtron.run.session import Session, make_session
 from jaxtron.run.sizes import check_state_fits
 from jaxtron.run.state import divided

@@ -60,7 +60,7 @@ CHANGES: dict[str, dict[str, str]] = {
     "context": {FREE: "method inner"},
     "pipeline": {FREE: "schedule chunks stage_layers overlap embedding_weight loss_weight"},
     "sharding": {FREE: "zero"},
-    "checkpoint": {FREE: "every keep asynchronous", HERE: "resume"},
+    "checkpoint": {FREE: "every keep asynchronous", HERE: "resume initialize_from"},
     "run": {FREE: "log_every print_seconds trackers wandb_project profile_steps", HERE: "directory"},
     "runtime": {
         FREE: "connect_seconds heartbeat_seconds xla_preset xla_flags compilation_cache",
@@ -208,7 +208,7 @@ class Recorder:
     """Writes a line of `history.jsonl` and `config.yaml` after the first step, before anything else of it is kept.
 
     A command that takes no step leaves the record as it is. `found` are the changes, `first_step` the step before,
-    `notes` what was said of the data.
+    `notes` what was said of the data, `origin` entries on where the model comes from.
     """
 
     def __init__(
@@ -219,9 +219,10 @@ class Recorder:
         *,
         first_step: int,
         notes: Sequence[str] = (),
+        origin: Mapping[str, Any] | None = None,
     ):
         self._directory, self._config, self._changes, self._step = directory, config, found, first_step
-        self._notes = notes
+        self._notes = {"data": list(notes)} | dict(origin or {})
         self._is_done = False
 
     def __call__(self, _info: Any = None) -> None:
@@ -230,8 +231,7 @@ class Recorder:
             return
         self._is_done = True
         advice = "make room or choose another --run.directory"
-        notes = {"data": list(self._notes)}
-        write_record(self._directory, self._config, self._changes, step=self._step, notes=notes, advice=advice)
+        write_record(self._directory, self._config, self._changes, step=self._step, notes=self._notes, advice=advice)
 
 
 def write_record(

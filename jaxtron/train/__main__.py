@@ -5,6 +5,7 @@ import sys
 from jaxtron import interrupts  # noqa: F401  (answers Ctrl-C while the rest is imported)
 from jaxtron.command import configure, hand_over, run_command
 from jaxtron.config import take_file
+from jaxtron.run.beginning import settings_below
 from jaxtron.run.configuration import configuration_type
 from jaxtron.runtime.machine import is_first_process
 
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         return 2
     config_type = configuration_type(argv)
-    config = configure(config_type, argv, program=PROGRAM, purpose="Train a model.")
+    config = configure(config_type, argv, program=PROGRAM, purpose="Train a model.", under=settings_below)
     if config is None:
         return 0
     hand_over("jaxtron.train.early", jax=False).check_early(config)

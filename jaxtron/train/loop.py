@@ -108,7 +108,7 @@ def _hooks(run: Run, saver: Saver, log: MetricsLog | None, outcome: TrainOutcome
     hooks = [Hook(validation, every=every, excluded=True)]
     if log is not None:
         found, notes = run.continuation.changes, run.data.notes
-        hooks.append(Hook(Recorder(run.directory, config, found, first_step=run.step, notes=notes)))
+        hooks.append(Hook(Recorder(run.directory, config, found, first_step=run.step, notes=notes, origin=run.origin)))
         hooks.append(Hook(log))
         if config.run.profile_steps is not None:
             profiler = Profiler(run.directory / "profile", config.run.profile_steps)

@@ -1,8 +1,8 @@
 """From a configuration to a run that is ready to step: mesh, data, trainer, directory, state."""
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from jaxtron.run.session import Session, make_session
 from jaxtron.run.sizes import check_batch_fits, check_state_fits
 from jaxtron.run.state import TrainState
 from jaxtron.train.divergence import check_state
+from jaxtron.train.initial import begin
 from jaxtron.train.run_lock import run_lock
 from jaxtron.train.trackers import import_tracker
 
@@ -40,6 +41,8 @@ class Run:
     position: int
     continuation: Continuation
     tally: MetricsTally
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """What the history says of where the model of its first step comes from, if it was not drawn."""
 
     @property
     def config(self) -> Configuration:
@@ -105,9 +108,15 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
         checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint, writes=not is_complete)
         stack.callback(checkpoints.close)
         check = partial(check_record, config=config, data=data, directory=directory)
+        origin: dict[str, Any] = {}
         restored = checkpoints.restore(order.abstract(abstract), check, order.on_disk(abstract))
         if restored is None:
-            state, step, position, continuation = session.initial_state(), 0, 0, Continuation()
+            (state, origin), step, position, continuation = (
+                begin(session, data.tokenizer.fingerprint),
+                0,
+                0,
+                Continuation(),
+            )
         else:
             state = order.in_stage_order(restored.state, abstract)
             check_state(checkpoints, restored.step, state)
@@ -125,6 +134,7 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
             step=step,
             position=position,
             continuation=continuation,
+            origin=origin,
             tally=MetricsTally() if restored is None else MetricsTally.of(restored.extra, config.data.sequence_length),
         )
 

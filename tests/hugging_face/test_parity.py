@@ -45,7 +45,7 @@ def test_logits_are_those_of_transformers(name, rules_for, tmp_path):
     with use(rules_for(data=1)):
         if fixture.config["model_type"] in READ:
             folder = write(tmp_path, fixture.config, fixture.weights)
-            config = load_settings(Configuration, hub_settings(folder), ["--data.sequence_length", "12"])
+            config = load_settings(Configuration, None, ["--data.sequence_length", "12"], under=hub_settings(folder))
             trainer = trainer_of(config.model, fixture)
             params = load_parameters(folder, config.model, trainer.blueprint, trainer.partitions)
         else:

@@ -24,7 +24,7 @@ LLAMA3 = {
 def model_of(folder: Path, config: dict[str, Any]) -> ModelConfig:
     """The settings of a config.json; sequences are no longer than GPT-2's positions in the fixtures."""
     (folder / "config.json").write_text(json.dumps(config))
-    return load(Configuration, hub_settings(folder), ["--data.sequence_length", "16"]).model
+    return load(Configuration, None, ["--data.sequence_length", "16"], under=hub_settings(folder)).model
 
 
 def fixture_config(name: str, changes: dict[str, Any]) -> dict[str, Any]:

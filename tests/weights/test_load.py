@@ -30,7 +30,8 @@ FIRST, SECOND = "model-00001-of-00002", "model-00002-of-00002"
 def session_of(folder: Path, *flags: str, devices: int = 1) -> Session:
     """Of a directory's model, on some of the simulated devices."""
     words = ["--data.sequence_length", "16", "--train.global_batch", "16", *flags]
-    return make_session(load(Configuration, hub_settings(folder), words), jax.devices()[:devices], trains=False)
+    config = load(Configuration, None, words, under=hub_settings(folder))
+    return make_session(config, jax.devices()[:devices], trains=False)
 
 
 def read(folder: Path, session: Session) -> dict[str, np.ndarray]:

@@ -1,0 +1,62 @@
+"""The model of a run, restored on any mesh, without the optimizer's state."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jaxtron.checkpoint.finite import first_not_finite
+from jaxtron.checkpoint.restore import committed_steps, restore_part
+from jaxtron.config import UserError
+from jaxtron.run.configuration import Configuration
+from jaxtron.run.history import CONFIG_FILE, FIXED, changes, listed, recorded_settings
+from jaxtron.run.session import Session
+from jaxtron.run.sizes import check_state_fits
+from jaxtron.run.state import divided, merged
+from jaxtron.typing import PyTree
+
+
+@dataclass(frozen=True)
+class RestoredModel:
+    """The parameters of a checkpoint of a run, and what was saved beside them."""
+
+    params: PyTree
+    step: int
+    checkpoints: Path
+    extra: dict[str, Any]
+
+
+def restore_model(session: Session, run: Path, trained: Configuration, step: int | None) -> RestoredModel:
+    """The parameters of a run's checkpoint (`step` none: the newest) on a session's mesh, inside its `use()`.
+
+    `trained` is the run's `config.yaml`. A `UserError` where there are none, of another model, or not finite.
+    """
+    order, abstract = session.layer_order, divided(session.blueprint, session.blueprint.abstract)
+    check_state_fits(session.config.family.sizes(session.config.model), abstract, what="parameters")
+    checkpoints = (run / "checkpoints").absolute()
+    check = partial(_check_record, trained=trained, path=run / CONFIG_FILE)
+    restored = restore_part(
+        checkpoints, order.abstract(abstract), step=step, check=check, on_disk=order.on_disk(abstract)
+    )
+    state = order.in_stage_order(restored.state, abstract)
+    name = first_not_finite(state)
+    if name is not None:
+        raise diverged(checkpoints, restored.step, f"{name} has numbers that are not finite")
+    return RestoredModel(merged(state), restored.step, checkpoints, restored.extra)
+
+
+def _check_record(extra: dict[str, Any], trained: Configuration, path: Path) -> None:
+    """`UserError` unless the run's `config.yaml` says what the checkpoint was trained with."""
+    recorded = recorded_settings(extra, path.parent)
+    found = [] if recorded is None else [change for change in changes(recorded, trained) if change.kind == FIXED]
+    if found:
+        raise UserError(
+            f"{path} was changed since the checkpoint was trained: {listed(found)}; put the old values back there"
+        )
+
+
+def diverged(checkpoints: Path, step: int, what: str) -> UserError:
+    """The error for a checkpoint that is of no use, which names the one before it."""
+    earlier = [found for found in committed_steps(checkpoints) if found < step]
+    way = f"go back to the one before with --step {earlier[-1]}" if earlier else "there is no earlier one, train again"
+    return UserError(f"the checkpoint of step {step} in {checkpoints} has diverged, {what}; {way}")

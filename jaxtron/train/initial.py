@@ -1,0 +1,73 @@
+"""The state that a run begins with: drawn, or with the model of Hugging Face weights or of another run."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtron.config import load
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.run.beginning import check_beginning
+from jaxtron.run.restored import restore_model
+from jaxtron.run.session import Session, make_session
+from jaxtron.run.state import TrainState, divided
+from jaxtron.sharding.parameters import ParameterSpec, fit
+from jaxtron.typing import Array, PyTree
+from jaxtron.weights.hub import is_hub
+from jaxtron.weights.load import load_parameters
+
+
+def begin(session: Session, tokenizer: str) -> tuple[TrainState, dict[str, Any]]:
+    """The state before the first step, and what the history says of where its model comes from.
+
+    With `checkpoint.initialize_from` the parameters are those of that directory, on this mesh; all else is new.
+    `tokenizer` is the fingerprint of the data's.
+    """
+    name = session.config.checkpoint.initialize_from
+    if name is None:
+        return session.initial_state(), {}
+    # once more: what is checked early is not, where the directory is not there
+    check_beginning(session.config)
+    directory, model = Path(name), session.config.model
+    where = str(directory.absolute())
+    if is_hub(directory):
+        assert isinstance(model, ModelConfig), "`check_beginning` refuses other families"
+        with session.use():
+            params = load_parameters(directory, model, session.blueprint, session.trainer.partitions)
+        origin: dict[str, Any] = {"weights": where}
+    else:
+        params, step = _of_run(session, directory, tokenizer)
+        origin = {"run": where, "step": step}
+    state = session.initial_state()
+    return replace(state, **divided(session.blueprint, params)), {"initialized_from": origin}
+
+
+def _of_run(session: Session, directory: Path, tokenizer: str) -> tuple[PyTree, int]:
+    """The parameters of a run's newest checkpoint, and its step, whatever was trained of them there."""
+    config = session.config
+    trained = load(type(config), directory / "config.yaml").resolved()
+    train = config.train.model_copy(update={"trainable": trained.train.trainable})
+    source = make_session(config.model_copy(update={"train": train}), list(session.mesh.devices.flat))
+    with source.use():
+        restored = restore_model(source, directory, trained, None)
+    if jax.process_index() == 0:
+        print(f"the model is that of step {restored.step} of {directory}")
+        if restored.extra.get("tokenizer", tokenizer) != tokenizer:
+            print(
+                f"data.tokenizer {config.data.tokenizer} is not the one of then: its tokens are other rows of the table"
+            )
+    with session.use():
+        specs = source.blueprint.parameters, session.blueprint.parameters
+        return jax.tree.map(_laid_out, restored.params, *specs), restored.step
+
+
+def _laid_out(leaf: Array, before: ParameterSpec, after: ParameterSpec) -> Array:
+    """A parameter in the type and the layout that it has where something else is trained."""
+    if (before.dtype, before.layout) == (after.dtype, after.layout):
+        return leaf
+
+    def run(leaf: Array) -> Array:
+        return fit(fit(leaf, before.shape).astype(after.dtype), after.layout.padded)
+
+    return jax.jit(jax.sharding.auto_axes(run, out_sharding=after.layout.spec))(leaf)

@@ -1,0 +1,114 @@
+"""`checkpoint.initialize_from`: a training that begins with Hugging Face weights, or with the model of another run."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtron.config import UserError, gather, load
+from jaxtron.run.beginning import check_beginning, settings_below
+from jaxtron.run.configuration import Configuration
+from jaxtron.run.session import make_session
+from jaxtron.run.state import divided
+from jaxtron.train import __main__ as training
+from jaxtron.train.initial import begin
+from jaxtron.weights.load import load_parameters
+from tests.convert.test_upcycle_weights import data_flags, weights
+from tests.support.commands import Ended, run_main
+
+STEPS = ["--train.steps", 2, "--train.global_batch", 8, "--train.sample_tokens", 0, "--train.validation_batches", 1]
+STEPS += ["--train.precision", "fp32", "--optimizer.warmup_steps", 0]
+
+
+def train(folder: Path, *flags: object) -> Ended:
+    return run_main(training.main, [*data_flags(folder), *STEPS, *flags])
+
+
+def configuration(*flags: object) -> Configuration:
+    words = list(map(str, flags))
+    return load(Configuration, None, words, under=settings_below(gather(Configuration, None, words)))
+
+
+def test_the_state_begins_with_the_weights_and_nothing_else(tmp_path: Path):
+    source = weights(tmp_path / "dense", "qwen3")
+    config = configuration(
+        "--checkpoint.initialize_from", source, "--mesh.fsdp", 2, "--train.trainable", "!embedding.*", "*"
+    )
+    assert config.data.tokenizer == str(source / "tokenizer.json") and config.model.qk_norm
+    session = make_session(config, jax.devices()[:2])
+    state, origin = begin(session, "")
+    assert origin == {"initialized_from": {"weights": str(source)}} and int(state.step) == 0
+    with session.use():
+        params = load_parameters(source, config.model, session.blueprint, session.trainer.partitions)
+    fields = divided(session.blueprint, params)
+    assert jax.tree.leaves(fields["frozen"])[0].dtype == np.dtype("bfloat16")
+    for name, expected in fields.items():
+        same = jax.tree.map(lambda found, wanted: bool((found == wanted).all()), getattr(state, name), expected)
+        assert all(jax.tree.leaves(same)), name
+    assert not any(bool(leaf.any()) for leaf in jax.tree.leaves(state.optimizer))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--model.hidden_size 64", "is of another model: model.hidden_size is 32 there and 64 here; leave settings of"),
+        ("--model.rotary.base 5e4", "model.rotary.base is 500.0 there and 50000.0 here"),
+        (
+            "--model.qk_norm true --model.norm_epsilon 1e-6",
+            "model.norm_epsilon is 1e-05 there and 1e-06 here, model.qk",
+        ),
+        ("", None),
+        ("--model.dropout 0.1 --model.recompute full --model.head_dim 12 --model.attention.implementation xla", None),
+    ],
+)
+def test_settings_of_another_model(flags: str, said: str | None, tmp_path: Path):
+    config = configuration("--checkpoint.initialize_from", weights(tmp_path / "dense"), *flags.split())
+    if said is None:
+        check_beginning(config)
+        return
+    with pytest.raises(UserError) as error:
+        check_beginning(config)
+    assert said in str(error.value)
+
+
+def test_what_cannot_begin_a_run(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    hub = weights(tmp_path / "hub")
+    for path in hub.glob("*.safetensors"):
+        path.write_bytes(b"")
+    # only flags, so that the model is the default's
+    for name, said in (
+        ("nowhere", "is no directory"),
+        ("empty", "has neither config.yaml nor config.json"),
+        ("hub", "no whole"),
+    ):
+        run = tmp_path / f"run_{name}"
+        ended = train(tmp_path, "--checkpoint.initialize_from", tmp_path / name, "--run.directory", run)
+        assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1, ended
+        assert not run.exists()
+
+
+@pytest.mark.slow
+def test_trainings_that_begin_with_weights_and_with_a_run(tmp_path: Path):
+    source, first, second = weights(tmp_path / "dense"), tmp_path / "first", tmp_path / "second"
+    flags = ["--checkpoint.initialize_from", source, "--run.directory", first, "--mesh.tensor", 2]
+    ended = train(tmp_path, *flags)
+    assert (ended.code, ended.err) == (0, "") and f"of {source}" in ended.out, ended
+    (entry,) = (json.loads(line) for line in (first / "history.jsonl").read_text().splitlines())
+    assert entry["initialized_from"] == {"weights": str(source)} and entry["step"] == 0
+    # the run has a checkpoint now, so that it needs the weights no more, nor flags of the model
+    source.rename(tmp_path / "moved")
+    (tmp_path / "moved" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    more = ["--train.steps", 3, "--data.tokenizer", tmp_path / "tokenizer.json"]
+    again = run_main(training.main, [first / "config.yaml", *more])
+    assert again.code == 0 and "checkpoint of step 2 found: continuing" in again.out, again
+    # another run begins with its model, with a head alone that is trained
+    then = ["--checkpoint.initialize_from", first, "--run.directory", second, "--train.trainable", "head.*"]
+    ended = train(tmp_path, *then, "--mesh.fsdp", 4)
+    assert ended.code == 0 and f"the model is that of step 3 of {first}" in ended.out, ended
+    (entry,) = (json.loads(line) for line in (second / "history.jsonl").read_text().splitlines())
+    assert entry["initialized_from"] == {"run": str(first), "step": 3}
+    losses = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss"] for run in (first, second)]
+    assert losses[1] < losses[0] + 0.05
