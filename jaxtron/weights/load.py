@@ -15,7 +15,7 @@ from jaxtron.sharding.parameters import ParameterSpec, shardings
 from jaxtron.typing import Array, PyTree
 from jaxtron.weights.files import WeightFiles, open_files
 from jaxtron.weights.hub import family_of_hub
-from jaxtron.weights.table import STACKED, Place, TensorTable
+from jaxtron.weights.table import STACKED, Place, TensorTable, own_shape
 from jaxtron.words import plural, readable_bytes
 
 MOST_NAMES = 3
@@ -50,7 +50,7 @@ def load_parameters(
 class WantedRow:
     """A parameter, or its row of one layer, that a table finds in a file."""
 
-    source: Place
+    place: Place
     shape: tuple[int, ...]
     """Without the padding of the vocabulary."""
 
@@ -59,9 +59,9 @@ def _wanted(blueprint: Blueprint, table: TensorTable, model: ModelConfig, partit
     """All that the model has, of all layers."""
     for name, spec in blueprint.names.items():
         for row in range(partition.num_layers) if name.startswith(STACKED) else (None,):
-            source = table.place(model, name, row)
+            place = table.place(model, name, row)
             shape = spec.shape if row is None else spec.shape[1:]
-            yield WantedRow(source, table.own_shape(source.tensor, model, shape))
+            yield WantedRow(place, own_shape(place.tensor, model, shape))
 
 
 class WeightReader:
@@ -74,7 +74,7 @@ class WeightReader:
 
     def check(self, wanted: list[WantedRow]) -> None:
         """`UserError` unless the files have just the tensors that are wanted, in their shapes."""
-        names = {self._stored(name): one for one in wanted for name in one.source.tensors}
+        names = {self._stored(name): one for one in wanted for name in one.place.tensors}
         there = self._files.tensors
         left = [
             name
@@ -90,7 +90,7 @@ class WeightReader:
                 "own files"
             )
         for name, one in names.items():
-            stored, here = there[name], one.source.tensor.stored_shape(one.shape)
+            stored, here = there[name], one.place.tensor.stored_shape(one.shape)
             if stored.shape != here:
                 raise UserError(
                     f"{stored.path} has {name} of shape {list(stored.shape)}, and config.json beside it makes it "
@@ -112,10 +112,10 @@ class WeightReader:
             )
         return True
 
-    def values(self, source: Place, shape: tuple[int, ...]) -> np.ndarray:
+    def values(self, place: Place, shape: tuple[int, ...]) -> np.ndarray:
         """A parameter's numbers."""
-        tensors = [self._files.read(self._stored(name)) for name in source.tensors]
-        return source.tensor.read(tensors, source.name, shape)
+        tensors = [self._files.read(self._stored(name)) for name in place.tensors]
+        return place.tensor.read(tensors, place.name, shape)
 
     def load(self, name: str, spec: ParameterSpec, sharding: jax.sharding.NamedSharding, partition: Partition) -> Array:
         """A parameter on the devices, with the padding that it has at rest."""
@@ -130,8 +130,8 @@ class WeightReader:
         return parts.array()
 
     def _row(self, name: str, shape: tuple[int, ...], row: int | None) -> np.ndarray:
-        source = self._table.place(self._model, name, row)
-        return self.values(source, self._table.own_shape(source.tensor, self._model, shape))
+        place = self._table.place(self._model, name, row)
+        return self.values(place, own_shape(place.tensor, self._model, shape))
 
 
 Bounds = tuple[tuple[int, int], ...]

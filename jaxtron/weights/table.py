@@ -134,12 +134,13 @@ class TensorTable:
         assert found is not None, f"the table has no row for {name}"
         return Place(found, own, tuple(beginning + theirs for theirs in found.tensors))
 
-    def own_shape(self, tensor: Tensor, model: ModelConfig, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of a parameter without the padding of the vocabulary, which no file has."""
-        letters = tensor.dims.split()
-        return tuple(
-            model.vocab_size if letter == VOCABULARY else size for letter, size in zip(letters, shape, strict=True)
-        )
+
+def own_shape(tensor: Tensor, model: ModelConfig, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a parameter without the padding of the vocabulary, which no file has."""
+    letters = tensor.dims.split()
+    return tuple(
+        model.vocab_size if letter == VOCABULARY else size for letter, size in zip(letters, shape, strict=True)
+    )
 
 
 def _layer_of(model: ModelConfig, name: str, row: int | None) -> tuple[int | None, str]:

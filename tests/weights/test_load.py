@@ -18,7 +18,7 @@ from jaxtron.run.session import Session, make_session
 from jaxtron.weights.files import INDEX, SINGLE
 from jaxtron.weights.hub import FAMILIES, hub_settings
 from jaxtron.weights.load import load_parameters
-from jaxtron.weights.table import STACKED
+from jaxtron.weights.table import STACKED, own_shape
 from tests.hugging_face import fixtures
 
 READ = sorted(
@@ -62,7 +62,7 @@ def test_written_back_every_tensor_is_what_it_was(name: str, tmp_path: Path):
     for (parameter, row), array in rows.items():
         place = table.place(model, parameter, row)
         beginning = parameter.removesuffix(place.name)
-        shape = table.own_shape(place.tensor, model, array.shape)
+        shape = own_shape(place.tensor, model, array.shape)
         assert not array[tuple(slice(size, None) for size in shape)].any()
         arrays = [rows[beginning + own, row][tuple(slice(size) for size in shape)] for own in place.tensor.parameters]
         written |= dict(zip(place.tensors, place.tensor.write(arrays), strict=True))
