@@ -17,5 +17,5 @@ class CheckpointConfig(Config):
     resume: bool = True
     """continue from the newest checkpoint when the run directory has one"""
     initialize_from: FileName | None = None
-    """Directory whose model a run begins with, where it has no checkpoint yet: of Hugging Face weights, or of a run
-    (its newest checkpoint). Its settings of the model are taken; optimizer, schedule and data are new."""
+    """directory whose model a run begins with, where it has no checkpoint yet: of Hugging Face weights, or of a run
+    (its newest checkpoint); its settings of the model are taken, while optimizer, schedule and data are new"""

@@ -23,6 +23,7 @@ TAKEN = {
     "model.moe.top_k": "--top_k",
     "model.moe.scores": "--scores",
     "checkpoint.resume": None,
+    "checkpoint.initialize_from": None,
     "train.trainable": None,
 }
 
@@ -121,6 +122,8 @@ def read_configuration(request: UpcycleRequest) -> tuple[Configuration, Configur
         "model.moe.top_k": request.chosen,
         "model.moe.expert_size": model.mlp_width // request.granularity,
         "model.moe.scores": request.scores,
+        # what the dense run began with is no beginning of the mixture
+        "checkpoint.initialize_from": "none",
     }
     words = [word for name, value in made.items() for word in (f"--{name}", str(value))]
     return dense, load(config_type, file, [*request.overrides, *words], under=under).resolved()

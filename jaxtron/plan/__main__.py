@@ -5,6 +5,7 @@ import sys
 from jaxtron import interrupts  # noqa: F401  (answers Ctrl-C while the rest is imported)
 from jaxtron.command import configure, hand_over, run_command
 from jaxtron.plan.request import PURPOSES, USAGE, flags_text, parse, program_of
+from jaxtron.run.beginning import check_beginning, settings_below
 from jaxtron.run.configuration import configuration_type
 
 
@@ -16,9 +17,10 @@ def main(argv: list[str]) -> int:
     request = parse(argv)
     kind = request.kind
     texts = {"program": program_of(kind), "purpose": PURPOSES[kind], "flags": flags_text(kind)}
-    config = configure(configuration_type(argv), request.words, **texts)
+    config = configure(configuration_type(argv), request.words, under=settings_below, **texts)
     if config is None:
         return 0
+    check_beginning(config)
     hand_over("jaxtron.plan.show").SHOW[kind](config.resolved(), request)
     return 0
 

@@ -47,10 +47,14 @@ def beginning_settings(directory: Path) -> SettingsSource:
 
 
 def check_beginning(config: Configuration) -> None:
-    """`UserError` unless the model that a run begins with is the configuration's, as far as it computes."""
-    if config.checkpoint.initialize_from is None:
+    """`UserError` unless the model that a run begins with is the configuration's, as far as it computes.
+
+    One that is not there is not looked at: of a run that goes on it may be gone.
+    """
+    name = config.checkpoint.initialize_from
+    if name is None or not Path(name).is_dir():
         return
-    directory = Path(config.checkpoint.initialize_from)
+    directory = Path(name)
     under = beginning_settings(directory)
     words = ["--data.sequence_length", str(config.data.sequence_length)]
     there = load(type(config), None, words, under=under).resolved().model

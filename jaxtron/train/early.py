@@ -1,7 +1,5 @@
 """What of a run can be refused before JAX is imported, once its settings read."""
 
-from pathlib import Path
-
 from jaxtron.config import UserError
 from jaxtron.data.files.data_path import check_there
 from jaxtron.run.beginning import check_beginning
@@ -23,5 +21,4 @@ def check_early(config: Configuration) -> None:
         first, last = config.run.profile_steps
         raise UserError(f"run.profile_steps {first} {last} ends after train.steps {train.steps}; end it earlier")
     check_there(config.data)
-    if config.checkpoint.initialize_from is not None and Path(config.checkpoint.initialize_from).is_dir():
-        check_beginning(config)
+    check_beginning(config)

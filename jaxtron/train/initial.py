@@ -8,7 +8,7 @@ import jax
 
 from jaxtron.config import load
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.run.beginning import check_beginning
+from jaxtron.run.beginning import beginning_settings, check_beginning
 from jaxtron.run.restored import restore_model
 from jaxtron.run.session import Session, make_session
 from jaxtron.run.state import TrainState, divided
@@ -27,9 +27,10 @@ def begin(session: Session, tokenizer: str) -> tuple[TrainState, dict[str, Any]]
     name = session.config.checkpoint.initialize_from
     if name is None:
         return session.initial_state(), {}
-    # once more: what is checked early is not, where the directory is not there
-    check_beginning(session.config)
     directory, model = Path(name), session.config.model
+    # it has to be there now
+    beginning_settings(directory)
+    check_beginning(session.config)
     where = str(directory.absolute())
     if is_hub(directory):
         assert isinstance(model, ModelConfig), "`check_beginning` refuses other families"

@@ -13,7 +13,7 @@ import pytest
 
 from jaxtron.config import dump, load
 from jaxtron.convert import __main__ as convert
-from jaxtron.convert.request import UpcycleRequest, parse
+from jaxtron.convert.request import UpcycleRequest, parse, read_configuration
 from jaxtron.convert.upcycle import expert_inputs, expert_outputs, output_factor, router_rows, scales
 from jaxtron.evaluate import __main__ as evaluating
 from jaxtron.layers.config import GATED, Activation
@@ -234,6 +234,12 @@ def test_a_path_that_is_no_run_and_an_output_that_is_there(tmp_path: Path):
     (tmp_path / "half" / "checkpoints").mkdir(parents=True)
     ended = upcycle(run, "--output", tmp_path / "half")
     assert ended.code == 2 and "has checkpoints and no config.yaml" in ended.err and ended.err.count("\n") == 1
+
+
+def test_what_the_dense_run_began_with_is_not_the_mixtures(tmp_path: Path):
+    run = a_config(tmp_path / "run", "--model.bias=false", "--checkpoint.initialize_from", str(tmp_path / "weights"))
+    dense, mixture = read_configuration(parse([str(run), "--output", str(tmp_path / "new")]))
+    assert dense.checkpoint.initialize_from and mixture.checkpoint.initialize_from is None
 
 
 def test_experts_of_a_token_where_nothing_is_said():

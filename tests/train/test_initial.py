@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtron.config import UserError, gather, load
+from jaxtron.plan import __main__ as planning
 from jaxtron.run.beginning import check_beginning, settings_below
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import make_session
@@ -71,6 +72,14 @@ def test_settings_of_another_model(flags: str, said: str | None, tmp_path: Path)
     with pytest.raises(UserError) as error:
         check_beginning(config)
     assert said in str(error.value)
+
+
+def test_a_plan_is_of_the_model_that_the_run_would_begin_with(tmp_path: Path):
+    words = ["--checkpoint.initialize_from", weights(tmp_path / "dense")]
+    planned = run_main(planning.main, [*words, "--print_config"])
+    assert planned.code == 0 and "hidden_size: 32\n" in planned.out and "base: 500.0\n" in planned.out, planned
+    ended = run_main(planning.main, [*words, "--layout", "--model.hidden_size", 64])
+    assert ended.code == 2 and "model.hidden_size is 32 there and 64 here" in ended.err, ended
 
 
 def test_what_cannot_begin_a_run(tmp_path: Path):
