@@ -27,6 +27,8 @@ from jaxtron.typing import Array, Float, PyTree
 
 # how operations of backwards are named in compiled programs, where autodiff's own names may be lost
 BACKWARD = "backward"
+# likewise of a forward and a backward that go through their layers together
+PAIRED = "paired"
 
 
 class Result(NamedTuple):
@@ -119,6 +121,7 @@ class _Executor:
         self.frozen_outer = None if frozen is None else frozen.outer
         self.batch = batch
         self.num_stages = schedule.num_stages
+        self.works = self.lowered.alone
         self.trains = any(self.lowered.num_residuals)
         self.stage = jax.lax.axis_index(current().axes("pipe")) if self.num_stages > 1 else 0
         self.loops = tuple(
@@ -180,9 +183,8 @@ class _Executor:
         def part(table: np.ndarray, idle: int) -> np.ndarray:
             return np.pad(table[ticks.start : ticks.stop], ((0, missing), (0, 0)), constant_values=idle)
 
-        works = (lowered.forward, lowered.backward, lowered.weight)
         return (
-            tuple(jax.tree.map(lambda table: part(table, 0), work) for work in works),
+            tuple(jax.tree.map(lambda table: part(table, 0), work) for work in self.works),
             part(lowered.paired, 0),
             tuple(part(channel.slots, lowered.num_inputs) for channel in lowered.inputs),
             tuple(part(channel.slots, lowered.num_cotangents) for channel in lowered.cotangents),
@@ -227,29 +229,30 @@ class _Executor:
     def tick(self, state: ExecutorState, rows: PyTree, ticks: TickLoop, phase: int) -> ExecutorState:
         """One tick: a row of each table, at this phase of the loop's iterations."""
         (forward, backward, weight), paired, arrivals, cotangent_arrivals = rows
-        lowered = self.lowered
+        lowered, (forwards, backwards, weights) = self.lowered, self.works
         messages = self._travel(lowered.cotangents, ticks.cotangents[phase], state.sent)
         y = cotangent = None
-        is_paired = bool(lowered.paired[ticks.start + phase : ticks.stop : ticks.period].any())
-        if not is_paired and self._has_any(lowered.forward, ticks, phase):
-            state, y = self._run(self._forward, lowered.forward, forward, state)
+        if self._has_any(forwards.active, ticks, phase):
+            state, y = self._run(self._forward, forwards, forward, state)
         for message, slot in zip(messages, cotangent_arrivals, strict=True):
             state = replace(state, cotangents=_receive(state.cotangents, message, slot))
-        if is_paired:
-            state, y, cotangent = self._pair(state, paired, forward, backward)
+        # beside the branches of what runs alone: XLA copies what a branch inside another passes on
+        if self._has_any(lowered.paired, ticks, phase):
+            state, y, cotangent = self._pair(paired, forward, backward, state, y)
         messages = self._travel(lowered.inputs, ticks.inputs[phase], y)
-        if not is_paired and self._has_any(lowered.backward, ticks, phase):
-            state, cotangent = self._run(self._backward, lowered.backward, backward, state)
+        if self._has_any(backwards.active, ticks, phase):
+            state, alone = self._run(self._backward, backwards, backward, state)
+            cotangent = _either(backward.active, alone, cotangent)
         if lowered.cotangents:
             state = replace(state, sent=buffers.zeros(self.stream) if cotangent is None else cotangent)
-        if self._has_any(lowered.weight, ticks, phase):
-            state, _ = self._run(self._weight, lowered.weight, weight, state)
+        if self._has_any(weights.active, ticks, phase):
+            state, _ = self._run(self._weight, weights, weight, state)
         for message, slot in zip(messages, arrivals, strict=True):
             state = replace(state, inputs=_receive(state.inputs, message, slot))
         return state
 
-    def _has_any(self, table: WorkTable[IntTable], ticks: TickLoop, phase: int) -> bool:
-        return bool(table.active[ticks.start + phase : ticks.stop : ticks.period].any())
+    def _has_any(self, table: IntTable, ticks: TickLoop, phase: int) -> bool:
+        return bool(table[ticks.start + phase : ticks.stop : ticks.period].any())
 
     def _microbatch(self, row: WorkTable[Array]) -> Microbatch:
         return jax.tree.map(lambda leaf: leaf[row.microbatch], self.batch)
@@ -270,11 +273,17 @@ class _Executor:
         return jax.lax.cond(row.active, lambda state: work(state, row), nothing, state)
 
     def _pair(
-        self, state: ExecutorState, paired: Array, forward: WorkTable[Array], backward: WorkTable[Array]
+        self,
+        paired: Array,
+        forward: WorkTable[Array],
+        backward: WorkTable[Array],
+        state: ExecutorState,
+        y: Stream | None,
     ) -> tuple[ExecutorState, Stream, Stream]:
-        """A tick's forward and backward: together where the table says so, else one after the other."""
+        """A forward and a backward together, if there are two, and what they send; `y` is what a forward alone does."""
 
-        def together(state: ExecutorState) -> tuple[ExecutorState, Stream, Stream]:
+        @jax.named_scope(PAIRED)
+        def together(state: ExecutorState, _: Stream) -> tuple[ExecutorState, Stream, Stream]:
             ahead, back = self._microbatch(forward), self._microbatch(backward)
             ((stack, length),) = self.variants
             slots = self.stages.partitions[stack].slots_per_chunk
@@ -289,12 +298,11 @@ class _Executor:
             state, cotangent = self._back_from(state, backward, back, entered)
             return state, y, cotangent
 
-        def in_turn(state: ExecutorState) -> tuple[ExecutorState, Stream, Stream]:
-            state, y = self._run(self._forward, self.lowered.forward, forward, state)
-            state, cotangent = self._run(self._backward, self.lowered.backward, backward, state)
-            return state, y, cotangent
+        def nothing(state: ExecutorState, y: Stream) -> tuple[ExecutorState, Stream, Stream]:
+            return state, y, buffers.zeros(self.stream)
 
-        return jax.lax.cond(paired, together, in_turn, state)
+        y = buffers.zeros(self.stream) if y is None else y
+        return jax.lax.cond(paired, together, nothing, state, y)
 
     def _forward(self, state: ExecutorState, row: WorkTable[Array]) -> tuple[ExecutorState, Stream]:
         """What enters the chunk, its layers, and on the last virtual stage head and loss with their gradient."""
@@ -453,6 +461,10 @@ class _Executor:
             return jax.tree.map(lambda leaf: permute(leaf, current().axes("pipe"), now), message) if now else None
 
         return [send(channel, now) for channel, now in zip(channels, routes, strict=True)]
+
+
+def _either(is_first: Array | int, first: Stream, second: Stream | None) -> Stream:
+    return first if second is None else jax.tree.map(partial(jnp.where, is_first), first, second)
 
 
 def _receive(buffer: Stream, message: Stream | None, slot: Array) -> Stream:

@@ -4,7 +4,7 @@ import bisect
 import heapq
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Generic, TypeVar
 
@@ -106,6 +106,14 @@ class LoweredSchedule:
     num_residuals: tuple[int, ...]
     """By stack, each having buffers of its own."""
     num_deferred: tuple[int, ...]
+
+    @cached_property
+    def alone(self) -> tuple[WorkTable[IntTable], WorkTable[IntTable], WorkTable[IntTable]]:
+        """Forwards, backwards and weight gradients, active where they run by themselves."""
+        forward, backward = (
+            replace(work, active=work.active * (1 - self.paired)) for work in (self.forward, self.backward)
+        )
+        return forward, backward, self.weight
 
 
 def lower(schedule: Schedule, stack_chunks: tuple[int, ...] | None = None) -> LoweredSchedule:

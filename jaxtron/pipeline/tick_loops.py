@@ -71,9 +71,12 @@ def message_counts(lowered: LoweredSchedule) -> tuple[int, int]:
     return sum(loop.num_sent for loop in tick_loops(lowered)), _num_needed(lowered)
 
 
-def reached(lowered: LoweredSchedule, kind: Literal["forward", "backward", "weight"]) -> int:
-    """Ticks at which a stage comes by this kind of work in the compiled loops, whether it has any or not."""
-    active = getattr(lowered, kind).active
+def reached(lowered: LoweredSchedule, kind: Literal["forward", "backward", "weight", "paired"]) -> int:
+    """Ticks at which a stage comes by this kind of work in the compiled loops, whether it has any or not.
+
+    Of a schedule that overlaps, forwards and backwards are those by themselves, and what runs together is `paired`."""
+    kinds = ("forward", "backward", "weight")
+    active = lowered.paired if kind == "paired" else lowered.alone[kinds.index(kind)].active
     return sum(
         loop.num_iterations
         for loop in tick_loops(lowered)

@@ -84,6 +84,8 @@ class Rules:
     shared: Table
     gather_once: frozenset[str] = frozenset()
     context: ContextConfig = ContextConfig()
+    stands_for: str | None = None
+    """The `jax.Device.device_kind` of what the devices stand for, where a step is traced for others than they are."""
 
     @property
     def mesh(self) -> Mesh:
@@ -93,8 +95,8 @@ class Rules:
 
     @property
     def device_kind(self) -> str:
-        """What the mesh's devices are, as `jax.Device.device_kind`."""
-        return self.mesh.devices.flat[0].device_kind
+        """What the mesh's devices are, or stand for, as `jax.Device.device_kind`."""
+        return self.stands_for or self.mesh.devices.flat[0].device_kind
 
     def axes(self, *flags: str) -> Axes:
         """The mesh axes of these flags, in their order: what specs and collectives are given."""

@@ -47,7 +47,7 @@ from jaxtron.models.work.blocks import (
     residual,
     token_head,
 )
-from jaxtron.models.work.experts import ExpertShapes, expert_temporaries, experts
+from jaxtron.models.work.experts import ExpertShapes, expert_rows, expert_temporaries, experts
 from jaxtron.models.work.model import ModelWork, StackWork
 from jaxtron.models.work.operations import PhaseWork, SlotWork
 from jaxtron.models.work.shapes import Shapes, gather, gathered_weights
@@ -65,6 +65,8 @@ class LayerWork:
     """Operations by the regions that `model.recompute` can name; what lies in a part is not counted in the whole."""
     temporaries: Callable[[ModelConfig, Shapes], float] = lambda model, shapes: 0.0
     """Bytes that one layer's backward needs beside what was kept; of kinds of one `module` those with most count."""
+    beside: Callable[[ModelConfig, Shapes], float] = lambda model, shapes: 0.0
+    """Bytes that its forward needs beside a backward; likewise."""
     gathers: bool = True
     """Whether it reads the whole sequence, and not a device's part of it along `tensor`."""
     scatters: bool = True
@@ -94,7 +96,8 @@ def decoder_work(model: ModelConfig, shapes: Shapes) -> ModelWork:
             if not {"layer", KINDS[symbol].module} & model.recomputed
         ),
         enter=embedding(shapes, hidden, tables, passes=passes, dropout=model.dropout > 0) + _leading(model, shapes),
-        temporaries=_temporaries(model, shapes),
+        temporaries=_most(model, shapes, lambda work: work.temporaries),
+        beside=_most(model, shapes, lambda work: work.beside),
         transposed=_transposed(model, shapes, in_loop=False),
         transposed_in_loop=_transposed(model, shapes, in_loop=True),
     )
@@ -170,11 +173,13 @@ def _recomputed(model: ModelConfig, shapes: Shapes, kind: LayerKind, regions: Re
     return found
 
 
-def _temporaries(model: ModelConfig, shapes: Shapes) -> float:
-    """Bytes that a layer's backward needs beside what it kept: of all modules that a layer can have."""
+def _most(
+    model: ModelConfig, shapes: Shapes, of: Callable[[LayerWork], Callable[[ModelConfig, Shapes], float]]
+) -> float:
+    """Bytes that layers need: of all modules that a layer can have, each the most of its kinds."""
     modules: dict[str, float] = {}
     for kind in model.kinds:
-        needed = LAYER_WORK[kind.symbol].temporaries(model, shapes)
+        needed = of(LAYER_WORK[kind.symbol])(model, shapes)
         modules[kind.module] = max(modules.get(kind.module, 0.0), needed)
     return sum(modules.values())
 
@@ -308,6 +313,10 @@ def _moe_temporaries(model: ModelConfig, shapes: Shapes) -> float:
     return needed + (mlp_temporaries(shapes, model.hidden_size, shared) if shared else 0.0)
 
 
+def _moe_beside(model: ModelConfig, shapes: Shapes) -> float:
+    return expert_rows(shapes, _expert_layer(model, shapes))
+
+
 def _moe_kept(model: ModelConfig, shapes: Shapes) -> float:
     return _expert_layer(model, shapes).kept(shapes)
 
@@ -335,7 +344,13 @@ LAYER_WORK = {
     LATENT.symbol: LayerWork(_latent, _latent_scores, gathers=False, transposed=_latent_mixed),
     MLP.symbol: LayerWork(_mlp, _mlp_temporaries, transposed=_mlp_hidden),
     MOE.symbol: LayerWork(
-        _moe, _moe_temporaries, gathers=False, scatters=False, exchanged=_moe_exchanged, kept=_moe_kept
+        _moe,
+        _moe_temporaries,
+        _moe_beside,
+        gathers=False,
+        scatters=False,
+        exchanged=_moe_exchanged,
+        kept=_moe_kept,
     ),
     MAMBA.symbol: LayerWork(_mamba),
 }

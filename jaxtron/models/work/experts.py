@@ -76,7 +76,12 @@ def experts(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
 def expert_temporaries(shapes: Shapes, layer: ExpertShapes) -> float:
     """Bytes that their backward needs beside what was kept."""
     matrices = layer.own * (layer.inputs + 1) * layer.hidden * layer.width
-    return EXPERT_MATRICES * FLOAT * matrices + EXPERT_ROWS * layer.held * layer.hidden * shapes.width
+    return EXPERT_MATRICES * FLOAT * matrices + expert_rows(shapes, layer)
+
+
+def expert_rows(shapes: Shapes, layer: ExpertShapes) -> float:
+    """Bytes of the rows among them, which a forward beside a backward needs as well."""
+    return EXPERT_ROWS * layer.held * layer.hidden * shapes.width
 
 
 def _router(shapes: Shapes, layer: ExpertShapes) -> SlotWork:

@@ -20,6 +20,8 @@ class StackWork:
     """What makes the stream of its first layer."""
     temporaries: float = 0.0
     """Bytes that a layer's backward needs beside what was kept."""
+    beside: float = 0.0
+    """Bytes that a layer's forward needs beside what it keeps, where a backward runs at the same time."""
     transposed: int = 0
     """Bytes of one row that are kept a second time for weight gradients, which contract over tokens."""
     transposed_in_loop: int = 0

@@ -29,11 +29,14 @@ class Overlap:
     """Keys and values of other parts of a sequence."""
     expert: float = 0.0
     """Tokens on their way to experts and back."""
+    pairs: float = 0.0
+    """The same where a forward and a backward go through their layers together, behind the products of both."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Overlap and kernels; the defaults are Jaxtron's, with nothing hidden but weights and messages.
+    """Overlap and kernels; the defaults are Jaxtron's, with nothing hidden but weights and messages, and where
+    `pipeline.overlap` joins a forward and a backward the exchange of each behind the other.
 
     `sequence_sharded`: norms, dropout and the residual stream are split over `tensor` (2205.05198), else copied.
     `attention`: scores in memory in float32 (plain), in 16 bits with a softmax kernel (2104.04473, sec. 4.2), or never
@@ -42,7 +45,7 @@ class Profile:
     and is multiplied there, rounds of a fixed size with what is empty in them, or the rows that were chosen.
     """
 
-    overlap: Overlap = Overlap(fsdp=1.0, pipe=1.0, context=1.0)
+    overlap: Overlap = Overlap(fsdp=1.0, pipe=1.0, context=1.0, pairs=1.0)
     sequence_sharded: bool = True
     attention: Attention = "plain"
     logit_bytes: int = 18

@@ -156,7 +156,8 @@ class Walk:
     """Every slot of a table in an order in which all that one needs is before it: a column of the list per field.
 
     `needs` is the place in the list of what a slot waits for from another virtual stage, -1 for nothing; `travels`
-    whether that comes from another stage.
+    whether that comes from another stage. `joined` are forwards that run together with the slot after them, the
+    backward of the same tick.
     """
 
     num_stages: int
@@ -166,6 +167,7 @@ class Walk:
     works: list[Work]
     needs: list[int]
     travels: list[bool]
+    joined: set[int]
 
 
 def walk(schedule: Schedule) -> Walk:
@@ -177,7 +179,7 @@ def walk(schedule: Schedule) -> Walk:
     count = schedule.num_microbatches
     # by virtual stage and microbatch, flat
     forwards, backwards = ([-1] * (schedule.num_virtual * count) for _ in range(2))
-    found = Walk(num_stages, [], [], [], [], [], [])
+    found = Walk(num_stages, [], [], [], [], [], [], set())
 
     def add(stage: int, slot: Slot, virtual: int, work: Work, needs: int, travels: bool) -> None:
         found.stages.append(stage)
@@ -189,6 +191,8 @@ def walk(schedule: Schedule) -> Walk:
 
     for row in schedule.table:
         for stage, entry in enumerate(row):
+            if schedule.overlap and entry.is_pair:
+                found.joined.add(len(found.stages))
             if (work := entry.forward) is not None:
                 virtual = virtual_of[stage][work.chunk]
                 place = virtual * count + work.microbatch
@@ -206,37 +210,56 @@ def walk(schedule: Schedule) -> Walk:
     return found
 
 
-def starts(walk: Walk, durations: Mapping[Slot, Sequence[float]], *, latency: float = 0.0) -> list[float]:
-    """When each slot of a walk starts, as early as its stage and its input allow; there is no common clock.
+def times(
+    walk: Walk,
+    durations: Mapping[Slot, Sequence[float]],
+    *,
+    latency: float = 0.0,
+    saved: Mapping[tuple[int, int], float] | None = None,
+) -> tuple[list[float], list[float]]:
+    """When each slot of a walk starts and ends, as early as its stage and its input allow; there is no common clock.
 
-    `durations` are by slot and virtual stage, in any unit; a message arrives `latency` after its slot's end.
+    `durations` are by slot and virtual stage, in any unit; a message arrives `latency` after its slot's end. `saved`
+    are by the virtual stages of a forward and a backward that run together what they take less than in turn.
     """
     free = [0.0] * walk.num_stages
-    found: list[float] = []
+    begun: list[float] = []
     ends: list[float] = []
+    joined, saved = walk.joined, saved or {}
     columns = zip(walk.stages, walk.slots, walk.virtuals, walk.needs, walk.travels, strict=True)
-    for stage, slot, virtual, needs, travels in columns:
+    for place, (stage, slot, virtual, needs, travels) in enumerate(columns):
+        if joined and place - 1 in joined:
+            # ended with its forward
+            begun.append(free[stage] - durations[slot][virtual])
+            ends.append(free[stage])
+            continue
         start = free[stage]
         if needs >= 0:
             arrival = ends[needs] + latency if travels else ends[needs]
             if arrival > start:
                 start = arrival
         end = start + durations[slot][virtual]
+        if joined and place in joined:
+            back, needs = walk.virtuals[place + 1], walk.needs[place + 1]
+            if needs >= 0:
+                start = max(start, ends[needs] + latency * walk.travels[place + 1])
+            together = durations[slot][virtual] + durations["backward"][back]
+            end = start + together - saved.get((virtual, back), 0.0)
         free[stage] = end
-        found.append(start)
+        begun.append(start)
         ends.append(end)
-    return found
+    return begun, ends
 
 
 def timeline(
     schedule: Schedule, *, durations: Mapping[Slot, Sequence[float]] | None = None, latency: float = 0.0
 ) -> list[list[Span]]:
-    """Each stage's slots in order, as `starts` places them; without `durations` chunks take what `slot_costs` says."""
+    """Each stage's slots in order, as `times` places them; without `durations` chunks take what `slot_costs` says."""
     if durations is None:
         durations = {slot: [cost] * schedule.num_virtual for slot, cost in slot_costs(schedule).items()}
     walked = walk(schedule)
     spans: list[list[Span]] = [[] for _ in range(schedule.num_stages)]
-    begun = starts(walked, durations, latency=latency)
+    begun, _ = times(walked, durations, latency=latency)
     for stage, slot, virtual, work, start in zip(
         walked.stages, walked.slots, walked.virtuals, walked.works, begun, strict=True
     ):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxtron.pipeline.executor import BACKWARD
+from jaxtron.pipeline.executor import BACKWARD, PAIRED
 from jaxtron.plan.compiled import hlo
 from jaxtron.plan.compiled.overlap import products_beside
 from jaxtron.sharding.folding import Axes
@@ -46,7 +46,8 @@ class Collective:
     `loops` are trip counts of the loops around it, outermost first, None where the compiler does not know, 0 of further
     rounds of experts.
     `source` is the traced operation it came from, or its innermost loop's where XLA lost it; `location` is `file:line`;
-    `backward` tells whether either belongs to a backward pass, recomputation included.
+    `backward` tells whether either belongs to a backward pass, recomputation included; `paired` whether to a forward
+    and a backward that run together.
     `beside` are the FLOPs of products that the compiler scheduled between its start and its end.
     """
 
@@ -60,6 +61,7 @@ class Collective:
     conditional: bool
     asynchronous: bool
     backward: bool
+    paired: bool
     source: str
     location: str
     beside: int = 0
@@ -141,6 +143,7 @@ def _collective(module: hlo.Module, site: hlo.Site, groups: "_Groups", beside: d
         asynchronous=started and '"is_sync":true' not in instruction.attributes,
         # where XLA lost a collective's own name its loop still tells
         backward=any("transpose(" in source or f"/{BACKWARD}/" in source for source in sources),
+        paired=any(f"/{PAIRED}/" in source for source in sources),
         source=next(filter(None, sources), ""),
         location=hlo.location(module, instruction),
         beside=beside.get(instruction.name, 0),

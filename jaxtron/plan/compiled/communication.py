@@ -96,7 +96,8 @@ def compiled_overlap(rehearsal: Rehearsal, machine: Machine) -> Overlap:
         data=part(once),
         pipe=part(pipe),
         context=part(split),
-        expert=part(exchanged),
+        expert=part([entry for entry in exchanged if not entry.paired]),
+        pairs=part([entry for entry in exchanged if entry.paired]),
     )
 
 
@@ -117,7 +118,8 @@ def exchange_of(folding: Folding) -> Callable[[Collective], bool]:
 def runs(rehearsal: Rehearsal) -> Callable[[Collective], float]:
     """How often a communication runs on a stage in a step.
 
-    What a schedule's ticks choose runs where the stage has such work, not at every tick of the loop.
+    What a schedule's ticks choose runs where the stage has such work, not at every tick of the loop. Of a schedule that
+    overlaps, the stage is one with the most pairs.
     """
     config, num_stages = rehearsal.session.config, rehearsal.session.sizes["pipe"]
     stages, table = config.stage_plan(num_stages), config.schedule(num_stages)
@@ -125,9 +127,18 @@ def runs(rehearsal: Rehearsal) -> Callable[[Collective], float]:
         return lambda entry: entry.executions
     lowered = lower(table, stages.stack_chunks)
     # of several stacks, which have as many chunks each, a tick chooses one
-    each = table.num_microbatches * stages.stack_chunks[0]
-    part = {False: each / reached(lowered, "forward"), True: each / reached(lowered, "backward")}
-    return lambda entry: entry.executions * (part[entry.backward] if entry.conditional else 1.0)
+    each, pairs = table.num_microbatches * stages.stack_chunks[0], int(lowered.paired.sum(0).max())
+
+    ticks = {kind: max(1, reached(lowered, kind)) for kind in ("forward", "backward", "paired")}
+
+    def part(entry: Collective) -> float:
+        if not entry.conditional:
+            return 1.0
+        if entry.paired:
+            return pairs / ticks["paired"]
+        return (each - pairs) / ticks["backward" if entry.backward else "forward"]
+
+    return lambda entry: entry.executions * part(entry)
 
 
 Weigher = Callable[[Collective], tuple[float, float]]

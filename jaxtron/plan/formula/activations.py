@@ -1,6 +1,7 @@
 """What a layer keeps for its backward, in bytes, from shapes alone."""
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -76,8 +77,8 @@ def row_bytes(
         "pipeline": PipelineConfig(),
     }
     config = config.model_copy(update=alone)
-    with use(make_rules(mesh, ShardingConfig())):
-        trainer = make_trainer(config, select_attention(config, parts, kind or current().device_kind))
+    with use(replace(make_rules(mesh, ShardingConfig()), stands_for=kind)):
+        trainer = make_trainer(config, select_attention(config, parts, current().device_kind))
         table = _put_off(trainer.stages.num_chunks)
         held = resident(trainer, abstract_batch(config), table)[1]
         kept = tuple(

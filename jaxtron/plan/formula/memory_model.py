@@ -223,6 +223,10 @@ def _temporaries(
     for count, here, late, one, stack in zip(layers, slots.residuals, slots.deferred, kept, work.stacks, strict=True):
         transposed = stack.transposed_in_loop if count > 1 else stack.transposed
         loop += count * (DEFERRED * late * one.deferred + here * shapes.rows * transposed)
+    if config.pipeline.overlap and sizes["pipe"] > 1:
+        # a layer's residuals are read ahead, and a forward makes its own meanwhile
+        each = zip(kept, work.stacks, strict=True)
+        loop += max(2 * one.residuals + stack.beside for one, stack in each)
     if state.gathered:
         loop += state.largest + tables
     has_experts = any(stack.expert_parameters for stack in work.stacks)

@@ -1,15 +1,16 @@
 """How long a step takes, from the operations of its slots and the timeline of its schedule."""
 
 import functools
+import itertools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from jaxtron.gpus import gpu_named
 from jaxtron.models.work.model import ModelWork
 from jaxtron.models.work.operations import CollectiveWork
 from jaxtron.models.work.profile import JAXTRON, Profile
 from jaxtron.pipeline.partition import StagePlan
-from jaxtron.pipeline.schedules.figures import Slot, Walk, starts, walk
+from jaxtron.pipeline.schedules.figures import Slot, Walk, times, walk
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.plan.formula import pieces
@@ -73,14 +74,20 @@ def predict(
     plan = config.stage_plan(sizes["pipe"])
     costs, flops = _slot_costs(work, table, plan, timer)
     durations: dict[Slot, list[float]] = {slot: [cost.total for cost in costs[slot]] for slot in costs}
-    begun = starts(walked, durations, latency=profile.overlap.pipe * timer.message(work.stream))
-    ends = [0.0] * table.num_stages
-    for stage, slot, virtual, start in zip(walked.stages, walked.slots, walked.virtuals, begun, strict=True):
-        ends[stage] = start + durations[slot][virtual]
+    saved = _saved(table, costs, profile)
+    _, ended = times(
+        walked, durations, latency=_hidden_messages(table, profile) * timer.message(work.stream), saved=saved
+    )
+    ends, spared = [0.0] * table.num_stages, [0.0] * table.num_stages
+    for stage, end in zip(walked.stages, ended, strict=True):
+        ends[stage] = end
+    for place in walked.joined:
+        spared[walked.stages[place]] += saved[walked.virtuals[place], walked.virtuals[place + 1]]
     stages = []
     for stage, end in enumerate(ends):
         layers = [sum(stack.chunk_lengths[stage]) for stack in plan.partitions]
-        stages.append(_stage(config, table, costs, stage, end, pieces.once(config, shapes, work, layers)))
+        found = _stage(config, table, costs, stage, end, pieces.once(config, shapes, work, layers))
+        stages.append(replace(found, work=found.work + SlotCost(expert=-spared[stage])))
     breakdown = _breakdown(stages, timer, config.optimizer.name)
     return _prediction(config, sizes, machine, breakdown, flops, durations)
 
@@ -114,13 +121,34 @@ def _walk(config: Configuration, num_stages: int) -> tuple[Schedule, Walk]:
     table, name = config.schedule(num_stages), config.pipeline.schedule
     if num_stages == 1 or name.endswith(".csv"):
         return table, walk(table)
-    return table, _known_walk(name, num_stages, table.num_microbatches, table.num_chunks)
+    return table, _known_walk(name, num_stages, table.num_microbatches, table.num_chunks, table.overlap)
 
 
 @functools.lru_cache(maxsize=16)
-def _known_walk(name: str, num_stages: int, num_microbatches: int, num_chunks: int) -> Walk:
+def _known_walk(name: str, num_stages: int, num_microbatches: int, num_chunks: int, overlap: bool) -> Walk:
     """A search asks for the same schedule again and again; hashing its table would cost as much as the walk."""
-    return walk(make_schedule(name, num_stages, num_microbatches, num_chunks))
+    return walk(replace(make_schedule(name, num_stages, num_microbatches, num_chunks), overlap=overlap))
+
+
+def _hidden_messages(table: Schedule, profile: Profile) -> float:
+    """The part of messages between stages that is hidden: none where they wait for a forward and a backward at once."""
+    return 0.0 if table.overlap else profile.overlap.pipe
+
+
+def _saved(table: Schedule, costs: dict[Slot, list[SlotCost]], profile: Profile) -> dict[tuple[int, int], float]:
+    """Seconds of exchange that a forward and a backward hide behind each other's products, by virtual stages."""
+    if not table.overlap:
+        return {}
+    alone, together = 1 - profile.overlap.expert, 1 - profile.overlap.pairs
+    part = max(0.0, 1 - together / alone) if alone else 0.0
+    chunks = range(table.num_chunks)
+    found = {}
+    for stage, ahead, back in itertools.product(range(table.num_stages), chunks, chunks):
+        first, second = table.virtual(stage, ahead), table.virtual(stage, back)
+        forward, backward = costs["forward"][first], costs["backward"][second]
+        hidden = min(part * forward.expert, backward.products) + min(part * backward.expert, forward.products)
+        found[first, second] = hidden
+    return found
 
 
 def _slot_costs(
@@ -128,7 +156,7 @@ def _slot_costs(
 ) -> tuple[dict[Slot, list[SlotCost]], float]:
     """The cost of each slot by virtual stage, and the FLOPs of a microbatch on a device of each stage, added up."""
     last = table.num_virtual - 1
-    message = SlotCost(pipe=(1 - timer.profile.overlap.pipe) * timer.message(work.stream))
+    message = SlotCost(pipe=(1 - _hidden_messages(table, timer.profile)) * timer.message(work.stream))
     costs: dict[Slot, list[SlotCost]] = {}
     flops = 0.0
     for slot in SLOTS if table.split else SLOTS[:2]:

@@ -23,11 +23,13 @@ MOST_EMPTY = 0.1
 ONE_CHUNK = ("1f1b", "eager_1f1b", "zero_bubble")
 TWO_CHUNKS = ("zero_bubble_v", "dualpipe_v")
 MORE_CHUNKS = ("interleaved", "eager_interleaved")
+# those with a forward and a backward of different microbatches at one tick
+PAIRED = ("eager_1f1b", "eager_interleaved", "dualpipe_v")
 # Settings that a layout decides, by section; of the pipeline an own layout may have more.
 SETTINGS = {
     "mesh": ("data", "fsdp", "context", "tensor", "pipe", "expert", "expert_tensor"),
     "context": ("method", "inner"),
-    "pipeline": ("schedule", "chunks", "embedding_weight", "loss_weight"),
+    "pipeline": ("schedule", "chunks", "overlap", "embedding_weight", "loss_weight"),
     "train": ("microbatches",),
     "model": ("recompute",),
     "sharding": ("zero",),
@@ -96,7 +98,7 @@ class CandidateLayout:
                 value, before = (getattr(getattr(one, section), name, None) for one in (config, base))
                 # an axis left open is filled with what the others leave
                 if value != before and not (section == "mesh" and before == -1):
-                    words.append(f"--{section}.{name} {' '.join(value) if isinstance(value, tuple) else value}")
+                    words.append(f"--{section}.{name} {_typed(value)}")
         return " ".join(words)
 
     def differences(self, other: "CandidateLayout") -> list[str]:
@@ -135,7 +137,8 @@ class CandidateLayout:
         """The schedule with its chunks, where there are stages."""
         if self.pipe == 1:
             return "-"
-        return self.pipeline.schedule + (f" x {self.pipeline.chunks}" if self.pipeline.chunks > 1 else "")
+        chunks = f" x {self.pipeline.chunks}" if self.pipeline.chunks > 1 else ""
+        return self.pipeline.schedule + chunks + " overlapped" * self.pipeline.overlap
 
     def text(self, global_batch: int) -> str:
         """All of it in a line."""
@@ -212,6 +215,13 @@ def own_layout(config: Configuration, num_gpus: int) -> CandidateLayout:
     )
 
 
+def _typed(value: object) -> str:
+    """As it is typed on a command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return " ".join(value) if isinstance(value, tuple) else str(value)
+
+
 def _foldings(config: Configuration, sizes: dict[str, int], gpus_per_node: int) -> list[tuple[int, int]]:
     """Parts of experts and of their width over the devices of a stage, a width inside a node."""
     experts = config.family.experts(config.model)
@@ -275,7 +285,9 @@ def _attention(config: Configuration, tensor: int, context: int) -> Iterator[Con
 
 
 def _pipelines(config: Configuration, num_stages: int) -> Iterator[PipelineConfig]:
-    """Schedules and chunks for so many stages: all cuts that divide the layers, or nearly where the stages do not."""
+    """Schedules and chunks for so many stages: all cuts that divide the layers, or nearly where the stages do not.
+
+    What the configuration overlaps is tried either way."""
     if num_stages == 1:
         yield PipelineConfig()
         return
@@ -293,6 +305,8 @@ def _pipelines(config: Configuration, num_stages: int) -> Iterator[PipelineConfi
         names = ONE_CHUNK if whole == 1 else (*MORE_CHUNKS, *TWO_CHUNKS) if whole == 2 else MORE_CHUNKS
         for name in names:
             yield PipelineConfig(schedule=name, chunks=count, **weights)
+            if config.pipeline.overlap and name in PAIRED:
+                yield PipelineConfig(schedule=name, chunks=count, overlap=True, **weights)
 
 
 def _cuts(num_layers: int, num_stages: int, num_chunks: int) -> bool:
