@@ -109,15 +109,17 @@ TASKS = {
 
 
 def prepare(folder: Path, name: str, rows: int, held_out: int, seed: int) -> tuple[tuple[object, ...], list[Example]]:
-    """Makes examples enough for about `rows` rows of one each, and writes them into a folder unless they are there.
+    """Makes examples enough for about `rows` rows of one each, and writes them into a folder.
 
     Flags of a training on them, and the held-out examples.
     """
     train, others = TASKS[name].draw(rows, held_out, seed)
     lines, template = folder / "train.jsonl", folder / "template.jinja"
-    if not lines.is_file():
+    text = "".join(example.line() + "\n" for example in train)
+    # a run that goes on reads the file it began with: untouched where it says the same
+    if not lines.is_file() or lines.read_text(encoding="utf-8") != text:
         folder.mkdir(parents=True, exist_ok=True)
         template.write_text(TEMPLATE, encoding="utf-8")
-        write_whole(lines, "".join(example.line() + "\n" for example in train))
+        write_whole(lines, text)
     cache = ("--data.cache_directory", folder / "cache", "--data.validation_fraction", VALIDATION)
     return ("--data.format", "chat", "--data.path", lines, "--data.chat.template", template, *cache), others
