@@ -23,7 +23,8 @@ def test_copying_repeats_its_line_and_a_phonebook_answers_from_its_lines():
         book, _, first = turns[0][0].partition("\n\n")
         lines = book.split("\n")
         asked = [prompt + answer for (prompt, answer) in ((first, turns[0][1]), *turns[1:])]
-        assert len(lines) == len({line.split()[0] for line in lines}) == size
+        assert len(lines) == len({line[0] for line in lines}) == size
+        assert {len(line) for line in lines} == {1 + recall.DIGITS}
         assert len(set(asked)) == len(turns) == min(recall.QUERIES, size)
         assert {line.rstrip("\n") for line in asked} <= set(lines)
 
@@ -58,8 +59,9 @@ def test_what_is_held_out_was_never_trained_on(name):
     train, held_out = task.draw(2000, 8, seed=1)
     assert [example.size for example in held_out] == [size for size in task.scored for _ in range(8)]
     assert {example.size for example in train} == set(task.trained) >= set(task.scored)
-    trained = {line for example in train for line in "".join(itertools.chain(*example.turns)).split("\n") if line}
-    assert not trained & {fact.rstrip("\n") for example in held_out for fact in example.facts}
+    trained = {"".join(itertools.chain(*example.turns)) for example in train}
+    assert all(example.turns[0][0].startswith(example.given) for example in held_out)
+    assert not any(text.startswith(example.given) for text in trained for example in held_out)
     longest = max(len(example.sequence().ids) for example in [*train, *held_out])
     assert longest <= hybrids.LENGTHS[name] + 1
     again, other = task.draw(2000, 8, seed=1), task.draw(2000, 8, seed=2)
