@@ -1,8 +1,8 @@
 """Tasks that ask for what stands earlier in a text: copying (2402.01032) and looking numbers up in a phonebook.
 
 Both are conversations whose answers alone have loss (docs/data.md). Of copying: a line of random letters, none of them
-twice, and the same line again. Of a phonebook: lines of a name, which is a letter, and a number, an empty line, then some
-of the names again, each to be followed by its number.
+twice, and the same line again. Of a phonebook: lines of a name, which is a letter, and a number; an empty line; some of
+the names again, each to be followed by its number.
 """
 
 import json
@@ -32,7 +32,8 @@ TEMPLATE = (
 class Example:
     """Prompts and answers in turn, each answer with the line feed that ends it.
 
-    `size` is how much there is to remember, letters of a string or people of a phonebook; `given` is the string or book.
+    `size` is how much there is to remember, letters of a string or people of a phonebook; `given` is the string or
+    the book.
     """
 
     turns: tuple[tuple[str, str], ...]
@@ -82,7 +83,7 @@ class Task:
     scored: tuple[int, ...]
 
     def draw(self, count: int, held_out: int, seed: int) -> tuple[list[Example], list[Example]]:
-        """`count` examples to train on, and `held_out` of each scored size, of strings and books that none of them has."""
+        """`count` examples to train on, and `held_out` of each scored size, none with a string or book of those."""
         draw = random.Random(f"{self.make.__name__} {seed}")
         train = [self.make(draw.choice(self.trained), draw) for _ in range(count)]
         known = {example.given for example in train}
