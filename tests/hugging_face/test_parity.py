@@ -39,7 +39,15 @@ def reshaped(fixture: Fixture) -> tuple[Trainer, PyTree]:
     return trainer, jax.device_put(tree, shardings(trainer.blueprint.parameters))
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.npz")))
+# what each adds to a llama is in another of the fixtures too
+SLOW = ("llama_biases", "mistral")
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    for name in sorted(path.stem for path in FOLDER.glob("*.npz"))
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_transformers(name, rules_for, tmp_path):
     fixture = load(name)
     with use(rules_for(data=1)):

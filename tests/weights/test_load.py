@@ -257,3 +257,34 @@ def test_files_may_be_links_as_in_the_hubs_cache(one_device: Session, tmp_path: 
         path.rename(tmp_path / path.stem)
         path.symlink_to(Path("..") / path.stem)
     assert read(folder, one_device)["head.table"].any()
+
+
+def damaged(content: bytes, random: np.random.Generator) -> bytes:
+    """A file with a byte that is another, some that are gone, or more, in what describes the tensors."""
+    described = 8 + int.from_bytes(content[:8], "little") if content[8:9] == b"{" else len(content)
+    place, size = int(random.integers(described)), int(random.integers(1, 20))
+    more = [b"9", b"-", b"{", b"}", b"null", b'"', b",", b"1e999", bytes([random.integers(256)])]
+    kind = random.integers(4)
+    middle = b"" if kind == 0 else more[random.integers(len(more))]
+    return content[:place] + middle + (b"" if kind == 3 else content[place + (size if kind == 0 else kind - 1) :])
+
+
+def test_damage_is_told_in_a_line_or_changes_nothing(tmp_path: Path):
+    fixture = fixtures.load("qwen3")
+    folder = fixtures.write(tmp_path, fixture.config, fixture.weights, (FIRST, SECOND))
+    files = sorted(folder.iterdir())
+    session, random, refused = session_of(folder), np.random.default_rng(0), 0
+    expected = read(folder, session)
+    for number in range(200):
+        path = files[number % len(files)]
+        content = path.read_bytes()
+        path.write_bytes(damaged(content, random))
+        try:
+            found = read(folder, session if path.name != "config.json" else session_of(folder))
+            # such as a token's number, or spaces in a head
+            assert all(np.array_equal(expected[name], found[name]) for name in expected), path
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(tmp_path) in str(error), error
+        path.write_bytes(content)
+    assert refused > 150
