@@ -51,7 +51,7 @@ from jaxtron.models.work.experts import ExpertShapes, expert_rows, expert_tempor
 from jaxtron.models.work.model import ModelWork, StackWork
 from jaxtron.models.work.operations import PhaseWork, SlotWork
 from jaxtron.models.work.shapes import Shapes, gather, gathered_weights
-from jaxtron.models.work.ssm import ScanShapes, mixer
+from jaxtron.models.work.ssm import ScanShapes, mixer, mixer_temporaries
 
 # by the regions of a kind of layer: of the whole branch and, apart from it, of the parts that can be recomputed alone
 RegionWork = dict[str, SlotWork]
@@ -325,16 +325,23 @@ def _moe_exchanged(model: ModelConfig, shapes: Shapes) -> tuple[float, ...]:
     return _expert_layer(model, shapes).exchanged(shapes)
 
 
-def _mamba(model: ModelConfig, shapes: Shapes) -> RegionWork:
+def _mamba_layer(model: ModelConfig, shapes: Shapes) -> ScanShapes:
     mamba = model.mamba
-    layer = ScanShapes(
+    return ScanShapes(
         hidden=model.hidden_size,
         heads=mamba_heads(model) / shapes.tensor,
         head_dim=mamba.head_dim,
         groups=mamba_groups(model, shapes.tensor),
         state_size=mamba.state_size,
     )
-    return {"mamba": mixer(shapes, layer)}
+
+
+def _mamba(model: ModelConfig, shapes: Shapes) -> RegionWork:
+    return {"mamba": mixer(shapes, _mamba_layer(model, shapes))}
+
+
+def _mamba_temporaries(model: ModelConfig, shapes: Shapes) -> float:
+    return mixer_temporaries(shapes, _mamba_layer(model, shapes))
 
 
 # by symbol, the keys of kinds.py: KINDS
@@ -352,5 +359,5 @@ LAYER_WORK = {
         exchanged=_moe_exchanged,
         kept=_moe_kept,
     ),
-    MAMBA.symbol: LayerWork(_mamba),
+    MAMBA.symbol: LayerWork(_mamba, _mamba_temporaries),
 }

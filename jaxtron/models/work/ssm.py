@@ -10,6 +10,10 @@ from jaxtron.models.work.shapes import FLOAT, Shapes
 CHUNK = 128
 # of the square of a chunk's pairs, what tiles of 64 leave
 BELOW = 0.75
+# What the backward holds at its peak beside the classes that shapes explain, as multiples of arrays that are there at
+# the same time: a device's matrices in float32, and tokens as wide as its channels and as the stream. Measured as in
+# blocks.py on layers of 4096, with 1 and 4 tensor parts, 1 and 4 rows: tests/plan/test_state_space_plans.py has them.
+MATRICES, CHANNELS, STREAMS = 2.2, 2.0, 6.5
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,13 @@ def mixer(shapes: Shapes, layer: ScanShapes) -> SlotWork:
         backward=PhaseWork(stream=5 * convolved + 5 * normed, kernels=4),
     )
     return found + _scan(shapes, layer) + _travelling(shapes, layer)
+
+
+def mixer_temporaries(shapes: Shapes, layer: ScanShapes) -> float:
+    """Bytes that its backward needs beside what was kept."""
+    matrices = layer.hidden * (3 * layer.inner + layer.shared + layer.heads)
+    wide = CHANNELS * layer.inner + STREAMS * layer.hidden
+    return MATRICES * FLOAT * matrices + shapes.tokens * shapes.width * wide
 
 
 def _scan(shapes: Shapes, layer: ScanShapes) -> SlotWork:
