@@ -1,5 +1,7 @@
 """How a sequence lies over `mesh.context`: every device has two pieces of it, so that causal work is even."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,20 +76,24 @@ def before_transposed(cotangent: Array, length: int) -> Array:
 
 
 def entering(
-    through: Float[Array, "B ..."], added: Float[Array, "B ..."], *, reverse: bool = False
+    through: Float[Array, "B ..."],
+    added: Float[Array, "B ..."],
+    carry: Callable[[Array, Array, bool], Array],
+    *,
+    reverse: bool = False,
 ) -> Float[Array, "B ..."]:
-    """The state that enters each piece, where pieces make of a state `through * state + added`; zeros enter the first.
+    """The state that enters each piece, where a piece leaves `carry(through, state, reverse) + added` of a state; zeros
+    enter the first.
 
-    Where sequences are split. `through` is broadcast to `added` from the left. `reverse`: from the end, as gradients of
-    states go. One all-gather of each, for states are small beside a sequence.
+    Where sequences are split. `reverse`: from the end, as gradients of states go. One all-gather of each, for states
+    are small beside a sequence.
     """
     size = current().parts("context")
     factors, summands = _everywhere(through), _everywhere(added)
-    factors = factors.reshape(*factors.shape, *(1,) * (summands.ndim - factors.ndim))
     state, found = jnp.zeros_like(summands[0]), {}
     for place in range(2 * size)[:: -1 if reverse else 1]:
         found[place] = state
-        state = factors[place] * state + summands[place]
+        state = carry(factors[place], state, reverse) + summands[place]
     return _own(jnp.stack([found[place] for place in range(2 * size)]), 0)
 
 

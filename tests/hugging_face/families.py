@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.kinds import mamba_heads
+from jaxtron.models.decoder.state_space import mamba2_heads
 from tests.hugging_face.fixtures import Fixture
 
 Config = dict[str, Any]
@@ -161,6 +161,19 @@ def steps(limit: list[Any]) -> dict[str, Any]:
     return {"dt_limit": (low, None if isinstance(high, dict | str) or math.isinf(high) else high)}
 
 
+def mamba(config: Config) -> dict[str, Any]:
+    assert config["use_conv_bias"] and not config["use_bias"] and config["hidden_act"] == "silu"
+    return {
+        "pattern": "m" * config["num_hidden_layers"],
+        "mamba": {
+            "state_size": config["state_size"],
+            "dt_rank": config["time_step_rank"],
+            "expand": config["expand"],
+            "conv_width": config["conv_kernel"],
+        },
+    }
+
+
 def mamba2(config: Config) -> dict[str, Any]:
     return {
         "pattern": "M" * config["num_hidden_layers"],
@@ -223,12 +236,13 @@ FAMILIES: dict[str, Callable[[Config], dict[str, Any]]] = {
     "gpt_oss": gpt_oss,
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
+    "mamba": mamba,
     "mamba2": mamba2,
     "nemotron_h": nemotron_h,
     "bamba": bamba,
 }
 # those whose layers are by pattern
-HYBRID = ("mamba2", "nemotron_h", "bamba")
+HYBRID = ("mamba", "mamba2", "nemotron_h", "bamba")
 
 
 def model_of(fixture: Fixture) -> ModelConfig:
@@ -291,12 +305,13 @@ def layers_of(read: Reader, config: Config, model: ModelConfig) -> list[Arrays]:
 def hybrid_layer(read: Reader, place: int, symbol: str, model: ModelConfig, *, two_in_one: bool) -> Arrays:
     """Norm and what it is for; two_in_one: every second layer of ours, an MLP, is in the layer of theirs before."""
     layer = f"model.layers.{place // 2 if two_in_one else place}"
-    names = {"M": "mamba", "*": "self_attn", "-": "feed_forward"} if two_in_one else dict.fromkeys("M*-", "mixer")
+    names = {"M": "mamba", "*": "self_attn", "-": "feed_forward"} if two_in_one else dict.fromkeys("mM*-", "mixer")
     norms = {"M": "input_layernorm", "*": "input_layernorm", "-": "pre_ff_layernorm"}
     found = {"norm.scale": read(f"{layer}.{norms[symbol] if two_in_one else 'norm'}.weight")}
     own = f"{layer}.{names[symbol]}"
-    if symbol == "M":
-        return found | {f"mamba.{name}": value for name, value in mixer(read, own, model).items()}
+    if symbol in "mM":
+        made = (selective_mixer if symbol == "m" else mixer)(read, own, model)
+        return found | {f"mamba.{name}": value for name, value in made.items()}
     if symbol == "*":
         return found | attention(read, own, model)
     if two_in_one:
@@ -306,7 +321,7 @@ def hybrid_layer(read: Reader, place: int, symbol: str, model: ModelConfig, *, t
 
 def mixer(read: Reader, own: str, model: ModelConfig) -> Arrays:
     """A Mamba-2 layer: rows of the first product are z, x, B, C and steps, channels of the convolution x, B, C."""
-    mamba, heads = model.mamba, mamba_heads(model)
+    mamba, heads = model.mamba, mamba2_heads(model)
     by_head, by_group = (heads, mamba.head_dim), (mamba.num_groups, mamba.state_size)
     cuts = np.cumsum([math.prod(shape) for shape in (by_head, by_head, by_group, by_group)])
     found: Arrays = {}
@@ -322,6 +337,17 @@ def mixer(read: Reader, own: str, model: ModelConfig) -> Arrays:
     found |= {name: read(f"{own}.{name}") for name in ("A_log", "D", "dt_bias")}
     found["norm.scale"] = read(f"{own}.norm.weight").reshape(by_head)
     return found | {"output.kernel": read(f"{own}.out_proj.weight").T.reshape(*by_head, -1)}
+
+
+def selective_mixer(read: Reader, own: str, model: ModelConfig) -> Arrays:
+    """A Mamba layer: rows of the first product are x and the gate, of the second what steps are made of, B and C."""
+    found = {name: read(f"{own}.{name}") for name in ("A_log", "D")}
+    found["input.kernel"] = read(f"{own}.in_proj.weight").T.reshape(model.hidden_size, 2, -1)
+    found["conv.kernel"] = read(f"{own}.conv1d.weight")[:, 0].T
+    found["conv.bias"] = read(f"{own}.conv1d.bias")
+    found["x_proj.kernel"] = read(f"{own}.x_proj.weight").T
+    found["dt_proj"], found["dt_bias"] = read(f"{own}.dt_proj.weight").T, read(f"{own}.dt_proj.bias")
+    return found | {"output.kernel": read(f"{own}.out_proj.weight").T}
 
 
 def attention_layer(read: Reader, number: int, model: ModelConfig) -> Arrays:

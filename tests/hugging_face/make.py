@@ -163,6 +163,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**YARN, "truncate": False},
         },
     ),
+    "mamba": ("mamba", {**MAMBA, "state_size": 8, "time_step_rank": 3, "use_mambapy": False}),
     "mamba2": (
         "mamba2",
         {**MAMBA, "num_heads": 8, "head_dim": 8, "state_size": 12, "n_groups": 2, "time_step_limit": (0.3, 1.5)},

@@ -1,7 +1,9 @@
-"""A Mamba-2 layer goes on from what it remembers, and its documents are sequences of their own.
+"""State-space layers go on from what they remember, and their documents are sequences of their own.
 
-That it computes what transformers does is tests/hugging_face; that it does on every mesh, tests/conformance.
+That they compute what transformers does is tests/hugging_face; that they do on every mesh, tests/conformance.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +15,26 @@ from jaxtron.config import UserError
 from jaxtron.layers.inputs import LayerInputs
 from jaxtron.layers.ssm.config import MambaConfig
 from jaxtron.layers.ssm.convolution import convolve
+from jaxtron.layers.ssm.mamba1 import Mamba1
 from jaxtron.layers.ssm.mamba2 import Mamba2
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.program import choices
 from jaxtron.models.program import whole
+from jaxtron.sharding.config import ContextConfig
 from jaxtron.sharding.rules import use
 
 EMBED, HEADS, ROWS, LENGTH = 16, 4, 2, 11
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
-def make_layer(groups: int = 2) -> Mamba2:
-    config = MambaConfig(num_heads=HEADS, head_dim=8, state_size=6, num_groups=groups, conv_width=4, dt_range=(0.1, 1))
-    layer = Mamba2(EMBED, HEADS, config, std=0.5, output_std=0.5, epsilon=1e-5, dropout=0.0, rngs=nnx.Rngs(0))
-    return whole(layer, jnp.float32)
+def make_layer(groups: int | None = 2) -> Mamba1 | Mamba2:
+    """Mamba-2 with so many groups; none: Mamba."""
+    config = MambaConfig(num_heads=HEADS, head_dim=8, state_size=6, num_groups=groups or 1, dt_range=(0.1, 1))
+    shared: dict[str, Any] = {"std": 0.5, "output_std": 0.5, "dropout": 0.0, "rngs": nnx.Rngs(0)}
+    if groups:
+        return whole(Mamba2(EMBED, HEADS, config, epsilon=1e-5, **shared), jnp.float32)
+    # it has no norm that takes sizes back
+    return whole(Mamba1(EMBED, 2 * EMBED, 3, config, **{**shared, "std": 0.3}), jnp.float32)
 
 
 def tokens(length: int = LENGTH) -> jax.Array:
@@ -35,9 +43,9 @@ def tokens(length: int = LENGTH) -> jax.Array:
 
 @pytest.mark.parametrize(
     ("tensor", "groups"),
-    [(2, 2), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(4, 1, marks=pytest.mark.slow)],
+    [(2, 2), (2, None), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 2), (4, 1), (1, None)))],
 )
-def test_in_parts_it_computes_what_it_does_at_once(rules_for, tensor: int, groups: int):
+def test_in_parts_it_computes_what_it_does_at_once(rules_for, tensor: int, groups: int | None):
     with use(rules_for(tensor=tensor)):
         layer, x = make_layer(groups), tokens(12)
         at_once = jax.jit(layer)(x, LayerInputs())
@@ -50,9 +58,10 @@ def test_in_parts_it_computes_what_it_does_at_once(rules_for, tensor: int, group
         assert np.abs(np.asarray(at_once)).max() > 0.5
 
 
-def test_a_document_is_a_sequence_of_its_own(rules_for):
+@pytest.mark.parametrize("groups", [2, None])
+def test_a_document_is_a_sequence_of_its_own(rules_for, groups: int | None):
     with use(rules_for()):
-        layer, x = jax.jit(make_layer()), tokens()
+        layer, x = jax.jit(make_layer(groups)), tokens()
         cuts = (0, 2, 4, 6, LENGTH)
         segments = jnp.broadcast_to(np.repeat(np.arange(4), np.diff(cuts)), (ROWS, LENGTH))
         packed = layer(x, LayerInputs(segments=segments))
@@ -78,6 +87,20 @@ def test_first_values_are_those_of_the_paper(rules_for):
         assert (np.asarray(layer.D[...]) == 1).all()
 
 
+def test_first_values_of_mamba_are_those_of_its_paper(rules_for):
+    with use(rules_for()):
+        config = MambaConfig(state_size=16)
+        layer = Mamba1(EMBED, 512, 16, config, std=0.02, output_std=0.02, dropout=0.0, rngs=nnx.Rngs(0))
+        np.testing.assert_allclose(np.exp(layer.A_log[...]), np.tile(np.arange(1.0, 17), (512, 1)), rtol=1e-6)
+        assert (np.asarray(layer.D[...]) == 1).all()
+        steps, weights = np.asarray(jax.nn.softplus(layer.dt_bias[...])), np.asarray(layer.dt_proj[...])
+        assert 0.001 <= steps.min() < 0.0012 and 0.09 < steps.max() <= 0.1001
+        assert 0.24 < np.abs(weights).max() <= 16**-0.5 and np.std(weights) == pytest.approx(0.25 / 3**0.5, rel=0.03)
+        # float32 and without weight decay
+        roles = [getattr(layer, name).get_metadata("spec").role for name in ("A_log", "D", "dt_bias", "dt_proj")]
+        assert roles == ["state", "state", "state", "kernel"]
+
+
 def test_a_convolution_that_sees_more_than_a_piece_is_refused(rules_for, in_region):
     with use(rules_for(context=4)), pytest.raises(UserError, match=r"needs the 3 before .* pieces have 2"):
         arrays = (jnp.zeros((1, 4, 8)), jnp.zeros((4, 8)), jnp.zeros(8))
@@ -85,20 +108,24 @@ def test_a_convolution_that_sees_more_than_a_piece_is_refused(rules_for, in_regi
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("pattern", "changes", "message"),
     [
-        ({"head_dim": 24}, "model.mamba.expand 2 x model.hidden_size 64 = 128 is not a multiple of .*head_dim 24"),
-        ({"num_groups": 3}, "model.mamba.num_groups 3: the 2 heads are not a multiple of it"),
-        ({"num_groups": 1, "norm_groups": 5}, "model.mamba.norm_groups 5: the 2 heads"),
-        ({"dt_range": (0.1, 0.01)}, "dt_range 0.1 0.01: it is two numbers above 0, the smaller first"),
-        ({"dt_limit": (0.5, 0.1)}, "dt_limit 0.5 0.1: it is a number of 0 or more, and a larger one or none"),
-        ({"conv_width": 1}, "greater than or equal to 2"),
+        ("M", {"head_dim": 24}, "model.mamba.expand 2 x model.hidden_size 64 = 128 is not a multiple of .*head_dim 24"),
+        ("M", {"num_groups": 3}, "model.mamba.num_groups 3: the 2 heads are not a multiple of it"),
+        ("M", {"num_groups": 1, "norm_groups": 5}, "model.mamba.norm_groups 5: the 2 heads"),
+        ("M", {"dt_range": (0.1, 0.01)}, "dt_range 0.1 0.01: it is two numbers above 0, the smaller first"),
+        ("M", {"dt_limit": (0.5, 0.1)}, "dt_limit 0.5 0.1: it is a number of 0 or more, and a larger one or none"),
+        ("M", {"conv_width": 1}, "greater than or equal to 2"),
+        ("M", {"dt_rank": 3}, r"model.mamba.dt_rank 3 has no effect .* add Mamba \(m\) to the pattern"),
+        ("m", {}, r"model.mamba.num_groups 2 has no effect with model.pattern m: .* add Mamba-2 \(M\)"),
+        ("m", {"num_groups": 8, "expand": 1.01}, "expand 1.01 x model.hidden_size 64 = 64.64 is no whole number"),
+        ("m", {"num_groups": 8, "implementation": "mosaic"}, "mosaic: Mamba .m. has no such kernel; use auto"),
     ],
     ids=str,
 )
-def test_settings_that_do_not_go_together(changes, message):
+def test_settings_that_do_not_go_together(pattern, changes, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig(pattern="M", hidden_size=64, position="none", mamba={"num_groups": 2, **changes})
+        ModelConfig(pattern=pattern, hidden_size=64, position="none", mamba={"num_groups": 2, **changes})
 
 
 def test_what_computes_scans_is_told_before_what_multiplies_experts(rules_for):
@@ -112,3 +139,9 @@ def test_what_computes_scans_is_told_before_what_multiplies_experts(rules_for):
         named = config.model_copy(update={"mamba": MambaConfig(num_groups=2, implementation="mosaic")})
         with pytest.raises(UserError, match="model.mamba.implementation mosaic cannot: its kernels are for Hopper"):
             choices(named, jnp.bfloat16, ROWS, 64)
+
+
+def test_channels_that_do_not_split_are_refused():
+    model = ModelConfig(pattern="m", hidden_size=6, position="none", mamba={"expand": 1.5})
+    with pytest.raises(UserError, match="channels of Mamba layers, 9 is not a multiple of mesh.tensor 2"):
+        model.check({"tensor": 2, "context": 1}, ContextConfig())

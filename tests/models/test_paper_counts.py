@@ -124,6 +124,16 @@ STATE_SPACE = {
 # their patterns repeat nothing, so that each layer is built; one of these models is enough
 UNROLLED = ("16k", "32k", "128k", "hybrid_840m", "nemotron_h_8b", "bamba_9b")
 
+# Mamba: tensor and data sizes, layers and hidden size, billions of parameters; layouts are ours but for 8B of 2406.07887
+MAMBA = {
+    "mamba_130m": (1, 8, 24, 768, None),
+    "mamba_370m": (1, 16, 48, 1024, None),
+    "mamba_790m": (1, 16, 48, 1536, None),
+    "mamba_1.4b": (1, 32, 48, 2048, None),
+    "mamba_2.8b": (1, 64, 64, 2560, None),
+    "mamba_8b": (4, 256, 56, 4096, "8.15"),
+}
+
 # The parameters that the released weights of these have, and for PaLM what its Table 1 prints, in billions
 RELEASED = {
     "llama_2_7b": 6_738_415_616,
@@ -135,6 +145,11 @@ RELEASED = {
     "yi_6b": 6_061_035_520,
     "yi_34b": 34_388_917_248,
     "mixtral_8x7b": 46_702_792_704,
+    "mamba_130m": 129_135_360,
+    "mamba_370m": 371_516_416,
+    "mamba_790m": 793_204_224,
+    "mamba_1.4b": 1_372_178_432,
+    "mamba_2.8b": 2_768_345_600,
     "qwen3_30b_a3b": 30_532_122_624,
     "deepseek_v3": 671_026_404_352,
     "gpt_oss_20b": 20_914_757_184,
@@ -185,7 +200,7 @@ def specs_on(config: Configuration, plan: Blueprint) -> list:
 def test_every_configuration_of_a_paper_is_tested_here():
     tiny = {"gpt_tiny", "moe_tiny", "mamba_tiny", "hybrid_tiny"}
     others = tiny | {"gpt_1b", "shakespeare_char", "llama3_8b_128k", "wikitext2"}
-    assert {*GPT2, *PTDP, *SELECTIVE, *LAYOUTS, *MIXTURES, *STATE_SPACE} == {*NAMES} - others
+    assert {*GPT2, *PTDP, *SELECTIVE, *LAYOUTS, *MIXTURES, *STATE_SPACE, *MAMBA} == {*NAMES} - others
 
 
 @pytest.mark.parametrize(
@@ -431,6 +446,15 @@ def test_they_fit_their_gpus(name, gpu):
     config = configuration(name)
     memory = Estimator(config).memory(config, sizes(config), gpu_named(gpu))
     assert memory.fits and memory.total <= 80e9
+
+
+@pytest.mark.parametrize("name", MAMBA)
+def test_mamba(name):
+    tensor, data, layers, hidden, billions = MAMBA[name]
+    config = configuration(name)
+    assert (config.model.layout.layers, config.model.hidden_size) == ((("m",),) * layers, hidden)
+    assert sizes(config) == {"pipe": 1, "data": data, "fsdp": 1, "context": 1, "tensor": tensor}
+    assert billions is None or f"{count(name) / 1e9:.2f}" == billions
 
 
 @pytest.mark.parametrize("name", RELEASED)

@@ -9,10 +9,10 @@ from flax import nnx
 from jaxtron.layers.inputs import LayerInputs
 from jaxtron.layers.linear import Linear
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.kinds import KINDS, LayerKind, check_multiple
+from jaxtron.models.decoder.kinds import KINDS, LayerKind
 from jaxtron.models.decoder.layers import BUILDERS
 from jaxtron.models.decoder.pattern import parse
-from jaxtron.models.decoder.settings import DecoderSettings
+from jaxtron.models.decoder.settings import DecoderSettings, check_multiple
 from jaxtron.models.decoder.work import LAYER_WORK, LayerWork, RegionWork
 from jaxtron.models.work.blocks import linear
 from jaxtron.models.work.shapes import Shapes

@@ -61,7 +61,7 @@ OTHERS = (
 def model(groups: int, width: int, recompute: Any) -> ModelConfig:
     """With a norm in which rounding is not scaled up."""
     mamba = {"num_heads": 8, "head_dim": 8, "state_size": 8, "num_groups": groups, "conv_width": width}
-    changes: dict[str, Any] = {"pattern": "M*M-", "num_layers": 4, "norm_epsilon": 0.1, "recompute": recompute}
+    changes: dict[str, Any] = {"pattern": "M*m-", "num_layers": 4, "norm_epsilon": 0.1, "recompute": recompute}
     return changed(MODELS["llama"], **changes, mamba=mamba)
 
 

@@ -5,15 +5,15 @@ linear in the length: the backward keeps the states that enter chunks and makes 
 Results do not depend on how long chunks are.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxtron.kernels.chunks import ChunkDecays, cut, joined
 from jaxtron.kernels.ssd.spec import Operand
 from jaxtron.kernels.varying import vary_alike
-from jaxtron.typing import Array, Bool, Float, PyTree
+from jaxtron.typing import Array, Bool, Float
 
 
 def unsupported_reason(x: Operand, B: Operand, device_kind: str) -> str | None:
@@ -38,9 +38,9 @@ def forward(
         return after, (y, state)
 
     most = most_positions(B.shape[3], x.shape[3])
-    initial, chunks = vary_alike((initial, _cut(_Chunk(x, dt, B, C, resets), most)))
+    initial, chunks = vary_alike((initial, cut(_Chunk(x, dt, B, C, resets), most)))
     final, (y, states) = jax.lax.scan(body, initial, chunks)
-    return _joined(y, x.shape[1]), final, jnp.moveaxis(states, 0, 1)
+    return joined(y, x.shape[1]), final, jnp.moveaxis(states, 0, 1)
 
 
 def backward(
@@ -70,10 +70,10 @@ def backward(
 
     carry = (dfinal, jnp.zeros_like(A), jnp.zeros_like(D))
     most = most_positions(B.shape[3], x.shape[3])
-    given = (jnp.moveaxis(states, 1, 0), _cut(dy, most), _cut(_Chunk(x, dt, B, C, resets), most))
+    given = (jnp.moveaxis(states, 1, 0), cut(dy, most), cut(_Chunk(x, dt, B, C, resets), most))
     carry, given = vary_alike((carry, given))
     (dinitial, dA, dD), by_chunk = jax.lax.scan(body, carry, given, reverse=True)
-    dx, ddt, dB, dC = (_joined(part, x.shape[1]) for part in by_chunk[:4])
+    dx, ddt, dB, dC = (joined(part, x.shape[1]) for part in by_chunk[:4])
     return dx, ddt, dA, dB, dC, dD, dinitial
 
 
@@ -89,10 +89,10 @@ def final_state(
 
     def body(state: Array, given: tuple[Array, Array, Array, Array | None]) -> tuple[Array, None]:
         x, dt, B, resets = given
-        return _after(state, x, dt, B, _Decays.of(dt, A, resets)), None
+        return _after(state, x, dt, B, ChunkDecays.of(dt * A, resets)), None
 
     most = most_positions(B.shape[3], x.shape[3])
-    initial, chunks = vary_alike((initial, _cut((x, dt, B, resets), most)))
+    initial, chunks = vary_alike((initial, cut((x, dt, B, resets), most)))
     return jax.lax.scan(body, initial, chunks)[0]
 
 
@@ -108,13 +108,13 @@ def gradient_summary(
 
     def body(dstate: Array, given: tuple[Array, Array, Array, Array | None]) -> tuple[Array, None]:
         dt, C, dy, resets = given
-        decays = _Decays.of(dt, A, resets)
+        decays = ChunkDecays.of(dt * A, resets)
         weighted = _grouped(dy.astype(jnp.float32) * decays.from_start[..., None], C.shape[2])
         asked = jnp.einsum("bsgn,bsghp->bghnp", C.astype(jnp.float32), weighted)
         return dstate * decays.through[..., None, None] + asked.reshape(dstate.shape), None
 
     most = most_positions(C.shape[3], dy.shape[3])
-    dfinal, chunks = vary_alike((dfinal, _cut((dt, C, dy, resets), most)))
+    dfinal, chunks = vary_alike((dfinal, cut((dt, C, dy, resets), most)))
     return jax.lax.scan(body, dfinal, chunks, reverse=True)[0]
 
 
@@ -128,54 +128,10 @@ class _Chunk(NamedTuple):
     resets: Array | None
 
 
-class _Decays(NamedTuple):
-    """A chunk's decays in float32; of what a reset drops nothing is left."""
-
-    logs: Array
-    """Logarithm from the chunk's start up to and with each position [B, S, H]."""
-    from_start: Array
-    """What is left at each position of the state that entered [B, S, H]."""
-    to_end: Array
-    """What is left of each position at the end [B, S, H]."""
-    through: Array
-    """What is left of the state that entered at the end [B, H]."""
-    documents: Array | None
-    """Number of resets up to and with each position [B, S]; none without resets."""
-
-    @classmethod
-    def of(cls, dt: Array, A: Array, resets: Array | None) -> "_Decays":
-        logs = jnp.cumsum(dt * A, axis=1)
-        from_start, to_end, left = jnp.exp(logs), jnp.exp(logs[:, -1:] - logs), jnp.exp(logs[:, -1])
-        if resets is None:
-            return cls(logs, from_start, to_end, left, None)
-        documents = jnp.cumsum(resets, axis=1, dtype=jnp.int32)
-        first, last = documents == 0, documents == documents[:, -1:]
-        return cls(
-            logs,
-            jnp.where(first[..., None], from_start, 0.0),
-            jnp.where(last[..., None], to_end, 0.0),
-            jnp.where(first[:, -1:], left, 0.0),
-            documents,
-        )
-
-    @property
-    def between(self) -> Array:
-        """What is left of position j at position i [B, H, i, j]: nothing of later ones and of other documents'."""
-        logs = jnp.swapaxes(self.logs, 1, 2)
-        place = jnp.arange(logs.shape[2])
-        earlier = (place[:, None] > place)[None]
-        if self.documents is not None:
-            earlier = earlier & (self.documents[:, :, None] == self.documents[:, None])
-        # masked before the exponential: of a later position it may be infinite, and its gradient no number; of itself
-        # all is left of a position, where a gradient could only be what does not cancel of two sums
-        other = jnp.where(jnp.eye(len(place), dtype=bool), 0.0, -jnp.inf)
-        return jnp.exp(jnp.where(earlier[:, None], logs[..., :, None] - logs[..., None, :], other))
-
-
 def _outputs(A: Array, D: Array, state: Array, chunk: _Chunk) -> tuple[Array, Array]:
     """y of a chunk, and the state after it."""
     x, dt, B, C = (array.astype(jnp.float32) for array in chunk[:4])
-    decays, groups = _Decays.of(dt, A, chunk.resets), B.shape[2]
+    decays, groups = ChunkDecays.of(dt * A, chunk.resets), B.shape[2]
     between = decays.between.reshape(x.shape[0], groups, -1, x.shape[1], x.shape[1])
     entered = state.reshape(x.shape[0], groups, -1, *state.shape[2:])
     weights = jnp.einsum("bign,bjgn->bgij", C, B)[:, :, None] * between
@@ -185,7 +141,7 @@ def _outputs(A: Array, D: Array, state: Array, chunk: _Chunk) -> tuple[Array, Ar
     return y.astype(chunk.x.dtype), _after(state, x, dt, B, decays)
 
 
-def _after(state: Array, x: Array, dt: Array, B: Array, decays: _Decays) -> Array:
+def _after(state: Array, x: Array, dt: Array, B: Array, decays: ChunkDecays) -> Array:
     """The state after a chunk."""
     weighted = _grouped(x.astype(jnp.float32) * (decays.to_end * dt)[..., None], B.shape[2])
     added = jnp.einsum("bsgn,bsghp->bghnp", B.astype(jnp.float32), weighted)
@@ -200,23 +156,3 @@ def _grouped(array: Array, groups: int) -> Array:
 def most_positions(size: int, width: int) -> int:
     """Positions of a chunk at most, by a state's size N x P: pairs in a chunk cost as states of chunks do."""
     return 64 if size * width <= 4096 else 128
-
-
-def _cut(arrays: PyTree, most: int) -> PyTree:
-    """[B, S, ...] as [chunks, B, positions, ...], each, of so many positions at most; zeros behind the last."""
-
-    def cut(array: Array) -> Array:
-        length = array.shape[1]
-        # of equal size, as near the largest as whole chunks allow, so that little is padding
-        chunks = math.ceil(length / most)
-        positions = math.ceil(length / chunks)
-        array = jnp.pad(array, ((0, 0), (0, chunks * positions - length), *((0, 0),) * (array.ndim - 2)))
-        return jnp.moveaxis(array.reshape(array.shape[0], chunks, positions, *array.shape[2:]), 1, 0)
-
-    return jax.tree.map(cut, arrays)
-
-
-def _joined(array: Array, length: int) -> Array:
-    """The inverse of `_cut` for the first `length` positions."""
-    array = jnp.moveaxis(array, 0, 1)
-    return array.reshape(array.shape[0], -1, *array.shape[3:])[:, :length]

@@ -9,32 +9,34 @@ Range = tuple[float, float]
 
 
 class MambaConfig(Config):
-    """State-space layers: `M`, Mamba-2 (2405.21060)."""
+    """State-space layers: `M`, Mamba-2 (2405.21060), and `m`, Mamba (2312.00752)."""
 
     state_size: int = Field(default=128, ge=1)
     """Numbers that a channel remembers (Mamba's d_state)."""
     num_heads: int | None = Field(default=None, ge=1)
-    """Heads, each with one rate of decay (none: expand x hidden_size / head_dim)."""
+    """Heads of M, each with one rate of decay (none: expand x hidden_size / head_dim)."""
     head_dim: int = Field(default=64, ge=1)
-    """Channels of a head."""
+    """Channels of a head of M."""
     num_groups: int = Field(default=8, ge=1)
-    """Groups of heads that share what is written and read of the state (B and C), as key/value heads are shared."""
+    """Groups of M's heads that share what is written and read of the state (B and C), as key/value heads are shared."""
     expand: float = Field(default=2.0, gt=0)
     """Channels of a layer over hidden_size, where num_heads is none."""
     conv_width: int = Field(default=4, ge=2)
     """Positions that the causal convolution before the state sees."""
     norm_groups: int | None = Field(default=None, ge=1)
-    """Groups of channels that the gated norm before the last product normalizes each by itself (none: num_groups)."""
+    """Groups of channels that M's gated norm before the last product normalizes each by itself (none: num_groups)."""
+    dt_rank: int | None = Field(default=None, ge=1)
+    """Numbers that m makes the steps of all channels of (none: hidden_size / 16, rounded up)."""
     dt_range: Range = (0.001, 0.1)
-    """First steps of heads are between these, log-uniform: about how fast a state forgets."""
+    """First steps of heads, or of m's channels, are between these, log-uniform: about how fast a state forgets."""
     dt_floor: float = Field(default=1e-4, gt=0)
     """No first step is below this."""
     dt_limit: tuple[float, float | None] = (0.0, None)
     """Steps are cut to these bounds (none: to no upper one)."""
     decay_range: Range = (1.0, 16.0)
-    """First rates of decay, uniform."""
+    """First rates of decay of M, uniform; those of m are 1, 2, 3, ... for the numbers of a channel."""
     implementation: Implementation = "auto"
-    """Kernel of the scan."""
+    """Kernel of the scan; m has xla and reference."""
 
     @model_validator(mode="after")
     def _check(self) -> "MambaConfig":

@@ -1,7 +1,7 @@
 """Mamba-2: a convolution, a state for each head, and a gate (2405.21060, section 7; Megatron's `MambaMixer`)."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +12,18 @@ from jaxtron.kernels.ssd.backend import ScanBackend, select_backend
 from jaxtron.kernels.ssd.ssd import StateSpaceDuality
 from jaxtron.layers.inputs import LayerInputs, dropout
 from jaxtron.layers.linear import Linear, project
-from jaxtron.layers.ssm.config import MambaConfig, Range
+from jaxtron.layers.ssm.config import MambaConfig
 from jaxtron.layers.ssm.convolution import convolve, convolve_plainly
+from jaxtron.layers.ssm.initial import Taps, first_decays, first_steps
+from jaxtron.layers.ssm.memory import LayerMemory, remembered, with_before
 from jaxtron.layers.ssm.norm import GatedNorm
-from jaxtron.layers.ssm.scan import HEADS, STEPS, advance, scan
-from jaxtron.sharding.parameters import Initializer, parameter
+from jaxtron.layers.ssm.recurrences import HEADS, STEPS, duality
+from jaxtron.layers.ssm.scan import advance, scan
+from jaxtron.sharding.parameters import parameter
 from jaxtron.sharding.rules import constrain, current, spec
 from jaxtron.typing import Array, DTypeLike, Float
 
 BY_GROUP = ("batch", "full_seq", "groups", None)
-
-
-class MambaState(NamedTuple):
-    """What a layer remembers of a sequence so far."""
-
-    inputs: tuple[Float[Array, "B W *channels"], ...]
-    """The last positions of what is convolved: one fewer than the convolution sees."""
-    state: Float[Array, "B H N P"]
 
 
 class _Projected(NamedTuple):
@@ -86,37 +81,33 @@ class Mamba2(nnx.Module):
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
         segments = None if inputs.segments is None else constrain(inputs.segments, "batch", "full_seq")
         z, convolved, dt = self._project(constrain(x, "batch", "full_seq", "embed"))
-        through: list[Any] = [
+        through = [
             convolve(part, kernel, bias, segments, names)
             for part, (kernel, bias, names) in zip(convolved, self._taps(), strict=True)
         ]
         arrays, implementation = self._scanned(dt, *through)
-        y = self.output(self.norm(scan(*arrays, segments, implementation), z), "batch", "seq", "embed")
+        y = self.output(self.norm(scan(duality(implementation), arrays, segments), z), "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 
     def advance(
-        self, x: Float[Array, "B S E"], memory: MambaState | None = None
-    ) -> tuple[Float[Array, "B S E"], MambaState]:
+        self, x: Float[Array, "B S E"], memory: LayerMemory | None = None
+    ) -> tuple[Float[Array, "B S E"], LayerMemory]:
         """The same for what follows a sequence of which this is the memory (none: nothing came before).
 
         For generation: the sequence is one document, whole on each device.
         """
         z, convolved, dt = self._project(constrain(x, "batch", "full_seq", "embed"))
-        num_before = self.config.conv_width - 1
-        if memory is None:
-            shape = (x.shape[0], self.num_heads, self.config.state_size, self.config.head_dim)
-            state = constrain(jnp.zeros(shape, jnp.float32), "batch", "heads", "state", "head_dim")
-            wide = [jnp.pad(new, ((0, 0), (num_before, 0), *((0, 0),) * (new.ndim - 2))) for new in convolved]
-        else:
-            state = memory.state
-            wide = [jnp.concatenate([old, new], 1) for old, new in zip(memory.inputs, convolved, strict=True)]
+        num_before, shape = self.config.conv_width - 1, (self.config.state_size, self.config.head_dim)
+        wide = with_before(memory, convolved, num_before)
+        state = jnp.zeros((x.shape[0], self.num_heads, *shape), jnp.float32) if memory is None else memory.state
         taps = self._taps()
         through = [convolve_plainly(part, kernel, bias) for part, (kernel, bias, _) in zip(wide, taps, strict=True)]
         arrays, implementation = self._scanned(dt, *through)
-        y, state = advance(*arrays, state, implementation)
+        state = constrain(state, "batch", "heads", "state", "head_dim")
+        y, state = advance(duality(implementation), arrays, state)
         # few positions need not split
         y = self.output(self.norm(y, z), "batch", "full_seq", "embed")
-        return y, MambaState(tuple(part[:, part.shape[1] - num_before :] for part in wide), state)
+        return y, remembered(wide, num_before, state)
 
     def _scanned(self, dt: Float[Array, "B S H"], *convolved: Array) -> tuple[_Scanned, StateSpaceDuality]:
         """What a scan reads, and what computes it."""
@@ -187,38 +178,6 @@ class Mamba2(nnx.Module):
         """[..., heads(, head dim)] as [..., groups, what is of a group's heads], laid out as `like`."""
         shape = (*like.shape[:-1], array.size // math.prod(like.shape[:-1]))
         return jnp.reshape(array, shape, out_sharding=jax.typeof(like).sharding.spec)
-
-
-class Taps(nnx.Module):
-    """Weights of a convolution of each channel by itself, and its bias; first values are PyTorch's `Conv1d`'s."""
-
-    def __init__(self, width: int, channels: dict[str, int], rngs: nnx.Rngs) -> None:
-        bound, shape, names = 1 / math.sqrt(width), tuple(channels.values()), tuple(channels)
-        initial = uniform(-bound, bound)
-        self.kernel = parameter(rngs, initial, (width, *shape), axes=("taps", *names), role="kernel")
-        self.bias = parameter(rngs, initial, shape, axes=names, role="bias")
-
-
-def uniform(low: float, high: float) -> Initializer:
-    """Uniform between these."""
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, low, high)
-
-
-def first_steps(config: MambaConfig) -> Initializer:
-    """What softplus makes log-uniform steps of (Mamba, 2312.00752, section 3.6)."""
-    low, high = config.dt_range
-
-    def initial(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-        steps = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(low), math.log(high)))
-        steps = jnp.maximum(steps, config.dt_floor)
-        return steps + jnp.log(-jnp.expm1(-steps))
-
-    return initial
-
-
-def first_decays(bounds: Range) -> Initializer:
-    """Logarithms of uniform rates."""
-    return lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape, dtype, *bounds))
 
 
 def select_scan(config: MambaConfig, num_heads: int, dtype: DTypeLike) -> ScanBackend:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from jaxtron.layers.ssm.scan import HEADS, STEPS
+from jaxtron.layers.ssm.recurrences import HEADS, STEPS
 from jaxtron.sharding.parameters import parameter
 from jaxtron.sharding.rules import constrain, current, spec
 from jaxtron.typing import Array, Float

@@ -1,140 +1,173 @@
-"""The state of every head along a sequence, wherever its parts lie: one derivative around any implementation's pair.
+"""A state along a sequence, wherever the sequence's parts lie: one derivative around any kind of recurrence.
 
-What a piece of a sequence does to a state is `through * state + added`. Devices along `mesh.context` tell each other
-these two of each piece, which are small, and then each starts its pieces from the states that enter them; the
-derivative does the same from the end.
+What a piece of a sequence does to a state is linear: what is left of the one that entered, and a summand. Devices along
+`mesh.context` tell each other these two of each piece, which are small, and then each starts its pieces from the states
+that enter them; the derivative does the same from the end.
 """
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxtron.kernels.ssd import ssd
-from jaxtron.kernels.ssd.spec import through
-from jaxtron.kernels.ssd.ssd import StateSpaceDuality
 from jaxtron.kernels.varying import vary_alike
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.layers.ssm.documents import resets
 from jaxtron.sharding.context import entering, pieces, whole
 from jaxtron.sharding.regions import on_each_device
 from jaxtron.sharding.rules import current, spec
-from jaxtron.typing import Array, Float, Int
+from jaxtron.typing import Array, Float, Int, PyTree
 
-HEADS = ("batch", "full_seq", "heads", "head_dim")
-STEPS = HEADS[:3]
-# of states that the backward keeps, and of one
-KEPT, STATE = ("batch", None, "heads"), ("batch", "heads")
-GROUPS = ("batch", "full_seq", "groups", "state")
+Names = tuple[str | None, ...]
+Arrays = tuple[Array, ...]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def scan(
-    x: Float[Array, "B S H P"],
-    dt: Float[Array, "B S H"],
-    A: Float[Array, "H"],
-    B: Float[Array, "B S G N"],
-    C: Float[Array, "B S G N"],
-    D: Float[Array, "H"],
-    segments: Int[Array, "B S"] | None,
-    implementation: StateSpaceDuality,
-) -> Float[Array, "B S H P"]:
-    """State-space duality (2405.21060): y_t = C_t h_t + D x_t, h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, from h = 0.
+@dataclass(frozen=True)
+class Recurrence:
+    """A kind of state with an implementation of it (`recurrences.py`); functions take all its arrays, in their order.
 
-    A document starts from nothing. Groups that are fewer than tensor parts are on every device.
+    An array's names of axes say whether it goes along the sequence (the second is `full_seq`) and whether groups of
+    heads share it (the third is `groups`).
     """
-    return _forward(x, dt, A, B, C, D, segments, implementation)[0]
+
+    arrays: tuple[Names, ...]
+    output: Names
+    state: Names
+    kept: Names
+    """Of the states that the backward keeps, rows first."""
+    shape: Callable[..., tuple[int, ...]]
+    """(*arrays) -> shape of a state."""
+    forward: Callable[..., tuple[Array, Array, PyTree]]
+    """(*arrays, initial state, resets) -> output, final state, states to keep."""
+    backward: Callable[..., tuple[Array, ...]]
+    """(*arrays, states, gradients of output and final state, resets) -> those of the arrays and the initial state."""
+    final_state: Callable[..., Array]
+    """(*arrays, initial state, resets) -> final state."""
+    gradient_summary: Callable[..., Array]
+    """(*arrays, gradients of output and final state, resets) -> that of the initial state."""
+    through: Callable[..., Array]
+    """(*arrays, resets) -> what is left at the end of the state that entered."""
+    carry: Callable[[Array, Array, bool], Array]
+    """(that, state, whether it is a gradient and goes from the end to the start) -> what is left of it."""
 
 
-def _specs(num_groups: int, has_segments: bool) -> tuple[PartitionSpec | None, ...]:
-    groups = spec(*GROUPS) if current().splits("groups", num_groups) else spec("batch", "full_seq", None, None)
-    segments = spec("batch", "full_seq") if has_segments else None
-    return spec(*HEADS), spec(*STEPS), spec("heads"), groups, groups, spec("heads"), segments
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scan(
+    recurrence: Recurrence, arrays: tuple[Float[Array, "..."], ...], segments: Int[Array, "B S"] | None
+) -> Float[Array, "B S ..."]:
+    """The output of a recurrence that starts from nothing; so does each document.
+
+    Groups that are fewer than tensor parts are on every device.
+    """
+    return _forward(recurrence, arrays, segments)[0]
+
+
+def _specs(recurrence: Recurrence, arrays: Arrays) -> tuple[PartitionSpec, ...]:
+    found = []
+    for names, array in zip(recurrence.arrays, arrays, strict=True):
+        is_whole = _is_shared(names) and not _is_split(array)
+        found.append(spec(*(None if is_whole and name == "groups" else name for name in names)))
+    return tuple(found)
+
+
+def _is_shared(names: Names) -> bool:
+    return names[2:3] == ("groups",)
+
+
+def _is_split(array: Array) -> bool:
+    """Whether tensor parts have whole groups."""
+    return current().splits("groups", array.shape[2])
 
 
 def _forward(
-    x: Array,
-    dt: Array,
-    A: Array,
-    B: Array,
-    C: Array,
-    D: Array,
-    segments: Array | None,
-    implementation: StateSpaceDuality,
-) -> tuple[Array, tuple[Array | None, ...]]:
-    is_split = current().splits("groups", B.shape[2])
+    recurrence: Recurrence, arrays: Arrays, segments: Array | None
+) -> tuple[Array, tuple[Arrays, Array | None, PyTree]]:
+    counts = _groups(recurrence, arrays)
 
-    def local(x: Array, dt: Array, A: Array, B: Array, C: Array, D: Array, segments: Array | None) -> tuple:
-        B, C = (_read(array, is_split) for array in (B, C))
-        starts, (x, dt, B, C) = resets(segments), map(pieces, (x, dt, B, C))
-        initial = nothing = _nothing(x, B)
+    def local(arrays: Arrays, segments: Array | None) -> tuple[Array, PyTree]:
+        starts, given = resets(segments), _own(recurrence, arrays, counts)
+        initial = nothing = _nothing(recurrence, given)
         if current().parts("context") > 1:
-            added = ssd.final_state(x, dt, A, B, nothing, starts, implementation)
-            initial = entering(through(dt, A, starts), added)
-        y, _, states = ssd.forward(x, dt, A, B, C, D, initial, starts, implementation)
+            added = recurrence.final_state(*given, nothing, starts)
+            initial = entering(recurrence.through(*given, starts), added, recurrence.carry)
+        y, _, states = recurrence.forward(*given, initial, starts)
         return whole(y), states
 
-    specs = _specs(B.shape[2], segments is not None)
-    run = on_each_device(local, specs, (specs[0], spec(*KEPT)))
-    y, states = run(x, dt, A, B, C, D, segments)
-    return save_for_backward(y), (x, dt, A, B, C, D, segments, save_for_backward(states))
+    output, kept = spec(*recurrence.output), spec(*recurrence.kept)
+    run = on_each_device(local, (_specs(recurrence, arrays), _by_position(segments)), (output, kept))
+    y, states = run(arrays, segments)
+    return save_for_backward(y), (arrays, segments, save_for_backward(states))
 
 
-def _backward(implementation: StateSpaceDuality, kept: tuple[Array | None, ...], dy: Array) -> tuple[Array | None, ...]:
-    groups, segments = kept[3], kept[6]
-    assert groups is not None
-    num_groups = groups.shape[2]
-    is_split = current().splits("groups", num_groups)
+def _backward(recurrence: Recurrence, saved: tuple[Arrays, Array | None, PyTree], dy: Array) -> tuple[Arrays, None]:
+    arrays, segments, _ = saved
+    counts, specs = _groups(recurrence, arrays), _specs(recurrence, arrays)
 
-    def local(
-        x: Array, dt: Array, A: Array, B: Array, C: Array, D: Array, segments: Array | None, states: Array, dy: Array
-    ) -> tuple[Array, ...]:
-        B, C = (_read(array, is_split) for array in (B, C))
-        starts, (x, dt, B, C, dy) = resets(segments), map(pieces, (x, dt, B, C, dy))
-        dfinal = nothing = _nothing(x, B)
+    def local(arrays: Arrays, segments: Array | None, states: PyTree, dy: Array) -> Arrays:
+        starts, given, dy = resets(segments), _own(recurrence, arrays, counts), pieces(dy)
+        dfinal = nothing = _nothing(recurrence, given)
         if current().parts("context") > 1:
-            asked = ssd.gradient_summary(dt, A, C, dy, nothing, starts, implementation)
-            dfinal = entering(through(dt, A, starts), asked, reverse=True)
-        given = (x, dt, A, B, C, D, states, dy, dfinal, starts)
-        dx, ddt, dA, dB, dC, dD, _ = ssd.backward(*given, implementation)
-        dB, dC = (_summed(whole(array), num_groups, is_split) for array in (dB, dC))
-        return whole(dx), whole(ddt), dA, dB, dC, dD
+            asked = recurrence.gradient_summary(*given, dy, nothing, starts)
+            dfinal = entering(recurrence.through(*given, starts), asked, recurrence.carry, reverse=True)
+        *gradients, _ = recurrence.backward(*given, states, dy, dfinal, starts)
+        return tuple(
+            _summed(whole(gradient) if _is_along(names) else gradient, count)
+            for names, count, gradient in zip(recurrence.arrays, counts, gradients, strict=True)
+        )
 
-    specs = _specs(num_groups, segments is not None)
-    run = on_each_device(local, (*specs, spec(*KEPT), specs[0]), specs[:6])
-    return *run(*kept, dy), None
+    given = (specs, _by_position(segments), spec(*recurrence.kept), spec(*recurrence.output))
+    return on_each_device(local, given, specs)(*saved, dy), None
 
 
 scan.defvjp(_forward, _backward)
 
 
 def advance(
-    x: Float[Array, "B S H P"],
-    dt: Float[Array, "B S H"],
-    A: Float[Array, "H"],
-    B: Float[Array, "B S G N"],
-    C: Float[Array, "B S G N"],
-    D: Float[Array, "H"],
-    state: Float[Array, "B H N P"],
-    implementation: StateSpaceDuality,
-) -> tuple[Float[Array, "B S H P"], Float[Array, "B H N P"]]:
+    recurrence: Recurrence, arrays: tuple[Float[Array, "..."], ...], state: Float[Array, "B ..."]
+) -> tuple[Float[Array, "B S ..."], Float[Array, "B ..."]]:
     """As `scan`, from a state and with the one after the last position; not differentiated, sequences are whole."""
-    is_split = current().splits("groups", B.shape[2])
+    counts = _groups(recurrence, arrays)
 
-    def local(x: Array, dt: Array, A: Array, B: Array, C: Array, D: Array, state: Array) -> tuple[Array, Array]:
-        B, C = (_read(array, is_split) for array in (B, C))
-        return ssd.forward(x, dt, A, B, C, D, state, None, implementation)[:2]
+    def local(arrays: Arrays, state: Array) -> tuple[Array, Array]:
+        return recurrence.forward(*_own(recurrence, arrays, counts), state, None)[:2]
 
-    specs = _specs(B.shape[2], has_segments=False)
-    run = on_each_device(local, (*specs[:6], spec(*STATE)), (specs[0], spec(*STATE)))
-    return run(x, dt, A, B, C, D, state)
+    layout = spec(*recurrence.state)
+    run = on_each_device(local, (_specs(recurrence, arrays), layout), (spec(*recurrence.output), layout))
+    return run(arrays, state)
 
 
-def _nothing(x: Array, B: Array) -> Float[Array, "B H N P"]:
-    """The state before anything, which varies over devices as `x` does."""
-    shape = (x.shape[0], x.shape[2], B.shape[3], x.shape[3])
-    return vary_alike((jnp.zeros(shape, jnp.float32), x))[0]
+def _is_along(names: Names) -> bool:
+    return names[1:2] == ("full_seq",)
+
+
+def _by_position(segments: Array | None) -> PartitionSpec | None:
+    return None if segments is None else spec("batch", "full_seq")
+
+
+def _groups(recurrence: Recurrence, arrays: Arrays) -> tuple[int | None, ...]:
+    """Of each array how many groups share it, where they are on every device (none: a device has its own)."""
+    return tuple(
+        array.shape[2] if _is_shared(names) and not _is_split(array) else None
+        for names, array in zip(recurrence.arrays, arrays, strict=True)
+    )
+
+
+def _own(recurrence: Recurrence, arrays: Arrays, counts: tuple[int | None, ...]) -> Arrays:
+    """What a device reads of the arrays, its pieces of a sequence as rows."""
+    found = []
+    for names, count, array in zip(recurrence.arrays, counts, arrays, strict=True):
+        if count is not None:
+            array = jax.lax.dynamic_slice_in_dim(array, _own_group(count), 1, 2)
+        found.append(pieces(array) if _is_along(names) else array)
+    return tuple(found)
+
+
+def _nothing(recurrence: Recurrence, arrays: Arrays) -> Array:
+    """The state before anything, which varies over devices as the first array does."""
+    return vary_alike((jnp.zeros(recurrence.shape(*arrays), jnp.float32), arrays[0]))[0]
 
 
 def _own_group(num_groups: int) -> Array:
@@ -143,16 +176,10 @@ def _own_group(num_groups: int) -> Array:
     return jax.lax.axis_index(rules.axes("tensor")) * num_groups // rules.parts("tensor")
 
 
-def _read(array: Array, is_split: bool) -> Array:
-    """Groups that a device's heads read."""
-    return array if is_split else jax.lax.dynamic_slice_in_dim(array, _own_group(array.shape[2]), 1, 2)
-
-
-def _summed(gradient: Array, num_groups: int, is_split: bool) -> Array:
-    """The transpose of `_read`: of all groups, from the heads of all devices."""
-    if is_split:
+def _summed(gradient: Array, count: int | None) -> Array:
+    """Of what groups share on every device: of all groups, from the heads of all devices."""
+    if count is None:
         return gradient
     wide = gradient.astype(jnp.float32)
-    number = jnp.arange(num_groups)[:, None]
-    placed = jnp.where(number == _own_group(num_groups), wide, 0.0)
+    placed = jnp.where(jnp.arange(count)[:, None] == _own_group(count), wide, 0.0)
     return jax.lax.psum(placed, current().axes("tensor")).astype(gradient.dtype)

@@ -11,7 +11,17 @@ from typing import Literal, NamedTuple
 
 from jaxtron.config import NoEffect, UserError
 from jaxtron.layers.config import GATED
-from jaxtron.models.decoder.settings import DecoderSettings
+from jaxtron.models.decoder.settings import DecoderSettings, check_multiple
+from jaxtron.models.decoder.state_space import (
+    check_mamba1,
+    check_mamba2,
+    mamba1_flops,
+    mamba1_parameters,
+    mamba2_flops,
+    mamba2_parameters,
+    validate_mamba1,
+    validate_mamba2,
+)
 from jaxtron.sharding.config import ContextConfig
 from jaxtron.words import plural
 
@@ -79,12 +89,6 @@ def norm_parameters(settings: DecoderSettings, size: int) -> int:
 def local_kv_heads(settings: DecoderSettings, tensor: int) -> int:
     """Key/value heads of each of `tensor` devices: all of them where they do not split."""
     return settings.kv_heads // tensor if settings.kv_heads % tensor == 0 else settings.kv_heads
-
-
-def check_multiple(name: str, size: int, tensor: int) -> None:
-    """`UserError` unless `size`, called `name`, splits into `mesh.tensor` parts."""
-    if size % tensor:
-        raise UserError(f"{name} {size} is not a multiple of mesh.tensor {tensor}; change one of them")
 
 
 def _attention_parameters(settings: DecoderSettings, tensor: int) -> int:
@@ -305,59 +309,6 @@ def _check_moe(settings: DecoderSettings, sizes: Mapping[str, int], context: Con
         check_multiple("model.moe.shared_size", settings.moe.shared_size, sizes["tensor"])
 
 
-def mamba_heads(settings: DecoderSettings) -> int:
-    """Heads of a state-space layer."""
-    mamba = settings.mamba
-    return mamba.num_heads or round(mamba.expand * settings.hidden_size) // mamba.head_dim
-
-
-def mamba_groups(settings: DecoderSettings, tensor: int) -> int:
-    """Groups on each of `tensor` devices: all of them where they do not split."""
-    groups = settings.mamba.num_groups
-    return groups // tensor if groups % tensor == 0 else groups
-
-
-def _mamba_parameters(settings: DecoderSettings, tensor: int) -> int:
-    mamba, heads = settings.mamba, mamba_heads(settings) // tensor
-    inner, shared = heads * mamba.head_dim, 2 * mamba_groups(settings, tensor) * mamba.state_size
-    convolved = (mamba.conv_width + 1) * (inner + shared)
-    # of the heads: their step's bias, decay and skip; of the channels the norm's scale
-    return settings.hidden_size * (3 * inner + shared + heads) + convolved + 3 * heads + inner
-
-
-def _mamba_flops(settings: DecoderSettings, length: int) -> dict[str, int]:
-    """Megatron's count: the products, and 7 for each number of the state."""
-    mamba, heads = settings.mamba, mamba_heads(settings)
-    inner = heads * mamba.head_dim
-    products = 3 * inner + 2 * mamba.num_groups * mamba.state_size + heads
-    return {"mamba": 2 * settings.hidden_size * products + 7 * inner * mamba.state_size}
-
-
-def _validate_mamba(settings: DecoderSettings) -> None:
-    mamba, heads = settings.mamba, mamba_heads(settings)
-    channels = mamba.expand * settings.hidden_size
-    if mamba.num_heads is None and (heads == 0 or heads * mamba.head_dim != channels):
-        raise UserError(
-            f"model.mamba.expand {mamba.expand:g} x model.hidden_size {settings.hidden_size} = {channels:g} is not a "
-            f"multiple of model.mamba.head_dim {mamba.head_dim}; change one, or set model.mamba.num_heads"
-        )
-    for name in ("num_groups", "norm_groups"):
-        groups = getattr(mamba, name)
-        if groups is not None and heads % groups:
-            raise UserError(f"model.mamba.{name} {groups}: the {heads} heads are not a multiple of it; change one")
-
-
-def _check_mamba(settings: DecoderSettings, sizes: Mapping[str, int], context: ContextConfig) -> None:
-    mamba, tensor = settings.mamba, sizes["tensor"]
-    check_multiple("heads of Mamba layers,", mamba_heads(settings), tensor)
-    for name in ("num_groups", "norm_groups"):
-        groups = getattr(mamba, name)
-        if groups is not None and groups % tensor and tensor % groups:
-            raise UserError(
-                f"model.mamba.{name} {groups} and mesh.tensor {tensor}: neither is a multiple of the other; change one"
-            )
-
-
 ATTENTION = LayerKind(
     symbol="*",
     name="attention",
@@ -418,10 +369,19 @@ MAMBA = LayerKind(
     symbol="M",
     name="Mamba-2",
     module="mamba",
-    parameters=_mamba_parameters,
-    flops=_mamba_flops,
+    parameters=mamba2_parameters,
+    flops=mamba2_flops,
     fields=("mamba",),
-    validate=_validate_mamba,
-    check=_check_mamba,
+    validate=validate_mamba2,
+    check=check_mamba2,
 )
-KINDS = {kind.symbol: kind for kind in (ATTENTION, WINDOW, LATENT, MLP, MOE, MAMBA)}
+MAMBA1 = replace(
+    MAMBA,
+    symbol="m",
+    name="Mamba",
+    parameters=mamba1_parameters,
+    flops=mamba1_flops,
+    validate=validate_mamba1,
+    check=check_mamba1,
+)
+KINDS = {kind.symbol: kind for kind in (ATTENTION, WINDOW, LATENT, MLP, MOE, MAMBA1, MAMBA)}

@@ -11,6 +11,7 @@ from jaxtron.layers.latent import LatentAttention
 from jaxtron.layers.mlp import Mlp
 from jaxtron.layers.moe.moe import Moe
 from jaxtron.layers.norm import Norm
+from jaxtron.layers.ssm.mamba1 import Mamba1
 from jaxtron.layers.ssm.mamba2 import Mamba2
 from jaxtron.models.decoder import recompute
 from jaxtron.models.decoder.attention_backends import attention_spec
@@ -19,13 +20,14 @@ from jaxtron.models.decoder.kinds import (
     ATTENTION,
     LATENT,
     MAMBA,
+    MAMBA1,
     MLP,
     MOE,
     WINDOW,
     LayerKind,
     expert_width,
-    mamba_heads,
 )
+from jaxtron.models.decoder.state_space import mamba1_channels, mamba1_rank, mamba2_heads
 
 # of attention, by the pattern's symbol
 Backends = Mapping[str, Backend]
@@ -112,11 +114,24 @@ def _moe(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rng
 def _mamba(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rngs) -> Mamba2:
     return Mamba2(
         config.hidden_size,
-        mamba_heads(config),
+        mamba2_heads(config),
         config.mamba,
         std=config.initial_std,
         output_std=config.output_std,
         epsilon=config.norm_epsilon,
+        dropout=config.dropout,
+        rngs=rngs,
+    )
+
+
+def _mamba1(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rngs) -> Mamba1:
+    return Mamba1(
+        config.hidden_size,
+        mamba1_channels(config),
+        mamba1_rank(config),
+        config.mamba,
+        std=config.initial_std,
+        output_std=config.output_std,
         dropout=config.dropout,
         rngs=rngs,
     )
@@ -130,4 +145,5 @@ BUILDERS: dict[str, Builder] = {
     MLP.symbol: _mlp,
     MOE.symbol: _moe,
     MAMBA.symbol: _mamba,
+    MAMBA1.symbol: _mamba1,
 }

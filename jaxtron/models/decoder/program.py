@@ -15,8 +15,9 @@ from jaxtron.layers.ssm.mamba2 import select_scan
 from jaxtron.models.decoder import recompute
 from jaxtron.models.decoder.attention_backends import attention_backends
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.kinds import MAMBA, MOE, expert_width, mamba_heads
+from jaxtron.models.decoder.kinds import MAMBA, MOE, expert_width
 from jaxtron.models.decoder.model import Decoder
+from jaxtron.models.decoder.state_space import mamba2_heads
 from jaxtron.models.program import BuildContext, Microbatch, Parts, Program, whole
 from jaxtron.pipeline.model import HeadOutput, LayerOutput, Model, Outer, Stack
 from jaxtron.sharding.rules import constrain, current
@@ -100,7 +101,7 @@ def update_buffers(
 def choices(config: ModelConfig, dtype: DTypeLike, rows: int, length: int) -> tuple[str, ...]:
     """What computes scans; how tokens get to experts, and what multiplies them."""
     kinds = {kind.symbol for kind in config.kinds}
-    scans = (select_scan(config.mamba, mamba_heads(config), dtype).reason,) if MAMBA.symbol in kinds else ()
+    scans = (select_scan(config.mamba, mamba2_heads(config), dtype).reason,) if MAMBA.symbol in kinds else ()
     if MOE.symbol not in kinds:
         return scans
     shape = (rows, length // current().parts("context", "tensor"))

@@ -4,6 +4,7 @@ import math
 
 from pydantic import Field
 
+from jaxtron.config import UserError
 from jaxtron.layers.config import GATED, Activation, AttentionConfig, LatentConfig, NormKind, PositionKind, RotaryConfig
 from jaxtron.layers.moe.config import MoeConfig
 from jaxtron.layers.ssm.config import MambaConfig
@@ -14,9 +15,9 @@ class DecoderSettings(FamilyConfig):
     """What a decoder-only language model is, without how it is run; `ModelConfig` says what must agree."""
 
     pattern: str = "*-"
-    """Residual layers in order: `*` attention, `W` attention in a window, `L` latent attention, `M` Mamba-2, `-` MLP,
-    `E` a mixture of experts; `(*-)` is both in parallel on one norm. `|` cuts all layers into the stages of mesh.pipe
-    (with num_layers 1; one stage runs them all)."""
+    """Residual layers in order: `*` attention, `W` attention in a window, `L` latent attention, `M` Mamba-2, `m` Mamba,
+    `-` MLP, `E` a mixture of experts; `(*-)` is both in parallel on one norm. `|` cuts all layers into the stages of
+    mesh.pipe (with num_layers 1; one stage runs them all)."""
     hybrid: tuple[float, float, int] | None = None
     """Makes the pattern of a hybrid: the share of attention, of MLPs, and how many layers there are; the others are
     Mamba-2, as even as can be (2406.07887, Appendix A: 0.08 0.5 56)."""
@@ -75,7 +76,7 @@ class DecoderSettings(FamilyConfig):
     moe: MoeConfig = MoeConfig()
     """Experts of `E` layers."""
     mamba: MambaConfig = MambaConfig()
-    """State-space layers, `M`."""
+    """State-space layers, `M` and `m`."""
     z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of log(Z)^2 in the loss (PaLM: 1e-4)."""
 
@@ -110,3 +111,9 @@ class DecoderSettings(FamilyConfig):
     def padded_vocab(self) -> int:
         """Rows of the embedding table."""
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+
+def check_multiple(name: str, size: int, tensor: int) -> None:
+    """`UserError` unless `size`, called `name`, splits into `mesh.tensor` parts."""
+    if size % tensor:
+        raise UserError(f"{name} {size} is not a multiple of mesh.tensor {tensor}; change one of them")

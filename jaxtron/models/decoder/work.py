@@ -19,16 +19,16 @@ from jaxtron.models.decoder.kinds import (
     KINDS,
     LATENT,
     MAMBA,
+    MAMBA1,
     MLP,
     MOE,
     WINDOW,
     LayerKind,
     expert_width,
     local_kv_heads,
-    mamba_groups,
-    mamba_heads,
 )
 from jaxtron.models.decoder.pattern import Branch
+from jaxtron.models.decoder.state_space import mamba1_channels, mamba1_rank, mamba2_groups, mamba2_heads
 from jaxtron.models.work.attention import (
     AttentionShapes,
     core,
@@ -51,7 +51,7 @@ from jaxtron.models.work.experts import ExpertShapes, expert_rows, expert_tempor
 from jaxtron.models.work.model import ModelWork, StackWork
 from jaxtron.models.work.operations import PhaseWork, SlotWork
 from jaxtron.models.work.shapes import Shapes, gather, gathered_weights
-from jaxtron.models.work.ssm import ScanShapes, mixer, mixer_temporaries
+from jaxtron.models.work.ssm import ScanShapes, SelectiveShapes, mixer, mixer_temporaries, selective_mixer
 
 # by the regions of a kind of layer: of the whole branch and, apart from it, of the parts that can be recomputed alone
 RegionWork = dict[str, SlotWork]
@@ -329,9 +329,9 @@ def _mamba_layer(model: ModelConfig, shapes: Shapes) -> ScanShapes:
     mamba = model.mamba
     return ScanShapes(
         hidden=model.hidden_size,
-        heads=mamba_heads(model) / shapes.tensor,
+        heads=mamba2_heads(model) / shapes.tensor,
         head_dim=mamba.head_dim,
-        groups=mamba_groups(model, shapes.tensor),
+        groups=mamba2_groups(model, shapes.tensor),
         state_size=mamba.state_size,
     )
 
@@ -342,6 +342,16 @@ def _mamba(model: ModelConfig, shapes: Shapes) -> RegionWork:
 
 def _mamba_temporaries(model: ModelConfig, shapes: Shapes) -> float:
     return mixer_temporaries(shapes, _mamba_layer(model, shapes))
+
+
+def _mamba1(model: ModelConfig, shapes: Shapes) -> RegionWork:
+    layer = SelectiveShapes(
+        hidden=model.hidden_size,
+        channels=mamba1_channels(model) / shapes.tensor,
+        rank=mamba1_rank(model),
+        state_size=model.mamba.state_size,
+    )
+    return {"mamba": selective_mixer(shapes, layer)}
 
 
 # by symbol, the keys of kinds.py: KINDS
@@ -359,5 +369,6 @@ LAYER_WORK = {
         exchanged=_moe_exchanged,
         kept=_moe_kept,
     ),
+    MAMBA1.symbol: LayerWork(_mamba1),
     MAMBA.symbol: LayerWork(_mamba, _mamba_temporaries),
 }

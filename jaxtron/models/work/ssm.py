@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from jaxtron.models.work.blocks import linear
 from jaxtron.models.work.operations import CollectiveWork, PhaseWork, SlotWork
-from jaxtron.models.work.shapes import FLOAT, Shapes
+from jaxtron.models.work.shapes import FLOAT, Shapes, over_tensor
 
 # positions of a chunk, kernels/ssd
 CHUNK = 128
@@ -14,6 +14,9 @@ BELOW = 0.75
 # the same time: a device's matrices in float32, and tokens as wide as its channels and as the stream. Measured as in
 # blocks.py on layers of 4096, with 1 and 4 tensor parts, 1 and 4 rows: tests/plan/test_state_space_plans.py has them.
 MATRICES, CHANNELS, STREAMS = 2.2, 2.0, 6.5
+# how often a selective scan's forward reads or writes a state of each position: decays and summands, what two
+# sweeps of a scan within chunks make of them, and what reads it
+SCANNED = 12
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,60 @@ class ScanShapes:
         return 2 * self.groups * self.state_size
 
 
+@dataclass(frozen=True)
+class SelectiveShapes:
+    """A Mamba layer of a device."""
+
+    hidden: int
+    channels: float
+    rank: int
+    state_size: int
+
+    @property
+    def shared(self) -> int:
+        """Numbers that a token's steps are made of, and of its B and C."""
+        return self.rank + 2 * self.state_size
+
+
 def mixer(shapes: Shapes, layer: ScanShapes) -> SlotWork:
     """All of it but the norm before it and the sum that ends it."""
     found = linear(shapes, layer.hidden, 2 * layer.inner + layer.shared + layer.heads)
     found += linear(shapes, layer.inner, layer.hidden)
+    found += _around(shapes, layer.inner + layer.shared, layer.inner)
+    states = layer.heads * (layer.state_size * layer.head_dim + 1)
+    return found + _scan(shapes, layer) + _travelling(shapes, states)
+
+
+def selective_mixer(shapes: Shapes, layer: SelectiveShapes) -> SlotWork:
+    """The same of a Mamba layer."""
+    found = linear(shapes, layer.hidden, 2 * layer.channels) + linear(shapes, layer.channels, layer.hidden)
+    found += linear(shapes, layer.channels, layer.shared) + linear(shapes, layer.rank, layer.channels)
+    found += _around(shapes, layer.channels, layer.channels)
+    # sums over all channels, and likewise their gradients
+    summed = PhaseWork(collectives=over_tensor(shapes, "all_reduce", shapes.tokens * layer.shared * shapes.width))
+    found += SlotWork(forward=summed, backward=summed)
+    # of a piece of a sequence what is left of a state, and what is added to it
+    travels = _travelling(shapes, 2 * layer.channels * layer.state_size)
+    return found + _selective_scan(shapes, layer) + travels
+
+
+def _around(shapes: Shapes, convolved: float, gated: float) -> SlotWork:
+    """The convolution before a scan, and the gate behind it, perhaps with a norm: channels of each."""
     one = shapes.tokens * shapes.width
-    # of the convolution, and of the gated norm
-    convolved, normed = one * (layer.inner + layer.shared), one * layer.inner
-    found += SlotWork(
-        forward=PhaseWork(stream=2 * convolved + 3 * normed, kernels=2),
-        backward=PhaseWork(stream=5 * convolved + 5 * normed, kernels=4),
+    return SlotWork(
+        forward=PhaseWork(stream=one * (2 * convolved + 3 * gated), kernels=2),
+        backward=PhaseWork(stream=5 * one * (convolved + gated), kernels=4),
     )
-    return found + _scan(shapes, layer) + _travelling(shapes, layer)
+
+
+def _selective_scan(shapes: Shapes, layer: SelectiveShapes) -> SlotWork:
+    """Loops over chunks in plain JAX: no products, but states of every position that pass through memory."""
+    numbers = shapes.tokens * layer.channels * layer.state_size
+    counted = 7.0 * numbers
+    return SlotWork(
+        forward=PhaseWork(masked_flops=counted, stream=SCANNED * FLOAT * numbers, kernels=1),
+        backward=PhaseWork(masked_flops=2 * counted, stream=3 * SCANNED * FLOAT * numbers, kernels=1),
+    )
 
 
 def mixer_temporaries(shapes: Shapes, layer: ScanShapes) -> float:
@@ -82,10 +127,11 @@ def _scan(shapes: Shapes, layer: ScanShapes) -> SlotWork:
     )
 
 
-def _travelling(shapes: Shapes, layer: ScanShapes) -> SlotWork:
-    """What the pieces of a sequence do to a state, from everyone to everyone, and the ends of what is convolved."""
+def _travelling(shapes: Shapes, numbers: float) -> SlotWork:
+    """What a piece of a sequence does to a state, so many numbers of a row, from everyone to everyone."""
     if shapes.parts == 1:
         return SlotWork()
-    states = 2 * shapes.parts * shapes.rows * layer.heads * (layer.state_size * layer.head_dim + 1) * FLOAT
-    moved = PhaseWork(collectives=(CollectiveWork("all_gather", states, "context"),))
+    moved = PhaseWork(
+        collectives=(CollectiveWork("all_gather", 2 * shapes.parts * shapes.rows * numbers * FLOAT, "context"),)
+    )
     return SlotWork(forward=moved, backward=moved)

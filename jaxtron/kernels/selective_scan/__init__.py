@@ -1,0 +1,1 @@
+"""Selective scan (Mamba) in several implementations; `backend.py` selects by what."""
