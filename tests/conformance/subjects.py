@@ -34,6 +34,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "E": {"bias": True, "moe": {"num_experts": 4, "balance": 0.3, "z_loss": 0.1}},
     # pieces of two positions on a mesh with context 4; with less in the norm, rounding of small numbers is scaled up
     "m": {"norm_epsilon": 1e-2, "mamba": {"state_size": 16, "conv_width": 3}},
+    "G": {
+        "norm_epsilon": 1e-2,
+        "delta": {
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 6,
+            "linear_conv_kernel_dim": 3,
+        },
+    },
     "M": {"norm_epsilon": 1e-2, "mamba": {"state_size": 16, "head_dim": 8, "num_groups": 2, "conv_width": 3}},
 }
 DECODER: dict[str, Any] = {

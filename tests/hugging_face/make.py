@@ -203,6 +203,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 # by model, weights so large that some of what they make is cut off
 LARGE = {"gpt_oss": "gate_up_proj"}
 
+# a layer alone: the rest of its model is not here
+DELTA_NET = "qwen3_next_delta_net"
+
 
 def randomize(model: torch.nn.Module, large: str | None) -> None:
     """Every parameter and every buffer that a file holds, in multiples of `STEP`."""
@@ -242,7 +245,27 @@ def record(name: str) -> None:
     print(f"{path.name}: {path.stat().st_size:,} bytes, logits up to {np.abs(logits).max():.1f}")
 
 
+def record_delta_net() -> None:
+    """What a gated delta net of Qwen3-Next makes of two sequences longer than a chunk."""
+    module = transformers.models.qwen3_next.modeling_qwen3_next
+    settings = {"hidden_size": 24, "layer_types": ["linear_attention"], "num_hidden_layers": 1, "rms_norm_eps": 1e-5}
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_conv_kernel_dim": 4}
+    widths = {"linear_key_head_dim": 8, "linear_value_head_dim": 10}
+    config = transformers.AutoConfig.for_model("qwen3_next", **settings, **heads, **widths)
+    layer = module.Qwen3NextGatedDeltaNet(config, 0).float().eval()
+    with torch.no_grad():
+        randomize(layer)
+        x = torch.from_numpy(np.random.default_rng(1).standard_normal((ROWS, 72, 24)).astype(np.float32))
+        y = layer(x).numpy()
+        saved = {key: value.numpy() for key, value in layer.state_dict().items()}
+    weights = {f"weights/{key}": np.rint(value / STEP).astype(np.int8) for key, value in saved.items()}
+    path = FOLDER / "layers" / f"{DELTA_NET}.npz"
+    path.parent.mkdir(exist_ok=True)
+    np.savez_compressed(path, config=json.dumps({**heads, **widths}), x=x.numpy(), y=y, **weights)
+    print(f"{path.name}: {path.stat().st_size:,} bytes, outputs up to {np.abs(y).max():.1f}")
+
+
 if __name__ == "__main__":
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
-    for name in sys.argv[1:] or MODELS:
-        record(name)
+    for name in sys.argv[1:] or [*MODELS, DELTA_NET]:
+        record_delta_net() if name == DELTA_NET else record(name)

@@ -13,8 +13,9 @@ from flax import nnx
 
 from jaxtron.config import UserError
 from jaxtron.layers.inputs import LayerInputs
-from jaxtron.layers.ssm.config import MambaConfig
+from jaxtron.layers.ssm.config import DeltaConfig, MambaConfig
 from jaxtron.layers.ssm.convolution import convolve
+from jaxtron.layers.ssm.delta import GatedDeltaNet
 from jaxtron.layers.ssm.mamba1 import Mamba1
 from jaxtron.layers.ssm.mamba2 import Mamba2
 from jaxtron.models.decoder.config import ModelConfig
@@ -27,11 +28,16 @@ EMBED, HEADS, ROWS, LENGTH = 16, 4, 2, 11
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
-def make_layer(groups: int | None = 2) -> Mamba1 | Mamba2:
-    """Mamba-2 with so many groups; none: Mamba."""
-    config = MambaConfig(num_heads=HEADS, head_dim=8, state_size=6, num_groups=groups or 1, dt_range=(0.1, 1))
+def make_layer(kind: str = "M", groups: int = 2) -> Mamba1 | Mamba2 | GatedDeltaNet:
+    """Of a pattern's symbol, of all but Mamba with so many groups of heads."""
+    config = MambaConfig(num_heads=HEADS, head_dim=8, state_size=6, num_groups=groups, dt_range=(0.1, 1))
     shared: dict[str, Any] = {"std": 0.5, "output_std": 0.5, "dropout": 0.0, "rngs": nnx.Rngs(0)}
-    if groups:
+    if kind == "G":
+        sizes = {"linear_num_key_heads": groups, "linear_num_value_heads": HEADS, "linear_key_head_dim": 6}
+        delta = DeltaConfig(**sizes, linear_value_head_dim=8)
+        # a norm that does not scale rounding of small outputs up
+        return whole(GatedDeltaNet(EMBED, delta, epsilon=0.1, **shared), jnp.float32)
+    if kind == "M":
         return whole(Mamba2(EMBED, HEADS, config, epsilon=1e-5, **shared), jnp.float32)
     # it has no norm that takes sizes back
     return whole(Mamba1(EMBED, 2 * EMBED, 3, config, **{**shared, "std": 0.3}), jnp.float32)
@@ -42,12 +48,18 @@ def tokens(length: int = LENGTH) -> jax.Array:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "groups"),
-    [(2, 2), (2, None), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 2), (4, 1), (1, None)))],
+    ("kind", "tensor", "groups"),
+    [
+        ("M", 2, 2),
+        ("m", 2, 2),
+        ("G", 2, 2),
+        *(pytest.param("M", *sizes, marks=pytest.mark.slow) for sizes in ((1, 2), (4, 1))),
+        *(pytest.param("G", *sizes, marks=pytest.mark.slow) for sizes in ((1, 2), (4, 1))),
+    ],
 )
-def test_in_parts_it_computes_what_it_does_at_once(rules_for, tensor: int, groups: int | None):
+def test_in_parts_it_computes_what_it_does_at_once(rules_for, kind: str, tensor: int, groups: int):
     with use(rules_for(tensor=tensor)):
-        layer, x = make_layer(groups), tokens(12)
+        layer, x = make_layer(kind, groups), tokens(12)
         at_once = jax.jit(layer)(x, LayerInputs())
         found, state = [], None
         # first parts are shorter than what the convolution sees
@@ -58,10 +70,10 @@ def test_in_parts_it_computes_what_it_does_at_once(rules_for, tensor: int, group
         assert np.abs(np.asarray(at_once)).max() > 0.5
 
 
-@pytest.mark.parametrize("groups", [2, None])
-def test_a_document_is_a_sequence_of_its_own(rules_for, groups: int | None):
+@pytest.mark.parametrize("kind", "MmG")
+def test_a_document_is_a_sequence_of_its_own(rules_for, kind: str):
     with use(rules_for()):
-        layer, x = jax.jit(make_layer(groups)), tokens()
+        layer, x = jax.jit(make_layer(kind)), tokens()
         cuts = (0, 2, 4, 6, LENGTH)
         segments = jnp.broadcast_to(np.repeat(np.arange(4), np.diff(cuts)), (ROWS, LENGTH))
         packed = layer(x, LayerInputs(segments=segments))
@@ -130,18 +142,51 @@ def test_settings_that_do_not_go_together(pattern, changes, message):
 
 def test_what_computes_scans_is_told_before_what_multiplies_experts(rules_for):
     config = ModelConfig(
-        pattern="ME", num_layers=2, hidden_size=64, position="none", bias=False, mamba={"num_groups": 2}
+        pattern="MmGE", num_layers=2, hidden_size=64, position="none", bias=False, mamba={"num_groups": 2}
     )
     with use(rules_for()):
-        scans, experts, *_ = choices(config, jnp.bfloat16, ROWS, 64)
+        scans, selective, delta, experts, *_ = choices(config, jnp.bfloat16, ROWS, 64)
         assert scans.startswith("state-space duality: xla, the fastest that runs on cpu; not mosaic: its kernels are")
+        assert selective == "selective scan: xla, for it has no kernel of a GPU"
+        assert delta == "gated delta rule: xla, for it has no kernel of a GPU"
         assert experts.startswith("experts: 8 on a device")
+        asked = config.model_copy(update={"pattern": "G", "delta": DeltaConfig(implementation="reference")})
+        assert choices(asked, jnp.bfloat16, ROWS, 64) == ("gated delta rule: reference, as asked",)
         named = config.model_copy(update={"mamba": MambaConfig(num_groups=2, implementation="mosaic")})
         with pytest.raises(UserError, match="model.mamba.implementation mosaic cannot: its kernels are for Hopper"):
             choices(named, jnp.bfloat16, ROWS, 64)
 
 
-def test_channels_that_do_not_split_are_refused():
-    model = ModelConfig(pattern="m", hidden_size=6, position="none", mamba={"expand": 1.5})
-    with pytest.raises(UserError, match="channels of Mamba layers, 9 is not a multiple of mesh.tensor 2"):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pattern": "m", "mamba": {"expand": 1.5}}, "channels of Mamba layers, 9 is not a multiple of mesh.tensor 2"),
+        (
+            {"pattern": "G", "delta": {"linear_num_key_heads": 1, "linear_num_value_heads": 9}},
+            "model.delta.linear_num_value_heads 9 is not a multiple of mesh.tensor 2",
+        ),
+        (
+            {"pattern": "G", "delta": {"linear_num_key_heads": 3, "linear_num_value_heads": 6}},
+            "linear_num_key_heads 3 and mesh.tensor 2: neither is a multiple of the other",
+        ),
+    ],
+    ids=str,
+)
+def test_what_does_not_split_is_refused(settings, message):
+    model = ModelConfig(hidden_size=6, position="none", **settings)
+    with pytest.raises(UserError, match=message):
         model.check({"tensor": 2, "context": 1}, ContextConfig())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"linear_num_value_heads": 24}, "value_heads 24 is not a multiple of model.delta.linear_num_key_heads 16"),
+        ({"decay_range": (0, 1)}, "decay_range 0 1: it is two numbers above 0"),
+        ({"implementation": "mosaic"}, "auto.*xla.*reference"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_delta_net_that_do_not_go_together(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(pattern="G", hidden_size=64, position="none", delta=changes)

@@ -124,7 +124,7 @@ STATE_SPACE = {
 # their patterns repeat nothing, so that each layer is built; one of these models is enough
 UNROLLED = ("16k", "32k", "128k", "hybrid_840m", "nemotron_h_8b", "bamba_9b")
 
-# Mamba: tensor and data sizes, layers and hidden size, billions of parameters; layouts are ours but for 8B of 2406.07887
+# Mamba: tensor and data sizes, layers and hidden size, billions of parameters; layouts are ours but for that of 8B
 MAMBA = {
     "mamba_130m": (1, 8, 24, 768, None),
     "mamba_370m": (1, 16, 48, 1024, None),

@@ -37,7 +37,7 @@ class Case(NamedTuple):
 QUICK = (Case({"data": 2, "context": 2, "tensor": 2}),)
 OTHERS = (
     Case({"context": 2}, packed=False),
-    Case({"context": 4}, recompute=("mamba",)),
+    Case({"context": 4}, recompute=("mamba", "delta")),
     Case({"context": 8}, recompute="full", width=2),
     Case({"context": 4, "data": 2}, packed=False, microbatches=2),
     Case({"context": 4}, context={"method": "hierarchical", "inner": 2}),
@@ -61,8 +61,10 @@ OTHERS = (
 def model(groups: int, width: int, recompute: Any) -> ModelConfig:
     """With a norm in which rounding is not scaled up."""
     mamba = {"num_heads": 8, "head_dim": 8, "state_size": 8, "num_groups": groups, "conv_width": width}
-    changes: dict[str, Any] = {"pattern": "M*m-", "num_layers": 4, "norm_epsilon": 0.1, "recompute": recompute}
-    return changed(MODELS["llama"], **changes, mamba=mamba)
+    keys = {"linear_num_key_heads": groups, "linear_key_head_dim": 6, "linear_conv_kernel_dim": width}
+    delta = {**keys, "linear_num_value_heads": 8, "linear_value_head_dim": 4}
+    changes: dict[str, Any] = {"pattern": "MGm(*-)", "num_layers": 4, "norm_epsilon": 0.1, "recompute": recompute}
+    return changed(MODELS["llama"], **changes, mamba=mamba, delta=delta)
 
 
 @functools.cache

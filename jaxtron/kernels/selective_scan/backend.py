@@ -19,3 +19,10 @@ def select(name: str) -> SelectiveScan:
         known = ", ".join(["auto", *IMPLEMENTATIONS])
         raise UserError(f"model.mamba.implementation {name}: the selective scan (m) has {known}; use one of them")
     return IMPLEMENTATIONS["xla" if name == "auto" else name]
+
+
+def reason(name: str) -> str:
+    """One line that says which it is and why."""
+    return (
+        f"selective scan: {name}, as asked" if name != "auto" else "selective scan: xla, for it has no kernel of a GPU"
+    )

@@ -3,6 +3,7 @@
 from pydantic import Field, model_validator
 
 from jaxtron.config import Config
+from jaxtron.kernels.gated_delta.config import DeltaImplementation
 from jaxtron.kernels.ssd.config import Implementation
 
 Range = tuple[float, float]
@@ -47,4 +48,30 @@ class MambaConfig(Config):
         low, high = self.dt_limit
         if low < 0 or (high is not None and high <= low):
             raise ValueError(f"dt_limit {low:g} {high}: it is a number of 0 or more, and a larger one or none")
+        return self
+
+
+class DeltaConfig(Config):
+    """Gated delta nets, `G` (2412.06464), under the names of Qwen3-Next and Megatron."""
+
+    linear_num_key_heads: int = Field(default=16, ge=1)
+    """Heads of queries and keys."""
+    linear_num_value_heads: int = Field(default=32, ge=1)
+    """Heads of values, each with a state; neighbours share a query and key."""
+    linear_key_head_dim: int = Field(default=128, ge=1)
+    """Dimensions of a query and of a key."""
+    linear_value_head_dim: int = Field(default=128, ge=1)
+    """Dimensions of a value."""
+    linear_conv_kernel_dim: int = Field(default=4, ge=2)
+    """Positions that the causal convolution of queries, keys and values sees."""
+    decay_range: Range = (1.0, 16.0)
+    """First rates of decay, uniform."""
+    implementation: DeltaImplementation = "auto"
+    """Kernel of the recurrence."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DeltaConfig":
+        low, high = self.decay_range
+        if not 0 < low <= high:
+            raise ValueError(f"decay_range {low:g} {high:g}: it is two numbers above 0, the smaller first")
         return self

@@ -21,14 +21,14 @@ Names = tuple[str | None, ...]
 def convolve(
     x: Float[Array, "B S *C"],
     kernel: Float[Array, "W *C"],
-    bias: Float[Array, "*C"],
+    bias: Float[Array, "*C"] | None,
     segments: Int[Array, "B S"] | None,
     channels: Names,
 ) -> Float[Array, "B S *C"]:
-    """silu of the sum over the last W positions of x times kernel, plus bias; float32 inside, not across documents.
+    """silu of the sum over the last W positions of x times kernel, perhaps plus bias; not across documents.
 
-    The last row of the kernel is that of a position itself, as PyTorch's `conv1d` has it. `channels` names the axes of
-    C. The backward keeps x alone.
+    It is float32 inside. The last row of the kernel is that of a position itself, as PyTorch's `conv1d` has it;
+    `channels` names the axes of C. The backward keeps x alone.
     """
     return _forward(x, kernel, bias, segments, channels)[0]
 
@@ -36,11 +36,11 @@ def convolve(
 def convolve_plainly(
     wide: Float[Array, "B T *C"],
     kernel: Float[Array, "W *C"],
-    bias: Float[Array, "*C"],
+    bias: Float[Array, "*C"] | None,
     ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B S *C"]:
     """The same on one device, of S positions with the W - 1 before them: T = S + W - 1. Equal `ids`: one document."""
-    total = bias.astype(jnp.float32)
+    total = jnp.zeros((), jnp.float32) if bias is None else bias.astype(jnp.float32)
     for tap, part in enumerate(_windows(wide, ids, kernel.shape[0])):
         total = total + part.astype(jnp.float32) * kernel[tap].astype(jnp.float32)
     return jax.nn.silu(total).astype(wide.dtype)
@@ -56,8 +56,11 @@ def _windows(wide: Array, ids: Array | None, width: int) -> Iterator[Array]:
         yield part
 
 
-def _specs(channels: Names) -> tuple[PartitionSpec, ...]:
-    return spec("batch", "full_seq", *channels), spec(None, *channels), spec(*channels), spec("batch", "full_seq")
+def _specs(channels: Names, bias: Array | None, segments: Array | None) -> tuple[PartitionSpec | None, ...]:
+    """Of x, kernel, bias and segments."""
+    by_channel = None if bias is None else spec(*channels)
+    by_position = None if segments is None else spec("batch", "full_seq")
+    return spec("batch", "full_seq", *channels), spec(None, *channels), by_channel, by_position
 
 
 def _given(x: Array, segments: Array | None, width: int) -> tuple[Array, Array | None]:
@@ -73,19 +76,23 @@ def _given(x: Array, segments: Array | None, width: int) -> tuple[Array, Array |
 
 
 def _forward(
-    x: Array, kernel: Array, bias: Array, segments: Array | None, channels: Names
+    x: Array, kernel: Array, bias: Array | None, segments: Array | None, channels: Names
 ) -> tuple[Array, tuple[Array | None, ...]]:
-    def local(x: Array, kernel: Array, bias: Array, segments: Array | None) -> Array:
+    def local(x: Array, kernel: Array, bias: Array | None, segments: Array | None) -> Array:
         wide, ids = _given(x, segments, kernel.shape[0])
         return whole(convolve_plainly(wide, kernel, bias, ids))
 
-    specs = _specs(channels)
-    run = on_each_device(local, (*specs[:3], None if segments is None else specs[3]), specs[0])
+    specs = _specs(channels, bias, segments)
+    run = on_each_device(local, specs, specs[0])
     return run(x, kernel, bias, segments), (x, kernel, bias, segments)
 
 
-def _backward(channels: Names, kept: tuple[Array | None, ...], cotangent: Array) -> tuple[Array, Array, Array, None]:
-    def local(x: Array, kernel: Array, bias: Array, segments: Array | None, cotangent: Array) -> tuple[Array, ...]:
+def _backward(
+    channels: Names, kept: tuple[Array | None, ...], cotangent: Array
+) -> tuple[Array, Array, Array | None, None]:
+    def local(
+        x: Array, kernel: Array, bias: Array | None, segments: Array | None, cotangent: Array
+    ) -> tuple[Array | None, ...]:
         wide, ids = _given(x, segments, kernel.shape[0])
         _, pull = jax.vjp(functools.partial(convolve_plainly, ids=ids), wide, kernel, bias)
         dwide, dkernel, dbias = pull(pieces(cotangent))
@@ -93,9 +100,8 @@ def _backward(channels: Names, kept: tuple[Array | None, ...], cotangent: Array)
         dx = dwide[:, ends:] + before_transposed(dwide[:, :ends], dwide.shape[1] - ends)
         return whole(dx), dkernel, dbias
 
-    specs, segments = _specs(channels), kept[3]
-    given = (*specs[:3], None if segments is None else specs[3], specs[0])
-    return *on_each_device(local, given, specs[:3])(*kept, cotangent), None
+    specs = _specs(channels, *kept[2:])
+    return *on_each_device(local, (*specs, specs[0]), specs[:3])(*kept, cotangent), None
 
 
 convolve.defvjp(_forward, _backward)

@@ -15,10 +15,15 @@ class Taps(nnx.Module):
     """Weights of a convolution of each channel by itself, and its bias; first values are PyTorch's `Conv1d`'s."""
 
     def __init__(self, width: int, channels: dict[str, int], rngs: nnx.Rngs) -> None:
-        bound, shape, names = 1 / math.sqrt(width), tuple(channels.values()), tuple(channels)
-        initial = uniform(-bound, bound)
-        self.kernel = parameter(rngs, initial, (width, *shape), axes=("taps", *names), role="kernel")
-        self.bias = parameter(rngs, initial, shape, axes=names, role="bias")
+        self.kernel = taps(width, channels, rngs)
+        initial = uniform(-1 / math.sqrt(width), 1 / math.sqrt(width))
+        self.bias = parameter(rngs, initial, tuple(channels.values()), axes=tuple(channels), role="bias")
+
+
+def taps(width: int, channels: dict[str, int], rngs: nnx.Rngs) -> nnx.Param:
+    """The weights alone."""
+    shape, axes, bound = (width, *channels.values()), ("taps", *channels), 1 / math.sqrt(width)
+    return parameter(rngs, uniform(-bound, bound), shape, axes=axes, role="kernel")
 
 
 def uniform(low: float, high: float) -> Initializer:

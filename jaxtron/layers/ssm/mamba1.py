@@ -1,6 +1,7 @@
 """Mamba: a convolution, a state for each channel, and a gate (2312.00752, section 3.4)."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +61,8 @@ class Mamba1(nnx.Module):
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
         segments = None if inputs.segments is None else constrain(inputs.segments, "batch", "full_seq")
         x, z = self._project(x)
-        through = convolve(x, self.conv.kernel[...], self.conv.bias[...], segments, ("channels",))
-        y = scan(selective_scan(select(self.config.implementation)), self._scanned(through), segments)
+        through: Any = convolve(x, self.conv.kernel[...], self.conv.bias[...], segments, ("channels",))
+        y: Any = scan(selective_scan(select(self.config.implementation)), self._scanned(through), segments)
         y = self.output(_gated(y, z), "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 

@@ -1,7 +1,6 @@
 """Mamba-2: a convolution, a state for each head, and a gate (2405.21060, section 7; Megatron's `MambaMixer`)."""
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +13,15 @@ from jaxtron.layers.inputs import LayerInputs, dropout
 from jaxtron.layers.linear import Linear, project
 from jaxtron.layers.ssm.config import MambaConfig
 from jaxtron.layers.ssm.convolution import convolve, convolve_plainly
+from jaxtron.layers.ssm.groups import BY_GROUP, by_head, grouped
 from jaxtron.layers.ssm.initial import Taps, first_decays, first_steps
 from jaxtron.layers.ssm.memory import LayerMemory, remembered, with_before
 from jaxtron.layers.ssm.norm import GatedNorm
 from jaxtron.layers.ssm.recurrences import HEADS, STEPS, duality
 from jaxtron.layers.ssm.scan import advance, scan
 from jaxtron.sharding.parameters import parameter
-from jaxtron.sharding.rules import constrain, current, spec
+from jaxtron.sharding.rules import constrain, current
 from jaxtron.typing import Array, DTypeLike, Float
-
-BY_GROUP = ("batch", "full_seq", "groups", None)
 
 
 class _Projected(NamedTuple):
@@ -81,7 +79,7 @@ class Mamba2(nnx.Module):
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
         segments = None if inputs.segments is None else constrain(inputs.segments, "batch", "full_seq")
         z, convolved, dt = self._project(constrain(x, "batch", "full_seq", "embed"))
-        through = [
+        through: list[Any] = [
             convolve(part, kernel, bias, segments, names)
             for part, (kernel, bias, names) in zip(convolved, self._taps(), strict=True)
         ]
@@ -122,7 +120,7 @@ class Mamba2(nnx.Module):
             width = self.num_heads // self.config.num_groups * self.config.head_dim
             z, convolved = joined[..., :width], joined[..., width : 2 * width + 2 * self.config.state_size]
             dt = joined[..., 2 * width + 2 * self.config.state_size :]
-            z, dt = self._by_head(z), jnp.reshape(dt, (*x.shape[:2], self.num_heads), out_sharding=spec(*STEPS))
+            z, dt = by_head(z, self.num_heads, self.config.head_dim), by_head(dt, self.num_heads)
             # an axis of one group loses its name in a slice
             return _Projected(z, (constrain(convolved, *BY_GROUP),), self._steps(dt))
         kernel = jnp.concatenate([self.z.kernel[...], self.x.kernel[...], self.dt.kernel[...][..., None]], -1)
@@ -153,11 +151,7 @@ class Mamba2(nnx.Module):
             return convolved[0], convolved[1][..., :size], convolved[1][..., size:]
         (whole,) = convolved
         B, C = (constrain(part, *BY_GROUP) for part in (whole[..., -2 * size : -size], whole[..., -size:]))
-        return self._by_head(whole[..., : -2 * size]), B, C
-
-    def _by_head(self, x: Float[Array, "B S G width"]) -> Float[Array, "B S H P"]:
-        shape = (*x.shape[:2], self.num_heads, self.config.head_dim)
-        return jnp.reshape(x, shape, out_sharding=spec(*HEADS))
+        return by_head(whole[..., : -2 * size], self.num_heads, self.config.head_dim), B, C
 
     @property
     def _by_group(self) -> bool:
@@ -167,17 +161,12 @@ class Mamba2(nnx.Module):
     def _joined(self) -> Array:
         """Weights of the products by group: those of z and x of its heads, B, C, and the steps of its heads."""
         B = self.B.kernel[...]
-        parts = (self._grouped(layer.kernel[...], B) for layer in (self.z, self.x))
-        return jnp.concatenate([*parts, B, self.C.kernel[...], self._grouped(self.dt.kernel[...], B)], -1)
+        parts = (grouped(layer.kernel[...], B) for layer in (self.z, self.x))
+        return jnp.concatenate([*parts, B, self.C.kernel[...], grouped(self.dt.kernel[...], B)], -1)
 
     def _joined_taps(self, name: str) -> Array:
         B, C, x = (getattr(taps, name)[...] for taps in (self.conv_B, self.conv_C, self.conv_x))
-        return jnp.concatenate([self._grouped(x, B), B, C], -1)
-
-    def _grouped(self, array: Array, like: Array) -> Array:
-        """[..., heads(, head dim)] as [..., groups, what is of a group's heads], laid out as `like`."""
-        shape = (*like.shape[:-1], array.size // math.prod(like.shape[:-1]))
-        return jnp.reshape(array, shape, out_sharding=jax.typeof(like).sharding.spec)
+        return jnp.concatenate([grouped(x, B), B, C], -1)
 
 
 def select_scan(config: MambaConfig, num_heads: int, dtype: DTypeLike) -> ScanBackend:

@@ -37,3 +37,16 @@ class GatedNorm(nnx.Module):
         everyone = jnp.broadcast_to(grouped, apart, out_sharding=layout)
         back = spec(*STEPS) if group else spec("batch", "full_seq", None)
         return constrain(jnp.reshape(everyone, means.shape, out_sharding=back), *STEPS)
+
+
+class GatedHeadNorm(nnx.Module):
+    """RMSNorm of each head by itself, with one scale for all, times silu(z): the gate comes last (Qwen3-Next)."""
+
+    def __init__(self, head_dim: int, *, epsilon: float, rngs: nnx.Rngs) -> None:
+        self.epsilon = epsilon
+        self.scale = parameter(rngs, initializers.ones, (head_dim,), axes=("head_dim",), role="scale")
+
+    def __call__(self, y: Float[Array, "B S H P"], z: Float[Array, "B S H P"]) -> Float[Array, "B S H P"]:
+        wide = y.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.epsilon)
+        return (normed * self.scale[...].astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))).astype(y.dtype)

@@ -28,7 +28,7 @@ class ModelConfig(DecoderSettings):
     FREE: ClassVar[str] = (
         "attention.implementation attention.deterministic recompute unroll moe.slots moe.jitter moe.balance "
         "moe.balance_over moe.z_loss moe.capacity_factor moe.drop moe.exchange moe.buckets moe.implementation "
-        "mamba.implementation"
+        "mamba.implementation delta.implementation"
     )
     CONTENT: ClassVar[str] = "vocab_multiple"
 

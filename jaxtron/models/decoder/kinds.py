@@ -13,12 +13,16 @@ from jaxtron.config import NoEffect, UserError
 from jaxtron.layers.config import GATED
 from jaxtron.models.decoder.settings import DecoderSettings, check_multiple
 from jaxtron.models.decoder.state_space import (
+    check_delta,
     check_mamba1,
     check_mamba2,
+    delta_flops,
+    delta_parameters,
     mamba1_flops,
     mamba1_parameters,
     mamba2_flops,
     mamba2_parameters,
+    validate_delta,
     validate_mamba1,
     validate_mamba2,
 )
@@ -384,4 +388,14 @@ MAMBA1 = replace(
     validate=validate_mamba1,
     check=check_mamba1,
 )
-KINDS = {kind.symbol: kind for kind in (ATTENTION, WINDOW, LATENT, MLP, MOE, MAMBA1, MAMBA)}
+DELTA = LayerKind(
+    symbol="G",
+    name="gated delta net",
+    module="delta",
+    parameters=delta_parameters,
+    flops=delta_flops,
+    fields=("delta",),
+    validate=validate_delta,
+    check=check_delta,
+)
+KINDS = {kind.symbol: kind for kind in (ATTENTION, WINDOW, LATENT, MLP, MOE, MAMBA1, MAMBA, DELTA)}

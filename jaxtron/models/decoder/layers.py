@@ -11,6 +11,7 @@ from jaxtron.layers.latent import LatentAttention
 from jaxtron.layers.mlp import Mlp
 from jaxtron.layers.moe.moe import Moe
 from jaxtron.layers.norm import Norm
+from jaxtron.layers.ssm.delta import GatedDeltaNet
 from jaxtron.layers.ssm.mamba1 import Mamba1
 from jaxtron.layers.ssm.mamba2 import Mamba2
 from jaxtron.models.decoder import recompute
@@ -18,6 +19,7 @@ from jaxtron.models.decoder.attention_backends import attention_spec
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.kinds import (
     ATTENTION,
+    DELTA,
     LATENT,
     MAMBA,
     MAMBA1,
@@ -137,6 +139,18 @@ def _mamba1(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.
     )
 
 
+def _delta(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rngs) -> GatedDeltaNet:
+    return GatedDeltaNet(
+        config.hidden_size,
+        config.delta,
+        std=config.initial_std,
+        output_std=config.output_std,
+        epsilon=config.norm_epsilon,
+        dropout=config.dropout,
+        rngs=rngs,
+    )
+
+
 # By symbol, the keys of `kinds.KINDS`: (normalized input [B S E], LayerInputs) -> what is added to the stream [B S E].
 BUILDERS: dict[str, Builder] = {
     ATTENTION.symbol: _attention,
@@ -144,6 +158,7 @@ BUILDERS: dict[str, Builder] = {
     LATENT.symbol: _latent,
     MLP.symbol: _mlp,
     MOE.symbol: _moe,
-    MAMBA.symbol: _mamba,
     MAMBA1.symbol: _mamba1,
+    MAMBA.symbol: _mamba,
+    DELTA.symbol: _delta,
 }

@@ -7,6 +7,8 @@ import jax
 from flax import nnx
 
 from jaxtron.data.batch import TokenBatch
+from jaxtron.kernels.gated_delta import backend as gated_delta
+from jaxtron.kernels.selective_scan import backend as selective_scan
 from jaxtron.layers.config import GATED
 from jaxtron.layers.inputs import LayerInputs, row_keys
 from jaxtron.layers.moe.router import LOAD, evened
@@ -15,7 +17,7 @@ from jaxtron.layers.ssm.mamba2 import select_scan
 from jaxtron.models.decoder import recompute
 from jaxtron.models.decoder.attention_backends import attention_backends
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.kinds import MAMBA, MOE, expert_width
+from jaxtron.models.decoder.kinds import DELTA, MAMBA, MAMBA1, MOE, expert_width
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.models.decoder.state_space import mamba2_heads
 from jaxtron.models.program import BuildContext, Microbatch, Parts, Program, whole
@@ -102,6 +104,8 @@ def choices(config: ModelConfig, dtype: DTypeLike, rows: int, length: int) -> tu
     """What computes scans; how tokens get to experts, and what multiplies them."""
     kinds = {kind.symbol for kind in config.kinds}
     scans = (select_scan(config.mamba, mamba2_heads(config), dtype).reason,) if MAMBA.symbol in kinds else ()
+    scans += (selective_scan.reason(config.mamba.implementation),) if MAMBA1.symbol in kinds else ()
+    scans += (gated_delta.reason(config.delta.implementation),) if DELTA.symbol in kinds else ()
     if MOE.symbol not in kinds:
         return scans
     shape = (rows, length // current().parts("context", "tensor"))

@@ -7,7 +7,7 @@ from pydantic import Field
 from jaxtron.config import UserError
 from jaxtron.layers.config import GATED, Activation, AttentionConfig, LatentConfig, NormKind, PositionKind, RotaryConfig
 from jaxtron.layers.moe.config import MoeConfig
-from jaxtron.layers.ssm.config import MambaConfig
+from jaxtron.layers.ssm.config import DeltaConfig, MambaConfig
 from jaxtron.models.family import FamilyConfig
 
 
@@ -16,8 +16,8 @@ class DecoderSettings(FamilyConfig):
 
     pattern: str = "*-"
     """Residual layers in order: `*` attention, `W` attention in a window, `L` latent attention, `M` Mamba-2, `m` Mamba,
-    `-` MLP, `E` a mixture of experts; `(*-)` is both in parallel on one norm. `|` cuts all layers into the stages of
-    mesh.pipe (with num_layers 1; one stage runs them all)."""
+    `G` a gated delta net, `-` MLP, `E` a mixture of experts; `(*-)` is both in parallel on one norm. `|` cuts layers
+    into the stages of mesh.pipe (with num_layers 1; one stage runs them all)."""
     hybrid: tuple[float, float, int] | None = None
     """Makes the pattern of a hybrid: the share of attention, of MLPs, and how many layers there are; the others are
     Mamba-2, as even as can be (2406.07887, Appendix A: 0.08 0.5 56)."""
@@ -77,6 +77,8 @@ class DecoderSettings(FamilyConfig):
     """Experts of `E` layers."""
     mamba: MambaConfig = MambaConfig()
     """State-space layers, `M` and `m`."""
+    delta: DeltaConfig = DeltaConfig()
+    """Gated delta nets, `G`."""
     z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of log(Z)^2 in the loss (PaLM: 1e-4)."""
 

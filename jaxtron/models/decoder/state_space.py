@@ -109,3 +109,46 @@ def _refuse_others(settings: DecoderSettings, symbol: str, kind: str, names: str
         if value != type(settings.mamba).model_fields[name].default:
             because = {"model.pattern": settings.pattern}
             raise NoEffect(f"model.mamba.{name}", value, because, f"leave it out, or add {kind} to the pattern")
+
+
+def delta_key_heads(settings: DecoderSettings, tensor: int) -> int:
+    """Heads of queries and keys on each of `tensor` devices: all of them where they do not split."""
+    heads = settings.delta.linear_num_key_heads
+    return heads // tensor if heads % tensor == 0 else heads
+
+
+def delta_parameters(settings: DecoderSettings, tensor: int) -> int:
+    delta, heads = settings.delta, settings.delta.linear_num_value_heads // tensor
+    keys = 2 * delta_key_heads(settings, tensor) * delta.linear_key_head_dim
+    values, convolved = heads * delta.linear_value_head_dim, delta.linear_conv_kernel_dim
+    # of the heads: decay and step's bias; the norm's scale is one for all
+    own = 2 * heads + delta.linear_value_head_dim
+    return settings.hidden_size * (keys + 3 * values + 2 * heads) + convolved * (keys + values) + own
+
+
+def delta_flops(settings: DecoderSettings, length: int) -> dict[str, int]:
+    """The products, and 7 for each number of the state: it decays, is read by key, written, and read by query."""
+    delta, heads = settings.delta, settings.delta.linear_num_value_heads
+    keys = 2 * delta.linear_num_key_heads * delta.linear_key_head_dim
+    values = heads * delta.linear_value_head_dim
+    products = settings.hidden_size * (keys + 3 * values + 2 * heads)
+    return {"delta": 2 * products + 7 * values * delta.linear_key_head_dim}
+
+
+def validate_delta(settings: DecoderSettings) -> None:
+    values, keys = settings.delta.linear_num_value_heads, settings.delta.linear_num_key_heads
+    if values % keys:
+        raise UserError(
+            f"model.delta.linear_num_value_heads {values} is not a multiple of model.delta.linear_num_key_heads "
+            f"{keys}; change one"
+        )
+
+
+def check_delta(settings: DecoderSettings, sizes: Mapping[str, int], context: ContextConfig) -> None:
+    tensor, keys = sizes["tensor"], settings.delta.linear_num_key_heads
+    check_multiple("model.delta.linear_num_value_heads", settings.delta.linear_num_value_heads, tensor)
+    if keys % tensor and tensor % keys:
+        raise UserError(
+            f"model.delta.linear_num_key_heads {keys} and mesh.tensor {tensor}: neither is a multiple of the other; "
+            "change one"
+        )

@@ -16,6 +16,7 @@ from jaxtron.models.decoder.cost import (
 )
 from jaxtron.models.decoder.kinds import (
     ATTENTION,
+    DELTA,
     KINDS,
     LATENT,
     MAMBA,
@@ -28,7 +29,13 @@ from jaxtron.models.decoder.kinds import (
     local_kv_heads,
 )
 from jaxtron.models.decoder.pattern import Branch
-from jaxtron.models.decoder.state_space import mamba1_channels, mamba1_rank, mamba2_groups, mamba2_heads
+from jaxtron.models.decoder.state_space import (
+    delta_key_heads,
+    mamba1_channels,
+    mamba1_rank,
+    mamba2_groups,
+    mamba2_heads,
+)
 from jaxtron.models.work.attention import (
     AttentionShapes,
     core,
@@ -51,7 +58,15 @@ from jaxtron.models.work.experts import ExpertShapes, expert_rows, expert_tempor
 from jaxtron.models.work.model import ModelWork, StackWork
 from jaxtron.models.work.operations import PhaseWork, SlotWork
 from jaxtron.models.work.shapes import Shapes, gather, gathered_weights
-from jaxtron.models.work.ssm import ScanShapes, SelectiveShapes, mixer, mixer_temporaries, selective_mixer
+from jaxtron.models.work.ssm import (
+    DeltaShapes,
+    ScanShapes,
+    SelectiveShapes,
+    delta_mixer,
+    mixer,
+    mixer_temporaries,
+    selective_mixer,
+)
 
 # by the regions of a kind of layer: of the whole branch and, apart from it, of the parts that can be recomputed alone
 RegionWork = dict[str, SlotWork]
@@ -354,6 +369,18 @@ def _mamba1(model: ModelConfig, shapes: Shapes) -> RegionWork:
     return {"mamba": selective_mixer(shapes, layer)}
 
 
+def _delta(model: ModelConfig, shapes: Shapes) -> RegionWork:
+    delta = model.delta
+    layer = DeltaShapes(
+        hidden=model.hidden_size,
+        heads=delta.linear_num_value_heads / shapes.tensor,
+        head_dim=delta.linear_value_head_dim,
+        key_heads=delta_key_heads(model, shapes.tensor),
+        key_dim=delta.linear_key_head_dim,
+    )
+    return {"delta": delta_mixer(shapes, layer)}
+
+
 # by symbol, the keys of kinds.py: KINDS
 LAYER_WORK = {
     ATTENTION.symbol: LayerWork(_attention, _scores, transposed=_mixed),
@@ -371,4 +398,5 @@ LAYER_WORK = {
     ),
     MAMBA1.symbol: LayerWork(_mamba1),
     MAMBA.symbol: LayerWork(_mamba, _mamba_temporaries),
+    DELTA.symbol: LayerWork(_delta),
 }

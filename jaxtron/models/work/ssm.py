@@ -14,6 +14,8 @@ BELOW = 0.75
 # the same time: a device's matrices in float32, and tokens as wide as its channels and as the stream. Measured as in
 # blocks.py on layers of 4096, with 1 and 4 tensor parts, 1 and 4 rows: tests/plan/test_state_space_plans.py has them.
 MATRICES, CHANNELS, STREAMS = 2.2, 2.0, 6.5
+# positions of a chunk, kernels/gated_delta
+DELTA_CHUNK = 64
 # how often a selective scan's forward reads or writes a state of each position: decays and summands, what two
 # sweeps of a scan within chunks make of them, and what reads it
 SCANNED = 12
@@ -55,6 +57,27 @@ class SelectiveShapes:
         return self.rank + 2 * self.state_size
 
 
+@dataclass(frozen=True)
+class DeltaShapes:
+    """A gated delta net of a device."""
+
+    hidden: int
+    heads: float
+    head_dim: int
+    key_heads: int
+    key_dim: int
+
+    @property
+    def inner(self) -> float:
+        """Channels of values."""
+        return self.heads * self.head_dim
+
+    @property
+    def shared(self) -> int:
+        """Numbers of queries and keys."""
+        return 2 * self.key_heads * self.key_dim
+
+
 def mixer(shapes: Shapes, layer: ScanShapes) -> SlotWork:
     """All of it but the norm before it and the sum that ends it."""
     found = linear(shapes, layer.hidden, 2 * layer.inner + layer.shared + layer.heads)
@@ -75,6 +98,16 @@ def selective_mixer(shapes: Shapes, layer: SelectiveShapes) -> SlotWork:
     # of a piece of a sequence what is left of a state, and what is added to it
     travels = _travelling(shapes, 2 * layer.channels * layer.state_size)
     return found + _selective_scan(shapes, layer) + travels
+
+
+def delta_mixer(shapes: Shapes, layer: DeltaShapes) -> SlotWork:
+    """The same of a gated delta net."""
+    found = linear(shapes, layer.hidden, 2 * layer.inner + layer.shared + 2 * layer.heads)
+    found += linear(shapes, layer.inner, layer.hidden)
+    found += _around(shapes, layer.inner + layer.shared, layer.inner)
+    # what a piece of a sequence does to a state is a matrix, beside what is added to it
+    states = layer.heads * layer.key_dim * (layer.head_dim + layer.key_dim)
+    return found + _delta_rule(shapes, layer) + _travelling(shapes, states)
 
 
 def _around(shapes: Shapes, convolved: float, gated: float) -> SlotWork:
@@ -123,6 +156,25 @@ def _scan(shapes: Shapes, layer: ScanShapes) -> SlotWork:
             masked_flops=2 * counted - backward,
             stream=6 * x + 4 * kept + 3 * shared + 6 * steps,
             kernels=3,
+        ),
+    )
+
+
+def _delta_rule(shapes: Shapes, layer: DeltaShapes) -> SlotWork:
+    """Chunks in plain JAX: keys with keys and with queries, a triangular system, what is read and written of the state.
+
+    The backward makes all of it again, and states of chunks once more.
+    """
+    tokens, n, p = shapes.tokens * layer.heads, layer.key_dim, layer.head_dim
+    pairs = 2.0 * DELTA_CHUNK
+    forward = shapes.tokens * layer.key_heads * pairs * 2 * n + tokens * (pairs * 2 * p + 6 * n * p)
+    counted = 7.0 * tokens * n * p
+    # in float32: values, what is written, pairs of positions three times, and a chunk's states
+    stream = FLOAT * tokens * (4 * p + 3 * DELTA_CHUNK + 2 * n * p / DELTA_CHUNK) + FLOAT * shapes.tokens * layer.shared
+    return SlotWork(
+        forward=PhaseWork(attention_flops=forward, masked_flops=counted - forward, stream=stream, kernels=8),
+        backward=PhaseWork(
+            attention_flops=4 * forward, masked_flops=2 * counted - 4 * forward, stream=4 * stream, kernels=32
         ),
     )
 

@@ -1,0 +1,1 @@
+"""The gated delta rule in several implementations; `backend.py` selects by what."""
