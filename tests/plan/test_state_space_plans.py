@@ -8,6 +8,7 @@ from jaxtron.config import load
 from jaxtron.gpus import gpu_named
 from jaxtron.models.work.profile import JAXTRON
 from jaxtron.plan.formula.memory_model import Estimator
+from jaxtron.plan.formula.prediction import predict
 from jaxtron.plan.formula.workload import shapes_of, work_of
 from jaxtron.plan.machine import machine_named
 from jaxtron.run.configuration import Configuration
@@ -28,9 +29,15 @@ def configuration(flags: str) -> Configuration:
 
 # GiB of temporaries and of what layers keep, of steps compiled with JAX 0.11.2 for 8 H100s (2026-11)
 COMPILED = [
-    ("--mesh.data 2 --mesh.tensor 4 --train.global_batch 256 --train.microbatches 128", 0.463, 0.298),
     ("--mesh.data 8 --train.global_batch 256 --train.microbatches 32", 1.239, 1.191),
     ("--mesh.data 2 --mesh.tensor 4 --train.global_batch 256 --train.microbatches 32", 1.172, 1.191),
+    # not used to find the multiples: half of 16,384 tokens
+    (
+        "--mesh.context 2 --mesh.tensor 4 --mesh.data 1 --data.sequence_length 16384 --train.global_batch 32 "
+        "--train.microbatches 32",
+        0.636,
+        0.596,
+    ),
 ]
 
 
@@ -69,3 +76,22 @@ def test_states_travel_between_parts_of_a_sequence() -> None:
         (moved,) = [one for one in phase.collectives if one.purpose == "context"]
         # 2 pieces a part, of each a number and a state for each of 64 heads on a device
         assert moved.size == 2 * 4 * 64 * (128 * 64 + 1) * 4 and moved.kind == "all_gather"
+
+
+@pytest.mark.slow
+def test_the_published_hybrid_fits_8_to_1024_gpus() -> None:
+    """With 4 tensor parts, batches of 1,024 sequences (2406.07887): the more replicas, the less state on each."""
+    machine = machine_named("h100")
+    config = load(Configuration, CONFIGS / "mamba2_hybrid_8b.yaml", [])
+    estimator, totals, rates = Estimator(config.resolved()), [], []
+    for replicas, microbatches in ((2, 128), (16, 16), (256, 1)):
+        flags = f"--mesh.data {replicas} --mesh.tensor 4 --train.microbatches {microbatches}"
+        found = load(Configuration, CONFIGS / "mamba2_hybrid_8b.yaml", flags.split()).resolved()
+        sizes = {flag: getattr(found.mesh, flag) for flag in FLAGS}
+        memory, step = estimator.memory(found, sizes, H100), predict(found, sizes, machine)
+        assert memory.fits
+        totals.append(memory.total)
+        rates.append(step.mfu)
+    assert totals[0] > totals[1] > totals[2] and rates[0] > rates[1] > rates[2]
+    # weights and gradients travel once a step, beside ever less that they could hide behind
+    assert 0.25 < rates[2] and rates[0] < 0.5
