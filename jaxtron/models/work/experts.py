@@ -103,11 +103,11 @@ def _router(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
 def _movements(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
     """Rows out and back, and the same of their gradients: gathers by row and by pair, and what devices exchange."""
     row, own = layer.hidden * shapes.width, shapes.own_tokens
-    meets = layer.meets(shapes) > 1
-    # gathered by row, laid out by expert, and again by device; read by pair, and the sum written
-    copies = 2 if meets and not layer.gathers else 0
+    travels = layer.meets(shapes) > 1 and not layer.gathers
+    # gathered by row, laid out by expert where there are several, and again by device; read by pair, and the sum written
+    copies = 2 if travels and not layer.grouped and layer.own > 1 else 0
     stream = 0.0
-    if copies or not layer.grouped:
+    if travels or not layer.grouped:
         stream = 2 * (1 + copies) * layer.sent * row + (own * layer.top_k + 2 * own) * row
     if layer.grouped:
         # to tiles and back
