@@ -183,19 +183,20 @@ def test_sizes_of_plain_attention(implementation, size):
     compare(implementation, sizes=(size, size))
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)], ids=["multi_head", "grouped", "multi_query"])
+# others are in the grid
+@pytest.mark.parametrize("heads", [(6, 2)], ids=["grouped"])
 @pytest.mark.parametrize("implementation", HERE)
 def test_heads(implementation, heads):
     compare(implementation, sizes=(150, 150), heads=heads, **FEATURES["all"])
 
 
-@pytest.mark.parametrize("dims", [(96, 96), (128, 128), (192, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize("dims", [(96, 96), (192, 128), pytest.param((256, 256), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("implementation", HERE)
 def test_dims(implementation, dims):
     compare(implementation, sizes=(150, 150), dims=dims)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("implementation", HERE)
 def test_types(implementation, dtype):
     compare(implementation, dtype=dtype, sizes=(500, 500), **FEATURES["all"])

@@ -252,8 +252,15 @@ def test_the_table_decides_what_runs(rules_for, name, model):
     assert_same(found, expected_of(model, params, batch, chosen))
 
 
-@pytest.mark.parametrize("name", ["gpipe", "zero_bubble"])
-@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize(
+    ("num_stages", "name"),
+    [
+        (1, "gpipe"),
+        (2, "zero_bubble"),
+        pytest.param(1, "zero_bubble", marks=pytest.mark.slow),
+        pytest.param(2, "gpipe", marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_are_summed_in_float32(rules_for, name, num_stages):
     # in bfloat16 a sum of ones stops at 256
     count = 300

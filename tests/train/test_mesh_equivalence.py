@@ -34,7 +34,7 @@ from tests.support.equivalence import (
 # model, what is changed in it, mesh, ZeRO level, microbatches
 CASES = [
     ("gpt", SCANNED, {"data": 8}, "parameters", 4),
-    ("gpt", SCANNED, {"fsdp": 8}, "optimizer", 4),
+    pytest.param(("gpt", SCANNED, {"fsdp": 8}, "optimizer", 4), marks=pytest.mark.slow),
     ("gpt", {}, {"tensor": 8}, "optimizer", 1),
     ("gpt", {"recompute": "full"} | SCANNED, CUBE, "parameters", 1),
     ("gpt with dropout", SCANNED, CUBE, "optimizer", 4),
@@ -42,7 +42,10 @@ CASES = [
     ("llama", SCANNED, CUBE, "optimizer", 4),
     # more tensor parts than key/value heads
     ("llama", {"recompute": ["attention", "mlp"]} | SCANNED, {"tensor": 8}, "optimizer", 4),
-    ("palm", {"recompute": ["mlp", "attention_core"]} | SCANNED, {"fsdp": 2, "tensor": 4}, "optimizer", 1),
+    pytest.param(
+        ("palm", {"recompute": ["mlp", "attention_core"]} | SCANNED, {"fsdp": 2, "tensor": 4}, "optimizer", 1),
+        marks=pytest.mark.slow,
+    ),
     pytest.param(("palm", SCANNED, {"tensor": 8}, "none", 4), marks=pytest.mark.slow),
     # cut as experts would have it too
     ("llama", SCANNED, {"data": 2, "tensor": 4, "expert": 4, "expert_tensor": 2}, "optimizer", 4),
@@ -97,7 +100,7 @@ def one_device_steps(scales: tuple[float, ...], precision: str) -> Steps:
     return take_steps(SMALL, ONE_DEVICE, "none", scales, precision=precision)
 
 
-@pytest.mark.parametrize("zero", ["none", "optimizer", "parameters"])
+@pytest.mark.parametrize("zero", [pytest.param("none", marks=pytest.mark.slow), "optimizer", "parameters"])
 def test_whole_steps_equal_one_device(zero):
     expected = one_device_steps((0, 0), "fp32")
     result = take_steps(SMALL, CUBE, zero, (0, 0), microbatches=2, precision="fp32")
