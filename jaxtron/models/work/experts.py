@@ -104,7 +104,7 @@ def _movements(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
     """Rows out and back, and the same of their gradients: gathers by row and by pair, and what devices exchange."""
     row, own = layer.hidden * shapes.width, shapes.own_tokens
     travels = layer.meets(shapes) > 1 and not layer.gathers
-    # gathered by row, laid out by expert where there are several, and again by device; read by pair, and the sum written
+    # gathered by row, laid out by expert if there are several, and again by device; read by pair, the sum written
     copies = 2 if travels and not layer.grouped and layer.own > 1 else 0
     stream = 0.0
     if travels or not layer.grouped:
