@@ -104,8 +104,8 @@ def _movements(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
     """Rows out and back, and the same of their gradients: gathers by row and by pair, and what devices exchange."""
     row, own = layer.hidden * shapes.width, shapes.own_tokens
     travels = layer.meets(shapes) > 1 and not layer.gathers
-    # gathered by row, laid out by expert if there are several, and again by device; read by pair, the sum written
-    copies = 2 if travels and not layer.grouped and layer.own > 1 else 0
+    # gathered by row, laid out by expert, and again by device, if not in tiles; read by pair, and the sum written
+    copies = 2 if travels and not layer.grouped else 0
     stream = 0.0
     if travels or not layer.grouped:
         stream = 2 * (1 + copies) * layer.sent * row + (own * layer.top_k + 2 * own) * row
