@@ -47,7 +47,8 @@ COMMON = (
     *("--optimizer.weight_decay", 0.0, "--train.sample_tokens", 0, "--checkpoint.every", 10**6, "--devices", 1),
 )
 LENGTHS = {TEXT: 128, "copying": 64, "phonebook": 128}
-TOKENS_PER_STEP = 1024
+STEPS = {TEXT: 500, "copying": 1200, "phonebook": 1000}
+TOKENS_PER_STEP, VALIDATE_EVERY = 1024, 100
 
 
 def main(argv: list[str]) -> int:
@@ -57,8 +58,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[1, 2], help="of weights and of data; the text has the first alone"
     )
-    parser.add_argument("--steps", type=int, default=1200, help=f"of each run, of {TOKENS_PER_STEP:,} tokens")
-    parser.add_argument("--points", type=int, default=12, help="validations of each run")
+    parser.add_argument("--steps", type=int, help=f"of {TOKENS_PER_STEP:,} tokens, of each run (none: {STEPS})")
     parser.add_argument("--held_out", type=int, default=100, help="examples of each size that are scored")
     parser.add_argument("--directory", type=Path, default=Path("runs/hybrids"), help="data and runs")
     parser.add_argument("--output", help="a .json file, or a folder that gets <date>-cpu-hybrids.json")
@@ -104,14 +104,14 @@ def measure(options: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
 
 def one_run(task: str, model: str, seed: int, options: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
     """A model trained on a task, and what is measured of it."""
-    folder = options.directory / f"{task}-{seed}"
+    folder, steps = options.directory / f"{task}-{seed}", options.steps or STEPS[task]
     run = folder / model
     data, held_out = (), []
     if task != TEXT:
-        rows = TOKENS_PER_STEP // LENGTHS[task] * options.steps
+        rows = TOKENS_PER_STEP // LENGTHS[task] * steps
         data, held_out = recall.prepare(folder / "data", task, rows, options.held_out, seed)
-    every = ("--train.validate_every", max(1, options.steps // options.points))
-    words = (*settings(task, model), *data, *every, "--seed", seed, "--train.steps", options.steps, *flags)
+    course = ("--seed", seed, "--train.steps", steps, "--train.validate_every", VALIDATE_EVERY)
+    words = (*settings(task, model), *data, *course, *flags)
     found = train(run, words)
     if held_out:
         found["right"] = answers.score(run, held_out)

@@ -25,8 +25,7 @@ def test_copying_repeats_its_line_and_a_phonebook_answers_from_its_lines():
         asked = [prompt + answer for (prompt, answer) in ((first, turns[0][1]), *turns[1:])]
         assert len(lines) == len({line[0] for line in lines}) == size
         assert {len(line) for line in lines} == {1 + recall.DIGITS}
-        assert len(set(asked)) == len(turns) == min(recall.QUERIES, size)
-        assert {line.rstrip("\n") for line in asked} <= set(lines)
+        assert sorted(asked) == sorted(f"{line}\n" for line in lines)
 
 
 @pytest.mark.parametrize("name", recall.TASKS)
