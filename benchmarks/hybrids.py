@@ -47,7 +47,7 @@ COMMON = (
     *("--optimizer.weight_decay", 0.0, "--train.sample_tokens", 0, "--checkpoint.every", 10**6, "--devices", 1),
 )
 LENGTHS = {TEXT: 128, "copying": 64, "phonebook": 128}
-STEPS = {TEXT: 500, "copying": 1200, "phonebook": 1000}
+STEPS = {TEXT: 200, "copying": 1200, "phonebook": 1000}
 TOKENS_PER_STEP, VALIDATE_EVERY = 1024, 100
 
 
