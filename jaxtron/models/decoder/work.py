@@ -284,7 +284,8 @@ def _expert_layer(model: ModelConfig, shapes: Shapes) -> ExpertShapes:
     moe, tokens = model.moe, shapes.own_tokens
     parts, widths = shapes.sizes["expert"], shapes.sizes["expert_tensor"]
     own, grouped, gathers, has_rounds = moe.num_experts // parts, False, False, True
-    sent = pairs = multiplied = tokens * moe.top_k
+    sent = pairs = tokens * moe.top_k
+    multiplied = pairs * widths
     if shapes.profile.expert_rows == "round":
         gathers = moe.exchange == "all_gather"
         room = None if moe.capacity_factor is None else round(shapes.rows) * moe.capacity(shapes.length)
