@@ -63,6 +63,9 @@ class Family(Generic[ConfigT]):
     """(config, length) -> parameters, exactly those that are made."""
     flops_per_token: Callable[[ConfigT, int], float]
     """(config, length) -> FLOPs of a token's forward and backward, without what is recomputed."""
+    kinds: Callable[[ConfigT], tuple[tuple[str, ...], ...]] = lambda config: ()
+    """Of each stack the kind of each layer, by which its parameters are apart under the stack's path, where they are of
+    several (none, or an empty one: all are alike)."""
     leading: Callable[[ConfigT], int] = lambda config: 0
     """Layers before those of the first stack, as large, that what enters it has in it: they lie on the first stage."""
     check: Callable[[ConfigT, Mapping[str, int], int, ContextConfig], None] = lambda *_: None

@@ -89,10 +89,10 @@ class Parts(Generic[ModuleT]):
         stacks = self.split(self.blueprint.abstract).stacks
         return self.blueprint.module(self.join(Parameters(stacks, params)))
 
-    def layer(self, stack: int, params: PyTree) -> Any:
-        """The module of a layer with the parameters of one slot."""
+    def layer(self, stack: int, params: PyTree, kind: str | None = None) -> Any:
+        """The module of a layer (of a kind, where those of the stack are of several) with the parameters of a slot."""
         module = self.abstract
-        for name in self.stacks[stack].split("/"):
+        for name in (*self.stacks[stack].split("/"), *((kind,) if kind else ())):
             module = getattr(module, name)
         return nnx.merge(nnx.split(module)[0], params)
 
@@ -168,8 +168,9 @@ def make_parts(
     attention: Mapping[str, Backend] | None = None,
 ) -> Parts[Any]:
     """The parts of a model, inside `sharding.use(rules)`; `stages` has its layers (none: one stage)."""
-    stacks = family_of(config).stacks(config)
-    stages = stages or one_stage_plan(tuple(stacks.values()))
+    family = family_of(config)
+    stacks = family.stacks(config)
+    stages = stages or one_stage_plan(tuple(stacks.values())).of_kinds(family.kinds(config))
     context = BuildContext(jnp.dtype(dtype), dict(zip(stacks, stages.partitions, strict=True)), attention)
     build = functools.partial(program_of(config).build, config, context)
     found = blueprint(build)

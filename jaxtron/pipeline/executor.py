@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtron.pipeline import buffers
-from jaxtron.pipeline.layer_loop import ChunkWork, LayerLoop, PreparedLayer, StackBuffers
+from jaxtron.pipeline.layer_loop import ChunkWork, PreparedLayer, StackBuffers
 from jaxtron.pipeline.lowering import Channel, IntTable, Routes, WorkTable, lower
+from jaxtron.pipeline.mixed_loop import Prepared, stack_loop
 from jaxtron.pipeline.model import Microbatch, Model, Parameters, Stream, merge
 from jaxtron.pipeline.partition import StagePlan
 from jaxtron.pipeline.schedules.schedule import Schedule
@@ -125,13 +126,12 @@ class _Executor:
         self.trains = any(self.lowered.num_residuals)
         self.stage = jax.lax.axis_index(current().axes("pipe")) if self.num_stages > 1 else 0
         self.loops = tuple(
-            LayerLoop(
-                stack.layer,
+            stack_loop(
+                stack,
+                stages.partitions[index],
                 params.stacks[index],
-                self._numbers(index),
-                stack.unroll,
                 None if frozen is None else frozen.stacks[index],
-                stack.recall,
+                self.stage,
             )
             for index, stack in enumerate(model.stacks)
         )
@@ -140,16 +140,11 @@ class _Executor:
         self.variants, self.variant_numbers = self._chunk_variants()
         self.variant_number = jnp.asarray(self.variant_numbers)[self.stage]
 
-    def _numbers(self, stack: int) -> Array:
-        """The numbers in their stack of this stage's layers, by slot."""
-        layers = np.maximum(np.asarray(self.stages.partitions[stack].slot_layers, np.int32), 0)
-        return jnp.asarray(layers.reshape(self.num_stages, -1))[self.stage]
-
     def _first_microbatch(self) -> Microbatch:
         return jax.tree.map(lambda leaf: leaf[0], self.batch)
 
-    def _prepare(self) -> tuple[PreparedLayer, ...]:
-        """Every stack's layer, traced once."""
+    def _prepare(self) -> tuple[PreparedLayer | Prepared, ...]:
+        """Every stack's layer, or each kind of them, traced once."""
         found = []
         for stack, loop in zip(self.model.stacks, self.loops, strict=True):
             shared = jax.eval_shape(stack.shared, self._first_microbatch())

@@ -132,11 +132,9 @@ class LayerLoop:
         """What leaves the chunk's layers, and the buffers with their metrics added."""
 
         def body(carry: tuple[Stream, PyTree], index: Array) -> tuple[tuple[Stream, PyTree], None]:
-            stream, metrics = carry
-            output = self._run(work.first + index, stream, shared)
-            return (output.stream, buffers.add_at(metrics, output.metrics, work.first + index)), None
+            return self.evaluate_layer(work, shared, carry, index), None
 
-        stream, metrics = self._scan(body, (stream, held.metrics), work.length)
+        stream, metrics = scan(body, (stream, held.metrics), work.length, self.unroll)
         return stream, held._replace(metrics=metrics)
 
     def forward(
@@ -145,9 +143,10 @@ class LayerLoop:
         """As `evaluate`, with each layer's residuals written to the work's slot."""
 
         def body(carry: ForwardCarry, index: Array) -> tuple[ForwardCarry, None]:
-            return self._forward_layer(prepared, work, shared, carry, index), None
+            return self.forward_layer(prepared, work, shared, carry, index), None
 
-        stream, residuals, metrics = self._scan(body, (stream, held.residuals, held.metrics), work.length)
+        carry = (stream, held.residuals, held.metrics)
+        stream, residuals, metrics = scan(body, carry, work.length, self.unroll)
         return stream, held._replace(residuals=residuals, metrics=metrics)
 
     def backward(
@@ -160,10 +159,10 @@ class LayerLoop:
 
         def body(carry: BackwardCarry, index: Array) -> tuple[BackwardCarry, None]:
             kept = buffers.read(held.residuals, work.residual, index)
-            return self._backward_layer(prepared, work, shared, carry, index, kept), None
+            return self.backward_layer(prepared, work, shared, carry, index, kept), None
 
         carry = (cotangent, held.grad_accumulators, held.deferred)
-        cotangent, accumulators, deferred = self._scan(body, carry, work.length, reverse=True)
+        cotangent, accumulators, deferred = scan(body, carry, work.length, self.unroll, reverse=True)
         return cotangent, held._replace(grad_accumulators=accumulators, deferred=deferred)
 
     def both(
@@ -186,19 +185,28 @@ class LayerLoop:
             place = back.length - 1 - index
             # read before the forward writes to another slot of the same buffer, which needs no copy then
             residuals, kept = jax.lax.optimization_barrier((residuals, buffers.read(residuals, back.residual, place)))
-            of_forward = self._forward_layer(prepared, ahead, shared[0], (stream, residuals, metrics), index)
-            return (of_forward, self._backward_layer(prepared, back, shared[1], of_backward, place, kept)), None
+            of_forward = self.forward_layer(prepared, ahead, shared[0], (stream, residuals, metrics), index)
+            return (of_forward, self.backward_layer(prepared, back, shared[1], of_backward, place, kept)), None
 
         carry = (
             (streams[0], held.residuals, held.metrics),
             (streams[1], held.grad_accumulators, held.deferred),
         )
-        (stream, residuals, metrics), (cotangent, sums, deferred) = self._scan(body, carry, ahead.length)
+        (stream, residuals, metrics), (cotangent, sums, deferred) = scan(body, carry, ahead.length, self.unroll)
         return stream, cotangent, StackBuffers(residuals, deferred, sums, metrics)
 
-    def _forward_layer(
+    def evaluate_layer(
+        self, work: ChunkWork, shared: PyTree, carry: tuple[Stream, PyTree], index: Array
+    ) -> tuple[Stream, PyTree]:
+        """One iteration of `evaluate`: of the chunk's layer `index`."""
+        stream, metrics = carry
+        output = self._run(work.first + index, stream, shared)
+        return output.stream, buffers.add_at(metrics, output.metrics, work.first + index)
+
+    def forward_layer(
         self, prepared: PreparedLayer, work: ChunkWork, shared: PyTree, carry: ForwardCarry, index: Array
     ) -> ForwardCarry:
+        """One iteration of `forward`."""
         stream, residuals, metrics = carry
         so_far = () if self.recall is None else buffers.read(metrics, work.first + index)
         output, stored, pullback = self._differentiate(work.first + index, stream, shared, so_far)
@@ -206,7 +214,7 @@ class LayerLoop:
         residuals = buffers.write(residuals, stored, work.residual, index)
         return output.stream, residuals, buffers.add_at(metrics, output.metrics, work.first + index)
 
-    def _backward_layer(
+    def backward_layer(
         self,
         prepared: PreparedLayer,
         work: ChunkWork,
@@ -215,6 +223,7 @@ class LayerLoop:
         index: Array,
         residuals: list[Array],
     ) -> BackwardCarry:
+        """One iteration of `backward`, with what the layer's forward left."""
         cotangent, accumulators, deferred = carry
         slot = work.first + index
         inputs, given = (residuals, cotangent), self._given(slot, shared)
@@ -233,16 +242,27 @@ class LayerLoop:
         self, prepared: PreparedLayer, work: ChunkWork, shared: PyTree, held: StackBuffers
     ) -> StackBuffers:
         """The buffers with the products added that `backward` put off."""
-        split = prepared.split
-        assert split is not None
 
         def body(accumulators: PyTree, index: Array) -> tuple[PyTree, None]:
-            slot = work.first + index
             kept = buffers.read(held.deferred, work.deferred, index)
-            gradients = split.weight_grads(kept, self._given(slot, shared))
-            return _add_some(accumulators, gradients, self._is_deferred(), slot), None
+            return self.weight_layer(prepared, work, shared, accumulators, index, kept), None
 
-        return held._replace(grad_accumulators=self._scan(body, held.grad_accumulators, work.length))
+        return held._replace(grad_accumulators=scan(body, held.grad_accumulators, work.length, self.unroll))
+
+    def weight_layer(
+        self,
+        prepared: PreparedLayer,
+        work: ChunkWork,
+        shared: PyTree,
+        accumulators: PyTree,
+        index: Array,
+        kept: list[Array],
+    ) -> PyTree:
+        """One iteration of `weight_grads`, with what the layer's backward left."""
+        assert prepared.split is not None
+        slot = work.first + index
+        gradients = prepared.split.weight_grads(kept, self._given(slot, shared))
+        return _add_some(accumulators, gradients, self._is_deferred(), slot)
 
     def _is_deferred(self) -> list[bool]:
         """For each trained parameter, whether its gradient is a product worth putting off: not those of norms."""
@@ -274,9 +294,11 @@ class LayerLoop:
         """What a layer reads that is there again in its backward, so that none of it is kept."""
         return (*buffers.read((self.trained, self.frozen), slot), self.numbers[slot], shared)
 
-    def _scan(self, body, carry: PyTree, length: int, *, reverse: bool = False) -> PyTree:
-        unroll = max(1, min(self.unroll, length))
-        return jax.lax.scan(body, carry, jnp.arange(length), reverse=reverse, unroll=unroll)[0]
+
+def scan(body, carry: PyTree, length: int, unroll: int, *, reverse: bool = False) -> PyTree:
+    """What `body(carry, index)` leaves of so many layers of a chunk, some of them in each iteration."""
+    unroll = max(1, min(unroll, length))
+    return jax.lax.scan(body, carry, jnp.arange(length), reverse=reverse, unroll=unroll)[0]
 
 
 def _pull(prepared: PreparedLayer, inputs: tuple[list[Array], Stream], given: PyTree) -> list[Array]:

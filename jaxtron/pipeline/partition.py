@@ -1,8 +1,9 @@
 """Which layers each stage has."""
 
 import bisect
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from jaxtron.config import UserError
@@ -13,10 +14,12 @@ from jaxtron.words import plural
 
 @dataclass(frozen=True)
 class Partition:
-    """One stack's layers (repeated periods of a pattern) on its virtual stages, in the model's order.
+    """One stack's layers (repeated periods of a pattern, or layers of several kinds) on its virtual stages, in the
+    model's order.
 
     A stage holds its chunks one after the other, each in `slots_per_chunk` slots of its stacked parameters; a chunk
-    with fewer layers leaves its last slots empty (zeros).
+    with fewer layers leaves its last slots empty (zeros). Of several kinds each has stacked parameters, and so slots,
+    of its own: those of `by_kind`.
     """
 
     lengths: tuple[int, ...]
@@ -25,6 +28,19 @@ class Partition:
     placement: ChunkPlacement = "round_robin"
     first_chunk: int = 0
     """A stage's chunks of the stacks before this one."""
+    kinds: tuple[str, ...] = ()
+    """The kind of each layer, where they are of several; empty: all layers are alike."""
+
+    @cached_property
+    def by_kind(self) -> "dict[str, Partition]":
+        """Where the layers of each kind are, numbered among themselves; a stage may have none of a kind."""
+        assert not self.kinds or len(self.kinds) == self.num_layers
+        ends = list(itertools.accumulate(self.lengths, initial=0))
+        parts = [self.kinds[start:end] for start, end in itertools.pairwise(ends)]
+        return {
+            kind: replace(self, lengths=tuple(part.count(kind) for part in parts), kinds=())
+            for kind in dict.fromkeys(self.kinds)
+        }
 
     @property
     def num_layers(self) -> int:
@@ -103,6 +119,21 @@ class StagePlan:
     def num_chunks(self) -> int:
         """A stage's chunks of all stacks: those of a schedule that runs them."""
         return sum(self.stack_chunks)
+
+    @property
+    def alike(self) -> tuple[tuple[int, Partition], ...]:
+        """The layers that are alike, each with its stack: those of a stack, or of each of its kinds."""
+        return tuple(
+            (number, part)
+            for number, stack in enumerate(self.partitions)
+            for part in (stack.by_kind.values() if stack.kinds else (stack,))
+        )
+
+    def of_kinds(self, kinds: Sequence[tuple[str, ...]]) -> "StagePlan":
+        """The same with the kinds of each stack's layers, as `Partition.kinds` has them (empty: as it is)."""
+        if not any(kinds):
+            return self
+        return StagePlan(tuple(replace(stack, kinds=own) for stack, own in zip(self.partitions, kinds, strict=True)))
 
     @property
     def num_virtual(self) -> int:

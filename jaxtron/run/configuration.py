@@ -202,8 +202,9 @@ class Configuration(Config):
         The schedule, which says where chunks lie, is that of so many microbatches (none: those of the whole batch).
         """
         layers, pipeline = tuple(self.family.stacks(self.model).values()), self.pipeline
+        kinds = self.family.kinds(self.model)
         if num_stages == 1:
-            return one_stage_plan(layers)
+            return one_stage_plan(layers).of_kinds(kinds)
         if (cuts := self.family.cuts(self.model)) is not None:
             num_parts = num_stages * pipeline.chunks
             if len(cuts.layers) != num_parts:
@@ -213,7 +214,7 @@ class Configuration(Config):
                 )
             pipeline = pipeline.model_copy(update={"stage_layers": cuts.layers})
         schedule = self.schedule(num_stages, num_microbatches)
-        found = stage_plan(layers, schedule, pipeline, self.family.leading(self.model))
+        found = stage_plan(layers, schedule, pipeline, self.family.leading(self.model)).of_kinds(kinds)
         if pipeline.overlap and num_microbatches in (None, self.train.microbatches):
             self._check_overlap(schedule, found)
         return found
@@ -224,6 +225,11 @@ class Configuration(Config):
             pairs = "eager_1f1b, eager_interleaved or dualpipe_v"
             choice = {"pipeline.schedule": self.pipeline.schedule}
             raise NoEffect("pipeline.overlap", True, choice, f"leave it out, or use {pairs}")
+        if any(stack.kinds for stack in stages.partitions):
+            raise UserError(
+                "pipeline.overlap true needs layers that are alike: in a pattern that never repeats each waits for the "
+                "choice of its kind; leave it out"
+            )
         lengths = sorted({length for part in stages.partitions for length in part.lengths})
         if len(lengths) > 1 or len(stages.partitions) > 1:
             have = f"{plural(len(stages.partitions), 'stack')} with {either(list(map(str, lengths)))} layers in a part"

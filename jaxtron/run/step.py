@@ -56,8 +56,11 @@ class Trainer:
 
     @property
     def partitions(self) -> dict[str, Partition]:
-        """The slots of each stack's layers, by its path in the parameters."""
-        return dict(zip(self.parts.stacks, self.stages.partitions, strict=True))
+        """The slots of each stack's layers, by its path in the parameters; of several kinds, of each by its own."""
+        found = {}
+        for path, stack in zip(self.parts.stacks, self.stages.partitions, strict=True):
+            found |= {f"{path}/{kind}": own for kind, own in stack.by_kind.items()} or {path: stack}
+        return found
 
     def initial_state(self) -> TrainState:
         """The state before the first step, sharded as at rest."""
@@ -148,9 +151,11 @@ class Trainer:
     def _layer_metrics(self, by_stack: tuple[PyTree, ...]) -> dict[str, Float[Array, "L ..."]]:
         """Metrics of layers summed over the devices, in the model's order, named as the stack's path and their own."""
         found = {}
-        for (path, partition), metrics in zip(self.partitions.items(), by_stack, strict=True):
-            for name, slots in dict(metrics).items():
-                found[f"{path}/{name}"] = in_model_order(partition, slots)
+        partitions = self.partitions
+        for path, metrics in zip(self.parts.stacks, by_stack, strict=True):
+            own = {path: metrics} if path in partitions else {f"{path}/{kind}": one for kind, one in metrics.items()}
+            for place, (name, slots) in ((place, item) for place, one in own.items() for item in dict(one).items()):
+                found[f"{place}/{name}"] = in_model_order(partitions[place], slots)
         return _over_all(found)
 
     def working(self, params: PyTree) -> Parameters:

@@ -7,6 +7,7 @@ from jaxtron.config import UserError
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.cost import model_flops_per_token, num_parameters, padding_flops_per_token
 from jaxtron.models.decoder.kinds import expert_width
+from jaxtron.models.decoder.pattern import layer_kinds
 from jaxtron.models.decoder.work import decoder_work
 from jaxtron.models.family import Cuts, Experts, Family
 from jaxtron.sharding.config import ContextConfig
@@ -63,9 +64,11 @@ def meaning(model: ModelConfig) -> dict[str, Any]:
     """A default spelled out, and cuts for stages, are the same model."""
     layers = model.layout.layers
     heads = [kind.heads(model) for kind in model.kinds if kind.heads is not None]
+    # layers of a mixed pattern are other parameters
+    pattern = (layers, model.layout.mixed)
     return {
-        "pattern": layers,
-        "num_layers": layers,
+        "pattern": pattern,
+        "num_layers": pattern,
         "num_kv_heads": model.kv_heads,
         "head_dim": model.head_size,
         "mlp_size": model.mlp_width,
@@ -78,7 +81,8 @@ def meaning(model: ModelConfig) -> dict[str, Any]:
 FAMILY = Family(
     config=ModelConfig,
     program="jaxtron.models.decoder.program",
-    stacks=lambda model: {"stack/periods": model.layout.repeats},
+    stacks=lambda model: {"stack/layers" if model.layout.mixed else "stack/periods": model.layout.looped},
+    kinds=lambda model: (layer_kinds(model.layout),),
     num_parameters=num_parameters,
     flops_per_token=model_flops_per_token,
     check=check,

@@ -62,6 +62,9 @@ class LayerKind:
     """(settings, tensor) -> parameters of a branch on a device."""
     flops: Callable[[DecoderSettings, int], dict[str, int]]
     """(settings, sequence length) -> FLOPs by region."""
+    layer: str = ""
+    """The name of its layers among others of a mixed pattern, where another kind has this module too (none: the
+    module's)."""
     fields: tuple[str, ...] = ()
     """Settings of the model that have no effect without a layer that reads them."""
     parts: tuple[str, ...] = ()
@@ -331,6 +334,7 @@ WINDOW = replace(
     ATTENTION,
     symbol="W",
     name="attention in a window",
+    layer="window_attention",
     flops=lambda settings, length: _attention_flops(settings, min(settings.attention.window or 0, length)),
     attends="window",
 )
@@ -338,6 +342,7 @@ LATENT = LayerKind(
     symbol="L",
     name="latent attention",
     module="attention",
+    layer="latent_attention",
     parameters=_latent_parameters,
     flops=_latent_flops,
     fields=("attention_dropout", "attention", "latent"),
@@ -383,6 +388,7 @@ MAMBA1 = replace(
     MAMBA,
     symbol="m",
     name="Mamba",
+    layer="mamba1",
     parameters=mamba1_parameters,
     flops=mamba1_flops,
     validate=validate_mamba1,

@@ -15,6 +15,7 @@ from jaxtron.layers.positions import local_positions, rotary_tables
 from jaxtron.models.decoder.attention_backends import attention_backends
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.layers import make_norm
+from jaxtron.models.decoder.pattern import layer_kinds
 from jaxtron.models.decoder.stack import Stack
 from jaxtron.models.program import whole
 from jaxtron.pipeline.partition import Partition
@@ -51,7 +52,7 @@ class Decoder(nnx.Module):
             attention = attention_backends(
                 config, self.dtype, device_kind=rules.device_kind, parts=rules.parts("context")
             )
-        self.stack = Stack(config, partition or Partition((config.layout.repeats,)), attention, rngs)
+        self.stack = Stack(config, partition or one_partition(config), attention, rngs)
         self.final_norm = make_norm(config, config.hidden_size, rngs)
         self.head = None if config.tied_head else Head(config, rngs)
 
@@ -80,7 +81,7 @@ class Decoder(nnx.Module):
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         # the site after those of the layers: the embedding's own dropout
-        inputs = LayerInputs(keys=keys).fold(len(config.layout.leading) + config.layout.repeats)
+        inputs = LayerInputs(keys=keys).fold(len(config.layout.leading) + config.layout.looped)
         return dropout(x, config.dropout, inputs, "batch", "seq", "embed")
 
     def score(self, x: Float[Array, "B S E"], targets: Int[Array, "B S"], weights: Float[Array, "B S"]) -> Sums:
@@ -110,6 +111,11 @@ class Decoder(nnx.Module):
         places = local_positions(length) if positions is None else positions
         rotated = {kind.heads(config).rotated for kind in config.kinds if kind.heads is not None}
         return {size: rotary_tables(config.rotary, size, places) for size in sorted(rotated)}
+
+
+def one_partition(config: ModelConfig) -> Partition:
+    """All layers on one stage."""
+    return Partition((config.layout.looped,), kinds=layer_kinds(config.layout))
 
 
 class Head(nnx.Module):

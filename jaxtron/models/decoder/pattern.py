@@ -1,12 +1,15 @@
 """The pattern language: a decoder as a string, one symbol a residual layer."""
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 
 from jaxtron.config import UserError
 from jaxtron.models.decoder.kinds import ATTENTION, KINDS, MAMBA, MLP, MOE
 
 CUT = "|"
+# a period of more residual layers is not compiled one layer after the other
+LONGEST_PERIOD = 16
 
 # One residual layer: the symbols that read the same normalized input and are added together.
 Branch = tuple[str, ...]
@@ -14,19 +17,34 @@ Branch = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Pattern:
-    """A decoder's layers in order, as a repeated period; before it perhaps others, a few, which are like it."""
+    """A decoder's layers in order, as a repeated period; before it perhaps others, a few, which are like it.
+
+    A `mixed` one is not worth repeating: its period is all layers, and a loop runs one after the other by their kinds.
+    """
 
     period: tuple[Branch, ...]
     repeats: int
     parts: tuple[int, ...] | None = None
-    """Periods between the cuts, leading ones among them; None where the pattern has no `|`."""
+    """Periods between the cuts, leading ones among them, or layers of a mixed one; None where it has no `|`."""
     leading: tuple[tuple[Branch, ...], ...] = ()
     """The first periods, where they have an MLP in the place of experts."""
+    mixed: bool = False
 
     @property
     def layers(self) -> tuple[Branch, ...]:
         """Every residual layer in order."""
         return sum(self.leading, ()) + self.period * self.repeats
+
+    @property
+    def looped(self) -> int:
+        """What a loop over layers runs one after the other: periods, or layers of a mixed pattern."""
+        return len(self.period) if self.mixed else self.repeats
+
+    @property
+    def kinds(self) -> dict[str, Branch]:
+        """Of a mixed pattern what differs among its layers, by name, in the table's order."""
+        found = sorted(set(self.period), key=lambda branch: [list(KINDS).index(symbol) for symbol in branch])
+        return {layer_name(branch): branch for branch in found} if self.mixed else {}
 
     def count(self, *symbols: str) -> int:
         """How often these symbols occur in the whole decoder."""
@@ -38,7 +56,8 @@ def parse(text: str, repeats: int = 1) -> Pattern:
     """The layers of `text` repeated, reduced to their smallest period; bad text is a `UserError` naming the place.
 
     `*` attention, `W` attention in a window, `-` MLP, `(*-)` both in parallel on one norm (GPT-J, PaLM); `|` cuts the
-    layers into pipeline stages, between periods.
+    layers into pipeline stages. Mixed is what never repeats although layers do, or only after many, or is cut elsewhere
+    than between periods.
     """
     layers: list[Branch] = []
     cuts: list[int] = []
@@ -76,8 +95,24 @@ def parse(text: str, repeats: int = 1) -> Pattern:
             f"model.pattern {text!r} with | spells out all layers and cannot repeat {repeats} times; set "
             "model.num_layers 1"
         )
-    pattern = _reduce(layers * repeats)
-    return replace(pattern, parts=_parts(text, pattern, [*cuts, len(layers)])) if cuts else pattern
+    layers *= repeats
+    pattern = _reduce(layers)
+    size, ends = len(pattern.period), [*cuts, len(layers)]
+    never_repeats = pattern.repeats == 1 and len(set(layers)) < len(layers)
+    if never_repeats or size > LONGEST_PERIOD or any(end % size for end in ends):
+        pattern, size = Pattern(tuple(layers), 1, mixed=True), 1
+    parts = tuple((end - start) // size for start, end in itertools.pairwise([0, *ends]))
+    return replace(pattern, parts=parts) if cuts else pattern
+
+
+def layer_name(branch: Branch) -> str:
+    """A residual layer's name among the parameters of a mixed pattern."""
+    return "_".join(KINDS[symbol].layer or KINDS[symbol].module for symbol in branch)
+
+
+def layer_kinds(pattern: Pattern) -> tuple[str, ...]:
+    """The name of each layer of a mixed pattern; () of others, whose periods are alike."""
+    return tuple(map(layer_name, pattern.period)) if pattern.mixed else ()
 
 
 def hybrid_pattern(attention: float, mlp: float, num_layers: int) -> str:
@@ -106,39 +141,34 @@ def hybrid_pattern(attention: float, mlp: float, num_layers: int) -> str:
 
 
 def dense_first(pattern: Pattern, count: int) -> Pattern:
-    """The pattern with an MLP in the place of its first `count` mixtures of experts; these are whole periods."""
+    """The pattern with an MLP in the place of its first `count` mixtures of experts, in whole periods where it has."""
     here = sum(branch.count(MOE.symbol) for branch in pattern.period)
     if count == 0 or here == 0:
         return pattern
-    name, most = f"model.moe.leading_dense {count}", here * (pattern.repeats - 1)
+    name, most = f"model.moe.leading_dense {count}", here - 1 if pattern.mixed else here * (pattern.repeats - 1)
     if any(MLP.symbol in branch and MOE.symbol in branch for branch in pattern.period):
         raise UserError(f"{name} puts an MLP in the place of experts, where model.pattern has one in the same group")
-    if count % here:
+    if count % here and not pattern.mixed:
         raise UserError(f"{name} is not a multiple of {here}, the layers with experts in a period of model.pattern")
     if count > most:
         raise UserError(
-            f"{name} is more than {most}: a period of model.pattern must be left with its experts; lower it, or add "
-            "layers"
+            f"{name} is more than {most}: {'one layer' if pattern.mixed else 'a period'} of model.pattern must be left "
+            "with its experts; lower it, or add layers"
         )
+    if pattern.mixed:
+        return replace(pattern, period=_dense(pattern.period, count))
     periods = count // here
-    dense = tuple(
-        tuple(MLP.symbol if symbol == MOE.symbol else symbol for symbol in branch) for branch in pattern.period
-    )
-    return replace(pattern, repeats=pattern.repeats - periods, leading=(dense,) * periods)
+    return replace(pattern, repeats=pattern.repeats - periods, leading=(_dense(pattern.period, here),) * periods)
 
 
-def _parts(text: str, pattern: Pattern, ends: list[int]) -> tuple[int, ...]:
-    """Periods of each part, of those that end after so many layers."""
-    size = len(pattern.period)
-    for number, end in enumerate(ends, 1):
-        if end % size:
-            names = ("".join(branch) for branch in pattern.period)
-            period = "".join(f"({name})" if len(name) > 1 else name for name in names)
-            raise UserError(
-                f"model.pattern {text!r}: cut {number}, after {end} layers, is not between repeats of its period "
-                f"{period!r}; stages are whole periods: move the | or change the layers"
-            )
-    return tuple((end - start) // size for start, end in zip([0, *ends], ends, strict=False))
+def _dense(layers: tuple[Branch, ...], count: int) -> tuple[Branch, ...]:
+    """With an MLP in the place of the first `count` mixtures, of which a layer has one at most."""
+    found = []
+    for branch in layers:
+        takes = MOE.symbol in branch and count > 0
+        count -= takes
+        found.append(tuple(MLP.symbol if takes and symbol == MOE.symbol else symbol for symbol in branch))
+    return tuple(found)
 
 
 def _reduce(layers: list[Branch]) -> Pattern:

@@ -19,6 +19,7 @@ from jaxtron.models.decoder.attention_backends import attention_backends
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.kinds import DELTA, MAMBA, MAMBA1, MOE, expert_width
 from jaxtron.models.decoder.model import Decoder
+from jaxtron.models.decoder.stack import run_layers
 from jaxtron.models.decoder.state_space import mamba2_heads
 from jaxtron.models.program import BuildContext, Microbatch, Parts, Program, whole
 from jaxtron.pipeline.model import HeadOutput, LayerOutput, Model, Outer, Stack
@@ -33,7 +34,7 @@ def build(config: ModelConfig, context: BuildContext, rngs) -> Decoder:
 
 
 def model(parts: Parts[Decoder], key: Key[Array, ""] | None) -> Model:
-    """Embedding, periods of the pattern, norm and loss."""
+    """Embedding, layers of the pattern, norm and loss."""
     decoder = parts.abstract
     config = decoder.config
     key = key if config.is_random else None
@@ -62,7 +63,12 @@ def model(parts: Parts[Decoder], key: Key[Array, ""] | None) -> Model:
         return replace(inputs, row_weights=microbatch.row_weights)
 
     def layer(weights: PyTree, x: Float[Array, "B S E"], number: Int[Array, ""], inputs: LayerInputs) -> LayerOutput:
-        output = whole(parts.layer(0, weights), decoder.dtype)(x, inputs.fold(len(config.layout.leading) + number))
+        inputs = inputs.fold(len(config.layout.leading) + number)
+        if config.layout.mixed:
+            ((kind, own),) = weights.items()
+            output = run_layers([whole(parts.layer(0, own, kind), decoder.dtype)], x, inputs)
+        else:
+            output = whole(parts.layer(0, weights), decoder.dtype)(x, inputs)
         return LayerOutput(output.x, output.loss, output.metrics)
 
     def head(outer: Outer, x: Float[Array, "B S E"], microbatch: Microbatch[TokenBatch]) -> HeadOutput:
@@ -70,9 +76,10 @@ def model(parts: Parts[Decoder], key: Key[Array, ""] | None) -> Model:
         return HeadOutput(loss, {"loss": nll})
 
     def recall(inputs: LayerInputs, metrics: Mapping[str, Array]) -> LayerInputs:
-        return replace(inputs, load=metrics[LOAD])
+        # of several kinds of layers not all have experts
+        return replace(inputs, load=metrics.get(LOAD))
 
-    unroll = min(config.unroll or 1, config.layout.repeats)
+    unroll = min(config.unroll or 1, config.layout.looped)
     recalls = has_experts(config) and config.moe.balance_over == "global"
     run = recompute.layer(config.recomputed, layer)
     return Model((Stack(enter, shared, run, unroll, recall if recalls else None),), head)
@@ -91,10 +98,14 @@ def update_buffers(
     """Selection biases of routers, by the load of the step; a period's layers with experts report in their order."""
     config, (stack,) = parts.abstract.config, parts.stacks
     with_experts = [number for number, branch in enumerate(config.layout.period) if MOE.symbol in branch]
+    places = [(f"{stack}/layers/{number}", stack, place) for place, number in enumerate(with_experts)]
+    if config.layout.mixed:
+        kinds = (name for name, branch in config.layout.kinds.items() if MOE.symbol in branch)
+        places = [(f"{stack}/{name}", f"{stack}/{name}", 0) for name in kinds]
     found = {}
-    for place, number in enumerate(with_experts):
-        name = f"{stack}/layers/{number}/{MOE.module}/router/bias"
-        load = reported[f"{stack}/{LOAD}"][:, place]
+    for layer, reporter, place in places:
+        name = f"{layer}/{MOE.module}/router/bias"
+        load = reported[f"{reporter}/{LOAD}"][:, place]
         found[name] = evened(buffers[name], load, config.moe.bias_rate)
     assert found.keys() == buffers.keys(), (found.keys(), buffers.keys())
     return found

@@ -1,6 +1,7 @@
-"""A pattern's residual layers, stacked by period and scanned."""
+"""A pattern's residual layers, stacked by period, or by kind where it is mixed, for a loop over them."""
 
 import functools
+from collections.abc import Iterable
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -56,28 +57,45 @@ class Period(nnx.Module):
         self.layers = nnx.List([Layer(config, branch, backends, rngs) for branch in branches])
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> BranchOutput:
-        """What the last layer leaves, the sum of their losses, and of each metric those of the layers that have it."""
-        outputs: list[BranchOutput] = []
-        for number, layer in enumerate(self.layers):
-            found = layer(x, inputs.fold(number))
-            if inputs.load is not None:
-                reports = sum(LOAD in output.metrics for output in found)
-                inputs = replace(inputs, load=inputs.load[reports:])
-            outputs += found
-            x = outputs[-1].x
-        losses = [output.loss for output in outputs if output.loss is not None]
-        names = dict.fromkeys(name for output in outputs for name in output.metrics)
-        metrics = {
-            name: jnp.stack([output.metrics[name] for output in outputs if name in output.metrics]) for name in names
-        }
-        return BranchOutput(x, sum(losses[1:], losses[0]) if losses else None, metrics)
+        """What the last layer leaves, as `run_layers`."""
+        return run_layers(self.layers, x, inputs)
+
+
+def run_layers(layers: Iterable[Layer], x: Float[Array, "B S E"], inputs: LayerInputs) -> BranchOutput:
+    """What the last layer leaves, the sum of their losses, and of each metric those of the layers that have it."""
+    outputs: list[BranchOutput] = []
+    for number, layer in enumerate(layers):
+        found = layer(x, inputs.fold(number))
+        if inputs.load is not None:
+            reports = sum(LOAD in output.metrics for output in found)
+            inputs = replace(inputs, load=inputs.load[reports:])
+        outputs += found
+        x = outputs[-1].x
+    losses = [output.loss for output in outputs if output.loss is not None]
+    names = dict.fromkeys(name for output in outputs for name in output.metrics)
+    metrics = {
+        name: jnp.stack([output.metrics[name] for output in outputs if name in output.metrics]) for name in names
+    }
+    return BranchOutput(x, sum(losses[1:], losses[0]) if losses else None, metrics)
+
+
+class Kinds(nnx.Module):
+    """Layers of a mixed pattern, those of each kind stacked under its name."""
+
+    def __init__(self, config: ModelConfig, partition: Partition, backends: Backends, rngs: nnx.Rngs) -> None:
+        for name, branch in config.layout.kinds.items():
+            make = functools.partial(Layer, config, branch, backends)
+            setattr(self, name, stacked(make, partition.by_kind[name], rngs))
 
 
 class Stack(nnx.Module):
-    """All layers, by period: those that are alike, and a few before them (none: no such)."""
+    """All layers, by period: those that are alike, and a few before them (none: no such); or by kind."""
 
     def __init__(self, config: ModelConfig, partition: Partition, backends: Backends, rngs: nnx.Rngs) -> None:
         layout = config.layout
+        if layout.mixed:
+            self.layers, self.leading = Kinds(config, partition, backends, rngs), None
+            return
         self.periods = stacked(functools.partial(Period, config, layout.period, backends), partition, rngs)
         leading = [Period(config, period, backends, rngs) for period in layout.leading]
         self.leading = nnx.List(leading) if leading else None
