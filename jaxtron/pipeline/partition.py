@@ -43,6 +43,11 @@ class Partition:
         }
 
     @property
+    def alike(self) -> "tuple[Partition, ...]":
+        """The layers that are alike: all, or those of each kind."""
+        return tuple(self.by_kind.values()) or (self,)
+
+    @property
     def num_layers(self) -> int:
         """All layers."""
         return sum(self.lengths)
@@ -122,12 +127,8 @@ class StagePlan:
 
     @property
     def alike(self) -> tuple[tuple[int, Partition], ...]:
-        """The layers that are alike, each with its stack: those of a stack, or of each of its kinds."""
-        return tuple(
-            (number, part)
-            for number, stack in enumerate(self.partitions)
-            for part in (stack.by_kind.values() if stack.kinds else (stack,))
-        )
+        """Layers that are alike, with the number of their stack: all of it, or those of each kind."""
+        return tuple((number, part) for number, stack in enumerate(self.partitions) for part in stack.alike)
 
     def of_kinds(self, kinds: Sequence[tuple[str, ...]]) -> "StagePlan":
         """The same with the kinds of each stack's layers, as `Partition.kinds` has them (empty: as it is)."""

@@ -94,15 +94,22 @@ def show_schedule(config: Configuration, request: PlanRequest) -> None:
     if request.png is not None:
         draw_schedule(table, request.png)
     print(f"mesh: {mesh}")
-    stacks = tuple(zip(stages.partitions, each, strict=True))
-    # a chunk takes the room of the longest of its stack
-    chunks = [stack.slots_per_chunk * size for stack, size in stacks for _ in range(stack.num_chunks)]
+    sizes_of = iter(each)
+    stacks = [(stack, [(part, next(sizes_of)) for part in stack.alike]) for stack in stages.partitions]
+    # a chunk takes the room of the longest of its stack, or of the most layers of each kind
+    chunks = [
+        sum(part.slots_per_chunk * size for part, size in parts)
+        for stack, parts in stacks
+        for _ in range(stack.num_chunks)
+    ]
     print(schedule_text(table, width=width, color=color, chunk_bytes=chunks))
-    for name, (stack, size) in zip(config.family.stacks(config.model), stacks, strict=True):
-        which = f"{name}: " if len(stacks) > 1 else ""
-        print(
-            f"layers    {which}{_lengths(stack.lengths)}; one keeps {readable_bytes(size)} of a microbatch on a device"
-        )
+    for name, (stack, parts) in zip(config.family.stacks(config.model), stacks, strict=True):
+        if stack.kinds:
+            print(f"layers    {_lengths(stack.lengths)}")
+        for kind, (part, size) in zip(stack.by_kind or [name], parts, strict=True):
+            which = f"{kind}: " if stack.kinds or len(stacks) > 1 else ""
+            kept = readable_bytes(size)
+            print(f"layers    {which}{_lengths(part.lengths)}; one keeps {kept} of a microbatch on a device")
     if stages.num_stages > 1:
         print("memory    one program runs on all stages, so every device makes room for the fullest one's activations")
     _tell_written(request.csv, request.png)

@@ -10,7 +10,7 @@ import pytest
 from jaxtron.config import UserError
 from jaxtron.gpus import GPUS, gpu_named
 from jaxtron.models.decoder.cost import embedding_parameters, period_parameters
-from jaxtron.models.decoder.work import period
+from jaxtron.models.decoder.work import decoder_work
 from jaxtron.models.work.profile import JAXTRON, MEGATRON_2021, MEGATRON_2022, PROFILES, Overlap
 from jaxtron.plan.formula.calibrate import calibrate
 from jaxtron.plan.formula.prediction import Prediction, predict
@@ -40,7 +40,7 @@ def predicted(config: Configuration, machine: Machine = A100, profile=JAXTRON, *
 
 
 def layer_collectives(config: Configuration, slot: str, profile=JAXTRON, **sizes: int) -> list[tuple[str, float]]:
-    work = getattr(period(config.model, shapes_of(config, ONE | sizes, profile, KIND)), slot)
+    work = getattr(decoder_work(config.model, shapes_of(config, ONE | sizes, profile, KIND)).stacks[0].layer, slot)
     return sorted((one.kind, one.size * one.count) for one in work.collectives)
 
 

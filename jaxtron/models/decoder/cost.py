@@ -25,22 +25,28 @@ def num_active_parameters(config: ModelConfig, sequence_length: int) -> int:
 
 def period_parameters(config: ModelConfig, tensor: int = 1) -> int:
     """Parameters of one period of the pattern on each of `tensor` devices, whole over the other axes of the mesh."""
-    return _layers_parameters(config, config.layout.period, tensor)
+    return layers_parameters(config, config.layout.period, tensor)
 
 
 def leading_parameters(config: ModelConfig, tensor: int = 1) -> int:
     """Those of all periods that lead the others."""
-    return sum(_layers_parameters(config, period, tensor) for period in config.layout.leading)
+    return sum(layers_parameters(config, period, tensor) for period in config.layout.leading)
 
 
-def _layers_parameters(config: ModelConfig, layers: tuple[Branch, ...], tensor: int) -> int:
+def layers_parameters(config: ModelConfig, layers: tuple[Branch, ...], tensor: int = 1) -> int:
+    """Parameters of some residual layers on each of `tensor` devices."""
     branches = sum(KINDS[symbol].parameters(config, tensor) for branch in layers for symbol in branch)
     return branches + len(layers) * norm_parameters(config, config.hidden_size)
 
 
 def period_expert_parameters(config: ModelConfig) -> int:
     """Those of `period_parameters` that are experts', all of them."""
-    kinds = (KINDS[symbol] for branch in config.layout.period for symbol in branch)
+    return layers_expert_parameters(config, config.layout.period)
+
+
+def layers_expert_parameters(config: ModelConfig, layers: tuple[Branch, ...]) -> int:
+    """Those of `layers_parameters` that are experts', all of them."""
+    kinds = (KINDS[symbol] for branch in layers for symbol in branch)
     return sum(kind.expert_parameters(config) for kind in kinds if kind.expert_parameters is not None)
 
 

@@ -41,6 +41,11 @@ class Pattern:
         return len(self.period) if self.mixed else self.repeats
 
     @property
+    def alike(self) -> tuple[tuple[Branch, ...], ...]:
+        """What differs among what the loop runs: a period, or of a mixed pattern each kind of layer as it comes."""
+        return tuple((branch,) for branch in dict.fromkeys(self.period)) if self.mixed else (self.period,)
+
+    @property
     def kinds(self) -> dict[str, Branch]:
         """Of a mixed pattern what differs among its layers, by name, in the table's order."""
         found = sorted(set(self.period), key=lambda branch: [list(KINDS).index(symbol) for symbol in branch])

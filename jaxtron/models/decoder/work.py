@@ -9,9 +9,9 @@ from jaxtron.layers.config import GATED
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.cost import (
     embedding_parameters,
+    layers_expert_parameters,
+    layers_parameters,
     leading_parameters,
-    period_expert_parameters,
-    period_parameters,
     table_parameters,
 )
 from jaxtron.models.decoder.kinds import (
@@ -95,29 +95,15 @@ class LayerWork:
 
 
 def decoder_work(model: ModelConfig, shapes: Shapes) -> ModelWork:
-    """One stack, whose layers are periods of the pattern."""
+    """One stack, whose layers are periods of the pattern, or of several kinds."""
     tables = embedding_parameters(model, shapes.length, shapes.tensor)
     leading = leading_parameters(model, shapes.tensor)
     vocab, hidden = model.padded_vocab / shapes.tensor, model.hidden_size
     passes = 2 + model.embedding_norm + (model.position == "learned")
-    stack = StackWork(
-        layer=period(model, shapes),
-        parameters=_dense_parameters(model, shapes),
-        expert_parameters=_expert_parameters(model, shapes),
-        expert_kept=sum(
-            LAYER_WORK[symbol].kept(model, shapes)
-            for branch in model.layout.period
-            for symbol in branch
-            if not {"layer", KINDS[symbol].module} & model.recomputed
-        ),
-        enter=embedding(shapes, hidden, tables, passes=passes, dropout=model.dropout > 0) + _leading(model, shapes),
-        temporaries=_most(model, shapes, lambda work: work.temporaries),
-        beside=_most(model, shapes, lambda work: work.beside),
-        transposed=_transposed(model, shapes, in_loop=False),
-        transposed_in_loop=_transposed(model, shapes, in_loop=True),
-    )
+    first, *others = (_alike(model, shapes, layers) for layers in model.layout.alike)
+    enter = embedding(shapes, hidden, tables, passes=passes, dropout=model.dropout > 0) + _leading(model, shapes)
     return ModelWork(
-        stacks=(stack,),
+        stacks=(replace(first, enter=enter), *others),
         head=token_head(shapes, hidden, vocab),
         outer_parameters=table_parameters(model, shapes.length, shapes.tensor) + leading,
         stream=shapes.stream_bytes(hidden),
@@ -132,20 +118,26 @@ def decoder_work(model: ModelConfig, shapes: Shapes) -> ModelWork:
     )
 
 
-def period(model: ModelConfig, shapes: Shapes) -> SlotWork:
-    """One period of the model's pattern, recomputation in the backward."""
-    found = _layers(model, shapes, model.layout.period)
-    return found + gathered_weights(shapes, _dense_parameters(model, shapes), _expert_parameters(model, shapes))
-
-
-def _dense_parameters(model: ModelConfig, shapes: Shapes) -> float:
-    """Of a period on a device, without experts."""
-    return period_parameters(model, shapes.tensor) - period_expert_parameters(model)
-
-
-def _expert_parameters(model: ModelConfig, shapes: Shapes) -> float:
-    """Of a period's experts on a device."""
-    return period_expert_parameters(model) / (shapes.sizes["expert"] * shapes.sizes["expert_tensor"])
+def _alike(model: ModelConfig, shapes: Shapes, layers: tuple[Branch, ...]) -> StackWork:
+    """What a loop over layers runs in one iteration, recomputation in the backward."""
+    all_experts = layers_expert_parameters(model, layers)
+    dense = layers_parameters(model, layers, shapes.tensor) - all_experts
+    experts = all_experts / (shapes.sizes["expert"] * shapes.sizes["expert_tensor"])
+    return StackWork(
+        layer=_layers(model, shapes, layers) + gathered_weights(shapes, dense, experts),
+        parameters=dense,
+        expert_parameters=experts,
+        expert_kept=sum(
+            LAYER_WORK[symbol].kept(model, shapes)
+            for branch in layers
+            for symbol in branch
+            if not {"layer", KINDS[symbol].module} & model.recomputed
+        ),
+        temporaries=_most(model, shapes, layers, lambda work: work.temporaries),
+        beside=_most(model, shapes, layers, lambda work: work.beside),
+        transposed=_transposed(model, shapes, layers, in_loop=False),
+        transposed_in_loop=_transposed(model, shapes, layers, in_loop=True),
+    )
 
 
 def _leading(model: ModelConfig, shapes: Shapes) -> SlotWork:
@@ -189,23 +181,26 @@ def _recomputed(model: ModelConfig, shapes: Shapes, kind: LayerKind, regions: Re
 
 
 def _most(
-    model: ModelConfig, shapes: Shapes, of: Callable[[LayerWork], Callable[[ModelConfig, Shapes], float]]
+    model: ModelConfig,
+    shapes: Shapes,
+    layers: tuple[Branch, ...],
+    of: Callable[[LayerWork], Callable[[ModelConfig, Shapes], float]],
 ) -> float:
     """Bytes that layers need: of all modules that a layer can have, each the most of its kinds."""
     modules: dict[str, float] = {}
-    for kind in model.kinds:
+    # layers that lead a pattern have further kinds
+    here = {symbol for branch in layers for symbol in branch}
+    for kind in [kind for kind in model.kinds if kind.symbol in here] if model.layout.mixed else model.kinds:
         needed = of(LAYER_WORK[kind.symbol])(model, shapes)
         modules[kind.module] = max(modules.get(kind.module, 0.0), needed)
     return sum(modules.values())
 
 
-def _transposed(model: ModelConfig, shapes: Shapes, *, in_loop: bool) -> int:
-    """Bytes of one row of a period that a loop over layers keeps a second time."""
+def _transposed(model: ModelConfig, shapes: Shapes, layers: tuple[Branch, ...], *, in_loop: bool) -> int:
+    """Bytes of one row of these layers that a loop over layers keeps a second time."""
     if "layer" in model.recomputed:
         return 0
-    kept = (
-        symbol for branch in model.layout.period for symbol in branch if KINDS[symbol].module not in model.recomputed
-    )
+    kept = (symbol for branch in layers for symbol in branch if KINDS[symbol].module not in model.recomputed)
     return sum(LAYER_WORK[symbol].transposed(model, shapes, in_loop) for symbol in kept)
 
 

@@ -7,7 +7,8 @@ from jaxtron.models.work.operations import SlotWork
 
 @dataclass(frozen=True)
 class StackWork:
-    """A layer of a stack (a period of a pattern), recomputation in its backward; made of the stack's own `Shapes`.
+    """A layer of a stack (a period of a pattern, or of one kind), recomputation in its backward; made of the stack's
+    own `Shapes`.
 
     Parameters are those on a device, split by `tensor` and whole over the other axes of the mesh. What a layer keeps
     for its backward is traced, not said.
@@ -37,6 +38,8 @@ class ModelWork:
     """A model on a device whose stacks lie one after the other on the stages, as `Family.stacks` has them."""
 
     stacks: tuple[StackWork, ...]
+    """Of each stack its layers that are alike: all, or those of each kind (`Partition.alike`), of which the first has
+    what enters the stack."""
     head: SlotWork
     """With its gradients, which are formed at once in the last stage's forward."""
     outer_parameters: float

@@ -8,7 +8,9 @@ import jax
 
 from jaxtron.config import UserError
 from jaxtron.pipeline.config import PipelineConfig
+from jaxtron.pipeline.layer_loop import StackBuffers
 from jaxtron.pipeline.lowering import lower
+from jaxtron.pipeline.partition import Partition
 from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work
 from jaxtron.plan.memory_use import device_bytes
 from jaxtron.plan.resident import resident
@@ -30,14 +32,14 @@ class Kept(NamedTuple):
 
 
 class RowBytes(NamedTuple):
-    """Bytes of so many rows on a device: what is kept in a layer of each stack, and the stream between layers."""
+    """Bytes of so many rows on a device: what is kept in a layer of each stack (or kind), and the stream between."""
 
     kept: tuple[Kept, ...]
     stream: int
 
 
 def layer_bytes(config: Configuration, sizes: dict[str, int], kind: str | None = None) -> tuple[int, ...]:
-    """Bytes that a device keeps of one microbatch in one layer (a period of a pattern) of each stack.
+    """Bytes that a device keeps of one microbatch in one layer (a period of a pattern) of each stack, or each kind.
 
     `kind` is what the devices are (`jax.Device.device_kind`; none: this machine's): kernels keep no probabilities.
     """
@@ -82,11 +84,17 @@ def row_bytes(
         table = _put_off(trainer.stages.num_chunks)
         held = resident(trainer, abstract_batch(config), table)[1]
         kept = tuple(
-            Kept(*(_bytes(arrays) // stack.num_layers for arrays in (buffers.residuals, buffers.deferred)))
+            Kept(*(_bytes(arrays) // part.num_layers for arrays in both))
             for buffers, stack in zip(held.stacks, trainer.stages.partitions, strict=True)
+            for part, both in zip(stack.alike, kept_of(stack, buffers), strict=True)
         )
         cotangents = lower(table, trainer.stages.stack_chunks).num_cotangents + 1
         return RowBytes(kept, _bytes(held.cotangents) // cotangents)
+
+
+def kept_of(stack: Partition, held: StackBuffers) -> list[tuple[PyTree, PyTree]]:
+    """Residuals and what is deferred of layers that are alike."""
+    return [(held.residuals[kind], held.deferred[kind]) for kind in stack.by_kind] or [(held.residuals, held.deferred)]
 
 
 def _put_off(num_chunks: int) -> Schedule:

@@ -30,6 +30,7 @@ from jaxtron.sharding.folding import FLAGS
 from jaxtron.sharding.mesh import abstract_mesh, build_mesh
 from jaxtron.sharding.parameters import working_dtype
 from jaxtron.sharding.rules import Rules, make_rules, use
+from jaxtron.typing import PyTree
 
 COUNTER = 4
 # What compiled steps hold at their peak beside the classes that shapes explain and beside the layers, measured as in
@@ -43,7 +44,7 @@ class BufferSlots(NamedTuple):
     """How many of each buffer's slots a schedule needs."""
 
     residuals: tuple[int, ...]
-    """Of each stack."""
+    """Of each stack, or of each kind of its layers."""
     deferred: tuple[int, ...]
     activations: int
     gradients: int
@@ -51,7 +52,7 @@ class BufferSlots(NamedTuple):
 
 @dataclass(frozen=True)
 class Parameter:
-    """An array of the model's, whole; one of a stack (by number) has a row's shape, without the leading axis."""
+    """An array of the model's, whole; one of a stack or kind, by number, has a row's shape without the leading axis."""
 
     axes: tuple[str, ...]
     shape: tuple[int, ...]
@@ -85,7 +86,7 @@ class Estimator:
     def __init__(self, config: Configuration) -> None:
         self.config = config.resolved()
         self._parameters = _parameters(self.config)
-        self._chunks: dict[tuple, tuple[int, ...]] = {}
+        self._chunks: dict[tuple, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._row_bytes: dict[tuple, RowBytes] = {}
         self._states: dict[tuple, StateBytes] = {}
 
@@ -98,11 +99,16 @@ class Estimator:
         """
         stages, train = sizes["pipe"], config.train
         rows = train.global_batch // train.microbatches // (sizes["data"] * sizes["fsdp"])
-        layers = self._chunk_layers(config, stages)
-        slots = _slots(shortened(config, stages), stages, len(layers))
+        layers, of_stack = self._chunk_layers(config, stages)
+        num_stacks = len(set(of_stack))
+        slots = _slots(shortened(config, stages), stages, num_stacks)
+        slots = slots._replace(
+            residuals=tuple(slots.residuals[stack] for stack in of_stack),
+            deferred=tuple(slots.deferred[stack] for stack in of_stack),
+        )
         state = self.state(config, sizes)
         row = self._kept(config, sizes, rows, gpu.device_kind)
-        travels = stages * _chunks(config, stages) * len(layers) > 1
+        travels = stages * _chunks(config, stages) * num_stacks > 1
         held = (slots.activations + 1 if travels else 0) + slots.gradients + 1 + travels
         communication = NCCL_BUFFERS * _groups(sizes)
         each = zip(layers, slots.residuals, slots.deferred, row.kept, strict=True)
@@ -128,7 +134,7 @@ class Estimator:
     def state(self, config: Configuration, sizes: dict[str, int]) -> StateBytes:
         """Of all parameters; a `UserError` where one does not divide, or the layers cannot be shared out."""
         stages = sizes["pipe"]
-        rows = tuple(count * _chunks(config, stages) for count in self._chunk_layers(config, stages))
+        rows = tuple(count * _chunks(config, stages) for count in self._chunk_layers(config, stages)[0])
         experts = {"expert": config.mesh.expert, "expert_tensor": config.mesh.expert_tensor}
         key = (*(sizes[axis] for axis in FLAGS), *experts.values(), config.sharding.zero, rows)
         if key not in self._states:
@@ -136,7 +142,7 @@ class Estimator:
         return self._states[key]
 
     def _added(self, rules: Rules, rows: tuple[int, ...]) -> StateBytes:
-        """With so many rows of each stack on a device."""
+        """With so many rows of each stack (or kind) on a device."""
         optimizer, dtype = self.config.optimizer, DTYPES[self.config.train.precision]
         counts = [1 if parameter.stack is None else rows[parameter.stack] for parameter in self._parameters]
         each = zip(self._parameters, counts, strict=True)
@@ -155,12 +161,13 @@ class Estimator:
             any(gathered),
         )
 
-    def _chunk_layers(self, config: Configuration, num_stages: int) -> tuple[int, ...]:
-        """Slots of a chunk of each stack."""
+    def _chunk_layers(self, config: Configuration, num_stages: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Slots of a chunk for layers that are alike, and the numbers of their stacks."""
         key = (num_stages, config.pipeline)
         if key not in self._chunks:
             plan = shortened(config, num_stages).stage_plan(num_stages)
-            self._chunks[key] = tuple(stack.slots_per_chunk for stack in plan.partitions)
+            numbers, parts = zip(*plan.alike, strict=True)
+            self._chunks[key] = tuple(part.slots_per_chunk for part in parts), numbers
         return self._chunks[key]
 
     def _kept(self, config: Configuration, sizes: dict[str, int], rows: int, kind: str) -> RowBytes:
@@ -192,7 +199,7 @@ class Estimator:
         return RowBytes(tuple(kept), whole(found.stream))
 
     def _more_kept(self, config: Configuration, sizes: dict[str, int], kind: str) -> tuple[int, ...]:
-        """Bytes of a layer of each stack beside those of a trace, where no devices share experts."""
+        """Bytes of a layer of each stack (or kind) beside those of a trace, where no devices share experts."""
         shapes = shapes_of(config, sizes, JAXTRON, kind)
         alone = replace(shapes, sizes=shapes.sizes | {"expert": 1})
         both = zip(*(work_of(config, one).stacks for one in (shapes, alone)), strict=True)
@@ -248,8 +255,12 @@ def _parameters(config: Configuration) -> tuple[Parameter, ...]:
         dtype = DTYPES[config.train.precision]
         parts = make_parts(config.model, dtype)
         blueprint = freeze(parts.blueprint, config.train.trainable, dtype)
-    split = parts.split(blueprint.parameters)
-    owners = ((None, split.outer), *enumerate(split.stacks))
+    split, kinds = parts.split(blueprint.parameters), config.family.kinds(config.model)
+    alike: list[PyTree] = []
+    for number, specs in enumerate(split.stacks):
+        own = kinds[number] if kinds else ()
+        alike += [specs[kind] for kind in dict.fromkeys(own)] or [specs]
+    owners = ((None, split.outer), *enumerate(alike))
     return tuple(
         Parameter(spec.axes[spec.is_stacked :], spec.shape[spec.is_stacked :], spec.role, stack, spec.status)
         for stack, specs in owners

@@ -36,8 +36,8 @@ class Once:
 
 
 def once(config: Configuration, shapes: Shapes, work: ModelWork, layers: Sequence[int]) -> Once:
-    """The step's end on a stage with so many layers of each stack: gradients in float32, weights in the step's
-    precision."""
+    """The step's end on a stage with so many layers of each stack (or kind): gradients in float32, weights in the
+    step's precision."""
     zero, sizes = config.sharding.zero, shapes.sizes
     # what sums gradients at the end of a step shares the state too
     data = sizes["data"] * shapes.parts

@@ -85,7 +85,7 @@ def predict(
         spared[walked.stages[place]] += saved[walked.virtuals[place], walked.virtuals[place + 1]]
     stages = []
     for stage, end in enumerate(ends):
-        layers = [sum(stack.chunk_lengths[stage]) for stack in plan.partitions]
+        layers = [sum(part.chunk_lengths[stage]) for _, part in plan.alike]
         found = _stage(config, table, costs, stage, end, pieces.once(config, shapes, work, layers))
         stages.append(replace(found, work=found.work + SlotCost(expert=-spared[stage])))
     breakdown = _breakdown(stages, timer, config.optimizer.name)
@@ -163,15 +163,20 @@ def _slot_costs(
         costs[slot] = []
         head = pieces.slot_work(work.head, slot, split=table.split)
         ending = timer.cost(head)
-        for stack, partition in zip(work.stacks, plan.partitions, strict=True):
-            layer, enter = (pieces.slot_work(piece, slot, split=table.split) for piece in (stack.layer, stack.enter))
-            each, first = timer.cost(layer), timer.cost(enter)
-            for number, length in enumerate(partition.lengths):
+        kinds = iter(work.stacks)
+        for partition in plan.partitions:
+            own = [(next(kinds), part) for part in partition.alike]
+            layers = [pieces.slot_work(kind.layer, slot, split=table.split) for kind, _ in own]
+            enter = pieces.slot_work(own[0][0].enter, slot, split=table.split)
+            each, first = [timer.cost(layer) for layer in layers], timer.cost(enter)
+            for number in range(len(partition.lengths)):
                 virtual = len(costs[slot])
                 ends = (first,) * (number == 0) + (ending,) * (virtual == last)
                 arrives = slot == "forward" and virtual > 0 or slot == "backward" and virtual < last
-                costs[slot].append(sum((*ends, *(message,) * arrives), start=each * length))
-            flops += layer.flops * partition.num_layers + enter.flops
+                run = (cost * part.lengths[number] for cost, (_, part) in zip(each, own, strict=True))
+                costs[slot].append(sum((*ends, *(message,) * arrives), start=sum(run, start=SlotCost())))
+            flops += sum(layer.flops * part.num_layers for layer, (_, part) in zip(layers, own, strict=True))
+            flops += enter.flops
         flops += head.flops
     return costs, flops
 
