@@ -19,6 +19,8 @@ from jaxtron.pipeline.model import Stack, Stream
 from jaxtron.pipeline.partition import Partition
 from jaxtron.typing import Array, Int, PyTree
 
+# how operations of a kind of layers are named in compiled programs, with the kind behind it
+KIND = "kind="
 Prepared = Mapping[str, PreparedLayer]
 # (kind, work of the chunk's layers of this kind, place among these, what the loop carries) -> what it carries on
 Step = Callable[[str, ChunkWork, Array, PyTree], PyTree]
@@ -117,7 +119,12 @@ class MixedLoop:
             layer = work.first + index
             place = self.places[layer]
             own = work._replace(first=self.slots[layer] - place)
-            return one_of(self.kinds[layer], [partial(step, kind, own, place) for kind in self.loops], carry), None
+
+            def branch(kind: str, carry: PyTree) -> PyTree:
+                with jax.named_scope(KIND + kind):
+                    return step(kind, own, place, carry)
+
+            return one_of(self.kinds[layer], [partial(branch, kind) for kind in self.loops], carry), None
 
         return scan(body, carry, work.length, self.unroll, reverse=reverse)
 

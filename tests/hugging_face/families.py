@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.pattern import layer_kinds
 from jaxtron.models.decoder.state_space import mamba2_heads
 from tests.hugging_face.fixtures import Fixture
 
@@ -279,9 +280,14 @@ def parameters_of(fixture: Fixture, model: ModelConfig) -> Arrays:
     for number in range(len(model.layout.leading)):
         for place in range(size):
             found |= {f"stack.leading.{number}.layers.{place}.{name}": one for name, one in layers.pop(0).items()}
-    for place in range(size):
+    for place in range(0 if model.layout.mixed else size):
         for name in layers[place]:
             found[f"stack.periods.layers.{place}.{name}"] = np.stack([layer[name] for layer in layers[place::size]])
+    kinds = layer_kinds(model.layout)
+    for kind in model.layout.kinds:
+        alike = [layer for own, layer in zip(kinds, layers, strict=True) if own == kind]
+        for name in alike[0]:
+            found[f"stack.layers.{kind}.{name}"] = np.stack([layer[name] for layer in alike])
     assert not read.left, list(read.left)
     return found
 

@@ -4,7 +4,8 @@ import pytest
 
 from jaxtron.config import UserError
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.pattern import hybrid_pattern, parse
+from jaxtron.models.decoder.kinds import KINDS
+from jaxtron.models.decoder.pattern import hybrid_pattern, layer_kinds, layer_name, parse
 
 ATTENTION, MLP, PARALLEL = ("*",), ("-",), ("*", "-")
 
@@ -39,6 +40,34 @@ def test_layers_in_order(text, repeats, layers):
 def test_is_reduced_to_its_smallest_period(text, repeats, period, times):
     pattern = parse(text, repeats)
     assert (len(pattern.period), pattern.repeats) == (period, times)
+
+
+@pytest.mark.parametrize(
+    ("text", "repeats", "kinds"),
+    [
+        ("*-*", 1, ["attention", "mlp"]),
+        ("M-M*-", 1, ["attention", "mlp", "mamba"]),
+        ("*(*-)W--L", 1, ["attention", "attention_mlp", "window_attention", "latent_attention", "mlp"]),
+        # repeated, but only after many layers
+        ("M-M*-M-MM", 2, []),
+        ("M-M*-M-MM-M-M-M-*", 2, ["attention", "mlp", "mamba"]),
+        # no two layers are alike, or a short period says it all
+        ("*-", 1, []),
+        ("W-*-", 3, []),
+    ],
+)
+def test_layers_by_kind_where_periods_say_nothing(text, repeats, kinds):
+    pattern = parse(text, repeats)
+    assert pattern.mixed == bool(kinds) and list(pattern.kinds) == kinds
+    if kinds:
+        assert pattern.looped == len(pattern.layers) and [pattern.kinds[kind] for kind in layer_kinds(pattern)] == list(
+            pattern.layers
+        )
+
+
+def test_every_kind_has_a_name_of_its_own():
+    names = [layer_name((symbol,)) for symbol in KINDS]
+    assert len(set(names)) == len(KINDS)
 
 
 def test_counts_include_both_sides_of_a_parallel_layer():

@@ -24,10 +24,13 @@ def test_parts_are_counted_in_periods(text, period, parts):
     assert (cut.period, cut.repeats) == (whole.period, sum(parts))
 
 
-@pytest.mark.parametrize("text", ["*-|*-*", "*|-*-", "*-*|*-*|*-", "*-|*--"])
-def test_a_cut_inside_a_period_names_the_cut_and_the_period(text):
-    with pytest.raises(UserError, match=r"cut \d, after \d layers, is not between repeats of its period '[*-]+'"):
-        parse(text)
+@pytest.mark.parametrize(
+    ("text", "parts"), [("*-|*-*", (2, 3)), ("*|-*-", (1, 3)), ("*-*|*-*|*-", (3, 3, 2)), ("(*-)-|M", (2, 1))]
+)
+def test_elsewhere_parts_are_counted_in_layers(text, parts):
+    cut = parse(text)
+    assert cut.mixed and cut.parts == parts and cut.looped == sum(parts) == len(cut.layers)
+    assert cut.layers == parse(text.replace("|", "")).layers
 
 
 @pytest.mark.parametrize("text", ["|*-", "*-|", "*-||*-", "|"])

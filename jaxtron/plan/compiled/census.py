@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxtron.pipeline.executor import BACKWARD, PAIRED
+from jaxtron.pipeline.mixed_loop import KIND
 from jaxtron.plan.compiled import hlo
 from jaxtron.plan.compiled.overlap import products_beside
 from jaxtron.sharding.folding import Axes
@@ -65,6 +66,8 @@ class Collective:
     source: str
     location: str
     beside: int = 0
+    layers: str = ""
+    """The kind of layers in whose branch of a loop it runs; empty outside of such."""
 
     @property
     def operands(self) -> int:
@@ -147,6 +150,7 @@ def _collective(module: hlo.Module, site: hlo.Site, groups: "_Groups", beside: d
         source=next(filter(None, sources), ""),
         location=hlo.location(module, instruction),
         beside=beside.get(instruction.name, 0),
+        layers=next((name.removeprefix(KIND) for name in "/".join(sources).split("/") if name.startswith(KIND)), ""),
     )
 
 

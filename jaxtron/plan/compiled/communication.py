@@ -123,10 +123,16 @@ def runs(rehearsal: Rehearsal) -> Callable[[Collective], float]:
     """
     config, num_stages = rehearsal.session.config, rehearsal.session.sizes["pipe"]
     stages, table = config.stage_plan(num_stages), config.schedule(num_stages)
+    shares = {"": 1.0} | {
+        kind: part.num_layers / sum(stack.lengths)
+        for stack in stages.partitions
+        for kind, part in stack.by_kind.items()
+    }
     if stages.num_virtual == 1:
-        return lambda entry: entry.executions
+        return lambda entry: entry.executions * shares[entry.layers]
     lowered = lower(table, stages.stack_chunks)
     # of several stacks, which have as many chunks each, a tick chooses one
+<<<<<<< HEAD
     each, pairs = table.num_microbatches * stages.stack_chunks[0], int(lowered.paired.sum(0).max())
 
     ticks = {kind: max(1, reached(lowered, kind)) for kind in ("forward", "backward", "paired")}
@@ -139,6 +145,11 @@ def runs(rehearsal: Rehearsal) -> Callable[[Collective], float]:
         return (each - pairs) / ticks["backward" if entry.backward else "forward"]
 
     return lambda entry: entry.executions * part(entry)
+=======
+    each = table.num_microbatches * stages.stack_chunks[0]
+    part = {False: each / reached(lowered, "forward"), True: each / reached(lowered, "backward")}
+    return lambda entry: entry.executions * shares[entry.layers] * (part[entry.backward] if entry.conditional else 1.0)
+>>>>>>> 8991dec (Tests of layers of several kinds in one loop)
 
 
 Weigher = Callable[[Collective], tuple[float, float]]
