@@ -15,7 +15,7 @@ from jaxtron.sharding.parameters import ParameterSpec, shardings
 from jaxtron.typing import Array, PyTree
 from jaxtron.weights.files import WeightFiles, open_files
 from jaxtron.weights.hub import family_of_hub
-from jaxtron.weights.table import STACKED, Place, TensorTable, own_shape
+from jaxtron.weights.table import Place, TensorTable, own_shape
 from jaxtron.words import plural, readable_bytes
 
 MOST_NAMES = 3
@@ -33,12 +33,11 @@ def load_parameters(
     table = family_of_hub(directory).tensors
     with open_files(directory) as files:
         reader = WeightReader(files, table, model)
-        (partition,) = partitions.values()
-        reader.check(list(_wanted(blueprint, table, model, partition)))
+        reader.check(list(_wanted(blueprint, table, model, partitions)))
         if jax.process_index() == 0:
             print(f"reading {plural(len(files.tensors), 'tensor')}, {readable_bytes(files.num_bytes)}, of {directory}")
         leaves = [
-            reader.load(name, spec, sharding, partition)
+            reader.load(name, spec, sharding, partition_of(name, partitions))
             for (name, spec), sharding in zip(
                 blueprint.names.items(), jax.tree.leaves(shardings(blueprint.parameters)), strict=True
             )
@@ -55,10 +54,19 @@ class WantedRow:
     """Without the padding of the vocabulary."""
 
 
-def _wanted(blueprint: Blueprint, table: TensorTable, model: ModelConfig, partition: Partition) -> Iterator[WantedRow]:
+def partition_of(name: str, partitions: Mapping[str, Partition]) -> Partition | None:
+    """Where the layers are that a stacked parameter has, of partitions by path; None of others."""
+    found = (part for path, part in partitions.items() if name.startswith(path.replace("/", ".") + "."))
+    return next(found, None)
+
+
+def _wanted(
+    blueprint: Blueprint, table: TensorTable, model: ModelConfig, partitions: Mapping[str, Partition]
+) -> Iterator[WantedRow]:
     """All that the model has, of all layers."""
     for name, spec in blueprint.names.items():
-        for row in range(partition.num_layers) if name.startswith(STACKED) else (None,):
+        partition = partition_of(name, partitions)
+        for row in (None,) if partition is None else range(partition.num_layers):
             place = table.place(model, name, row)
             shape = spec.shape if row is None else spec.shape[1:]
             yield WantedRow(place, own_shape(place.tensor, model, shape))
@@ -117,10 +125,12 @@ class WeightReader:
         tensors = [self._files.read(self._stored(name)) for name in place.tensors]
         return place.tensor.read(tensors, place.name, shape)
 
-    def load(self, name: str, spec: ParameterSpec, sharding: jax.sharding.NamedSharding, partition: Partition) -> Array:
+    def load(
+        self, name: str, spec: ParameterSpec, sharding: jax.sharding.NamedSharding, partition: Partition | None
+    ) -> Array:
         """A parameter on the devices, with the padding that it has at rest."""
         parts = _Parts(spec, sharding)
-        if not name.startswith(STACKED):
+        if partition is None:
             parts.fill(self._row(name, spec.shape, None))
             return parts.array()
         for slot, layer in enumerate(partition.slot_layers):

@@ -11,10 +11,11 @@ from math import prod
 import numpy as np
 
 from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.pattern import layer_kinds
 
 # rows of a table of tokens, of which files have no padding
 VOCABULARY = "V"
-STACKED, LEADING = "stack.periods.layers.", "stack.leading."
+STACKED, LEADING, BY_KIND = "stack.periods.layers.", "stack.leading.", "stack.layers."
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class TensorTable:
     """Ends of names that are no weights."""
 
     def place(self, model: ModelConfig, name: str, row: int | None = None) -> Place:
-        """Those of a parameter by its name here; of one that is stacked, of the layer in this row of the model."""
+        """Those of a parameter by its name here; of one that is stacked, of the layer in this row of those alike."""
         place, own = _layer_of(model, name, row)
         if place is None:
             rows, beginning = self.outer, ""
@@ -150,6 +151,11 @@ def _layer_of(model: ModelConfig, name: str, row: int | None) -> tuple[int | Non
         assert row is not None
         place, _, own = name.removeprefix(STACKED).partition(".")
         return (leading + row) * size + int(place), own
+    if name.startswith(BY_KIND):
+        kind, _, own = name.removeprefix(BY_KIND).partition(".")
+        places = [place for place, other in enumerate(layer_kinds(model.layout)) if other == kind]
+        assert row is not None
+        return places[row], own
     if name.startswith(LEADING):
         number, _, rest = name.removeprefix(LEADING).partition(".layers.")
         place, _, own = rest.partition(".")

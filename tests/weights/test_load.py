@@ -17,8 +17,8 @@ from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import Session, make_session
 from jaxtron.weights.files import INDEX, SINGLE
 from jaxtron.weights.hub import FAMILIES, hub_settings
-from jaxtron.weights.load import load_parameters
-from jaxtron.weights.table import STACKED, own_shape
+from jaxtron.weights.load import load_parameters, partition_of
+from jaxtron.weights.table import own_shape
 from tests.hugging_face import fixtures
 
 READ = sorted(
@@ -39,12 +39,12 @@ def read(folder: Path, session: Session) -> dict[str, np.ndarray]:
     with session.use():
         model, specs, partitions = session.config.model, session.blueprint.names, session.trainer.partitions
         params = load_parameters(folder, model, session.blueprint, partitions)
-        (partition,) = partitions.values()
         found = {}
         for (name, spec), leaf in zip(specs.items(), jax.tree.leaves(params), strict=True):
             assert leaf.shape == spec.layout.padded and leaf.dtype == spec.dtype
             own = np.asarray(leaf)[tuple(slice(size) for size in spec.shape)]
-            found[name] = np.asarray(restore(partition, own)) if name.startswith(STACKED) else own
+            partition = partition_of(name, partitions)
+            found[name] = own if partition is None else np.asarray(restore(partition, own))
         return found
 
 
@@ -57,7 +57,7 @@ def test_written_back_every_tensor_is_what_it_was(name: str, tmp_path: Path):
     rows = {
         (parameter, row): array if row is None else array[row]
         for parameter, array in found.items()
-        for row in (range(len(array)) if parameter.startswith(STACKED) else [None])
+        for row in ([None] if partition_of(parameter, session.trainer.partitions) is None else range(len(array)))
     }
     for (parameter, row), array in rows.items():
         place = table.place(model, parameter, row)

@@ -119,7 +119,8 @@ def runs(rehearsal: Rehearsal) -> Callable[[Collective], float]:
     """How often a communication runs on a stage in a step.
 
     What a schedule's ticks choose runs where the stage has such work, not at every tick of the loop. Of a schedule that
-    overlaps, the stage is one with the most pairs.
+    overlaps, the stage is one with the most pairs. What a kind of layers has runs as often as a chunk has such layers,
+    on an average.
     """
     config, num_stages = rehearsal.session.config, rehearsal.session.sizes["pipe"]
     stages, table = config.stage_plan(num_stages), config.schedule(num_stages)
@@ -132,7 +133,6 @@ def runs(rehearsal: Rehearsal) -> Callable[[Collective], float]:
         return lambda entry: entry.executions * shares[entry.layers]
     lowered = lower(table, stages.stack_chunks)
     # of several stacks, which have as many chunks each, a tick chooses one
-<<<<<<< HEAD
     each, pairs = table.num_microbatches * stages.stack_chunks[0], int(lowered.paired.sum(0).max())
 
     ticks = {kind: max(1, reached(lowered, kind)) for kind in ("forward", "backward", "paired")}
@@ -144,12 +144,7 @@ def runs(rehearsal: Rehearsal) -> Callable[[Collective], float]:
             return pairs / ticks["paired"]
         return (each - pairs) / ticks["backward" if entry.backward else "forward"]
 
-    return lambda entry: entry.executions * part(entry)
-=======
-    each = table.num_microbatches * stages.stack_chunks[0]
-    part = {False: each / reached(lowered, "forward"), True: each / reached(lowered, "backward")}
-    return lambda entry: entry.executions * shares[entry.layers] * (part[entry.backward] if entry.conditional else 1.0)
->>>>>>> 8991dec (Tests of layers of several kinds in one loop)
+    return lambda entry: entry.executions * shares[entry.layers] * part(entry)
 
 
 Weigher = Callable[[Collective], tuple[float, float]]
