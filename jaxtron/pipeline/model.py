@@ -49,7 +49,8 @@ class HeadOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers that differ in nothing but their parameters and their numbers."""
+    """Layers that differ in nothing but their parameters and their numbers; or of several kinds, whose parameters the
+    layer function gets by kind, `{kind: parameters}`."""
 
     enter: Callable[[Outer, Stream | None, Microbatch], Stream]
     """(outer, what left the stack before, microbatch) -> the first layer's stream; the first gets None: embeds."""

@@ -35,7 +35,8 @@ class ModelConfig(DecoderSettings):
     recompute: Literal["none", "selective", "full"] | tuple[RecomputeName, ...] = "none"
     """Computed again in the backward: none, selective (attention core), full (layers), or a list of names."""
     unroll: int | None = Field(default=None, ge=1)
-    """Periods unrolled in each iteration of the scan over layers (none: 1)."""
+    """Periods, or layers of a pattern that never repeats, unrolled in each iteration of the loop over them (none: 1).
+    """
 
     @model_validator(mode="after")
     def _of_shares(self) -> "ModelConfig":
