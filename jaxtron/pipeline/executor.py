@@ -8,16 +8,16 @@ accumulation: the same loop, with nothing to send and nothing kept from tick to 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxtron.pipeline import buffers
-from jaxtron.pipeline.layer_loop import ChunkWork, PreparedLayer, StackBuffers
+from jaxtron.pipeline.layer_loop import ChunkWork, LayerLoop, StackBuffers
 from jaxtron.pipeline.lowering import Channel, IntTable, Routes, WorkTable, lower
-from jaxtron.pipeline.mixed_loop import Prepared, stack_loop
+from jaxtron.pipeline.mixed_loop import stack_loop
 from jaxtron.pipeline.model import Microbatch, Model, Parameters, Stream, merge
 from jaxtron.pipeline.partition import StagePlan
 from jaxtron.pipeline.schedules.schedule import Schedule
@@ -143,7 +143,7 @@ class _Executor:
     def _first_microbatch(self) -> Microbatch:
         return jax.tree.map(lambda leaf: leaf[0], self.batch)
 
-    def _prepare(self) -> tuple[PreparedLayer | Prepared, ...]:
+    def _prepare(self) -> tuple[Any, ...]:
         """Every stack's layer, or each kind of them, traced once."""
         found = []
         for stack, loop in zip(self.model.stacks, self.loops, strict=True):
@@ -288,7 +288,9 @@ class _Executor:
             )
             streams = (self._entered(state, forward, ahead), buffers.read(state.cotangents, backward.cotangent))
             shared = (self._shared(ahead)[stack], self._shared(back)[stack])
-            y, entered, held = self.loops[stack].both(self.prepared[stack], works, streams, shared, state.stacks[stack])
+            loop = self.loops[stack]
+            assert isinstance(loop, LayerLoop), "layers that go together are alike"
+            y, entered, held = loop.both(self.prepared[stack], works, streams, shared, state.stacks[stack])
             state = self._scored(replace(state, stacks=_put(state.stacks, stack, held)), forward, ahead, y)
             state, cotangent = self._back_from(state, backward, back, entered)
             return state, y, cotangent

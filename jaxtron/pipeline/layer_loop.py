@@ -31,11 +31,14 @@ class ChunkWork(NamedTuple):
 
 
 class StackBuffers(NamedTuple):
-    """What a stage holds of one stack between ticks. A field is empty where the schedule has no use for it."""
+    """What a stage holds of one stack between ticks. A field is empty where the schedule has no use for it.
 
-    residuals: list[Array]
+    Of layers of several kinds each field is by kind.
+    """
+
+    residuals: PyTree
     """What forwards leave for backwards: [residual slot, layer of the chunk, ...]."""
-    deferred: list[Array]
+    deferred: PyTree
     """What backwards leave for the weight gradients that they put off: [deferred slot, layer of the chunk, ...]."""
     grad_accumulators: PyTree
     """Float32 gradients so far, like the trained parameters: [layer slot, ...]."""

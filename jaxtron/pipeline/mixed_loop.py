@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,28 @@ KIND = "kind="
 Prepared = Mapping[str, PreparedLayer]
 # (kind, work of the chunk's layers of this kind, place among these, what the loop carries) -> what it carries on
 Step = Callable[[str, ChunkWork, Array, PyTree], PyTree]
+
+
+class Loop(Protocol):
+    """What the executor asks of a loop over a stack's layers; `prepared` is what its own `prepare` gave."""
+
+    def prepare(self, stream: Stream, shared: PyTree, *, trains: bool = True, splits: bool = False) -> Any: ...
+
+    def buffers(self, prepared: Any, num_residuals: int, num_deferred: int, num_layers: int) -> StackBuffers: ...
+
+    def evaluate(
+        self, work: ChunkWork, stream: Stream, shared: PyTree, held: StackBuffers
+    ) -> tuple[Stream, StackBuffers]: ...
+
+    def forward(
+        self, prepared: Any, work: ChunkWork, stream: Stream, shared: PyTree, held: StackBuffers
+    ) -> tuple[Stream, StackBuffers]: ...
+
+    def backward(
+        self, prepared: Any, work: ChunkWork, cotangent: Stream, shared: PyTree, held: StackBuffers
+    ) -> tuple[Stream, StackBuffers]: ...
+
+    def weight_grads(self, prepared: Any, work: ChunkWork, shared: PyTree, held: StackBuffers) -> StackBuffers: ...
 
 
 @dataclass(frozen=True)
@@ -138,9 +161,7 @@ def one_of(number: Array, branches: Sequence[Callable[[PyTree], PyTree]], operan
     return jax.lax.cond(number == 0, first, lambda operand: one_of(number - 1, others, operand), operand)
 
 
-def stack_loop(
-    stack: Stack, partition: Partition, trained: PyTree, frozen: PyTree, stage: Array | int
-) -> LayerLoop | MixedLoop:
+def stack_loop(stack: Stack, partition: Partition, trained: PyTree, frozen: PyTree, stage: Array | int) -> Loop:
     """The loop over a stack's layers on one stage, whose parameters these are."""
 
     def here(table: Sequence[int]) -> Array:

@@ -15,6 +15,7 @@ from jaxtron.sharding.parameters import manual_specs
 from jaxtron.sharding.regions import region
 from jaxtron.sharding.rules import current
 from jaxtron.typing import PyTree
+from tests.support.plain import one_by_one
 
 
 def logits(trainer: Trainer, params: PyTree, tokens: np.ndarray) -> np.ndarray:
@@ -30,8 +31,7 @@ def _logits(trainer: Trainer, params: PyTree, batch: Microbatch[TokenBatch]):
     model, working = program.model(parts, None), trainer.working(params)
     (stack,), (layers,) = model.stacks, working.stacks
     x, inputs = stack.enter(working.outer, None, batch), stack.shared(batch)
-    for number in range(len(jax.tree.leaves(layers)[0])):
-        weights = jax.tree.map(lambda leaf, number=number: leaf[number], layers)
+    for number, (_, _, weights) in enumerate(one_by_one(layers, trainer.stages.partitions[0].kinds)):
         x = stack.layer(weights, x, jnp.int32(number), inputs).stream
     # the one device has all of it
     return all_reduce(vary(parts.outer(working.outer).predict(x)), current().manual)

@@ -46,8 +46,7 @@ def _one(
     losses, metrics, stream = [], [], None
     for place, (stack, layers, own) in enumerate(zip(model.stacks, params.stacks, kinds, strict=True)):
         stream, found = stack.enter(params.outer, stream, microbatch), []
-        for number, (kind, row) in enumerate(_rows(layers, own)):
-            weights = jax.tree.map(lambda leaf, row=row: leaf[row], {kind: layers[kind]} if kind else layers)
+        for number, (kind, row, weights) in enumerate(one_by_one(layers, own)):
             shared = stack.shared(microbatch)
             if stack.recall is not None:
                 if before is None:
@@ -70,9 +69,10 @@ def _one(
     return sum(losses, loss), sums, tuple(metrics)
 
 
-def _rows(layers: PyTree, kinds: tuple[str, ...]) -> Iterator[tuple[str | None, int]]:
-    """The kind of each layer, if any, and its row among those that are alike."""
-    if not kinds:
-        yield from ((None, row) for row in range(len(jax.tree.leaves(layers)[0])))
-    for number, kind in enumerate(kinds):
-        yield kind, kinds[:number].count(kind)
+def one_by_one(layers: PyTree, kinds: tuple[str, ...]) -> Iterator[tuple[str | None, int, PyTree]]:
+    """The kind of each layer, if any, its row among those that are alike, and its weights as a layer function gets
+    them."""
+    for number in range(len(kinds) or len(jax.tree.leaves(layers)[0])):
+        kind = kinds[number] if kinds else None
+        row = kinds[:number].count(kind) if kinds else number
+        yield kind, row, jax.tree.map(lambda leaf, row=row: leaf[row], {kind: layers[kind]} if kind else layers)

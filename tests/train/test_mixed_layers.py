@@ -48,7 +48,9 @@ def model(pattern: str, balance_over: str = "sequence", **changes: Any) -> Model
     """With a norm in which rounding is not scaled up."""
     if "E" in pattern:
         changes["moe"] = {"num_experts": 4, "balance": 0.3, "balance_over": balance_over, "bias_rate": 0.01}
-    return changed(MODELS["llama"], pattern=pattern, num_layers=1, norm_epsilon=0.1, mamba=MAMBA, **changes)
+    if "M" in pattern:
+        changes["mamba"] = MAMBA
+    return changed(MODELS["llama"], pattern=pattern, num_layers=1, norm_epsilon=0.1, **changes)
 
 
 class Case(NamedTuple):
