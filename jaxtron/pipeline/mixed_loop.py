@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ Prepared = Mapping[str, PreparedLayer]
 Step = Callable[[str, ChunkWork, Array, PyTree], PyTree]
 
 
+@runtime_checkable
 class Loop(Protocol):
     """What the executor asks of a loop over a stack's layers; `prepared` is what its own `prepare` gave."""
 
