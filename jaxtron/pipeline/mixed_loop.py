@@ -28,7 +28,7 @@ Step = Callable[[str, ChunkWork, Array, PyTree], PyTree]
 
 
 @runtime_checkable
-class Loop(Protocol):
+class StackLoop(Protocol):
     """What the executor asks of a loop over a stack's layers; `prepared` is what its own `prepare` gave."""
 
     def prepare(self, stream: Stream, shared: PyTree, *, trains: bool = True, splits: bool = False) -> Any: ...
@@ -162,7 +162,7 @@ def one_of(number: Array, branches: Sequence[Callable[[PyTree], PyTree]], operan
     return jax.lax.cond(number == 0, first, lambda operand: one_of(number - 1, others, operand), operand)
 
 
-def stack_loop(stack: Stack, partition: Partition, trained: PyTree, frozen: PyTree, stage: Array | int) -> Loop:
+def stack_loop(stack: Stack, partition: Partition, trained: PyTree, frozen: PyTree, stage: Array | int) -> StackLoop:
     """The loop over a stack's layers on one stage, whose parameters these are."""
 
     def here(table: Sequence[int]) -> Array:
