@@ -17,8 +17,8 @@ class DecoderSettings(FamilyConfig):
     pattern: str = "*-"
     """Residual layers in order: `*` attention, `W` attention in a window, `L` latent attention, `M` Mamba-2, `m` Mamba,
     `G` a gated delta net, `-` MLP, `E` a mixture of experts; `(*-)` is both in parallel on one norm. `|` cuts layers
-    into the stages of mesh.pipe (with num_layers 1; one stage runs them all). A pattern that never repeats is a loop over
-    layers by their kinds."""
+    into the stages of mesh.pipe (with num_layers 1; one stage runs them all). One that never repeats is a
+    loop over layers by their kinds."""
     hybrid: tuple[float, float, int] | None = None
     """Makes the pattern of a hybrid: the share of attention, of MLPs, and how many layers there are; the others are
     Mamba-2, as even as can be (2406.07887, Appendix A: 0.08 0.5 56)."""
