@@ -41,7 +41,6 @@ from tests.support.plain import plain
 
 SLOW = pytest.mark.slow
 MAMBA = {"num_heads": 4, "head_dim": 8, "state_size": 8, "num_groups": 2, "conv_width": 3}
-PUBLISHED = hybrid_pattern(0.08, 0.5, 56)
 
 
 def model(pattern: str, balance_over: str = "sequence", **changes: Any) -> ModelConfig:
@@ -73,18 +72,10 @@ class Case(NamedTuple):
 # the second stage has no MLP
 QUICK = (Case("*-*", {"pipe": 2}, recompute="selective", microbatches=2),)
 OTHERS = (
-    Case(PUBLISHED, {"data": 1}, recompute="full", microbatches=2),
     Case("M-*-M", {"pipe": 2}, recompute="selective"),
-    Case(PUBLISHED, {"context": 2, "tensor": 2, "fsdp": 2}, microbatches=1, zero="parameters"),
-    Case(PUBLISHED, {"pipe": 2, "context": 2, "tensor": 2}, recompute=("mamba",)),
-    Case(PUBLISHED, {"pipe": 4, "tensor": 2}, "zero_bubble", recompute="full"),
-    Case(PUBLISHED, {"pipe": 4, "data": 2}, "interleaved", 7, recompute="selective"),
-    Case(PUBLISHED, {"pipe": 2, "fsdp": 2}, "zero_bubble_v", 2),
-    Case("M-ME*-EM(*-)", {"pipe": 2, "data": 2, "expert": 2}, "eager_interleaved", 2),
-    # the load of earlier microbatches is told to layers with experts
-    Case("M-ME*-EM(*-)", {"pipe": 4}, "gpipe", balance_over="global"),
-    # cut inside of a period
-    Case("*-*|-*-*-*-", {"pipe": 2, "tensor": 2}),
+    Case("M-M*-M-M", {"pipe": 2, "context": 2, "tensor": 2}, "zero_bubble"),
+    Case("M-M*-M-M", {"pipe": 2, "data": 2}, "interleaved", 2),
+    Case("M-M*-M-M", {"pipe": 4, "data": 2}, "eager_1f1b"),
 )
 
 
@@ -163,15 +154,6 @@ def test_a_program_is_as_large_as_its_kinds() -> None:
 def test_a_recomputed_layer_keeps_its_input() -> None:
     everything = kept(56, "full")
     assert everything == 56 * ROWS * LENGTH * 32 * 4 < kept(56, "none") / 3
-
-
-@pytest.mark.slow
-def test_a_recomputed_layer_takes_no_more_in_the_compiled_program() -> None:
-    few, many = (program(count).compile() for count in (28, 56))
-    # of the same kinds, and so the same instructions
-    assert few.as_text().count(" = ") == many.as_text().count(" = ")
-    more = many.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes
-    assert 0 <= more - 28 * ROWS * LENGTH * 32 * 4 < 64 * 1024
 
 
 def test_first_values_do_not_depend_on_stages_and_are_saved_in_the_order_of_the_model() -> None:
