@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtron.checkpoint.layer_order import layer_order
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.pattern import hybrid_pattern
+from jaxtron.models.decoder.pattern import hybrid_pattern, parse
 from jaxtron.models.program import Microbatch
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.partition import Partition
@@ -29,6 +29,7 @@ from tests.support.equivalence import (
     MODELS,
     ONE_STAGE,
     ROWS,
+    TOLERANCE,
     assert_equal,
     by_name,
     changed,
@@ -40,6 +41,8 @@ from tests.support.equivalence import (
 from tests.support.plain import plain
 
 SLOW = pytest.mark.slow
+# the published pattern, and its like of few layers
+PUBLISHED, HYBRID = (hybrid_pattern(0.08, 0.5, count) for count in (56, 14))
 MAMBA = {"num_heads": 4, "head_dim": 8, "state_size": 8, "num_groups": 2, "conv_width": 3}
 
 
@@ -73,10 +76,19 @@ class Case(NamedTuple):
 QUICK = (Case("*-*", {"pipe": 2}, recompute="selective", microbatches=2),)
 OTHERS = (
     Case("M-*-M", {"pipe": 2}, recompute="selective"),
-    Case("M-M*-M-M", {"pipe": 2, "context": 2, "tensor": 2}, "zero_bubble"),
-    Case("M-M*-M-M", {"pipe": 2, "data": 2}, "interleaved", 2),
-    Case("M-M*-M-M", {"pipe": 4, "data": 2}, "eager_1f1b"),
+    Case(HYBRID, {"context": 2, "tensor": 2, "fsdp": 2}, microbatches=1, zero="parameters"),
+    Case(HYBRID, {"pipe": 2, "context": 2, "tensor": 2}, "zero_bubble", recompute=("mamba",)),
+    Case(HYBRID, {"pipe": 4, "data": 2}, "interleaved", 3, recompute="selective"),
+    Case(HYBRID, {"pipe": 2, "fsdp": 2}, "zero_bubble_v", 2),
+    Case(PUBLISHED, {"pipe": 4, "tensor": 2}, "eager_1f1b", recompute="full"),
+    Case("M-ME*-EM(*-)", {"pipe": 2, "data": 2, "expert": 2}, "eager_interleaved", 2),
+    # the load of earlier microbatches is told to layers with experts
+    Case("M-ME*-EM(*-)", {"pipe": 4}, "gpipe", balance_over="global"),
+    # cut inside of a period
+    Case("*-*|-*-*-*-", {"pipe": 2, "tensor": 2}),
 )
+# rounding adds up over layers: on one device 1.4e-6 of 8 layers, 4.3e-6 of 14, 2.1e-5 of 56
+ROUNDING = 1e-6
 
 
 @pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=SLOW) for case in OTHERS)], ids=str)
@@ -93,7 +105,7 @@ def test_loss_and_every_gradient_equal_plain_differentiation(case: Case) -> None
     assert found[0].keys() == expected[0].keys()
     for name, value in expected[0].items():
         np.testing.assert_allclose(found[0][name], value, rtol=1e-5, err_msg=name)
-    assert_equal(found[1], expected[1])
+    assert_equal(found[1], expected[1], max(TOLERANCE, ROUNDING * len(parse(case.pattern).layers)))
 
 
 @functools.cache
@@ -154,6 +166,12 @@ def test_a_program_is_as_large_as_its_kinds() -> None:
 def test_a_recomputed_layer_keeps_its_input() -> None:
     everything = kept(56, "full")
     assert everything == 56 * ROWS * LENGTH * 32 * 4 < kept(56, "none") / 3
+
+
+@pytest.mark.slow
+def test_a_recomputed_layer_takes_as_much_in_the_compiled_program() -> None:
+    few, many = (program(count).compile().memory_analysis().temp_size_in_bytes for count in (28, 56))
+    assert many - few == pytest.approx(28 * ROWS * LENGTH * 32 * 4, rel=0.05)
 
 
 def test_first_values_do_not_depend_on_stages_and_are_saved_in_the_order_of_the_model() -> None:
