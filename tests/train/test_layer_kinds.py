@@ -14,7 +14,7 @@ from jaxtron.models.decoder.cost import hardware_flops_per_token, model_flops_pe
 from jaxtron.models.decoder.kinds import KINDS
 from jaxtron.models.decoder.layers import BUILDERS
 from jaxtron.models.decoder.model import Decoder
-from jaxtron.models.decoder.work import LAYER_WORK, period
+from jaxtron.models.decoder.work import LAYER_WORK, decoder_work
 from jaxtron.models.work.profile import PROFILES
 from jaxtron.plan.formula.memory_model import Estimator
 from jaxtron.plan.formula.prediction import predict
@@ -77,7 +77,8 @@ def test_a_third_kind_is_planned(wave):
     again = predict(full, sizes, machine).hardware_flops - found.hardware_flops
     counted = hardware_flops_per_token(full.model, 16) - model_flops_per_token(full.model, 16)
     assert again == pytest.approx(counted * 16 * 8 / 4)
-    assert period(config.model, shapes_of(config, sizes, PROFILES["jaxtron"], "H100")).weight.products
+    shapes = shapes_of(config, sizes, PROFILES["jaxtron"], "H100")
+    assert decoder_work(config.model, shapes).stacks[0].layer.weight.products
     used, unused = (Estimator(one).memory(one, sizes, machine.datasheet) for one in (config, bare))
     # its two matrices, split in two by tensor and, at rest, by data; with two moments; and a norm of two vectors
     assert used.master_weights - unused.master_weights == 4 * 2 * (2 * 32 * 48 // 4 + 2 * 32)
