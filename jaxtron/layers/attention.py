@@ -5,14 +5,15 @@ Its settings are `layers.config.AttentionConfig`, apart because reading a config
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from jaxtron.kernels.attention.attention import Implementation, attention
+from jaxtron.kernels.attention import materialized, reference
+from jaxtron.kernels.attention.attention import Implementation, attention, missing_feature
 from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads
 from jaxtron.layers import context_parallel
 from jaxtron.layers.inputs import LayerInputs, dropout, dropout_mask
@@ -24,7 +25,7 @@ from jaxtron.sharding.collectives import manual_axes
 from jaxtron.sharding.parameters import parameter
 from jaxtron.sharding.regions import on_each_device
 from jaxtron.sharding.rules import constrain, current, spec
-from jaxtron.typing import Array, Float, PyTree
+from jaxtron.typing import Array, DTypeLike, Float, Int, PyTree
 
 # from queries, keys, values, slopes, sinks and the layer's inputs to the sum of values
 CoreFunction = Callable[..., Float[Array, "B S H V"]]
@@ -39,6 +40,20 @@ AXES = {
     "alibi_slopes": ("heads",),
     "dropout_mask": PROBABILITIES,
 }
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of a sequence so far, and room for what follows."""
+
+    keys: Float[Array, "B T K D"]
+    values: Float[Array, "B T K V"]
+
+    def followed_by(
+        self, keys: Float[Array, "B S K D"], values: Float[Array, "B S K V"], before: Int[Array, ""]
+    ) -> "KeyValues":
+        """With those of further positions behind so many."""
+        pairs = zip(self, (keys, values), strict=True)
+        return KeyValues(*(jax.lax.dynamic_update_slice_in_dim(old, new, before, 1) for old, new in pairs))
 
 
 class Attention(nnx.Module):
@@ -83,6 +98,31 @@ class Attention(nnx.Module):
         self.key_norm = qk_norm(head_dim) if qk_norm else None
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
+        attended = save_for_backward(self.core(*self._heads(x, inputs), *self._per_head(), inputs))
+        y = self.output(attended, "batch", "seq", "embed")
+        return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
+
+    def start(self, rows: int, room: int, dtype: DTypeLike) -> KeyValues:
+        """What is remembered of sequences that begin, with room for so many positions."""
+        shape = (rows, room, *self.key.kernel[...].shape[1:])
+        split = "kv_heads" if current().splits("kv_heads", shape[2]) else None
+        empty = constrain(jnp.zeros(shape, dtype), "batch", "full_seq", split, "head_dim")
+        return KeyValues(empty, empty)
+
+    def advance(
+        self, x: Float[Array, "B S E"], memory: KeyValues, inputs: LayerInputs
+    ) -> tuple[Float[Array, "B S E"], KeyValues]:
+        """The same for what follows `inputs.before` positions of which this is the memory, which has room for it."""
+        assert isinstance(self.core, Core) and inputs.before is not None
+        query, key, value = self._heads(x, inputs)
+        memory = memory.followed_by(key, value, inputs.before)
+        attended = self.core.advance(query, *memory, *self._per_head(), inputs)
+        return self.output(attended, "batch", "full_seq", "embed"), memory
+
+    def _heads(
+        self, x: Float[Array, "B S E"], inputs: LayerInputs
+    ) -> tuple[Float[Array, "B S H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
+        """Queries, keys and values."""
         x = constrain(x, "batch", "full_seq", "embed")
         query, key, value = self._project(x)
         if self.query_norm is not None and self.key_norm is not None:
@@ -90,11 +130,12 @@ class Attention(nnx.Module):
         if self.rotated is not None:
             tables = inputs.rotary[self.rotated]
             query, key = rotate(query, tables), rotate(key, tables)
+        return query, key, value
+
+    def _per_head(self) -> tuple[Float[Array, "H"] | None, Float[Array, "H"] | None]:
+        """Slopes and sinks."""
         slopes = None if self.slopes is None else jnp.asarray(self.slopes, jnp.float32)
-        sinks = None if self.sinks is None else constrain(self.sinks[...], "heads")
-        attended = save_for_backward(self.core(query, key, value, slopes, sinks, inputs))
-        y = self.output(attended, "batch", "seq", "embed")
-        return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
+        return slopes, None if self.sinks is None else constrain(self.sinks[...], "heads")
 
     def _project(
         self, x: Float[Array, "B S E"]
@@ -163,6 +204,25 @@ class Core:
             dropout_mask=dropout_mask(shape, self.spec.dropout_rate, inputs.fold(1), *PROBABILITIES),
         )
         return attention(query, key, value, given, Sharded(self.implementation), sinks=sinks)[0]
+
+    def advance(
+        self,
+        query: Float[Array, "B S H D"],
+        key: Float[Array, "B T K D"],
+        value: Float[Array, "B T K V"],
+        slopes: Float[Array, "H"] | None,
+        sinks: Float[Array, "H"] | None,
+        inputs: LayerInputs,
+    ) -> Float[Array, "B S H V"]:
+        """What queries after `inputs.before` positions attend to, of keys from the first position on.
+
+        Queries are few and keys many: scores are in memory.
+        """
+        assert inputs.before is not None
+        given = replace(self.spec, dropout_rate=0.0, alibi_slopes=slopes, q_offset=inputs.before)
+        lacks = missing_feature(materialized, given, needs_log_sum_exp=sinks is not None)
+        implementation = materialized if lacks is None else reference
+        return attention(query, key, value, given, Sharded(implementation), sinks=sinks)[0]
 
 
 @dataclass(frozen=True)

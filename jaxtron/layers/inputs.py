@@ -44,6 +44,8 @@ class LayerInputs:
     load: Float[Array, "layers N"] | None = None
     """Tokens that this device sent to each expert in the step's earlier microbatches, by layer with experts, the next
     one's first; none: as if this were the first microbatch."""
+    before: Int[Array, ""] | None = None
+    """Positions of the sequence that came before these, where layers go on from what they remember of them."""
 
     def fold(self, number: int | Array) -> "LayerInputs":
         """The same inputs with keys of their own for the layer (or the site in it) `number`."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtron.layers.attention import HEADS, CoreFunction
+from jaxtron.layers.attention import HEADS, Core, CoreFunction, KeyValues
 from jaxtron.layers.config import LatentConfig
 from jaxtron.layers.inputs import LayerInputs, dropout
 from jaxtron.layers.linear import Linear
@@ -16,7 +16,7 @@ from jaxtron.layers.norm import Norm
 from jaxtron.layers.positions import rotate
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.rules import constrain, current, spec
-from jaxtron.typing import Array, Float
+from jaxtron.typing import Array, DTypeLike, Float
 
 LATENT = ("batch", "full_seq", "latent")
 
@@ -63,6 +63,22 @@ class LatentAttention(nnx.Module):
         attended = save_for_backward(self.core(*self._heads(x, inputs), None, None, inputs))
         y = self.output(attended, "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
+
+    def start(self, rows: int, room: int, dtype: DTypeLike) -> KeyValues:
+        """As `Attention.start`: keys and values of all heads are remembered, and not the latents."""
+        num_heads, dim = self.query.kernel[...].shape[1:]
+        shapes = ((rows, room, num_heads, size) for size in (dim, self.up.kernel[...].shape[2] - self.plain))
+        return KeyValues(*(constrain(jnp.zeros(shape, dtype), *HEADS) for shape in shapes))
+
+    def advance(
+        self, x: Float[Array, "B S E"], memory: KeyValues, inputs: LayerInputs
+    ) -> tuple[Float[Array, "B S E"], KeyValues]:
+        """As `Attention.advance`."""
+        assert isinstance(self.core, Core) and inputs.before is not None
+        query, key, value = self._heads(x, inputs)
+        memory = memory.followed_by(key, value, inputs.before)
+        attended = self.core.advance(query, *memory, None, None, inputs)
+        return self.output(attended, "batch", "full_seq", "embed"), memory
 
     def _heads(
         self, x: Float[Array, "B S E"], inputs: LayerInputs

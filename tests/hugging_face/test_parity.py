@@ -18,7 +18,7 @@ from jaxtron.weights.hub import hub_settings
 from jaxtron.weights.load import load_parameters
 from tests.hugging_face.families import FAMILIES, model_of, parameters_of
 from tests.hugging_face.fixtures import FOLDER, Fixture, load, write
-from tests.support.logits import logits
+from tests.support.logits import decoded, logits
 
 TOLERANCE = 2e-5
 
@@ -59,6 +59,11 @@ def test_logits_are_those_of_transformers(name, rules_for, tmp_path):
         else:
             trainer, params = reshaped(fixture)
         found = logits(trainer, params, fixture.tokens)[..., : fixture.config["vocab_size"]]
+        # in parts, the first of them shorter than what convolutions see, it gives the same
+        parts = (2, 1, fixture.tokens.shape[1] - 4, 1)
+        last = decoded(trainer, params, fixture.tokens, parts)[..., : fixture.config["vocab_size"]]
+    ends = np.cumsum(parts) - 1
+    np.testing.assert_allclose(last, fixture.logits[:, ends], rtol=0, atol=TOLERANCE)
     assert np.abs(fixture.logits).max() > 2
     np.testing.assert_allclose(found, fixture.logits, rtol=0, atol=TOLERANCE)
 

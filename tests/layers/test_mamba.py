@@ -64,7 +64,7 @@ def test_in_parts_it_computes_what_it_does_at_once(rules_for, kind: str, tensor:
         found, state = [], None
         # first parts are shorter than what the convolution sees
         for start, end in ((0, 1), (1, 3), (3, 4), (4, 12)):
-            y, state = jax.jit(layer.advance)(x[:, start:end], state)
+            y, state = jax.jit(layer.advance)(x[:, start:end], state, LayerInputs())
             found.append(np.asarray(y))
         np.testing.assert_allclose(np.concatenate(found, 1), np.asarray(at_once), **CLOSE)
         assert np.abs(np.asarray(at_once)).max() > 0.5

@@ -88,7 +88,7 @@ class Mamba2(nnx.Module):
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 
     def advance(
-        self, x: Float[Array, "B S E"], memory: LayerMemory | None = None
+        self, x: Float[Array, "B S E"], memory: LayerMemory | None, inputs: LayerInputs
     ) -> tuple[Float[Array, "B S E"], LayerMemory]:
         """The same for what follows a sequence of which this is the memory (none: nothing came before).
 

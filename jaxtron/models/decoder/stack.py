@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -17,7 +18,30 @@ from jaxtron.models.decoder.layers import BUILDERS, Backends, make_norm
 from jaxtron.models.decoder.pattern import Branch
 from jaxtron.models.stacked import stacked
 from jaxtron.pipeline.partition import Partition
-from jaxtron.typing import Array, Float
+from jaxtron.typing import Array, DTypeLike, Float, PyTree
+
+# of each branch of a layer; none where it remembers nothing
+Memories = tuple[PyTree, ...]
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A branch that can go on from what it remembers of a sequence."""
+
+    def advance(
+        self, x: Float[Array, "B S E"], memory: PyTree, inputs: LayerInputs
+    ) -> tuple[Float[Array, "B S E"], PyTree]:
+        """What it makes of further positions, and what it then remembers."""
+        ...
+
+
+@runtime_checkable
+class NeedsRoom(Protocol):
+    """One whose memory grows; of others it is none at first."""
+
+    def start(self, rows: int, room: int, dtype: DTypeLike) -> PyTree:
+        """What it remembers of sequences that begin, with room for so many positions."""
+        ...
 
 
 class Layer(nnx.Module):
@@ -41,6 +65,27 @@ class Layer(nnx.Module):
             x = save_for_backward(x + output.x)
             outputs.append(output._replace(x=x))
         return outputs
+
+    def start(self, rows: int, room: int, dtype: DTypeLike) -> Memories:
+        """What its branches remember of sequences that begin, with room for so many positions."""
+        modules = (getattr(self, name) for name in self.names)
+        return tuple(one.start(rows, room, dtype) if isinstance(one, NeedsRoom) else None for one in modules)
+
+    def advance(
+        self, x: Float[Array, "B S E"], memories: Memories, inputs: LayerInputs
+    ) -> tuple[Float[Array, "B S E"], Memories]:
+        """The stream after the branches, for what follows a sequence of which these are the memories."""
+        normed, found = self.norm(x), []
+        for name, memory in zip(self.names, memories, strict=True):
+            module = getattr(self, name)
+            if isinstance(module, Remembers):
+                y, memory = module.advance(normed, memory, inputs)
+            else:
+                y = module(normed, inputs)
+                y = y.x if isinstance(y, BranchOutput) else y
+            x = x + y
+            found.append(memory)
+        return x, tuple(found)
 
     def _region(self, name: str, module: nnx.Module):
         if name not in self.recomputed:
