@@ -1,5 +1,7 @@
 """Logits of models equal those of Hugging Face transformers with the same weights, as its fixtures here have them."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -39,33 +41,44 @@ def reshaped(fixture: Fixture) -> tuple[Trainer, PyTree]:
     return trainer, jax.device_put(tree, shardings(trainer.blueprint.parameters))
 
 
+def of_fixture(fixture: Fixture, folder: Path) -> tuple[Trainer, PyTree]:
+    """Its model, as its files are read or by the mappings of the tests."""
+    if fixture.config["model_type"] not in READ:
+        return reshaped(fixture)
+    folder = write(folder, fixture.config, fixture.weights)
+    config = load_settings(Configuration, None, ["--data.sequence_length", "12"], under=hub_settings(folder))
+    trainer = trainer_of(config.model, fixture)
+    return trainer, load_parameters(folder, config.model, trainer.blueprint, trainer.partitions)
+
+
+NAMES = sorted(path.stem for path in FOLDER.glob("*.npz"))
 # what each adds to a llama is in another of the fixtures too
-SLOW = ("llama_biases", "mistral")
-NAMES = [
-    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
-    for name in sorted(path.stem for path in FOLDER.glob("*.npz"))
-]
+SLOW = {"llama_biases", "mistral"}
+# each kind of layer goes on from its memory in one of the others
+SLOW_TO_GO_ON = {*NAMES} - {"bamba", "deepseek_v2_lite", "gpt_oss", "mamba"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+def marked(slow: set[str]) -> list:
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in NAMES]
+
+
+@pytest.mark.parametrize("name", marked(SLOW))
 def test_logits_are_those_of_transformers(name, rules_for, tmp_path):
     fixture = load(name)
     with use(rules_for(data=1)):
-        if fixture.config["model_type"] in READ:
-            folder = write(tmp_path, fixture.config, fixture.weights)
-            config = load_settings(Configuration, None, ["--data.sequence_length", "12"], under=hub_settings(folder))
-            trainer = trainer_of(config.model, fixture)
-            params = load_parameters(folder, config.model, trainer.blueprint, trainer.partitions)
-        else:
-            trainer, params = reshaped(fixture)
-        found = logits(trainer, params, fixture.tokens)[..., : fixture.config["vocab_size"]]
-        # in parts, the first of them shorter than what convolutions see, it gives the same
-        parts = (2, 1, fixture.tokens.shape[1] - 4, 1)
-        last = decoded(trainer, params, fixture.tokens, parts)[..., : fixture.config["vocab_size"]]
-    ends = np.cumsum(parts) - 1
-    np.testing.assert_allclose(last, fixture.logits[:, ends], rtol=0, atol=TOLERANCE)
+        found = logits(*of_fixture(fixture, tmp_path), fixture.tokens)[..., : fixture.config["vocab_size"]]
     assert np.abs(fixture.logits).max() > 2
     np.testing.assert_allclose(found, fixture.logits, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", marked(SLOW_TO_GO_ON))
+def test_what_goes_on_from_memory_has_the_logits_of_the_whole(name, rules_for, tmp_path):
+    fixture = load(name)
+    # the first part is shorter than what convolutions see
+    parts = (2, 1, fixture.tokens.shape[1] - 4, 1)
+    with use(rules_for(data=1)):
+        found = decoded(*of_fixture(fixture, tmp_path), fixture.tokens, parts)[..., : fixture.config["vocab_size"]]
+    np.testing.assert_allclose(found, fixture.logits[:, np.cumsum(parts) - 1], rtol=0, atol=TOLERANCE)
 
 
 def test_every_family_has_a_fixture():

@@ -8,13 +8,14 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxtron.data.batch import TokenBatch
+from jaxtron.models.decoder.decode import Steps
 from jaxtron.models.program import Microbatch
 from jaxtron.run.step import Trainer
 from jaxtron.sharding.collectives import all_reduce, vary
 from jaxtron.sharding.parameters import manual_specs
 from jaxtron.sharding.regions import region
 from jaxtron.sharding.rules import current
-from jaxtron.typing import PyTree
+from jaxtron.typing import Array, PyTree
 from tests.support.plain import one_by_one
 
 
@@ -35,3 +36,20 @@ def _logits(trainer: Trainer, params: PyTree, batch: Microbatch[TokenBatch]):
         x = stack.layer(weights, x, jnp.int32(number), inputs).stream
     # the one device has all of it
     return all_reduce(vary(parts.outer(working.outer).predict(x)), current().manual)
+
+
+def decoded(trainer: Trainer, params: PyTree, tokens: np.ndarray, parts: tuple[int, ...]) -> np.ndarray:
+    """Those after each of the parts that tokens [B, S] come in, of these lengths, float32 [B, parts, vocabulary]."""
+    lie, whole = manual_specs(trainer.blueprint.parameters), PartitionSpec()
+    run = jax.jit(region(functools.partial(_decoded, trainer, parts), (lie, whole), whole))
+    return np.asarray(run(params, tokens))
+
+
+def _decoded(trainer: Trainer, parts: tuple[int, ...], params: PyTree, tokens: Array):
+    steps = Steps(trainer.blueprint.module(trainer.parts.join(trainer.working(params))))
+    memory, found, start = steps.start(*tokens.shape), [], 0
+    for length in parts:
+        logits, memory = steps.advance(tokens[:, start : start + length], memory)
+        found.append(logits)
+        start += length
+    return all_reduce(vary(jnp.stack(found, 1)), current().manual)
