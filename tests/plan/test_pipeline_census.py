@@ -106,7 +106,7 @@ def test_tokens_of_one_microbatch_travel_to_experts_beside_products_of_the_other
     flags = (
         "--model.num_layers 8 --model.vocab_size 1024 --model.moe.shared_size 0 --train.global_batch 32 "
         "--train.microbatches 8 --mesh.data 4 --mesh.tensor 1 --mesh.pipe 2 --pipeline.schedule eager_1f1b "
-        "--pipeline.chunks 1 --pipeline.overlap true"
+        "--pipeline.chunks 1 --pipeline.overlap true --model.moe.buckets expert"
     )
     found = load(Configuration, CONFIGS / "qwen2_57b_a14b.yaml", flags.split())
     module = rehearse(found.resolved(), gpu="h100", num_gpus=8).module
