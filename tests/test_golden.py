@@ -36,15 +36,7 @@ def describe(path: Path) -> str:
     return f"{settings}\n{layout}\n"
 
 
-# large hybrids, of which each layer is built: their kinds are in others too
-LARGE = ("16k", "32k", "128k", "hybrid_840m", "nemotron_h_8b", "bamba_9b")
-
-
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=pytest.mark.slow) if path.stem.endswith(LARGE) else path for path in RECIPES],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_is_as_recorded(path: Path, request: pytest.FixtureRequest) -> None:
     golden = ROOT / "golden" / f"{path.stem}.txt"
     today = describe(path)

@@ -121,8 +121,6 @@ STATE_SPACE = {
     "nemotron_h_8b": ({"data": 192, "tensor": 4}, "8.1"),
     "bamba_9b": ({"fsdp": 192}, "9.78"),
 }
-# their patterns repeat nothing, so that each layer is built; one of these models is enough
-UNROLLED = ("16k", "32k", "128k", "hybrid_840m", "nemotron_h_8b", "bamba_9b")
 
 # Mamba: tensor and data sizes, layers and hidden size, billions of parameters; layouts are ours but for that of 8B
 MAMBA = {
@@ -203,9 +201,7 @@ def test_every_configuration_of_a_paper_is_tested_here():
     assert {*GPT2, *PTDP, *SELECTIVE, *LAYOUTS, *MIXTURES, *STATE_SPACE, *MAMBA} == {*NAMES} - others
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name.endswith(UNROLLED) else name for name in NAMES]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_it_fits_its_mesh_and_has_as_many_parameters_as_the_real_model(name, rules_for):
     config = configuration(name)
     config.check_mesh(sizes(config))
