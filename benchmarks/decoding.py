@@ -21,7 +21,7 @@ from benchmarks import record
 from jaxtron.command import run_command
 from jaxtron.config import load
 from jaxtron.models.decoder.cost import num_parameters
-from jaxtron.models.decoder.decode import Memory, Steps
+from jaxtron.models.decoder.decode import DecoderMemory, Steps
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import make_session
 from jaxtron.runtime.start import start_runtime
@@ -100,7 +100,7 @@ def measure(configs: dict[str, Configuration], rows: int, length: int, steps: in
 
 def side(
     config: Configuration, rows: int, length: int, more: int
-) -> tuple[Callable[[Memory, Array], tuple[Array, Memory]], Memory]:
+) -> tuple[Callable[[DecoderMemory, Array], tuple[Array, DecoderMemory]], DecoderMemory]:
     """A model's step, which takes the likeliest token, and what it remembers of so many positions, with room for more.
 
     Memory that a step is given is gone after it.
@@ -108,16 +108,16 @@ def side(
     session = make_session(config, jax.devices()[:1])
     with session.use():
         specs, split = manual_specs(session.blueprint.parameters), PartitionSpec(current().manual)
-        remembered = Memory(split, PartitionSpec())
+        remembered = DecoderMemory(split, PartitionSpec())
 
         def make(params: PyTree) -> Steps:
             return Steps(session.blueprint.module(session.blueprint.working(params, jnp.float32)))
 
-        def local(model: Steps, memory: Memory, token: Array) -> tuple[Array, Memory]:
+        def local(model: Steps, memory: DecoderMemory, token: Array) -> tuple[Array, DecoderMemory]:
             logits, memory = model.advance(token, memory)
             return jnp.argmax(logits, -1, keepdims=True).astype(jnp.int32), memory
 
-        def start(model: Steps, tokens: Array) -> Memory:
+        def start(model: Steps, tokens: Array) -> DecoderMemory:
             # what is remembered has its shapes once something was
             return model.advance(tokens, model.start(rows, length + more))[1]
 
@@ -131,9 +131,9 @@ def side(
             for number, leaf in enumerate(jax.tree.leaves(memory))
         ]
         memory = jax.tree.unflatten(jax.tree.structure(memory), filled)
-        memory = Memory(memory.layers, jnp.int32(length))
+        memory = DecoderMemory(memory.layers, jnp.int32(length))
 
-    def run(memory: Memory, token: Array) -> tuple[Array, Memory]:
+    def run(memory: DecoderMemory, token: Array) -> tuple[Array, DecoderMemory]:
         with session.use():
             return step(model, memory, token)
 

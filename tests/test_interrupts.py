@@ -71,7 +71,8 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
         # or makes another error of it
         "try: time.sleep(60)\nexcept BaseException: raise ImportError('broken') from None",
         "try: time.sleep(60)\nfinally: print('noise', file=sys.stderr)",
-        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'], stderr=subprocess.DEVNULL)",
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'], "
+        "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)",
     ],
 )
 def test_a_signal_ends_whatever_runs(body: str, number: signal.Signals, code: int, line: str):

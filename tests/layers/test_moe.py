@@ -19,7 +19,7 @@ from jaxtron.layers.moe.config import MoeConfig
 from jaxtron.layers.moe.moe import Moe
 from jaxtron.layers.moe.router import LOAD, evened
 from jaxtron.layers.moe.sizes import exchange_lines
-from jaxtron.models.decoder.stack import Period
+from jaxtron.models.decoder.stack import Layer, Period
 from jaxtron.sharding.rules import current, use
 
 ROWS, LENGTH, WIDTH, HIDDEN = 2, 12, 16, 8
@@ -343,7 +343,7 @@ def test_each_layer_of_a_period_gets_its_own_row_of_the_load() -> None:
             seen.append(inputs.load[:1].tolist())
             return [BranchOutput(x, None, metrics)]
 
-        return run
+        return Mock(spec=Layer, side_effect=run)
 
     load, report = jnp.asarray([[1.0, 2.0], [3.0, 4.0]]), {LOAD: jnp.zeros(2)}
     period = Mock(spec=Period, layers=[layer({}), layer(report), layer({}), layer(report)])

@@ -41,6 +41,7 @@ def sent(method: str, kind: str) -> int:
     return round(sum(entry.step_sent_bytes for entry in found if entry.loops))
 
 
+@pytest.mark.slow
 def test_a_ring_sends_each_block_on_and_sums_home() -> None:
     # keys and values in bfloat16: all but the last step of the ring, forward and backward
     blocks = 2 * (CONTEXT - 1) * 2 * PART * 2

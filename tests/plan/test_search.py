@@ -37,7 +37,7 @@ def small() -> SearchResult:
 @pytest.mark.parametrize(
     "name, num_gpus",
     [
-        ("gpt_22b", 8),
+        pytest.param("gpt_22b", 8, marks=pytest.mark.slow),
         pytest.param("gpt_175b", 64, marks=pytest.mark.slow),
         pytest.param("gpt_530b", 280, marks=pytest.mark.slow),
     ],

@@ -41,6 +41,7 @@ TEXTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "data.end_of_document": (TRAIN, ("", "</s>", LONG)),
     "data.chat.template": (("train", "tiny.yaml", "--data.format", "chat", "--data.path", "chat.jsonl"), FILES),
     "data.cache_directory": (TRAIN, ("", "text.txt", "text.txt/out", "/dev/null/out", LONG)),
+    "checkpoint.initialize_from": (TRAIN, ("", "nowhere", "text.txt", "/dev/null", "text.txt/out", LONG)),
     "train.trainable": (TRAIN, ("!", "!*", "head.*", "embedding", "stack.periods.layers.7.*", LONG)),
     "pipeline.schedule": (PIPE, ("", "gpip", "GPIPE", "nowhere.csv", "folder.csv", "binary.csv", ".csv", LONG)),
     "run.directory": (TRAIN, ("", "text.txt", "text.txt/out", "/dev/null/out", "a*b", "a[b]", "a\udcffb", LONG)),

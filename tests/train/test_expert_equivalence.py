@@ -48,11 +48,9 @@ class Case(NamedTuple):
         return "-".join(words)
 
 
-QUICK = (
-    Case({"data": 4, "tensor": 2, "expert": 8}, microbatches=2, travel={"slots": 0.5}),
-    Case({"data": 2, "tensor": 4, "expert": 4, "expert_tensor": 2}, "skewed, with biases", zero="parameters"),
-)
+QUICK = (Case({"data": 2, "tensor": 4, "expert": 4, "expert_tensor": 2}, "skewed, with biases", zero="parameters"),)
 OTHERS = (
+    Case({"data": 4, "tensor": 2, "expert": 8}, microbatches=2, travel={"slots": 0.5}),
     Case({"data": 8}, "over a microbatch"),
     Case({"data": 8, "expert": 2}),
     Case({"data": 8, "expert": 8}, zero="parameters"),

@@ -100,13 +100,16 @@ def one_device_steps(scales: tuple[float, ...], precision: str) -> Steps:
     return take_steps(SMALL, ONE_DEVICE, "none", scales, precision=precision)
 
 
-@pytest.mark.parametrize("zero", [pytest.param("none", marks=pytest.mark.slow), "optimizer", "parameters"])
+@pytest.mark.parametrize(
+    "zero", [*(pytest.param(zero, marks=pytest.mark.slow) for zero in ("none", "optimizer")), "parameters"]
+)
 def test_whole_steps_equal_one_device(zero):
     expected = one_device_steps((0, 0), "fp32")
     result = take_steps(SMALL, CUBE, zero, (0, 0), microbatches=2, precision="fp32")
     assert_steps_equal(result, expected)
 
 
+@pytest.mark.slow
 def test_no_tracer_outlives_a_step():
     with jax.checking_leaks():
         steps = take_steps(SMALL, CUBE, "parameters", (0,), microbatches=2, precision="fp32")

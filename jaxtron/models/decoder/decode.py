@@ -21,7 +21,7 @@ from jaxtron.typing import Array, Float, Int
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class DecoderMemory:
     """What a decoder remembers of some sequences so far."""
 
     layers: tuple[Memories, ...]
@@ -43,12 +43,12 @@ class Steps(nnx.Module):
         self.decoder = _without_layers(decoder)
         self.layers = nnx.List([whole(layer, decoder.dtype) for layer in _in_order(decoder)])
 
-    def start(self, rows: int, room: int) -> Memory:
+    def start(self, rows: int, room: int) -> DecoderMemory:
         """What is remembered of sequences that begin; attention has room for so many positions."""
         layers = (layer.start(rows, room, self.decoder.dtype) for layer in self.layers)
-        return Memory(tuple(layers), jnp.int32(0))
+        return DecoderMemory(tuple(layers), jnp.int32(0))
 
-    def advance(self, tokens: Int[Array, "B S"], memory: Memory) -> tuple[Float[Array, "B V"], Memory]:
+    def advance(self, tokens: Int[Array, "B S"], memory: DecoderMemory) -> tuple[Float[Array, "B V"], DecoderMemory]:
         """Logits of what follows these tokens, the vocabulary's padding included, and what is then remembered.
 
         There has to be room for them: what goes beyond it overwrites what was there.
@@ -62,7 +62,7 @@ class Steps(nnx.Module):
             x, memories = layer.advance(x, memories, inputs.fold(number))
             found.append(memories)
         logits = self.decoder.predict(x[:, -1:])
-        return logits[:, 0], Memory(tuple(found), memory.length + length)
+        return logits[:, 0], DecoderMemory(tuple(found), memory.length + length)
 
 
 def _in_order(decoder: Decoder) -> Iterator[Layer]:
