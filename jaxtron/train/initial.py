@@ -8,7 +8,7 @@ import jax
 
 from jaxtron.config import load
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.run.beginning import beginning_settings, check_beginning
+from jaxtron.run.beginning import check_beginning
 from jaxtron.run.restored import restore_model
 from jaxtron.run.session import Session, make_session
 from jaxtron.run.state import TrainState, divided
@@ -28,8 +28,6 @@ def begin(session: Session, tokenizer: str) -> tuple[TrainState, dict[str, Any]]
     if name is None:
         return session.initial_state(), {}
     directory, model = Path(name), session.config.model
-    # it has to be there now
-    beginning_settings(directory)
     check_beginning(session.config)
     where = str(directory.absolute())
     if is_hub(directory):

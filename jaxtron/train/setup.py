@@ -16,6 +16,7 @@ from jaxtron.data.dataset import Data, open_data
 from jaxtron.data.loader import Loader
 from jaxtron.models.families import program_of
 from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
+from jaxtron.run.beginning import beginning_settings
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import Continuation, changes, check_changes, listed, recorded_settings
 from jaxtron.run.metrics import MetricsTally
@@ -101,6 +102,9 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
             stack.callback(_remove_empty, directory / "checkpoints", directory)
         lock = stack.enter_context(contextlib.ExitStack())
         newest = max(committed_steps(directory / "checkpoints"), default=0)
+        if newest == 0 and config.checkpoint.initialize_from is not None:
+            # it has to be there now, before anything is made
+            beginning_settings(Path(config.checkpoint.initialize_from))
         # a complete run is only looked at, even while another command goes on with it
         is_complete = newest >= config.train.steps
         if not is_complete:
