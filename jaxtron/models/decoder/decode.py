@@ -5,6 +5,7 @@ Layers are apart here, each with parameters of its own, so that a step reads the
 
 import dataclasses
 from collections.abc import Iterator
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from jaxtron.models.decoder.stack import Layer, Memories
 from jaxtron.models.program import whole
 from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, Float, Int
+
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
 
 @jax.tree_util.register_dataclass
@@ -80,7 +83,7 @@ def _in_order(decoder: Decoder) -> Iterator[Layer]:
         yield from _slot(stack.periods, number).layers
 
 
-def _slot(stacked: nnx.Module, number: int):
+def _slot(stacked: ModuleT, number: int) -> ModuleT:
     """One of the modules that are stacked here."""
     graph, state = nnx.split(stacked)
     return nnx.merge(graph, jax.tree.map(lambda array: array[number], state))
