@@ -113,10 +113,8 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B S E"], memory: KeyValues, inputs: LayerInputs
     ) -> tuple[Float[Array, "B S E"], KeyValues]:
         """The same for what follows `inputs.before` positions of which this is the memory, which has room for it."""
-        assert isinstance(self.core, Core) and inputs.before is not None
-        query, key, value = self._heads(x, inputs)
-        memory = memory.followed_by(key, value, inputs.before)
-        attended = self.core.advance(query, *memory, *self._per_head(), inputs)
+        assert isinstance(self.core, Core)
+        attended, memory = self.core.advance(*self._heads(x, inputs), *self._per_head(), memory, inputs)
         return self.output(attended, "batch", "full_seq", "embed"), memory
 
     def _heads(
@@ -208,21 +206,23 @@ class Core:
     def advance(
         self,
         query: Float[Array, "B S H D"],
-        key: Float[Array, "B T K D"],
-        value: Float[Array, "B T K V"],
+        key: Float[Array, "B S K D"],
+        value: Float[Array, "B S K V"],
         slopes: Float[Array, "H"] | None,
         sinks: Float[Array, "H"] | None,
+        memory: KeyValues,
         inputs: LayerInputs,
-    ) -> Float[Array, "B S H V"]:
-        """What queries after `inputs.before` positions attend to, of keys from the first position on.
+    ) -> tuple[Float[Array, "B S H V"], KeyValues]:
+        """What positions after `inputs.before` others attend to, which the memory has, and the memory with them.
 
         Queries are few and keys many: scores are in memory.
         """
         assert inputs.before is not None
+        memory = memory.followed_by(key, value, inputs.before)
         given = replace(self.spec, dropout_rate=0.0, alibi_slopes=slopes, q_offset=inputs.before)
         lacks = missing_feature(materialized, given, needs_log_sum_exp=sinks is not None)
         implementation = materialized if lacks is None else reference
-        return attention(query, key, value, given, Sharded(implementation), sinks=sinks)[0]
+        return attention(query, *memory, given, Sharded(implementation), sinks=sinks)[0], memory
 
 
 @dataclass(frozen=True)

@@ -74,10 +74,8 @@ class LatentAttention(nnx.Module):
         self, x: Float[Array, "B S E"], memory: KeyValues, inputs: LayerInputs
     ) -> tuple[Float[Array, "B S E"], KeyValues]:
         """As `Attention.advance`."""
-        assert isinstance(self.core, Core) and inputs.before is not None
-        query, key, value = self._heads(x, inputs)
-        memory = memory.followed_by(key, value, inputs.before)
-        attended = self.core.advance(query, *memory, None, None, inputs)
+        assert isinstance(self.core, Core)
+        attended, memory = self.core.advance(*self._heads(x, inputs), None, None, memory, inputs)
         return self.output(attended, "batch", "full_seq", "embed"), memory
 
     def _heads(

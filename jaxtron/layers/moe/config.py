@@ -118,13 +118,17 @@ class MoeConfig(Config):
         arguments: those of a round, or of each expert what comes and, on average, half a tile that fills its last."""
         gathers = self.exchange == "all_gather"
         own = self.num_experts // parts
-        found = self.round_of(num_tokens, parts, room)
-        buckets = (own if gathers else self.num_experts) // (own if self.buckets == "device" else 1)
-        pairs = found.pairs * buckets * (1 if gathers else widths)
+        pairs = self.round_of(num_tokens, parts, room).pairs * self.num_buckets(parts) * (1 if gathers else widths)
         if self.buckets != "device":
             return pairs
         even = num_tokens * self.top_k / (self.num_experts if gathers else own) * (1 if gathers else widths)
         return own * max(TILE, min(even, pairs / own) + TILE / 2)
+
+    def num_buckets(self, parts: int) -> int:
+        """Buckets that a device's pairs are of, for experts on so many parts; `buckets` is no `auto`."""
+        own = self.num_experts // parts
+        known = own if self.exchange == "all_gather" else self.num_experts
+        return known // (own if self.buckets == "device" else 1)
 
     def round_of(self, num_tokens: int, parts: int, room: int | None) -> Round:
         """What a device has room for in a round: of so many tokens, for experts on so many parts.

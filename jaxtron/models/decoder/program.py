@@ -117,7 +117,7 @@ def choices(config: ModelConfig, dtype: DTypeLike, rows: int, length: int) -> tu
     scans = (select_scan(config.mamba, mamba2_heads(config), dtype).reason,) if MAMBA.symbol in kinds else ()
     scans += (selective_scan.reason(config.mamba.implementation),) if MAMBA1.symbol in kinds else ()
     scans += (gated_delta.reason(config.delta.implementation),) if DELTA.symbol in kinds else ()
-    if MOE.symbol not in kinds:
+    if not has_experts(config):
         return scans
     shape = (rows, length // current().parts("context", "tensor"))
     kernel = (config.hidden_size, 2 if config.activation in GATED else 1, expert_width(config))

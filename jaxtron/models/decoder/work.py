@@ -288,7 +288,7 @@ def _expert_layer(model: ModelConfig, shapes: Shapes) -> ExpertShapes:
         moe = moe.with_buckets(some, parts, widths, room, has_kernel=shapes.grouped_products)
         grouped, (rows, pairs, has_rounds) = moe.buckets == "device", moe.round_of(some, parts, room)
         multiplied = moe.multiplied(some, parts, widths, room)
-        buckets = (own if gathers else moe.num_experts) // (own if grouped else 1)
+        buckets = moe.num_buckets(parts)
         sent, pairs = rows * buckets, pairs * buckets
     came, held = (size * (1 if gathers else widths) for size in (sent, pairs))
     return ExpertShapes(
