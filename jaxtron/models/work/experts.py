@@ -63,9 +63,9 @@ class ExpertShapes:
             rows += self.came * (self.hidden * shapes.width + (2 if self.grouped else 1) * self.weights * FLOAT)
         known = self.own if self.gathers else self.num_experts
         pairs = shapes.own_tokens * self.top_k * (self.meets(shapes) if self.gathers else 1)
-        return rows + FLOAT * (
-            (4 if self.grouped and self.has_rounds else 3) * pairs + 2 * known / (self.own if self.grouped else 1)
-        )
+        # where a bucket is several experts, rounds are bounded by pairs too
+        bounded = self.grouped and self.has_rounds and self.own > 1
+        return rows + FLOAT * ((4 if bounded else 3) * pairs + 2 * known / (self.own if self.grouped else 1))
 
 
 def experts(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
