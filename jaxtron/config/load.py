@@ -94,12 +94,14 @@ def _tags(setting: Setting) -> list[str]:
 
 
 def _adapt(value: Any, setting: Setting) -> Any:
-    """`none` for a setting that can be none, and a single value for one that is a list."""
+    """`none` for what can be none, a setting or an item of one, and a single value for one that is a list."""
     choices = [choice for member in setting.members for choice in choices_of(member)]
     if value == "none" and type(None) in setting.members and "none" not in choices:
         return None
     if setting.is_sequence and not setting.scalars and isinstance(value, (str, int, float)):
         return [value]
+    if isinstance(value, list) and setting.has_optional_items:
+        return [None if item == "none" else item for item in value]
     return value
 
 

@@ -45,6 +45,11 @@ class Setting:
         return any(is_sequence_type(member) for member in self.members)
 
     @property
+    def has_optional_items(self) -> bool:
+        """Whether it is a sequence with items that can be none."""
+        return any(type(None) in _element_members(member) for member in self.members)
+
+    @property
     def type_text(self) -> str:
         """Its type in words: `int >= 1 | none`, `adamw | sgd`, `[float, float]`."""
         return " | ".join(_describe(member, self.bounds) for member in self.members)
@@ -177,6 +182,14 @@ OTHER_WORDS = {
     "routed_scaling_factor": "scaling",
     "qk_head_dim": "qk_nope_head_dim",
     "qk_pos_emb_head_dim": "qk_rope_head_dim",
+    "d_state": "state_size",
+    "d_conv": "conv_width",
+    "time_step_limit": "dt_limit",
+    "num_k_heads": "linear_num_key_heads",
+    "num_v_heads": "linear_num_value_heads",
+    "hybrid_attention_ratio": "hybrid",
+    "hybrid_mlp_ratio": "hybrid",
+    "overlap_moe_expert_parallel_comm": "overlap",
     "expert_parallel": "expert",
     "output_dir": "directory",
     "tensor_parallel": "tensor",

@@ -26,7 +26,7 @@ from jaxtron.run.run_config import RunConfig
 from jaxtron.runtime.config import RuntimeConfig
 from jaxtron.sharding.config import ContextConfig, MeshConfig, ShardingConfig
 from jaxtron.sharding.folding import BATCH_FLAGS
-from jaxtron.words import either, plural
+from jaxtron.words import either
 
 # a thousand times the largest models and batches there are
 PARAMETERS_MOST, TOKENS_MOST = 10**15, 10**12
@@ -85,6 +85,8 @@ class TrainConfig(Config):
 
 # JAX without 64-bit numbers makes a key of the low 32 bits, and NumPy's generator takes no more
 MAX_SEED = 2**32 - 1
+# schedules with a forward and a backward of a stage at one tick
+PAIRING = ("eager_1f1b", "eager_interleaved", "dualpipe_v")
 
 
 class Configuration(Config):
@@ -221,21 +223,30 @@ class Configuration(Config):
 
     def _check_overlap(self, schedule: Schedule, stages: StagePlan) -> None:
         """`UserError` where a forward and a backward cannot go through their layers together, or never do."""
+        parts = {"mesh.pipe": schedule.num_stages, "pipeline.chunks": self.pipeline.chunks}
         if not any(entry.is_pair for row in schedule.table for entry in row):
-            pairs = "eager_1f1b, eager_interleaved or dualpipe_v"
+            if self.pipeline.schedule in PAIRING:
+                choice = {"train.microbatches": self.train.microbatches, "mesh.pipe": schedule.num_stages}
+                raise NoEffect("pipeline.overlap", True, choice, "leave it out, or use more microbatches")
             choice = {"pipeline.schedule": self.pipeline.schedule}
-            raise NoEffect("pipeline.overlap", True, choice, f"leave it out, or use {pairs}")
+            raise NoEffect("pipeline.overlap", True, choice, f"leave it out, or use {either(PAIRING)}")
         if any(stack.kinds for stack in stages.partitions):
             raise UserError(
                 "pipeline.overlap true needs layers that are alike: in a pattern that never repeats each waits for the "
                 "choice of its kind; leave it out"
             )
         lengths = sorted({length for part in stages.partitions for length in part.lengths})
-        if len(lengths) > 1 or len(stages.partitions) > 1:
-            have = f"{plural(len(stages.partitions), 'stack')} with {either(list(map(str, lengths)))} layers in a part"
+        if len(stages.partitions) > 1:
             raise UserError(
-                f"pipeline.overlap true needs one stack with as many layers in each part, not {have}; leave it out, or "
-                f"share layers out evenly"
+                f"pipeline.overlap true needs one stack of layers, and model.family {self.model.family} has "
+                f"{len(stages.partitions)}; leave it out"
+            )
+        if len(lengths) > 1:
+            sizes = " x ".join(f"{name} {size}" for name, size in parts.items())
+            raise UserError(
+                f"pipeline.overlap true needs as many layers in each part of {sizes}, not "
+                f"{either(list(map(str, lengths)))}; leave it out, or change model.num_layers or how layers are shared "
+                "out (pipeline.stage_layers)"
             )
 
     def check_mesh(self, sizes: dict[str, int]) -> None:
@@ -245,6 +256,17 @@ class Configuration(Config):
         self.check_model(sizes, self.train.microbatches)
         if sizes["pipe"] > 1:
             self._check_schedule(sizes["pipe"], counts)
+            self._check_hidden(sizes)
+
+    def _check_hidden(self, sizes: Mapping[str, int]) -> None:
+        """`NoEffect` where nothing travels inside of layers that `pipeline.overlap` could hide."""
+        within = [sizes["fsdp"], sizes["context"], sizes["tensor"], self.mesh.expert, self.mesh.expert_tensor]
+        within += [sizes["data"]] if self.sharding.zero == "parameters" else []
+        if self.pipeline.overlap and max(within) == 1:
+            mend = "nothing travels inside of layers; leave it out"
+            if self.family.experts(self.model) is None:
+                raise NoEffect("pipeline.overlap", True, {"mesh.fsdp": 1, "mesh.context": 1, "mesh.tensor": 1}, mend)
+            raise NoEffect("pipeline.overlap", True, {"mesh.expert": 1}, f"{mend}, or set --mesh.expert")
 
     def check_model(self, sizes: dict[str, int], num_microbatches: int | None = None) -> None:
         """`UserError` where the model, its sequences or its layers do not fit a mesh of these sizes.

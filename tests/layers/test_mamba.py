@@ -14,7 +14,6 @@ from flax import nnx
 from jaxtron.config import UserError
 from jaxtron.layers.inputs import LayerInputs
 from jaxtron.layers.ssm.config import DeltaConfig, MambaConfig
-from jaxtron.layers.ssm.convolution import convolve
 from jaxtron.layers.ssm.delta import GatedDeltaNet
 from jaxtron.layers.ssm.mamba1 import Mamba1
 from jaxtron.layers.ssm.mamba2 import Mamba2
@@ -113,20 +112,37 @@ def test_first_values_of_mamba_are_those_of_its_paper(rules_for):
         assert roles == ["state", "state", "state", "kernel"]
 
 
-def test_a_convolution_that_sees_more_than_a_piece_is_refused(rules_for, in_region):
-    with use(rules_for(context=4)), pytest.raises(UserError, match=r"needs the 3 before .* pieces have 2"):
-        arrays = (jnp.zeros((1, 4, 8)), jnp.zeros((4, 8)), jnp.zeros(8))
-        jax.eval_shape(in_region(lambda *arrays: convolve(*arrays, None, ("embed",))), *arrays)
+@pytest.mark.parametrize(
+    ("pattern", "name"), [("M", "mamba.conv_width"), ("m", "mamba.conv_width"), ("G", "delta.linear_conv_kernel_dim")]
+)
+def test_a_convolution_that_sees_more_than_a_piece_is_refused(pattern, name):
+    model = ModelConfig(pattern=pattern, hidden_size=512, position="none")
+    model.check({"tensor": 1, "context": 4}, 24, ContextConfig())
+    message = f"^model.{name} 4 needs the 3 positions before .* pieces have 2 with data.sequence_length 16 and mesh.co"
+    with pytest.raises(UserError, match=message):
+        model.check({"tensor": 1, "context": 4}, 16, ContextConfig())
 
 
 @pytest.mark.parametrize(
     ("pattern", "changes", "message"),
     [
         ("M", {"head_dim": 24}, "model.mamba.expand 2 x model.hidden_size 64 = 128 is not a multiple of .*head_dim 24"),
-        ("M", {"num_groups": 3}, "model.mamba.num_groups 3: the 2 heads are not a multiple of it"),
-        ("M", {"num_groups": 1, "norm_groups": 5}, "model.mamba.norm_groups 5: the 2 heads"),
-        ("M", {"dt_range": (0.1, 0.01)}, "dt_range 0.1 0.01: it is two numbers above 0, the smaller first"),
-        ("M", {"dt_limit": (0.5, 0.1)}, "dt_limit 0.5 0.1: it is a number of 0 or more, and a larger one or none"),
+        (
+            "M",
+            {"num_groups": 3},
+            r"heads of Mamba-2 .model.mamba.num_heads. 2 is not a multiple of model.mamba.num_groups 3; change one",
+        ),
+        ("M", {"num_groups": 1, "norm_groups": 5}, "2 is not a multiple of model.mamba.norm_groups 5"),
+        (
+            "M",
+            {"dt_range": (0.1, 0.01)},
+            "model.mamba.dt_range 0.1 0.01 must be two numbers above 0, the smaller first",
+        ),
+        (
+            "M",
+            {"dt_limit": (0.5, 0.1)},
+            "model.mamba.dt_limit 0.5 0.1 must be a number of 0 or more, and a larger one or none",
+        ),
         ("M", {"conv_width": 1}, "greater than or equal to 2"),
         ("M", {"dt_rank": 3}, r"model.mamba.dt_rank 3 has no effect .* add Mamba \(m\) to the pattern"),
         ("m", {}, r"model.mamba.num_groups 2 has no effect with model.pattern m: .* add Mamba-2 \(M\)"),
@@ -160,7 +176,7 @@ def test_what_computes_scans_is_told_before_what_multiplies_experts(rules_for):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pattern": "m", "mamba": {"expand": 1.5}}, "channels of Mamba layers, 9 is not a multiple of mesh.tensor 2"),
+        ({"pattern": "m", "mamba": {"expand": 1.5}}, "x model.hidden_size. 9 is not a multiple of mesh.tensor 2"),
         (
             {"pattern": "G", "delta": {"linear_num_key_heads": 1, "linear_num_value_heads": 9}},
             "model.delta.linear_num_value_heads 9 is not a multiple of mesh.tensor 2",
@@ -175,14 +191,14 @@ def test_what_computes_scans_is_told_before_what_multiplies_experts(rules_for):
 def test_what_does_not_split_is_refused(settings, message):
     model = ModelConfig(hidden_size=6, position="none", **settings)
     with pytest.raises(UserError, match=message):
-        model.check({"tensor": 2, "context": 1}, ContextConfig())
+        model.check({"tensor": 2, "context": 1}, 8, ContextConfig())
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"linear_num_value_heads": 24}, "value_heads 24 is not a multiple of model.delta.linear_num_key_heads 16"),
-        ({"decay_range": (0, 1)}, "decay_range 0 1: it is two numbers above 0"),
+        ({"decay_range": (0, 1)}, "model.delta.decay_range 0 1 must be two numbers above 0"),
         ({"implementation": "mosaic"}, "auto.*xla.*reference"),
     ],
     ids=str,

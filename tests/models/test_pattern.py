@@ -123,7 +123,7 @@ def test_a_hybrid_by_shares(shares, pattern):
     [
         ({"hybrid": (0.6, 0.5, 10)}, "model.hybrid 0.6 0.5 10: shares .* together 1 at most"),
         ({"hybrid": (-0.1, 0.5, 10)}, "shares of attention and MLPs are 0 or more"),
-        ({"hybrid": (0.1, 0.5, 0)}, "of one layer or more"),
+        ({"hybrid": (0.1, 0.5, 0)}, "the last is the number of layers, from 1 to 65,536"),
         ({"hybrid": (0.0, 0.0, 3), "pattern": "M"}, "model.pattern M has no effect .* hybrid makes it MMM"),
         ({"hybrid": (0.0, 0.0, 3), "num_layers": 3}, "model.num_layers 3 has no effect .* hybrid makes it 1"),
     ],

@@ -46,7 +46,9 @@ WAVE = LayerKind(
     flops=lambda settings, length: {"wave": 4 * settings.hidden_size * width_of(settings)},
     # the MLP reads it too: refused where neither is
     fields=("mlp_size",),
-    check=lambda settings, sizes, context: check_multiple("the wave's width", width_of(settings), sizes["tensor"]),
+    check=lambda settings, sizes, length, context: check_multiple(
+        "the wave's width", width_of(settings), sizes["tensor"]
+    ),
 )
 
 

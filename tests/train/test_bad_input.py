@@ -139,6 +139,95 @@ def test_experts(flags: str, message: str, tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+MAMBA = "--model.pattern M --model.mamba.num_groups 1 "
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--model.mamba.state_size 64",
+            "model.mamba.state_size 64 has no effect with model.pattern *-: leave it out, or add Mamba (m) or Mamba-2",
+        ),
+        ("--model.pattern M --model.mamba.d_conv 3", "did you mean model.mamba.conv_width?"),
+        (
+            "--model.pattern M",
+            "heads of Mamba-2 (model.mamba.num_heads) 1 is not a multiple of model.mamba.num_groups 8",
+        ),
+        (MAMBA + "--model.mamba.norm_groups 3", "1 is not a multiple of model.mamba.norm_groups 3; change one of them"),
+        (MAMBA + "--model.mamba.head_dim 48", "= 64 is not a multiple of model.mamba.head_dim 48; change one, or set"),
+        (MAMBA + "--model.mamba.conv_width 1", "model.mamba.conv_width: must be greater than or equal to 2, got 1"),
+        (MAMBA + "--model.mamba.dt_range 0.1 0.001", "model.mamba.dt_range 0.1 0.001 must be two numbers above 0, the"),
+        (
+            MAMBA + "--model.mamba.decay_range 0 1",
+            "model.mamba.decay_range 0 1 must be two numbers above 0, the smaller",
+        ),
+        (MAMBA + "--model.mamba.dt_range 0.001 nan", "model.mamba.dt_range: expected [float, float], got [0.001, nan]"),
+        (MAMBA + "--model.mamba.dt_floor 5", "dt_floor 5 is above all of model.mamba.dt_range 0.001 0.1; change one"),
+        (
+            MAMBA + "--model.mamba.dt_limit 1 0.5",
+            "model.mamba.dt_limit 1 0.5 must be a number of 0 or more, and a larger",
+        ),
+        (
+            MAMBA + "--model.mamba.dt_limit 0.5 none",
+            "model.mamba.dt_limit 0.5 none has none of the first steps in model.mamba.dt_range 0.001 0.1: no step",
+        ),
+        (
+            MAMBA + "--model.mamba.num_heads 2 --model.mamba.expand 3",
+            "model.mamba.expand 3.0 has no effect with model.mamba.num_heads 2: leave one of them out",
+        ),
+        (MAMBA + "--model.mamba.dt_rank 4", "model.mamba.dt_rank 4 has no effect with model.pattern M: leave it out"),
+        (
+            MAMBA + "--model.mamba.expand 1e30",
+            "model.hidden_size 32, model.mamba.expand 1e+30 and model.vocab_size 257",
+        ),
+        (MAMBA + "--mesh.tensor 2", "heads of Mamba-2 (model.mamba.num_heads) 1 is not a multiple of mesh.tensor 2"),
+        (
+            MAMBA + "--mesh.context 4 --model.mamba.conv_width 6",
+            "model.mamba.conv_width 6 needs the 5 positions before a device's piece of the sequence, and pieces have 4",
+        ),
+        (
+            "--model.pattern m --model.hidden_size 33 --mesh.tensor 4",
+            "channels of Mamba (model.mamba.expand x model.hidden_size) 66 is not a multiple of mesh.tensor 4; change",
+        ),
+        (
+            "--model.pattern G --mesh.context 4 --model.delta.linear_conv_kernel_dim 6",
+            "model.delta.linear_conv_kernel_dim 6 needs the 5 positions before a device's piece of the sequence",
+        ),
+        (
+            "--model.pattern G --model.delta.linear_num_key_heads 3 --model.delta.linear_num_value_heads 4",
+            "model.delta.linear_num_value_heads 4 is not a multiple of model.delta.linear_num_key_heads 3; change one",
+        ),
+        (
+            "--model.pattern G --model.delta.decay_range 2 1",
+            "model.delta.decay_range 2 1 must be two numbers above 0, the",
+        ),
+        ("--model.delta.implementation xla", "or add gated delta net (G) to the pattern"),
+        ("--model.pattern |", "model.pattern '|', symbol 1: no layers on one side of this cut"),
+        ("--model.pattern (Mm)", "model.pattern '(Mm)', symbol 1: two kinds of mamba in one group"),
+        ("--model.pattern M*M- --model.recompute [moe]", "model.recompute [moe] has no effect with model.pattern M*M-"),
+        (
+            "--model.hybrid 0.6 0.6 8",
+            "model.hybrid 0.6 0.6 8: shares of attention and MLPs are 0 or more and together 1",
+        ),
+        ("--model.hybrid 0.5 0.5 0", "model.hybrid 0.5 0.5 0: the last is the number of layers, from 1 to 65,536"),
+        ("--model.hybrid 0.1 0.5 100000000", "the last is the number of layers, from 1 to 65,536"),
+        (
+            "--model.hybrid 0.1 0.5 4",
+            "model.hybrid 0.1 0.5 4: 0.1 of 4 layers is no layer of attention; raise the share",
+        ),
+        ("--model.hybrid 0.1 0.5 8 --model.num_layers 4", "leave one of them out: hybrid makes it 1"),
+        (
+            "--model.pattern M*ME --model.moe.leading_dense 1",
+            "model.moe.leading_dense 1 is more than 0: one layer of model.pattern must be left with its experts",
+        ),
+    ],
+)
+def test_state_space_layers_and_hybrids(flags: str, message: str, tmp_path: Path):
+    assert_one_line(run_here(*small(tmp_path), *flags.split()), message)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "tokens").exists()
+
+
 PIPE = "--mesh.pipe 2 --mesh.data 4 --model.num_layers 4 --train.global_batch 16 --train.microbatches 4 "
 
 
@@ -181,8 +270,24 @@ PIPE = "--mesh.pipe 2 --mesh.data 4 --model.num_layers 4 --train.global_batch 16
             "pipeline.overlap true has no effect with pipeline.schedule 1f1b: leave it out",
         ),
         (
+            "--pipeline.overlap true",
+            "pipeline.overlap true has no effect with mesh.pipe 1: leave it out, or set --mesh",
+        ),
+        (
+            PIPE + "--pipeline.schedule eager_1f1b --pipeline.overlap true --train.microbatches 2",
+            "pipeline.overlap true has no effect with train.microbatches 2 and mesh.pipe 2: leave it out, or use more",
+        ),
+        (
+            PIPE + "--pipeline.schedule eager_1f1b --pipeline.overlap true",
+            "has no effect with mesh.fsdp 1 and mesh.context 1 and mesh.tensor 1: nothing travels inside of layers",
+        ),
+        (
+            PIPE + EXPERTS + "--model.num_layers 4 --pipeline.schedule eager_1f1b --pipeline.overlap true",
+            "pipeline.overlap true has no effect with mesh.expert 1: nothing travels inside of layers; leave it out",
+        ),
+        (
             PIPE + "--pipeline.schedule eager_1f1b --pipeline.overlap true --pipeline.stage_layers 1 3",
-            "pipeline.overlap true needs one stack with as many layers in each part, not 1 stack with 1 or 3 layers",
+            "needs as many layers in each part of mesh.pipe 2 x pipeline.chunks 1, not 1 or 3; leave it out, or change",
         ),
         (PIPE + "--pipeline.schedule nowhere.csv", "cannot read the schedule nowhere.csv"),
         (

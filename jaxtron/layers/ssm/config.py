@@ -9,6 +9,13 @@ from jaxtron.kernels.ssd.config import Implementation
 Range = tuple[float, float]
 
 
+def _check_range(name: str, bounds: Range) -> None:
+    """`ValueError` unless these are two numbers above 0, the smaller first."""
+    low, high = bounds
+    if not 0 < low <= high:
+        raise ValueError(f"{name} {low:g} {high:g} must be two numbers above 0, the smaller first")
+
+
 class MambaConfig(Config):
     """State-space layers: `M`, Mamba-2 (2405.21060), and `m`, Mamba (2312.00752)."""
 
@@ -41,13 +48,17 @@ class MambaConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "MambaConfig":
-        for name in ("dt_range", "decay_range"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} {low:g} {high:g}: it is two numbers above 0, the smaller first")
-        low, high = self.dt_limit
+        _check_range("model.mamba.dt_range", self.dt_range)
+        _check_range("model.mamba.decay_range", self.decay_range)
+        (low, high), (first, last) = self.dt_limit, self.dt_range
+        limits = f"model.mamba.dt_limit {low:g} {'none' if high is None else f'{high:g}'}"
         if low < 0 or (high is not None and high <= low):
-            raise ValueError(f"dt_limit {low:g} {high}: it is a number of 0 or more, and a larger one or none")
+            raise ValueError(f"{limits} must be a number of 0 or more, and a larger one or none")
+        steps = f"model.mamba.dt_range {first:g} {last:g}"
+        if self.dt_floor > last:
+            raise ValueError(f"model.mamba.dt_floor {self.dt_floor:g} is above all of {steps}; change one of them")
+        if low > last or (high is not None and high < max(first, self.dt_floor)):
+            raise ValueError(f"{limits} has none of the first steps in {steps}: no step would learn; change one")
         return self
 
 
@@ -71,7 +82,5 @@ class DeltaConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "DeltaConfig":
-        low, high = self.decay_range
-        if not 0 < low <= high:
-            raise ValueError(f"decay_range {low:g} {high:g}: it is two numbers above 0, the smaller first")
+        _check_range("model.delta.decay_range", self.decay_range)
         return self

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxtron.config import UserError
 from jaxtron.layers.ssm.documents import own_documents
 from jaxtron.sharding.context import before, before_transposed, pieces, whole
 from jaxtron.sharding.regions import on_each_device
@@ -66,11 +65,7 @@ def _specs(channels: Names, bias: Array | None, segments: Array | None) -> tuple
 def _given(x: Array, segments: Array | None, width: int) -> tuple[Array, Array | None]:
     """A device's pieces with what comes before them, and the numbers of documents alike."""
     x = pieces(x)
-    if current().parts("context") > 1 and x.shape[1] < width - 1:
-        raise UserError(
-            f"a convolution of {width} positions, model.mamba.conv_width, needs the {width - 1} before a device's "
-            f"piece of the sequence, and pieces have {x.shape[1]}: lower mesh.context, or use longer sequences"
-        )
+    assert current().parts("context") == 1 or x.shape[1] >= width - 1, "the kinds of layers check it"
     ids = None if segments is None else own_documents(segments, width - 1)
     return jnp.concatenate([before(x, width - 1), x], 1), ids
 

@@ -104,10 +104,10 @@ class ModelConfig(DecoderSettings):
     def _refuse(self, field: str, choice: str, mend: str = "leave it out") -> NoReturn:
         raise NoEffect(f"model.{field}", getattr(self, field), {f"model.{choice}": getattr(self, choice)}, mend)
 
-    def check(self, sizes: Mapping[str, int], context: ContextConfig) -> None:
-        """`UserError` where layers or vocabulary do not fit a mesh of these sizes by flag."""
+    def check(self, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
+        """`UserError` where layers or vocabulary do not fit sequences so long on a mesh of these sizes by flag."""
         for kind in self.kinds:
-            kind.check(self, sizes, context)
+            kind.check(self, sizes, length, context)
         check_multiple("the padded vocabulary (model.vocab_multiple)", self.padded_vocab, sizes["tensor"])
 
     @property

@@ -15,7 +15,7 @@ from jaxtron.sharding.config import ContextConfig
 
 def check(model: ModelConfig, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
     """`UserError` where layers or vocabulary do not fit a mesh of these sizes."""
-    model.check(sizes, context)
+    model.check(sizes, length, context)
 
 
 def cuts(model: ModelConfig) -> Cuts | None:
@@ -49,10 +49,15 @@ def experts(model: ModelConfig) -> Experts | None:
 
 def sizes(model: ModelConfig) -> str:
     """What decides how large a decoder is."""
-    return (
-        f"model.num_layers {model.num_layers}, model.hidden_size {model.hidden_size:,}, model.mlp_size "
-        f"{model.mlp_width:,} and model.vocab_size {model.vocab_size:,}"
-    )
+    named = {"num_layers": model.num_layers, "hidden_size": model.hidden_size}
+    for width in dict.fromkeys(width for kind in model.kinds for width in kind.widths):
+        section, _, field = width.rpartition(".")
+        settings = getattr(model, section) if section else model
+        value = model.mlp_width if width == "mlp_size" else getattr(settings, field)
+        if value != type(settings).model_fields[field].default:
+            named[width] = value
+    texts = [f"model.{name} {value:,}" for name, value in named.items()]
+    return f"{', '.join(texts)} and model.vocab_size {model.vocab_size:,}"
 
 
 def recompute_levels(model: ModelConfig) -> tuple[str, ...]:

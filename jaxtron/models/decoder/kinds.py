@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from jaxtron.config import NoEffect, UserError
-from jaxtron.layers.config import GATED
+from jaxtron.layers.config import GATED, LatentConfig
+from jaxtron.layers.ssm.config import DeltaConfig
 from jaxtron.models.decoder.settings import DecoderSettings, check_multiple
 from jaxtron.models.decoder.state_space import (
     check_delta,
@@ -67,6 +68,8 @@ class LayerKind:
     module's)."""
     fields: tuple[str, ...] = ()
     """Settings of the model that have no effect without a layer that reads them."""
+    widths: tuple[str, ...] = ()
+    """Settings that decide how large it is, beside the stream's width; told where a model is too large."""
     parts: tuple[str, ...] = ()
     """Regions inside of the branch that `model.recompute` can name too."""
     selective: tuple[str, ...] = ()
@@ -79,8 +82,9 @@ class LayerKind:
     """Those of all its experts, which mesh.expert and mesh.expert_tensor split (none: it has none)."""
     validate: Callable[[DecoderSettings], None] = lambda settings: None
     """`UserError` for settings that do not go together, whatever the mesh."""
-    check: Callable[[DecoderSettings, Mapping[str, int], ContextConfig], None] = lambda settings, sizes, context: None
-    """(settings, sizes of the mesh by flag, how sequences are split): `UserError` where they do not fit."""
+    check: Callable[[DecoderSettings, Mapping[str, int], int, ContextConfig], None] = lambda *_: None
+    """(settings, sizes of the mesh by flag, sequence length, how sequences are split): `UserError` where they do not
+    fit."""
 
     @property
     def regions(self) -> tuple[str, ...]:
@@ -146,7 +150,7 @@ def _validate_scores(settings: DecoderSettings) -> None:
             )
 
 
-def _check_attention(settings: DecoderSettings, sizes: Mapping[str, int], context: ContextConfig) -> None:
+def _check_attention(settings: DecoderSettings, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
     kv_heads = max(settings.kv_heads, sizes["tensor"])
     _check_heads(settings, {"num_heads": settings.num_heads, "num_kv_heads": kv_heads}, sizes, context)
 
@@ -211,7 +215,7 @@ def _validate_latent(settings: DecoderSettings) -> None:
     _validate_scores(settings)
 
 
-def _check_latent(settings: DecoderSettings, sizes: Mapping[str, int], context: ContextConfig) -> None:
+def _check_latent(settings: DecoderSettings, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
     _check_heads(settings, {"num_heads": settings.num_heads}, sizes, context)
 
 
@@ -234,7 +238,7 @@ def _validate_mlp(settings: DecoderSettings) -> None:
         )
 
 
-def _check_mlp(settings: DecoderSettings, sizes: Mapping[str, int], context: ContextConfig) -> None:
+def _check_mlp(settings: DecoderSettings, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
     check_multiple("model.mlp_size", settings.mlp_width, sizes["tensor"])
 
 
@@ -310,7 +314,7 @@ def _validate_moe(settings: DecoderSettings) -> None:
             raise NoEffect(f"model.moe.{name}", getattr(moe, name), choice, "leave it out")
 
 
-def _check_moe(settings: DecoderSettings, sizes: Mapping[str, int], context: ContextConfig) -> None:
+def _check_moe(settings: DecoderSettings, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
     # the experts' own view is not among the sizes: the rules refuse what it does not split
     if settings.moe.shared_size:
         check_multiple("model.moe.shared_size", settings.moe.shared_size, sizes["tensor"])
@@ -323,6 +327,7 @@ ATTENTION = LayerKind(
     parameters=_attention_parameters,
     flops=_attention_flops,
     fields=("num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "attention_dropout", "attention"),
+    widths=("head_dim",),
     parts=("attention_core",),
     selective=("attention_core",),
     attends="all",
@@ -346,6 +351,7 @@ LATENT = LayerKind(
     parameters=_latent_parameters,
     flops=_latent_flops,
     fields=("attention_dropout", "attention", "latent"),
+    widths=tuple(f"latent.{name}" for name in LatentConfig.model_fields),
     parts=("attention_core",),
     selective=("attention_core",),
     attends="all",
@@ -360,6 +366,7 @@ MLP = LayerKind(
     parameters=_mlp_parameters,
     flops=_mlp_flops,
     fields=("mlp_size", "activation"),
+    widths=("mlp_size",),
     validate=_validate_mlp,
     check=_check_mlp,
 )
@@ -370,6 +377,7 @@ MOE = LayerKind(
     parameters=_moe_parameters,
     flops=_moe_flops,
     fields=("mlp_size", "activation", "moe"),
+    widths=("moe.num_experts", "moe.expert_size", "moe.shared_size"),
     expert_parameters=_expert_parameters,
     validate=_validate_moe,
     check=_check_moe,
@@ -381,6 +389,7 @@ MAMBA = LayerKind(
     parameters=mamba2_parameters,
     flops=mamba2_flops,
     fields=("mamba",),
+    widths=("mamba.expand", "mamba.num_heads", "mamba.head_dim", "mamba.state_size", "mamba.conv_width"),
     validate=validate_mamba2,
     check=check_mamba2,
 )
@@ -389,6 +398,7 @@ MAMBA1 = replace(
     symbol="m",
     name="Mamba",
     layer="mamba1",
+    widths=("mamba.expand", "mamba.state_size", "mamba.conv_width", "mamba.dt_rank"),
     parameters=mamba1_parameters,
     flops=mamba1_flops,
     validate=validate_mamba1,
@@ -401,6 +411,7 @@ DELTA = LayerKind(
     parameters=delta_parameters,
     flops=delta_flops,
     fields=("delta",),
+    widths=tuple(f"delta.{name}" for name in DeltaConfig.model_fields if name.startswith("linear_")),
     validate=validate_delta,
     check=check_delta,
 )

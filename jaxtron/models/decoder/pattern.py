@@ -6,10 +6,13 @@ from dataclasses import dataclass, replace
 
 from jaxtron.config import UserError
 from jaxtron.models.decoder.kinds import ATTENTION, KINDS, MAMBA, MLP, MOE
+from jaxtron.words import plural
 
 CUT = "|"
 # a period of more residual layers is not compiled one layer after the other
 LONGEST_PERIOD = 16
+# of a pattern made by shares; the most periods are as many
+MOST_LAYERS = 2**16
 
 # One residual layer: the symbols that read the same normalized input and are added together.
 Branch = tuple[str, ...]
@@ -126,12 +129,17 @@ def hybrid_pattern(attention: float, mlp: float, num_layers: int) -> str:
     Attention is between runs of other layers that are as long as can be alike; then MLPs take the places of Mamba-2, so
     that the last layer is one. Megatron's `--hybrid-attention-ratio` and `--hybrid-mlp-ratio` make the same pattern.
     """
-    attentions, mlps = round(num_layers * attention), round(num_layers * mlp)
-    if min(attention, mlp) < 0 or num_layers < 1 or attentions + mlps > num_layers:
-        raise UserError(
-            f"model.hybrid {attention:g} {mlp:g} {num_layers}: shares of attention and MLPs are 0 or more and "
-            "together 1 at most, of one layer or more"
-        )
+    given = f"model.hybrid {attention:g} {mlp:g} {num_layers}"
+    if not 1 <= num_layers <= MOST_LAYERS:
+        raise UserError(f"{given}: the last is the number of layers, from 1 to {MOST_LAYERS:,}")
+    # a large share of many layers is no number to round
+    attentions, mlps = (round(num_layers * min(share, 2.0)) for share in (attention, mlp))
+    if min(attention, mlp) < 0 or attentions + mlps > num_layers:
+        raise UserError(f"{given}: shares of attention and MLPs are 0 or more and together 1 at most")
+    for share, count, name in ((attention, attentions, "attention"), (mlp, mlps, "MLPs")):
+        if share and not count:
+            none = f"{share:g} of {plural(num_layers, 'layer')} is no layer of {name}"
+            raise UserError(f"{given}: {none}; raise the share, or set it to 0")
     layers = [MAMBA.symbol] * num_layers
     for symbol, count, before in ((ATTENTION.symbol, attentions, 1), (MLP.symbol, mlps, 0)):
         free = [place for place, other in enumerate(layers) if other == MAMBA.symbol]

@@ -7,6 +7,9 @@ from jaxtron.config import NoEffect, UserError
 from jaxtron.models.decoder.settings import DecoderSettings, check_multiple
 from jaxtron.sharding.config import ContextConfig
 
+# in messages, before their number
+_HEADS = "heads of Mamba-2 (model.mamba.num_heads)"
+
 
 def mamba2_heads(settings: DecoderSettings) -> int:
     """Heads of a Mamba-2 layer."""
@@ -47,13 +50,21 @@ def validate_mamba2(settings: DecoderSettings) -> None:
     for name in ("num_groups", "norm_groups"):
         groups = getattr(mamba, name)
         if groups is not None and heads % groups:
-            raise UserError(f"model.mamba.{name} {groups}: the {heads} heads are not a multiple of it; change one")
+            raise UserError(
+                f"{_HEADS} {heads} is not a multiple of model.mamba.{name} {groups}; change one of them, or "
+                "model.mamba.head_dim"
+            )
+    if mamba.num_heads is not None and "m" not in settings.pattern:
+        if mamba.expand != type(mamba).model_fields["expand"].default:
+            because = {"model.mamba.num_heads": mamba.num_heads}
+            raise NoEffect("model.mamba.expand", mamba.expand, because, "leave one of them out")
     _refuse_others(settings, "m", "Mamba (m)", "dt_rank")
 
 
-def check_mamba2(settings: DecoderSettings, sizes: Mapping[str, int], context: ContextConfig) -> None:
+def check_mamba2(settings: DecoderSettings, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
     mamba, tensor = settings.mamba, sizes["tensor"]
-    check_multiple("heads of Mamba layers,", mamba2_heads(settings), tensor)
+    _check_convolution("model.mamba.conv_width", mamba.conv_width, sizes, length)
+    check_multiple(_HEADS, mamba2_heads(settings), tensor)
     for name in ("num_groups", "norm_groups"):
         groups = getattr(mamba, name)
         if groups is not None and groups % tensor and tensor % groups:
@@ -98,8 +109,21 @@ def validate_mamba1(settings: DecoderSettings) -> None:
     _refuse_others(settings, "M", "Mamba-2 (M)", "head_dim num_heads num_groups norm_groups decay_range")
 
 
-def check_mamba1(settings: DecoderSettings, sizes: Mapping[str, int], context: ContextConfig) -> None:
-    check_multiple("channels of Mamba layers,", mamba1_channels(settings), sizes["tensor"])
+def check_mamba1(settings: DecoderSettings, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
+    _check_convolution("model.mamba.conv_width", settings.mamba.conv_width, sizes, length)
+    channels = "channels of Mamba (model.mamba.expand x model.hidden_size)"
+    check_multiple(channels, mamba1_channels(settings), sizes["tensor"])
+
+
+def _check_convolution(name: str, width: int, sizes: Mapping[str, int], length: int) -> None:
+    """`UserError` where a convolution sees more than the piece before a device's own."""
+    parts = sizes["context"]
+    piece = length // (2 * parts)
+    if parts > 1 and width - 1 > piece:
+        raise UserError(
+            f"{name} {width} needs the {width - 1} positions before a device's piece of the sequence, and pieces have "
+            f"{piece} with data.sequence_length {length} and mesh.context {parts}; lower {name} or mesh.context"
+        )
 
 
 def _refuse_others(settings: DecoderSettings, symbol: str, kind: str, names: str) -> None:
@@ -144,7 +168,9 @@ def validate_delta(settings: DecoderSettings) -> None:
         )
 
 
-def check_delta(settings: DecoderSettings, sizes: Mapping[str, int], context: ContextConfig) -> None:
+def check_delta(settings: DecoderSettings, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
+    width = settings.delta.linear_conv_kernel_dim
+    _check_convolution("model.delta.linear_conv_kernel_dim", width, sizes, length)
     tensor, keys = sizes["tensor"], settings.delta.linear_num_key_heads
     check_multiple("model.delta.linear_num_value_heads", settings.delta.linear_num_value_heads, tensor)
     if keys % tensor and tensor % keys:
