@@ -13,7 +13,8 @@ from jaxtron.config import UserError
 from jaxtron.data.batch import SEQUENCE, batch_fields, normalizers
 from jaxtron.data.source import Source
 from jaxtron.data.tokenizers import Tokenizer
-from jaxtron.kernels.attention.backend import Backend
+from jaxtron.kernels.attention.attention import Implementation
+from jaxtron.kernels.selection import Backend
 from jaxtron.models.families import family_of, program_of
 from jaxtron.models.family import FamilyConfig
 from jaxtron.pipeline.model import Model, Outer, Parameters, Stream
@@ -53,7 +54,7 @@ class BuildContext:
     """Of products and activations."""
     partitions: Mapping[str, Partition]
     """The layers in each slot of its stacks, by path."""
-    attention: Mapping[str, Backend] | None = None
+    attention: Mapping[str, Backend[Implementation]] | None = None
     """As `Program.attention` selects them (none: for short sequences on the devices here)."""
 
 
@@ -115,7 +116,7 @@ class Program(Generic[BatchT, ModuleT]):
     """(config, data.sequence_length) -> sizes of the axes that the batch's fields name."""
     source: Callable[[Any, Source, Tokenizer], Source] = lambda config, source, tokenizer: source
     """Samples of `batch` made of the data's own, which are of `TokenBatch`."""
-    attention: Callable[..., Mapping[str, Backend]] = lambda config, dtype, **devices: {}
+    attention: Callable[..., Mapping[str, Backend[Implementation]]] = lambda config, dtype, **devices: {}
     """(config, dtype, device_kind=, parts=, length=, packed=) -> the backends of its kinds of attention by name."""
     choices: Callable[[Any, DTypeLike, int, int], tuple[str, ...]] = lambda config, dtype, rows, length: ()
     """(config, dtype, rows, length) -> lines that say what else is chosen for a device with so many rows of so many
@@ -165,7 +166,7 @@ def make_parts(
     config: FamilyConfig,
     dtype: DTypeLike,
     stages: StagePlan | None = None,
-    attention: Mapping[str, Backend] | None = None,
+    attention: Mapping[str, Backend[Implementation]] | None = None,
 ) -> Parts[Any]:
     """The parts of a model, inside `sharding.use(rules)`; `stages` has its layers (none: one stage)."""
     family = family_of(config)

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 
-from jaxtron.kernels.attention.backend import Backend
+from jaxtron.kernels.attention.attention import Implementation
+from jaxtron.kernels.selection import Backend
 from jaxtron.models.families import program_of
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
 
 
-def select_attention(config: Configuration, parts: int, device_kind: str) -> Mapping[str, Backend]:
+def select_attention(config: Configuration, parts: int, device_kind: str) -> Mapping[str, Backend[Implementation]]:
     """By the pattern's symbol, for mesh.context `parts` on devices of this kind (`jax.Device.device_kind`).
 
     `UserError` where the implementation asked for cannot.
@@ -23,6 +24,6 @@ def select_attention(config: Configuration, parts: int, device_kind: str) -> Map
     )
 
 
-def attention_lines(backends: Mapping[str, Backend]) -> tuple[str, ...]:
+def attention_lines(backends: Mapping[str, Backend[Implementation]]) -> tuple[str, ...]:
     """One line for each backend: which, and why."""
     return tuple(dict.fromkeys(backend.reason for backend in backends.values()))

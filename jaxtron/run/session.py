@@ -10,7 +10,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtron.checkpoint.layer_order import LayerOrder, layer_order
-from jaxtron.kernels.attention.backend import Backend
+from jaxtron.kernels.attention.attention import Implementation
+from jaxtron.kernels.selection import Backend
 from jaxtron.models.families import program_of
 from jaxtron.models.program import make_parts
 from jaxtron.run.attention import select_attention
@@ -35,7 +36,7 @@ class Session:
 
     config: Configuration
     rules: Rules
-    attention: Mapping[str, Backend]
+    attention: Mapping[str, Backend[Implementation]]
     """The backend of each kind of attention, by the pattern's symbol."""
     choices: tuple[str, ...] = ()
     """A line for each thing that was chosen for its steps beside attention, and why."""
@@ -153,7 +154,7 @@ def placed(abstract: PyTree, mesh: Mesh) -> PyTree:
 
 
 def make_trainer(
-    config: Configuration, attention: Mapping[str, Backend] | None = None, *, trains: bool = True
+    config: Configuration, attention: Mapping[str, Backend[Implementation]] | None = None, *, trains: bool = True
 ) -> Trainer:
     """The trainer of a resolved configuration, inside `sharding.use(rules)`; `trains` as `make_session`'s.
 

@@ -41,12 +41,11 @@ def nameable(kind: LayerKind) -> tuple[str, ...]:
 
 
 def choices() -> list[tuple[Subject, object]]:
-    """Every choice that `model.recompute` has, for each decoder."""
+    """Every choice that `model.recompute` has: a region where its kind is alone, and what is not named for all."""
     found: list[tuple[Subject, object]] = []
     for subject in DECODERS:
         kinds = [KINDS[symbol] for symbol in subject.settings["pattern"]]
-        regions = dict.fromkeys(region for kind in kinds for region in nameable(kind))
-        found += [(subject, (region,)) for region in regions]
+        found += [(subject, (region,)) for region in (nameable(KINDS[subject.kind]) if subject.kind else ())]
         found += [(subject, "full"), *([(subject, "selective")] if any(kind.selective for kind in kinds) else [])]
     return found
 

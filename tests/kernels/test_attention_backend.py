@@ -112,7 +112,8 @@ def test_a_named_one_is_taken_or_refused():
         select("cudnn", shapes(), AttentionSpec(), CPU)
     with pytest.raises(UserError, match="materialized cannot: it knows no soft cap; use auto"):
         select("materialized", shapes(), AttentionSpec(logits_soft_cap=1.0), CPU)
-    with pytest.raises(UserError, match="flash is not known: use one of auto, .*cudnn, xla, materialized, reference"):
+    known = "flash is not known to attention: use one of auto, .*cudnn, xla, materialized, reference"
+    with pytest.raises(UserError, match=known):
         select("flash", shapes(), AttentionSpec(), CPU)
 
 

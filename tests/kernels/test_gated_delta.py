@@ -13,7 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jaxtron.config import UserError
 from jaxtron.kernels.gated_delta import xla
-from jaxtron.kernels.gated_delta.backend import IMPLEMENTATIONS, select
+from jaxtron.kernels.gated_delta.backend import IMPLEMENTATIONS, select_backend
 from jaxtron.kernels.gated_delta.gated_delta import (
     GatedDeltaRule,
     backward,
@@ -294,4 +294,5 @@ def test_what_does_not_fit_together_is_refused(message: str) -> None:
 
 
 def test_which_implementation_is_selected() -> None:
-    assert select("auto") is xla and select("reference") is IMPLEMENTATIONS["reference"]
+    assert select_backend("auto", "cpu").implementation is xla
+    assert select_backend("reference", "cpu").implementation is IMPLEMENTATIONS["reference"]

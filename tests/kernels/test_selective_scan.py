@@ -13,7 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jaxtron.config import UserError
 from jaxtron.kernels.selective_scan import xla
-from jaxtron.kernels.selective_scan.backend import IMPLEMENTATIONS, select
+from jaxtron.kernels.selective_scan.backend import IMPLEMENTATIONS, select_backend
 from jaxtron.kernels.selective_scan.selective_scan import (
     SelectiveScan,
     backward,
@@ -275,6 +275,8 @@ def test_what_does_not_fit_together_is_refused(message: str) -> None:
 
 
 def test_which_implementation_is_selected() -> None:
-    assert select("auto") is xla and select("reference") is IMPLEMENTATIONS["reference"]
-    with pytest.raises(UserError, match="model.mamba.implementation mosaic: .* has auto, xla, reference"):
-        select("mosaic")
+    assert select_backend("auto", "cpu").implementation is xla
+    assert select_backend("reference", "cpu").implementation is IMPLEMENTATIONS["reference"]
+    known = "model.mamba.implementation mosaic is not known to selective scan: use one of auto, xla, reference"
+    with pytest.raises(UserError, match=known):
+        select_backend("mosaic", "cpu")

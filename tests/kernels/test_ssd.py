@@ -381,9 +381,10 @@ def test_auto_takes_the_fastest_that_can_and_says_why() -> None:
 def test_a_named_one_is_taken_or_refused() -> None:
     assert select("reference", "cpu").reason == "state-space duality: reference, as asked"
     assert select("xla", "NVIDIA H200").implementation is xla
-    with pytest.raises(
-        UserError, match="model.mamba.implementation fast is not known: use one of auto, mosaic, xla, reference"
-    ):
+    known = (
+        "model.mamba.implementation fast is not known to state-space duality: use one of auto, mosaic, xla, reference"
+    )
+    with pytest.raises(UserError, match=known):
         select("fast", "cpu")
     with pytest.raises(UserError, match="mosaic cannot: its kernels are for Hopper GPUs, not cpu; use auto"):
         select("mosaic", "cpu")

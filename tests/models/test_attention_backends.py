@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 from jaxtron.config import UserError
-from jaxtron.kernels.attention.backend import IMPLEMENTATIONS, SHORT, Backend
+from jaxtron.kernels.attention.backend import IMPLEMENTATIONS, SHORT
+from jaxtron.kernels.selection import Backend
 from jaxtron.models.decoder import attention_backends as module
 from jaxtron.models.decoder.attention_backends import attention_backends, attention_spec
 from jaxtron.models.decoder.config import ModelConfig
@@ -61,7 +62,7 @@ def implementations(**options):
 
 
 def test_a_model_takes_the_backends_it_is_given_and_selects_none(rules_for, monkeypatch):
-    backends = {"*": Backend("xla", ""), "W": Backend("reference", "")}
+    backends = {symbol: Backend(name, IMPLEMENTATIONS[name], "") for symbol, name in (("*", "xla"), ("W", "reference"))}
     with use(rules_for(data=1)):
         # alone it selects for the devices of the rules
         assert implementations() == [IMPLEMENTATIONS["materialized"]] * 2

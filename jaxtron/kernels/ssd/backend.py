@@ -1,4 +1,4 @@
-"""Which implementation computes state-space duality, selected before anything is traced: the one named, or the fastest.
+"""Which implementation computes state-space duality.
 
 - `mosaic`: our kernels for Hopper.
 - `xla`: plain JAX, one chunk of the sequence after the other, anywhere.
@@ -6,48 +6,25 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from jaxtron.config import UserError
+from jaxtron.kernels.selection import Backend, select
 from jaxtron.kernels.ssd import mosaic, reference, xla
 from jaxtron.kernels.ssd.spec import Operand
 from jaxtron.kernels.ssd.ssd import StateSpaceDuality
 
 IMPLEMENTATIONS: Mapping[str, StateSpaceDuality] = {"mosaic": mosaic, "xla": xla, "reference": reference}
-SETTING = "model.mamba.implementation"
-"""The setting that names one."""
 
 
-@dataclass(frozen=True)
-class ScanBackend:
-    """An implementation by name, and one line that says which it is and why."""
-
-    name: str
-    reason: str
-
-    @property
-    def implementation(self) -> StateSpaceDuality:
-        """What computes."""
-        return IMPLEMENTATIONS[self.name]
-
-
-def select_backend(name: str, x: Operand, B: Operand, device_kind: str) -> ScanBackend:
+def select_backend(name: str, x: Operand, B: Operand, device_kind: str) -> Backend[StateSpaceDuality]:
     """The backend for x [B, S, H, P] and B [B, S, G, N] on devices of this kind (`jax.Device.device_kind`).
 
     `UserError` where the one that was named cannot; `auto` falls through to the next that can.
     """
-    if name != "auto":
-        if name not in IMPLEMENTATIONS:
-            raise UserError(f"{SETTING} {name} is not known: use one of {', '.join(['auto', *IMPLEMENTATIONS])}")
-        reason = IMPLEMENTATIONS[name].unsupported_reason(x, B, device_kind)
-        if reason is not None:
-            raise UserError(f"{SETTING} {name} cannot: {reason}; use auto")
-        return ScanBackend(name, f"state-space duality: {name}, as asked")
-    passed = []
-    for name in IMPLEMENTATIONS:
-        reason = IMPLEMENTATIONS[name].unsupported_reason(x, B, device_kind)
-        if reason is None:
-            why = f"state-space duality: {name}, the fastest that runs on {device_kind}"
-            return ScanBackend(name, "; ".join([why, *passed]))
-        passed.append(f"not {name}: {reason}")
-    raise AssertionError("xla computes anything")
+    return select(
+        name,
+        IMPLEMENTATIONS,
+        lambda kernel: kernel.unsupported_reason(x, B, device_kind),
+        device_kind,
+        what="state-space duality",
+        setting="model.mamba.implementation",
+    )

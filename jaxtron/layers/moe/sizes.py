@@ -5,8 +5,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxtron.kernels.grouped_matmul.backend import ProductsBackend, has_kernel, select_backend
+from jaxtron.kernels.grouped_matmul.backend import has_kernel, select_backend
+from jaxtron.kernels.grouped_matmul.grouped_matmul import GroupedProducts
 from jaxtron.kernels.grouped_matmul.spec import TILE
+from jaxtron.kernels.selection import Backend
 from jaxtron.layers.moe.config import MoeConfig
 from jaxtron.layers.moe.exchange import Exchange
 from jaxtron.sharding.rules import current
@@ -15,7 +17,7 @@ from jaxtron.typing import DTypeLike
 
 def select_products(
     config: MoeConfig, parts: int, kernel: tuple[int, int, int], dtype: DTypeLike, device_kind: str
-) -> ProductsBackend | None:
+) -> Backend[GroupedProducts] | None:
     """The kernel of grouped products, for experts on `parts` devices, whose kernels are [inputs, gates, outputs].
 
     None where a bucket is an expert; `buckets` is no `auto`. `UserError` where the one asked for cannot.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from jaxtron.kernels.gated_delta.backend import select
+from jaxtron.kernels.gated_delta.backend import select_backend
 from jaxtron.layers.inputs import LayerInputs, dropout
 from jaxtron.layers.linear import Linear, project
 from jaxtron.layers.ssm.config import DeltaConfig
@@ -17,7 +17,7 @@ from jaxtron.layers.ssm.initial import first_decays, taps
 from jaxtron.layers.ssm.memory import LayerMemory, remembered, with_before
 from jaxtron.layers.ssm.norm import GatedHeadNorm
 from jaxtron.layers.ssm.recurrences import HEADS, STEPS, delta_rule
-from jaxtron.layers.ssm.scan import Names, advance, scan
+from jaxtron.layers.ssm.scan import Names, Recurrence, advance, scan
 from jaxtron.sharding.parameters import parameter
 from jaxtron.sharding.rules import constrain, current
 from jaxtron.typing import Array, Float
@@ -82,7 +82,7 @@ class GatedDeltaNet(nnx.Module):
             convolve(part, kernel, None, segments, names)
             for part, (kernel, names) in zip(convolved, self._taps(), strict=True)
         ]
-        y: Any = scan(delta_rule(select(self.config.implementation)), self._scanned(b, a, *through), segments)
+        y: Any = scan(self._recurrence(), self._scanned(b, a, *through), segments)
         y = self.output(self.norm(y, z), "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 
@@ -99,11 +99,14 @@ class GatedDeltaNet(nnx.Module):
         shape = (config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim)
         state = jnp.zeros((x.shape[0], *shape), jnp.float32) if memory is None else memory.state
         through = [convolve_plainly(part, kernel, None) for part, (kernel, _) in zip(wide, self._taps(), strict=True)]
-        recurrence = delta_rule(select(config.implementation))
+        recurrence = self._recurrence()
         y, state = advance(recurrence, self._scanned(b, a, *through), constrain(state, *recurrence.state))
         # few positions need not split
         y = self.output(self.norm(y, z), "batch", "full_seq", "embed")
         return y, remembered(wide, num_before, state)
+
+    def _recurrence(self) -> Recurrence:
+        return delta_rule(select_backend(self.config.implementation, current().device_kind).implementation)
 
     def _scanned(
         self, b: Float[Array, "B S H"], a: Float[Array, "B S H"], *convolved: Array

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from jaxtron.kernels.selective_scan.backend import select
+from jaxtron.kernels.selective_scan.backend import select_backend
 from jaxtron.layers.inputs import LayerInputs, dropout
 from jaxtron.layers.linear import Linear, project
 from jaxtron.layers.saved import checkpoint_inputs
@@ -17,7 +17,7 @@ from jaxtron.layers.ssm.convolution import convolve, convolve_plainly
 from jaxtron.layers.ssm.initial import Taps, counted_decays, first_steps, uniform
 from jaxtron.layers.ssm.memory import LayerMemory, remembered, with_before
 from jaxtron.layers.ssm.recurrences import CHANNELS, selective_scan
-from jaxtron.layers.ssm.scan import advance, scan
+from jaxtron.layers.ssm.scan import Recurrence, advance, scan
 from jaxtron.sharding.parameters import parameter
 from jaxtron.sharding.rules import constrain, current
 from jaxtron.typing import Array, Float
@@ -62,7 +62,7 @@ class Mamba1(nnx.Module):
         segments = None if inputs.segments is None else constrain(inputs.segments, "batch", "full_seq")
         x, z = self._project(x)
         through: Any = convolve(x, self.conv.kernel[...], self.conv.bias[...], segments, ("channels",))
-        y: Any = scan(selective_scan(select(self.config.implementation)), self._scanned(through), segments)
+        y: Any = scan(self._recurrence(), self._scanned(through), segments)
         y = self.output(_gated(y, z), "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 
@@ -79,10 +79,13 @@ class Mamba1(nnx.Module):
         arrays = self._scanned(convolve_plainly(wide[0], self.conv.kernel[...], self.conv.bias[...]))
         shape = (x.shape[0], self.config.state_size, x.shape[2])
         state = jnp.zeros(shape, jnp.float32) if memory is None else memory.state
-        recurrence = selective_scan(select(self.config.implementation))
+        recurrence = self._recurrence()
         y, state = advance(recurrence, arrays, constrain(state, *recurrence.state))
         # few positions need not split
         return self.output(_gated(y, z), "batch", "full_seq", "embed"), remembered(wide, num_before, state)
+
+    def _recurrence(self) -> Recurrence:
+        return selective_scan(select_backend(self.config.implementation, current().device_kind).implementation)
 
     def _project(self, x: Float[Array, "B S E"]) -> tuple[Float[Array, "B S C"], Float[Array, "B S C"]]:
         """What is convolved, and the gate."""

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from jaxtron.kernels.ssd.backend import ScanBackend, select_backend
+from jaxtron.kernels.selection import Backend
+from jaxtron.kernels.ssd.backend import select_backend
 from jaxtron.kernels.ssd.ssd import StateSpaceDuality
 from jaxtron.layers.inputs import LayerInputs, dropout
 from jaxtron.layers.linear import Linear, project
@@ -169,7 +170,7 @@ class Mamba2(nnx.Module):
         return jnp.concatenate([grouped(x, B), B, C], -1)
 
 
-def select_scan(config: MambaConfig, num_heads: int, dtype: DTypeLike) -> ScanBackend:
+def select_scan(config: MambaConfig, num_heads: int, dtype: DTypeLike) -> Backend[StateSpaceDuality]:
     """What computes the scan of so many heads on the devices of the mesh in use, and why.
 
     `UserError` where the one that was asked for cannot.

@@ -6,8 +6,10 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from jaxtron.kernels.attention.backend import Backend, select_backend
+from jaxtron.kernels.attention.attention import Implementation
+from jaxtron.kernels.attention.backend import select_backend
 from jaxtron.kernels.attention.spec import AttentionSpec
+from jaxtron.kernels.selection import Backend
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.kinds import KINDS
 from jaxtron.typing import DTypeLike
@@ -28,7 +30,7 @@ def attention_spec(config: ModelConfig, symbol: str) -> AttentionSpec:
 
 def attention_backends(
     config: ModelConfig, dtype: DTypeLike, *, device_kind: str, parts: int = 1, length: int = 1, packed: bool = True
-) -> Mapping[str, Backend]:
+) -> Mapping[str, Backend[Implementation]]:
     """By the pattern's symbol, for sequences of `length` tokens on `parts` devices each of this kind.
 
     `packed`: several documents in a sequence. Without more being known, short sequences of any documents. `UserError`

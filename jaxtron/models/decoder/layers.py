@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 
 from flax import nnx
 
-from jaxtron.kernels.attention.backend import Backend
+from jaxtron.kernels.attention.attention import Implementation
+from jaxtron.kernels.selection import Backend
 from jaxtron.layers.attention import Attention, Core
 from jaxtron.layers.latent import LatentAttention
 from jaxtron.layers.mlp import Mlp
@@ -32,7 +33,7 @@ from jaxtron.models.decoder.kinds import (
 from jaxtron.models.decoder.state_space import mamba1_channels, mamba1_rank, mamba2_heads
 
 # of attention, by the pattern's symbol
-Backends = Mapping[str, Backend]
+Backends = Mapping[str, Backend[Implementation]]
 Builder = Callable[[ModelConfig, LayerKind, Backends, nnx.Rngs], nnx.Module]
 
 

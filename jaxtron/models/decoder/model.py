@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtron.kernels.attention.backend import Backend
+from jaxtron.kernels.attention.attention import Implementation
+from jaxtron.kernels.selection import Backend
 from jaxtron.layers.embedding import Embedding
 from jaxtron.layers.inputs import LayerInputs, Tables, dropout
 from jaxtron.layers.linear import normal
@@ -37,7 +38,7 @@ class Decoder(nnx.Module):
         *,
         dtype: DTypeLike = jnp.float32,
         partition: Partition | None = None,
-        attention: Mapping[str, Backend] | None = None,
+        attention: Mapping[str, Backend[Implementation]] | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.config = config

@@ -115,8 +115,11 @@ def choices(config: ModelConfig, dtype: DTypeLike, rows: int, length: int) -> tu
     """What computes scans; how tokens get to experts, and what multiplies them."""
     kinds = {kind.symbol for kind in config.kinds}
     scans = (select_scan(config.mamba, mamba2_heads(config), dtype).reason,) if MAMBA.symbol in kinds else ()
-    scans += (selective_scan.reason(config.mamba.implementation),) if MAMBA1.symbol in kinds else ()
-    scans += (gated_delta.reason(config.delta.implementation),) if DELTA.symbol in kinds else ()
+    for kind, backend, named in (
+        (MAMBA1, selective_scan, config.mamba.implementation),
+        (DELTA, gated_delta, config.delta.implementation),
+    ):
+        scans += (backend.select_backend(named, current().device_kind).reason,) if kind.symbol in kinds else ()
     if not has_experts(config):
         return scans
     shape = (rows, length // current().parts("context", "tensor"))
