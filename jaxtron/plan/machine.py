@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from jaxtron.config import Config, UserError, load
 from jaxtron.gpus import GPUS, Gpu, gpu_named
-from jaxtron.models.work.operations import CollectiveKind, Product
+from jaxtron.models.work.operations import CollectiveKind, FusedKernel, Product
 from jaxtron.sharding.folding import Axes
 
 CONSTANTS = Path(__file__).with_name("machines.yaml")
@@ -74,9 +74,11 @@ class Machine(Config):
         moved = product.bytes / (self.memory_fraction * gpu.memory_bandwidth)
         return product.flops / rate + moved + self.kernel_seconds
 
-    def attention_seconds(self, flops: float) -> float:
-        """Seconds of a fused attention kernel that executes so many FLOPs."""
-        return flops / (self.attention_fraction * self.datasheet.peak_flops) + self.kernel_seconds
+    def fused_seconds(self, kernel: FusedKernel) -> float:
+        """Seconds of a fused kernel: of its FLOPs at the rate of attention, or of its bytes if longer, and a launch."""
+        gpu = self.datasheet
+        multiplied = kernel.flops / (self.attention_fraction * gpu.peak_flops)
+        return max(multiplied, kernel.bytes / (self.memory_fraction * gpu.memory_bandwidth)) + self.kernel_seconds
 
     def pass_seconds(self, size: float, kernels: int = 1) -> float:
         """Seconds in which `size` bytes are read or written by so many kernels."""

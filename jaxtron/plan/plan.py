@@ -31,7 +31,7 @@ class Plan:
     """What is known of a run before it runs. Bytes, FLOPs and seconds are those of one GPU and one step.
 
     `experts` is the experts' view of the mesh, empty where there are none. `compiled_flops` are those of the products
-    in the program, where no schedule or pattern chooses among them; `padding` is the part of the model's FLOPs that
+    in the program, where no schedule chooses among them; `padding` is the part of the model's FLOPs that
     rows of the vocabulary take which are no tokens; `further` are communications of rounds of experts that run only
     where choices are uneven, and that nothing here counts.
     """
@@ -108,12 +108,12 @@ def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
 
 
 def _executed(rehearsal: Rehearsal) -> int | None:
-    """FLOPs of the compiled program's products; None where they depend on a stage's or kinds' table or on data."""
+    """FLOPs of the compiled program's products; None where they depend on a stage's table or on data."""
     stages = rehearsal.session.trainer.stages
-    if stages.num_virtual > 1 or any(stack.kinds for stack in stages.partitions):
+    if stages.num_virtual > 1:
         return None
     try:
-        return flops.work(rehearsal.module).most
+        return flops.work(rehearsal.module, shares=flops.kind_shares(stages)).most
     except ValueError:
         return None
 

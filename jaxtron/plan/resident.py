@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxtron.pipeline import executor
+from jaxtron.pipeline.layer_loop import StackBuffers
 from jaxtron.pipeline.model import Parameters, merge
+from jaxtron.pipeline.partition import Partition
 from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.run.step import Trainer, batch_spec
 from jaxtron.sharding.parameters import manual_specs
@@ -34,3 +36,8 @@ def resident(trainer: Trainer, batch: Any, table: Schedule | None = None) -> tup
     specs = (manual_specs(trainer.blueprint.parameters), batch_spec())
     jax.eval_shape(region(local, specs, PartitionSpec()), trainer.blueprint.abstract, batch)
     return found[0]
+
+
+def kept_of(stack: Partition, held: StackBuffers) -> list[tuple[PyTree, PyTree]]:
+    """Residuals and what is deferred of layers that are alike."""
+    return [(held.residuals[kind], held.deferred[kind]) for kind in stack.by_kind] or [(held.residuals, held.deferred)]

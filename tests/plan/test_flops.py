@@ -99,6 +99,31 @@ def test_what_is_no_product_has_none() -> None:
     assert work(found).flops == 0
 
 
+def test_a_loop_over_kinds_of_layers_has_as_many_products_as_layers() -> None:
+    """Of 12 iterations 7 take a branch with one product, 4 one with two, and one takes one with three."""
+
+    def branch(name: str, count: int, kind: str) -> str:
+        source = f'metadata={{op_name="jit(step)/while/body/cond/kind={kind}/dot_general"}}'
+        dots = "\n".join(f"  %{name}{number} = {OUT} dot(%x, %y), {DIMS}, {source}" for number in range(count))
+        both = f"  %x = {LEFT} parameter(0)\n  %y = {RIGHT} parameter(1)\n"
+        return f"%{name} (x: bf16[8,4], y: bf16[4,16]) -> bf16[8,16] {{\n{both}{dots}\n}}\n"
+
+    def choice(others: str, first: str) -> str:
+        return f"conditional(%p, %x, %x), false_computation=%{others}, true_computation=%{first}"
+
+    before = branch("a", 1, "mamba") + branch("b", 2, "mlp") + branch("c", 3, "attention")
+    inputs = f"  %x = {LEFT} parameter(0)\n  %p = pred[] parameter(1)\n"
+    before += f"%rest (x: bf16[8,4]) -> bf16[8,16] {{\n{inputs}  ROOT %two = {OUT} {choice('c', 'b')}\n}}\n"
+    before += f"%body (x: bf16[8,4]) -> bf16[8,16] {{\n{inputs}  ROOT %one = {OUT} {choice('rest', 'a')}\n}}\n"
+    before += "%more (x: bf16[8,4]) -> pred[] {\n  ROOT %go = pred[] parameter(0)\n}\n"
+    loop = 'while(%x), condition=%more, body=%body, backend_config={"known_trip_count":{"n":"12"}}'
+    found = module(f"%out = {OUT} {loop}", before)
+    shares = {"mamba": 7 / 12, "mlp": 4 / 12, "attention": 1 / 12}
+    assert work(found, shares=shares).most == pytest.approx((7 + 4 * 2 + 3) * PRODUCT, rel=1e-3)
+    # without them each iteration counts its largest branch
+    assert work(found).most == 12 * 3 * PRODUCT
+
+
 @pytest.mark.parametrize("name", ONE_PRODUCT)
 def test_a_product_beside_a_collective_hides_it_whatever_wraps_it(name: str) -> None:
     lines, before = ONE_PRODUCT[name]

@@ -2,7 +2,9 @@
 
 import functools
 import itertools
+from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from jaxtron.config import UserError
 from jaxtron.models.decoder.kinds import ATTENTION, KINDS, MAMBA, MLP, MOE
@@ -33,7 +35,7 @@ class Pattern:
     """The first periods, where they have an MLP in the place of experts."""
     mixed: bool = False
 
-    @property
+    @cached_property
     def layers(self) -> tuple[Branch, ...]:
         """Every residual layer in order."""
         return sum(self.leading, ()) + self.period * self.repeats
@@ -43,12 +45,12 @@ class Pattern:
         """What a loop over layers runs one after the other: periods, or layers of a mixed pattern."""
         return len(self.period) if self.mixed else self.repeats
 
-    @property
+    @cached_property
     def alike(self) -> tuple[tuple[Branch, ...], ...]:
         """What differs among what the loop runs: a period, or of a mixed pattern each kind of layer as it comes."""
         return tuple((branch,) for branch in dict.fromkeys(self.period)) if self.mixed else (self.period,)
 
-    @property
+    @cached_property
     def kinds(self) -> dict[str, Branch]:
         """Of a mixed pattern what differs among its layers, by name, in the table's order."""
         found = sorted(set(self.period), key=lambda branch: [list(KINDS).index(symbol) for symbol in branch])
@@ -56,7 +58,11 @@ class Pattern:
 
     def count(self, *symbols: str) -> int:
         """How often these symbols occur in the whole decoder."""
-        return sum(branch.count(symbol) for branch in self.layers for symbol in symbols)
+        return sum(self._counts[symbol] for symbol in symbols)
+
+    @cached_property
+    def _counts(self) -> Counter[str]:
+        return Counter(symbol for branch in self.layers for symbol in branch)
 
 
 @functools.cache
@@ -155,8 +161,10 @@ def hybrid_pattern(attention: float, mlp: float, num_layers: int) -> str:
 
 def dense_first(pattern: Pattern, count: int) -> Pattern:
     """The pattern with an MLP in the place of its first `count` mixtures of experts, in whole periods where it has."""
+    if count == 0:
+        return pattern
     here = sum(branch.count(MOE.symbol) for branch in pattern.period)
-    if count == 0 or here == 0:
+    if here == 0:
         return pattern
     name, most = f"model.moe.leading_dense {count}", here - 1 if pattern.mixed else here * (pattern.repeats - 1)
     if any(MLP.symbol in branch and MOE.symbol in branch for branch in pattern.period):

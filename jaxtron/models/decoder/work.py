@@ -63,9 +63,11 @@ from jaxtron.models.work.ssm import (
     ScanShapes,
     SelectiveShapes,
     delta_mixer,
+    delta_temporaries,
     mixer,
     mixer_temporaries,
     selective_mixer,
+    selective_temporaries,
 )
 
 # by the regions of a kind of layer: of the whole branch and, apart from it, of the parts that can be recomputed alone
@@ -197,8 +199,9 @@ def _most(
 
 
 def _transposed(model: ModelConfig, shapes: Shapes, layers: tuple[Branch, ...], *, in_loop: bool) -> int:
-    """Bytes of one row of these layers that a loop over layers keeps a second time."""
-    if "layer" in model.recomputed:
+    """Bytes of one row of these layers that a loop over layers keeps a second time; one over kinds transposes nothing,
+    for each branch reads its own layer."""
+    if "layer" in model.recomputed or model.layout.mixed:
         return 0
     kept = (symbol for branch in layers for symbol in branch if KINDS[symbol].module not in model.recomputed)
     return sum(LAYER_WORK[symbol].transposed(model, shapes, in_loop) for symbol in kept)
@@ -355,26 +358,56 @@ def _mamba_temporaries(model: ModelConfig, shapes: Shapes) -> float:
     return mixer_temporaries(shapes, _mamba_layer(model, shapes))
 
 
-def _mamba1(model: ModelConfig, shapes: Shapes) -> RegionWork:
-    layer = SelectiveShapes(
+def _mamba1_layer(model: ModelConfig, shapes: Shapes) -> SelectiveShapes:
+    return SelectiveShapes(
         hidden=model.hidden_size,
         channels=mamba1_channels(model) / shapes.tensor,
         rank=mamba1_rank(model),
         state_size=model.mamba.state_size,
     )
-    return {"mamba": selective_mixer(shapes, layer)}
 
 
-def _delta(model: ModelConfig, shapes: Shapes) -> RegionWork:
+def _mamba1(model: ModelConfig, shapes: Shapes) -> RegionWork:
+    return {"mamba": selective_mixer(shapes, _mamba1_layer(model, shapes))}
+
+
+def _mamba1_temporaries(model: ModelConfig, shapes: Shapes) -> float:
+    return selective_temporaries(shapes, _mamba1_layer(model, shapes))
+
+
+def _mamba1_whole(model: ModelConfig, shapes: Shapes, in_loop: bool) -> int:
+    # of one row and where channels are split: both halves of the input's product, what is convolved, and the scan's
+    if shapes.rows != 1 or shapes.tensor == 1 or not in_loop:
+        return 0
+    return round(4 * shapes.length // shapes.parts * shapes.width * _mamba1_layer(model, shapes).channels)
+
+
+def _delta_layer(model: ModelConfig, shapes: Shapes) -> DeltaShapes:
     delta = model.delta
-    layer = DeltaShapes(
+    return DeltaShapes(
         hidden=model.hidden_size,
         heads=delta.linear_num_value_heads / shapes.tensor,
         head_dim=delta.linear_value_head_dim,
         key_heads=delta_key_heads(model, shapes.tensor),
         key_dim=delta.linear_key_head_dim,
     )
-    return {"delta": delta_mixer(shapes, layer)}
+
+
+def _delta(model: ModelConfig, shapes: Shapes) -> RegionWork:
+    return {"delta": delta_mixer(shapes, _delta_layer(model, shapes))}
+
+
+def _delta_temporaries(model: ModelConfig, shapes: Shapes) -> float:
+    return delta_temporaries(shapes, _delta_layer(model, shapes))
+
+
+def _delta_inputs(model: ModelConfig, shapes: Shapes, in_loop: bool) -> int:
+    # of several rows: all that the input's product makes
+    if shapes.rows == 1 or not in_loop:
+        return 0
+    layer = _delta_layer(model, shapes)
+    made = 2 * layer.inner + layer.shared + 2 * layer.heads
+    return round(shapes.length // shapes.parts * shapes.width * made)
 
 
 # by symbol, the keys of kinds.py: KINDS
@@ -392,7 +425,7 @@ LAYER_WORK = {
         exchanged=_moe_exchanged,
         kept=_moe_kept,
     ),
-    MAMBA1.symbol: LayerWork(_mamba1),
+    MAMBA1.symbol: LayerWork(_mamba1, _mamba1_temporaries, transposed=_mamba1_whole),
     MAMBA.symbol: LayerWork(_mamba, _mamba_temporaries),
-    DELTA.symbol: LayerWork(_delta),
+    DELTA.symbol: LayerWork(_delta, _delta_temporaries, transposed=_delta_inputs),
 }

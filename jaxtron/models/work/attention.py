@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from jaxtron.models.work.blocks import linear
-from jaxtron.models.work.operations import CollectiveWork, PhaseWork, Product, SlotWork
+from jaxtron.models.work.operations import CollectiveWork, FusedKernel, PhaseWork, Product, SlotWork
 from jaxtron.models.work.profile import Attention
 from jaxtron.models.work.shapes import FLOAT, MASK_BYTES, Shapes, gather, over_tensor, scatter
 
@@ -119,15 +119,17 @@ def _fused(shapes: Shapes, layer: AttentionShapes) -> SlotWork:
         # of a window as many scores a query as it is long: the formulas count no more either
         inside = 2.0 * queries * min(layer.window, s)
         return SlotWork(
-            forward=PhaseWork(attention_flops=inside * (d + v), stream=stream, kernels=1),
-            backward=PhaseWork(attention_flops=inside * backward, masked_flops=-inside * d, stream=stream, kernels=1),
+            forward=PhaseWork(fused=(FusedKernel(inside * (d + v)),), stream=stream, kernels=1),
+            backward=PhaseWork(
+                fused=(FusedKernel(inside * backward),), masked_flops=-inside * d, stream=stream, kernels=1
+            ),
         )
     # forward two products of the half below the diagonal, backward five
     half = queries * s
     forward, hidden = half * (d + v), half * (d + 2 * v)
     return SlotWork(
-        forward=PhaseWork(attention_flops=forward, masked_flops=forward, stream=stream, kernels=1),
-        backward=PhaseWork(attention_flops=half * backward, masked_flops=hidden, stream=2 * stream, kernels=2),
+        forward=PhaseWork(fused=(FusedKernel(forward),), masked_flops=forward, stream=stream, kernels=1),
+        backward=PhaseWork(fused=(FusedKernel(half * backward),), masked_flops=hidden, stream=2 * stream, kernels=2),
     )
 
 

@@ -47,15 +47,23 @@ class CollectiveWork:
 
 
 @dataclass(frozen=True)
+class FusedKernel:
+    """A kernel whose products run beside the `bytes` that it reads and writes, so that the longer of both counts."""
+
+    flops: float
+    bytes: float = 0.0
+
+
+@dataclass(frozen=True)
 class PhaseWork:
     """Operations of one slot on one device.
 
-    `attention_flops` run in a fused kernel; `masked_flops` are those that it does not run, or runs again, against the
-    papers' formulas, which count the whole square of scores once.
+    `masked_flops` are those that a fused kernel does not run, or runs again, against the papers' formulas, which count
+    the whole square of scores once.
     """
 
     products: tuple[Product, ...] = ()
-    attention_flops: float = 0.0
+    fused: tuple[FusedKernel, ...] = ()
     masked_flops: float = 0.0
     stream: float = 0.0
     kernels: int = 0
@@ -64,7 +72,7 @@ class PhaseWork:
     def __add__(self, other: "PhaseWork") -> "PhaseWork":
         return PhaseWork(
             self.products + other.products,
-            self.attention_flops + other.attention_flops,
+            self.fused + other.fused,
             self.masked_flops + other.masked_flops,
             self.stream + other.stream,
             self.kernels + other.kernels,
@@ -74,7 +82,7 @@ class PhaseWork:
     @property
     def flops(self) -> float:
         """FLOPs as the papers count them: the whole square of scores, whatever a kernel leaves out."""
-        return sum(product.flops for product in self.products) + self.attention_flops + self.masked_flops
+        return sum(one.flops for one in (*self.products, *self.fused)) + self.masked_flops
 
 
 NOTHING = PhaseWork()

@@ -9,6 +9,7 @@ from jaxtron.models.work.profile import Overlap
 from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.tick_loops import reached
 from jaxtron.plan.compiled.census import Collective, part_of
+from jaxtron.plan.compiled.flops import kind_shares
 from jaxtron.plan.compiled.links import Link, link
 from jaxtron.plan.compiled.rehearsal import Rehearsal
 from jaxtron.plan.machine import Group, Machine, axes_group
@@ -124,11 +125,7 @@ def runs(rehearsal: Rehearsal) -> Callable[[Collective], float]:
     """
     config, num_stages = rehearsal.session.config, rehearsal.session.sizes["pipe"]
     stages, table = config.stage_plan(num_stages), config.schedule(num_stages)
-    shares = {"": 1.0} | {
-        kind: part.num_layers / sum(stack.lengths)
-        for stack in stages.partitions
-        for kind, part in stack.by_kind.items()
-    }
+    shares = {"": 1.0} | kind_shares(stages)
     if stages.num_virtual == 1:
         return lambda entry: entry.executions * shares[entry.layers]
     lowered = lower(table, stages.stack_chunks)

@@ -2,9 +2,11 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from jaxtron.pipeline.mixed_loop import KIND
+from jaxtron.pipeline.partition import StagePlan
 from jaxtron.plan.compiled import hlo
 
 _OPERAND = re.compile(r"%([\w.\-]+)")
@@ -40,11 +42,19 @@ class ProductWork:
         )
 
 
-def work(module: hlo.Module, computation: str | None = None) -> ProductWork:
+def kind_shares(stages: StagePlan) -> dict[str, float]:
+    """Of layers of several kinds that one loop runs, the part that is of each kind."""
+    return {
+        kind: part.num_layers / stack.num_layers for stack in stages.partitions for kind, part in stack.by_kind.items()
+    }
+
+
+def work(module: hlo.Module, computation: str | None = None, shares: Mapping[str, float] | None = None) -> ProductWork:
     """The products of a computation (none: the program's entry), loops counted by their trips.
 
     They are dots, calls of cuBLAS, and kernels of ours, run at once or between a start and an end, in whatever
-    computation they lie. A `ValueError` for a loop whose trips are unknown.
+    computation they lie. With `shares` (`kind_shares`) a loop that chooses by kinds of layers is no choice: its
+    branches count as often as there are such layers. A `ValueError` for a loop whose trips are unknown.
     """
     name = module.entry if computation is None else computation
     shapes = {instruction.name: instruction.results for instruction in module.computations.get(name, ())}
@@ -54,13 +64,31 @@ def work(module: hlo.Module, computation: str | None = None) -> ProductWork:
             continue
         flops += _product(instruction, shapes)
         if instruction.opcode == "conditional":
-            choices.append(Branches(1, tuple(work(module, branch) for branch in _branches(instruction))))
+            names = _branches(instruction)
+            branches = tuple(work(module, branch, shares) for branch in names)
+            kinds = [_kinds(module, branch) for branch in names] if shares else []
+            if shares and any(kinds):
+                # of several kinds the choice inside counts each
+                parts = [shares[min(one)] if len(one) == 1 else 1.0 for one in kinds]
+                flops += round(sum(part * branch.most for part, branch in zip(parts, branches, strict=True)))
+            else:
+                choices.append(Branches(1, branches))
             continue
         for times, called in _called(module, instruction):
-            inner = work(module, called)
+            inner = work(module, called, shares)
             flops += times * inner.flops
             choices += [Branches(times * choice.times, choice.branches) for choice in inner.choices]
     return ProductWork(flops, tuple(choices))
+
+
+def _kinds(module: hlo.Module, computation: str) -> set[str]:
+    """The kinds of layers whose operations a computation and those that it calls have."""
+    found = set()
+    for instruction in module.computations.get(computation, ()):
+        found |= {name.removeprefix(KIND) for name in instruction.source.split("/") if name.startswith(KIND)}
+        for _, called in instruction.called():
+            found |= _kinds(module, called)
+    return found
 
 
 def most(

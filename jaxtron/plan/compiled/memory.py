@@ -1,16 +1,19 @@
 """What fills a GPU's memory in a compiled step, by what it is for."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from jaxtron.gpus import Gpu
+from jaxtron.pipeline.layer_loop import StackBuffers
 from jaxtron.pipeline.lowering import lower
-from jaxtron.pipeline.schedules.figures import figures
+from jaxtron.pipeline.partition import Partition
+from jaxtron.pipeline.schedules.figures import figures, flight
 from jaxtron.plan.compiled import deviceless
 from jaxtron.plan.memory_use import NCCL_BUFFERS, MemoryUse, StageActivations, device_bytes, reserved
-from jaxtron.plan.resident import resident
+from jaxtron.plan.resident import kept_of, resident
 from jaxtron.run.step import Trainer
 from jaxtron.typing import PyTree
 
@@ -40,25 +43,34 @@ def memory_use(trainer: Trainer, batch: Any, compiled: deviceless.Memory, gpu: G
         communication=communication,
         reserve=reserved(gpu, communication),
         capacity=gpu.memory_bytes,
-        stages=_stages(trainer, kept),
+        stages=_stages(trainer, buffers.stacks),
     )
 
 
-def _stages(trainer: Trainer, kept: int) -> tuple[StageActivations, ...]:
-    """What of the activations' room each stage fills at most."""
-    table = trainer.schedule(trainer.config.microbatches)
-    stages = trainer.stages
+def _stages(trainer: Trainer, held: Sequence[StackBuffers]) -> tuple[StageActivations, ...]:
+    """What of the activations' room each stage fills at most, by how many layers of each kind its chunks have."""
+    table, stages = trainer.schedule(trainer.config.microbatches), trainer.stages
     lowered = lower(table, stages.stack_chunks)
-    held = zip(lowered.num_residuals, lowered.num_deferred, stages.partitions, strict=True)
-    slots = sum((residuals + deferred) * stack.slots_per_chunk for residuals, deferred, stack in held)
-    layers = [
-        sum(map(sum, chunks)) for chunks in zip(*(stack.chunk_lengths for stack in stages.partitions), strict=True)
-    ]
-    held = [stage.held for stage in figures(table).stages]
-    return tuple(
-        StageActivations(count, most, min(kept, kept * most * count // (stages.num_chunks * slots)))
-        for count, most in zip(layers, held, strict=True)
-    )
+    # of each stack its layers that are alike, and what one of them leaves
+    alike: list[list[tuple[Partition, int]]] = []
+    for stack, buffers, *slots in zip(
+        stages.partitions, held, lowered.num_residuals, lowered.num_deferred, strict=True
+    ):
+        kept = map(_in_region, kept_of(stack, buffers))
+        alike.append(
+            [(part, size // (sum(slots) * part.slots_per_chunk)) for part, size in zip(stack.alike, kept, strict=True)]
+        )
+    found = []
+    for stage, figure in enumerate(figures(table).stages):
+        chunks = [
+            sum(part.chunk_lengths[stage][chunk] * size for part, size in parts)
+            for stack, parts in zip(stages.partitions, alike, strict=True)
+            for chunk in range(stack.num_chunks)
+        ]
+        layers = sum(sum(stack.chunk_lengths[stage]) for stack in stages.partitions)
+        most = max(tick.held for tick in flight(table, stage, chunks))
+        found.append(StageActivations(layers, figure.held, most))
+    return tuple(found)
 
 
 def _at_rest(state: PyTree) -> int:

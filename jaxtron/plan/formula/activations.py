@@ -8,12 +8,10 @@ import jax
 
 from jaxtron.config import UserError
 from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.pipeline.layer_loop import StackBuffers
 from jaxtron.pipeline.lowering import lower
-from jaxtron.pipeline.partition import Partition
 from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work
 from jaxtron.plan.memory_use import device_bytes
-from jaxtron.plan.resident import resident
+from jaxtron.plan.resident import kept_of, resident
 from jaxtron.run.attention import select_attention
 from jaxtron.run.batches import abstract_batch
 from jaxtron.run.configuration import Configuration
@@ -90,11 +88,6 @@ def row_bytes(
         )
         cotangents = lower(table, trainer.stages.stack_chunks).num_cotangents + 1
         return RowBytes(kept, _bytes(held.cotangents) // cotangents)
-
-
-def kept_of(stack: Partition, held: StackBuffers) -> list[tuple[PyTree, PyTree]]:
-    """Residuals and what is deferred of layers that are alike."""
-    return [(held.residuals[kind], held.deferred[kind]) for kind in stack.by_kind] or [(held.residuals, held.deferred)]
 
 
 def _put_off(num_chunks: int) -> Schedule:

@@ -87,8 +87,7 @@ class Timer:
     def cost(self, work: PhaseWork) -> SlotCost:
         """Seconds of a piece of work alone on the device."""
         products = sum(map(self.machine.product_seconds, work.products))
-        if work.attention_flops:
-            products += self.machine.attention_seconds(work.attention_flops)
+        products += sum(map(self.machine.fused_seconds, work.fused))
         found = SlotCost(products, self.machine.pass_seconds(work.stream, work.kernels))
         behind = products
         for purpose, (hides, spent, _) in PURPOSES.items():
