@@ -75,7 +75,7 @@ class ModelConfig(DecoderSettings):
             windows = " or ".join(kind.symbol for kind in KINDS.values() if kind.attends == "window")
             raise ValueError(
                 f"model.attention.window {format_value(self.attention.window)} and model.pattern {self.pattern!r} do "
-                f"not agree: layers with a window are {windows}"
+                f"not agree: layers with a window are {windows}; change one of them"
             )
         for kind in self.kinds:
             kind.validate(self)
