@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from pydantic import Field, create_model, model_validator
 
@@ -126,6 +126,7 @@ class Configuration(Config):
         self._check_sizes()
         # where the axis is filled, `check_mesh` knows more
         self.pipeline.check_effect(self.mesh.pipe)
+        self._check_hidden(self.mesh.model_dump())
         self.context.check_effect(self.mesh.context)
         family = {"model.family": self.model.family}
         if (experts := self.family.experts(self.model)) is not None:
@@ -228,8 +229,7 @@ class Configuration(Config):
             if self.pipeline.schedule in PAIRING:
                 choice = {"train.microbatches": self.train.microbatches, "mesh.pipe": schedule.num_stages}
                 raise NoEffect("pipeline.overlap", True, choice, "leave it out, or use more microbatches")
-            choice = {"pipeline.schedule": self.pipeline.schedule}
-            raise NoEffect("pipeline.overlap", True, choice, f"leave it out, or use {either(PAIRING)}")
+            self._refuse_overlap()
         if any(stack.kinds for stack in stages.partitions):
             raise UserError(
                 "pipeline.overlap true needs layers that are alike: in a pattern that never repeats each waits for the "
@@ -259,14 +259,23 @@ class Configuration(Config):
             self._check_hidden(sizes)
 
     def _check_hidden(self, sizes: Mapping[str, int]) -> None:
-        """`NoEffect` where nothing travels inside of layers that `pipeline.overlap` could hide."""
+        """`NoEffect` where `pipeline.overlap` hides nothing on a mesh of these sizes by flag (-1: not known yet)."""
+        if not self.pipeline.overlap:
+            return
+        if self.pipeline.schedule in SCHEDULES and self.pipeline.schedule not in PAIRING:
+            self._refuse_overlap()
         within = [sizes["fsdp"], sizes["context"], sizes["tensor"], self.mesh.expert, self.mesh.expert_tensor]
         within += [sizes["data"]] if self.sharding.zero == "parameters" else []
-        if self.pipeline.overlap and max(within) == 1:
+        if set(within) == {1}:
             mend = "nothing travels inside of layers; leave it out"
             if self.family.experts(self.model) is None:
                 raise NoEffect("pipeline.overlap", True, {"mesh.fsdp": 1, "mesh.context": 1, "mesh.tensor": 1}, mend)
             raise NoEffect("pipeline.overlap", True, {"mesh.expert": 1}, f"{mend}, or set --mesh.expert")
+
+    def _refuse_overlap(self) -> NoReturn:
+        """`NoEffect`, for the schedule has no forward and backward of a stage at one tick."""
+        choice = {"pipeline.schedule": self.pipeline.schedule}
+        raise NoEffect("pipeline.overlap", True, choice, f"leave it out, or use {either(PAIRING)}")
 
     def check_model(self, sizes: dict[str, int], num_microbatches: int | None = None) -> None:
         """`UserError` where the model, its sequences or its layers do not fit a mesh of these sizes.

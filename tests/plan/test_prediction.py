@@ -53,7 +53,10 @@ def layer_collectives(config: Configuration, slot: str, profile=JAXTRON, **sizes
         ({"pipe": 4, "tensor": 2}, {"pipeline": {"schedule": "1f1b"}}),
         ({"pipe": 2, "data": 2}, {"pipeline": {"schedule": "interleaved", "chunks": 4}}),
         ({"pipe": 4}, {"pipeline": {"schedule": "zero_bubble"}}),
-        ({"pipe": 4, "tensor": 2}, {"pipeline": {"schedule": "eager_1f1b", "overlap": True}}),
+        (
+            {"pipe": 4, "tensor": 2},
+            {"pipeline": {"schedule": "eager_1f1b", "overlap": True}, "mesh": {"pipe": 4, "tensor": 2}},
+        ),
         ({"pipe": 4}, {"pipeline": {"schedule": "dualpipe_v", "chunks": 2}, "train": {"microbatches": 8}}),
     ],
 )

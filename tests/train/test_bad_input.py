@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxtron.config import UserError
+from jaxtron.config import UserError, load
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.table_file import write_csv
 from jaxtron.run.configuration import Configuration, configuration_of
@@ -229,6 +229,7 @@ def test_state_space_layers_and_hybrids(flags: str, message: str, tmp_path: Path
 
 
 PIPE = "--mesh.pipe 2 --mesh.data 4 --model.num_layers 4 --train.global_batch 16 --train.microbatches 4 "
+PIPE_TENSOR = PIPE + "--mesh.data 2 --mesh.tensor 2 "
 
 
 @pytest.mark.parametrize(
@@ -238,6 +239,7 @@ PIPE = "--mesh.pipe 2 --mesh.data 4 --model.num_layers 4 --train.global_batch 16
         ("--pipeline.schedule gpipe", "pipeline.schedule gpipe has no effect with mesh.pipe 1"),
         ("--pipeline.stage_layers 1", "pipeline.stage_layers [1] has no effect with mesh.pipe 1"),
         (PIPE + "--pipeline.schedule zero_buble", "no pipeline.schedule 'zero_buble'; did you mean zero_bubble?"),
+        (PIPE_TENSOR + "--pipeline.schedule zero_buble --pipeline.overlap true", "did you mean zero_bubble?"),
         (PIPE + "--pipeline.schedule xyz", "no pipeline.schedule 'xyz'; use one of gpipe, 1f1b, "),
         (
             PIPE + "--pipeline.chunks 2",
@@ -274,7 +276,7 @@ PIPE = "--mesh.pipe 2 --mesh.data 4 --model.num_layers 4 --train.global_batch 16
             "pipeline.overlap true has no effect with mesh.pipe 1: leave it out, or set --mesh",
         ),
         (
-            PIPE + "--pipeline.schedule eager_1f1b --pipeline.overlap true --train.microbatches 2",
+            PIPE_TENSOR + "--pipeline.schedule eager_1f1b --pipeline.overlap true --train.microbatches 2",
             "pipeline.overlap true has no effect with train.microbatches 2 and mesh.pipe 2: leave it out, or use more",
         ),
         (
@@ -286,7 +288,7 @@ PIPE = "--mesh.pipe 2 --mesh.data 4 --model.num_layers 4 --train.global_batch 16
             "pipeline.overlap true has no effect with mesh.expert 1: nothing travels inside of layers; leave it out",
         ),
         (
-            PIPE + "--pipeline.schedule eager_1f1b --pipeline.overlap true --pipeline.stage_layers 1 3",
+            PIPE_TENSOR + "--pipeline.schedule eager_1f1b --pipeline.overlap true --pipeline.stage_layers 1 3",
             "needs as many layers in each part of mesh.pipe 2 x pipeline.chunks 1, not 1 or 3; leave it out, or change",
         ),
         (PIPE + "--pipeline.schedule nowhere.csv", "cannot read the schedule nowhere.csv"),
@@ -296,7 +298,7 @@ PIPE = "--mesh.pipe 2 --mesh.data 4 --model.num_layers 4 --train.global_batch 16
         ),
         (PIPE + "--model.pattern *-|*-", "spells out all layers and cannot repeat 4 times; set model.num_layers 1"),
         (
-            PIPE
+            PIPE_TENSOR
             + "--model.num_layers 1 --model.pattern *-*|-*- --pipeline.schedule eager_1f1b --pipeline.overlap true",
             "pipeline.overlap true needs layers that are alike: in a pattern that never repeats each waits",
         ),
@@ -313,6 +315,27 @@ PIPE = "--mesh.pipe 2 --mesh.data 4 --model.num_layers 4 --train.global_batch 16
 def test_pipelines(flags: str, message: str, tmp_path: Path):
     assert_one_line(run_here(*small(tmp_path), "--train.steps", "4", *flags.split()), message)
     assert not (tmp_path / "run").exists() and not (tmp_path / "tokens").exists()
+
+
+def test_a_file_that_overlaps_may_be_run_without(tmp_path: Path):
+    """What a flag makes useless is left out with a line, and what it switches off stays off."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "model: {pattern: '*E', bias: false, num_layers: 4}\nmesh: {pipe: 2, data: 4, expert: 2}\n"
+        "train: {global_batch: 16, microbatches: 4}\npipeline: {schedule: eager_1f1b, overlap: true}\n"
+    )
+    for flags, reason in (
+        ("--mesh.pipe 1 --mesh.data 8", "mesh.pipe 1"),
+        ("--pipeline.schedule 1f1b", "pipeline.schedule 1f1b"),
+        ("--mesh.expert 1", "mesh.expert 1"),
+        ("--pipeline.overlap false", ""),
+    ):
+        told: list[str] = []
+        config = load(Configuration, file, flags.split(), tell=told.append)
+        assert not config.pipeline.overlap
+        lines = [line for line in told if line.startswith("left out: pipeline.overlap true")]
+        assert len(lines) == bool(reason) and all(line.endswith(f"has no effect with {reason}") for line in lines)
+    assert load(Configuration, file, []).pipeline.overlap
 
 
 def test_schedules_on_file(tmp_path: Path):
