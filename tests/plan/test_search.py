@@ -141,6 +141,21 @@ def test_a_search_ranks_layouts_that_split_sequences():
     assert "context 2" in ranking_text(found, "small")
 
 
+def test_layers_of_several_kinds_are_searched() -> None:
+    """A pattern that never repeats is cut between any two layers, and its kinds keep what they keep on every mesh."""
+    flags = "--model.num_layers 1 --model.pattern M-MM-- --model.position none --model.hidden_size 512 "
+    flags += "--model.vocab_size 1024 --data.sequence_length 256 --train.global_batch 16 --train.microbatches 4 "
+    config = configuration(flags + "--model.recompute full --mesh.pipe 2")
+    found = search(config, H100, num_gpus=2, gpus_per_node=2)
+    assert found.own is not None and found.own.memory.fits and found.best.prediction.step_seconds > 0
+    assert found.best.prediction.step_seconds <= found.own.prediction.step_seconds
+    meshes = {one.layout.mesh_text for one in found.candidates}
+    assert meshes == {"data 2", "fsdp 2", "tensor 2", "pipe 2"} and found.num_refused == found.num_too_big == 0
+    assert {one.layout.pipeline.chunks for one in found.candidates if one.layout.pipe == 2} == {1, 3}
+    kept = {one.layout.recompute: one.memory.activations for one in found.candidates if one.layout.pipe == 1}
+    assert kept["full"] < kept["none"]
+
+
 def test_candidates_are_ranked_by_time_and_fit(small: SearchResult):
     seconds = [one.formula.step_seconds for one in small.candidates]
     assert seconds == sorted(seconds)

@@ -41,6 +41,8 @@ def configuration(flags: str) -> Configuration:
 ALONE = "--mesh.data 8 --train.global_batch 256 --train.microbatches 32"
 FOUR = "--mesh.data 2 --mesh.tensor 4 --train.global_batch 256 --train.microbatches 32"
 ONE = "--mesh.data 2 --mesh.tensor 4 --train.global_batch 32 --train.microbatches 16"
+HALVES = "--mesh.context 2 --mesh.tensor 4 --mesh.data 1 --data.sequence_length 16384 --train.global_batch 32 "
+HALVES += "--train.microbatches 32"
 MAMBA1, DELTA = "--model.pattern m --model.mamba.state_size 32 ", "--model.pattern G "
 # GiB of temporaries and of what layers keep, of steps compiled with JAX 0.11.2 for 8 H100s (2026-11)
 COMPILED = [
@@ -55,11 +57,12 @@ COMPILED = [
     (DELTA + ONE, 0.335, 0.188),
     # not used to find the multiples: half of 16,384 tokens
     (
-        MAMBA2 + "--mesh.context 2 --mesh.tensor 4 --mesh.data 1 --data.sequence_length 16384 --train.global_batch 32 "
-        "--train.microbatches 32",
+        MAMBA2 + HALVES,
         0.636,
         0.596,
     ),
+    (MAMBA1 + HALVES, 0.872, 0.613),
+    (DELTA + HALVES, 0.560, 0.376),
 ]
 
 

@@ -376,10 +376,11 @@ def _mamba1_temporaries(model: ModelConfig, shapes: Shapes) -> float:
 
 
 def _mamba1_whole(model: ModelConfig, shapes: Shapes, in_loop: bool) -> int:
-    # of one row and where channels are split: both halves of the input's product, what is convolved, and the scan's
+    # of one row and where channels are split: what is convolved, and of a whole sequence the other arrays so wide
     if shapes.rows != 1 or shapes.tensor == 1 or not in_loop:
         return 0
-    return round(4 * shapes.length // shapes.parts * shapes.width * _mamba1_layer(model, shapes).channels)
+    arrays = 4 if shapes.parts == 1 else 1
+    return round(arrays * shapes.length // shapes.parts * shapes.width * _mamba1_layer(model, shapes).channels)
 
 
 def _delta_layer(model: ModelConfig, shapes: Shapes) -> DeltaShapes:

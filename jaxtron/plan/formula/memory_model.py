@@ -192,14 +192,18 @@ class Estimator:
         def whole(size: int) -> int:
             return size * parts // context * rows // traced
 
-        more = self._more_kept(config, sizes, kind)
+        more = self._more_kept(config, sizes, kind, found.kept)
         kept = (
             Kept(whole(one.residuals) + here, whole(one.deferred)) for one, here in zip(found.kept, more, strict=True)
         )
         return RowBytes(tuple(kept), whole(found.stream))
 
-    def _more_kept(self, config: Configuration, sizes: dict[str, int], kind: str) -> tuple[int, ...]:
+    def _more_kept(
+        self, config: Configuration, sizes: dict[str, int], kind: str, kept: tuple[Kept, ...]
+    ) -> tuple[int, ...]:
         """Bytes of a layer of each stack (or kind) beside those of a trace, where no devices share experts."""
+        if config.family.experts(config.model) is None:
+            return (0,) * len(kept)
         shapes = shapes_of(config, sizes, JAXTRON, kind)
         alone = replace(shapes, sizes=shapes.sizes | {"expert": 1})
         both = zip(*(work_of(config, one).stacks for one in (shapes, alone)), strict=True)
