@@ -1,14 +1,17 @@
 """Eight simulated CPU devices for every test, and Jaxtron's annotations checked in it (`support/checking.py`)."""
 
+import gc
 import os
 from collections.abc import Callable
 
 import pytest
 
-from tests.support import checking
+from tests.support import checking, compiling
 
 pytest_plugins = ["pytester", "tests.support.durations", "tests.support.quarters"]
 
+# until all is imported, which leaves none
+gc.disable()
 # before anything imports jaxtron
 checking.install()
 
@@ -16,11 +19,19 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("JAXTRON_TEST_PLATFORM", "cpu")
 # the second as `simulate_devices` has it
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_cpu_enable_concurrency_optimized_scheduler=false"]
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    # most of the time goes into LLVM, for programs that run once; a GPU's are tested as they are used
-    FLAGS += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+    # a GPU's programs are tested as they are used
+    FLAGS += [compiling.QUICK]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 # as `simulate_devices` has it: eight devices that wait for each other want more threads than a small machine has cores
 os.environ.setdefault("PJRT_NPROC", "32")
+os.environ.update(compiling.KEEP_SECONDS)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, and a tenth of the time went into looking through it for garbage."""
+    gc.freeze()
+    gc.enable()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

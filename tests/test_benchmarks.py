@@ -21,6 +21,7 @@ from jaxtron.plan.compiled.rehearsal import rehearse
 from jaxtron.plan.formula.prediction import predict
 from jaxtron.plan.machine import machine_named
 from jaxtron.run.configuration import Configuration
+from tests.support.compiling import QUICK
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--model.num_layers", "1", "--model.hidden_size", "32", "--data.sequence_length", "16")
@@ -28,7 +29,7 @@ TINY = ("--model.num_layers", "1", "--model.hidden_size", "32", "--data.sequence
 
 def run(*words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", *words]
-    variables = os.environ | {"XLA_FLAGS": ""} | (environment or {})
+    variables = os.environ | {"XLA_FLAGS": QUICK} | (environment or {})
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
 
 

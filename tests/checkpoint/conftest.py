@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxtron
+from tests.support.compiling import QUICK
 
 
 def make_mesh(axis: str, num_devices: int) -> Mesh:
@@ -110,7 +111,7 @@ def start_script() -> Callable[..., subprocess.Popen[str]]:
     def start(name: str, *arguments: object, devices: int = 1) -> subprocess.Popen[str]:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
             "PYTHONPATH": str(Path(jaxtron.__file__).parents[1]),
         }
         command = [sys.executable, str(Path(__file__).with_name(name)), *map(str, arguments)]

@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.support.compiling import QUICK
+
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="the interpreter before JAX 0.11 lacks layouts and transposed operands"
 )
@@ -47,7 +49,7 @@ MOST_LSE_ERROR = 1e-4
 
 def interpret(names: list[str], seconds: int, program: Path = PROGRAM) -> list[dict]:
     """What a program's cases report; fails if the interpreter hangs, as it does on a barrier that nobody arrives at."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
     environment["PYTHONPATH"] = str(PROGRAM.parents[2])
     done = subprocess.run(
         [sys.executable, str(program), *names], capture_output=True, text=True, timeout=seconds, env=environment

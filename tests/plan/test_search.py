@@ -29,9 +29,13 @@ def configuration(flags: str = "", name: str | None = None) -> Configuration:
     return load(Configuration, None if name is None else CONFIGS / f"{name}.yaml", flags.split()).resolved()
 
 
+# enough layouts to rank
+FEW = SMALL + "--model.num_layers 4 --train.global_batch 8 --mesh.tensor 2 "
+
+
 @pytest.fixture(scope="module")
 def small() -> SearchResult:
-    return search(configuration(SMALL + "--mesh.tensor 2"), A100, num_gpus=4, gpus_per_node=4)
+    return search(configuration(FEW), A100, num_gpus=4, gpus_per_node=4)
 
 
 @pytest.mark.parametrize(
@@ -162,13 +166,13 @@ def test_candidates_are_ranked_by_time_and_fit(small: SearchResult):
     assert all(one.memory.total <= (1 + MARGIN) * one.memory.capacity for one in small.candidates)
     assert small.num_layouts == small.num_refused + small.num_too_big + len(small.candidates)
     assert small.own is not None and small.own in small.candidates and small.own_problem is None
-    assert small.own.layout == own_layout(configuration(SMALL + "--mesh.tensor 2"), 4)
+    assert small.own.layout == own_layout(configuration(FEW), 4)
 
 
 def test_flags_give_the_layout(small: SearchResult):
-    base = configuration(SMALL + "--mesh.tensor 2")
+    base = configuration(FEW)
     for one in small.candidates[:: max(1, len(small.candidates) // 25)]:
-        config = configuration(SMALL + "--mesh.tensor 2 " + one.layout.flags(base))
+        config = configuration(FEW + one.layout.flags(base))
         assert own_layout(config, 4) == one.layout
         assert predict(config, one.layout.sizes, A100).step_seconds == pytest.approx(one.formula.step_seconds)
 

@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxtron.train.__main__ import main
 from tests.support.commands import Ended, run_main
+from tests.support.compiling import QUICK, programs
 
 SMALL = (
     *("--model.num_layers", "1", "--model.hidden_size", "32", "--model.num_heads", "2"),
@@ -50,7 +51,7 @@ def write_text(path: Path, *, num_words: int = 4000, seed: int = 0) -> Path:
 
 
 def small(folder: Path, *, run: str = "run") -> list[str]:
-    """Flags of a run in `folder/run` on a text there, with its caches there too."""
+    """Flags of a run in `folder/run` on a text there, with its cache of tokens there too."""
     text = folder / "text.txt"
     if not text.exists():
         write_text(text)
@@ -58,7 +59,7 @@ def small(folder: Path, *, run: str = "run") -> list[str]:
         "run.directory": folder / run,
         "data.path": text,
         "data.cache_directory": folder / "tokens",
-        "runtime.compilation_cache": folder / "programs",
+        "runtime.compilation_cache": programs(),
     }
     return [*SMALL, *(word for name, path in places.items() for word in (f"--{name}", str(path)))]
 
@@ -82,10 +83,10 @@ def own_programs() -> Iterator[None]:
 
 def start(*arguments: str, cache: Path) -> subprocess.Popen[str]:
     """The command as a user types it, in a process of its own that starts JAX anew; `cache` stands for ~/.cache."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     process = subprocess.Popen(
         [sys.executable, "-m", "jaxtron.train", *arguments],
-        env=environment | {"XDG_CACHE_HOME": str(cache)},
+        env=environment | {"XDG_CACHE_HOME": str(cache), "XLA_FLAGS": QUICK},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -27,12 +27,6 @@ VEE += ("--pipeline.chunks", "2", "--pipeline.stage_layers", "2", "1", "2", "1")
 NO_STAGES = ("--mesh.data", "2", "--mesh.tensor", "2", "--mesh.fsdp", "2")
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Flags of one cache of compiled programs for all runs here."""
-    return "--runtime.compilation_cache", str(tmp_path_factory.mktemp("programs"))
-
-
 def run(folder: Path, *flags: str, steps: int) -> Ended:
     folder.mkdir(exist_ok=True)
     ended = run_here(*small(folder), *FLAGS, *flags, "--train.steps", str(steps))
@@ -46,10 +40,10 @@ def values(folder: Path, *flags: str, save: bool = False) -> tuple[int, dict[str
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, programs: tuple[str, ...]) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of six steps on one set of stages."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    run(folder, *INTERLEAVED, *programs, steps=6)
+    run(folder, *INTERLEAVED, steps=6)
     return folder
 
 
@@ -67,34 +61,32 @@ def test_first_values_and_counts_do_not_depend_on_the_stages(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_run_continues_bit_for_bit_on_the_same_stages(undisturbed: Path, programs: tuple[str, ...], tmp_path: Path):
-    run(tmp_path, *INTERLEAVED, *programs, steps=2)
-    ended = run(tmp_path, *INTERLEAVED, *programs, steps=6)
+def test_a_run_continues_bit_for_bit_on_the_same_stages(undisturbed: Path, tmp_path: Path):
+    run(tmp_path, *INTERLEAVED, steps=2)
+    ended = run(tmp_path, *INTERLEAVED, steps=6)
     assert "checkpoint of step 2 found: continuing" in ended.out
     assert records(tmp_path / "run") == records(undisturbed / "run")
     assert_same(values(tmp_path, *INTERLEAVED)[1], values(undisturbed, *INTERLEAVED)[1])
 
 
-def test_a_checkpoint_is_the_same_state_on_other_stages_and_without_any(
-    undisturbed: Path, programs: tuple[str, ...], tmp_path: Path
-):
-    _, saved, _ = values(undisturbed, *INTERLEAVED, *programs)
+def test_a_checkpoint_is_the_same_state_on_other_stages_and_without_any(undisturbed: Path, tmp_path: Path):
+    _, saved, _ = values(undisturbed, *INTERLEAVED)
     shutil.copytree(undisturbed / "run", tmp_path / "run")
     shutil.copy(undisturbed / "text.txt", tmp_path)
     # each restores what the one before it saved, and the first again what the last did
     for step, layout in enumerate((UNEVEN, VEE, NO_STAGES, INTERLEAVED), 6):
-        found_step, found, _ = values(tmp_path, *layout, *programs, save=True)
+        found_step, found, _ = values(tmp_path, *layout, save=True)
         assert found_step == step
         assert_same(found, saved)
 
 
 @pytest.mark.slow
-def test_a_run_continues_on_other_stages_and_without_any(undisturbed: Path, programs: tuple[str, ...], tmp_path: Path):
-    run(tmp_path, *INTERLEAVED, *programs, steps=2)
-    run(tmp_path, *UNEVEN, *programs, steps=4)
+def test_a_run_continues_on_other_stages_and_without_any(undisturbed: Path, tmp_path: Path):
+    run(tmp_path, *INTERLEAVED, steps=2)
+    run(tmp_path, *UNEVEN, steps=4)
     one = end(start(*small(tmp_path), *FLAGS, "--devices", "1", "--train.steps", "5", cache=tmp_path))
     assert one.code == 0 and one.err == "" and "checkpoint of step 4 found: continuing" in one.out
-    run(tmp_path, *INTERLEAVED, *programs, steps=6)
+    run(tmp_path, *INTERLEAVED, steps=6)
     # the same run, but for rounding
     for found, expected in zip(records(tmp_path / "run"), records(undisturbed / "run"), strict=True):
         for name in ("loss", "gradient_norm", "learning_rate"):

@@ -11,11 +11,11 @@ import pytest
 from jaxtron.runtime.machine import has_driver
 from tests.support.command_runs import Ended, end, records, small, start
 
-STEPS = 60
+STEPS = 40
 # with all that depends on the step, the sample or the key: dropout, growing batches, warm-up, bfloat16
 VARIED = (
     *("--model.dropout", "0.1", "--model.attention_dropout", "0.1", "--train.precision", "bf16"),
-    *("--train.batch_ramp.start", "4", "--train.batch_ramp.increment", "4", "--train.batch_ramp.samples", "150"),
+    *("--train.batch_ramp.start", "4", "--train.batch_ramp.increment", "4", "--train.batch_ramp.samples", "100"),
     *("--optimizer.warmup_steps", "20", "--train.validate_every", "20", "--train.sample_tokens", "0"),
     *("--train.microbatches", "2"),
     *("--checkpoint.every", "3", "--train.steps", str(STEPS)),

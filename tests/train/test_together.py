@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.command_runs import free_port
+from tests.support.compiling import QUICK
 
 PROGRAM = """
 import sys, time
@@ -59,7 +60,7 @@ def start(folder: Path) -> list[subprocess.Popen[str]]:
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(folder), *flags, "--process_id", str(number)],
-            env=os.environ | {"XLA_FLAGS": ""},
+            env=os.environ | {"XLA_FLAGS": QUICK},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
