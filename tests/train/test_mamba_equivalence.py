@@ -87,5 +87,6 @@ def test_loss_and_every_gradient_equal_one_device(case: Case) -> None:
     assert_equal(found.gradients, expected.gradients)
 
 
+@pytest.mark.slow
 def test_documents_do_not_see_each_other() -> None:
     assert one_device(2, 3, True).loss != pytest.approx(one_device(2, 3, False).loss, rel=1e-4)
