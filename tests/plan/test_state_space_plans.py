@@ -12,12 +12,14 @@ from jaxtron.models.work.shapes import Shapes
 from jaxtron.models.work.ssm import ScanShapes, scan
 from jaxtron.plan.compiled.deviceless import Memory
 from jaxtron.plan.compiled.memory import memory_use
+from jaxtron.plan.compiled.rehearsal import rehearse
 from jaxtron.plan.formula.activations import layer_bytes
 from jaxtron.plan.formula.memory_model import Estimator
 from jaxtron.plan.formula.prediction import predict
 from jaxtron.plan.formula.workload import shapes_of, work_of
 from jaxtron.plan.machine import machine_named
 from jaxtron.plan.memory_use import MemoryUse, StageActivations
+from jaxtron.plan.plan import make_plan
 from jaxtron.run.batches import abstract_batch
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import Session, make_session
@@ -144,6 +146,33 @@ def test_states_travel_between_parts_of_a_sequence() -> None:
         (moved,) = [one for one in phase.collectives if one.purpose == "context"]
         # 2 pieces a part, of each a number and a state for each of 64 heads on a device
         assert moved.size == 2 * 4 * 64 * (128 * 64 + 1) * 4 and moved.kind == "all_gather"
+
+
+@pytest.mark.slow
+def test_the_published_hybrid_is_as_compiled_for_64_gpus() -> None:
+    """What its layers keep, send and multiply is what the formula says, however they follow each other."""
+    flags = "--mesh.data 16 --mesh.tensor 4 --train.microbatches 16"
+    config = load(Configuration, CONFIGS / "mamba2_hybrid_8b.yaml", flags.split()).resolved()
+    rehearsal = rehearse(config, gpu="h100", num_gpus=64)
+    machine, sizes = machine_named("h100"), rehearsal.session.sizes
+    compiled, found = rehearsal.memory_use, Estimator(config).memory(config, sizes, H100)
+    assert {name: getattr(found, name) for name in SHAPED} == {name: getattr(compiled, name) for name in SHAPED}
+    assert compiled.fits and found.total == pytest.approx(compiled.total, rel=0.05)
+    plan = make_plan(rehearsal, machine, "hybrid")
+    work = work_of(config, shapes_of(config, sizes, JAXTRON, H100.device_kind))
+    layers = [
+        (part.num_layers, phase)
+        for (_, part), stack in zip(config.stage_plan(1).alike, work.stacks, strict=True)
+        for phase in (stack.layer.forward, stack.layer.backward, stack.layer.weight)
+    ]
+    for kind in ("all_gather", "reduce_scatter"):
+        sent = sum(row.payload for row in plan.communication if (row.key.kind, row.key.axes) == (kind, ("tensor",)))
+        # all are along tensor; of the ends one more stream travels each way
+        sizes_of = (count * one.size for count, phase in layers for one in phase.collectives if one.kind == kind)
+        assert sent == pytest.approx(16 * sum(sizes_of), rel=0.02), kind
+    ends = (1, work.head.forward), (1, work.head.backward), (1, work.head.weight)
+    multiplied = sum(count * one.flops for count, phase in (*layers, *ends) for one in (*phase.products, *phase.fused))
+    assert plan.compiled_flops == pytest.approx(16 * multiplied, rel=0.02)
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxtron.pipeline.executor import BACKWARD, PAIRED
-from jaxtron.pipeline.mixed_loop import KIND
 from jaxtron.plan.compiled import hlo
 from jaxtron.plan.compiled.overlap import products_beside
 from jaxtron.sharding.folding import Axes
@@ -150,8 +149,16 @@ def _collective(module: hlo.Module, site: hlo.Site, groups: "_Groups", beside: d
         source=next(filter(None, sources), ""),
         location=hlo.location(module, instruction),
         beside=beside.get(instruction.name, 0),
-        layers=next((name.removeprefix(KIND) for name in "/".join(sources).split("/") if name.startswith(KIND)), ""),
+        layers=_layers(module, site),
     )
+
+
+def _layers(module: hlo.Module, site: hlo.Site) -> str:
+    """The kind of layers in whose branch it is; where XLA lost its own name others of the branch tell."""
+    if not site.conditional:
+        return ""
+    kinds = hlo.kinds(module, site.branch)
+    return min(kinds) if len(kinds) == 1 else ""
 
 
 def _payload(opcode: str, instruction: hlo.Instruction, group_size: int) -> tuple[hlo.Array, ...]:

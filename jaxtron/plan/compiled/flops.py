@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from jaxtron.pipeline.mixed_loop import KIND
 from jaxtron.pipeline.partition import StagePlan
 from jaxtron.plan.compiled import hlo
 
@@ -66,7 +65,7 @@ def work(module: hlo.Module, computation: str | None = None, shares: Mapping[str
         if instruction.opcode == "conditional":
             names = _branches(instruction)
             branches = tuple(work(module, branch, shares) for branch in names)
-            kinds = [_kinds(module, branch) for branch in names] if shares else []
+            kinds = [hlo.kinds(module, branch) for branch in names] if shares else []
             if shares and any(kinds):
                 # of several kinds the choice inside counts each
                 parts = [shares[min(one)] if len(one) == 1 else 1.0 for one in kinds]
@@ -79,16 +78,6 @@ def work(module: hlo.Module, computation: str | None = None, shares: Mapping[str
             flops += times * inner.flops
             choices += [Branches(times * choice.times, choice.branches) for choice in inner.choices]
     return ProductWork(flops, tuple(choices))
-
-
-def _kinds(module: hlo.Module, computation: str) -> set[str]:
-    """The kinds of layers whose operations a computation and those that it calls have."""
-    found = set()
-    for instruction in module.computations.get(computation, ()):
-        found |= {name.removeprefix(KIND) for name in instruction.source.split("/") if name.startswith(KIND)}
-        for _, called in instruction.called():
-            found |= _kinds(module, called)
-    return found
 
 
 def most(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxtron.layers.moe.experts import FURTHER_ROUNDS
+from jaxtron.pipeline.mixed_loop import KIND
 
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
@@ -92,12 +93,18 @@ class Loop:
 
 @dataclass(frozen=True)
 class Site:
-    """An instruction reached from the entry, with the loops around it, outermost first."""
+    """An instruction reached from the entry, with the loops around it, outermost first; and the innermost branch that
+    it is in, a computation, empty where nothing is chosen."""
 
     instruction: Instruction
     loops: tuple[Loop, ...]
-    conditional: bool
+    branch: str
     asynchronous: bool
+
+    @property
+    def conditional(self) -> bool:
+        """Whether something chooses if it runs."""
+        return self.branch != ""
 
 
 def parse(hlo: str) -> Module:
@@ -133,14 +140,14 @@ def parse(hlo: str) -> Module:
 
 def walk(module: Module) -> Iterator[Site]:
     """Every instruction that runs, once for each place it is called from; ends of asynchronous pairs left out."""
-    yield from _walk(module, module.entry, (), False, False)
+    yield from _walk(module, module.entry, (), "", False)
 
 
-def _walk(module: Module, name: str, loops: tuple[Loop, ...], conditional: bool, asynchronous: bool) -> Iterator[Site]:
+def _walk(module: Module, name: str, loops: tuple[Loop, ...], branch: str, asynchronous: bool) -> Iterator[Site]:
     for instruction in module.computations.get(name, ()):
         if instruction.is_end:
             continue
-        yield Site(instruction, loops, conditional, asynchronous)
+        yield Site(instruction, loops, branch, asynchronous)
         for role, called in instruction.called():
             inner = loops
             if role in ("body", "condition"):
@@ -148,8 +155,18 @@ def _walk(module: Module, name: str, loops: tuple[Loop, ...], conditional: bool,
                 # the condition is asked once more than the body runs
                 trips = trips + 1 if role == "condition" and trips is not None else trips
                 inner = (*loops, Loop(trips, instruction.source))
-            branch = conditional or role in _BRANCHES
-            yield from _walk(module, called, inner, branch, asynchronous or instruction.opcode.endswith("-start"))
+            chosen = called if role in _BRANCHES else branch
+            yield from _walk(module, called, inner, chosen, asynchronous or instruction.opcode.endswith("-start"))
+
+
+def kinds(module: Module, computation: str) -> set[str]:
+    """The kinds of layers whose operations a computation and those that it calls have (`pipeline/mixed_loop.py`)."""
+    found = set()
+    for instruction in module.computations.get(computation, ()):
+        found |= {name.removeprefix(KIND) for name in instruction.source.split("/") if name.startswith(KIND)}
+        for _, called in instruction.called():
+            found |= kinds(module, called)
+    return found
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
@@ -162,7 +179,7 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
     if known := _TRIP_COUNT.search(loop.attributes):
         return int(known[1])
     condition = dict(loop.called())["condition"]
-    inside = list(_walk(module, condition, (), False, False))
+    inside = list(_walk(module, condition, (), "", False))
     constants = {
         int(site.instruction.arguments)
         for site in inside
