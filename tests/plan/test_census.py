@@ -238,6 +238,22 @@ def test_start_of_a_pair_lists_operands_before_results():
     ]
 
 
+def test_what_lost_its_name_is_of_the_kind_of_layers_around_it():
+    reduce = "f32[4] all-reduce(%p), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%a"
+    named = 'metadata={op_name="jit(step)/while/body/cond/kind=mlp/psum"}'
+    other = 'metadata={op_name="jit(step)/while/body/cond/kind=mamba/add"}'
+    mlp = f"%mlp (p: f32[4]) -> f32[4] {{\n  %b = {reduce}\n  ROOT %c = {reduce}, {named}\n}}"
+    mamba = f"%mamba (p: f32[4]) -> f32[4] {{\n  %d = {reduce}\n  ROOT %e = f32[4] add(%d, %d), {other}\n}}"
+    choice = "%out = f32[4] conditional(%is, %p, %p), true_computation=%mlp, false_computation=%mamba"
+    found = text_census(f"%first = {reduce}", choice, before=f"{mlp}\n\n{mamba}\n")
+    assert sorted((one.layers, one.conditional) for one in found) == [
+        ("", False),
+        ("mamba", True),
+        ("mlp", True),
+        ("mlp", True),
+    ]
+
+
 def test_permutes_without_traffic():
     nothing, itself = text_census(
         "%a = f32[5] collective-permute(%p), source_target_pairs={}",
