@@ -1,5 +1,6 @@
 """The census of collectives: what a compiled step communicates, over which mesh axes, how much and how often."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -116,11 +117,21 @@ def census(
         have = math.prod(sizes.values())
         raise ValueError(f"HLO is for {module.num_partitions} devices, the mesh {dict(sizes)} has {have}")
     groups, beside = _Groups(sizes, names), products_beside(module)
-    found = (_collective(module, site, groups, beside) for site in hlo.walk(module))
+
+    @functools.cache
+    def layers(branch: str) -> str:
+        # where XLA lost the name of a collective others of its branch tell
+        kinds = hlo.kinds(module, branch)
+        return min(kinds) if len(kinds) == 1 else ""
+
+    found = (_collective(module, site, groups, beside, layers) for site in hlo.walk(module))
     return tuple(collective for collective in found if collective is not None)
 
 
-def _collective(module: hlo.Module, site: hlo.Site, groups: "_Groups", beside: dict[str, int]) -> Collective | None:
+def _collective(
+    module: hlo.Module, site: hlo.Site, groups: "_Groups", beside: dict[str, int], layers: Callable[[str], str]
+) -> Collective | None:
+    """What an instruction communicates, none if it does not; `layers` tells of a branch the kind of layers in it."""
     instruction = site.instruction
     opcode = instruction.operation
     # a permutation may be compiled to a send and a receive
@@ -149,16 +160,8 @@ def _collective(module: hlo.Module, site: hlo.Site, groups: "_Groups", beside: d
         source=next(filter(None, sources), ""),
         location=hlo.location(module, instruction),
         beside=beside.get(instruction.name, 0),
-        layers=_layers(module, site),
+        layers=layers(site.branch) if site.branch else "",
     )
-
-
-def _layers(module: hlo.Module, site: hlo.Site) -> str:
-    """The kind of layers in whose branch it is; where XLA lost its own name others of the branch tell."""
-    if not site.conditional:
-        return ""
-    kinds = hlo.kinds(module, site.branch)
-    return min(kinds) if len(kinds) == 1 else ""
 
 
 def _payload(opcode: str, instruction: hlo.Instruction, group_size: int) -> tuple[hlo.Array, ...]:
