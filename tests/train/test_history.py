@@ -58,6 +58,14 @@ def test_the_same_in_other_words_is_no_change_of_the_function():
     assert changed(("--model.num_layers", "4"), long) == []
     spelled = "--model.num_kv_heads 12 --model.head_dim 64 --model.mlp_size 3072 --model.qkv_bias true"
     assert changed((), tuple(spelled.split())) == []
+    hybrid = ("--model.hybrid", "0.25", "0.25", "4")
+    assert changed(hybrid, ("--model.num_layers", "1", "--model.pattern", "MM*-")) == []
+    for pattern, words in (
+        ("Mm", "--model.mamba.num_heads 24 --model.mamba.norm_groups 8 --model.mamba.dt_rank 48"),
+        ("*E", "--model.moe.expert_size 3072 --model.moe.bias true"),
+    ):
+        kinds = ("--model.pattern", pattern, "--model.position", "none")
+        assert changed(kinds, (*kinds, *words.split())) == []
     assert changed(("--model.num_layers", "3"), long) == ["model.pattern *- -> *-*-|*-*-", "model.num_layers 3 -> 1"]
 
 

@@ -8,6 +8,7 @@ from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.cost import model_flops_per_token, num_parameters, padding_flops_per_token
 from jaxtron.models.decoder.kinds import expert_width
 from jaxtron.models.decoder.pattern import layer_kinds
+from jaxtron.models.decoder.state_space import mamba1_rank, mamba2_heads
 from jaxtron.models.decoder.work import decoder_work
 from jaxtron.models.family import Cuts, Experts, Family
 from jaxtron.sharding.config import ContextConfig
@@ -66,7 +67,7 @@ def recompute_levels(model: ModelConfig) -> tuple[str, ...]:
 
 
 def meaning(model: ModelConfig) -> dict[str, Any]:
-    """A default spelled out, and cuts for stages, are the same model."""
+    """A default spelled out, cuts for stages, and the pattern of shares are the same model."""
     layers = model.layout.layers
     heads = [kind.heads(model) for kind in model.kinds if kind.heads is not None]
     # layers of a mixed pattern are other parameters
@@ -74,12 +75,18 @@ def meaning(model: ModelConfig) -> dict[str, Any]:
     return {
         "pattern": pattern,
         "num_layers": pattern,
+        "hybrid": pattern,
         "num_kv_heads": model.kv_heads,
         "head_dim": model.head_size,
         "mlp_size": model.mlp_width,
         "norm_bias": model.norms_have_bias,
         "qkv_bias": model.bias if model.qkv_bias is None else model.qkv_bias,
         "attention.scale": [one.scale or one.key**-0.5 for one in heads],
+        "moe.expert_size": expert_width(model),
+        "moe.bias": model.expert_bias,
+        "mamba.num_heads": mamba2_heads(model),
+        "mamba.norm_groups": model.mamba.norm_groups or model.mamba.num_groups,
+        "mamba.dt_rank": mamba1_rank(model),
     }
 
 
