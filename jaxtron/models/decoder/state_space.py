@@ -50,9 +50,9 @@ def validate_mamba2(settings: DecoderSettings) -> None:
     for name in ("num_groups", "norm_groups"):
         groups = getattr(mamba, name)
         if groups is not None and heads % groups:
+            others = "" if mamba.num_heads else ", or model.mamba.head_dim"
             raise UserError(
-                f"{_HEADS} {heads} is not a multiple of model.mamba.{name} {groups}; change one of them, or "
-                "model.mamba.head_dim"
+                f"{_HEADS} {heads} is not a multiple of model.mamba.{name} {groups}; change one of them{others}"
             )
     if mamba.num_heads is not None and "m" not in settings.pattern:
         if mamba.expand != type(mamba).model_fields["expand"].default:
