@@ -74,6 +74,20 @@ def test_patterns_count_their_symbols():
     assert cost("(*-)", 3) == cost("*-", 3) == cost("***---")
     # what a layer more costs is what it costs anywhere
     assert cost("*--") - cost("*-") == cost("--") - cost("-")
+    # in a loop over kinds and in stages as well
+    assert cost("*-*|-*-") == cost("*-", 3) and cost("***|--*") == cost("****--")
+
+
+def test_a_mamba_layer_costs_what_its_heads_do():
+    """Channels are those of its heads, whatever they would be over the stream's width."""
+
+    def cost(**mamba):
+        mamba |= {"num_groups": 1, "state_size": 16}
+        return model_flops_per_token(ModelConfig(pattern="M", num_layers=1, hidden_size=64, mamba=mamba), 32)
+
+    assert cost(num_heads=8, head_dim=16) == cost(head_dim=16)
+    # gate, values, output and step of two heads more, and the 7 of each number of their states
+    assert cost(num_heads=10, head_dim=16) - cost(head_dim=16) == 3 * (2 * 64 * (3 * 32 + 2) + 7 * 32 * 16)
 
 
 SMALL = {"num_layers": 3, "hidden_size": 48, "num_heads": 4, "vocab_size": 100, "vocab_multiple": 16}
