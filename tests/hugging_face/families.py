@@ -159,7 +159,9 @@ def hybrid(config: Config) -> dict[str, Any]:
 def steps(limit: list[Any]) -> dict[str, Any]:
     """Bounds of steps; files write infinity as a word."""
     low, high = limit
-    return {"dt_limit": (low, None if isinstance(high, dict | str) or math.isinf(high) else high)}
+    most = None if isinstance(high, dict | str) or math.isinf(high) else high
+    # of first values, which these models do not have: any that the bounds let through
+    return {"dt_limit": (low, most), "dt_range": (max(low, 1e-3), max(2 * low, 0.1))}
 
 
 def mamba(config: Config) -> dict[str, Any]:
@@ -204,7 +206,7 @@ def nemotron_h(config: Config) -> dict[str, Any]:
             "num_groups": config["n_groups"],
             "conv_width": config["conv_kernel"],
             # it cuts steps below at this, and not at its time_step_limit
-            "dt_limit": (config["time_step_min"], None),
+            **steps([config["time_step_min"], math.inf]),
         },
     }
 
