@@ -391,8 +391,6 @@ def test_other_ways_to_travel_are_those_of_the_formula(moe: tuple[str, str]) -> 
 def test_the_shared_mlp_is_multiplied_while_tokens_travel() -> None:
     """Qwen2-57B's layer: its first products on the way out; in the backward those before and after the activation."""
     smaller = "--model.num_layers 2 --model.vocab_size 1024 --train.global_batch 8 --train.microbatches 2 --mesh.data 4"
-    # with buckets of a device, which a GPU has by default, the compiler puts no products beside the way out
-    smaller += " --model.moe.buckets expert"
     flags = f"{smaller} --mesh.pipe 1 --pipeline.schedule 1f1b --pipeline.chunks 1".split()
     config = load(Configuration, CONFIGS / "qwen2_57b_a14b.yaml", flags).resolved()
     rehearsal = rehearse(config, gpu="h100", num_gpus=8)

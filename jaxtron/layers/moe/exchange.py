@@ -20,7 +20,7 @@ from jaxtron.kernels.grouped_matmul.grouped_matmul import GroupedProducts
 from jaxtron.layers.moe.groups import Groups
 from jaxtron.sharding.collectives import vary
 from jaxtron.sharding.folding import Axes
-from jaxtron.typing import Array, Int
+from jaxtron.typing import Array, Float, Int
 
 
 @dataclass(frozen=True)
@@ -187,16 +187,29 @@ def leave(exchange: Exchange, sums: Array) -> Array:
     return sums
 
 
-def send(exchange: Exchange, turn: Turn, values: Array) -> Array:
-    """Of each pair [T, K, ...], or of each token [T, 1, ...], the value at its bucket: [*rows, ...], zeros elsewhere.
+def send(exchange: Exchange, turn: Turn, *values: Array) -> list[Array]:
+    """Of each pair [T, K, ...], or of each token [T, 1, ...], the values at its bucket: [*rows, ...], zeros elsewhere.
 
     Rows are [own expert, row], or [row] where a bucket is a device: of all devices that send here, and where devices
     share an expert's width, each gets the rows of all.
+
+    Values set out when those before them have come. The largest are last: what is computed meanwhile is beside these,
+    where a compiler that is free to choose puts it beside the smallest.
     """
     if exchange.has_tokens:
-        return values[:, 0]
-    flat = values.reshape(-1, *values.shape[2:])
-    rows = flat.at[turn.pairs // (exchange.top_k // values.shape[1])].get(mode="fill", fill_value=0)
+        return [array[:, 0] for array in values]
+    came: list[Array] = []
+    for array in values:
+        flat = array.reshape(-1, *array.shape[2:])
+        rows = flat.at[turn.pairs // (exchange.top_k // array.shape[1])].get(mode="fill", fill_value=0)
+        if came and exchange.sends:
+            came[-1], rows = jax.lax.optimization_barrier((came[-1], rows))
+        came.append(_travel(exchange, rows))
+    return came
+
+
+def _travel(exchange: Exchange, rows: Array) -> Array:
+    """Rows by bucket to where these lie."""
     if exchange.sends:
         # [device, own expert, row, ...], or one bucket in the place of experts
         rows = rows.reshape(exchange.num_devices, exchange.own_experts // exchange.of_bucket, *rows.shape[1:])
@@ -210,21 +223,33 @@ def send(exchange: Exchange, turn: Turn, values: Array) -> Array:
     return rows if exchange.grouped is None else rows[0]
 
 
-def send_choices(exchange: Exchange, dispatch: Dispatch, turn: Turn) -> Int[Array, "R K"] | None:
-    """Of the tokens of `send`'s rows, which of a device's experts they chose, `own_experts` for none of them.
+def send_tokens(
+    exchange: Exchange,
+    dispatch: Dispatch,
+    turn: Turn,
+    tokens: Float[Array, "T E"],
+    weights: Float[Array, "T K"],
+) -> tuple[Float[Array, "*rows E"], Float[Array, "*rows weights"], Int[Array, "*rows K"] | None]:
+    """Of each row (as of `send`) its token, the weights of the token's choices, and which of a device's experts these
+    are, `own_experts` for none of them.
 
-    None where a bucket is an expert: its rows are for it.
+    Where a bucket is an expert, a row has the weight of its pair and no choices: it is for that expert.
     """
     own = exchange.own_experts
     if exchange.grouped is None:
-        return None
-    if exchange.sends:
-        # rows without a token have zeros
-        chosen = send(exchange, turn, dispatch.chosen[:, None] + 1) - 1
-        chosen -= own * jax.lax.axis_index(exchange.expert) if exchange.expert else 0
-        return jnp.where((chosen >= 0) & (chosen < own), chosen, own)
-    is_here = (turn.rows < turn.pairs.size).reshape(dispatch.chosen.shape).any(1, keepdims=True)
-    return jnp.where(is_here, dispatch.chosen, own) if exchange.has_rounds else dispatch.chosen
+        of_rows, rows = send(exchange, turn, weights[..., None], tokens[:, None])
+        return rows, of_rows, None
+    if not exchange.sends:
+        is_here = (turn.rows < turn.pairs.size).reshape(dispatch.chosen.shape).any(1, keepdims=True)
+        chosen = jnp.where(is_here, dispatch.chosen, own) if exchange.has_rounds else dispatch.chosen
+        return tokens, weights, chosen
+    # in one message; rows without a token have zeros
+    bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
+    asked, rows = send(exchange, turn, jnp.concatenate((dispatch.chosen + 1, bits), 1)[:, None], tokens[:, None])
+    chosen = asked[:, : exchange.top_k] - 1
+    chosen -= own * jax.lax.axis_index(exchange.expert) if exchange.expert else 0
+    chosen = jnp.where((chosen >= 0) & (chosen < own), chosen, own)
+    return rows, jax.lax.bitcast_convert_type(asked[:, exchange.top_k :], weights.dtype), chosen
 
 
 def receive(exchange: Exchange, turn: Turn, rows: Array) -> Array:

@@ -27,7 +27,7 @@ from jaxtron.layers.moe.exchange import (
     receive,
     receive_tokens,
     send,
-    send_choices,
+    send_tokens,
 )
 from jaxtron.layers.moe.groups import collect, collect_weights, make_groups, spread, spread_weights
 from jaxtron.layers.moe.products import gradient, product, product_transposed
@@ -92,7 +92,7 @@ class _Came(NamedTuple):
     weights: Float[Array, "*rows K"]
     """Of the row's expert, or of all choices of its token."""
     chosen: Int[Array, "*rows K"] | None
-    """These choices (`send_choices`)."""
+    """These choices, of the device's experts."""
 
 
 class _Kept(NamedTuple):
@@ -211,7 +211,7 @@ class _Back:
 
     def send(self, turn: Turn) -> Array:
         """The cotangents of what left the experts."""
-        return send(self.exchange, turn, self.cotangent[:, None])
+        return send(self.exchange, turn, self.cotangent[:, None])[0]
 
     def inputs(
         self, turn: Turn, came: _Came, hidden: Array, beside: Array | None = None
@@ -250,11 +250,8 @@ def _first(exchange: Exchange, dispatch: Dispatch) -> Turn:
 
 def _come(exchange: Exchange, dispatch: Dispatch, turn: Turn, tokens: _Tokens) -> _Came:
     """The rows of a round to where they are multiplied."""
-    # with its row, a token's weights go to a device once; to an expert goes that of the pair
-    weights = enter(exchange, tokens.weights)
-    weights = weights[..., None] if exchange.grouped is None else weights[:, None]
-    rows = send(exchange, turn, enter(exchange, tokens.x)[:, None])
-    return _Came(rows, send(exchange, turn, weights), send_choices(exchange, dispatch, turn))
+    x, weights = (enter(exchange, array) for array in tokens)
+    return _Came(*send_tokens(exchange, dispatch, turn, x, weights))
 
 
 def _grouped(exchange: Exchange, turn: Turn, came: _Came) -> Turn:

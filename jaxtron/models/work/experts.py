@@ -126,16 +126,12 @@ def _sent(shapes: Shapes, layer: ExpertShapes, backward: int) -> tuple[Collectiv
     width an all-gather and a reduce-scatter beside."""
     rows, weights = layer.exchanged(shapes)
     parts = shapes.sizes["expert_tensor"]
-    found = 2 * _all(shapes, "expert", "all_to_all", rows) + _all(shapes, "expert", "all_to_all", weights)
+    # the choices of tokens travel with their weights
+    small = weights if backward or not layer.grouped else 2 * weights
+    found = 2 * _all(shapes, "expert", "all_to_all", rows) + _all(shapes, "expert", "all_to_all", small)
     found += _all(shapes, "expert_tensor", "all_gather", parts * rows)
     found += _all(shapes, "expert_tensor", "reduce_scatter", parts * rows)
-    small = _all(shapes, "expert_tensor", "reduce_scatter" if backward else "all_gather", parts * weights)
-    if layer.grouped and not backward:
-        # the choices of tokens beside their weights
-        small += _all(shapes, "expert", "all_to_all", weights) + _all(
-            shapes, "expert_tensor", "all_gather", parts * weights
-        )
-    return found + small
+    return found + _all(shapes, "expert_tensor", "reduce_scatter" if backward else "all_gather", parts * small)
 
 
 def _gathered(shapes: Shapes, layer: ExpertShapes) -> tuple[tuple[CollectiveWork, ...], tuple[CollectiveWork, ...]]:
