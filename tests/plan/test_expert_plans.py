@@ -286,6 +286,11 @@ def test_rows_are_those_of_the_layer(moe: dict, mesh: dict, rules_for: Callable[
     meets = 1 if exchange.gathers else rules.parts("expert_tensor")
     pairs = exchange.num_buckets * exchange.pairs * meets
     assert found.came == found.sent * meets
+    if exchange.sends:
+        # a weight of each pair, or all weights of a token with its choices, and gradients of weights alone
+        weights = found.sent * (1 if exchange.grouped is None else exchange.top_k) * 4
+        asked = weights if exchange.grouped is None else 2 * weights
+        assert found.exchanged(shapes) == (found.sent * HIDDEN * 2, asked, weights)
     assert found.held == (pairs if exchange.grouped is None else tiled_rows(pairs, exchange.own_experts))
 
 

@@ -42,8 +42,11 @@ class ExpertShapes:
     """Whether they and the router add biases."""
 
     def exchanged(self, shapes: Shapes) -> tuple[float, ...]:
-        """Bytes of the arrays that devices with experts send each other: rows, and their weights or gradients."""
-        return () if self.gathers else (self.sent * self.hidden * shapes.width, self.sent * self.weights * FLOAT)
+        """Bytes of the arrays that devices with experts send each other: rows, their weights, with which the choices of
+        tokens travel, and the gradients of weights."""
+        weights = self.sent * self.weights * FLOAT
+        asked = 2 * weights if self.grouped else weights
+        return () if self.gathers else (self.sent * self.hidden * shapes.width, asked, weights)
 
     @property
     def weights(self) -> int:
@@ -124,10 +127,8 @@ def _movements(shapes: Shapes, layer: ExpertShapes) -> SlotWork:
 def _sent(shapes: Shapes, layer: ExpertShapes, backward: int) -> tuple[CollectiveWork, ...]:
     """Rows and their weights out and rows back, or the gradients of both the other way; where devices share an expert's
     width an all-gather and a reduce-scatter beside."""
-    rows, weights = layer.exchanged(shapes)
-    parts = shapes.sizes["expert_tensor"]
-    # the choices of tokens travel with their weights
-    small = weights if backward or not layer.grouped else 2 * weights
+    rows, asked, weights = layer.exchanged(shapes)
+    parts, small = shapes.sizes["expert_tensor"], weights if backward else asked
     found = 2 * _all(shapes, "expert", "all_to_all", rows) + _all(shapes, "expert", "all_to_all", small)
     found += _all(shapes, "expert_tensor", "all_gather", parts * rows)
     found += _all(shapes, "expert_tensor", "reduce_scatter", parts * rows)
