@@ -23,6 +23,8 @@ from tests.hugging_face.fixtures import FOLDER, Fixture, load, write
 from tests.support.logits import decoded, logits
 
 TOLERANCE = 2e-5
+# state-space models and hybrids are held closer
+CLOSER = dict.fromkeys(("bamba", "mamba", "mamba2", "nemotron_h"), 1e-5)
 
 
 def trainer_of(model: ModelConfig, fixture: Fixture) -> Trainer:
@@ -68,7 +70,7 @@ def test_logits_are_those_of_transformers(name, rules_for, tmp_path):
     with use(rules_for(data=1)):
         found = logits(*of_fixture(fixture, tmp_path), fixture.tokens)[..., : fixture.config["vocab_size"]]
     assert np.abs(fixture.logits).max() > 2
-    np.testing.assert_allclose(found, fixture.logits, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(found, fixture.logits, rtol=0, atol=CLOSER.get(name, TOLERANCE))
 
 
 @pytest.mark.parametrize("name", marked(SLOW_TO_GO_ON))
@@ -78,7 +80,8 @@ def test_what_goes_on_from_memory_has_the_logits_of_the_whole(name, rules_for, t
     parts = (2, 1, fixture.tokens.shape[1] - 4, 1)
     with use(rules_for(data=1)):
         found = decoded(*of_fixture(fixture, tmp_path), fixture.tokens, parts)[..., : fixture.config["vocab_size"]]
-    np.testing.assert_allclose(found, fixture.logits[:, np.cumsum(parts) - 1], rtol=0, atol=TOLERANCE)
+    expected = fixture.logits[:, np.cumsum(parts) - 1]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=CLOSER.get(name, TOLERANCE))
 
 
 def test_every_family_has_a_fixture():

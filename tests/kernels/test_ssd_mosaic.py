@@ -40,7 +40,7 @@ SLOW = [
 # forward, march, inputs, outputs, and march as either summary
 PLANTED = {
     "without fences": [True, True, True, True, False, False],
-    "without waits": [True, True, False, False, False, False],
+    "without waits": [True, True, True, True, False, False],
     "without meetings": [True, True, False, False, True, True],
     "without the meeting before the state": [True],
     "without the meeting after the state": [True],
