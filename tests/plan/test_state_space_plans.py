@@ -24,6 +24,7 @@ from jaxtron.run.batches import abstract_batch
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import Session, make_session
 from jaxtron.sharding.folding import FLAGS
+from tests.support.scan_bounds import BOUNDS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 H100, GIB = gpu_named("h100"), 2**30
@@ -75,10 +76,6 @@ def test_memory_is_that_of_compiled_steps(flags: str, temporaries: float, kept: 
     found = Estimator(config).memory(config, sizes, H100)
     assert found.temporaries / GIB == pytest.approx(temporaries, rel=0.15)
     assert found.activations / GIB == pytest.approx(kept, abs=0.001)
-
-
-# milliseconds of the scan forward, and forward and backward: `python -m benchmarks.ssd bound`, compiled with JAX 0.11.2
-BOUNDS = [("h100", 1, 0.42, 1.78), ("h200", 1, 0.34, 1.30), ("h100", 8, 0.46, 2.22)]
 
 
 @pytest.mark.parametrize(("gpu", "groups", "forward", "both"), BOUNDS)
