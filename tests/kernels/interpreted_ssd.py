@@ -26,7 +26,7 @@ CASES = {
     "resets at edges": replace(PLAIN, length=384, heads=1, resets=(0, 127, 128, 130, 255, 383)),
     "one position": replace(PLAIN, length=1, groups=2),
     "slow decay": replace(PLAIN, dt=(1e-4, 1e-3), heads=1),
-    "fast decay": replace(PLAIN, dt=(0.5, 2.0), padding=100, heads=1),
+    "fast decay, poisoned padding": replace(PLAIN, dt=(0.5, 2.0), padding=100, heads=1, poisoned=True),
 }
 
 

@@ -33,7 +33,7 @@ SLOW = [
     "resets at edges",
     "one position",
     "slow decay",
-    "fast decay",
+    "fast decay, poisoned padding",
     "shared heads",
     "pieces",
 ]
