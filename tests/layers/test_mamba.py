@@ -11,25 +11,33 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxtron.checkpoint.names import parts
 from jaxtron.config import UserError
+from jaxtron.kernels.gated_delta import xla as delta_xla
+from jaxtron.kernels.selective_scan import xla as selective_xla
+from jaxtron.kernels.ssd import xla as ssd_xla
 from jaxtron.layers.inputs import LayerInputs
 from jaxtron.layers.ssm.config import DeltaConfig, MambaConfig
 from jaxtron.layers.ssm.delta import GatedDeltaNet
 from jaxtron.layers.ssm.mamba1 import Mamba1
 from jaxtron.layers.ssm.mamba2 import Mamba2
+from jaxtron.layers.ssm.recurrences import delta_rule, duality, selective_scan
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.program import choices
 from jaxtron.models.program import whole
+from jaxtron.optim.config import OptimizerConfig
+from jaxtron.optim.optimizer import decay_mask
 from jaxtron.sharding.config import ContextConfig
+from jaxtron.sharding.parameters import working_dtype
 from jaxtron.sharding.rules import use
 
 EMBED, HEADS, ROWS, LENGTH = 16, 4, 2, 11
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
-def make_layer(kind: str = "M", groups: int = 2) -> Mamba1 | Mamba2 | GatedDeltaNet:
+def make_layer(kind: str = "M", groups: int = 2, **changes: Any) -> Mamba1 | Mamba2 | GatedDeltaNet:
     """Of a pattern's symbol, of all but Mamba with so many groups of heads."""
-    config = MambaConfig(num_heads=HEADS, head_dim=8, state_size=6, num_groups=groups, dt_range=(0.1, 1))
+    config = MambaConfig(num_heads=HEADS, head_dim=8, state_size=6, num_groups=groups, dt_range=(0.1, 1), **changes)
     shared: dict[str, Any] = {"std": 0.5, "output_std": 0.5, "dropout": 0.0, "rngs": nnx.Rngs(0)}
     if kind == "G":
         sizes = {"linear_num_key_heads": groups, "linear_num_value_heads": HEADS, "linear_key_head_dim": 6}
@@ -40,6 +48,12 @@ def make_layer(kind: str = "M", groups: int = 2) -> Mamba1 | Mamba2 | GatedDelta
         return whole(Mamba2(EMBED, HEADS, config, epsilon=1e-5, **shared), jnp.float32)
     # it has no norm that takes sizes back
     return whole(Mamba1(EMBED, 2 * EMBED, 3, config, **{**shared, "std": 0.3}), jnp.float32)
+
+
+def by_name(layer: nnx.Module) -> dict[str, nnx.Param]:
+    """Its parameters."""
+    leaves = jax.tree.leaves_with_path(layer, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    return {"/".join(parts(path)): leaf for path, leaf in leaves}
 
 
 def tokens(length: int = LENGTH) -> jax.Array:
@@ -110,6 +124,125 @@ def test_first_values_of_mamba_are_those_of_its_paper(rules_for):
         # float32 and without weight decay
         roles = [getattr(layer, name).get_metadata("spec").role for name in ("A_log", "D", "dt_bias", "dt_proj")]
         assert roles == ["state", "state", "state", "kernel"]
+
+
+def test_first_values_of_a_delta_net_are_those_of_megatron(rules_for):
+    sizes = {"linear_num_key_heads": 256, "linear_num_value_heads": 512, "linear_key_head_dim": 2}
+    with use(rules_for()):
+        shared = {"std": 0.02, "output_std": 0.01, "epsilon": 1e-5, "dropout": 0.0, "rngs": nnx.Rngs(0)}
+        layer = GatedDeltaNet(EMBED, DeltaConfig(**sizes, linear_value_head_dim=4), **shared)
+        rates = np.exp(np.asarray(layer.A_log[...]))
+        assert 1 <= rates.min() < 1.2 and 15.8 < rates.max() <= 16
+        assert np.mean(rates < 8.5) == pytest.approx(0.5, abs=0.1)
+        for ones in (layer.dt_bias, layer.norm.scale):
+            assert (np.asarray(ones[...]) == 1).all()
+        # a convolution of 4 positions begins as PyTorch's; products as all of a model's
+        for taps in (layer.conv_q, layer.conv_k, layer.conv_v):
+            assert 0.49 < np.abs(taps[...]).max() <= 0.5 and np.std(taps[...]) == pytest.approx(0.5 / 3**0.5, rel=0.05)
+        for product in (layer.q, layer.k, layer.v, layer.z, layer.b, layer.a):
+            assert np.std(product.kernel[...]) == pytest.approx(0.02, rel=0.05)
+        assert np.std(layer.output.kernel[...]) == pytest.approx(0.01, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", "MmG")
+def test_decays_and_steps_stay_float32_and_do_not_decay(rules_for, kind: str):
+    config = OptimizerConfig(weight_decay=0.1)
+    with use(rules_for()):
+        found = {}
+        for name, weights in by_name(make_layer(kind)).items():
+            role = weights.get_metadata("spec").role
+            found[name] = working_dtype(role, jnp.dtype("bfloat16")), decay_mask(config, role)
+    kept = {name for name, (dtype, decays) in found.items() if dtype == jnp.float32 and not decays}
+    others = {"M": {"D", "norm/scale", "conv_x/bias", "conv_B/bias", "conv_C/bias"}, "m": {"D", "conv/bias"}}
+    assert kept == {"A_log", "dt_bias"} | others.get(kind, {"norm/scale"})
+    assert {found[name] for name in found.keys() - kept} == {(jnp.dtype("bfloat16"), True)}
+
+
+def test_what_a_piece_does_to_a_state_is_as_many_numbers_as_the_docs_say():
+    def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((ROWS, LENGTH, *sizes), jnp.float32)
+
+    def by_head(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+    heads, groups, steps, channels = shape(HEADS, 8), shape(2, 6), shape(HEADS), shape(32)
+    scan = duality(ssd_xla), (heads, steps, by_head(HEADS), groups, groups, by_head(HEADS))
+    selective = selective_scan(selective_xla), (channels, channels, by_head(32, 6), *(shape(1, 6),) * 2, by_head(32))
+    rule = delta_rule(delta_xla), (groups, groups, heads, steps, steps)
+    for (recurrence, arrays), numbers in (
+        (scan, HEADS * (6 * 8 + 1)),
+        (selective, 2 * 32 * 6),
+        (rule, HEADS * 6 * (8 + 6)),
+    ):
+        state = jax.ShapeDtypeStruct(recurrence.shape(*arrays), jnp.float32)
+        left = jax.eval_shape(lambda *given, of=recurrence: of.through(*given, None), *arrays)
+        added = jax.eval_shape(lambda *given, of=recurrence: of.final_state(*given, None), *arrays, state)
+        assert left.size + added.size == ROWS * numbers and {left.dtype, added.dtype} == {jnp.dtype("float32")}
+
+
+def plainly(weights: dict[str, jax.Array], x: jax.Array, limit: jax.Array) -> jax.Array:
+    """What a layer with one group of heads and steps cut to a limit computes of parameters by name, token by token."""
+    is_second = "z/kernel" in weights
+
+    def product(name: str, to: str, x: jax.Array = x, of: str = "bse,e") -> jax.Array:
+        return jnp.einsum(f"{of}{to}->bs{to}", x, weights[name])
+
+    def convolved(x: jax.Array, name: str) -> jax.Array:
+        kernel = weights[f"{name}/kernel"]
+        wide = jnp.pad(x, ((0, 0), (len(kernel) - 1, 0), *((0, 0),) * (x.ndim - 2)))
+        parts = (wide[:, tap : tap + x.shape[1]] * kernel[tap] for tap in range(len(kernel)))
+        return jax.nn.silu(sum(parts) + weights[f"{name}/bias"])
+
+    A, D = -jnp.exp(weights["A_log"]), weights["D"]
+    if is_second:
+        z, dt = product("z/kernel", "hp"), product("dt/kernel", "h")
+        inner, B, C = (convolved(product(f"{name}/kernel", to), f"conv_{name}") for name, to in (
+            ("x", "hp"), ("B", "gn"), ("C", "gn")
+        ))  # fmt: skip
+        B, C, A, D = B[:, :, 0, None, None], C[:, :, 0, None, None], A[:, None, None], D[:, None]
+    else:
+        x, z = jnp.moveaxis(product("input/kernel", "gc"), 2, 0)
+        inner = convolved(x, "conv")
+        rank, size = len(weights["dt_proj"]), A.shape[-1]
+        steps, B, C = jnp.split(product("x_proj/kernel", "l", inner, "bsc,c"), (rank, rank + size), -1)
+        dt = product("dt_proj", "c", steps, "bsl,l")
+        B, C = B[:, :, None], C[:, :, None]
+    dt = jax.nn.softplus(dt + weights["dt_bias"])
+    dt = jnp.where(dt < limit[0], limit[0], jnp.where(dt > limit[1], limit[1], dt))
+    steps = dt[..., None] if is_second else dt
+    state, found = 0.0, []
+    for t in range(x.shape[1]):
+        step, own = steps[:, t, ..., None], inner[:, t, ..., None]
+        state = state * jnp.exp(step * A) + step * own * B[:, t]
+        found.append((state * C[:, t]).sum(-1) + D * inner[:, t])
+    y = jnp.stack(found, 1) * jax.nn.silu(z)
+    if not is_second:
+        return product("output/kernel", "e", y, "bsc,c")
+    y = y * jax.lax.rsqrt(jnp.square(y).mean((2, 3), keepdims=True) + 1e-5) * weights["norm/scale"]
+    return product("output/kernel", "e", y, "bshp,hp")
+
+
+@pytest.mark.parametrize("kind", "Mm")
+def test_gradients_of_steps_that_are_cut_are_those_of_plain_differentiation(rules_for, in_region, kind: str):
+    """Of a step that `dt_limit` cuts nothing reaches what it was made of; others pass it on."""
+    x, limit = tokens(), (0.4, 0.9)
+    asked = jax.random.normal(jax.random.key(2), x.shape)
+    with use(rules_for()):
+        layer = make_layer(kind, 1, dt_limit=limit)
+        run = jax.grad(lambda layer, x: jnp.sum(asked * layer(x, LayerInputs())), (0, 1))
+        of_layer, of_input = in_region(run)(layer, x)
+    made, values = (
+        {name: np.asarray(value[...]) for name, value in by_name(tree).items()} for tree in (of_layer, layer)
+    )
+    gradients = jax.jit(jax.grad(lambda *given: jnp.sum(asked * plainly(*given)), (0, 1)))
+    expected, of_plain_input = gradients(values, x, jnp.asarray(limit))
+    assert made.keys() == expected.keys()
+    for name, array in (expected | {"": of_plain_input}).items():
+        found = made[name] if name else of_input
+        np.testing.assert_allclose(found, array, rtol=0, atol=1e-5 * float(np.abs(array).max()), err_msg=name)
+    # few channels have all steps cut, and cuts change most of what is asked of the others
+    cut, uncut = expected["dt_bias"], gradients(values, x, jnp.asarray((0.0, np.inf)))[0]["dt_bias"]
+    assert np.mean(cut != 0) > 0.5 and np.mean(np.abs(cut - uncut) > 0.1 * np.abs(uncut)) > 0.5
 
 
 @pytest.mark.parametrize(

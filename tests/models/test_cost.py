@@ -90,6 +90,27 @@ def test_a_mamba_layer_costs_what_its_heads_do():
     assert cost(num_heads=10, head_dim=16) - cost(head_dim=16) == 3 * (2 * 64 * (3 * 32 + 2) + 7 * 32 * 16)
 
 
+def forward_flops(pattern: str, **sizes) -> float:
+    """Of a token's forward through one layer 64 wide."""
+    config = ModelConfig(pattern=pattern, num_layers=1, hidden_size=64, position="none", **sizes)
+    return model_flops_per_token(config, 32) / 3 - 2 * 64 * config.padded_vocab
+
+
+def test_a_mamba_1_layer_costs_its_products_and_seven_a_number_of_its_states():
+    # 96 channels; x and z, steps of 5 numbers with B and C of 16, steps of all channels, output
+    products = 64 * 2 * 96 + 96 * (5 + 2 * 16) + 5 * 96 + 96 * 64
+    mamba = {"expand": 1.5, "state_size": 16, "dt_rank": 5}
+    assert forward_flops("m", mamba=mamba) == 2 * products + 7 * 96 * 16 == 55_680
+
+
+def test_a_gated_delta_net_costs_its_products_and_seven_a_number_of_its_states():
+    # 2 queries and keys of 8, 6 values of 4; q and k, v, z and output, b and a
+    products = 64 * (2 * 2 * 8) + 3 * 64 * (6 * 4) + 2 * 64 * 6
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 6}
+    delta = {**heads, "linear_key_head_dim": 8, "linear_value_head_dim": 4}
+    assert forward_flops("G", delta=delta) == 2 * products + 7 * 6 * 4 * 8 == 16_192
+
+
 SMALL = {"num_layers": 3, "hidden_size": 48, "num_heads": 4, "vocab_size": 100, "vocab_multiple": 16}
 
 

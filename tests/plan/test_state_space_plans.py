@@ -134,15 +134,25 @@ def test_a_stage_holds_what_its_kinds_of_layers_leave() -> None:
         assert real.stages[stage] == StageActivations(layers=3, held=held, bytes=activations)
 
 
-def test_states_travel_between_parts_of_a_sequence() -> None:
-    flags = MAMBA2 + "--mesh.context 4 --mesh.tensor 2 --mesh.data 1 --train.global_batch 4 --train.microbatches 4"
+# what half of all heads or channels have of a piece: a state and one decay for each of 64 heads; for each number of
+# 4,096 channels' states two; a state and a matrix for each of 16 heads of G
+TRAVELS = [
+    (MAMBA2, 64 * (128 * 64 + 1)),
+    ("--model.pattern m --model.mamba.state_size 32 ", 2 * 4096 * 32),
+    ("--model.pattern G --model.delta.linear_value_head_dim 64 ", 16 * 128 * (64 + 128)),
+]
+
+
+@pytest.mark.parametrize(("layer", "numbers"), TRAVELS, ids="MmG")
+def test_states_travel_between_parts_of_a_sequence(layer: str, numbers: int) -> None:
+    flags = layer + "--mesh.context 4 --mesh.tensor 2 --mesh.data 1 --train.global_batch 12 --train.microbatches 4"
     config = configuration(flags)
     sizes = {flag: getattr(config.mesh, flag) for flag in FLAGS}
-    layer = work_of(config, shapes_of(config, sizes, JAXTRON, H100.device_kind)).stacks[0].layer
-    for phase in (layer.forward, layer.backward):
+    work = work_of(config, shapes_of(config, sizes, JAXTRON, H100.device_kind)).stacks[0].layer
+    for phase in (work.forward, work.backward):
         (moved,) = [one for one in phase.collectives if one.purpose == "context"]
-        # 2 pieces a part, of each a number and a state for each of 64 heads on a device
-        assert moved.size == 2 * 4 * 64 * (128 * 64 + 1) * 4 and moved.kind == "all_gather"
+        # 2 pieces a part and 3 rows, in float32
+        assert moved.size == 2 * 4 * 3 * numbers * 4 and moved.kind == "all_gather"
 
 
 @pytest.mark.slow
