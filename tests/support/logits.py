@@ -39,9 +39,12 @@ def _logits(trainer: Trainer, params: PyTree, batch: Microbatch[TokenBatch]):
 
 
 def decoded(trainer: Trainer, params: PyTree, tokens: np.ndarray, parts: tuple[int, ...]) -> np.ndarray:
-    """Those after each of the parts that tokens [B, S] come in, of these lengths, float32 [B, parts, vocabulary]."""
-    lie, whole = manual_specs(trainer.blueprint.parameters), PartitionSpec()
-    run = jax.jit(region(functools.partial(_decoded, trainer, parts), (lie, whole), whole))
+    """Those after each of the parts that tokens [B, S] come in, of these lengths, float32 [B, parts, vocabulary].
+
+    Rows are shared out along `data` and `fsdp`.
+    """
+    lie, rows = manual_specs(trainer.blueprint.parameters), PartitionSpec(current().axes("data", "fsdp"))
+    run = jax.jit(region(functools.partial(_decoded, trainer, parts), (lie, rows), rows))
     return np.asarray(run(params, tokens))
 
 
@@ -52,4 +55,6 @@ def _decoded(trainer: Trainer, parts: tuple[int, ...], params: PyTree, tokens: A
         logits, memory = steps.advance(tokens[:, start : start + length], memory)
         found.append(logits)
         start += length
-    return all_reduce(vary(jnp.stack(found, 1)), current().manual)
+    # along the other axes there is one device
+    others = tuple(axis for axis in current().manual if axis not in current().axes("data", "fsdp"))
+    return all_reduce(vary(jnp.stack(found, 1)), others)
