@@ -80,6 +80,7 @@ OTHERS = (
     Case(HYBRID, {"pipe": 2, "context": 2, "tensor": 2}, "zero_bubble", recompute=("mamba",)),
     Case(HYBRID, {"pipe": 4, "data": 2}, "interleaved", 3, recompute="selective"),
     Case(HYBRID, {"pipe": 2, "fsdp": 2}, "zero_bubble_v", 2),
+    Case(HYBRID, {"pipe": 2}, "dualpipe_v", 2),
     Case(PUBLISHED, {"pipe": 4, "tensor": 2}, "eager_1f1b", recompute="full"),
     Case("M-ME*-EM(*-)", {"pipe": 2, "data": 2, "expert": 2}, "eager_interleaved", 2),
     # the load of earlier microbatches is told to layers with experts
