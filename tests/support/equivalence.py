@@ -112,21 +112,21 @@ class Result(NamedTuple):
     gradients: dict[str, np.ndarray]
 
 
-def make_batch(rows: int = ROWS, packed: bool = False) -> TokenBatch:
+def make_batch(rows: int = ROWS, packed: bool = False, length: int = LENGTH, mean: float = 5) -> TokenBatch:
     """Rows with ever fewer tokens and the last five with none: devices and microbatches differ in their counts.
 
-    `packed`: each row is several documents, cut anywhere.
+    `packed`: each row is several documents, cut anywhere, with so many tokens in the mean.
     """
     generator = np.random.default_rng(0)
-    tokens, targets = generator.integers(0, VOCAB, (2, rows, LENGTH), dtype=np.int32)
-    weights = generator.random((rows, LENGTH)) > np.arange(rows)[:, None] / (rows - 5)
+    tokens, targets = generator.integers(0, VOCAB, (2, rows, length), dtype=np.int32)
+    weights = generator.random((rows, length)) > np.arange(rows)[:, None] / (rows - 5)
     assert weights[0].all() and not weights[-5:].any()
     batch = TokenBatch(tokens, targets, weights.astype(np.float32))
     if not packed:
         return batch
-    segments = np.cumsum(generator.random((rows, LENGTH)) < 0.2, 1, dtype=np.int32)
-    starts = np.maximum.accumulate(np.where(np.diff(segments, prepend=-1), np.arange(LENGTH), 0), 1)
-    return dataclasses.replace(batch, positions=(np.arange(LENGTH) - starts).astype(np.int32), segments=segments)
+    segments = np.cumsum(generator.random((rows, length)) < 1 / mean, 1, dtype=np.int32)
+    starts = np.maximum.accumulate(np.where(np.diff(segments, prepend=-1), np.arange(length), 0), 1)
+    return dataclasses.replace(batch, positions=(np.arange(length) - starts).astype(np.int32), segments=segments)
 
 
 def rules_for(mesh: dict[str, int], zero: str = "optimizer", context: ContextConfig | None = None):
@@ -136,7 +136,11 @@ def rules_for(mesh: dict[str, int], zero: str = "optimizer", context: ContextCon
 
 
 def make_trainer(
-    model: ModelConfig, optimizer: OptimizerConfig | None = None, pipeline: PipelineConfig = ONE_STAGE, **train
+    model: ModelConfig,
+    optimizer: OptimizerConfig | None = None,
+    pipeline: PipelineConfig = ONE_STAGE,
+    length: int = LENGTH,
+    **train,
 ) -> Trainer:
     config = TrainConfig(**{"global_batch": ROWS, "precision": "fp32", **train})
     whole = Configuration(
@@ -145,7 +149,7 @@ def make_trainer(
         pipeline=pipeline,
         optimizer=optimizer or OptimizerConfig(),
         mesh=MeshConfig(**current().sizes),
-        data=DataConfig(sequence_length=LENGTH),
+        data=DataConfig(sequence_length=length),
         seed=3,
     )
     return make_trainer_of(whole)
@@ -198,11 +202,19 @@ def loss_and_gradients(
     rows: int = ROWS,
     context: ContextConfig | None = None,
     packed: bool = False,
+    length: int = LENGTH,
+    mean: float = 5,
+    biases: float = 0.0,
 ) -> Result:
+    """`length` and `mean` as in `make_batch`; `biases` is added to those of steps: below 0, states last longer."""
     with use(rules_for(mesh, zero, context)):
-        trainer = make_trainer(model, pipeline=pipeline, microbatches=microbatches, global_batch=rows)
+        trainer = make_trainer(model, pipeline=pipeline, length=length, microbatches=microbatches, global_batch=rows)
         params = make_params(trainer)
-        batch = jax.device_put(make_batch(rows, packed), batch_sharding())
+        if biases:
+            params = jax.tree.map_with_path(
+                lambda path, leaf: leaf + np.float32(biases) if "dt_bias" in parts(path) else leaf, params
+            )
+        batch = jax.device_put(make_batch(rows, packed, length, mean), batch_sharding())
         run = jax.jit(trainer.loss_and_gradients)
         everywhere = NamedSharding(current().mesh, PartitionSpec())
         step, scale = jax.device_put((jnp.int32(5), jnp.float32(1.0)), everywhere)

@@ -88,5 +88,20 @@ def test_loss_and_every_gradient_equal_one_device(case: Case) -> None:
 
 
 @pytest.mark.slow
+def test_long_documents_equal_one_device() -> None:
+    """Pieces of 300 positions are several chunks of every kind; documents, and what is left of states after a hundred
+    positions, go on over chunks and pieces."""
+    # without attention no other setting of a llama has an effect
+    names = {"hidden_size", "vocab_size", "vocab_multiple", "norm", "norm_epsilon", "tied_head", "mamba", "delta"}
+    kept = model(2, 4, "none").model_dump(include=names, exclude_unset=True)
+    config = ModelConfig(**kept, pattern="MGm", num_layers=1, position="none")
+    lengths = {"length": 1200, "mean": 250, "biases": -5.0}
+    step = functools.partial(loss_and_gradients, config, zero="none", microbatches=1, rows=8, packed=True, **lengths)
+    expected, found = step(mesh=ONE_DEVICE), step(mesh={"context": 2, "tensor": 2})
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert_equal(found.gradients, expected.gradients)
+
+
+@pytest.mark.slow
 def test_documents_do_not_see_each_other() -> None:
     assert one_device(2, 3, True).loss != pytest.approx(one_device(2, 3, False).loss, rel=1e-4)
