@@ -1,6 +1,5 @@
 """Mixtures of experts: routing, losses and every gradient against each expert on each token in plain JAX."""
 
-import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -182,22 +181,67 @@ def test_every_gradient_is_that_of_each_expert_on_each_token(
         assert np.abs(np.asarray(one) - np.asarray(other)).max() <= TOLERANCE * scale
 
 
+def ran(config: MoeConfig, in_region: Callable, x: np.ndarray, keys: jax.Array | None = None) -> BranchOutput:
+    """A layer's output and metrics, without losses; with keys where something is drawn."""
+    with_keys = () if keys is None else (jax.random.key_data(keys),)
+    graph, state = nnx.split(make(config, "swiglu"))
+
+    def run(params: dict, x: jax.Array, *keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        inputs = LayerInputs(keys=jax.random.wrap_key_data(keys[0])) if keys else LayerInputs()
+        output = nnx.merge(graph, in_blocks(params))(x, inputs)
+        return output.x, output.metrics
+
+    y, metrics = in_region(run)(nnx.to_pure_dict(state), x, *with_keys)
+    return BranchOutput(y, None, metrics)
+
+
+def tokens(rows: int = ROWS) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((rows, LENGTH, WIDTH), np.float32)
+
+
 def test_tokens_that_are_dropped_at_random_are_others_in_other_rows(rules_for: Callable, in_region: Callable) -> None:
     config = MoeConfig(capacity_factor=0.5, drop="random", balance=0.0)
-    x = np.repeat(np.random.default_rng(0).standard_normal((1, LENGTH, WIDTH), np.float32), ROWS, 0)
+    x = np.repeat(tokens(1), ROWS, 0)
+    keys = jax.random.split(jax.random.key(0), ROWS)
+    with use(rules_for(data=1)):
+        found = ran(config, in_region, x, keys)
+    assert not np.allclose(found.x[0], found.x[1])
+    # of equal rows, so that each expert has as many of both; all that it takes of a sequence are kept
+    kept = np.minimum(np.asarray(found.metrics[LOAD]) / ROWS, config.capacity(LENGTH)).sum() * ROWS
+    assert 0 < found.metrics["moe/dropped"] == ROWS * LENGTH * config.top_k - kept
+
+
+@pytest.mark.parametrize("scores", ["softmax", "topk_softmax", "sigmoid"])
+def test_entropy_is_that_of_scores_as_a_distribution(rules_for: Callable, in_region: Callable, scores: str) -> None:
+    config, x = MoeConfig(scores=scores, balance=0.0), tokens()
+    with use(rules_for(data=1)):
+        found = ran(config, in_region, x).metrics["moe/entropy"]
+        logits = x @ np.asarray(make(config, "swiglu").router.kernel[...])
+    raw = 1 / (1 + np.exp(-logits)) if scores == "sigmoid" else np.exp(logits)
+    share = raw / raw.sum(-1, keepdims=True)
+    assert found == pytest.approx(-(share * np.log(share)).sum(), rel=1e-5)
+
+
+def test_a_router_of_16_bits_has_logits_of_32(rules_for: Callable, in_region: Callable) -> None:
+    """Two experts whose scores 16 bits do not tell apart: the better one is chosen, and not the first."""
+    config = MoeConfig(num_experts=2, top_k=1, balance=0.0)
     with use(rules_for(data=1)):
         graph, state = nnx.split(make(config, "swiglu"))
-        params = nnx.to_pure_dict(state)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.to_pure_dict(state))
+        kernel = np.zeros((WIDTH, 2), np.float32)
+        # a sum of 16 ones, and one more by 2^-6 in a number that is 1 there
+        kernel[:, 0], kernel[:, 1] = 1.0, 1.0
+        kernel[0, 1] += 2.0**-6
+        params["router"]["kernel"] = jnp.asarray(kernel, jnp.bfloat16)
+        assert (params["router"]["kernel"] == kernel).all()
 
-        def run(params, x, keys):
-            inputs = LayerInputs(keys=jax.random.wrap_key_data(keys))
-            output = nnx.merge(graph, in_blocks(params))(x, inputs)
-            return output.x, output.metrics["moe/dropped"]
+        def run(params: dict, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            output = nnx.merge(graph, in_blocks(params))(x, LayerInputs())
+            return output.x.astype(jnp.float32), output.metrics[LOAD]
 
-        keys = jax.random.key_data(jax.random.split(jax.random.key(0), ROWS))
-        y, dropped = in_region(run)(params, x, keys)
-    assert not np.allclose(y[0], y[1])
-    assert 0 < dropped < ROWS * LENGTH * config.top_k
+        _, load = in_region(run)(params, jnp.ones((ROWS, LENGTH, WIDTH), jnp.bfloat16))
+    assert jnp.asarray(16 + 2.0**-6, jnp.bfloat16) == 16
+    assert load.tolist() == [0, ROWS * LENGTH]
 
 
 def test_an_expert_takes_no_more_than_a_sequence_has() -> None:
@@ -205,20 +249,21 @@ def test_an_expert_takes_no_more_than_a_sequence_has() -> None:
     assert MoeConfig(capacity_factor=1e30).capacity(LENGTH) == LENGTH
 
 
-def test_jitter_moves_the_choice_and_keeps_the_tokens(rules_for: Callable, in_region: Callable) -> None:
-    x = np.random.default_rng(0).standard_normal((ROWS, LENGTH, WIDTH), np.float32)
+def test_jitter_moves_the_choice_in_training_alone_and_keeps_the_tokens(
+    rules_for: Callable, in_region: Callable
+) -> None:
+    keys = jax.random.split(jax.random.key(0), ROWS)
+    plain, jittered = MoeConfig(jitter=0.0), MoeConfig(jitter=0.5)
     with use(rules_for(data=1)):
-        outputs = []
-        for jitter in (0.0, 0.5):
-            graph, state = nnx.split(make(MoeConfig(jitter=jitter), "swiglu"))
-            params = nnx.to_pure_dict(state)
-            run = in_region(
-                lambda params, x, keys, graph=graph: nnx.merge(graph, in_blocks(params))(
-                    x, dataclasses.replace(LayerInputs(), keys=jax.random.wrap_key_data(keys))
-                ).metrics[LOAD]
-            )
-            outputs.append(run(params, x, jax.random.key_data(jax.random.split(jax.random.key(0), ROWS))))
-    assert outputs[0].sum() == outputs[1].sum() and (outputs[0] != outputs[1]).any()
+        calm, moved, unmoved = (
+            ran(config, in_region, tokens(), drawn)
+            for config, drawn in ((plain, keys), (jittered, keys), (jittered, None))
+        )
+    assert calm.metrics[LOAD].sum() == moved.metrics[LOAD].sum()
+    assert (calm.metrics[LOAD] != moved.metrics[LOAD]).any()
+    # where nothing is drawn, as in validation
+    np.testing.assert_array_equal(unmoved.x, calm.x)
+    np.testing.assert_array_equal(unmoved.metrics[LOAD], calm.metrics[LOAD])
 
 
 def test_the_selection_bias_chooses_and_weighs_nothing(rules_for: Callable, in_region: Callable) -> None:

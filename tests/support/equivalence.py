@@ -7,7 +7,9 @@ One-device references take the batch whole, scan their layers, and are shared be
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +41,7 @@ TOLERANCE = 1e-5
 # and rounding is all that a comparison relative to itself would see. So no gradient counts as smaller than this part
 # of the norm of all gradients.
 FLOOR = 1e-3
+NONE_ADDED: Mapping[str, Any] = MappingProxyType({})
 
 
 def changed(model: ModelConfig, **changes) -> ModelConfig:
@@ -155,14 +158,18 @@ def make_trainer(
     return make_trainer_of(whole)
 
 
-def make_params(trainer: Trainer):
-    """Values for every parameter, none of them special: also biases that are not 0 and scales that are not 1."""
+def make_params(trainer: Trainer, biases: Mapping[str, Any] = NONE_ADDED):
+    """Values for every parameter, none of them special: also biases that are not 0 and scales that are not 1.
+
+    `biases` are added to the parameters that these words name.
+    """
     generator, plan = np.random.default_rng(1), trainer.blueprint
 
     def values(path, leaf) -> np.ndarray:
         stages = stack_of(path, trainer)
         shape = leaf.shape if stages is None else (stages.num_layers, *leaf.shape[1:])
         value = 0.2 * generator.standard_normal(shape, np.float32) + (leaf.role == "scale")
+        value += np.float32(biases.get(parts(path)[-1], 0.0))
         return value if stages is None else np.asarray(arrange(stages, value))
 
     made = plan.at_rest(jax.tree.map_with_path(values, plan.parameters))
@@ -204,16 +211,12 @@ def loss_and_gradients(
     packed: bool = False,
     length: int = LENGTH,
     mean: float = 5,
-    biases: float = 0.0,
+    biases: Mapping[str, Any] = NONE_ADDED,
 ) -> Result:
-    """`length` and `mean` as in `make_batch`; `biases` is added to those of steps: below 0, states last longer."""
+    """`length` and `mean` as in `make_batch`, `biases` as in `make_params`."""
     with use(rules_for(mesh, zero, context)):
         trainer = make_trainer(model, pipeline=pipeline, length=length, microbatches=microbatches, global_batch=rows)
-        params = make_params(trainer)
-        if biases:
-            params = jax.tree.map_with_path(
-                lambda path, leaf: leaf + np.float32(biases) if "dt_bias" in parts(path) else leaf, params
-            )
+        params = make_params(trainer, biases)
         batch = jax.device_put(make_batch(rows, packed, length, mean), batch_sharding())
         run = jax.jit(trainer.loss_and_gradients)
         everywhere = NamedSharding(current().mesh, PartitionSpec())

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.command_runs import run_here, small
+from tests.support.command_runs import records, run_here, small
 from tests.support.saved_state import assert_same, values
 
+MOE_TINY = Path(__file__).parents[2] / "configs" / "moe_tiny.yaml"
 FLAGS = (
     *("--model.pattern", "*E", "--model.num_layers", "3", "--model.bias", "false", "--model.moe.num_experts", "4"),
     # one of them is before the stack that stages share out
@@ -34,6 +35,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ended = run_here(*small(folder), *FLAGS, *FOLDED)
     assert ended.code == 0 and ended.err == "", ended
     return folder
+
+
+@pytest.mark.slow
+def test_the_small_mixture_of_the_configurations_learns(tmp_path: Path) -> None:
+    """On the folding that its page shows; all settings are its file's but the text and how long it goes on."""
+    words = small(tmp_path)
+    flags = (
+        "--mesh.data 4 --mesh.tensor 2 --mesh.expert 8 --train.steps 6 --optimizer.warmup_steps 2 --run.log_every 1 "
+        "--train.sample_tokens 0 --train.validation_batches 1"
+    )
+    ended = run_here(str(MOE_TINY), *words[words.index("--run.directory") :], *flags.split())
+    assert ended.code == 0 and ended.err == "", ended
+    losses = [line["loss"] for line in records(tmp_path / "run")]
+    assert len(losses) == 6 and losses[-1] < losses[0] - 1
+    assert (tmp_path / "run" / "load.png").exists()
 
 
 @pytest.mark.slow
