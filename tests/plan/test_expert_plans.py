@@ -124,6 +124,23 @@ def check_formulas(rehearsal: Rehearsal) -> None:
     manual = {*folding.axes("data", "fsdp", "context")}
     looped = [entry for entry in rest if entry.loops and manual & {*folding.named(entry.names)}]
     assert all(map(exchange_of(folding), looped))
+    assert not of_no_stream(rehearsal)
+
+
+def of_no_stream(rehearsal: Rehearsal) -> list[Collective]:
+    """What goes over tensor alone, or a part of it, in loops, and is neither rows nor whole sequences of the residual
+    stream: gathered, or added up in 16 bits and scattered."""
+    folding = rehearsal.session.rules.folding
+    is_exchange, tensor = exchange_of(folding), {*folding.axes("tensor")}
+    large = [entry for entry in rehearsal.collectives if entry.loops and entry.bytes >= SMALL and not is_further(entry)]
+    others = [entry for entry in large if {*folding.named(entry.names)} <= tensor and not is_exchange(entry)]
+
+    def is_stream(entry: Collective) -> bool:
+        moves = entry.kind in ("all_gather", "reduce_scatter") and entry.dtype == "bf16"
+        return moves and {*entry.shapes} == {(ROWS, LENGTH, HIDDEN)}
+
+    assert any(map(is_stream, others))
+    return [entry for entry in others if not is_stream(entry)]
 
 
 def test_tokens_travel_as_often_and_as_many_as_the_formula_says() -> None:
@@ -141,6 +158,52 @@ def test_tokens_travel_as_often_and_as_many_as_the_formula_says() -> None:
     ] * 2
     assert all(entry.asynchronous for entry in large)
     assert large[0].sent_bytes == large[0].bytes * 7 / 8
+
+
+def test_gradients_of_experts_that_are_added_up_over_tensor_in_a_loop_are_found() -> None:
+    """As XLA would do it in every layer and microbatch, if a device's copy were no block of its own."""
+    rehearsal = step(data=4, tensor=2, expert=8)
+    assert not of_no_stream(rehearsal)
+    stream = next(entry for entry in rehearsal.collectives if entry.axes == ("tensor",) and len(entry.loops) == 2)
+    for kind, shape in (("all_reduce", (1, WIDTH, HIDDEN)), ("reduce_scatter", (1, HIDDEN, 2, WIDTH))):
+        size = 4 * math.prod(shape)
+        planted = replace(stream, kind=kind, dtype="f32", shapes=(shape,), bytes=size)
+        found = Rehearsal(**{**vars(rehearsal), "collectives": (*rehearsal.collectives, planted)})
+        assert of_no_stream(found) == [planted]
+        with pytest.raises(AssertionError):
+            check_formulas(found)
+
+
+# the most hardware FLOPs to one of the model's, by what rows are of
+MOST = {"device": 1.05, "expert": 1.25}
+
+
+def hardware_over_model(name: str, buckets: str, **flags: int) -> float:
+    """By formula, on an even load and without what is computed again."""
+    more = [word for flag, value in flags.items() for word in (f"--train.{flag}", str(value))]
+    words = ["--model.moe.buckets", buckets, "--model.recompute", "none", *more]
+    config = load(Configuration, CONFIGS / f"{name}.yaml", words).resolved()
+    found = predict(config, {flag: getattr(config.mesh, flag) for flag in FLAGS}, H100)
+    return found.hardware_flops / found.model_flops
+
+
+def mixtures() -> list[str]:
+    """The configurations with experts; the small one for any machine is none of a GPU's."""
+    texts = {path: path.read_text() for path in CONFIGS.glob("*.yaml")}
+    configs = {
+        path.stem: load(Configuration, path) for path, text in texts.items() if "moe:" in text or "extends:" in text
+    }
+    return [name for name, one in configs.items() if one.family.experts(one.model) is not None and name != "moe_tiny"]
+
+
+def test_few_flops_are_of_no_token() -> None:
+    found = {(name, buckets): hardware_over_model(name, buckets) for name in mixtures() for buckets in MOST}
+    assert {("mixtral_8x7b", "device"), ("deepseek_v3", "expert")} <= found.keys()
+    above = {one: ratio for one, ratio in found.items() if ratio > MOST[one[1]]}
+    # half a tile of 128 rows is 6% of the 1,024 tokens that an expert has there of a microbatch, and experts are 86% of
+    # the model's FLOPs; of two sequences it is 3%
+    assert above == {("llama_3_8x70b", "device"): pytest.approx(1.054, abs=1e-3)}
+    assert hardware_over_model("llama_3_8x70b", "device", microbatches=64) < 1.03
 
 
 def test_further_rounds_count_as_none_and_are_told() -> None:

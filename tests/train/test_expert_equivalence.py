@@ -78,7 +78,6 @@ OTHERS = (
     Case({"tensor": 8, "expert": 8}, zero="none"),
     Case({"tensor": 8, "expert_tensor": 4}, "over a microbatch", microbatches=2),
     Case({"data": 2, "tensor": 4, "expert": 2}, zero="parameters", microbatches=2),
-    Case({"data": 2, "tensor": 4, "expert": 2}, zero="none"),
     Case({"data": 2, "tensor": 4, "expert": 8}, recompute="full"),
     Case({"data": 4, "tensor": 2, "expert": 4}, recompute=("moe",)),
     Case({"data": 4, "tensor": 2, "expert": 4, "expert_tensor": 2}),
