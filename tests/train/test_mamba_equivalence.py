@@ -90,12 +90,12 @@ def test_loss_and_every_gradient_equal_one_device(case: Case) -> None:
 @pytest.mark.slow
 def test_long_documents_equal_one_device() -> None:
     """Pieces of 300 positions are several chunks of every kind; documents, and what is left of states after a hundred
-    positions, go on over chunks and pieces."""
+    positions (biases of steps are low), go on over chunks and pieces."""
     # without attention no other setting of a llama has an effect
     names = {"hidden_size", "vocab_size", "vocab_multiple", "norm", "norm_epsilon", "tied_head", "mamba", "delta"}
     kept = model(2, 4, "none").model_dump(include=names, exclude_unset=True)
     config = ModelConfig(**kept, pattern="MGm", num_layers=1, position="none")
-    lengths = {"length": 1200, "mean": 250, "biases": -5.0}
+    lengths = {"length": 1200, "mean": 250, "biases": {"dt_bias": -5.0}}
     step = functools.partial(loss_and_gradients, config, zero="none", microbatches=1, rows=8, packed=True, **lengths)
     expected, found = step(mesh=ONE_DEVICE), step(mesh={"context": 2, "tensor": 2})
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
