@@ -225,7 +225,7 @@ def plainly(weights: dict[str, jax.Array], x: jax.Array, limit: jax.Array) -> ja
 @pytest.mark.parametrize("kind", "Mm")
 def test_gradients_of_steps_that_are_cut_are_those_of_plain_differentiation(rules_for, in_region, kind: str):
     """Of a step that `dt_limit` cuts nothing reaches what it was made of; others pass it on."""
-    x, limit = tokens(), (0.4, 0.9)
+    x, limit = tokens(6), (0.4, 0.9)
     asked = jax.random.normal(jax.random.key(2), x.shape)
     with use(rules_for()):
         layer = make_layer(kind, 1, dt_limit=limit)
