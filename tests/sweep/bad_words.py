@@ -189,7 +189,7 @@ LINES: tuple[tuple[str, str], ...] = (
     ("evaluate run --text text.txt --mesh.data 16", "mesh.data"),
     ("convert upcicle", "'upcicle'"),
     ("convert upcycle", "--output"),
-    ("convert upcycle --output new", "run directory"),
+    ("convert upcycle --output new", "no directory of a run"),
     ("convert upcycle run", "--output"),
     ("convert upcycle nowhere --output new", "nowhere"),
     ("convert upcycle folder --output new", "folder"),
