@@ -15,6 +15,7 @@ from jaxtron.sharding.parameters import ParameterSpec, shardings
 from jaxtron.typing import Array, PyTree
 from jaxtron.weights.files import WeightFiles, open_files
 from jaxtron.weights.hub import family_of_hub
+from jaxtron.weights.rows import read_parameter
 from jaxtron.weights.table import Place, TensorTable, own_shape
 from jaxtron.words import plural, readable_bytes
 
@@ -123,7 +124,7 @@ class WeightReader:
     def values(self, place: Place, shape: tuple[int, ...]) -> np.ndarray:
         """A parameter's numbers."""
         tensors = [self._files.read(self._stored(name)) for name in place.tensors]
-        return place.tensor.read(tensors, place.name, shape)
+        return read_parameter(place.tensor, tensors, place.name, shape)
 
     def load(
         self, name: str, spec: ParameterSpec, sharding: jax.sharding.NamedSharding, partition: Partition | None

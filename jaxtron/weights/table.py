@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-import numpy as np
-
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.pattern import layer_kinds
 
@@ -48,49 +46,29 @@ class Tensor:
 
     def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """That of each tensor, of a parameter of this shape."""
-        sizes = self._sizes(shape)
+        sizes = self.sizes(shape)
         return tuple(prod(sizes[letter] for letter in word) for word in self.stored.split())
 
-    def read(self, tensors: Sequence[np.ndarray], name: str, shape: Sequence[int]) -> np.ndarray:
-        """The parameter of this name and shape, of the file's tensors."""
-        sizes = self._sizes(shape)
-        split = [tensor.reshape([sizes[letter] for letter in self._letters]) for tensor in tensors]
-        array, letters = (
-            (np.stack(split), self._counted + self._letters) if self._counted else (split[0], self._letters)
-        )
-        if self._shared:
-            place = letters.index(self._shared)
-            array = array.take(self.parameters.index(name), place)
-            letters = letters.replace(self._shared, "")
-        return array.transpose([letters.index(letter) for letter in self.dims.split()])
-
-    def write(self, parameters: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The file's tensors, of the parameters: the inverse of `read`."""
-        shape, letters = self.stored_shape(parameters[0].shape), self.dims.replace(" ", "")
-        array = parameters[0]
-        if self._shared:
-            array, letters = np.stack(parameters), self._shared + letters
-        array = array.transpose([letters.index(letter) for letter in self._counted + self._letters])
-        return [tensor.reshape(shape) for tensor in (array if self._counted else [array])]
-
     @property
-    def _letters(self) -> str:
+    def letters(self) -> str:
+        """Those of `stored`, in one word."""
         return self.stored.replace(" ", "")
 
     @property
-    def _counted(self) -> str:
+    def counted(self) -> str:
         """The letter along which tensors are stacked, or nothing."""
-        return "".join(letter for letter in self.dims.split() if letter not in self._letters)
+        return "".join(letter for letter in self.dims.split() if letter not in self.letters)
 
     @property
-    def _shared(self) -> str:
+    def shared(self) -> str:
         """The letter along which parameters are, or nothing."""
-        return "".join(letter for letter in self._letters if letter not in self.dims)
+        return "".join(letter for letter in self.letters if letter not in self.dims)
 
-    def _sizes(self, shape: Sequence[int]) -> dict[str, int]:
+    def sizes(self, shape: Sequence[int]) -> dict[str, int]:
+        """By letter, of a parameter of this shape."""
         sizes = dict(zip(self.dims.split(), shape, strict=True))
-        assert not self._counted or sizes[self._counted] == len(self.tensors), (self, shape)
-        return sizes | ({self._shared: len(self.parameters)} if self._shared else {})
+        assert not self.counted or sizes[self.counted] == len(self.tensors), (self, shape)
+        return sizes | ({self.shared: len(self.parameters)} if self.shared else {})
 
 
 @dataclass(frozen=True)
