@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from scans import OPTIONS, documents, greatest_errors, with_each
 
 from jaxtron.config import UserError
 from jaxtron.kernels.gated_delta import xla
@@ -24,8 +25,6 @@ from jaxtron.kernels.gated_delta.gated_delta import (
 )
 from jaxtron.kernels.gated_delta.spec import check
 
-# compiling is most of the suite's time, and what LLVM makes faster is not what is tested
-OPTIONS = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
 # greatest error as a share of the greatest value: decays from sums of logarithms, which lose digits beside large ones;
 # in bfloat16 q, k and v are exact, and results are rounded to 8 bits
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.004}
@@ -96,10 +95,6 @@ def given(case: Case) -> dict[str, Any]:
     beta, real = generator.uniform(*case.beta, size=by_head), case.length - case.padding
     for array in (g, beta, do):
         array[:, real:] = 0.0
-    resets = np.zeros((case.rows, case.length), bool)
-    for row in range(case.rows):
-        places = np.array(case.resets, int) - row
-        resets[row, places[(places >= 0) & (places < case.length)]] = True
     arrays = {
         "q": (normal(*by_group) / case.size**0.5).astype(dtype),
         "k": (k / np.linalg.norm(k, axis=-1, keepdims=True)).astype(dtype),
@@ -107,7 +102,7 @@ def given(case: Case) -> dict[str, Any]:
         "g": g.astype(np.float32),
         "beta": beta.astype(np.float32),
         "initial": normal(*state),
-        "resets": resets if case.resets else None,
+        "resets": documents(case.rows, case.length, case.resets) if case.resets else None,
         "do": do,
         "dfinal": normal(*state),
     }
@@ -171,20 +166,12 @@ def results(arrays: Mapping[str, Any], implementation: GatedDeltaRule) -> dict[s
 
 
 def errors(made: Mapping[str, Any], case: Case) -> dict[str, float]:
-    """Of each result the greatest error as a share of the greatest value; not-a-number is infinite."""
-    exact, found = wanted(case), {}
+    """Of each result the greatest error as a share of the greatest value."""
+    exact = wanted(case)
     exact |= {"final_state": exact["final"], "gradient_summary": exact["dinitial"]}
     assert set(made) == set(exact)
-    real = case.length - case.padding
-    for name, array in made.items():
-        values, array = exact[name], np.asarray(array, np.float64)
-        assert array.shape == values.shape, name
-        if name in ("dg", "dbeta") or (case.poisoned and name in BY_POSITION):
-            # of padding nobody asks
-            values, array = values[:, :real], array[:, :real]
-        gaps = np.abs(array - values)
-        found[name] = float(np.max(np.where(np.isnan(gaps), np.inf, gaps)) / max(np.abs(values).max(), 1e-30))
-    return found
+    unread = {"dg", "dbeta", *(BY_POSITION if case.poisoned else ())}
+    return greatest_errors(made, exact, unread, case.length - case.padding)
 
 
 def assert_right(made: Mapping[str, Any], case: Case) -> None:
@@ -205,20 +192,13 @@ def check_case(case: Case, name: str) -> None:
     assert_right(compiled(name)(given(case)), case)
 
 
-def named(cases: Mapping[str, Case]) -> pytest.MarkDecorator:
-    pairs = [
-        pytest.param(case, name, id=f"{label}-{name}") for label, case in cases.items() for name in IMPLEMENTATIONS
-    ]
-    return pytest.mark.parametrize(("case", "name"), pairs)
-
-
-@named(CASES)
+@with_each(CASES, lambda case: IMPLEMENTATIONS)
 def test_outputs_states_and_every_gradient(case: Case, name: str) -> None:
     check_case(case, name)
 
 
 @pytest.mark.slow
-@named(SLOW_CASES)
+@with_each(SLOW_CASES, lambda case: IMPLEMENTATIONS)
 def test_every_length_and_size(case: Case, name: str) -> None:
     check_case(case, name)
 

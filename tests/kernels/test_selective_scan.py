@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from scans import OPTIONS, documents, greatest_errors, with_each
 
 from jaxtron.config import UserError
 from jaxtron.kernels.selective_scan import xla
@@ -23,8 +24,6 @@ from jaxtron.kernels.selective_scan.selective_scan import (
 )
 from jaxtron.kernels.selective_scan.spec import check, through
 
-# compiling is most of the suite's time, and what LLVM makes faster is not what is tested
-OPTIONS = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
 # greatest error as a share of the greatest value: sums of up to 1000 positions in float32; in bfloat16 x, B, C are
 # exact, and results are rounded to 8 bits
 TOLERANCE = {"float32": 3e-5, "bfloat16": 0.004}
@@ -83,10 +82,6 @@ def given(case: Case) -> dict[str, Any]:
     dt, dy = np.exp(generator.uniform(*np.log(case.dt), size=by_channel)), normal(*by_channel, dtype=dtype)
     real = case.length - case.padding
     dt[:, real:], dy[:, real:] = 0.0, 0.0
-    resets = np.zeros((case.rows, case.length), bool)
-    for row in range(case.rows):
-        places = np.array(case.resets, int) - row
-        resets[row, places[(places >= 0) & (places < case.length)]] = True
     arrays = {
         "x": normal(*by_channel, dtype=dtype),
         "dt": dt.astype(np.float32),
@@ -95,7 +90,7 @@ def given(case: Case) -> dict[str, Any]:
         "C": normal(*by_number, dtype=dtype),
         "D": normal(case.channels),
         "initial": normal(*state),
-        "resets": resets if case.resets else None,
+        "resets": documents(case.rows, case.length, case.resets) if case.resets else None,
         "dy": dy,
         "dfinal": normal(*state),
     }
@@ -149,19 +144,12 @@ def results(arrays: Mapping[str, Any], implementation: SelectiveScan) -> dict[st
 
 
 def errors(made: Mapping[str, Any], case: Case) -> dict[str, float]:
-    """Of each result the greatest error as a share of the greatest value; not-a-number is infinite."""
-    exact, found = wanted(given(case)), {}
+    """Of each result the greatest error as a share of the greatest value."""
+    exact = wanted(given(case))
     exact |= {"final_state": exact["final"], "gradient_summary": exact["dinitial"]}
     assert set(made) == set(exact)
-    real = case.length - case.padding
-    for name, array in made.items():
-        values, array = exact[name], np.asarray(array, np.float64)
-        assert array.shape == values.shape, name
-        if case.poisoned and name in ALONG:
-            values, array = values[:, :real], array[:, :real]
-        gaps = np.abs(array - values)
-        found[name] = float(np.max(np.where(np.isnan(gaps), np.inf, gaps)) / max(np.abs(values).max(), 1e-30))
-    return found
+    unread = ALONG if case.poisoned else ()
+    return greatest_errors(made, exact, unread, case.length - case.padding)
 
 
 def assert_right(made: Mapping[str, Any], case: Case) -> None:
@@ -182,20 +170,13 @@ def check_case(case: Case, name: str) -> None:
     assert_right(compiled(name)(given(case)), case)
 
 
-def named(cases: Mapping[str, Case]) -> pytest.MarkDecorator:
-    pairs = [
-        pytest.param(case, name, id=f"{label}-{name}") for label, case in cases.items() for name in IMPLEMENTATIONS
-    ]
-    return pytest.mark.parametrize(("case", "name"), pairs)
-
-
-@named(CASES)
+@with_each(CASES, lambda case: IMPLEMENTATIONS)
 def test_outputs_states_and_every_gradient(case: Case, name: str) -> None:
     check_case(case, name)
 
 
 @pytest.mark.slow
-@named(SLOW_CASES)
+@with_each(SLOW_CASES, lambda case: IMPLEMENTATIONS)
 def test_every_length_and_size(case: Case, name: str) -> None:
     check_case(case, name)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from scans import OPTIONS, documents, greatest_errors, with_each
 
 from jaxtron.config import UserError
 from jaxtron.kernels.ssd import config, xla
@@ -21,8 +22,6 @@ from jaxtron.kernels.ssd.spec import check, through
 from jaxtron.kernels.ssd.ssd import StateSpaceDuality, backward, final_state, forward, gradient_summary
 
 DEVICE_KIND = jax.devices()[0].device_kind
-# compiling is most of the suite's time, and what LLVM makes faster is not what is tested
-OPTIONS = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
 # greatest error as a share of the greatest value: sums of up to 1000 positions in float32, and decays from sums of
 # logarithms, which lose digits beside large ones (a chunk of dt 5 and A -8: 2e-4); in bfloat16 x, B, C are
 # exact, and results, weights of pairs and states are rounded to 8 bits
@@ -107,10 +106,6 @@ def given(case: Case) -> Given:
     dy = normal(*by_head, case.width, dtype=dtype)
     real = case.length - case.padding
     dt[:, real:], dy[:, real:] = 0.0, 0.0
-    resets = np.zeros((case.rows, case.length), bool)
-    for row in range(case.rows):
-        places = np.array(case.resets, int) - row
-        resets[row, places[(places >= 0) & (places < case.length)]] = True
     arrays = {
         "x": normal(*by_head, case.width, dtype=dtype),
         "dt": dt,
@@ -119,7 +114,7 @@ def given(case: Case) -> Given:
         "C": (normal(*by_group, case.size) / case.size**0.5).astype(dtype),
         "D": normal(case.heads),
         "initial": normal(*state),
-        "resets": resets if case.resets else None,
+        "resets": documents(case.rows, case.length, case.resets) if case.resets else None,
         "dy": dy,
         "dfinal": normal(*state),
     }
@@ -184,20 +179,13 @@ def results(arrays: Mapping[str, Any], implementation: StateSpaceDuality) -> dic
 
 
 def errors(made: Mapping[str, Any], case: Case) -> dict[str, float]:
-    """Of each result the greatest error as a share of the greatest value; not-a-number is infinite."""
-    exact, found = wanted(case), {}
+    """Of each result the greatest error as a share of the greatest value."""
+    exact = wanted(case)
     exact |= {"final_state": exact["final"], "gradient_summary": exact["dinitial"]}
     assert set(made) <= set(exact)
-    real = case.length - case.padding
-    for name, array in made.items():
-        values, array = exact[name], np.asarray(array, np.float64)
-        assert array.shape == values.shape, name
-        if name == "ddt" or (case.poisoned and name in ALONG):
-            # where dt is 0 what it adds is of no interest: softplus has no derivative there
-            values, array = values[:, :real], array[:, :real]
-        gaps = np.abs(array - values)
-        found[name] = float(np.max(np.where(np.isnan(gaps), np.inf, gaps)) / max(np.abs(values).max(), 1e-30))
-    return found
+    # where dt is 0 what it adds is of no interest: softplus has no derivative there
+    unread = {"ddt", *(ALONG if case.poisoned else ())}
+    return greatest_errors(made, exact, unread, case.length - case.padding)
 
 
 def check_types(made: Mapping[str, Any], arrays: Given) -> None:
@@ -214,31 +202,25 @@ def implementations(case: Case) -> list[str]:
     return [name for name, one in IMPLEMENTATIONS.items() if one.unsupported_reason(x, B, DEVICE_KIND) is None]
 
 
+def compiled(name: str) -> Any:
+    return jax.jit(functools.partial(results, implementation=IMPLEMENTATIONS[name]), compiler_options=OPTIONS)
+
+
 def check_case(case: Case, name: str) -> None:
     arrays = given(case)
-    run = jax.jit(functools.partial(results, implementation=IMPLEMENTATIONS[name]), compiler_options=OPTIONS)
-    made = run(arrays.arrays)
+    made = compiled(name)(arrays.arrays)
     check_types(made, arrays)
     found = errors(made, case)
     assert all(error <= TOLERANCE[case.dtype] for error in found.values()), found
 
 
-def named(cases: Mapping[str, Case]) -> pytest.MarkDecorator:
-    pairs = [
-        pytest.param(case, name, id=f"{label}-{name}")
-        for label, case in cases.items()
-        for name in implementations(case)
-    ]
-    return pytest.mark.parametrize(("case", "name"), pairs)
-
-
-@named(CASES)
+@with_each(CASES, implementations)
 def test_outputs_states_and_every_gradient(case: Case, name: str) -> None:
     check_case(case, name)
 
 
 @pytest.mark.slow
-@named(SLOW_CASES)
+@with_each(SLOW_CASES, implementations)
 def test_every_length_and_size(case: Case, name: str) -> None:
     check_case(case, name)
 
@@ -246,8 +228,7 @@ def test_every_length_and_size(case: Case, name: str) -> None:
 @pytest.mark.parametrize("name", implementations(Case()))
 def test_padding_leaves_no_trace(name: str) -> None:
     """Whatever large numbers it has: as long as its dt is 0."""
-    case = Case(150, padding=61, resets=(70,), poisoned=True)
-    run = jax.jit(functools.partial(results, implementation=IMPLEMENTATIONS[name]), compiler_options=OPTIONS)
+    case, run = Case(150, padding=61, resets=(70,), poisoned=True), compiled(name)
     arrays = dict(given(case).arrays)
     assert all(error <= TOLERANCE["float32"] for error in errors(run(arrays), case).values())
     # the slightest step of it would be seen
