@@ -25,6 +25,9 @@ from tests.support.logits import decoded, logits
 TOLERANCE = 2e-5
 # state-space models and hybrids are held closer
 CLOSER = dict.fromkeys(("bamba", "mamba", "mamba2", "nemotron_h"), 1e-5)
+# how float32 rounds in another order, as it does a few positions at a time, is up to the kind of processor: of logits
+# up to 4.6, 1.0e-5 on some and 2.2e-5 on others
+WIDER = {"gpt_oss": 4e-5}
 
 
 def trainer_of(model: ModelConfig, fixture: Fixture) -> Trainer:
@@ -81,7 +84,7 @@ def test_what_goes_on_from_memory_has_the_logits_of_the_whole(name, rules_for, t
     with use(rules_for(data=1)):
         found = decoded(*of_fixture(fixture, tmp_path), fixture.tokens, parts)[..., : fixture.config["vocab_size"]]
     expected = fixture.logits[:, np.cumsum(parts) - 1]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=CLOSER.get(name, TOLERANCE))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=(CLOSER | WIDER).get(name, TOLERANCE))
 
 
 def test_every_family_has_a_fixture():
