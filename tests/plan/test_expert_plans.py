@@ -292,18 +292,24 @@ def test_memory_is_that_of_the_real_step(mesh: dict) -> None:
     assert found.temporaries > 0
 
 
-# GiB of temporaries of the steps in configs/, compiled with JAX 0.11.2 for their H100s (2026-11-26)
-COMPILED = {"mixtral_8x7b": 3.53, "mixtral_8x22b": 3.40, "mixtral_8x22b_g8t8": 3.54, "qwen2_57b_a14b": 5.12}
+# GiB of temporaries of the steps in configs/, compiled with JAX 0.11.2 for their H100s (2026-11-27), and how near
+# the formula has to be. Qwen2's are packed with 2.3 GiB of holes between arrays, which shapes do not say: its peak,
+# where gathered experts are put in order, has 4.1 without.
+COMPILED = {
+    "mixtral_8x7b": (3.53, 0.02),
+    "mixtral_8x22b": (3.40, 0.2),
+    "mixtral_8x22b_g8t8": (4.33, 0.2),
+    "qwen2_57b_a14b": (6.41, 0.25),
+}
 
 
-@pytest.mark.parametrize(
-    "name", [one if "22b" in one else pytest.param(one, marks=pytest.mark.slow) for one in COMPILED]
-)
+@pytest.mark.parametrize("name", COMPILED)
 def test_temporaries_are_near_those_that_were_compiled(name: str) -> None:
     config = load(Configuration, CONFIGS / f"{name}.yaml", []).resolved()
     sizes = {flag: getattr(config.mesh, flag) for flag in FLAGS}
     memory = Estimator(config).memory(config, sizes, gpu_named("h100"))
-    assert memory.temporaries / 2**30 == pytest.approx(COMPILED[name], abs=1.6)
+    compiled, error = COMPILED[name]
+    assert memory.temporaries / 2**30 == pytest.approx(compiled, rel=error)
 
 
 def test_a_forward_beside_a_backward_takes_the_memory_that_was_compiled() -> None:
@@ -317,7 +323,7 @@ def test_a_forward_beside_a_backward_takes_the_memory_that_was_compiled() -> Non
         config = load(Configuration, CONFIGS / "qwen2_57b_a14b.yaml", words).resolved()
         sizes = {flag: getattr(config.mesh, flag) for flag in FLAGS}
         found[overlap] = Estimator(config).memory(config, sizes, gpu_named("h100")).temporaries / 2**30
-    assert found["true"] == pytest.approx(6.56, abs=1.6) and found["false"] == pytest.approx(5.11, abs=1.6)
+    assert found["true"] == pytest.approx(6.56, rel=0.2) and found["false"] == pytest.approx(5.11, rel=0.2)
     assert found["true"] - found["false"] == pytest.approx(6.56 - 5.11, abs=0.3)
 
 

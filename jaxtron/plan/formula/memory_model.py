@@ -63,8 +63,8 @@ class Parameter:
 
 class StateBytes(NamedTuple):
     """Bytes of a device, of all arrays or one: trained at rest in float32, moments of the optimizer, what is not
-    trained at rest, the copy to compute with, gradients' sums; `largest` is the sum of the largest array, and
-    `gathered` whether any is gathered at use."""
+    trained at rest, the copy to compute with, gradients' sums; `largest` is the sum of the largest array, `arriving`
+    the largest of the copy that is gathered once a step, and `gathered` whether any is gathered at use."""
 
     master: int
     optimizer: int
@@ -72,6 +72,7 @@ class StateBytes(NamedTuple):
     weights: int
     gradients: int
     largest: int
+    arriving: int
     gathered: bool
 
     @property
@@ -148,7 +149,7 @@ class Estimator:
         each = zip(self._parameters, counts, strict=True)
         found = [_state(parameter, rules, count, dtype) for parameter, count in each]
         moments = 2 if optimizer.name == "adamw" else int(optimizer.momentum > 0)
-        master, _, frozen, weights, gradients, largest, gathered = zip(*found, strict=True)
+        master, _, frozen, weights, gradients, largest, arriving, gathered = zip(*found, strict=True)
         # steps and updates, and adamw counts its updates too
         counters = COUNTER * (2 + (optimizer.name == "adamw"))
         return StateBytes(
@@ -158,6 +159,7 @@ class Estimator:
             sum(weights),
             sum(gradients),
             max(largest),
+            max(arriving),
             any(gathered),
         )
 
@@ -220,11 +222,14 @@ def _temporaries(
     state: StateBytes,
     used: MemoryUse,
 ) -> int:
-    """An estimate, for the rest is exact: the most of a layer's backward, the head, and the step's end.
+    """An estimate, for the rest is exact: the most of a layer's backward, the head, and the step's two ends.
 
     The loop over layers has its own copy of what it reads transposed: products for weight gradients contract tokens.
     Gathered at use, the largest array's gradients are transposed once more. With stages, the reductions of the step's
-    end run at the same time, each with a transposed copy; without, one after the other.
+    end run at the same time, each with a transposed copy; without, one after the other. At its beginning weights that
+    are gathered once arrive with one device's part after the other's, and array by array a copy puts them in order: the
+    largest is there twice, with room for all that is kept beside it, and for gradients' sums where there are several
+    microbatches or stages.
     """
     shapes = shapes_of(config, sizes, JAXTRON, kind)
     work = work_of(config, shapes)
@@ -244,6 +249,8 @@ def _temporaries(
     copies = max(sizes["data"] * sizes["context"], shapes.sizes["expert_data"] if has_experts else 1)
     if config.sharding.zero != "optimizer" or copies == 1:
         return round(loop)
+    has_sums = sizes["pipe"] > 1 or config.train.microbatches > 1
+    loop = max(loop, state.arriving - (0 if has_sums else used.gradients))
     reduced = state.master + (state.gradients if sizes["pipe"] > 1 else state.largest)
     return round(max(loop, reduced - used.weights - used.activations - used.messages))
 
@@ -285,10 +292,10 @@ def _state(parameter: Parameter, rules: Rules, count: int, dtype: jnp.dtype) -> 
     later = layout.at_use != ()
     if not is_trained:
         # used as it lies at rest
-        return StateBytes(0, 0, working_dtype(parameter.role, dtype).itemsize * at_rest, 0, 0, 0, later)
+        return StateBytes(0, 0, working_dtype(parameter.role, dtype).itemsize * at_rest, 0, 0, 0, 0, later)
     width = FLOAT if later else working_dtype(parameter.role, dtype).itemsize
-    is_copied = (width, whole) != (FLOAT, at_rest)
-    return StateBytes(FLOAT * at_rest, 0, 0, width * whole * is_copied, FLOAT * whole, FLOAT * whole, later)
+    copy = width * whole * ((width, whole) != (FLOAT, at_rest))
+    return StateBytes(FLOAT * at_rest, 0, 0, copy, FLOAT * whole, FLOAT * whole, copy * (whole > at_rest), later)
 
 
 def shortened(config: Configuration, num_stages: int) -> Configuration:
