@@ -12,8 +12,10 @@ OLDEST_TESTS ?= tests/test_config.py tests/train/test_mesh_equivalence.py tests/
 # for `make gpu`: the CUDA that the driver can run, cuda12 or cuda13; with cuda12 our kernels do not compile, for JAX 0.11
 # writes PTX that only CUDA 13's ptxas reads
 CUDA ?= cuda13
+# and a machine without a registry: a folder that `make wheels` made elsewhere; WHEELS= asks the registry all the same
+WHEELS ?= $(patsubst %/python,%,$(wildcard wheels/python))
 
-.PHONY: help train test test-all test-quarter test-oldest check gpu clean
+.PHONY: help train test test-all test-quarter test-oldest check gpu wheels clean
 
 help: ## this list
 	@awk -F ': .*## ' '/^[a-z-]+: .*## /{printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -47,9 +49,18 @@ check: ## format, lint, types, then the suite
 	@.venv/bin/python -m pytest -q $(PARALLEL) $(ARGS)
 
 gpu: ## test the kernels and benchmark on this machine's NVIDIA GPUs (CUDA=cuda12, ARGS="--minutes 30")
+ifeq ($(WHEELS),)
 	@tools/setup .venv $(CUDA) pytest pytest-xdist beartype
 	@.venv/bin/python -m benchmarks.gpu $(ARGS)
+else
+	@WHEELS=$(WHEELS) tools/setup .venv-offline "" pytest pytest-xdist beartype
+	@.venv-offline/bin/python -m benchmarks.gpu $(ARGS)
+endif
+
+wheels: ## for `make gpu` on a machine without a registry: what that one lacks (ARGS="--python 3.11 --there list.txt")
+	@tools/setup .venv
+	@.venv/bin/python tools/wheels $(ARGS)
 
 clean: ## remove the environments and caches (runs/ stays)
-	@rm -rf .venv .venv-oldest build ./*.egg-info .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-oldest .venv-offline build ./*.egg-info .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
