@@ -54,7 +54,7 @@ ifeq ($(WHEELS),)
 	@.venv/bin/python -m benchmarks.gpu $(ARGS)
 else
 	@WHEELS=$(WHEELS) tools/setup .venv-offline "" pytest pytest-xdist beartype
-	@.venv-offline/bin/python -m benchmarks.gpu $(ARGS)
+	@WHEELS=$(WHEELS) .venv-offline/bin/python -m benchmarks.gpu $(ARGS)
 endif
 
 wheels: ## for `make gpu` on a machine without a registry: what that one lacks (ARGS="--python 3.11 --there list.txt")

@@ -198,8 +198,10 @@ def measure(
     refused: dict[str, Any] = {}
     lowered = {}
     for name, make in implementations.items():
+        begins(name)
         with recorded(name, refused):
             lowered[name] = lower(case, make(case, kind))
+    begins("all compiled")
     keys = jax.random.split(jax.random.key(0), 4)
     numbers = [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, case.shapes, strict=True)]
     calls: dict[str, dict[str, Callable[[], Any]]] = {direction: {} for direction in DIRECTIONS}

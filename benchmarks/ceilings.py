@@ -1,19 +1,69 @@
-"""`python -m benchmarks.ceilings`: what this GPU does at best, a large matrix product and a copy, as JSON."""
+"""`python -m benchmarks.ceilings [CONFIG.yaml]`: what this GPU does at best, as JSON.
+
+A large matrix product and a copy; of a configuration, the products of its model's own shapes.
+"""
 
 import json
 import math
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxtron.command import configure, run_command
+from jaxtron.models.work.operations import Product
+from jaxtron.models.work.profile import JAXTRON
+from jaxtron.plan.formula.workload import shapes_of, work_of
+from jaxtron.run.configuration import Configuration
 
-def main() -> None:
-    """Prints both ceilings."""
-    print(json.dumps({"device": jax.devices()[0].device_kind, **matmul(8192), **copy(2**31)}, indent=1))
+
+def main(argv: Sequence[str]) -> int:
+    """Prints both ceilings, and that of every product of a configuration's model; anew after each product."""
+    purpose = "Measure what this GPU does at best: a large product, a copy, and the products of a model's own shapes."
+    config = configure(Configuration, argv, program="python -m benchmarks.ceilings", purpose=purpose)
+    if config is None:
+        return 0
+    device = jax.devices()[0]
+    result: dict[str, Any] = {"device": device.device_kind, **matmul(8192), **copy(2**31)}
+    print(json.dumps(result), flush=True)
+    if argv:
+        result["products"] = []
+        for product in products(config, device.device_kind):
+            result["products"].append(measure(product))
+            print(json.dumps(result), flush=True)
+    return 0
+
+
+def products(config: Configuration, device_kind: str) -> list[Product]:
+    """The different bf16 products of a microbatch on one device, forward, backward and of weights, the largest first.
+
+    As a plan counts them; several devices have smaller ones. Empty for a family whose work is not known.
+    """
+    if config.family.work is None:
+        return []
+    resolved = config.resolved()
+    work = work_of(resolved, shapes_of(resolved, resolved.mesh.shape(1), JAXTRON, device_kind))
+    pieces = [work.head, *(stack.layer for stack in work.stacks)]
+    found = [
+        product
+        for piece in pieces
+        for phase in (piece.forward, piece.backward, piece.weight)
+        for product in phase.products
+    ]
+    different = {(product.m, product.n, product.k): product for product in found if product.count == 1}
+    return sorted(different.values(), key=lambda product: product.flops, reverse=True)
+
+
+def measure(product: Product) -> dict[str, Any]:
+    """TFLOP/s of one product of random normal numbers, rows times columns of bf16."""
+    m, n, k = (round(size) for size in (product.m, product.n, product.k))
+    left, right = (jax.random.normal(jax.random.key(0), shape, jnp.bfloat16) for shape in ((m, k), (k, n)))
+    seconds = device_seconds(jax.jit(jnp.matmul), left, right, round_seconds=0.1)
+    return {"m": m, "n": n, "k": k, "milliseconds": 1e3 * seconds, "tflops": 2e-12 * m * n * k / seconds}
 
 
 def device_seconds(function: Callable[..., Any], *arguments: Any, rounds: int = 5, round_seconds: float = 0.3) -> float:
@@ -48,4 +98,4 @@ def copy(num_bytes: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,58 +1,61 @@
 """`python -m benchmarks.gpu`: everything worth measuring on a machine with NVIDIA GPUs, in one JSON."""
 
 import importlib.util
-import json
 import os
-import re
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from benchmarks import attention, grouped_matmul, record, ssd
+from benchmarks import attention, grouped_matmul, machine, record, ssd
+from benchmarks.section import run_section
 from jaxtron.command import configure, run_command
 from jaxtron.config import Config, UserError
 from jaxtron.runtime.devices import expects_gpu
 
 Section = Literal[
+    "device",
     "tests",
     "ceilings",
     "attention_jax",
     "attention_torch",
+    "train_mosaic",
+    "train_cudnn",
+    "train_xla",
     "grouped_jax",
     "grouped_torch",
     "ssd_jax",
     "ssd_torch",
-    "train",
 ]
 
-# seconds of each in the default nine minutes, right answers first; of more or less time each has its share, and what
-# one leaves over is shared among those after it
+# seconds of each in the default eight minutes: right answers first, then what a step is made of, the step, and what
+# some models have besides; of more or less time each has its share, and what one leaves over is shared among those
+# after it
 SHARES: dict[Section, int] = {
-    "tests": 150,
+    "device": 15,
+    "tests": 110,
     "ceilings": 25,
-    "attention_jax": 115,
-    "attention_torch": 40,
-    "grouped_jax": 55,
-    "grouped_torch": 20,
-    "ssd_jax": 40,
-    "ssd_torch": 15,
-    "train": 80,
+    "attention_jax": 80,
+    "attention_torch": 35,
+    "train_mosaic": 45,
+    "train_cudnn": 45,
+    "train_xla": 45,
+    "grouped_jax": 35,
+    "grouped_torch": 12,
+    "ssd_jax": 23,
+    "ssd_torch": 10,
 }
-# seconds in which a section whose time is over may still say what it has
-GRACE = 10.0
+# seconds that a section may take of the others' time: libraries are read from a cold disk in the first
+LEAST: dict[Section, float] = {"device": 60.0}
+# steps of a train section: three of them share what one had
+STEPS = ("--benchmark.warmup", "2", "--benchmark.steps", "6")
 # beyond these, processes wait for each other on the one GPU
 MOST_TEST_PROCESSES = 8
-OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")
-_ANY = "|".join(OUTCOMES)
-# a line of pytest -v, in several processes and in one
-_OUTCOME = re.compile(rf"^(?:\[gw\d+\] \[ *\d+%\] ({_ANY}) (.+)|(\S+::.+) ({_ANY})(?: \(.*\))? +\[ *\d+%\])$")
-# how many tests it runs, in the order of preference
-_SELECTED = (r"/ (\d+) selected", r"\[(\d+) items?\]", r"collected (\d+) items?")
+# the exit code of `benchmarks.gpu` is 1 with one of these
+BAD = ("failed", "timeout", "partial")
 
 
 class GpuBenchmark(Config):
@@ -62,43 +65,119 @@ class GpuBenchmark(Config):
     """The run whose train step is measured."""
     sections: tuple[Section, ...] = tuple(SHARES)
     """Which parts, in this order; each has a process of its own, so that one crash does not lose the rest."""
-    minutes: float = Field(9.0, gt=0)
-    """All sections end within this, each with its share; what was measured until a section's end is kept."""
+    minutes: float = Field(8.0, gt=0)
+    """All sections end within this, whatever hangs; what was measured until a section's end is kept. Eight fit a
+    command of ten, with the installation before them."""
     output: str | None = None
     """A .json file, or a folder that gets <date>-<device>-gpu.json (none: $OUT, else benchmarks/results)."""
 
 
 def main(argv: list[str]) -> int:
-    """Runs the sections, keeping the file complete after each; 1 if one failed."""
+    """Runs the sections, keeping the file complete after each; 1 if one failed, was cut off or measured only a part."""
+    deadline = time.monotonic()
     purpose = "Benchmark this machine's NVIDIA GPUs."
     config = configure(GpuBenchmark, argv, program="python -m benchmarks.gpu", purpose=purpose)
     if config is None:
         return 0
+    deadline += 60 * config.minutes
     if not expects_gpu():
-        raise UserError("no NVIDIA GPU that JAX would use: it takes a driver and jax[cuda12] or jax[cuda13]")
+        raise UserError(f"no NVIDIA GPU that JAX would use: {'; '.join(machine.lacking()) or 'unknown why'}")
     names = record.gpu_names() or ["unknown GPU"]
-    path = record.destination(config.output or os.environ.get("OUT") or str(record.RESULTS), "gpu", names[0])
-    result = {"benchmark": "gpu", **record.circumstances("gpu", names[0], len(names)), "sections": {}}
-    deadline = time.monotonic() + 60 * config.minutes
+    path = unused(record.destination(config.output or os.environ.get("OUT") or str(record.RESULTS), "gpu", names[0]))
+    folder = path.with_name(f"{path.stem}-logs")
+    _make(folder)
+    os.environ.update(machine.cuda_variables())
+    result = {"benchmark": "gpu", **record.circumstances("gpu", names[0], len(names))}
+    result |= {"cuda_root": os.environ.get("CUDA_ROOT"), "doubtful": machine.doubtful(), "minutes": config.minutes}
+    for line in introduction(result):
+        print(line, flush=True)
+    result["sections"] = sections = {}
     for number, section in enumerate(config.sections):
         seconds = share(config.sections[number:], deadline - time.monotonic())
-        outcome = run_section(command(section, config), seconds)
-        result["sections"][section] = outcome
-        result["attention"] = attention.merged(results_of(result, "attention"))
-        result["grouped"] = grouped_matmul.merged(results_of(result, "grouped"))
-        result["ssd"] = ssd.merged(results_of(result, "ssd"))
+        if sections.get("device", {}).get("status") == "failed":
+            outcome: dict[str, Any] = {"status": "skipped", "reason": "JAX does not run on the GPU: see device"}
+        else:
+            outcome = run_section(command(section, config), seconds, folder / section)
+        sections[section] = outcome
+        result |= summary(result)
         record.write(path, result)
-        print(f"{section}: {outcome['status']} {outcome.get('reason', '')}".strip(), flush=True)
-    print(f"written to {path}")
-    return int(any(outcome["status"] in ("failed", "timeout") for outcome in result["sections"].values()))
+        print(f"{section}: {said(outcome)}", flush=True)
+    for line in result.get("memory", ()):
+        print(memory_line(line))
+    print(f"written to {path}, all that was said to {folder}")
+    return int(any(outcome["status"] in BAD for outcome in sections.values()))
+
+
+def unused(path: Path) -> Path:
+    """The file, or one with a number behind its name where an earlier result of the day is not to be lost."""
+    names = (path, *(path.with_name(f"{path.stem}-{number}.json") for number in range(2, 1000)))
+    return next((name for name in names if not name.exists()), path)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} for what the sections say cannot be made: {error.strerror}") from None
+
+
+def introduction(result: Mapping[str, Any]) -> Iterator[str]:
+    """What is here and what is doubtful, a line each."""
+    yield f"GPU: {result['device_count']} {result['device']}; commit {result['commit']}; CUDA in {result['cuda_root']}"
+    yield "versions: " + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    for sentence in result["doubtful"]:
+        yield f"warning: {sentence}"
+
+
+def said(outcome: Mapping[str, Any]) -> str:
+    """A section in one line."""
+    return " ".join(f"{outcome['status']} ({outcome.get('seconds', 0):.0f} s) {outcome.get('reason', '')}".split())
 
 
 def share(sections: Sequence[Section], seconds: float) -> float:
     """Of the seconds left, what the first of these sections may take."""
-    return seconds * SHARES[sections[0]] / sum(SHARES[section] for section in sections)
+    part = seconds * SHARES[sections[0]] / sum(SHARES[section] for section in sections)
+    return min(seconds, max(part, LEAST.get(sections[0], 0.0)))
 
 
-def results_of(result: dict[str, Any], what: Literal["attention", "grouped", "ssd"]) -> list[dict[str, Any]]:
+def summary(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What is put together of several sections: kernels side by side, memory beside the plan, versions as JAX has them.
+
+    A package's version is what is installed; what JAX says of itself and of its CUDA once it runs is what was measured.
+    """
+    device = result["sections"].get("device", {}).get("result", {})
+    return {
+        "versions": {**result["versions"], **device.get("versions", {})},
+        "attention": attention.merged(results_of(result, "attention")),
+        "grouped": grouped_matmul.merged(results_of(result, "grouped")),
+        "ssd": ssd.merged(results_of(result, "ssd")),
+        "memory": list(memory(result)),
+    }
+
+
+def memory(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Of every step that was measured, bytes of a device: what was planned, what the compiler said, what was held."""
+    for section, outcome in result["sections"].items():
+        found = outcome.get("result")
+        if section.startswith("train") and found:
+            planned, held = (found.get("plan") or {}).get("program_bytes"), found.get("device_peak_bytes")
+            yield {
+                "section": section,
+                "planned_bytes": planned,
+                "compiled_bytes": found.get("predicted_peak_bytes"),
+                "held_bytes": held,
+                "held_over_planned": round(held / planned, 3) if held and planned else None,
+            }
+
+
+def memory_line(found: Mapping[str, Any]) -> str:
+    """Memory of a step in one line."""
+    names = {"planned_bytes": "planned", "compiled_bytes": "the compiler's sum", "held_bytes": "held"}
+    parts = [f"{name} {found[key] / 2**30:.1f} GiB" for key, name in names.items() if found[key]]
+    return f"memory of {found['section']}: {', '.join(parts)}"
+
+
+def results_of(result: Mapping[str, Any], what: Literal["attention", "grouped", "ssd"]) -> list[dict[str, Any]]:
     """What a GPU's result has of attention, grouped products or state-space duality, complete or not."""
     found = (result.get("sections", {}).get(f"{what}_{by}", {}).get("result") for by in ("jax", "torch"))
     return [section for section in found if section]
@@ -106,16 +185,20 @@ def results_of(result: dict[str, Any], what: Literal["attention", "grouped", "ss
 
 def command(section: Section, config: GpuBenchmark) -> list[str]:
     """What a section runs."""
+    kind, _, implementation = section.partition("_")
+    if kind == "train":
+        chosen = ["--model.attention.implementation", implementation]
+        return [sys.executable, "-m", "benchmarks.train", config.config, *chosen, *STEPS]
     module = {
+        "device": ["benchmarks.device"],
         "tests": ["pytest", *_pytest_words()],
-        "ceilings": ["benchmarks.ceilings"],
+        "ceilings": ["benchmarks.ceilings", config.config],
         "attention_jax": ["benchmarks.attention"],
         "attention_torch": ["benchmarks.attention_torch"],
         "grouped_jax": ["benchmarks.grouped_matmul"],
         "grouped_torch": ["benchmarks.grouped_matmul_torch"],
         "ssd_jax": ["benchmarks.ssd"],
         "ssd_torch": ["benchmarks.ssd_torch"],
-        "train": ["benchmarks.train", config.config],
     }[section]
     return [sys.executable, "-m", *module]
 
@@ -124,115 +207,11 @@ def _pytest_words() -> list[str]:
     """All tests that are marked for a GPU: most of their time is compilation, which more processes share."""
     files = sorted(path for path in (record.ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
     processes = min(os.cpu_count() or 1, MOST_TEST_PROCESSES)
-    parallel = ["-n", str(processes)] if importlib.util.find_spec("xdist") and processes > 1 else []
-    # one file that cannot be imported does not keep the others from running
-    options = ["-v", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider", *parallel]
-    return ["-m", "gpu", *options, *(str(path.relative_to(record.ROOT)) for path in files)]
-
-
-def run_section(words: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Runs a command for at most `seconds`; its JSON as `result`, or a status that says what is missing and why.
-
-    What it printed before its time was over is kept, as `incomplete`.
-    """
-    if seconds < 1:
-        return {"status": "skipped", "reason": "no time was left"}
-    start = time.monotonic()
-    process = subprocess.Popen(
-        words,
-        cwd=record.ROOT,
-        env=os.environ | _environment(words),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    grace = min(GRACE, seconds / 4)
-    try:
-        stdout, stderr = process.communicate(timeout=seconds - grace)
-        outcome = _read(words, process.returncode, stdout, stderr)
-    except subprocess.TimeoutExpired:
-        stdout, stderr = _end(process, grace)
-        outcome = {"status": "timeout", "reason": f"ended after {seconds - grace:.0f} s", "stderr": _tail(stderr)}
-        found = _printed(words, stdout)
-        if found is not None:
-            outcome |= {"incomplete": True, "result": found}
-    return {**outcome, "seconds": round(time.monotonic() - start, 1)}
-
-
-def _environment(words: Sequence[str]) -> dict[str, str]:
-    if "pytest" not in words:
-        return {"PYTHONUNBUFFERED": "1"}
-    # several processes on one GPU: none may take most of its memory for itself
-    return {
-        "PYTHONUNBUFFERED": "1",
-        "JAXTRON_TEST_PLATFORM": "cuda",
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    }
-
-
-def _end(process: subprocess.Popen[str], grace: float) -> tuple[str, str]:
-    """Interrupts a process, so that pytest tells of failures, then kills it with all that it started."""
-    os.killpg(process.pid, signal.SIGINT)
-    try:
-        return process.communicate(timeout=grace)
-    except subprocess.TimeoutExpired:
-        # the session that it leads
-        os.killpg(process.pid, signal.SIGKILL)
-        return process.communicate()
-
-
-def _read(words: Sequence[str], code: int, stdout: str, stderr: str) -> dict[str, Any]:
-    found = _printed(words, stdout)
-    if "pytest" in words:
-        if code == 5:
-            return {"status": "absent", "reason": "there are no tests marked gpu"}
-        return (
-            {"status": "failed", "stderr": _tail(stderr), "result": found}
-            if code
-            else {"status": "ok", "result": found}
-        )
-    kept = {} if found is None else {"incomplete": True, "result": found}
-    if code:
-        return {"status": "failed", "reason": f"exit code {code}", "stderr": _tail(stderr), **kept}
-    if found is None:
-        return {"status": "failed", "reason": "it printed no JSON", "stderr": _tail(stderr)}
-    if "absent" in found:
-        return {"status": "absent", "reason": found["absent"]}
-    return {"status": "ok", "result": found}
-
-
-def _printed(words: Sequence[str], stdout: str) -> dict[str, Any] | None:
-    """What a section measured according to its output: pytest's outcomes, else the last whole JSON object."""
-    if "pytest" in words:
-        return outcomes(stdout)
-    for start in reversed([match.start() for match in re.finditer(r"^\{", stdout, re.MULTILINE)]):
-        try:
-            return json.JSONDecoder().raw_decode(stdout, start)[0]
-        except ValueError:
-            # cut off where the section ended
-            continue
-    return None
-
-
-def outcomes(report: str) -> dict[str, Any]:
-    """Of pytest's verbose report, whole or not: how many tests there are of each outcome, and which failed."""
-    found: dict[str, str] = {}
-    for line in report.splitlines():
-        if match := _OUTCOME.match(line):
-            found[(match[2] or match[3]).strip()] = match[1] or match[4]
-    selected = next((match for pattern in _SELECTED if (match := re.search(pattern, report))), None)
-    return {
-        "selected": int(selected[1]) if selected else None,
-        **{outcome.lower(): list(found.values()).count(outcome) for outcome in OUTCOMES},
-        "not_passed": sorted(name for name, outcome in found.items() if outcome in ("FAILED", "ERROR")),
-        "report": _tail(report, 80),
-    }
-
-
-def _tail(text: str, lines: int = 15) -> list[str]:
-    return [line[:300] for line in text.strip().splitlines()[-lines:]]
+    parallel = ["-p", "xdist", "-n", str(processes)] if importlib.util.find_spec("xdist") and processes > 1 else []
+    # one file that cannot be imported does not keep the others from running; nor does a warning of this machine, whose
+    # packages are others than those of the suite, make a kernel wrong
+    options = ["-v", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider", "-W", "default"]
+    return ["-m", "gpu", *options, *parallel, *(str(path.relative_to(record.ROOT)) for path in files)]
 
 
 if __name__ == "__main__":

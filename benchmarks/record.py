@@ -13,22 +13,50 @@ from jaxtron.config import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "triton", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"),
+    *(f"jax-cuda{version}-{part}" for version in (12, 13) for part in ("plugin", "pjrt")),
+    *("torch", "triton", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cublas-cu12", "nvidia-cublas"),
+)
 
 
 def circumstances(platform: str, device_kind: str, device_count: int) -> dict[str, Any]:
     """Date, git commit, devices and versions; what is not known here is None or left out."""
-    found = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
-    versions = {"python": sys.version.split()[0], **{name: found[name] for name in PACKAGES if name in found}}
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if platform == "gpu" else None
+    cuda = re.search(r"CUDA Version: *([\d.]+)", "\n".join(_lines("nvidia-smi"))) if driver else None
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"),
+        "commit": commit(),
         "platform": platform,
         "device": device_kind,
         "device_count": device_count,
-        "versions": versions | ({"nvidia_driver": driver} if driver else {}),
+        "versions": versions()
+        | ({"nvidia_driver": driver} if driver else {})
+        | ({"cuda_of_driver": cuda[1]} if cuda else {}),
     }
+
+
+def versions() -> dict[str, str]:
+    """Python's, and of the packages that are here those that figures depend on, as an import finds them."""
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
+        # of two installations of one package an import takes the first
+        found.setdefault(name, distribution.version)
+    return {"python": sys.version.split()[0], **{name: found[name] for name in PACKAGES if name in found}}
+
+
+def commit(root: Path = ROOT) -> str | None:
+    """The commit of these files, with -dirty where they differ from it: git's, else the one that was carried with them.
+
+    The carried one, beside the wheels of `make wheels`, ends in -changed where the files are others than it was written
+    for. None where neither is known.
+    """
+    folder = _output("git", "-C", str(root), "rev-parse", "--show-toplevel")
+    # files in a folder of another repository are not of its commit
+    if folder is not None and Path(folder).resolve() == root:
+        return _output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return _output(sys.executable, str(root / "tools" / "wheels"), "--commit")
 
 
 def gpu_names() -> list[str]:

@@ -4,10 +4,12 @@ import argparse
 import gc
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -20,7 +22,15 @@ Begins = Callable[[str], None]
 AIM = 1.05
 # seconds without a sign of life after which a kernel hangs: compiling a case's programs is the longest step
 PATIENCE = 90.0
-
+# in a section of `benchmarks.gpu`, whose seconds this variable has, a hang costs no more than this part of them
+SECTION_SECONDS = "JAXTRON_SECTION_SECONDS"
+PATIENCE_PART = 0.25
+# seconds that compiling a case may take all the same
+LEAST_PATIENCE = 20.0
+# an implementation that hung so often is not waited for again
+MOST_HANGS = 2
+# characters of an error: a compiler's has its reason far behind
+LONGEST_ERROR = 2000
 
 # a dataclass whose `flops` are those of one direction
 Measured = Any
@@ -84,12 +94,23 @@ def timed(times: Sequence[float], flops: float) -> dict[str, Any]:
     }
 
 
-class Worker:
-    """Measures cases in another process: one that a kernel ends or hangs is replaced, and the others still count."""
+def section_patience(environment: Mapping[str, str] = os.environ) -> float:
+    """Seconds without a sign of life after which a kernel hangs: fewer in a section that has little time."""
+    section = environment.get(SECTION_SECONDS)
+    return PATIENCE if section is None else min(PATIENCE, max(LEAST_PATIENCE, PATIENCE_PART * float(section)))
 
-    def __init__(self, command: Sequence[str], names: Sequence[str], *, patience: float = PATIENCE) -> None:
-        self.command, self.names, self.patience = command, names, patience
+
+class Worker:
+    """Measures cases in another process: one that a kernel ends or hangs is replaced, and the others still count.
+
+    An implementation that hung in two cases has no further ones: each would cost `patience` seconds again.
+    """
+
+    def __init__(self, command: Sequence[str], names: Sequence[str], *, patience: float | None = None) -> None:
+        self.command, self.names = command, names
+        self.patience = section_patience() if patience is None else patience
         self.process: subprocess.Popen[str] | None = None
+        self._hangs: Counter[str] = Counter()
 
     def __enter__(self) -> "Worker":
         return self
@@ -99,22 +120,30 @@ class Worker:
 
     def measure(self, case: Measured) -> dict[str, Any]:
         """Figures of each implementation; where one ended the process, that one's end and the others' figures."""
-        refused: dict[str, Any] = {}
+        hung = [name for name in self.names if self._hangs[name] >= MOST_HANGS]
+        refused: dict[str, Any] = {name: {"error": f"not tried: it hung {MOST_HANGS} times before"} for name in hung}
         while left := [name for name in self.names if name not in refused]:
-            found, began, why = self._ask(json.dumps({"case": asdict(case), "implementations": left}))
+            found, began, why, hangs = self._ask(json.dumps({"case": asdict(case), "implementations": left}))
             if found is not None:
                 return refused | found
             # while all were compiled, or timed in turns: whoever it was
-            refused |= dict.fromkeys([began] if began in left else left, {"error": why})
+            blamed = [began] if began in left else left
+            refused |= dict.fromkeys(blamed, {"error": why})
+            if hangs:
+                self._hangs.update(blamed)
         return refused
 
-    def _ask(self, question: str) -> tuple[dict[str, Any] | None, str | None, str]:
-        """The answer, or None with who was running last and what happened."""
+    def _ask(self, question: str) -> tuple[dict[str, Any] | None, str | None, str, bool]:
+        """The answer, or None with who was running last, what happened, and whether it was a hang."""
         if self.process is not None and self.process.poll() is not None:
             self._stop()
         if self.process is None:
             pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
             self.process = subprocess.Popen(self.command, **pipes)
+            # libraries, and the first touch of a GPU
+            seconds = max(PATIENCE, self.patience)
+        else:
+            seconds = self.patience
         process, began, why, hung = self.process, None, "", threading.Event()
         assert process.stdin is not None and process.stdout is not None
 
@@ -122,23 +151,24 @@ class Worker:
             hung.set()
             process.kill()
 
-        timer = _started(self.patience, end)
+        timer = _started(seconds, end)
         try:
             process.stdin.write(question + "\n")
             for line in process.stdout:
                 said = _said(line)
                 began, why = said.get("begins", began), said.get("ended", why)
                 if "measured" in said:
-                    return said["measured"], None, ""
+                    return said["measured"], None, "", False
+                seconds = self.patience if said else seconds
                 timer.cancel()
-                timer = _started(self.patience, end)
+                timer = _started(seconds, end)
         finally:
             timer.cancel()
         code = process.wait()
         self._stop()
         if hung.is_set():
-            return None, began, f"no sign of life for {self.patience:.0f} s"
-        return None, began, f"its process ended with code {code} {why}".rstrip()
+            return None, began, f"no sign of life for {seconds:.0f} s", True
+        return None, began, f"its process ended with code {code} {why}".rstrip(), False
 
     def _stop(self) -> None:
         if self.process is not None:
@@ -177,6 +207,7 @@ def serve(case_type: type[Any], measure: Callable[[Any, Sequence[str], Begins], 
     def say(**said: Any) -> None:
         print(json.dumps(said), flush=True)
 
+    say(ready=True)
     for line in sys.stdin:
         asked = json.loads(line)
         try:
@@ -205,7 +236,7 @@ class recorded:
 
 
 def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:300]
+    return f"{type(error).__name__}: {error}"[:LONGEST_ERROR]
 
 
 def interleaved(

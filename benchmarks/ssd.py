@@ -165,8 +165,10 @@ def measure(
     refused: dict[str, Any] = {}
     lowered = {}
     for name, make in implementations.items():
+        begins(name)
         with recorded(name, refused):
             lowered[name] = lower(case, make(case, kind))
+    begins("all compiled")
     operands = numbers(case)
     # XLA compiles outside Python: at once for all
     with ThreadPoolExecutor() as pool:

@@ -40,7 +40,9 @@ def main(argv: list[str]) -> int:
 
 def training_table(results: Sequence[dict[str, Any]]) -> str:
     """A row for each measured train step, the newest first; empty without any."""
-    runs = [result if result["benchmark"] == "train" else _section(result, "train") for result in results]
+    runs = [result for result in results if result["benchmark"] == "train"]
+    for result in results:
+        runs += [_section(result, name) for name in result.get("sections", ()) if name.startswith("train")]
     runs = sorted((run for run in runs if run), key=lambda run: run["date"], reverse=True)
     header = (
         *("date", "configuration", "devices", "parameters", "tokens a step", "ms a step", "tokens/s", "MFU"),

@@ -1,5 +1,6 @@
 """`python -m benchmarks.train CONFIG.yaml [--setting value ...]`: the real train step on random tokens, as JSON."""
 
+import contextlib
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ import numpy as np
 from pydantic import Field
 
 from benchmarks import record
+from benchmarks.side_by_side import SECTION_SECONDS
 from jaxtron.command import configure, run_command
-from jaxtron.config import Config, dump
+from jaxtron.config import Config, UserError, dump
 from jaxtron.data.batch import TokenBatch
 from jaxtron.data.loader import LocalBatch
 from jaxtron.gpus import GPUS, peak_flops
+from jaxtron.interrupts import finish_first
 from jaxtron.models.decoder.cost import model_flops_per_token
 from jaxtron.plan.compiled.deviceless import memory
 from jaxtron.run.attention import attention_lines
@@ -30,6 +34,7 @@ from jaxtron.runtime.start import start_runtime
 
 # seconds after which a plan is given up: a billion parameters take 15 on two cores
 PLAN_SECONDS = 90
+GIB = 2**30
 
 
 class BenchmarkConfig(Config):
@@ -58,19 +63,25 @@ def main(argv: list[str]) -> int:
         return 0
     start_runtime(config.runtime, devices=config.devices)
     name = next((Path(word).stem for word in argv if word.endswith((".yaml", ".yml"))), "default")
-    output = config.benchmark.output
-    path = record.destination(output, name, jax.devices()[0].device_kind) if output else None
-    result = measure(config, name)
+    output, kind = config.benchmark.output, jax.devices()[0].device_kind
+    path = record.destination(output, name, kind) if output else None
+    # while the step is traced and compiled
+    planning = start_plan(config, kind, jax.device_count()) if jax.process_index() == 0 else None
+    with planning or contextlib.nullcontext():
+        result = measure(config, name, planning)
     if jax.process_index() == 0:
-        result["plan"] = plan(config, result["device"], result["device_count"])
         print(json.dumps(result, indent=1))
         if path is not None:
             record.write(path, result)
-    return 0
+    return 130 if result.get("incomplete") else 0
 
 
-def measure(config: TrainBenchmark, name: str) -> dict[str, Any]:
-    """Compiles the configuration's step, runs it, and reports; seconds of a step include waiting for its end."""
+def measure(config: TrainBenchmark, name: str, planning: "Planning | None" = None) -> dict[str, Any]:
+    """Compiles the configuration's step, runs it, and reports; seconds of a step include waiting for its end.
+
+    What the plan says is printed before the first step. After Ctrl-C, what the steps before it took, as `incomplete`;
+    `UserError` if none was timed.
+    """
     devices = jax.devices()
     session = make_session(config, devices)
     run = session.config
@@ -81,6 +92,9 @@ def measure(config: TrainBenchmark, name: str) -> dict[str, Any]:
         traced = time.perf_counter()
         compiled = lowered.compile()
         compiled_at = time.perf_counter()
+        planned = planning.result() if planning else None
+        if planned is not None:
+            print(f"compiled in {compiled_at - start:.1f} s; {plan_line(planned)}", file=sys.stderr, flush=True)
         seconds, loss = time_steps(compiled, state, batch, config.benchmark)
     tokens = run.train.global_batch * run.data.sequence_length
     kind = devices[0].device_kind
@@ -102,6 +116,8 @@ def measure(config: TrainBenchmark, name: str) -> dict[str, Any]:
         "loss_after": loss,
         **speed(seconds, tokens, model_flops_per_token(run.model, run.data.sequence_length)),
         **memory_use(compiled),
+        "plan": planned,
+        **({"incomplete": True} if len(seconds) < config.benchmark.steps else {}),
     }
 
 
@@ -119,13 +135,19 @@ def random_batch(session: Session) -> TokenBatch:
 def time_steps(
     compiled: jax.stages.Compiled, state: TrainState, batch: TokenBatch, config: BenchmarkConfig
 ) -> tuple[list[float], float]:
-    """Seconds of each timed step, and the last loss."""
+    """Seconds of each timed step, and the last loss; fewer steps after a first Ctrl-C."""
     seconds: list[float] = []
-    for _ in range(config.warmup + config.steps):
-        start = time.perf_counter()
-        state, metrics = jax.block_until_ready(compiled(state, batch))
-        seconds.append(time.perf_counter() - start)
-    return seconds[config.warmup :], float(metrics["loss"])
+    with finish_first("interrupted: reporting the steps so far; press Ctrl-C again to end at once") as request:
+        for number in range(config.warmup + config.steps):
+            start = time.perf_counter()
+            state, metrics = jax.block_until_ready(compiled(state, batch))
+            if number >= config.warmup:
+                seconds.append(time.perf_counter() - start)
+            if request.is_made:
+                break
+    if not seconds:
+        raise UserError("interrupted before a step was timed")
+    return seconds, float(metrics["loss"])
 
 
 def speed(seconds: list[float], tokens: int, flops_per_token: float) -> dict[str, Any]:
@@ -160,39 +182,79 @@ def memory_use(compiled: jax.stages.Compiled) -> dict[str, Any]:
     return {**result, "device_peak_bytes": max(known) if known else None}
 
 
-def plan(config: Configuration, kind: str, count: int) -> dict[str, Any] | None:
-    """What `jaxtron.plan` says of this run on so many GPUs of this kind; None for a kind that it does not know.
+class Planning:
+    """`jaxtron.plan` at work on a run, in a process of its own without any GPU, as it runs before there are any.
 
-    In a process of its own without any GPU, as it runs before there are any. `program_bytes` compares with the
-    allocator's peak; `total_bytes` has the reserve for libraries and communication too.
+    Used as a context, which leaves neither process nor files behind.
     """
+
+    def __init__(self, settings: str, gpu: str, count: int) -> None:
+        self.gpu = gpu
+        self._folder = tempfile.TemporaryDirectory()
+        self._output = Path(self._folder.name) / "plan.json"
+        file = Path(self._folder.name) / "run.yaml"
+        file.write_text(settings, encoding="utf-8")
+        words = [str(file), "--gpu", gpu, "--gpus", str(count), "--json", str(self._output)]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "XLA_FLAGS": ""}
+        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        command = [sys.executable, "-m", "jaxtron.plan", *words]
+        self._process = subprocess.Popen(command, cwd=record.ROOT, env=environment, text=True, **pipes)
+        self._end = time.monotonic() + patience()
+
+    def __enter__(self) -> "Planning":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._folder.cleanup()
+
+    def result(self) -> dict[str, Any]:
+        """What the plan says, or an `error`; waits for it, not for ever.
+
+        `program_bytes` compares with the allocator's peak; `total_bytes` has the reserve for libraries and
+        communication too.
+        """
+        try:
+            _, stderr = self._process.communicate(timeout=max(0.0, self._end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return {"error": f"it took more than {patience():g} s"}
+        if self._process.returncode:
+            return {"error": (stderr.strip().splitlines() or ["it failed"])[-1][:300]}
+        made = json.loads(self._output.read_text(encoding="utf-8"))
+        memory, prediction = made["memory"], made["prediction"]
+        return {
+            "gpu": self.gpu,
+            "program_bytes": memory["total"] - memory["communication"] - memory["reserve"],
+            "total_bytes": memory["total"],
+            "fits": memory["fits"],
+            "step_milliseconds": round(1e3 * prediction["step_seconds"], 3),
+            "mfu": round(prediction["mfu"], 4),
+            "attention": made["attention"],
+        }
+
+
+def patience(environment: Mapping[str, str] = os.environ) -> float:
+    """Seconds that a plan may take; of a section of `benchmarks.gpu` no more than half."""
+    section = environment.get(SECTION_SECONDS)
+    return PLAN_SECONDS if section is None else min(PLAN_SECONDS, 0.5 * float(section))
+
+
+def start_plan(config: Configuration, kind: str, count: int) -> Planning | None:
+    """The plan of this run on so many GPUs of this kind; None for a kind that it does not know."""
     gpu = next((gpu.name for gpu in GPUS.values() if gpu.device_kind == kind), None)
     if gpu is None:
         return None
     plain: dict[str, Any] = {name: getattr(config, name) for name in Configuration.model_fields} | {"devices": None}
-    with tempfile.TemporaryDirectory() as folder:
-        settings, output = Path(folder) / "run.yaml", Path(folder) / "plan.json"
-        settings.write_text(dump(Configuration(**plain)), encoding="utf-8")
-        words = [str(settings), "--gpu", gpu, "--gpus", str(count), "--json", str(output)]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "XLA_FLAGS": ""}
-        options: Any = {"cwd": record.ROOT, "env": environment, "capture_output": True, "text": True}
-        try:
-            done = subprocess.run([sys.executable, "-m", "jaxtron.plan", *words], timeout=PLAN_SECONDS, **options)
-        except subprocess.TimeoutExpired:
-            return {"error": f"it took more than {PLAN_SECONDS} s"}
-        if done.returncode:
-            return {"error": (done.stderr.strip().splitlines() or ["it failed"])[-1][:300]}
-        made = json.loads(output.read_text(encoding="utf-8"))
-    memory, prediction = made["memory"], made["prediction"]
-    return {
-        "gpu": gpu,
-        "program_bytes": memory["total"] - memory["communication"] - memory["reserve"],
-        "total_bytes": memory["total"],
-        "fits": memory["fits"],
-        "step_milliseconds": round(1e3 * prediction["step_seconds"], 3),
-        "mfu": round(prediction["mfu"], 4),
-        "attention": made["attention"],
-    }
+    return Planning(dump(Configuration(**plain)), gpu, count)
+
+
+def plan_line(planned: Mapping[str, Any]) -> str:
+    """What is expected of the steps, before they are run."""
+    if "error" in planned:
+        return f"there is no plan: {planned['error']}"
+    step, mfu, memory = planned["step_milliseconds"], 100 * planned["mfu"], planned["program_bytes"] / GIB
+    return f"planned for {planned['gpu']}: {step:,.0f} ms a step, MFU {mfu:.1f} %, {memory:.1f} GiB of the program"
 
 
 if __name__ == "__main__":

@@ -65,123 +65,6 @@ def test_without_a_gpu_one_line():
     assert done.stderr.startswith("error: no NVIDIA GPU ") and done.stderr.count("\n") == 1
 
 
-def test_a_section_that_fails_is_recorded_as_that(benchmark):
-    def section(code: str, seconds: float = 30) -> dict:
-        return benchmark("gpu").run_section([sys.executable, "-c", code], seconds)
-
-    assert section("print('noise'); print('{\"a\": 1}')")["result"] == {"a": 1}
-    assert section('print(\'{"absent": "no torch"}\')')["reason"] == "no torch"
-    crashed = section("raise SystemExit('out of memory')")
-    assert (crashed["status"], crashed["stderr"]) == ("failed", ["out of memory"])
-    assert section("print('hello')")["status"] == "failed"
-    assert section("import time; time.sleep(60)", seconds=1)["status"] == "timeout"
-    assert section("", seconds=0)["status"] == "skipped"
-
-
-def test_what_a_section_printed_before_its_end_is_kept(benchmark):
-    def section(code: str, seconds: float = 30) -> dict:
-        return benchmark("gpu").run_section([sys.executable, "-c", code], seconds)
-
-    many_lines = 'print(\'{\\n "a": {\\n  "b": 3\\n }\\n}\')'
-    assert section(f"print('{{\"a\": 1}}'); {many_lines}")["result"] == {"a": {"b": 3}}
-    ended = section("print('{\"a\": 1}'); print('{\"a\": 2}'); print('{\"a\"'); import time; time.sleep(60)", seconds=3)
-    assert (ended["status"], ended["incomplete"], ended["result"]) == ("timeout", True, {"a": 2})
-    crashed = section("print('{\"a\": 1}'); import os; os.abort()")
-    assert (crashed["status"], crashed["incomplete"], crashed["result"]) == ("failed", True, {"a": 1})
-    assert "incomplete" not in section("print('{\"a\": 1}')")
-
-
-def test_tests_that_ran_before_the_end_are_counted(benchmark, tmp_path: Path):
-    (tmp_path / "test_it.py").write_text(
-        "import time, pytest\n"
-        "@pytest.mark.parametrize('name', ['full, 64', '(40, 24)', 'a PASSED one'])\n"
-        "def test_right(name): pass\n"
-        "def test_wrong(): assert 1 == 2, 'one is not two'\n"
-        "def test_left_out(): pytest.skip('not here')\n"
-        "def test_broken(nothing): pass\n"
-        "@pytest.mark.gpu\n"
-        "def test_not_selected(): pass\n"
-        "def test_hangs(): time.sleep(60)\n"
-        "def test_never(): pass\n"
-    )
-    options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-m", "not gpu"]
-    words = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
-    ended = benchmark("gpu").run_section(words, 10)
-    assert (ended["status"], ended["incomplete"]) == ("timeout", True)
-    found = ended["result"]
-    assert {name: found[name] for name in COUNTS} == COUNTS
-    assert [name.split("::")[1] for name in found["not_passed"]] == ["test_broken", "test_wrong"]
-    # interrupted, it still says why
-    assert any("one is not two" in line for line in found["report"])
-
-
-COUNTS = {"selected": 8, "passed": 3, "failed": 1, "error": 1, "skipped": 1}
-# of pytest 9.2 with xdist 3.8, cut off
-TWO_PROCESSES = """\
-2 workers [8 items]
-scheduling tests via LoadScheduling
-
-test_it.py::test_right[full, 64]
-[gw0] [ 12%] PASSED test_it.py::test_right[full, 64]
-test_it.py::test_right[(40, 24)]
-[gw0] [ 25%] PASSED test_it.py::test_right[(40, 24)]
-test_it.py::test_right[a PASSED one]
-test_it.py::test_left_out
-[gw0] [ 37%] SKIPPED test_it.py::test_left_out
-test_it.py::test_hangs
-[gw1] [ 50%] PASSED test_it.py::test_right[a PASSED one]
-test_it.py::test_wrong
-[gw1] [ 62%] FAILED test_it.py::test_wrong
-test_it.py::test_broken
-[gw1] [ 75%] ERROR test_it.py::test_broken
-=========================== short test summary info ============================
-FAILED test_it.py::test_wrong - AssertionError: one is not two
-"""
-
-
-def test_tests_of_several_processes_are_counted_once(benchmark):
-    found = benchmark("gpu").outcomes(TWO_PROCESSES)
-    assert {name: found[name] for name in COUNTS} == COUNTS
-    assert found["not_passed"] == ["test_it.py::test_broken", "test_it.py::test_wrong"]
-
-
-def test_sections_share_what_time_there_is(benchmark):
-    gpu = benchmark("gpu")
-    sections, limits, left = tuple(gpu.SHARES), [], 60 * gpu.GpuBenchmark().minutes
-    for number in range(len(sections)):
-        limits.append(gpu.share(sections[number:], left))
-        left -= limits[-1]
-    assert limits == pytest.approx(list(gpu.SHARES.values())) and left == pytest.approx(0)
-    # what the tests leave over is for the others
-    assert gpu.share(sections[1:], 540 - 60) > gpu.SHARES["ceilings"]
-    assert gpu.share(("train",), 300) == 300
-    words = gpu.command("tests", gpu.GpuBenchmark())
-    assert "tests/kernels/test_attention_gpu.py" in words and "tests/test_config.py" not in words
-
-
-def test_all_sections_in_one_file_judged_by_all(benchmark, monkeypatch, tmp_path: Path):
-    gpu, attention = benchmark("gpu"), benchmark("attention")
-    case = asdict(attention.Case(4096, 64, forward_target=600))
-    ours = {"cases": [{**case, "implementations": {"mosaic": figure(620), "cudnn": figure(500)}}]}
-    torch = {"cases": [{**case, "implementations": {"torch_flash": figure(640)}}]}
-    ceilings, sleep = {"matmul_tflops": 780}, "import time; time.sleep(60)"
-    printed = {"ceilings": ceilings, "attention_jax": ours, "attention_torch": torch}
-    scripts = {section: f"print({json.dumps(json.dumps(result))})" for section, result in printed.items()}
-    scripts |= {"attention_torch": f"{scripts['attention_torch']}; {sleep}", "train": "raise SystemExit(3)"}
-    monkeypatch.setattr(gpu, "expects_gpu", lambda: True)
-    monkeypatch.setattr(gpu, "command", lambda section, config: [sys.executable, "-uc", scripts[section]])
-    monkeypatch.setattr(gpu, "SHARES", {**gpu.SHARES, "attention_torch": 40, "train": 40})
-    file = tmp_path / "result.json"
-    assert gpu.main(["--sections", str([*scripts]), "--minutes", "0.2", "--output", str(file)]) == 1
-    result = json.loads(file.read_text())
-    states = {section: outcome["status"] for section, outcome in result["sections"].items()}
-    assert states == {"ceilings": "ok", "attention_jax": "ok", "attention_torch": "timeout", "train": "failed"}
-    assert result["sections"]["ceilings"]["result"] == ceilings
-    (judged,) = [entry["judged"]["forward"] for entry in result["attention"]]
-    assert (judged["best_of_others"], judged["target_met"]) == ("torch_flash", True)
-    assert judged["ratio"] == pytest.approx(620 / 640)
-
-
 def test_attention_is_measured_and_what_refuses_has_no_number(benchmark, capfd):
     attention = benchmark("attention")
     case = attention.Case(48, 16, heads=4, kv_heads=2, tokens=96, documents=3, window=20)
@@ -323,6 +206,20 @@ def test_a_kernel_that_ends_its_process_does_not_take_the_others_along(benchmark
     assert worker.process is None
 
 
+def test_what_hangs_again_and_again_is_not_waited_for(benchmark):
+    case = benchmark("attention").Case(4096, 64)
+    with benchmark("side_by_side").Worker([sys.executable, "-c", WORKER], ("hangs", "fine"), patience=0.5) as worker:
+        errors = [worker.measure(case)["hangs"]["error"] for _ in range(3)]
+        assert errors == [*["no sign of life for 0 s"] * 2, "not tried: it hung 2 times before"]
+        assert isinstance(worker.measure(case)["fine"], int)
+
+
+def test_a_hang_costs_a_part_of_a_section(benchmark):
+    section_patience = benchmark("side_by_side").section_patience
+    name = benchmark("side_by_side").SECTION_SECONDS
+    assert [section_patience(given) for given in ({}, {name: "200"}, {name: "40"}, {name: "3600"})] == [90, 50, 20, 90]
+
+
 def test_a_worker_answers_with_what_it_measured(benchmark, monkeypatch, capsys):
     attention = benchmark("attention")
     case = attention.Case(64, 16, window=8)
@@ -341,8 +238,13 @@ def test_a_worker_answers_with_what_it_measured(benchmark, monkeypatch, capsys):
         benchmark("side_by_side").serve(attention.Case, measure)
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert asked == [(case, ["xla"])] * 2
-    assert said[:3] == [{"begins": "xla"}, {"measured": {"xla": {"forward": 1}}}, {"begins": "xla"}]
-    assert said[3] == {"ended": "RuntimeError: CUDA_ERROR_ILLEGAL_ADDRESS"}
+    assert said[:4] == [
+        {"ready": True},
+        {"begins": "xla"},
+        {"measured": {"xla": {"forward": 1}}},
+        {"begins": "xla"},
+    ]
+    assert said[4] == {"ended": "RuntimeError: CUDA_ERROR_ILLEGAL_ADDRESS"}
 
 
 class Torch:
@@ -434,8 +336,10 @@ def test_the_plan_of_a_run_is_told_beside_it(benchmark):
     train = benchmark("train")
     config = load(train.TrainBenchmark, ROOT / "configs" / "gpt_tiny.yaml")
     config = config.model_copy(update={"model": config.model.model_copy(update={"num_layers": 1, "hidden_size": 64})})
-    assert train.plan(config, "NVIDIA RTX 5090", 1) is None
-    plan = train.plan(config, "NVIDIA H200", 1)
+    assert train.start_plan(config, "NVIDIA RTX 5090", 1) is None
+    with train.start_plan(config, "NVIDIA H200", 1) as planning:
+        plan = planning.result()
+    assert train.plan_line(plan).startswith("planned for h200: ") and " GiB of the program" in train.plan_line(plan)
     assert plan["gpu"] == "h200" and plan["fits"]
     # master weights and two moments in float32 at the least, and what the compiled step needs beside them
     parameters = config.model.num_layers * 12 * 64**2
@@ -451,9 +355,12 @@ def test_a_plan_that_fails_is_told_as_that(benchmark, monkeypatch):
     train = benchmark("train")
     config = load(train.TrainBenchmark, ROOT / "configs" / "gpt_tiny.yaml")
     impossible = config.model_copy(update={"mesh": config.mesh.model_copy(update={"tensor": 3})})
-    assert "tensor" in train.plan(impossible, "NVIDIA H200", 1)["error"]
+    with train.start_plan(impossible, "NVIDIA H200", 1) as planning:
+        assert "tensor" in planning.result()["error"]
     monkeypatch.setattr(train, "PLAN_SECONDS", 0.1)
-    assert train.plan(config, "NVIDIA H200", 1) == {"error": "it took more than 0.1 s"}
+    with train.start_plan(config, "NVIDIA H200", 1) as planning:
+        assert planning.result() == {"error": "it took more than 0.1 s"}
+    assert train.patience({"JAXTRON_SECTION_SECONDS": "0.1"}) == 0.05
 
 
 def test_tables_between_the_marks_of_a_readme(benchmark, tmp_path: Path):
@@ -478,7 +385,8 @@ def test_tables_between_the_marks_of_a_readme(benchmark, tmp_path: Path):
         "ceilings": {"result": {"matmul_size": 8192, "matmul_tflops": 780.4, "copy_gigabytes_per_second": 4300.2}},
         "attention_jax": {"result": {"cases": ours}},
         "attention_torch": {"status": "timeout", "incomplete": True, "result": {"cases": torch}},
-        "train": {"status": "failed"},
+        "train_xla": {"status": "failed"},
+        "train_cudnn": {"result": {**train, "name": "by_cudnn"}},
     }
     gpu = {"benchmark": "gpu", "date": "2026-01-02", "device": "NVIDIA H200", "sections": sections}
     readme, results = tmp_path / "README.md", tmp_path / "results"
@@ -494,7 +402,7 @@ def test_tables_between_the_marks_of_a_readme(benchmark, tmp_path: Path):
     row = "| 2 NVIDIA H200 (tensor 2) | 1,300.0M | 65,536 | 1,500.0 | 43,691 | 40.0 % |"
     assert f"| 2026-01-02 | gpt {row} - | 80.0 (83.0) | - | 60 | 0.11.2 |" in text
     assert f"| 2026-01-02 | planned {row} 1,450.0 | 80.0 (81.0) | mosaic | 60 | 0.11.2 |" in text
-    assert text.count("| 2026-01-02 |") == 2 and "780 TFLOP/s" in text and "old" not in text
+    assert text.count("| 2026-01-02 |") == 3 and "| by_cudnn |" in text and "780 TFLOP/s" in text and "old" not in text
     # of all processes' figures: the ratio to the fastest of the others
     assert "| causal | 64 | 16 / 16 | 4,096 | 600 / 300 | 500 / 250 | 400 / - | 1.20 / 1.20 |" in text
     assert "| causal, window 4,096, 8 documents | 128 | 16 / 4 | 16,384 | 300 / 150 | - | - | - |" in text
