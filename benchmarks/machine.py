@@ -102,6 +102,10 @@ def _candidates(environment: Mapping[str, str]) -> Iterator[Path]:
         if program.exists():
             yield from (program.absolute().parents[1], program.resolve().parents[1])
     yield from USUAL
+    yield from _others()
+
+
+def _others() -> Iterator[Path]:
     for folder in ("/usr/local", "/opt"):
         yield from sorted(Path(folder).glob("cuda-*"), reverse=True)
 

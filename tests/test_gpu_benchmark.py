@@ -71,11 +71,14 @@ def test_tests_that_ran_before_the_end_are_counted(benchmark, tmp_path: Path):
     )
     options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-m", "not gpu"]
     words = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
-    ended = benchmark("section").run_section(words, 10)
+    ended = benchmark("section").run_section(words, 16)
     assert (ended["status"], ended["incomplete"]) == ("timeout", True)
     found = ended["result"]
     assert {name: found[name] for name in COUNTS} == COUNTS
     assert [name.split("::")[1] for name in found["not_passed"]] == ["test_broken", "test_wrong"]
+    # and which one it was that took the rest of the time
+    assert [name.split("::")[1] for name in found["unfinished"]] == ["test_hangs"] and "test_hangs" in ended["reason"]
+    assert [*found["by_file"].values()] == [{"passed": 3, "failed": 1, "error": 1, "skipped": 1}]
     # interrupted, it still says why
     assert any("one is not two" in line for line in found["report"])
 
@@ -108,6 +111,7 @@ def test_tests_of_several_processes_are_counted_once(benchmark):
     found = benchmark("section").outcomes(TWO_PROCESSES)
     assert {name: found[name] for name in COUNTS} == COUNTS
     assert found["not_passed"] == ["test_it.py::test_broken", "test_it.py::test_wrong"]
+    assert found["unfinished"] == ["test_it.py::test_hangs"]
 
 
 def test_sections_share_what_time_there_is(benchmark):
