@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     if config is None:
         return 0
     device = jax.devices()[0]
-    result: dict[str, Any] = {"device": device.device_kind, **matmul(8192), **copy(2**31)}
+    result: dict[str, Any] = {"platform": device.platform, "device": device.device_kind, **matmul(8192), **copy(2**31)}
     print(json.dumps(result), flush=True)
     if argv:
         result["products"] = []

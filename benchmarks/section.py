@@ -26,6 +26,8 @@ _ANY = "|".join(OUTCOMES)
 _OUTCOME = re.compile(rf"^(?:\[gw\d+\] \[ *\d+%\] ({_ANY}) (.+)|(\S+::.+) ({_ANY})(?: \(.*\))? +\[ *\d+%\])$")
 # a test that began: in several processes alone on its line, in one cut off
 _BEGAN = re.compile(r"^(\S+\.py::.+?) *$")
+# a file that cannot be imported, in the summary
+_BROKEN = re.compile(r"^ERROR (\S+\.py(?: - .+)?)$", re.MULTILINE)
 # how many tests it runs, in the order of preference
 _SELECTED = (r"/ (\d+) selected", r"\[(\d+) items?\]", r"collected (\d+) items?")
 
@@ -126,6 +128,8 @@ def _read_cut_off(words: Sequence[str], code: None, stdout: str, stderr: str) ->
         return {**outcome, "reason": f" with nothing measured{_last(stderr)}"}
     if running := found.get("unfinished"):
         outcome["reason"] = f" while these ran: {', '.join(running)}"
+    elif "pytest" not in words and "reason" in (verdict := judged(found)):
+        outcome["reason"] = f"; {verdict['reason']}"
     return {**outcome, "incomplete": True, "result": found}
 
 
@@ -134,7 +138,10 @@ def _read_tests(code: int, found: Mapping[str, Any]) -> dict[str, Any]:
         return {"status": "absent", "reason": "there are no tests marked gpu"}
     counts = ", ".join(f"{found[name.lower()]} {name.lower()}" for name in OUTCOMES if found[name.lower()])
     if not found["passed"]:
-        return {"status": "failed", "reason": f"no test passed: {counts or f'pytest ended with code {code}'}"}
+        why = counts or "; ".join(found["broken_files"][:1]) or f"pytest ended with code {code}"
+        return {"status": "failed", "reason": f"no test passed: {why}"}
+    if found["broken_files"]:
+        counts += f", {len(found['broken_files'])} files cannot be read"
     if code:
         return {"status": "failed", "reason": f"{counts}, pytest ended with code {code}"}
     return {"status": "ok", "reason": counts}
@@ -142,6 +149,8 @@ def _read_tests(code: int, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def judged(found: Mapping[str, Any]) -> dict[str, Any]:
     """`ok` if a result has figures, `partial` if an implementation has none in any case, `failed` if there are none."""
+    if found.get("platform", "gpu") != "gpu":
+        return {"status": "failed", "reason": f"it ran on the {found['platform']}, and not on the GPU"}
     if "cases" not in found:
         numbers = any(type(value) in (int, float) for value in _leaves(found))
         return {"status": "ok"} if numbers else {"status": "failed", "reason": "nothing was measured"}
@@ -201,6 +210,7 @@ def outcomes(report: str) -> dict[str, Any]:
         "by_file": {file: dict(counts) for file, counts in sorted(by_file.items())},
         "not_passed": sorted(name for name, outcome in found.items() if outcome in ("FAILED", "ERROR")),
         "unfinished": sorted(name for name in began if name not in found),
+        "broken_files": sorted(set(_BROKEN.findall(report))),
         "report": _tail(report, 80),
     }
 

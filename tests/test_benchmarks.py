@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtron.config import UserError, load
 from jaxtron.gpus import gpu_named
+from jaxtron.models.work.operations import Product
 from jaxtron.plan.compiled.deviceless import gpu_devices
 from jaxtron.plan.compiled.rehearsal import rehearse
 from jaxtron.plan.formula.prediction import predict
@@ -57,6 +59,37 @@ def test_the_train_step_on_two_devices(tmp_path: Path):
     assert [line.split(" (")[0] for line in result["attention"]] == ["attention: materialized"]
     assert 0 < result["predicted_peak_bytes"] < result["process_max_rss_bytes"]
     assert 0 < result["loss_after"] < 6
+
+
+@pytest.mark.parametrize("place, timed", [(3, 2), (1, None)])
+def test_ctrl_c_reports_the_steps_so_far(benchmark, place: int, timed: int | None):
+    train, done = benchmark("train"), []
+
+    def compiled(state, batch):
+        done.append(batch)
+        if len(done) == place:
+            os.kill(os.getpid(), signal.SIGINT)
+        return state, {"loss": 2.0}
+
+    config = train.BenchmarkConfig(steps=10, warmup=1)
+    if timed is None:
+        with pytest.raises(UserError, match="before a step was timed"):
+            train.time_steps(compiled, None, None, config)
+    else:
+        seconds, loss = train.time_steps(compiled, None, None, config)
+        assert (len(seconds), loss) == (timed, 2.0)
+    assert len(done) == place
+
+
+def test_products_of_a_models_own_shapes(benchmark):
+    """Of the recipe for one GPU: 16,384 tokens of a microbatch through joined projections, and the head."""
+    ceilings, config = benchmark("ceilings"), load(Configuration, ROOT / "configs" / "gpt_1b.yaml")
+    found = [(one.m, one.n, one.k) for one in ceilings.products(config, "NVIDIA H200")]
+    tokens, hidden, vocab = 8 * 2048, 2048, config.model.padded_vocab
+    assert found[0] == (tokens, vocab, hidden) and (tokens, 3 * hidden, hidden) in found
+    assert len(set(found)) == len(found) and {tokens} == {max(size for size in one if size != vocab) for one in found}
+    measured = ceilings.measure(Product(48, 32, 16))
+    assert measured["tflops"] == pytest.approx(2e-9 * 48 * 32 * 16 / measured["milliseconds"])
 
 
 def test_without_a_gpu_one_line():

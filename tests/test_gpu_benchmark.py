@@ -220,6 +220,10 @@ def test_nothing_measured_is_not_ok(benchmark):
     assert cases({"mosaic": figure(600), "cudnn": figure(500)}, {"mosaic": no, "cudnn": no}) == {"status": "ok"}
     assert cases()["status"] == section.judged({})["status"] == section.judged({"a": None})["status"] == "failed"
     assert section.judged({"a": [{"b": 0.5}]})["status"] == "ok"
+    assert section.judged({"platform": "cpu", "a": 1}) == {
+        "status": "failed",
+        "reason": "it ran on the cpu, and not on the GPU",
+    }
 
 
 def test_tests_that_were_all_skipped_are_not_ok(benchmark, tmp_path: Path):
@@ -230,6 +234,14 @@ def test_tests_that_were_all_skipped_are_not_ok(benchmark, tmp_path: Path):
     found = benchmark("section").run_section(words, 30)
     assert (found["status"], found["reason"]) == ("failed", "no test passed: 2 skipped")
     assert any("no GPU" in line or "2 skipped" in line for line in found["result"]["report"])
+
+
+def test_files_that_cannot_be_imported_are_told(benchmark, tmp_path: Path):
+    (tmp_path / "test_it.py").write_text("import nothing_of_that_name\n")
+    words = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path)]
+    found = benchmark("section").run_section(words, 30)
+    assert found["status"] == "failed" and found["reason"].startswith("no test passed: ")
+    assert found["reason"].endswith("test_it.py") or "test_it.py - " in found["reason"]
 
 
 def test_plugins_of_the_machine_do_not_touch_the_tests(benchmark, monkeypatch, tmp_path: Path):
@@ -263,5 +275,8 @@ def test_a_section_that_hangs_costs_its_own_time(benchmark, tmp_path: Path):
     assert time.monotonic() - began < 5
     assert (found["status"], found["result"], found["stderr"]) == ("timeout", {"a": 1}, ["stuck"])
     assert (tmp_path / "it.err").read_text() == "stuck\n"
+    # what it printed has no figure: that is said too
+    empty = benchmark("section").run_section([sys.executable, "-uc", f"print('{{}}'); {child}"], 2)
+    assert empty["reason"] == "ended after 1 s; nothing was measured"
     nothing = benchmark("section").run_section([sys.executable, "-c", child], 2)
     assert nothing["reason"].startswith("ended after 1 s with nothing measured") and "result" not in nothing
