@@ -4,6 +4,9 @@ Runs where `context` and `tensor` are manual: arrays are one device's part, two 
 (`sharding/context.py`). Everyone knows all segment ids, which are small; keys and values travel.
 """
 
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,13 +14,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxtron.kernels.attention.attention import Implementation
-from jaxtron.kernels.attention.spec import AttentionSpec
+from jaxtron.kernels.attention.spec import AttentionSpec, most_pairs
 from jaxtron.sharding.collectives import vary
 from jaxtron.sharding.config import ContextConfig
 from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, Float
 
 Pair = tuple[Array, Array]
+
+# How blocks are named in compiled programs. Behind it is which part of a kernel's pairs of a query and a key attends on
+# an average: offsets are known on the device only.
+ATTENDS = "attends."
 
 
 def forward(
@@ -108,7 +115,7 @@ class _Way:
         """Positions of a block of the ring."""
         return self.half * self.inner
 
-    def starts(self, member: Array) -> Pair:
+    def starts(self, member: Array | int) -> tuple[Array | int, Array | int]:
         """First positions of a member's two blocks."""
         return member * self.block, (2 * self.outer - 1 - member) * self.block
 
@@ -181,12 +188,41 @@ class _Block(NamedTuple):
     spec: AttentionSpec
 
 
+def _pairs(spec: AttentionSpec) -> tuple[tuple[int, int], ...]:
+    """Which of a member's blocks of queries may see which of another's keys: in causal order no first a second one."""
+    return ((0, 0), (1, 0), (1, 1)) if spec.causal else ((0, 0), (0, 1), (1, 0), (1, 1))
+
+
 def _blocks(way: _Way, source: Array) -> list[_Block]:
     """What this member computes with the blocks of member `source`."""
     ours, theirs = way.starts(way.member), way.starts(source)
-    # in causal order no first block sees a second one
-    pairs = ((0, 0), (1, 0), (1, 1)) if way.spec.causal else ((0, 0), (0, 1), (1, 0), (1, 1))
-    return [_Block(i, j, _between(way.spec, ours[i], theirs[j], way.block, way.block)) for i, j in pairs]
+    return [_Block(i, j, _between(way.spec, ours[i], theirs[j], way.block, way.block)) for i, j in _pairs(way.spec)]
+
+
+def _ring_name(way: _Way) -> AbstractContextManager:
+    """How blocks of the ring are named."""
+    members = range(way.outer)
+    starts = [way.starts(member) for member in members]
+    distances = Counter(
+        int(starts[one][i]) - int(starts[other][j]) for one in members for other in members for i, j in _pairs(way.spec)
+    )
+    return _named(way, distances, way.block, way.block)
+
+
+def _row_name(way: _Way, length: int) -> AbstractContextManager:
+    """How pieces against the whole sequence are named."""
+    assert way.inner == 1
+    starts = [int(start) for rank in range(way.size) for start in way.starts(rank)]
+    return _named(way, Counter(starts), way.half, length)
+
+
+def _named(way: _Way, distances: Mapping[int, int], queries: int, keys: int) -> AbstractContextManager:
+    """A name with the part of pairs that attend where queries are so far behind keys, so often each."""
+    attend = sum(
+        count * most_pairs(replace(way.spec, q_offset=distance), queries, keys) for distance, count in distances.items()
+    )
+    known = most_pairs(replace(way.spec, q_offset=way.rank), queries, keys) * sum(distances.values())
+    return nullcontext() if attend == known else jax.named_scope(f"{ATTENDS}{attend / known:.6f}")
 
 
 def _between(
@@ -214,7 +250,9 @@ def _forward_ring(way: _Way, q: Array, k: Array, v: Array, run: Implementation) 
     def compute(found: tuple[Pair, Pair], source: Array, k: Array, v: Array) -> tuple[Pair, Pair]:
         merged, keys, values = list(found), _halves(k, 1), _halves(v, 1)
         for i, j, spec in _blocks(way, source):
-            merged[i] = _merge(merged[i], run.forward(queries[i], keys[j], values[j], spec))
+            with _ring_name(way):
+                part = run.forward(queries[i], keys[j], values[j], spec)
+            merged[i] = _merge(merged[i], part)
         return merged[0], merged[1]
 
     def step(carry: tuple, number: Array) -> tuple[tuple, None]:
@@ -242,7 +280,8 @@ def _backward_ring(
         keys, values = _halves(k, 1), _halves(v, 1)
         dq, dk, dv = ([vary(jnp.zeros(x.shape, jnp.float32)) for x in halves] for halves in (queries, keys, values))
         for i, j, spec in _blocks(way, source):
-            parts = run.backward(queries[i], keys[j], values[j], normalizers[i], deltas[i], cotangents[i], spec)
+            with _ring_name(way):
+                parts = run.backward(queries[i], keys[j], values[j], normalizers[i], deltas[i], cotangents[i], spec)
             for sums, index, part in zip((dq, dk, dv), (i, j, j), parts, strict=True):
                 sums[index] = sums[index] + part.astype(jnp.float32)
         return dq, dk, dv
@@ -279,7 +318,10 @@ def _backward_ring(
 
 def _forward_gathered(way: _Way, q: Array, k: Array, v: Array, run: Implementation) -> Pair:
     k, v = way.in_order(k), way.in_order(v)
-    found = [run.forward(query, k, v, spec) for query, spec in zip(_halves(q, 1), _rows(way, k.shape[1]), strict=True)]
+    with _row_name(way, k.shape[1]):
+        found = [
+            run.forward(query, k, v, spec) for query, spec in zip(_halves(q, 1), _rows(way, k.shape[1]), strict=True)
+        ]
     return jnp.concatenate([out for out, _ in found], 1), jnp.concatenate([lse for _, lse in found], 2)
 
 
@@ -289,10 +331,11 @@ def _backward_gathered(
     k, v = way.in_order(k), way.in_order(v)
     halves = zip(_halves(q, 1), _halves(lse, 2), _halves(delta, 2), _halves(dout, 1), strict=True)
     masks = _rows(way, k.shape[1])
-    found = [
-        run.backward(query, k, v, normalizer, shift, cotangent, spec)
-        for (query, normalizer, shift, cotangent), spec in zip(halves, masks, strict=True)
-    ]
+    with _row_name(way, k.shape[1]):
+        found = [
+            run.backward(query, k, v, normalizer, shift, cotangent, spec)
+            for (query, normalizer, shift, cotangent), spec in zip(halves, masks, strict=True)
+        ]
     dq = jnp.concatenate([parts[0] for parts in found], 1)
     first, second = ([part.astype(jnp.float32) for part in parts] for parts in found)
     dk, dv = (way.out_of_order(first[index] + second[index]) for index in (1, 2))

@@ -28,6 +28,8 @@ from jaxtron.typing import Array, Float, PyTree
 
 # how operations of backwards are named in compiled programs, where autodiff's own names may be lost
 BACKWARD = "backward"
+# within it, of weight gradients that were put off
+WEIGHT = "weight"
 # likewise of a forward and a backward that go through their layers together
 PAIRED = "paired"
 
@@ -378,7 +380,7 @@ class _Executor:
         accumulators, cotangent = self._by_enters(row, enter, state.outer_accumulators)
         return replace(state, outer_accumulators=accumulators), cotangent
 
-    @jax.named_scope(BACKWARD)
+    @jax.named_scope(f"{BACKWARD}/{WEIGHT}")
     def _weight(self, state: ExecutorState, row: WorkTable[Array]) -> tuple[ExecutorState, Stream]:
         """The layers' weight gradients that a backward put off."""
         shared = self._shared(self._microbatch(row))
