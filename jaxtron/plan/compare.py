@@ -29,12 +29,21 @@ class _Prediction(BaseModel):
     mfu: FiniteFloat
 
 
+class _Class(BaseModel):
+    seconds: FiniteFloat
+
+
+class _Bound(_Prediction):
+    classes: dict[str, _Class]
+
+
 class _SavedPlan(BaseModel):
     """What a comparison reads of a plan; it has more."""
 
     memory: dict[str, Any]
     communication: tuple[_Row, ...]
     prediction: _Prediction
+    bound: _Bound
 
     @model_validator(mode="after")
     def _check(self) -> "_SavedPlan":
@@ -68,7 +77,8 @@ def read_plan(path: Path) -> dict[str, Any]:
 def changes_text(before: dict[str, Any], plan: Plan) -> str:
     """A line for each figure that differs, what the change adds with a plus."""
     after = json.loads(json.dumps(plan.json()))
-    rows = [*_memory(before, after), *_communication(before, after), *_prediction(before, after)]
+    changes = (_memory, _communication, _prediction, _bound)
+    rows = [row for of in changes for row in of(before, after)]
     if not rows:
         return "changes: none"
     return "\n".join(["changes:", *aligned([(f"  {name}", *cells) for name, *cells in rows], right=(1, 2, 3))])
@@ -110,14 +120,29 @@ def _key(row: dict[str, Any]) -> str:
 
 
 def _prediction(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    old, new = before["prediction"], after["prediction"]
+    return _times(before["prediction"], after["prediction"], "")
+
+
+def _bound(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The bound and, where it changed, the seconds of each class of kernels."""
+    old, new = before["bound"], after["bound"]
+    rows = _times(old, new, ", bound")
+    for name in dict.fromkeys((*new["classes"], *old["classes"])):
+        was, now = (plan["classes"].get(name, {"seconds": 0.0})["seconds"] for plan in (old, new))
+        if rows and was != now:
+            sign = "+" if now > was else "-"
+            change = f"{sign}{readable_seconds(abs(now - was))}"
+            rows.append((f"bound, {name}", readable_seconds(was), readable_seconds(now), change))
+    return rows
+
+
+def _times(old: dict[str, Any], new: dict[str, Any], kind: str) -> list[tuple[str, str, str, str]]:
     if old["step_seconds"] == new["step_seconds"]:
         return []
-    change = new["step_seconds"] / old["step_seconds"] - 1
-    rows = [
-        ("step time", readable_seconds(old["step_seconds"]), readable_seconds(new["step_seconds"]), f"{change:+.1%}")
-    ]
-    return [*rows, ("MFU", f"{old['mfu']:.1%}", f"{new['mfu']:.1%}", f"{100 * (new['mfu'] - old['mfu']):+.1f} points")]
+    was, now = old["step_seconds"], new["step_seconds"]
+    rows = [(f"step time{kind}", readable_seconds(was), readable_seconds(now), f"{now / was - 1:+.1%}")]
+    change = f"{100 * (new['mfu'] - old['mfu']):+.1f} points"
+    return [*rows, (f"MFU{kind}", f"{old['mfu']:.1%}", f"{new['mfu']:.1%}", change)]
 
 
 def _signed(change: float) -> str:

@@ -52,6 +52,13 @@ class Machine(Config):
     network_seconds: float = Field(ge=0)
     """Latency of a step between nodes."""
 
+    product_ceiling: float = Field(default=0.75, gt=0, le=1)
+    """Of the peak FLOP/s, in the best products known of the GPU; like the next two for the bound of a compiled step."""
+    attention_ceiling: float = Field(default=0.5, gt=0, le=1)
+    """Of the peak FLOP/s, in a fused kernel at its best."""
+    memory_ceiling: float = Field(default=0.85, gt=0, le=1)
+    """Of the memory bandwidth, in a copy at its best."""
+
     @model_validator(mode="after")
     def _check(self) -> "Machine":
         gpu_named(self.gpu)
@@ -83,6 +90,16 @@ class Machine(Config):
     def pass_seconds(self, size: float, kernels: int = 1) -> float:
         """Seconds in which `size` bytes are read or written by so many kernels."""
         return size / (self.memory_fraction * self.datasheet.memory_bandwidth) + kernels * self.kernel_seconds
+
+    def least_seconds(self, flops: float, size: float, *, width: float = 2.0, is_fused: bool = False) -> float:
+        """The least that a kernel takes: its FLOPs or its bytes at the ceilings, whichever takes longer; no launch.
+
+        `width` are the bytes of a number that is multiplied: those of 4 at half the peak, those of 1 at twice it.
+        """
+        gpu = self.datasheet
+        ceiling = self.attention_ceiling if is_fused else self.product_ceiling
+        moved = size / (self.memory_ceiling * gpu.memory_bandwidth)
+        return max(flops / (ceiling * gpu.peak_flops * 2.0 / width), moved)
 
     def collective_seconds(self, kind: CollectiveKind, size: float, group: Group) -> float:
         """Seconds of a collective; `size` is the bytes of the whole array: gathered, or before it is scattered.

@@ -10,6 +10,7 @@ from jaxtron.models.work.profile import JAXTRON, Profile
 from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.tick_loops import message_counts
 from jaxtron.plan.compiled import flops
+from jaxtron.plan.compiled.bound import Bound, step_bound
 from jaxtron.plan.compiled.communication import CommunicationRow, communication_rows, compiled_overlap, is_further
 from jaxtron.plan.compiled.diagnostics import Diagnostic, diagnostics
 from jaxtron.plan.compiled.rehearsal import Rehearsal
@@ -22,8 +23,8 @@ from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.folding import EXPERT_FLAGS
 from jaxtron.words import plural
 
-# of the file that --json writes: 2 has `communication`, `diagnostics` and `hint`, 3 frozen weights
-FORMAT = 3
+# of the file that --json writes: 2 has `communication`, `diagnostics` and `hint`, 3 frozen weights, 4 `bound`
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Plan:
     communication: list[CommunicationRow]
     messages: tuple[int, int]
     prediction: Prediction
+    bound: Bound
     compiled_flops: int | None
     attention: tuple[str, ...]
     choices: tuple[str, ...]
@@ -80,6 +82,8 @@ def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
     name = f"{config.pipeline.schedule}, " if sizes["pipe"] > 1 else ""
     memory, rules = rehearsal.memory_use, rehearsal.session.rules
     shapes = shapes_of(config, sizes, profile, rehearsal.gpu.device_kind)
+    prediction = predict(config, sizes, machine, gpus_per_node=rehearsal.gpus_per_node, profile=profile)
+    bound = step_bound(rehearsal, machine, prediction.model_flops)
     has_experts = config.family.experts(config.model) is not None
     return Plan(
         title=title,
@@ -96,12 +100,13 @@ def make_plan(rehearsal: Rehearsal, machine: Machine, title: str) -> Plan:
         memory=memory,
         communication=communication_rows(rehearsal, machine),
         messages=message_counts(lower(config.schedule(sizes["pipe"]), config.stage_plan(sizes["pipe"]).stack_chunks)),
-        prediction=predict(config, sizes, machine, gpus_per_node=rehearsal.gpus_per_node, profile=profile),
+        prediction=prediction,
+        bound=bound,
         compiled_flops=_executed(rehearsal),
         attention=rehearsal.attention,
         choices=rehearsal.choices,
         padding=_padding(config),
-        diagnostics=diagnostics(rehearsal, work_of(config, shapes).exchanged),
+        diagnostics=diagnostics(rehearsal, work_of(config, shapes).exchanged, bound.copies),
         further=sum(map(is_further, rehearsal.collectives)),
         hint=None if memory.fits else first_change(config, sizes, memory),
     )

@@ -48,6 +48,8 @@ def plan_text(plan: Plan, tokens: float | None = None) -> str:
             "",
             *_prediction(plan, tokens),
             "",
+            *_bound(plan),
+            "",
             *_diagnostics(plan),
         ]
     )
@@ -157,6 +159,34 @@ def _prediction(plan: Plan, tokens: float | None) -> list[str]:
     if tokens is not None:
         lines.append(f"  {readable_count(tokens)} tokens take {readable_time(found.seconds_for(tokens))}")
     return lines
+
+
+def _bound(plan: Plan) -> list[str]:
+    bound = plan.bound
+    rows = [("  what", "seconds", "share", "read and written", "rate", "launches")]
+
+    def row(name: str, seconds: float, moved: str, rate: str, launches: str) -> None:
+        rows.append(
+            (f"  {name}", readable_seconds(seconds), f"{seconds / bound.step_seconds:.1%}", moved, rate, launches)
+        )
+
+    for name, found in sorted(bound.classes.items(), key=lambda item: -item[1].seconds):
+        moved = found.read + found.written
+        is_product, done = (True, found.flops) if found.flops else (False, moved)
+        rate = readable_flops(done / found.seconds) if is_product else readable_bytes(done / found.seconds)
+        row(name, found.seconds, readable_bytes(moved), f"{rate.removesuffix('s')}/s", f"{found.launches:,}")
+    for axes, travel in bound.communication.items():
+        rate = f"of {readable_seconds(travel.seconds)}"
+        row(f"exposed, {axes}", travel.exposed, f"{readable_bytes(travel.sent)} sent", rate, f"{travel.launches:,}")
+    if bound.bubble:
+        row("bubble", bound.bubble, "", "", "")
+    found = plan.prediction
+    return [
+        f"bound of the compiled step, kernel by kernel: {readable_seconds(bound.step_seconds)} a step, "
+        f"MFU at most {bound.mfu:.1%}; predicted are {readable_seconds(found.step_seconds)} and {found.mfu:.1%}",
+        "  every kernel at the best rate assumed of its GPU and nothing between them: not a measurement",
+        *aligned(rows, right=range(1, 6)),
+    ]
 
 
 def _diagnostics(plan: Plan) -> list[str]:

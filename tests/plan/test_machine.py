@@ -20,6 +20,7 @@ IDEAL = Machine(
     nvlink_seconds=0.0,
     network_seconds=0.0,
 )
+CEILINGS = {f"{rate}_fraction": f"{rate}_ceiling" for rate in ("product", "attention", "memory")}
 NVLINK, NETWORK = GPUS["a100"].nvlink_bandwidth, GPUS["a100"].network_bandwidth
 
 
@@ -38,7 +39,26 @@ def test_every_known_gpu_has_constants():
 def test_gpus_without_published_steps_are_the_h100_by_analogy():
     constants = load(Machines, CONSTANTS)
     for name in ("h200", "b200", "gb200"):
-        assert getattr(constants, name) == constants.h100.model_copy(update={"gpu": name})
+        machine = getattr(constants, name)
+        own = {ceiling: getattr(machine, ceiling) for ceiling in CEILINGS.values()}
+        assert machine == constants.h100.model_copy(update={"gpu": name, **own})
+
+
+def test_no_fitted_rate_is_above_its_ceiling():
+    for name in GPUS:
+        machine = machine_named(name)
+        assert all(getattr(machine, fraction) <= getattr(machine, ceiling) for fraction, ceiling in CEILINGS.items())
+
+
+def test_the_least_of_a_kernel_is_its_flops_or_its_bytes():
+    machine, gpu = IDEAL.model_copy(update={"product_ceiling": 0.8, "memory_ceiling": 0.5}), GPUS["a100"]
+    peak, bandwidth = gpu.peak_flops, gpu.memory_bandwidth
+    assert machine.least_seconds(peak, 0.0) == pytest.approx(1 / 0.8)
+    assert machine.least_seconds(peak, 0.0, is_fused=True) == pytest.approx(1 / machine.attention_ceiling)
+    # numbers of 32 bits at half the rate, of 8 at twice
+    assert machine.least_seconds(peak, 0.0, width=4.0) == pytest.approx(2 / 0.8)
+    assert machine.least_seconds(peak, 0.0, width=1.0) == pytest.approx(0.5 / 0.8)
+    assert machine.least_seconds(0.0, bandwidth) == machine.least_seconds(peak, bandwidth) == pytest.approx(2.0)
 
 
 def test_products_reach_more_of_the_peak_the_larger_they_are():

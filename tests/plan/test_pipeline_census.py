@@ -9,11 +9,15 @@ import pytest
 
 from jaxtron.config import load
 from jaxtron.layers.moe.experts import FURTHER_ROUNDS
+from jaxtron.models.work.profile import JAXTRON
 from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.plan.compiled import flops, hlo
+from jaxtron.plan.compiled.bound import Bound, step_bound
 from jaxtron.plan.compiled.census import Collective
 from jaxtron.plan.compiled.rehearsal import Rehearsal, rehearse
+from jaxtron.plan.formula.workload import shapes_of, work_of
+from jaxtron.plan.machine import machine_named
 from jaxtron.run.configuration import Configuration
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -24,14 +28,14 @@ MESSAGE = ROWS * LENGTH * HIDDEN // TENSOR * 2
 
 
 @functools.cache
-def step(schedule: str = "1f1b", microbatches: int = 8) -> Rehearsal:
+def step(schedule: str = "1f1b", microbatches: int = 8, chunks: int = 1) -> Rehearsal:
     config = Configuration.model_validate(
         {
             "model": {"num_layers": LAYERS, "hidden_size": HIDDEN, "num_heads": 8, "vocab_size": 1024},
             "data": {"sequence_length": LENGTH},
             "train": {"global_batch": ROWS * microbatches, "microbatches": microbatches, "precision": "bf16"},
             "mesh": {"pipe": PIPE, "tensor": TENSOR, "data": 1},
-            "pipeline": {"schedule": schedule},
+            "pipeline": {"schedule": schedule, "chunks": chunks},
         }
     )
     return rehearse(config, gpu="h100", num_gpus=PIPE * TENSOR)
@@ -100,16 +104,22 @@ def test_tensor_traffic_of_a_stage_is_that_of_its_layers() -> None:
         assert sum(entry.operands for entry in found) == 2 * a_layer, ticks
 
 
-@pytest.mark.slow
-def test_tokens_of_one_microbatch_travel_to_experts_beside_products_of_the_other() -> None:
-    """A layer of Qwen2-57B without its shared MLP, whose products alone would do."""
+@functools.cache
+def experts_step() -> Rehearsal:
+    """Layers of Qwen2-57B without their shared MLP, a forward and a backward together."""
     flags = (
         "--model.num_layers 8 --model.vocab_size 1024 --model.moe.shared_size 0 --train.global_batch 32 "
         "--train.microbatches 8 --mesh.data 4 --mesh.tensor 1 --mesh.pipe 2 --pipeline.schedule eager_1f1b "
         "--pipeline.chunks 1 --pipeline.overlap true"
     )
     found = load(Configuration, CONFIGS / "qwen2_57b_a14b.yaml", flags.split())
-    module = rehearse(found.resolved(), gpu="h100", num_gpus=8).module
+    return rehearse(found.resolved(), gpu="h100", num_gpus=8)
+
+
+@pytest.mark.slow
+def test_tokens_of_one_microbatch_travel_to_experts_beside_products_of_the_other() -> None:
+    """Whose products alone would do."""
+    module = experts_step().module
     bodies = [list(exchanges(module, instructions)) for instructions in module.computations.values()]
     # the loops over layers of ticks that have both: out and back of each; beside the backward's way out is its own
     # attention, which is computed again
@@ -120,6 +130,50 @@ def test_tokens_of_one_microbatch_travel_to_experts_beside_products_of_the_other
         assert [len(found) for found in ways.values()] == [2, 2]
         assert all(sum(out.values()) > 0 for out, _ in ways.values())
         assert sum(beside[not is_backward] > 0 for is_backward, beside in sent) >= 2
+
+
+def held_together(bound: Bound) -> float:
+    """What a bound says that a step is made of, in seconds."""
+    kernels = sum(found.seconds for found in bound.classes.values())
+    return kernels + sum(found.exposed for found in bound.communication.values()) + bound.bubble
+
+
+@pytest.mark.parametrize(
+    ("schedule", "chunks"),
+    [
+        ("1f1b", 1),
+        pytest.param("zero_bubble", 1, marks=pytest.mark.slow),
+        pytest.param("interleaved", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_the_bound_counts_a_stage_that_waits_as_its_schedule_does(schedule: str, chunks: int) -> None:
+    rehearsal, machine, microbatches = step(schedule, 8, chunks), machine_named("h100"), 8
+    bound = step_bound(rehearsal, machine, 1e12)
+    tokens = ROWS * LENGTH
+    layer = 3 * 2 * tokens * 12 * HIDDEN**2 // TENSOR
+    # the last stage has the head, whose vocabulary is split
+    head = 3 * 2 * tokens * HIDDEN * 1024 // TENSOR
+    multiplied = bound.classes["products"].flops
+    assert multiplied == pytest.approx(microbatches * (LAYERS_A_STAGE * layer + head), rel=1e-6)
+    square = 2 * ROWS * HIDDEN // TENSOR * LENGTH * (LENGTH + 1)
+    assert bound.classes["attention"].flops == microbatches * LAYERS_A_STAGE * (square + square * 5 // 2)
+    assert held_together(bound) == pytest.approx(bound.step_seconds)
+    assert 0 < bound.bubble < bound.step_seconds / 2
+    assert bound.mfu == pytest.approx(1e12 / bound.step_seconds / machine.datasheet.peak_flops)
+
+
+@pytest.mark.slow
+def test_the_bound_counts_what_goes_together_once() -> None:
+    """Of 8 microbatches on a stage some go alone: whichever, 4 layers have the attention of the formula in each."""
+    rehearsal = experts_step()
+    session, bound = rehearsal.session, step_bound(rehearsal, machine_named("h100"), 1e12)
+    work = work_of(session.config, shapes_of(session.config, session.sizes, JAXTRON, rehearsal.gpu.device_kind))
+    (layer,) = (stack.layer for stack in work.stacks)
+    fused = [one for phase in (layer.forward, layer.backward) for one in phase.fused]
+    attention = sum(one.flops for one in fused)
+    assert attention > 0
+    assert bound.classes["attention"].flops == pytest.approx(8 * 4 * attention, rel=1e-3)
+    assert held_together(bound) == pytest.approx(bound.step_seconds)
 
 
 def exchanges(module: hlo.Module, instructions: Sequence[hlo.Instruction]) -> Iterator[tuple[bool, dict[bool, int]]]:

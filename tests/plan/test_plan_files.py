@@ -76,11 +76,14 @@ def test_damaged_targets(old: str, new: str, message: str, tmp_path: Path):
         ("communication", 7, "communication: "),
         ("prediction", {"step_seconds": 0, "mfu": 0.4}, "prediction.step_seconds: "),
         ("prediction", None, "prediction: "),
+        ("bound", {"step_seconds": 1.0, "mfu": "?", "classes": {}}, "bound.mfu: "),
+        ("bound", {"step_seconds": 1.0, "mfu": 0.5, "classes": {"products": {}}}, "bound.classes.products.seconds: "),
     ],
 )
 def test_damaged_plans(place: str, value, message: str, tmp_path: Path):
     path = tmp_path / "plan.json"
-    whole = {"memory": {}, "communication": [], "prediction": {"step_seconds": 1.0, "mfu": 0.5}}
+    times = {"step_seconds": 1.0, "mfu": 0.5}
+    whole = {"memory": {}, "communication": [], "prediction": times, "bound": {**times, "classes": {}}}
     path.write_text(json.dumps({"format": FORMAT, **whole, place: value}))
     with pytest.raises(UserError, match=f"plan.json is a damaged plan: {message}"):
         read_plan(path)

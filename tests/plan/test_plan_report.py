@@ -14,6 +14,7 @@ from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.tick_loops import reached, tick_loops
 from jaxtron.plan.compare import changes_text, read_plan
 from jaxtron.plan.compiled import hlo
+from jaxtron.plan.compiled.bound import WholeCopy
 from jaxtron.plan.compiled.communication import communication_rows, compiled_overlap
 from jaxtron.plan.compiled.diagnostics import diagnostics
 from jaxtron.plan.compiled.links import link
@@ -166,6 +167,13 @@ def test_surprises_of_a_clean_step_are_its_copies() -> None:
     assert any("on all 2 of pipe: the state of embedding.table" in diagnostic.what for diagnostic in found)
 
 
+def test_whole_copies_are_told_with_their_place() -> None:
+    copy = WholeCopy("transposes bf16[64,2048]", 3, 2**30, 0.25, "layer.py:7")
+    (found,) = [one for one in diagnostics(step(), copies=[copy]) if one.location == "layer.py:7"]
+    assert found.what == "XLA transposes bf16[64,2048], 3 GiB read and written by 3 runs a step: 250 ms at least"
+    assert found.bytes == 3 * 2**30
+
+
 def test_planted_surprises_are_told_with_their_place() -> None:
     entry = max(step().collectives, key=lambda entry: entry.bytes)
     wrong = dataclasses.replace(entry, kind="all_to_all", bytes=2**24, loops=(3,), location="model.py:12")
@@ -202,13 +210,22 @@ def test_a_plan_as_text_and_json_and_against_another(tmp_path: Path) -> None:
         "MFU",
         "1.00 billion tokens take",
         "times the",
+        "bound of the compiled step, kernel by kernel: ",
+        "MFU at most",
+        "not a measurement",
+        "exposed, tensor",
+        "  bubble",
     ):
         assert words in text
+    classes = plain["bound"]["classes"]
+    assert {"products", "attention", "elementwise", "copies", "buffers", "fills"} <= classes.keys()
+    assert set(classes["products"]) == {"launches", "read", "written", "flops", "seconds"}
     changes = changes_text(read_plan(tmp_path / "a.json"), after)
     # what the step gathers once: the weights that the optimizer's parts were
     gathered = [line for line in changes.splitlines() if "all_gather over data once a step" in line]
     assert len(gathered) == 1 and "0 B" in gathered[0] and "+" in gathered[0]
     assert "memory, optimizer" in changes and "-" in changes
+    assert "step time, bound" in changes and "MFU, bound" in changes and "bound, elementwise" in changes
     assert changes_text(read_plan(tmp_path / "a.json"), before) == "changes: none"
 
 

@@ -40,6 +40,7 @@ PLAN = {
     "memory": {name.name: 10 for name in dataclasses.fields(MemoryUse)} | {"total": 110, "fits": True, "stages": []},
     "communication": [{"key": ["all_gather", ["data"], [4], 2], "payload": 64, "each": 16}],
     "prediction": {"step_seconds": 0.5, "mfu": 0.4},
+    "bound": {"step_seconds": 0.4, "mfu": 0.5, "classes": {"products": {"seconds": 0.3}}},
 }
 
 

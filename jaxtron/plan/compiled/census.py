@@ -1,5 +1,6 @@
 """The census of collectives: what a compiled step communicates, over which mesh axes, how much and how often."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -68,6 +69,8 @@ class Collective:
     beside: int = 0
     layers: str = ""
     """The kind of layers in whose branch of a loop it runs; empty outside of such."""
+    name: str = dataclasses.field(default="", compare=False)
+    """The instruction's, in the program."""
 
     @property
     def operands(self) -> int:
@@ -161,12 +164,13 @@ def _collective(
         location=hlo.location(module, instruction),
         beside=beside.get(instruction.name, 0),
         layers=layers(site.branch) if site.branch else "",
+        name=instruction.name,
     )
 
 
 def _payload(opcode: str, instruction: hlo.Instruction, group_size: int) -> tuple[hlo.Array, ...]:
     """The arrays that count: results, which the start of a pair lists after its operands; a reduce-scatter's inputs."""
-    arrays, count = instruction.results, instruction.num_operands
+    arrays, count = instruction.results, len(instruction.operands)
     if instruction.opcode == "send":
         return arrays[:1]
     if instruction.opcode.endswith("-start") and len(arrays) > count:

@@ -144,18 +144,14 @@ def runs(rehearsal: Rehearsal) -> Callable[[Collective], float]:
     return lambda entry: entry.executions * shares[entry.layers] * part(entry)
 
 
-Weigher = Callable[[Collective], tuple[float, float]]
-
-
-def _weigher(rehearsal: Rehearsal, machine: Machine) -> Weigher:
-    """Seconds a step of one communication, and how many of them are hidden."""
-    folding, times = rehearsal.session.rules.folding, runs(rehearsal)
+def collective_timer(rehearsal: Rehearsal, machine: Machine) -> Callable[[Collective], float]:
+    """Seconds that one execution of a communication takes by itself."""
+    folding = rehearsal.session.rules.folding
     sizes = folding.mesh.shape
-    speed = machine.datasheet.peak_flops * machine.product_fraction
 
-    def weigh(entry: Collective) -> tuple[float, float]:
+    def seconds(entry: Collective) -> float:
         if entry.group_size <= 1:
-            return 0.0, 0.0
+            return 0.0
         neighbours = {name: count for name, count in map(part_of, entry.axes) if count}
         axes = folding.named(entry.names)
         known = set(axes) <= set(sizes)
@@ -163,9 +159,22 @@ def _weigher(rehearsal: Rehearsal, machine: Machine) -> Weigher:
             axes_group({**sizes, **neighbours}, axes, rehearsal.gpus_per_node) if known else Group(entry.group_size, 1)
         )
         if entry.kind in _KINDS:
-            seconds = machine.collective_seconds(_KINDS[entry.kind], entry.bytes, group)
-        else:
-            seconds = machine.message_seconds(entry.sent_bytes, inside_node=group.local == group.size)
+            return machine.collective_seconds(_KINDS[entry.kind], entry.bytes, group)
+        return machine.message_seconds(entry.sent_bytes, inside_node=group.local == group.size)
+
+    return seconds
+
+
+Weigher = Callable[[Collective], tuple[float, float]]
+
+
+def _weigher(rehearsal: Rehearsal, machine: Machine) -> Weigher:
+    """Seconds a step of one communication, and how many of them are hidden."""
+    timer, times = collective_timer(rehearsal, machine), runs(rehearsal)
+    speed = machine.datasheet.peak_flops * machine.product_fraction
+
+    def weigh(entry: Collective) -> tuple[float, float]:
+        seconds = timer(entry)
         hidden = min(seconds, entry.beside / speed) if entry.asynchronous else 0.0
         return seconds * times(entry), hidden * times(entry)
 

@@ -1,16 +1,17 @@
 """What a compiled step does that nobody asked for, and what was asked for and is not in it."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
+from jaxtron.plan.compiled.bound import WholeCopy
 from jaxtron.plan.compiled.census import UNKNOWN_AXES, Collective
 from jaxtron.plan.compiled.communication import exchange_of
 from jaxtron.plan.compiled.rehearsal import Rehearsal
 from jaxtron.plan.layout import ParameterRow
 from jaxtron.sharding.folding import FLAGS, Axes
 from jaxtron.sharding.mesh import Folding
-from jaxtron.words import readable_bytes
+from jaxtron.words import plural, readable_bytes, readable_seconds
 
 # a payload a step below this is scalars, norms and what a loss needs of its rows
 SMALL = 2**20
@@ -41,14 +42,17 @@ class Diagnostic:
     location: str = ""
 
 
-def diagnostics(rehearsal: Rehearsal, exchanged: Collection[float] = ()) -> list[Diagnostic]:
+def diagnostics(
+    rehearsal: Rehearsal, exchanged: Collection[float] = (), copies: Iterable[WholeCopy] = ()
+) -> list[Diagnostic]:
     """All that the compiled program shows, the largest first; `exchanged` are the bytes of the arrays that devices with
-    experts send each other in a layer."""
+    experts send each other in a layer, `copies` what the bound of the step found copied."""
     found = [
         *_compiler(rehearsal.messages),
         *_resharding(rehearsal, frozenset(exchanged)),
         *_replicated(rehearsal),
         *_missing(rehearsal, is_exchanged=bool(exchanged)),
+        *map(_copied, copies),
     ]
     return sorted(found, key=lambda diagnostic: -diagnostic.bytes)
 
@@ -86,6 +90,13 @@ def _resharding(rehearsal: Rehearsal, exchanged: frozenset[float]) -> Iterator[D
 def _is_expected(entry: Collective, folding: Folding) -> bool:
     owners = {axis: flag for flag in FLAGS for axis in folding.axes(flag)}
     return all(entry.kind in EXPECTED.get(owners.get(axis, ""), ()) for axis in folding.named(entry.names))
+
+
+def _copied(copy: WholeCopy) -> Diagnostic:
+    """A whole array that is moved and nothing computed."""
+    moved, least = copy.runs * copy.moved, readable_seconds(copy.seconds)
+    what = f"XLA {copy.what}, {readable_bytes(moved)} read and written by {plural(copy.runs, 'run')} a step"
+    return Diagnostic(f"{what}: {least} at least", moved, copy.location)
 
 
 def _replicated(rehearsal: Rehearsal) -> Iterator[Diagnostic]:

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from jaxtron.pipeline.partition import StagePlan
 from jaxtron.plan.compiled import hlo
 
-_OPERAND = re.compile(r"%([\w.\-]+)")
 # of a `dot`, and of a library's product
 _CONTRACTED = re.compile(r'\blhs_contracting_dims=\{([\d,]*)\}|"lhs_contracting_dimensions":\[([\d,"]*)\]')
 _DOTS = ("dot", "scaled-dot", "ragged-dot")
 _LIBRARY = "__cublas$"
 # a kernel of ours, which says how many it has (`kernels/mosaic.py`)
 _KERNEL = re.compile(r"mosaic\.\w+\.flops(\d+)")
-_BRANCHES = ("false_computation", "true_computation", "branch_computations")
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,9 @@ def work(module: hlo.Module, computation: str | None = None, shares: Mapping[str
     for instruction in module.computations.get(name, ()):
         if instruction.is_end:
             continue
-        flops += _product(instruction, shapes)
+        flops += product_flops(instruction, shapes)
         if instruction.opcode == "conditional":
-            names = _branches(instruction)
+            names = hlo.branches(instruction)
             branches = tuple(work(module, branch, shares) for branch in names)
             kinds = [hlo.kinds(module, branch) for branch in names] if shares else []
             if shares and any(kinds):
@@ -89,10 +87,10 @@ def most(
     """
     if instruction.is_end:
         return 0
-    if product := _product(instruction, shapes):
+    if product := product_flops(instruction, shapes):
         return product
     if instruction.opcode == "conditional":
-        return max((_most_of(module, branch, known) for branch in _branches(instruction)), default=0)
+        return max((_most_of(module, branch, known) for branch in hlo.branches(instruction)), default=0)
     total = 0
     for role, name in instruction.called():
         if role == "body":
@@ -122,12 +120,7 @@ def _called(module: hlo.Module, instruction: hlo.Instruction) -> Iterator[tuple[
             yield 1, name
 
 
-def _branches(instruction: hlo.Instruction) -> list[str]:
-    called = list(instruction.called())
-    return [name for wanted in _BRANCHES for role, name in called if role == wanted]
-
-
-def _product(instruction: hlo.Instruction, shapes: dict[str, tuple[hlo.Array, ...]]) -> int:
+def product_flops(instruction: hlo.Instruction, shapes: Mapping[str, tuple[hlo.Array, ...]]) -> int:
     """FLOPs of the instruction itself, 0 if it is no product; a start has those of the pair."""
     operation = instruction.operation
     if operation not in (*_DOTS, "custom-call"):
@@ -137,7 +130,7 @@ def _product(instruction: hlo.Instruction, shapes: dict[str, tuple[hlo.Array, ..
             return int(match[1])
         if _LIBRARY not in instruction.attributes:
             return 0
-    operands = [shapes[name] for name in _OPERAND.findall(instruction.arguments)]
+    operands = [shapes[name] for name in instruction.operands]
     left = operands[0][0].shape
     # the type of a start lists its operands before its results
     before = sum(map(len, operands)) if operation != instruction.opcode else 0

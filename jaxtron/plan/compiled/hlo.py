@@ -11,13 +11,14 @@ from jaxtron.layers.moe.experts import FURTHER_ROUNDS
 from jaxtron.pipeline.mixed_loop import KIND
 
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
 _OPCODE = re.compile(r"\s*(?P<opcode>[a-z][\w\-]*)\(")
+_OPERAND = re.compile(r"%([\w.\-]+)")
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<=]*)\]")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _CALLED_MANY = re.compile(r"\b(branch_computations|called_computations)=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\s*\{"n":"?(\d+)"?\}')
-_BRANCHES = ("true_computation", "false_computation", "branch_computations")
+_BRANCHES = ("false_computation", "true_computation", "branch_computations")
 
 
 @dataclass(frozen=True)
@@ -28,22 +29,33 @@ class Array:
     shape: tuple[int, ...]
 
     @property
+    def size(self) -> int:
+        """The number of its elements."""
+        return math.prod(self.shape)
+
+    @property
+    def bits(self) -> int:
+        """Those of an element."""
+        digits = re.search(r"\d+", self.dtype)
+        return int(digits.group()) if digits else 8
+
+    @property
     def bytes(self) -> int:
         """Its size; sub-byte elements are packed."""
-        digits = re.search(r"\d+", self.dtype)
-        bits = int(digits.group()) if digits else 8
-        return -(-math.prod(self.shape) * bits // 8)
+        return -(-self.size * self.bits // 8)
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of HLO: `results` are the leaves of its type; `arguments`, `attributes` its text in and after `()`."""
+    """One line of HLO: `results` are the leaves of its type; `arguments`, `attributes` its text in and after `()`;
+    `is_root` tells whether its computation's result is this."""
 
     name: str
     opcode: str
     results: tuple[Array, ...]
     arguments: str
     attributes: str
+    is_root: bool = False
 
     @property
     def operation(self) -> str:
@@ -56,9 +68,14 @@ class Instruction:
         return self.opcode.endswith(("-done", "-update"))
 
     @property
-    def num_operands(self) -> int:
-        """How many instructions it reads."""
-        return self.arguments.count("%")
+    def operands(self) -> list[str]:
+        """The names of the instructions that it reads, in order."""
+        return _OPERAND.findall(self.arguments)
+
+    @property
+    def bytes(self) -> int:
+        """Those of all its results."""
+        return sum(array.bytes for array in self.results)
 
     @property
     def source(self) -> str:
@@ -169,6 +186,12 @@ def kinds(module: Module, computation: str) -> set[str]:
     return found
 
 
+def branches(conditional: Instruction) -> list[str]:
+    """The computations that it chooses among, by number, that of false before that of true."""
+    called = list(conditional.called())
+    return [name for wanted in _BRANCHES for role, name in called if role == wanted]
+
+
 def trip_count(module: Module, loop: Instruction) -> int | None:
     """How often a `while` runs: as the compiler recorded it, else from `counter < constant`; None if neither tells.
 
@@ -218,7 +241,14 @@ def _instruction(line: str) -> Instruction | None:
         for dtype, shape in _ARRAY.findall(rest[:end])
         if dtype not in ("token", "opaque")
     )
-    return Instruction(match["name"], opcode["opcode"], results, rest[opcode.end() : last - 1], rest[last:])
+    return Instruction(
+        match["name"],
+        opcode["opcode"],
+        results,
+        rest[opcode.end() : last - 1],
+        rest[last:],
+        is_root=match["root"] is not None,
+    )
 
 
 def _closing(text: str, start: int) -> int:
