@@ -19,10 +19,8 @@ from jaxtron.config import UserError, load
 from jaxtron.gpus import gpu_named
 from jaxtron.models.work.operations import Product
 from jaxtron.plan.compiled.deviceless import gpu_devices
-from jaxtron.plan.compiled.rehearsal import rehearse
 from jaxtron.plan.formula.prediction import predict
 from jaxtron.plan.machine import machine_named
-from jaxtron.run.configuration import Configuration
 from tests.support.compiling import QUICK
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -448,11 +446,3 @@ def test_a_result_that_cannot_be_kept_is_said_before_the_run(benchmark, tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
         benchmark("record").destination(str(tmp_path / "file" / "results"), "gpt", "NVIDIA H200")
-
-
-@pytest.mark.slow
-def test_the_billion_parameter_recipe_fits_one_h200():
-    planned = rehearse(load(Configuration, ROOT / "configs" / "gpt_1b.yaml"), gpu="h200", num_gpus=1)
-    assert 1.2e9 < planned.session.blueprint.num_parameters < 1.5e9
-    # JAX takes three quarters of the memory unless told otherwise
-    assert planned.memory.peak < 0.75 * gpu_named("h200").memory_bytes

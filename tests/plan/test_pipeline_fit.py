@@ -1,4 +1,7 @@
-"""The papers' largest models on their papers' layouts fit the GPUs that they ran on; compiled, not run."""
+"""The papers' large models on their papers' layouts fit the GPUs that they ran on; compiled, not run.
+
+The largest is in test_step_bounds.py.
+"""
 
 from pathlib import Path
 
@@ -14,7 +17,7 @@ GPU_BYTES = 80e9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "num_gpus"), [("gpt_22b", 8), ("gpt_175b", 64), ("gpt_530b", 280), ("gpt_1t", 512)])
+@pytest.mark.parametrize(("name", "num_gpus"), [("gpt_22b", 8), ("gpt_175b", 64), ("gpt_530b", 280)])
 def test_a_step_fits_80_gb_with_its_optimizer_state(name: str, num_gpus: int) -> None:
     rehearsal = rehearse(load(Configuration, CONFIGS / f"{name}.yaml"), gpu="h100", num_gpus=num_gpus)
     assert rehearsal.memory.peak < GPU_BYTES

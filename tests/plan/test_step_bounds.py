@@ -1,0 +1,188 @@
+"""Six compiled steps, kernel by kernel: what each class takes at least, from both sides.
+
+A step that becomes slower is found here; one that becomes faster is written down. Milliseconds at the ceilings of
+machines.yaml (docs/prediction.md): figures of compiled programs, not measurements. What a step is made of now stands
+in the message of a test that fails.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from jaxtron.config import load
+from jaxtron.plan.compiled.bound import Bound, step_bound
+from jaxtron.plan.compiled.rehearsal import Rehearsal, rehearse
+from jaxtron.plan.formula.prediction import predict
+from jaxtron.plan.machine import machine_named
+from jaxtron.run.configuration import Configuration
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+# of the step, of a class, and of the step what is too small to matter
+STEP, CLASS, SMALL = 0.03, 0.1, 0.005
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """A recipe on so many GPUs: billions of parameters, tokens of a sequence, and what its step was made of."""
+
+    recipe: str
+    gpu: str
+    num_gpus: int
+    flags: str
+    billions: float
+    length: int
+    milliseconds: float
+    parts: dict[str, float]
+
+
+LLAMA_8B = "--mesh.data 1 --train.global_batch 16 "
+STEPS = {
+    "gpt_1b": CompiledStep(
+        "gpt_1b",
+        "h200",
+        1,
+        "",
+        1.31,
+        2048,
+        996.8,
+        {
+            "products": 666.6,
+            "attention": 118.8,
+            "elementwise": 93.0,
+            "reductions": 51.7,
+            "copies": 7.8,
+            "buffers": 49.8,
+            "fills": 8.9,
+        },
+    ),
+    "llama_3_8b fsdp": CompiledStep(
+        "llama_3_8b",
+        "h100",
+        8,
+        LLAMA_8B + "--mesh.fsdp 8 --mesh.tensor 1 --train.microbatches 1",
+        8.03,
+        8192,
+        1730.5,
+        {
+            "products": 1055.7,
+            "attention": 316.7,
+            "elementwise": 105.0,
+            "reductions": 47.1,
+            "copies": 22.2,
+            "buffers": 41.9,
+            "fills": 23.1,
+            "exposed": 118.9,
+        },
+    ),
+    "llama_3_8b tensor": CompiledStep(
+        "llama_3_8b",
+        "h100",
+        8,
+        LLAMA_8B + "--mesh.fsdp 1 --mesh.tensor 8 --train.microbatches 8",
+        8.03,
+        8192,
+        2373.6,
+        {
+            "products": 994.6,
+            "attention": 316.7,
+            "elementwise": 142.9,
+            "reductions": 46.9,
+            "copies": 297.5,
+            "buffers": 70.1,
+            "fills": 7.7,
+            "exposed": 497.2,
+        },
+    ),
+    "llama_3_70b": CompiledStep(
+        "llama_3_70b",
+        "h100",
+        64,
+        "--mesh.data 2 --mesh.fsdp 1 --mesh.pipe 4 --mesh.tensor 8 --train.global_batch 128 --train.microbatches 64 "
+        "--model.recompute none",
+        70.55,
+        8192,
+        16293.7,
+        {
+            "products": 9628.8,
+            "attention": 1231.8,
+            "elementwise": 1517.1,
+            "reductions": 302.5,
+            "copies": 86.0,
+            "buffers": 392.2,
+            "fills": 41.2,
+            "exposed": 2733.0,
+            "bubble": 360.9,
+        },
+    ),
+    "gpt_1t": CompiledStep(
+        "gpt_1t",
+        "h100",
+        512,
+        "",
+        1008.04,
+        2048,
+        41533.2,
+        {
+            "products": 18934.4,
+            "elementwise": 4878.0,
+            "reductions": 986.4,
+            "copies": 3903.2,
+            "buffers": 5080.4,
+            "fills": 47.2,
+            "exposed": 3381.2,
+            "bubble": 4322.4,
+        },
+    ),
+    "llama3_8b_128k": CompiledStep(
+        "llama3_8b_128k",
+        "h100",
+        64,
+        "",
+        8.03,
+        131072,
+        7608.6,
+        {
+            "products": 1245.4,
+            "attention": 5067.2,
+            "elementwise": 329.7,
+            "reductions": 44.5,
+            "copies": 124.1,
+            "buffers": 8.7,
+            "fills": 17.9,
+            "exposed": 771.2,
+        },
+    ),
+}
+
+
+def rehearsed(case: CompiledStep) -> tuple[Rehearsal, Bound]:
+    config = load(Configuration, CONFIGS / f"{case.recipe}.yaml", case.flags.split()).resolved()
+    rehearsal, machine = rehearse(config, gpu=case.gpu, num_gpus=case.num_gpus), machine_named(case.gpu)
+    prediction = predict(config, rehearsal.session.sizes, machine, gpus_per_node=rehearsal.gpus_per_node)
+    return rehearsal, step_bound(rehearsal, machine, prediction.model_flops)
+
+
+def parts(bound: Bound) -> dict[str, float]:
+    """Milliseconds of the classes, of communication that is exposed, and of waiting."""
+    found = {name: kernels.seconds for name, kernels in bound.classes.items()}
+    found["exposed"] = sum(travel.exposed for travel in bound.communication.values())
+    return {name: 1e3 * seconds for name, seconds in {**found, "bubble": bound.bubble}.items() if seconds > 1e-5}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_is_made_of_what_it_was_made_of(name: str) -> None:
+    case = STEPS[name]
+    rehearsal, bound = rehearsed(case)
+    found = parts(bound)
+    assert sum(found.values()) == pytest.approx(1e3 * bound.step_seconds, rel=1e-4)
+    told = f"{name}: {1e3 * bound.step_seconds:.1f} ms, MFU at most {bound.mfu:.1%}, {found}"
+    assert 1e3 * bound.step_seconds == pytest.approx(case.milliseconds, rel=STEP), told
+    for part in {*found, *case.parts}:
+        near = pytest.approx(case.parts.get(part, 0.0), rel=CLASS, abs=SMALL * case.milliseconds)
+        assert found.get(part, 0.0) == near, f"{part} of {told}"
+    assert rehearsal.memory_use.fits and rehearsal.memory.peak < 80e9
+    session = rehearsal.session
+    assert session.blueprint.num_parameters == pytest.approx(1e9 * case.billions, rel=0.01)
+    assert session.config.data.sequence_length == case.length
