@@ -1,9 +1,16 @@
-"""Buffers: trees of arrays with leading axes of slots, read and written at indices of these."""
+"""Buffers: trees of arrays with leading axes of slots, read and written at indices of these.
+
+Indices are within bounds and not negative: clamped ones are others to XLA, which then copies out what is added to in
+place, and does not see that a loop's own counter is where a copy begins.
+"""
+
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxtron.sharding.collectives import vary, zeros_like_type
+from jaxtron.sharding.collectives import empty_like_type, vary, zeros_like_type
 from jaxtron.typing import Array, PyTree
 
 
@@ -12,17 +19,23 @@ def zeros(like: PyTree, *leading: int) -> PyTree:
     return jax.tree.map(lambda leaf: zeros_like_type(leaf, leading), like)
 
 
+def empty(like: PyTree, *leading: int) -> PyTree:
+    """As `zeros` with anything in it, for what is written before it is read: nothing fills its memory."""
+    return jax.tree.map(lambda leaf: empty_like_type(leaf, leading), like)
+
+
 def read(buffer: PyTree, *indices: Array | int) -> PyTree:
     """The buffer's arrays at those indices of their leading axes, each sharded as the rest of it is."""
+    count = len(indices)
 
     def read_array(array: Array) -> Array:
-        for index in indices:
-            spec = PartitionSpec(*jax.typeof(array).sharding.spec[1:])
-            array = jax.lax.dynamic_index_in_dim(array, index, 0, keepdims=False)
-            # of a single element JAX 0.11 forgets how it lies
-            if array.size == 1 and jax.typeof(array).sharding.spec != spec:
-                array = jax.lax.reshape(array, array.shape, out_sharding=spec)
-        return array
+        spec = PartitionSpec(*jax.typeof(array).sharding.spec[count:])
+        found = _slice(array, indices)
+        found = jax.lax.squeeze(found, range(count))
+        # of a single element JAX 0.11 forgets how it lies
+        if found.size == 1 and jax.typeof(found).sharding.spec != spec:
+            found = jax.lax.reshape(found, found.shape, out_sharding=spec)
+        return found
 
     return jax.tree.map(read_array, buffer)
 
@@ -31,8 +44,7 @@ def write(buffer: PyTree, values: PyTree, *indices: Array | int) -> PyTree:
     """The buffer with `values` at those indices of the leading axes."""
 
     def write_array(array: Array, value: Array) -> Array:
-        start = (*indices, *(0,) * value.ndim)
-        return jax.lax.dynamic_update_slice(array, value[(None,) * len(indices)], start)
+        return _update(array, value[(None,) * len(indices)], indices)
 
     return jax.tree.map(write_array, buffer, values)
 
@@ -41,9 +53,22 @@ def add_at(totals: PyTree, parts: PyTree, index: Array | int) -> PyTree:
     """`totals` with `parts` added at one index of their leading axis, in the totals' types."""
 
     def add_array(total: Array, part: Array) -> Array:
-        return write(total, read(total, index) + part.astype(total.dtype), index)
+        return _update(total, _slice(total, (index,)) + part.astype(total.dtype)[None], (index,))
 
     return jax.tree.map(add_array, totals, parts)
+
+
+def _slice(array: Array, indices: Sequence[Array | int]) -> Array:
+    sizes = (*(1,) * len(indices), *array.shape[len(indices) :])
+    return jax.lax.dynamic_slice(array, _start(indices, array.ndim), sizes, allow_negative_indices=False)
+
+
+def _update(array: Array, value: Array, indices: Sequence[Array | int]) -> Array:
+    return jax.lax.dynamic_update_slice(array, value, _start(indices, array.ndim), allow_negative_indices=False)
+
+
+def _start(indices: Sequence[Array | int], rank: int) -> list[Array]:
+    return [jnp.asarray(index, jnp.int32) for index in (*indices, *(0,) * (rank - len(indices)))]
 
 
 def add(totals: PyTree, parts: PyTree) -> PyTree:

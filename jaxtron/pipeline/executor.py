@@ -32,6 +32,8 @@ BACKWARD = "backward"
 WEIGHT = "weight"
 # likewise of a forward and a backward that go through their layers together
 PAIRED = "paired"
+# of a kind of work what may be the same at every tick
+KNOWN = ("chunk", "enters", "is_last", "input", "cotangent", "residual", "deferred")
 
 
 class Result(NamedTuple):
@@ -158,7 +160,7 @@ class _Executor:
         """The ticks of one loop."""
         iterations = ticks.num_iterations
         rows = self._rows(ticks)
-        known = [self._known(rows[0], phase, ticks.period) for phase in range(ticks.period)]
+        known = [self._known(*rows[:2], phase, ticks.period) for phase in range(ticks.period)]
         here = jax.tree.map(lambda table: jnp.asarray(table)[:, self.stage].reshape(iterations, ticks.period), rows)
 
         def iterate(state: ExecutorState, rows: PyTree) -> tuple[ExecutorState, None]:
@@ -187,18 +189,19 @@ class _Executor:
             tuple(part(channel.slots, lowered.num_cotangents) for channel in lowered.cotangents),
         )
 
-    def _known(self, works: tuple[WorkTable[IntTable], ...], phase: int, period: int) -> list[dict[str, int]]:
-        """Of each kind of work, what is the same whenever there is any at this tick of the iterations.
+    def _known(
+        self, works: tuple[WorkTable[IntTable], ...], paired: IntTable, phase: int, period: int
+    ) -> list[dict[str, int]]:
+        """Of each kind of work, what is the same on every stage whenever there is any at this tick of the iterations.
 
-        On one stage no branch is needed for it; on several it differs by stage.
+        Then it needs no branch, and XLA knows where in a buffer is read and written.
         """
-        if self.num_stages > 1:
-            return [{} for _ in works]
         found = []
         for work in works:
-            active = work.active[phase::period] > 0
-            columns = {name: getattr(work, name)[phase::period][active] for name in ("chunk", "enters", "is_last")}
-            columns["active"] = active
+            alone = work.active[phase::period] > 0
+            runs = alone | (paired[phase::period] > 0)
+            columns = {name: getattr(work, name)[phase::period][runs] for name in KNOWN}
+            columns["active"] = alone
             values = {name: set(map(int, column.flat)) for name, column in columns.items()}
             found.append({name: min(column) for name, column in values.items() if len(column) == 1})
         return found
@@ -335,7 +338,7 @@ class _Executor:
             return head(state) if row.is_last else state
         return jax.lax.cond(row.is_last, head, lambda state: state, state)
 
-    def _head(self, state: ExecutorState, *, y: Stream, microbatch: Microbatch, slot: Array) -> ExecutorState:
+    def _head(self, state: ExecutorState, *, y: Stream, microbatch: Microbatch, slot: Array | int) -> ExecutorState:
         """Loss and, when training, its gradient at once, left where the backward finds it."""
         if not self.trains:
             return replace(state, sums=buffers.add(state.sums, self._run_head(self.outer, y, microbatch)[1]))
@@ -428,8 +431,8 @@ class _Executor:
 
         if len(self.variants) == 1:
             return run_variant(self.variants[0])
-        if isinstance(row.chunk, int):
-            return run_variant(self.variants[self.variant_numbers[0, row.chunk]])
+        if isinstance(row.chunk, int) and len({*(numbers := self.variant_numbers[:, row.chunk])}) == 1:
+            return run_variant(self.variants[numbers[0]])
         branches = [partial(lambda variant, _: run_variant(variant), variant) for variant in self.variants]
         return jax.lax.switch(self.variant_number[row.chunk], branches, None)
 

@@ -120,11 +120,12 @@ class LayerLoop:
 
     def buffers(self, prepared: PreparedLayer, num_residuals: int, num_deferred: int, num_layers: int) -> StackBuffers:
         """Empty buffers of so many slots for chunks of so many layers, and zero sums."""
+        # a backward reads what its forward wrote
         trains = prepared.pullback is not None
         accumulators = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), self.trained) if trains else ()
         return StackBuffers(
-            buffers.zeros(prepared.residuals, num_residuals, num_layers),
-            buffers.zeros(prepared.deferred, num_deferred, num_layers),
+            buffers.empty(prepared.residuals, num_residuals, num_layers),
+            buffers.empty(prepared.deferred, num_deferred, num_layers),
             accumulators,
             buffers.zeros(prepared.metrics, self.numbers.shape[0]),
         )
@@ -134,8 +135,8 @@ class LayerLoop:
     ) -> tuple[Stream, StackBuffers]:
         """What leaves the chunk's layers, and the buffers with their metrics added."""
 
-        def body(carry: tuple[Stream, PyTree], index: Array) -> tuple[tuple[Stream, PyTree], None]:
-            return self.evaluate_layer(work, shared, carry, index), None
+        def body(carry: tuple[Stream, PyTree], index: Array) -> tuple[Stream, PyTree]:
+            return self.evaluate_layer(work, shared, carry, index)
 
         stream, metrics = scan(body, (stream, held.metrics), work.length, self.unroll)
         return stream, held._replace(metrics=metrics)
@@ -145,8 +146,8 @@ class LayerLoop:
     ) -> tuple[Stream, StackBuffers]:
         """As `evaluate`, with each layer's residuals written to the work's slot."""
 
-        def body(carry: ForwardCarry, index: Array) -> tuple[ForwardCarry, None]:
-            return self.forward_layer(prepared, work, shared, carry, index), None
+        def body(carry: ForwardCarry, index: Array) -> ForwardCarry:
+            return self.forward_layer(prepared, work, shared, carry, index)
 
         carry = (stream, held.residuals, held.metrics)
         stream, residuals, metrics = scan(body, carry, work.length, self.unroll)
@@ -160,9 +161,9 @@ class LayerLoop:
         Where the layer is prepared in two parts, without the products of weight gradients: their operands are kept.
         """
 
-        def body(carry: BackwardCarry, index: Array) -> tuple[BackwardCarry, None]:
+        def body(carry: BackwardCarry, index: Array) -> BackwardCarry:
             kept = buffers.read(held.residuals, work.residual, index)
-            return self.backward_layer(prepared, work, shared, carry, index, kept), None
+            return self.backward_layer(prepared, work, shared, carry, index, kept)
 
         carry = (cotangent, held.grad_accumulators, held.deferred)
         cotangent, accumulators, deferred = scan(body, carry, work.length, self.unroll, reverse=True)
@@ -183,13 +184,13 @@ class LayerLoop:
         ahead, back = works
         assert ahead.length == back.length
 
-        def body(carry: tuple[ForwardCarry, BackwardCarry], index: Array) -> tuple[PyTree, None]:
+        def body(carry: tuple[ForwardCarry, BackwardCarry], index: Array) -> PyTree:
             (stream, residuals, metrics), of_backward = carry
             place = back.length - 1 - index
             # read before the forward writes to another slot of the same buffer, which needs no copy then
             residuals, kept = jax.lax.optimization_barrier((residuals, buffers.read(residuals, back.residual, place)))
             of_forward = self.forward_layer(prepared, ahead, shared[0], (stream, residuals, metrics), index)
-            return (of_forward, self.backward_layer(prepared, back, shared[1], of_backward, place, kept)), None
+            return of_forward, self.backward_layer(prepared, back, shared[1], of_backward, place, kept)
 
         carry = (
             (streams[0], held.residuals, held.metrics),
@@ -214,7 +215,8 @@ class LayerLoop:
         so_far = () if self.recall is None else buffers.read(metrics, work.first + index)
         output, stored, pullback = self._differentiate(work.first + index, stream, shared, so_far)
         assert prepared.pullback is not None and pullback.sources == prepared.pullback.sources
-        residuals = buffers.write(residuals, stored, work.residual, index)
+        # a copy to XLA: else it makes a kernel write to the buffer, and runs it again for who else reads the result
+        residuals = buffers.write(residuals, jax.lax.optimization_barrier(stored), work.residual, index)
         return output.stream, residuals, buffers.add_at(metrics, output.metrics, work.first + index)
 
     def backward_layer(
@@ -246,9 +248,9 @@ class LayerLoop:
     ) -> StackBuffers:
         """The buffers with the products added that `backward` put off."""
 
-        def body(accumulators: PyTree, index: Array) -> tuple[PyTree, None]:
+        def body(accumulators: PyTree, index: Array) -> PyTree:
             kept = buffers.read(held.deferred, work.deferred, index)
-            return self.weight_layer(prepared, work, shared, accumulators, index, kept), None
+            return self.weight_layer(prepared, work, shared, accumulators, index, kept)
 
         return held._replace(grad_accumulators=scan(body, held.grad_accumulators, work.length, self.unroll))
 
@@ -299,9 +301,30 @@ class LayerLoop:
 
 
 def scan(body, carry: PyTree, length: int, unroll: int, *, reverse: bool = False) -> PyTree:
-    """What `body(carry, index)` leaves of so many layers of a chunk, some of them in each iteration."""
+    """What `body(carry, index)` leaves of so many layers of a chunk, `unroll` of them in each iteration.
+
+    The index is the loop's own counter, not one of scanned numbers: so XLA knows where in a buffer an iteration reads
+    and writes, and copies there beside its products.
+    """
     unroll = max(1, min(unroll, length))
-    return jax.lax.scan(body, carry, jnp.arange(length), reverse=reverse, unroll=unroll)[0]
+    rounds, rest = divmod(length, unroll)
+
+    def place(count: Array | int) -> Array | int:
+        return length - 1 - count if reverse else count
+
+    def iterate(state: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+        count, carry = state
+        for ahead in range(unroll):
+            carry = body(carry, place(count * unroll + ahead))
+        return count + 1, carry
+
+    if rounds > 1:
+        carry = jax.lax.while_loop(lambda state: state[0] < rounds, iterate, (jnp.int32(0), carry))[1]
+    else:
+        rest = length
+    for count in range(length - rest, length):
+        carry = body(carry, place(jnp.int32(count)))
+    return carry
 
 
 def _pull(prepared: PreparedLayer, inputs: tuple[list[Array], Stream], given: PyTree) -> list[Array]:

@@ -139,7 +139,7 @@ class MixedLoop:
         return held._replace(grad_accumulators=self._scan(step, work, held.grad_accumulators))
 
     def _scan(self, step: Step, work: ChunkWork, carry: PyTree, *, reverse: bool = False) -> PyTree:
-        def body(carry: PyTree, index: Array) -> tuple[PyTree, None]:
+        def body(carry: PyTree, index: Array) -> PyTree:
             layer = work.first + index
             place = self.places[layer]
             own = work._replace(first=self.slots[layer] - place)
@@ -148,7 +148,7 @@ class MixedLoop:
                 with jax.named_scope(KIND + kind):
                     return step(kind, own, place, carry)
 
-            return one_of(self.kinds[layer], [partial(branch, kind) for kind in self.loops], carry), None
+            return one_of(self.kinds[layer], [partial(branch, kind) for kind in self.loops], carry)
 
         return scan(body, carry, work.length, self.unroll, reverse=reverse)
 

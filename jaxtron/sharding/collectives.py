@@ -92,11 +92,20 @@ def permute(x: Array, axes: Axes, pairs: tuple[tuple[int, int], ...]) -> Array:
 
 def zeros_like_type(x: Array | jax.ShapeDtypeStruct, leading: tuple[int, ...]) -> Array:
     """Zeros of `x`'s type with more axes in front: its sharding, and the manual axes over which it varies."""
+    return _of_type(jnp.zeros, x, leading)
+
+
+def empty_like_type(x: Array | jax.ShapeDtypeStruct, leading: tuple[int, ...]) -> Array:
+    """As `zeros_like_type`, with whatever its memory holds."""
+    return _of_type(jax.lax.empty, x, leading)
+
+
+def _of_type(make: Callable, x: Array | jax.ShapeDtypeStruct, leading: tuple[int, ...]) -> Array:
     abstract = jax.typeof(x) if isinstance(x, jax.Array) else x
     sharding, varying = abstract.sharding, abstract.manual_axis_type.varying
     spec = PartitionSpec(*(None,) * len(leading), *(sharding.spec if sharding is not None else ()))
-    zeros = jnp.zeros((*leading, *abstract.shape), abstract.dtype, out_sharding=spec)
-    return jax.lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
+    array = make((*leading, *abstract.shape), abstract.dtype, out_sharding=spec)
+    return jax.lax.pcast(array, tuple(varying), to="varying") if varying else array
 
 
 def _padded(x: Array, dim: int, more: int) -> Array:
