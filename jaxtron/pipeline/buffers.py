@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from jaxtron.sharding.collectives import empty_like_type, vary, zeros_like_type
@@ -47,6 +48,18 @@ def write(buffer: PyTree, values: PyTree, *indices: Array | int) -> PyTree:
         return _update(array, value[(None,) * len(indices)], indices)
 
     return jax.tree.map(write_array, buffer, values)
+
+
+def in_order(arrays: PyTree) -> PyTree:
+    """The arrays with their last axis the innermost in memory, as buffers are.
+
+    Else XLA may give what is read the order that its reader likes, and then the whole buffer, copied at every tick.
+    """
+
+    def pin(array: Array) -> Array:
+        return with_layout_constraint(array, Layout(major_to_minor=tuple(range(array.ndim))))
+
+    return jax.tree.map(pin, arrays)
 
 
 def add_at(totals: PyTree, parts: PyTree, index: Array | int) -> PyTree:

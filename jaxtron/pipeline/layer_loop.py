@@ -162,7 +162,7 @@ class LayerLoop:
         """
 
         def body(carry: BackwardCarry, index: Array) -> BackwardCarry:
-            kept = buffers.read(held.residuals, work.residual, index)
+            kept = buffers.in_order(buffers.read(held.residuals, work.residual, index))
             return self.backward_layer(prepared, work, shared, carry, index, kept)
 
         carry = (cotangent, held.grad_accumulators, held.deferred)
@@ -188,7 +188,8 @@ class LayerLoop:
             (stream, residuals, metrics), of_backward = carry
             place = back.length - 1 - index
             # read before the forward writes to another slot of the same buffer, which needs no copy then
-            residuals, kept = jax.lax.optimization_barrier((residuals, buffers.read(residuals, back.residual, place)))
+            kept = buffers.in_order(buffers.read(residuals, back.residual, place))
+            residuals, kept = jax.lax.optimization_barrier((residuals, kept))
             of_forward = self.forward_layer(prepared, ahead, shared[0], (stream, residuals, metrics), index)
             return of_forward, self.backward_layer(prepared, back, shared[1], of_backward, place, kept)
 
@@ -216,7 +217,8 @@ class LayerLoop:
         output, stored, pullback = self._differentiate(work.first + index, stream, shared, so_far)
         assert prepared.pullback is not None and pullback.sources == prepared.pullback.sources
         # a copy to XLA: else it makes a kernel write to the buffer, and runs it again for who else reads the result
-        residuals = buffers.write(residuals, jax.lax.optimization_barrier(stored), work.residual, index)
+        stored = buffers.in_order(jax.lax.optimization_barrier(stored))
+        residuals = buffers.write(residuals, stored, work.residual, index)
         return output.stream, residuals, buffers.add_at(metrics, output.metrics, work.first + index)
 
     def backward_layer(

@@ -6,6 +6,7 @@ form which lowers on every supported JAX when a manual axis communicates beside 
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,20 +93,37 @@ def permute(x: Array, axes: Axes, pairs: tuple[tuple[int, int], ...]) -> Array:
 
 def zeros_like_type(x: Array | jax.ShapeDtypeStruct, leading: tuple[int, ...]) -> Array:
     """Zeros of `x`'s type with more axes in front: its sharding, and the manual axes over which it varies."""
-    return _of_type(jnp.zeros, x, leading)
+    abstract, shape, spec = _type(x, leading)
+    return _varying_as(abstract, jnp.zeros(shape, abstract.dtype, out_sharding=spec))
 
 
 def empty_like_type(x: Array | jax.ShapeDtypeStruct, leading: tuple[int, ...]) -> Array:
     """As `zeros_like_type`, with whatever its memory holds."""
-    return _of_type(jax.lax.empty, x, leading)
+    abstract, shape, spec = _type(x, leading)
+    tensor = current().axes("tensor")
+    if current().size(tensor) == 1:
+        return _varying_as(abstract, jax.lax.empty(shape, abstract.dtype, out_sharding=spec))
+    # XLA does not split what it allocates: each device makes its own part
+    split = only(spec, tensor)
+    parts = (*map(_parts, split), *(1 for _ in shape[len(split) :]))
+    local = tuple(size // part for size, part in zip(shape, parts, strict=True))
+    return _varying_as(abstract, over_tensor(lambda: jax.lax.empty(local, abstract.dtype), (), split)())
 
 
-def _of_type(make: Callable, x: Array | jax.ShapeDtypeStruct, leading: tuple[int, ...]) -> Array:
+def _type(x: Array | jax.ShapeDtypeStruct, leading: tuple[int, ...]) -> tuple[Any, tuple[int, ...], PartitionSpec]:
     abstract = jax.typeof(x) if isinstance(x, jax.Array) else x
-    sharding, varying = abstract.sharding, abstract.manual_axis_type.varying
-    spec = PartitionSpec(*(None,) * len(leading), *(sharding.spec if sharding is not None else ()))
-    array = make((*leading, *abstract.shape), abstract.dtype, out_sharding=spec)
+    of_parts = abstract.sharding.spec if abstract.sharding is not None else ()
+    return abstract, (*leading, *abstract.shape), PartitionSpec(*(None,) * len(leading), *of_parts)
+
+
+def _varying_as(abstract: Any, array: Array) -> Array:
+    varying = abstract.manual_axis_type.varying
     return jax.lax.pcast(array, tuple(varying), to="varying") if varying else array
+
+
+def _parts(entry: Axes | str | None) -> int:
+    """Devices that share one dimension of an array."""
+    return current().size((entry,) if isinstance(entry, str) else tuple(entry or ()))
 
 
 def _padded(x: Array, dim: int, more: int) -> Array:
