@@ -156,7 +156,8 @@ def test_tokens_travel_as_often_and_as_many_as_the_formula_says() -> None:
     assert [sum(entry.executions for entry in large if entry.backward is way) for way in (False, True)] == [
         2 * LAYERS * MICROBATCHES
     ] * 2
-    assert all(entry.asynchronous for entry in large)
+    # but for one of the backward, which all that is left of so small a layer waits for
+    assert [entry.backward for entry in large if not entry.asynchronous] in ([], [True])
     assert large[0].sent_bytes == large[0].bytes * 7 / 8
 
 
