@@ -46,6 +46,14 @@ def test_presets_by_version():
         assert preset_flags(preset, "0.12.0.1") == preset_flags(preset, "0.11.2")
 
 
+def test_the_compiler_schedules_for_the_memory_of_the_pool(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert "--xla_gpu_memory_limit_slop_factor=115" in preset_flags("auto")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.8")
+    assert "--xla_gpu_memory_limit_slop_factor=100" in preset_flags("auto")
+    assert not any("slop_factor" in flag for flag in preset_flags("none"))
+
+
 def test_flags_are_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     config = RuntimeConfig(xla_flags="--xla_no_such_flag=1")
