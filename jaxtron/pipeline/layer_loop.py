@@ -162,7 +162,7 @@ class LayerLoop:
         """
 
         def body(carry: BackwardCarry, index: Array) -> BackwardCarry:
-            kept = buffers.in_order(buffers.read(held.residuals, work.residual, index))
+            kept = buffers.read(held.residuals, work.residual, index)
             return self.backward_layer(prepared, work, shared, carry, index, kept)
 
         carry = (cotangent, held.grad_accumulators, held.deferred)
@@ -188,8 +188,7 @@ class LayerLoop:
             (stream, residuals, metrics), of_backward = carry
             place = back.length - 1 - index
             # read before the forward writes to another slot of the same buffer, which needs no copy then
-            kept = buffers.in_order(buffers.read(residuals, back.residual, place))
-            residuals, kept = jax.lax.optimization_barrier((residuals, kept))
+            residuals, kept = jax.lax.optimization_barrier((residuals, buffers.read(residuals, back.residual, place)))
             of_forward = self.forward_layer(prepared, ahead, shared[0], (stream, residuals, metrics), index)
             return of_forward, self.backward_layer(prepared, back, shared[1], of_backward, place, kept)
 
@@ -217,7 +216,7 @@ class LayerLoop:
         output, stored, pullback = self._differentiate(work.first + index, stream, shared, so_far)
         assert prepared.pullback is not None and pullback.sources == prepared.pullback.sources
         # a copy to XLA: else it makes a kernel write to the buffer, and runs it again for who else reads the result
-        stored = buffers.in_order(jax.lax.optimization_barrier(stored))
+        stored = _as_buffers_lie(work, jax.lax.optimization_barrier(stored))
         residuals = buffers.write(residuals, stored, work.residual, index)
         return output.stream, residuals, buffers.add_at(metrics, output.metrics, work.first + index)
 
@@ -233,7 +232,7 @@ class LayerLoop:
         """One iteration of `backward`, with what the layer's forward left."""
         cotangent, accumulators, deferred = carry
         slot = work.first + index
-        inputs, given = (residuals, cotangent), self._given(slot, shared)
+        inputs, given = (_as_buffers_lie(work, residuals), cotangent), self._given(slot, shared)
         if prepared.split is None:
             outputs = _pull(prepared, inputs, given)
             wanted = [True] * len(self._is_deferred())
@@ -327,6 +326,11 @@ def scan(body, carry: PyTree, length: int, unroll: int, *, reverse: bool = False
     for count in range(length - rest, length):
         carry = body(carry, place(jnp.int32(count)))
     return carry
+
+
+def _as_buffers_lie(work: ChunkWork, arrays: PyTree) -> PyTree:
+    """What is kept of a layer as the buffers of a pipeline lie in memory; a single slot may lie as readers like it."""
+    return arrays if isinstance(work.residual, int) else buffers.in_order(arrays)
 
 
 def _pull(prepared: PreparedLayer, inputs: tuple[list[Array], Stream], given: PyTree) -> list[Array]:
