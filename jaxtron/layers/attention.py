@@ -16,7 +16,7 @@ from jaxtron.kernels.attention import materialized, reference
 from jaxtron.kernels.attention.attention import Implementation, attention, missing_feature
 from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads
 from jaxtron.layers import context_parallel
-from jaxtron.layers.inputs import LayerInputs, dropout, dropout_mask
+from jaxtron.layers.inputs import LayerInputs, dropout, random_bits
 from jaxtron.layers.linear import Linear, project
 from jaxtron.layers.norm import Norm
 from jaxtron.layers.positions import alibi_slopes, rotate
@@ -25,20 +25,17 @@ from jaxtron.sharding.collectives import manual_axes
 from jaxtron.sharding.parameters import parameter
 from jaxtron.sharding.regions import on_each_device
 from jaxtron.sharding.rules import constrain, current, spec
-from jaxtron.typing import Array, DTypeLike, Float, Int, PyTree
+from jaxtron.typing import Array, DTypeLike, Float, Int, PyTree, UInt32
 
 # from queries, keys, values, slopes, sinks and the layer's inputs to the sum of values
 CoreFunction = Callable[..., Float[Array, "B S H V"]]
 HEADS = ("batch", "full_seq", "heads", "head_dim")
-# of the probabilities, query heads by the key/value head that they share
-PROBABILITIES = ("batch", "kv_heads", "group", "full_seq", "full_seq")
 # what splits the arrays that an implementation is given and makes, by name; offsets are one number for all
 AXES = {
     **dict.fromkeys(("q", "k", "v", "dout"), HEADS),
-    **dict.fromkeys(("statistics", "delta"), ("batch", "heads")),
+    **dict.fromkeys(("statistics", "delta", "dropout_seeds"), ("batch", "heads")),
     **dict.fromkeys(("q_segment_ids", "kv_segment_ids"), ("batch", "full_seq")),
     "alibi_slopes": ("heads",),
-    "dropout_mask": PROBABILITIES,
 }
 
 
@@ -191,17 +188,22 @@ class Core:
         inputs: LayerInputs,
     ) -> Float[Array, "B S H V"]:
         query, key, value = (constrain(x, *HEADS) for x in (query, key, value))
-        (rows, queries, heads, _), (_, keys, kv_heads, _) = query.shape, key.shape
-        shape = (rows, kv_heads, heads // kv_heads, queries, keys)
         segments = None if inputs.segments is None else constrain(inputs.segments, "batch", "full_seq")
         given = replace(
             self.spec,
             alibi_slopes=None if slopes is None else constrain(slopes, "heads"),
             q_segment_ids=segments,
             kv_segment_ids=segments,
-            dropout_mask=dropout_mask(shape, self.spec.dropout_rate, inputs.fold(1), *PROBABILITIES),
+            dropout_seeds=self._seeds(query, inputs),
         )
         return attention(query, key, value, given, Sharded(self.implementation), sinks=sinks)[0]
+
+    def _seeds(self, query: Float[Array, "B S H D"], inputs: LayerInputs) -> UInt32[Array, "B H 2"] | None:
+        """Two words for each head of each row, which say what is dropped; none where nothing is."""
+        if inputs.keys is None or not self.spec.dropout_rate:
+            return None
+        shape = (query.shape[0], query.shape[2], 2)
+        return random_bits(shape, inputs.fold(1), "batch", "heads", None, dtype=jnp.uint32)
 
     def advance(
         self,

@@ -19,7 +19,7 @@ class AttentionConfig(Config):
 
     implementation: Implementation = "auto"
     """auto: the fastest that can do what is asked on the mesh's devices; mosaic (Hopper), cudnn, xla (anywhere, memory
-    linear in the sequence), materialized (probabilities in memory, which alone can be dropped), reference (float32)."""
+    linear in the sequence), materialized (probabilities in memory), reference (float32)."""
     deterministic: bool = False
     """The same bits from every run: a slower backward on GPUs, where sums else come in any order."""
     window: int | None = Field(default=None, ge=1)

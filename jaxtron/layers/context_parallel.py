@@ -170,14 +170,24 @@ class _Way:
 
 def _way(config: ContextConfig, size: int, spec: AttentionSpec, length: int) -> _Way:
     way = _Way(config, size, spec, length // 2, on_cpu=current().mesh.devices.flat[0].platform == "cpu")
-    if spec.alibi_slopes is not None and way.inner > 1:
-        heads = spec.alibi_slopes.shape[0] // way.inner
-        first = way.rank % way.inner * heads
-        spec = replace(spec, alibi_slopes=jax.lax.dynamic_slice_in_dim(spec.alibi_slopes, first, heads))
+    if way.inner > 1:
+        spec = replace(
+            spec,
+            alibi_slopes=_own_heads(way, spec.alibi_slopes, 0),
+            dropout_seeds=_own_heads(way, spec.dropout_seeds, 1),
+        )
     if spec.q_segment_ids is None:
         return replace(way, spec=spec)
     segments = way.in_order(spec.q_segment_ids)
     return replace(way, spec=replace(spec, q_segment_ids=segments, kv_segment_ids=segments))
+
+
+def _own_heads(way: _Way, array: Array | None, axis: int) -> Array | None:
+    """The part of an array of all heads that this device has after `to_heads`."""
+    if array is None:
+        return None
+    heads = array.shape[axis] // way.inner
+    return jax.lax.dynamic_slice_in_dim(array, way.rank % way.inner * heads, heads, axis)
 
 
 class _Block(NamedTuple):

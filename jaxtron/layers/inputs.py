@@ -11,7 +11,7 @@ from jaxtron.kernels import dropout as arithmetic
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.context import part
 from jaxtron.sharding.rules import constrain, current, spec
-from jaxtron.typing import Array, Bool, Float, Int, Key, UInt16
+from jaxtron.typing import Array, Bool, DTypeLike, Float, Int, Key, UInt
 
 
 class BranchOutput(NamedTuple):
@@ -74,23 +74,25 @@ def dropout_mask(
     """What dropout leaves of an array of this shape, drawn from each row's own key; None without keys or rate."""
     if rate == 0.0 or inputs.keys is None:
         return None
-    return random_bits(shape, inputs, *logical) >= jnp.uint16(round(rate * 65536))
+    return random_bits(shape, inputs, *logical) >= jnp.uint16(arithmetic.threshold(rate))
 
 
-def random_bits(shape: tuple[int, ...], inputs: LayerInputs, *logical: str | None) -> UInt16[Array, "B ..."]:
-    """16 random bits for each element, drawn from each row's own key: the same on every mesh."""
+def random_bits(
+    shape: tuple[int, ...], inputs: LayerInputs, *logical: str | None, dtype: DTypeLike = jnp.uint16
+) -> UInt[Array, "B ..."]:
+    """Random bits for each element, drawn from each row's own key: the same on every mesh."""
     assert inputs.keys is not None
     rules, row_spec = current(), spec(*logical[1:])
     sequence = [axis - 1 for axis, name in enumerate(logical) if name in SEQUENCE]
     parts = rules.parts("context") if sequence else 1
-    assert len(sequence) == 1 or parts == 1, "probabilities are not dropped where the sequence is split"
 
     def draw(key: Array) -> Array:
         if parts == 1:
-            return jax.random.bits(key, shape[1:], jnp.uint16, out_sharding=row_spec)
+            return jax.random.bits(key, shape[1:], dtype, out_sharding=row_spec)
         # of the whole sequence, so that a mask does not depend on who has what of it
-        whole = [size * parts if axis == sequence[0] else size for axis, size in enumerate(shape[1:])]
-        return part(rules.context, parts, jax.random.bits(key, whole, jnp.uint16), sequence[0])
+        (axis,) = sequence
+        whole = [size * parts if number == axis else size for number, size in enumerate(shape[1:])]
+        return part(rules.context, parts, jax.random.bits(key, whole, dtype), axis)
 
     return constrain(jax.vmap(draw)(inputs.keys), *logical)
 

@@ -20,10 +20,10 @@ MISSING: dict[Feature, str] = {
     "segments": "it knows no segments (packed documents)",
     "soft_cap": "it knows no soft cap",
     "alibi": "it knows no slopes (ALiBi)",
-    "offsets": "its positions start at 0: it knows no offsets of queries and keys",
     "deterministic": "its backward adds up in any order",
     "dropout": "it drops no probabilities",
     "log_sum_exp": "it returns no log-sum-exp, which sinks and context parallelism need",
+    "offsets": "its positions start at 0: it knows no offsets of queries and keys",
 }
 
 
@@ -65,7 +65,7 @@ class Implementation(Protocol):
         """Gradients of queries, keys and values.
 
         `delta` is rowsum(dout * out) less the gradient of the log-sum-exp, float32 [B, H, S]; none without that
-        feature. The spec has no `dropout_mask` here: what is needed of it is among the statistics.
+        feature.
         """
         ...
 
@@ -85,7 +85,7 @@ def attention(
     log-sum-exp includes them. A row that may attend to nothing is 0, its log-sum-exp -inf. `UserError` for sizes that
     do not fit and for what the implementation has no feature for.
     """
-    if spec.dropout_mask is None:
+    if spec.dropout_seeds is None:
         spec = dataclasses.replace(spec, dropout_rate=0.0)
     check_shapes(q, k, v, spec, sinks)
     missing = missing_feature(implementation, spec, needs_log_sum_exp=sinks is not None)
@@ -120,7 +120,6 @@ def _forward(
 ) -> tuple[tuple[Array, Array | None], tuple]:
     out, statistics = implementation.forward(q, k, v, known.with_arrays(arrays))
     statistics = jax.tree.map(lambda array: checkpoint_name(array, STATISTICS), statistics)
-    arrays = {name: array for name, array in arrays.items() if name != "dropout_mask"}
     if "log_sum_exp" not in implementation.features:
         return (out, None), (q, k, v, None, statistics, arrays)
     out = checkpoint_name(out, OUT)

@@ -1,8 +1,8 @@
 """Which implementation computes attention.
 
 - `mosaic`: our kernels for Hopper.
-- `cudnn`: other NVIDIA GPUs; where nobody asks for the log-sum-exp, which it cannot return.
-- `materialized`: plain JAX with the probabilities in memory; for short sequences, and the only one that drops them.
+- `cudnn`: other NVIDIA GPUs; where nobody asks for the log-sum-exp, which it cannot return, and nothing is dropped.
+- `materialized`: plain JAX with the probabilities in memory; for short sequences.
 - `xla`: plain JAX with memory linear in the sequence, anywhere.
 - `reference`: plain mathematics in float32, with quadratic memory; never selected by `auto`.
 """
@@ -51,5 +51,7 @@ def select_backend(
     )
     if name != "auto" or found.name != "materialized":
         return found
-    why = "probabilities are dropped" if spec.dropout_rate else f"short sequences, and no kernel for {device_kind}"
-    return replace(found, reason=f"attention: materialized ({why})")
+    drops = " that drops probabilities" if spec.dropout_rate else ""
+    return replace(
+        found, reason=f"attention: materialized (short sequences, and no kernel for {device_kind}{drops})"
+    )

@@ -16,9 +16,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from jaxtron.kernels.attention.dropout import survives
 from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads
+from jaxtron.kernels.dropout import drop
 from jaxtron.kernels.varying import vary_alike
-from jaxtron.typing import Array, Bool, Float, Int
+from jaxtron.typing import Array, Bool, Float, Int, UInt32
 
 MOST_QUERIES = 512
 MOST_KEYS = 512
@@ -26,7 +28,9 @@ MOST_KEYS = 512
 LOWEST = -1e38
 
 
-features: frozenset[Feature] = frozenset({"segments", "soft_cap", "alibi", "offsets", "deterministic", "log_sum_exp"})
+features: frozenset[Feature] = frozenset(
+    {"segments", "soft_cap", "alibi", "offsets", "deterministic", "dropout", "log_sum_exp"}
+)
 
 
 def unsupported_reason(q: Heads, k: Heads, v: Heads, spec: AttentionSpec, device_kind: str) -> str | None:
@@ -121,7 +125,9 @@ def _accumulate(
     higher = jnp.maximum(most, scores.max(-1))
     weights = jnp.where(attends, jnp.exp(scores - higher[..., None]), 0)
     fade = jnp.exp(most - higher)
-    mixed = _product("bkgst,btkv->bkgsv", weights.astype(value.dtype), value)
+    # the sum of the softmax is of all of them
+    kept = scoring.dropped(weights, i, j)
+    mixed = _product("bkgst,btkv->bkgsv", kept.astype(value.dtype), value)
     return out * fade[..., None] + mixed, total * fade + weights.sum(-1), higher
 
 
@@ -185,8 +191,8 @@ def _tile_gradients(
     scores, slope = scoring.scores(rows.query, key, i, j)
     attends = scoring.attends(i, j)
     weights = jnp.where(attends, jnp.exp(scores - rows.lse[..., None]), 0)
-    dvalue = _product("bkgst,bskgv->btkv", weights.astype(rows.dout.dtype), rows.dout)
-    dweights = _product("bskgv,btkv->bkgst", rows.dout, value)
+    dvalue = _product("bkgst,bskgv->btkv", scoring.dropped(weights, i, j).astype(rows.dout.dtype), rows.dout)
+    dweights = scoring.dropped(_product("bskgv,btkv->bkgst", rows.dout, value), i, j)
     # of q . k: through the softmax, the cap and the scale
     dproduct = jnp.where(attends, weights * (dweights - rows.delta[..., None]) * slope, 0).astype(key.dtype)
     dquery = _product("bkgst,btkd->bskgd", dproduct, key)
@@ -204,6 +210,7 @@ class _Scoring:
     q_segments: Int[Array, "B S"] | None
     kv_segments: Int[Array, "B T"] | None
     slopes: Float[Array, "K G"] | None
+    seeds: UInt32[Array, "B K G 2"] | None
 
     @classmethod
     def of(cls, q: Array, k: Array, spec: AttentionSpec, tiles: Tiles) -> "_Scoring":
@@ -215,6 +222,7 @@ class _Scoring:
             None if q_segments is None else tiles.pad_queries(q_segments),
             None if kv_segments is None else tiles.pad_keys(kv_segments),
             None if spec.alibi_slopes is None else spec.alibi_slopes.astype(jnp.float32).reshape(k.shape[2], -1),
+            None if spec.dropout_seeds is None else spec.dropout_seeds.reshape(q.shape[0], k.shape[2], -1, 2),
         )
 
     def positions(self, i: Array, j: Array) -> tuple[Array, Array]:
@@ -235,6 +243,16 @@ class _Scoring:
             distance = (keys + self.spec.kv_offset) - (queries + self.spec.q_offset)
             scores = scores + self.slopes[:, :, None, None] * distance
         return scores, derivative
+
+    def dropped(self, x: Float[Array, "B K G S T"], i: Array, j: Array) -> Float[Array, "B K G S T"]:
+        """Weights of tile (i, j), or their gradients, without those that are dropped."""
+        rate = self.spec.dropout_rate
+        if self.seeds is None or not rate:
+            return x
+        queries, keys = self.positions(i, j)
+        first, second = (self.seeds[..., word, None, None] for word in range(2))
+        places = queries + self.spec.q_offset, keys + self.spec.kv_offset
+        return drop(x, survives(*places, (first, second), rate), rate)
 
     def attends(self, i: Array, j: Array) -> Bool[Array, "#B 1 1 S T"]:
         """True where a query of tile (i, j) attends to a key of it."""

@@ -1,4 +1,4 @@
-"""Attention with its probabilities in memory: `materialized`, which alone can drop them.
+"""Attention with its probabilities in memory: `materialized`, for short sequences.
 
 Softmax is in float32, products in the inputs' type. The backward keeps the probabilities: memory is quadratic in the
 sequence.
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from jaxtron.kernels.attention.dropout import kept
 from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads, alibi_bias, allowed
 from jaxtron.kernels.dropout import drop
 from jaxtron.typing import Array, DTypeLike, Float
@@ -40,10 +41,12 @@ def forward(
     probabilities = jax.nn.softmax(logits, -1).astype(v.dtype)
     if not _every_query_attends(spec, queries, keys):
         probabilities = jnp.where(attends.any(-1, keepdims=True), probabilities, 0)
-    mask = spec.dropout_mask
-    weights = probabilities if mask is None else drop(probabilities, mask, spec.dropout_rate)
-    out = _by_head(_weigh(weights, v), q)
-    return out, probabilities if mask is None else jnp.where(mask, probabilities, -probabilities)
+    mask = kept(spec, queries, keys)
+    if mask is None:
+        return _by_head(_weigh(probabilities, v), q), probabilities
+    mask = _by_group(mask, 1, k)
+    out = _by_head(_weigh(drop(probabilities, mask, spec.dropout_rate), v), q)
+    return out, jnp.where(mask, probabilities, -probabilities)
 
 
 def backward(

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxtron.kernels.attention import mosaic_backward, mosaic_forward, mosaic_queries
+from jaxtron.kernels.attention.dropout import ALIGNMENT
 from jaxtron.kernels.attention.mosaic_backward import Wanted
 from jaxtron.kernels.attention.mosaic_tiles import LOG2_E
 from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads
+from jaxtron.kernels.dropout import scale
 from jaxtron.kernels.mosaic import Target, not_hopper
 from jaxtron.typing import Array, Float
 
@@ -24,7 +26,9 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 _BACKWARD_BLOCK = 128
 
 
-features: frozenset[Feature] = frozenset({"segments", "soft_cap", "alibi", "offsets", "deterministic", "log_sum_exp"})
+features: frozenset[Feature] = frozenset(
+    {"segments", "soft_cap", "alibi", "offsets", "deterministic", "dropout", "log_sum_exp"}
+)
 
 
 def unsupported_reason(q: Heads, k: Heads, v: Heads, spec: AttentionSpec, device_kind: str) -> str | None:
@@ -38,6 +42,9 @@ def unsupported_reason(q: Heads, k: Heads, v: Heads, spec: AttentionSpec, device
         return f"its kernels take head dims up to {HEAD_DIMS[-1]}, not {widest}"
     if 0 in (*q.shape, *k.shape, *v.shape):
         return "its kernels take no empty arrays"
+    for offset in (spec.q_offset, spec.kv_offset):
+        if spec.dropout_rate and isinstance(offset, int) and offset % ALIGNMENT:
+            return f"where it drops, pieces of a sequence start at multiples of {ALIGNMENT}, not at {offset}"
     return None
 
 
@@ -79,7 +86,7 @@ def backward(
     registers together.
     """
     widths, target = (q.shape[3], v.shape[3]), Target(interpret)
-    sizes, scale = (q.shape[1], k.shape[1]), spec.scale(q.shape[3])
+    sizes, score_scale = (q.shape[1], k.shape[1]), spec.scale(q.shape[3])
     head_dim, value_dim = _head_dims(q, v)
     # halves of 96 columns are no whole tiles of any swizzle
     head_dim = 128 if head_dim == 96 else head_dim
@@ -89,8 +96,11 @@ def backward(
     # a weight is exp2(score - lse): 0 of a query that attends to nothing, and of padding
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E)
     lse, delta = jnp.pad(lse, missing, constant_values=jnp.inf), jnp.pad(delta, missing)
+    if spec.dropout_seeds is not None:
+        # the kernels' last factor, for their sums over weights that stay, is not for delta
+        delta = delta / scale(spec.dropout_rate)
     spec = _pad_segments(spec, q.shape[1], k.shape[1])
-    given = (q, k, v, dout, lse, delta, spec, sizes, scale)
+    given = (q, k, v, dout, lse, delta, spec, sizes, score_scale)
     dq, dk, dv = _gradients(given, spec.deterministic or max(head_dim, value_dim) > 128, target)
     return (
         dq[:, : sizes[0], :, : widths[0]].astype(q.dtype),

@@ -241,7 +241,8 @@ def _compute(refs: Refs, scoring: Scoring, wanted: Wanted, target: Target, block
         # the other warpgroup reads these keys for its last part of dQ
         plgpu.wait_smem_to_gmem(0)
         _meet(refs)
-    for made, factor, shared, out in ((dk, scoring.scale, k_shared, refs.dk), (dv, 1.0, v_shared, refs.dv)):
+    of_keys, of_values = scoring.gradient_scale, scoring.weight_scale
+    for made, factor, shared, out in ((dk, of_keys, k_shared, refs.dk), (dv, of_values, v_shared, refs.dv)):
         if made is not None:
             shared[...] = (made * factor).astype(out.dtype)
             plgpu.commit_smem()
@@ -285,13 +286,18 @@ def _step(
     scores, factor, derivative = tile.scores(products, refs.slopes[head] if scoring.biased else None)
     scores = tile.masked(scores, masked, number)
     lse = target.load(refs.lse_shared.at[slot], COLUMNS)
-    weights = jnp.exp2(scores * factor - spread(lse, scores.shape, 1)).astype(refs.q.dtype)
+    weights = jnp.exp2(scores * factor - spread(lse, scores.shape, 1))
+    survives = tile.survives(scores.shape, refs, block.row, head)
+    weights = weights.astype(refs.q.dtype)
     plgpu.barrier_wait(refs.dout_ready.at[slot])
     if wanted.dv:
-        dv = target.product(weights, dout, dv)
+        kept = weights if survives is None else jnp.where(survives, weights, jnp.zeros((), weights.dtype))
+        dv = target.product(kept, dout, dv)
     if wanted.ds:
         dp = target.product(refs.v_shared.at[block.rows], transposed(dout))
         delta = target.load(refs.delta_shared.at[slot], COLUMNS)
+        if survives is not None:
+            dp = jnp.where(survives, dp, 0.0)
         ds = weights.astype(jnp.float32) * (dp - spread(delta, dp.shape, 1))
         ds = (ds if derivative is None else ds * derivative).astype(refs.q.dtype)
     # the statistics were read by ordinary loads, which the next copy must not overtake
@@ -315,7 +321,7 @@ def _add_to_dq(refs: Refs, scoring: Scoring, target: Target, block: _Block, step
     ds_shared.at[block.rows][...] = ds
     plgpu.commit_smem()
     _meet(refs)
-    part = target.product(transposed(ds_shared), refs.k_shared.at[:, columns]) * scoring.scale
+    part = target.product(transposed(ds_shared), refs.k_shared.at[:, columns]) * scoring.gradient_scale
     queries = pl.ds(first_query, BLOCK_QUERIES)
     if target.interpret:
         refs.dq[block.tile, block.row, queries, head, columns] = part

@@ -190,7 +190,7 @@ def _compute(refs: Refs, shape: Shape, scoring: Scoring, target: Target, where: 
         )
         carry = lax.fori_loop(first, end, step, carry)
     pl.when(warpgroup == 0)(take_turn)
-    _store(refs, target, where, queries, carry)
+    _store(refs, target, where, queries, carry, scoring.weight_scale)
 
 
 def _step(
@@ -230,6 +230,10 @@ def _step(
     weights = jnp.exp2(scores * factor - spread(reference, scores.shape, 0))
     total = total * fade + weights.sum(axis=1)
     out = out * spread(fade, out.shape, 0)
+    survives = tile.survives(weights.shape, refs, row, head)
+    if survives is not None:
+        # a zero that LLVM does not know: a constant it would select number by number, after they are rounded in pairs
+        weights = jnp.where(survives, weights, unhoisted(block).astype(jnp.float32))
     narrow = weights.astype(refs.v.dtype)
     plgpu.barrier_wait(refs.v_ready.at[slot])
     take_turn()
@@ -238,12 +242,12 @@ def _step(
     return out, new_maximum, total
 
 
-def _store(refs: Refs, target: Target, where: tuple, queries: Any, carry: tuple) -> None:
-    """Output and log-sum-exp to global memory; a row without keys is 0 and -inf."""
+def _store(refs: Refs, target: Target, where: tuple, queries: Any, carry: tuple, factor: float) -> None:
+    """Output, times `factor`, and log-sum-exp to global memory; a row without keys is 0 and -inf."""
     row, _, head, warpgroup = where
     out, maximum, total = carry
     seen = total > 0.0
-    share = jnp.where(seen, 1.0 / total, 0.0)
+    share = jnp.where(seen, factor / total, 0.0)
     shared = (refs.q_shared if refs.out_shared is None else refs.out_shared).at[warpgroup]
     shared[...] = (out * spread(share, out.shape, 0)).astype(refs.out.dtype)
     refs.lse_shared.at[warpgroup][...] = jnp.where(seen, maximum * math.log(2.0) + jnp.log(total), -jnp.inf)

@@ -140,7 +140,7 @@ def _compute(refs: Refs, shape: Shape, scoring: Scoring, target: Target, where: 
     for first, end, masked in scoring.pieces(bounds, once=True):
         step = functools.partial(_step, refs, shape, scoring, target, rows, bounds[0], masked)
         dq = lax.fori_loop(first, end, step, dq)
-    q_shared[...] = (dq * scoring.scale).astype(refs.dq.dtype)
+    q_shared[...] = (dq * scoring.gradient_scale).astype(refs.dq.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q_shared, refs.dq.at[row, queries, head])
     plgpu.wait_smem_to_gmem(0)
@@ -176,6 +176,9 @@ def _step(
     plgpu.barrier_wait(refs.v_ready.at[slot])
     dp = target.product(refs.dout_shared.at[rows.warpgroup], transposed(refs.v_shared.at[slot]))
     plgpu.barrier_arrive(refs.v_free.at[slot])
+    survives = tile.survives(dp.shape, refs, rows.row, rows.head)
+    if survives is not None:
+        dp = jnp.where(survives, dp, 0.0)
     ds = weights * (dp - spread(rows.delta, dp.shape, 0))
     ds = (ds if derivative is None else ds * derivative).astype(refs.q.dtype)
     dq = target.product(ds, refs.k_shared.at[slot], dq)

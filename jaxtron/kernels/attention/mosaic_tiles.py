@@ -8,8 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from jaxtron.kernels.attention import dropout
+from jaxtron.kernels.attention.mosaic_dropout import tile_survives
 from jaxtron.kernels.attention.spec import AttentionSpec
-from jaxtron.kernels.mosaic import COLUMNS, ROWS, Target, spread
+from jaxtron.kernels.dropout import scale
+from jaxtron.kernels.mosaic import COLUMNS, ROWS, Refs, Target, spread
 from jaxtron.typing import Array, Int
 
 LOG2_E = math.log2(math.e)
@@ -29,6 +32,8 @@ class Scoring:
     scale: float
     biased: bool
     segmented: bool
+    dropout: float
+    """Part of the weights that is dropped."""
     keys: int
     padded: bool
     """Whether keys of the padding must be told by their number."""
@@ -43,10 +48,21 @@ class Scoring:
             scale=scale,
             biased=spec.alibi_slopes is not None,
             segmented=spec.q_segment_ids is not None,
+            dropout=0.0 if spec.dropout_seeds is None else spec.dropout_rate,
             keys=keys,
             # with segments those of the padding do
             padded=keys % block_keys > 0 and spec.q_segment_ids is None,
         )
+
+    @property
+    def weight_scale(self) -> float:
+        """Factor of the weights that are not dropped, which what is summed with them gets at the end."""
+        return scale(self.dropout)
+
+    @property
+    def gradient_scale(self) -> float:
+        """The factor that sums of scores' gradients get at the end: of scores, and of weights (`delta` lacks it)."""
+        return self.scale * self.weight_scale
 
     @property
     def positional(self) -> bool:
@@ -80,10 +96,18 @@ class Scoring:
 
 
 def inputs_of(spec: AttentionSpec) -> dict[str, Array | None]:
-    """What every kernel reads of a spec: position of the first query less that of the first key, and its arrays."""
-    shift = jnp.asarray(spec.q_offset, jnp.int32) - jnp.asarray(spec.kv_offset, jnp.int32)
+    """What every kernel reads of a spec: position of the first query less that of the first key, and its arrays.
+
+    Where weights are dropped also these two positions, multiples of 16.
+    """
+    starts = [jnp.asarray(offset, jnp.int32) for offset in (spec.q_offset, spec.kv_offset)]
+    given = [offset for offset in (spec.q_offset, spec.kv_offset) if isinstance(offset, int)]
+    drops = spec.dropout_seeds is not None and spec.dropout_rate > 0
+    assert not drops or not any(offset % dropout.ALIGNMENT for offset in given), given
     return {
-        "shift": shift[None],
+        "shift": (starts[0] - starts[1])[None],
+        "starts": jnp.stack(starts) if drops else None,
+        "seeds": spec.dropout_seeds if drops else None,
         "slopes": spec.alibi_slopes,
         "q_segments": spec.q_segment_ids,
         "kv_segments": spec.kv_segment_ids,
@@ -180,6 +204,19 @@ class Tile:
         query_axis = 1 if self.keys_are_rows else 0
         queries, keys = self.target.iota(shape, query_axis), self.target.iota(shape, 1 - query_axis)
         return (queries - keys) + (self.first_query - self.first_key + self.shift)
+
+    def survives(self, shape: tuple[int, int], refs: Refs, row: Any, head: Any) -> Array | None:
+        """True where a weight of this row's query head stays; none: all do."""
+        rate = self.scoring.dropout
+        if not rate:
+            return None
+        seeds = refs.seeds[row, head, 0], refs.seeds[row, head, 1]
+        starts = self.first_query + refs.starts[0], self.first_key + refs.starts[1]
+        if not self.target.interpret:
+            return tile_survives(shape, starts, seeds, rate, keys_are_rows=self.keys_are_rows)
+        query_axis = 1 if self.keys_are_rows else 0
+        queries, keys = (self.target.iota(shape, axis) for axis in (query_axis, 1 - query_axis))
+        return dropout.survives(queries + starts[0], keys + starts[1], seeds, rate)
 
     def masked(self, scores: Array, which: Masked, number: Any) -> Array:
         """`mask` if `which` says so of tile `number`."""

@@ -7,13 +7,17 @@ Memory is quadratic in the sequence.
 import jax
 import jax.numpy as jnp
 
+from jaxtron.kernels.attention.dropout import kept
 from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads, alibi_bias, allowed
+from jaxtron.kernels.dropout import drop
 from jaxtron.typing import Array, Float
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-features: frozenset[Feature] = frozenset({"segments", "soft_cap", "alibi", "offsets", "deterministic", "log_sum_exp"})
+features: frozenset[Feature] = frozenset(
+    {"segments", "soft_cap", "alibi", "offsets", "deterministic", "dropout", "log_sum_exp"}
+)
 
 
 def unsupported_reason(q: Heads, k: Heads, v: Heads, spec: AttentionSpec, device_kind: str) -> str | None:
@@ -31,7 +35,7 @@ def forward(
     scores = jnp.where(attends, scores, -jnp.inf)
     lse = jax.nn.logsumexp(scores, -1)
     weights = jnp.where(attends, jnp.exp(scores - jnp.where(lse == -jnp.inf, 0, lse)[..., None]), 0)
-    out = jnp.einsum("bhst,bthv->bshv", weights, v32, precision=HIGHEST)
+    out = jnp.einsum("bhst,bthv->bshv", _dropped(weights, spec), v32, precision=HIGHEST)
     return out.astype(q.dtype), lse
 
 
@@ -50,8 +54,8 @@ def backward(
     attends = allowed(spec, q.shape[1], k.shape[1])[:, None]
     scores, slope = _scores(q32, k32, spec)
     weights = jnp.where(attends, jnp.exp(scores - jnp.where(lse == -jnp.inf, 0, lse)[..., None]), 0)
-    dvalue = jnp.einsum("bhst,bshv->bthv", weights, dout, precision=HIGHEST)
-    dweights = jnp.einsum("bshv,bthv->bhst", dout, v32, precision=HIGHEST)
+    dvalue = jnp.einsum("bhst,bshv->bthv", _dropped(weights, spec), dout, precision=HIGHEST)
+    dweights = _dropped(jnp.einsum("bshv,bthv->bhst", dout, v32, precision=HIGHEST), spec)
     # of q . k: through the softmax, the cap and the scale
     dproduct = jnp.where(attends, weights * (dweights - delta[..., None]) * slope, 0)
     dquery = jnp.einsum("bhst,bthd->bshd", dproduct, k32, precision=HIGHEST)
@@ -69,6 +73,12 @@ def _scores(q: Array, k: Array, spec: AttentionSpec) -> tuple[Array, Array | flo
         scores, derivative = spec.logits_soft_cap * turned, factor * (1 - turned**2)
     bias = alibi_bias(spec, q.shape[1], k.shape[1])
     return scores if bias is None else scores + bias, derivative
+
+
+def _dropped(x: Float[Array, "B H S T"], spec: AttentionSpec) -> Float[Array, "B H S T"]:
+    """Probabilities, or their gradients, without those that are dropped."""
+    mask = kept(spec, *x.shape[2:])
+    return x if mask is None else drop(x, mask, spec.dropout_rate)
 
 
 def _per_query_head(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtron.config import UserError
-from jaxtron.typing import Array, Bool, Float, Int
+from jaxtron.typing import Array, Bool, Float, Int, UInt32
 
 # what an implementation may be able to do beside plain attention, causal or not, with a window or not; the last: run
 # where heads are split over an Explicit axis of the mesh, and not inside a manual region alone
 Feature = Literal[
     "segments", "soft_cap", "alibi", "offsets", "deterministic", "dropout", "log_sum_exp", "explicit_sharding"
 ]
-ARRAYS = ("q_segment_ids", "kv_segment_ids", "alibi_slopes", "dropout_mask")
+ARRAYS = ("q_segment_ids", "kv_segment_ids", "alibi_slopes", "dropout_seeds")
 OFFSETS = ("q_offset", "kv_offset")
 # queries, keys or values, or what stands for their shape and type
 Heads = Array | jax.ShapeDtypeStruct
@@ -48,7 +48,7 @@ class AttentionSpec:
     logits_soft_cap: float | None = None
     """Bound of the logits' magnitude (Gemma 2, 2408.00118, section 2); none: unbounded."""
     dropout_rate: float = 0.0
-    """Part of the probabilities that is dropped where there is a `dropout_mask`."""
+    """Part of the probabilities that is dropped where there are `dropout_seeds`."""
     deterministic: bool = False
     """Gradients have the same bits in every run."""
     q_offset: "Int[Array, ''] | int" = 0
@@ -61,8 +61,9 @@ class AttentionSpec:
     """Document of each key."""
     alibi_slopes: "Float[Array, 'H'] | None" = None
     """ALiBi's slope of each query head (2108.12409); none: no bias."""
-    dropout_mask: "Bool[Array, 'B K G S T'] | None" = None
-    """True where a probability is kept, by key/value head and query head of its group; none: all are."""
+    dropout_seeds: "UInt32[Array, 'B H 2'] | None" = None
+    """Two random words for each row and query head, which say with positions what is dropped (`dropout.py`); none:
+    nothing is."""
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -155,7 +156,7 @@ def check_shapes(q: Array, k: Array, v: Array, spec: AttentionSpec, sinks: Array
         "q_segment_ids": (spec.q_segment_ids, (rows, queries)),
         "kv_segment_ids": (spec.kv_segment_ids, (rows, keys)),
         "alibi_slopes": (spec.alibi_slopes, (heads,)),
-        "dropout_mask": (spec.dropout_mask, (rows, kv_heads, heads // kv_heads, queries, keys)),
+        "dropout_seeds": (spec.dropout_seeds, (rows, heads, 2)),
         "sinks": (sinks, (heads,)),
     }
     for name, (array, shape) in wanted.items():

@@ -16,7 +16,7 @@ from jaxtron.typing import DTypeLike
 
 
 def attention_spec(config: ModelConfig, symbol: str) -> AttentionSpec:
-    """What attention computes in a layer of this kind, without slopes, segments and dropout's mask: they are arrays."""
+    """What attention computes in a layer of this kind, without slopes, segments and dropout's seeds: they are arrays."""
     attention, kind = config.attention, KINDS[symbol]
     assert kind.heads is not None
     return AttentionSpec(
@@ -38,7 +38,10 @@ def attention_backends(
     """
     segments = jax.ShapeDtypeStruct((1, length), jnp.int32) if packed else None
     slopes = jax.ShapeDtypeStruct((config.num_heads,), jnp.float32) if config.position == "alibi" else None
-    arrays = {"q_segment_ids": segments, "kv_segment_ids": segments, "alibi_slopes": slopes}
+    given = {"q_segment_ids": segments, "kv_segment_ids": segments, "alibi_slopes": slopes}
+    if parts > 1:
+        # each device has two pieces: they start at multiples of this
+        given["q_offset"] = length // (2 * parts)
     needs_log_sum_exp = parts > 1 or config.attention.sinks
     found = {}
     for kind in config.kinds:
@@ -58,7 +61,7 @@ def attention_backends(
             query,
             key,
             value,
-            replace(attention_spec(config, kind.symbol), **arrays),
+            replace(attention_spec(config, kind.symbol), **given),
             device_kind,
             needs_log_sum_exp=needs_log_sum_exp,
         )

@@ -134,20 +134,6 @@ def _validate_attention(settings: DecoderSettings) -> None:
         raise UserError(
             f"model.num_heads {settings.num_heads} is not a multiple of model.num_kv_heads {settings.kv_heads}"
         )
-    _validate_scores(settings)
-
-
-def _validate_scores(settings: DecoderSettings) -> None:
-    attention, fields = settings.attention, type(settings.attention).model_fields
-    drops_by_name = attention.implementation == "materialized"
-    for name in ("soft_cap", "sinks", "deterministic", *(() if drops_by_name else ("implementation",))):
-        if settings.attention_dropout and getattr(attention, name) != fields[name].default:
-            raise NoEffect(
-                f"model.attention.{name}",
-                getattr(attention, name),
-                {"model.attention_dropout": settings.attention_dropout},
-                "leave it out, or set model.attention_dropout to 0",
-            )
 
 
 def _check_attention(settings: DecoderSettings, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
@@ -163,11 +149,6 @@ def _check_heads(
     check_multiple("model.num_heads", settings.num_heads, tensor)
     if parts == 1:
         return
-    if settings.attention_dropout:
-        raise UserError(
-            f"model.attention_dropout {settings.attention_dropout} needs whole sequences: set it to 0, or "
-            "mesh.context to 1"
-        )
     inner = context.groups(parts)[0]
     for name, count in heads.items():
         if count % (inner * tensor):

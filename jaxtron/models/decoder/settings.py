@@ -66,7 +66,7 @@ class DecoderSettings(FamilyConfig):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Of the embedding and of each branch before it joins the residual stream."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Of the attention probabilities."""
+    """Of the attention probabilities; the same ones on every mesh and by every implementation."""
     initial_std: float = Field(default=0.02, gt=0)
     """Standard deviation of initial weights; projections back to the stream use it / sqrt(branches): of `*-` there
     are 2 x num_layers."""
