@@ -15,8 +15,9 @@ import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxtron.kernels.attention import mosaic, mosaic_backward, mosaic_forward
+from jaxtron.kernels.attention import dropout, mosaic, mosaic_backward, mosaic_forward
 from jaxtron.kernels.attention.spec import AttentionSpec
+from jaxtron.kernels.dropout import scale as dropout_scale
 from jaxtron.kernels.mosaic import Refs, Target, run_kernel
 
 # memory that nobody wrote is NaN: what is read of it shows
@@ -25,7 +26,8 @@ INTERPRETER = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes and spec of one call; `segments` cuts queries and keys there, `slopes` are powers of two."""
+    """Sizes and spec of one call; `segments` cuts queries and keys there, `slopes` are powers of two; what is dropped
+    at the spec's rate differs by row and head."""
 
     rows: int = 1
     queries: int = 200
@@ -45,7 +47,7 @@ class Case:
 EVERYTHING = Case(
     queries=100,
     keys=150,
-    spec=AttentionSpec(window=90, logits_soft_cap=3.0, q_offset=30, logits_scale=0.2),
+    spec=AttentionSpec(window=90, logits_soft_cap=3.0, q_offset=32, logits_scale=0.2, dropout_rate=0.25),
     segments=(40, 110),
     slopes=True,
 )
@@ -64,6 +66,7 @@ FORWARD = {
     "negative scale": Case(spec=AttentionSpec(logits_scale=-0.1)),
     "segments": Case(rows=2, segments=(70, 170)),
     "segments in full": Case(spec=AttentionSpec(causal=False), segments=(70, 170)),
+    "dropout": Case(queries=70, keys=140, spec=AttentionSpec(q_offset=64, kv_offset=16, dropout_rate=0.3)),
     "whole tiles": Case(queries=256, keys=384, heads=1, spec=AttentionSpec(q_offset=128)),
     "one": Case(queries=1, keys=1),
     "float16": Case(dtype="float16"),
@@ -95,6 +98,8 @@ def inputs(case: Case) -> tuple[list[jax.Array], AttentionSpec]:
         spec = replace(spec, q_segment_ids=jnp.array(numbers[0]), kv_segment_ids=jnp.array(numbers[1]))
     if case.slopes:
         spec = replace(spec, alibi_slopes=2.0 ** -(1.0 + jnp.arange(case.heads)))
+    if spec.dropout_rate:
+        spec = replace(spec, dropout_seeds=jax.random.bits(keys[4], (case.rows, case.heads, 2), jnp.uint32))
     return arrays, spec
 
 
@@ -120,6 +125,9 @@ def attention(q: Any, k: Any, v: Any, spec: AttentionSpec) -> tuple[jax.Array, j
     total = weights.sum(-1)
     seen = total > 0
     safe = jnp.where(seen, total, 1.0)
+    kept = dropout.kept(spec, q.shape[1], k.shape[1])
+    if kept is not None:
+        weights = jnp.where(kept, weights * dropout_scale(spec.dropout_rate), 0.0)
     out = jnp.einsum("bhst,bthv->bshv", weights / safe[..., None], v)
     return out, jnp.where(seen, highest[..., 0] + jnp.log(safe), -jnp.inf)
 

@@ -61,15 +61,26 @@ def test_auto_takes_the_fastest_that_can(kernels):
     assert select("auto", shapes(dtype="float32", **LONG), AttentionSpec(), HOPPER).implementation is chunked
 
 
-def test_dropped_probabilities_are_materialized_whatever_the_length(kernels):
-    for kind in (CPU, AMPERE, HOPPER):
-        backend = select("auto", shapes(**LONG), AttentionSpec(dropout_rate=0.1), kind)
-        assert backend.implementation is materialized
-        assert backend.reason == "attention: materialized (probabilities are dropped)"
-    with pytest.raises(UserError, match="implementation xla cannot: it drops no probabilities; use auto"):
-        select("xla", shapes(), AttentionSpec(dropout_rate=0.1), CPU)
-    with pytest.raises(UserError, match="no implementation of attention can do this on cpu: not mosaic: .*; not xla: "):
-        select("auto", shapes(), AttentionSpec(dropout_rate=0.1), CPU, needs_log_sum_exp=True)
+def test_all_but_cudnn_drop_probabilities(kernels):
+    drops = AttentionSpec(dropout_rate=0.1)
+    assert select("auto", shapes(), drops, HOPPER).implementation is kernels
+    assert select("auto", shapes(**LONG), drops, AMPERE).implementation is chunked
+    assert select("auto", shapes(), drops, CPU, needs_log_sum_exp=True).implementation is chunked
+    assert select("auto", shapes(), drops, AMPERE).reason == (
+        f"attention: materialized (short sequences, and no kernel for {AMPERE} that drops probabilities)"
+    )
+    with pytest.raises(UserError, match="implementation cudnn cannot: it drops no probabilities; use auto"):
+        select("cudnn", shapes(), drops, HOPPER)
+
+
+def test_kernels_drop_where_pieces_start_at_whole_calls():
+    """Positions of a thread's numbers: others would be drawn by two threads."""
+    for start, refused in ((32, False), (24, True)):
+        spec = AttentionSpec(dropout_rate=0.1, q_offset=start)
+        assert bool(mosaic.unsupported_reason(*shapes(), spec, HOPPER)) == refused
+    assert mosaic.unsupported_reason(*shapes(), AttentionSpec(q_offset=24), HOPPER) is None
+    with pytest.raises(UserError, match="mosaic cannot: where it drops, .* multiples of 16, not at 24"):
+        select("mosaic", shapes(), AttentionSpec(dropout_rate=0.1, q_offset=24), HOPPER)
 
 
 REFUSED_BY_CUDNN = {

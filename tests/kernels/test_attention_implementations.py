@@ -17,6 +17,7 @@ from jaxtron.config import UserError
 from jaxtron.kernels.attention import chunked, reference
 from jaxtron.kernels.attention.attention import attention
 from jaxtron.kernels.attention.backend import IMPLEMENTATIONS
+from jaxtron.kernels.attention.dropout import kept as kept_of
 from jaxtron.kernels.attention.spec import AttentionSpec
 
 DEVICE_KIND = jax.devices()[0].device_kind
@@ -48,6 +49,7 @@ FEATURES = {
     "segments": {"segments": True},
     "full_segments": {"causal": False, "segments": True},
     "sinks": {"sinks": True},
+    "dropout": {"dropout": 0.3},
     "later_queries": {"q_offset": 90, "kv_offset": 30},
     # the first 40 queries come before every key
     "later_keys": {"q_offset": 60, "kv_offset": 100, "sinks": True},
@@ -58,8 +60,9 @@ FEATURES = {
         "slopes": True,
         "segments": True,
         "sinks": True,
-        "q_offset": 30,
-        "kv_offset": 45,
+        "dropout": 0.1,
+        "q_offset": 32,
+        "kv_offset": 48,
     },
 }
 
@@ -78,7 +81,16 @@ def documents(length, rows, seed):
 
 
 def make_case(
-    sizes, heads=(4, 2), dims=(64, 64), dtype="float32", rows=2, segments=False, slopes=False, sinks=False, **spec
+    sizes,
+    heads=(4, 2),
+    dims=(64, 64),
+    dtype="float32",
+    rows=2,
+    segments=False,
+    slopes=False,
+    sinks=False,
+    dropout=0.0,
+    **spec,
 ):
     """Inputs by name, their spec, and cotangents of output and log-sum-exp."""
     (queries, keys), (num_heads, num_kv_heads), (dim, value_dim) = sizes, heads, dims
@@ -98,6 +110,9 @@ def make_case(
         spec["q_segment_ids"], spec["kv_segment_ids"] = documents(queries, rows, 0), documents(keys, rows, 1)
     if slopes:
         spec["alibi_slopes"] = jnp.asarray(2.0 ** (-8 * np.arange(1, num_heads + 1) / num_heads), jnp.float32)
+    if dropout:
+        seeds = generator.integers(0, 1 << 32, (rows, num_heads, 2), dtype=np.uint32)
+        spec |= {"dropout_rate": dropout, "dropout_seeds": jnp.asarray(seeds)}
     cotangents = normal(rows, queries, num_heads, value_dim), normal(rows, num_heads, queries).astype(jnp.float32)
     return inputs, AttentionSpec(**spec), cotangents
 
@@ -240,38 +255,39 @@ def test_the_last_query_of_a_cache_is_the_last_row_of_the_whole():
     np.testing.assert_allclose(last(inputs, jnp.int32(39))[0], whole[:, -1:], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("sizes", [(30, 30), (20, 30)], ids=str)
-def test_materialized_drops_probabilities(sizes):
-    inputs, spec, (cotangent, _) = make_case(sizes, dims=(16, 16))
-    rate, generator = 0.25, np.random.default_rng(3)
-    mask = jnp.asarray(generator.random((2, 2, 2, *sizes)) > rate)
+@pytest.mark.parametrize("implementation", ["materialized", "reference"])
+def test_dropped_probabilities_are_those_of_plain_mathematics(implementation):
+    sizes, rate = (20, 30), 0.25
+    inputs, spec, (cotangent, _) = make_case(sizes, dims=(16, 16), dropout=rate)
+    kept = kept_of(spec, *sizes) / (1 - rate)
 
     def plain(inputs):
         q, (k, v) = inputs["q"], (jnp.repeat(inputs[name], 2, 2) for name in "kv")
         logits = jnp.einsum("bshd,bthd->bhst", q, k) / 4
         logits = jnp.where(jnp.arange(sizes[0])[:, None] >= jnp.arange(sizes[1]), logits, -jnp.inf)
-        kept = mask.reshape(2, 4, *sizes) / (1 - rate)
         return jnp.einsum("bhst,bthd->bshd", jax.nn.softmax(logits, -1) * kept, v)
 
     out, pull = jax.vjp(plain, inputs)
     want = {"out": out, **{f"d{name}": array for name, array in pull(cotangent)[0].items()}}
-    dropping = dataclasses.replace(spec, dropout_rate=rate, dropout_mask=mask)
-    check(run("materialized", inputs, dropping, (cotangent, None)), want, UNITS["float32"])
-    # without a mask, as in evaluation, nothing is dropped
-    whole = attend("materialized", inputs, dataclasses.replace(dropping, dropout_mask=None))[0]
-    np.testing.assert_array_equal(whole, attend("materialized", inputs, spec)[0])
+    dlse = None if implementation == "materialized" else jnp.zeros((2, 4, sizes[0]))
+    got = run(implementation, inputs, spec, (cotangent, dlse))
+    got.pop("lse", None)
+    check(got, want, UNITS["float32"])
+    # without seeds, as in evaluation, nothing is dropped
+    whole = attend(implementation, inputs, dataclasses.replace(spec, dropout_seeds=None))[0]
+    without = dataclasses.replace(spec, dropout_rate=0.0, dropout_seeds=None)
+    np.testing.assert_array_equal(whole, attend(implementation, inputs, without)[0])
 
 
 @pytest.mark.parametrize(
     ("name", "spec", "sinks"),
     [
-        ("xla", {"dropout_rate": 0.5}, False), ("materialized", {"logits_soft_cap": 2.0}, False),
+        ("cudnn", {"dropout": 0.5}, False), ("materialized", {"logits_soft_cap": 2.0}, False),
         ("materialized", {}, True), ("cudnn", {"q_offset": 3}, False),
     ],
 )  # fmt: skip
 def test_what_an_implementation_lacks_is_refused_where_it_is_called(name, spec, sinks):
-    mask = {"dropout_mask": jnp.ones((2, 2, 2, 8, 8), bool)} if "dropout_rate" in spec else {}
-    inputs, spec, _ = make_case((8, 8), sinks=sinks, **spec, **mask)
+    inputs, spec, _ = make_case((8, 8), sinks=sinks, **spec)
     with pytest.raises(UserError, match="this implementation of attention cannot: it"):
         attend(name, inputs, spec)
 
@@ -299,6 +315,9 @@ def definition(inputs, spec):
     q, k, v = (np.asarray(inputs[name], np.float64) for name in "qkv")
     rows, queries, heads, _ = q.shape
     out, lse = np.zeros((*q.shape[:3], v.shape[-1])), np.full((rows, heads, queries), -np.inf)
+    if spec.dropout_rate:
+        # which ones: tests/kernels/test_attention_dropout.py
+        mask = np.asarray(kept_of(spec, queries, k.shape[1])) / (1 - round(spec.dropout_rate * 65536) / 65536)
     for row, head, i in np.ndindex(rows, heads, queries):
         kv_head = head // (heads // k.shape[2])
         distance = (spec.q_offset + i) - (spec.kv_offset + np.arange(k.shape[1]))
@@ -316,8 +335,9 @@ def definition(inputs, spec):
             scores = scores - float(spec.alibi_slopes[head]) * distance
         weights = np.exp(scores[seen])
         sink = np.exp(float(inputs["sinks"][head])) if "sinks" in inputs else 0.0
+        kept = mask[row, head, i, seen] if spec.dropout_rate else np.ones(seen.sum())
         if weights.sum() + sink:
-            out[row, i, head] = weights @ v[row, seen, kv_head] / (weights.sum() + sink)
+            out[row, i, head] = (weights * kept) @ v[row, seen, kv_head] / (weights.sum() + sink)
             lse[row, head, i] = np.log(weights.sum() + sink)
     return {"out": out, "lse": lse}
 
@@ -406,34 +426,33 @@ def test_padding_leaves_no_trace(implementation, dtype):
 
 @pytest.mark.parametrize("implementation", HERE)
 def test_parts_of_the_keys_join_by_their_log_sum_exp(implementation):
-    """As ring attention does, with traced offsets."""
-    inputs, spec, cotangents = make_case((200, 600), q_offset=400, window=350)
+    """As ring attention does, with traced offsets, and each part drops what the whole does."""
+    inputs, spec, cotangents = make_case((200, 576), q_offset=400, window=350, dropout=0.2)
     whole = expected(inputs, spec, cotangents)
 
     def by_parts(inputs, cotangents, starts):
         def joined(inputs):
             parts = []
             for part in range(3):
-                here = slice(200 * part, 200 * (part + 1))
+                here = slice(192 * part, 192 * (part + 1))
                 piece = {"q": inputs["q"], "k": inputs["k"][:, here], "v": inputs["v"][:, here]}
-                parts.append(
-                    attend(implementation, piece, AttentionSpec(q_offset=400, kv_offset=starts[part], window=350))
-                )
+                parts.append(attend(implementation, piece, dataclasses.replace(spec, kv_offset=starts[part])))
             lse = functools.reduce(jnp.logaddexp, [lse for _, lse in parts])
             return sum(out * jnp.exp(part - lse).swapaxes(1, 2)[..., None] for out, part in parts), lse
 
         (out, lse), pull = jax.vjp(joined, inputs)
         return {"out": out, "lse": lse, **{f"d{name}": x for name, x in pull(cotangents)[0].items()}}
 
-    got = jax.jit(by_parts, compiler_options=OPTIONS)(inputs, cotangents, jnp.asarray([0, 200, 400]))
+    got = jax.jit(by_parts, compiler_options=OPTIONS)(inputs, cotangents, jnp.asarray([0, 192, 384]))
     # three roundings for one
     check(got, whole, 2 * UNITS["float32"])
 
 
 @pytest.mark.parametrize("implementation", HERE)
 def test_vmap(implementation):
-    """Over everything that is an array: inputs, offsets, documents, slopes."""
-    cases = [make_case((150, 150), rows=1, segments=True, slopes=True, q_offset=offset) for offset in (0, 40)]
+    """Over everything that is an array: inputs, offsets, documents, slopes, seeds."""
+    case = {"rows": 1, "segments": True, "slopes": True, "dropout": 0.2}
+    cases = [make_case((150, 150), q_offset=offset, **case) for offset in (0, 48)]
     stacked = jax.tree.map(lambda *xs: jnp.stack([jnp.asarray(x) for x in xs]), *cases)
     got = jax.jit(jax.vmap(functools.partial(gradients, implementation)), compiler_options=OPTIONS)(*stacked)
     for index, case in enumerate(cases):
@@ -480,14 +499,15 @@ def test_shard_map_over_batch_and_heads(implementation, manual):
     def manual_part(spec):
         return PartitionSpec(*(axis if axis in manual else None for axis in spec))
 
-    def body(inputs, cotangents, q_segments, kv_segments, slopes):
-        arrays = {"q_segment_ids": q_segments, "kv_segment_ids": kv_segments, "alibi_slopes": slopes}
-        here = dataclasses.replace(spec, **arrays)
-        return gradients(implementation, inputs, here, cotangents)
+    known, of_spec = spec.split()
 
-    specs = ({"q": whole, "k": whole, "v": whole}, (whole, heads), per_row, per_row, per_head)
+    def body(inputs, cotangents, of_spec):
+        return gradients(implementation, inputs, known.with_arrays(of_spec), cotangents)
+
+    lies = {"q_segment_ids": per_row, "kv_segment_ids": per_row, "alibi_slopes": per_head, "dropout_seeds": heads}
+    specs = ({"q": whole, "k": whole, "v": whole}, (whole, heads), lies)
     outputs = {"out": whole, "lse": heads, "dq": whole, "dk": whole, "dv": whole}
-    arrays = (inputs, cotangents, spec.q_segment_ids, spec.kv_segment_ids, spec.alibi_slopes)
+    arrays = (inputs, cotangents, of_spec)
     with jax.set_mesh(mesh):
         placed = place(mesh, specs, arrays)
         parts = [jax.tree.map(manual_part, tree, is_leaf=is_spec) for tree in (specs, outputs)]

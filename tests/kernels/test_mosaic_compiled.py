@@ -21,7 +21,7 @@ from jaxtron.plan.compiled.deviceless import gpu_devices
 
 HEADS = {"64": (64, 64), "96": (96, 96), "128": (128, 128), "192": (192, 128), "256": (256, 256)}
 LENGTH = 1024
-FEATURES = ("causal", "full", "window", "soft cap", "slopes", "segments", "everything", "padded")
+FEATURES = ("causal", "full", "window", "soft cap", "slopes", "segments", "dropout", "everything", "padded")
 # above 128 the backward is the deterministic one
 KERNELS = [
     (direction, heads)
@@ -38,11 +38,13 @@ SPILLED = {
     ("backward", "128", "soft cap"): 144,
     ("backward", "128", "slopes"): 16,
     ("backward", "128", "segments"): 16,
+    ("backward", "128", "dropout"): 60,
     ("backward", "128", "everything"): 160,
     ("backward", "128", "padded"): 24,
     ("deterministic", "96", "soft cap"): 32,
     ("deterministic", "96", "everything"): 60,
     ("deterministic", "128", "soft cap"): 88,
+    ("deterministic", "128", "dropout"): 56,
     ("deterministic", "128", "everything"): 112,
     ("deterministic", "256", "causal"): 560,
     ("deterministic", "256", "full"): 108,
@@ -58,8 +60,8 @@ SHARED_MEMORY = 232448
 COLLECTIVES = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter")
 
 
-def spec_of(feature: str, segments: Any, slopes: Any) -> AttentionSpec:
-    """The spec of a name in `FEATURES`."""
+def spec_of(feature: str, segments: Any, slopes: Any, seeds: Any) -> AttentionSpec:
+    """The spec of a name in `FEATURES`; everything is all that scores are made and masked by."""
     documents = {"q_segment_ids": segments, "kv_segment_ids": segments}
     return {
         "causal": AttentionSpec(),
@@ -68,6 +70,7 @@ def spec_of(feature: str, segments: Any, slopes: Any) -> AttentionSpec:
         "soft cap": AttentionSpec(logits_soft_cap=30.0),
         "slopes": AttentionSpec(alibi_slopes=slopes),
         "segments": AttentionSpec(**documents),
+        "dropout": AttentionSpec(dropout_rate=0.1, dropout_seeds=seeds),
         "padded": AttentionSpec(),
         "everything": AttentionSpec(window=300, logits_soft_cap=30.0, alibi_slopes=slopes, **documents),
     }[feature]
@@ -76,8 +79,8 @@ def spec_of(feature: str, segments: Any, slopes: Any) -> AttentionSpec:
 def program(direction: str, feature: str) -> Callable:
     """The kernels of one direction, as a function of `shapes`' arrays."""
 
-    def run(q: Any, k: Any, v: Any, lse: Any, dout: Any, segments: Any, slopes: Any) -> Any:
-        spec = spec_of(feature, segments, slopes)
+    def run(q: Any, k: Any, v: Any, lse: Any, dout: Any, *of_spec: Any) -> Any:
+        spec = spec_of(feature, *of_spec)
         if direction == "forward":
             return mosaic.forward(q, k, v, spec)
         return mosaic.backward(q, k, v, lse, lse, dout, replace(spec, deterministic=direction == "deterministic"))
@@ -88,7 +91,8 @@ def program(direction: str, feature: str) -> Callable:
 def shapes(
     mesh: Mesh, heads: str, dtype: str = "bfloat16", spec: tuple = (None, None), length: int = LENGTH
 ) -> list[jax.ShapeDtypeStruct]:
-    """Queries, keys, values, log-sum-exp, gradient of the output, segments, slopes; `spec` shards rows and heads."""
+    """Queries, keys, values, log-sum-exp, gradient of the output, segments, slopes, dropout's seeds; `spec` shards rows
+    and heads."""
     head_dim, value_dim = HEADS[heads]
     rows, head = spec
 
@@ -103,6 +107,7 @@ def shapes(
         array((2, length, 8, value_dim), dtype, rows, None, head),
         array((2, length), "int32", rows),
         array((8,), "float32", head),
+        array((2, 8, 2), "uint32", rows, head),
     ]
 
 
@@ -142,6 +147,9 @@ def check(said: str, direction: str, heads: str, feature: str) -> None:
         ("h100", "forward", "128", "causal"),
         ("h200", "forward", "64", "segments"),
         ("h100", "backward", "128", "causal"),
+        ("h100", "forward", "128", "dropout"),
+        ("h100", "backward", "64", "dropout"),
+        ("h100", "backward", "128", "dropout"),
         ("h200", "deterministic", "64", "causal"),
     ],
 )
@@ -174,14 +182,21 @@ def test_shared_memory_is_within_the_limit(monkeypatch, tmp_path, direction: str
         assert size and 0 < int(size[1]) <= SHARED_MEMORY
 
 
-@pytest.mark.parametrize("direction", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
-def test_no_collective_inside_shard_map_over_rows_and_heads(direction: str) -> None:
+@pytest.mark.parametrize(
+    ("direction", "feature"),
+    [
+        ("forward", "everything"),
+        pytest.param("backward", "everything", marks=pytest.mark.slow),
+        ("backward", "dropout"),
+    ],
+)
+def test_no_collective_inside_shard_map_over_rows_and_heads(direction: str, feature: str) -> None:
     mesh = Mesh(np.array(gpu_devices("h100", 8)).reshape(2, 4), ("data", "tensor"))
     sharded = shapes(mesh, "64", spec=("data", "tensor"))
     specs = tuple(array.sharding.spec for array in sharded)
     out = P("data", None, "tensor")
     run = jax.shard_map(
-        program(direction, "everything"),
+        program(direction, feature),
         mesh=mesh,
         in_specs=specs,
         out_specs=(out, P("data", "tensor")) if direction == "forward" else (out, out, out),

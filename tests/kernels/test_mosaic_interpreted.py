@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="the interpreter before JAX 0.11 lacks layouts and transposed operands"
 )
 PROGRAM = Path(__file__).with_name("interpreted.py")
-FAST = ["one", "everything", "everything, backward", "one, deterministic"]
+FAST = ["one", "everything", "everything, backward", "dropout, deterministic"]
 NAMES = [
     "causal",
     "everything",
@@ -31,6 +31,7 @@ NAMES = [
     "negative scale",
     "segments",
     "segments in full",
+    "dropout",
     "whole tiles",
     "one",
     "float16",

@@ -10,13 +10,14 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxtron.kernels.attention import materialized
+from jaxtron.kernels.attention import chunked, materialized
 from jaxtron.kernels.attention import reference as plain_attention
 from jaxtron.kernels.attention.attention import attention
+from jaxtron.kernels.attention.dropout import kept
 from jaxtron.kernels.attention.spec import AttentionSpec
 from jaxtron.layers.attention import Attention, Core
 from jaxtron.layers.config import RotaryConfig
-from jaxtron.layers.inputs import LayerInputs, dropout_mask, row_keys
+from jaxtron.layers.inputs import LayerInputs, row_keys
 from jaxtron.layers.norm import Norm
 from jaxtron.layers.positions import alibi_slopes, rotary_tables
 from jaxtron.sharding.rules import constrain, use
@@ -214,9 +215,9 @@ def test_gradients_of_the_core(rules_for, num_kv_heads, alibi, rate):
         found, mixed = gradients(
             lambda *heads: core(*heads, None if slopes is None else jnp.asarray(slopes), None, inputs)
         )
-        shape, names = (ROWS, num_kv_heads, HEADS // num_kv_heads, LENGTH, LENGTH), ("batch", None, None, None, None)
-        mask = dropout_mask(shape, rate, inputs.fold(1), *names)
-    keep = 1.0 if mask is None else np.asarray(mask).reshape(ROWS, HEADS, LENGTH, LENGTH) / (1 - rate)
+    seeds = jnp.stack([jax.random.bits(key, (HEADS, 2), jnp.uint32) for key in inputs.fold(1).keys])
+    mask = kept(AttentionSpec(dropout_rate=rate, dropout_seeds=seeds), LENGTH, LENGTH)
+    keep = 1.0 if mask is None else np.asarray(mask) / (1 - rate)
     assert rate == 0 or 0 < np.mean(keep == 0) < 1
     plain = functools.partial(mix_plainly, slopes=np.zeros(HEADS) if slopes is None else slopes, keep=keep)
     all_expected, expected_mixed = gradients(plain)
@@ -244,7 +245,8 @@ def test_gradients_in_bfloat16_are_as_good_as_its_probabilities(rules_for):
             assert error < 2**-7, (name, error)
 
 
-def test_gradients_do_not_depend_on_the_mesh(rules_for, in_region):
+@pytest.mark.parametrize("implementation", [materialized, chunked], ids=["materialized", "xla"])
+def test_gradients_do_not_depend_on_the_mesh(rules_for, in_region, implementation):
     *heads, cotangent = make_heads(2)
     keys = row_keys(jax.random.key(0), np.arange(ROWS))
 
@@ -252,7 +254,7 @@ def test_gradients_do_not_depend_on_the_mesh(rules_for, in_region):
         heads = [constrain(array, "batch", "full_seq", "heads", "head_dim") for array in heads]
         cotangent = constrain(cotangent, "batch", "full_seq", "heads", "head_dim")
         inputs = LayerInputs(keys=keys)
-        core = Core(materialized, AttentionSpec(dropout_rate=0.3))
+        core = Core(implementation, AttentionSpec(dropout_rate=0.3))
         found = jax.vjp(lambda *heads: core(*heads, None, None, inputs), *heads)[1](cotangent)
         return [jax.sharding.reshard(gradient, PartitionSpec()) for gradient in found]
 

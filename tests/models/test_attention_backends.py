@@ -36,9 +36,13 @@ def test_by_symbol_for_lengths_devices_and_settings():
     assert select(TINY, length=SHORT + 1)["*"] == "xla"
     # keys and values of other devices meet by the log-sum-exp
     assert select(TINY, parts=2)["*"] == "xla"
-    assert select(changed(attention_dropout=0.1), HOPPER, length=2 * SHORT)["*"] == "materialized"
-    by_name = changed(attention={"window": 8, "implementation": "materialized"}, attention_dropout=0.1)
-    assert select(by_name)["W"] == "materialized"
+    drops = changed(attention_dropout=0.1)
+    assert select(drops, HOPPER)["*"] == select(drops, HOPPER, length=256, parts=8)["W"] == "mosaic"
+    # the pieces of a sequence start at 8, 16, 24, ...
+    assert select(drops, HOPPER, length=128, parts=8)["*"] == "xla"
+    assert select(drops)["*"] == "materialized"
+    with pytest.raises(UserError, match="cudnn cannot: .*it drops no probabilities|cudnn cannot: JAX cannot use it"):
+        select(changed(attention={"window": 8, "implementation": "cudnn"}, attention_dropout=0.1), HOPPER)
     with pytest.raises(UserError, match="materialized cannot: it returns no log-sum-exp"):
         select(changed(attention={"window": 8, "implementation": "materialized"}), parts=2)
 

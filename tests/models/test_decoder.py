@@ -11,6 +11,8 @@ import pytest
 from jaxtron.data.batch import TokenBatch
 from jaxtron.data.config import DataConfig
 from jaxtron.generate.sample import sample
+from jaxtron.kernels.attention.dropout import kept
+from jaxtron.kernels.attention.spec import AttentionSpec
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.program import make_parts
 from jaxtron.run.configuration import Configuration, TrainConfig
@@ -104,13 +106,23 @@ def positions_of(batch):
 def gpt2_logits(params, batch, key=None):
     """GPT-2: pre-norm layers, learned positions, tied head; with a key, dropout of `RATE`."""
 
+    share = round(RATE * 65536)
+
+    def bits(shape, dtype, *sites):
+        keys = [functools.reduce(jax.random.fold_in, (row, *sites), key) for row in range(ROWS)]
+        return jnp.stack([jax.random.bits(one, shape, dtype) for one in keys])
+
     def drop(x, *sites):
         if key is None:
             return x
-        keys = [functools.reduce(jax.random.fold_in, (row, *sites), key) for row in range(ROWS)]
-        bits = jnp.stack([jax.random.bits(one, x.shape[1:], jnp.uint16) for one in keys])
-        share = round(RATE * 65536)
-        return jnp.where(bits >= share, x / (1 - share / 65536), 0)
+        return jnp.where(bits(x.shape[1:], jnp.uint16, *sites) >= share, x / (1 - share / 65536), 0)
+
+    def drop_probabilities(x, *sites):
+        if key is None:
+            return x
+        seeds = bits((x.shape[1], 2), jnp.uint32, *sites)
+        mask = kept(AttentionSpec(dropout_rate=RATE, dropout_seeds=seeds), *x.shape[2:])
+        return jnp.where(mask, x / (1 - share / 65536), 0)
 
     def linear(layer, x, equation):
         return jnp.einsum(equation, x, layer["kernel"]) + layer["bias"]
@@ -128,7 +140,7 @@ def gpt2_logits(params, batch, key=None):
         )
         normed, attention = layer_norm(first["norm"], x), first["attention"]
         heads = [linear(attention[name], normed, "bse,ehd->bshd") for name in ("query", "key", "value")]
-        mixed = causal_attention(*heads, batch, lambda x: drop(x, number, 0, 0, 1))  # noqa: B023
+        mixed = causal_attention(*heads, batch, lambda x: drop_probabilities(x, number, 0, 0, 1))  # noqa: B023
         x = x + drop(linear(attention["output"], mixed, "bshd,hde->bse"), number, 0, 0)
         hidden = jax.nn.gelu(
             linear(second["mlp"]["up"], layer_norm(second["norm"], x), "bse,ef->bsf"), approximate=True

@@ -11,17 +11,10 @@ from tests.support.equivalence import MODELS, ONE_DEVICE, SCANNED, Result, asser
 
 TOLERANCE = 1e-5
 SLOW = pytest.mark.slow
-CHANGES = {
-    "llama": {},
-    "gemma": {},
-    "palm": {"attention_dropout": 0.0},
-    # masks of the residual stream, which are of whole sequences; probabilities cannot be dropped
-    "gpt with dropout": {"attention_dropout": 0.0},
-}
 
 
 def model(name: str) -> ModelConfig:
-    return changed(MODELS[name], **SCANNED, **CHANGES[name])
+    return changed(MODELS[name], **SCANNED)
 
 
 @functools.cache

@@ -52,6 +52,4 @@ def select_backend(
     if name != "auto" or found.name != "materialized":
         return found
     drops = " that drops probabilities" if spec.dropout_rate else ""
-    return replace(
-        found, reason=f"attention: materialized (short sequences, and no kernel for {device_kind}{drops})"
-    )
+    return replace(found, reason=f"attention: materialized (short sequences, and no kernel for {device_kind}{drops})")

@@ -1,4 +1,4 @@
-"""Which of attention's probabilities are dropped: by the two seeds of a row's head and by two positions, by nothing else.
+"""Which of attention's probabilities are dropped: a row's head has two seeds, which decide with two positions.
 
 So all implementations drop the same ones, in forward and backward, whatever their tiles are and whichever device has
 which rows, heads and pieces of the sequence; no mask is kept or sent.
@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 
 from jaxtron.kernels.attention.spec import AttentionSpec
 from jaxtron.kernels.dropout import threshold
@@ -27,9 +26,7 @@ APART = 8
 ALIGNMENT = 2 * APART
 
 
-def philox(
-    counter: tuple[Any, Any], keys: Sequence[Any], product: Callable[[Any], tuple[Any, Any]]
-) -> tuple[Any, Any]:
+def philox(counter: tuple[Any, Any], keys: Sequence[Any], product: Callable[[Any], tuple[Any, Any]]) -> tuple[Any, Any]:
     """Two words of random bits of a counter of two, with a round for each key.
 
     `product` gives the upper and the lower word of a word times `MULTIPLIER`.
@@ -53,12 +50,21 @@ def survives(
     first, second = philox(
         (queries & others, (keys & others) ^ seeds[1]),
         [seeds[0] + jnp.uint32(number * WEYL & WORD) for number in range(ROUNDS)],
-        lambda word: (lax.mulhi(word, jnp.full_like(word, MULTIPLIER)), word * jnp.uint32(MULTIPLIER)),
+        lambda word: (_upper_product(word), word * jnp.uint32(MULTIPLIER)),
     )
     word = jnp.where((queries & APART) != 0, second, first)
     # its upper 16 bits count: what is below them decides nothing
     word = jnp.where((keys & APART) != 0, word, word << 16)
     return word >= jnp.uint32(threshold(rate) << 16)
+
+
+def _upper_product(word: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """The upper word of `word * MULTIPLIER`, by halves: XLA compiles no `lax.mulhi` on a mesh."""
+    low, high = word & 0xFFFF, word >> 16
+    of_low, of_high = (jnp.uint32(half) for half in (MULTIPLIER & 0xFFFF, MULTIPLIER >> 16))
+    one = high * of_low + (low * of_low >> 16)
+    other = low * of_high + (one & 0xFFFF)
+    return high * of_high + (one >> 16) + (other >> 16)
 
 
 def kept(spec: AttentionSpec, num_queries: int, num_keys: int) -> Bool[Array, "B H S T"] | None:

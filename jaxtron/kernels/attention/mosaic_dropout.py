@@ -1,7 +1,7 @@
 """What dropout leaves of a tile of scores in the registers of a warpgroup: `dropout.survives`, each call made once.
 
-Written out, for the compiler does not find what a thread's numbers share: it would make each four times. The interpreter
-runs none of this; `tests/kernels/test_attention_dropout.py` runs what is compiled of it, instruction by instruction.
+Written out, for the compiler does not find what a thread's numbers share: it would make each four times. The
+interpreter runs none of this; `tests/kernels/test_attention_dropout.py` runs what is compiled of it.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,8 @@ def tile_survives(
         like = given[0]
         query, key, seed, other = (vector.extract(array.registers.flat[0], [], [0]) for array in given)
         row, column = (arith.index_cast(_integer(32), x) for x in next(iter(like.layout.thread_idxs(shape))))
-        row, column = (arith.addi(*pair) for pair in zip((row, column), (key, query) if keys_are_rows else (query, key)))
+        of_row, of_column = (key, query) if keys_are_rows else (query, key)
+        row, column = arith.addi(row, of_row), arith.addi(column, of_column)
         first, *others = (arith.addi(seed, _constant(number * WEYL)) for number in range(ROUNDS))
         # the counter's second word is its key's with the other seed: here it costs nothing a call
         keys = [_Word(key) for key in (arith.xori(first, other), *others)]

@@ -16,7 +16,7 @@ from jaxtron.typing import DTypeLike
 
 
 def attention_spec(config: ModelConfig, symbol: str) -> AttentionSpec:
-    """What attention computes in a layer of this kind, without slopes, segments and dropout's seeds: they are arrays."""
+    """What attention computes in a layer of this kind, without its arrays: slopes, segments, dropout's seeds."""
     attention, kind = config.attention, KINDS[symbol]
     assert kind.heads is not None
     return AttentionSpec(
