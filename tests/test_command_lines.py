@@ -78,7 +78,6 @@ USELESS = [
     ("model: {max_positions: 512}", "--model.position none", "model.max_positions 512", "model.position none"),
     ("model: {norm_bias: true}", "--model.norm rms_norm", "model.norm_bias true", "model.norm rms_norm"),
     ("model: {num_kv_heads: 2}", "--model.pattern -", "model.num_kv_heads 2", "model.pattern -"),
-    ("model: {attention: {sinks: true}}", "--model.attention_dropout 0.1", "model.attention.sinks true", "0.1"),
     (
         "train: {precision: fp16, loss_scale: {initial: 8}}",
         "--train.precision bf16",

@@ -32,6 +32,7 @@ KERNELS = [
 # bytes of registers that ptxas put aside, all kernels of a backward together: what it was on JAX 0.11.2 and CUDA 13.0
 SPILLED = {
     ("backward", "96", "soft cap"): 72,
+    ("backward", "96", "dropout"): 56,
     ("backward", "96", "everything"): 96,
     ("backward", "128", "causal"): 8,
     ("backward", "128", "window"): 8,
@@ -42,6 +43,7 @@ SPILLED = {
     ("backward", "128", "everything"): 160,
     ("backward", "128", "padded"): 24,
     ("deterministic", "96", "soft cap"): 32,
+    ("deterministic", "96", "dropout"): 12,
     ("deterministic", "96", "everything"): 60,
     ("deterministic", "128", "soft cap"): 88,
     ("deterministic", "128", "dropout"): 56,
@@ -52,6 +54,7 @@ SPILLED = {
     ("deterministic", "256", "soft cap"): 940,
     ("deterministic", "256", "slopes"): 620,
     ("deterministic", "256", "segments"): 568,
+    ("deterministic", "256", "dropout"): 680,
     ("deterministic", "256", "everything"): 1064,
     ("deterministic", "256", "padded"): 664,
 }

@@ -250,7 +250,6 @@ LINES: tuple[tuple[str, str], ...] = (
     ("train tiny.yaml --model.pattern * --model.mlp_size 64", "model.mlp_size"),
     ("train tiny.yaml --model.pattern - --model.recompute attention", "model.recompute"),
     ("train tiny.yaml --model.recompute attention attention_core", "model.recompute"),
-    ("train tiny.yaml --model.attention_dropout 0.1 --model.attention.sinks", "model.attention_dropout"),
     ("train tiny.yaml --data.workers 9", "data.workers"),
     ("train tiny.yaml --data.train tokens", "data.train"),
     ("train tiny.yaml --data.validation tokens", "data.validation"),
