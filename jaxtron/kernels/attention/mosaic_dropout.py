@@ -11,9 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental.pallas import mosaic_gpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxtron.kernels.attention.dropout import MULTIPLIER, ROUNDS, WEYL, WORD, philox
 from jaxtron.kernels.dropout import threshold
@@ -37,7 +37,7 @@ class _Word:
 
 
 def tile_survives(
-    shape: tuple[int, int], starts: tuple[Any, Any], seeds: tuple[Any, Any], rate: float, *, keys_are_rows: bool
+    shape: tuple[int, ...], starts: tuple[Any, Any], seeds: tuple[Any, Any], rate: float, *, keys_are_rows: bool
 ) -> Bool[Array, "S T"]:
     """True where a probability stays in a `TILE` whose first query and key are at `starts`, multiples of 16.
 

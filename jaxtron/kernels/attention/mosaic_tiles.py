@@ -205,7 +205,7 @@ class Tile:
         queries, keys = self.target.iota(shape, query_axis), self.target.iota(shape, 1 - query_axis)
         return (queries - keys) + (self.first_query - self.first_key + self.shift)
 
-    def survives(self, shape: tuple[int, int], refs: Refs, row: Any, head: Any) -> Array | None:
+    def survives(self, shape: tuple[int, ...], refs: Refs, row: Any, head: Any) -> Array | None:
         """True where a weight of this row's query head stays; none: all do."""
         rate = self.scoring.dropout
         if not rate:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def attention_backends(
     """
     segments = jax.ShapeDtypeStruct((1, length), jnp.int32) if packed else None
     slopes = jax.ShapeDtypeStruct((config.num_heads,), jnp.float32) if config.position == "alibi" else None
-    given = {"q_segment_ids": segments, "kv_segment_ids": segments, "alibi_slopes": slopes}
+    given: dict[str, Any] = {"q_segment_ids": segments, "kv_segment_ids": segments, "alibi_slopes": slopes}
     if parts > 1:
         # each device has two pieces: they start at multiples of this
         given["q_offset"] = length // (2 * parts)

@@ -193,7 +193,6 @@ def _validate_latent(settings: DecoderSettings) -> None:
         raise UserError("model.position alibi: latent attention (L) has none; use --model.position rotary")
     if settings.attention.sinks:
         raise UserError("model.attention.sinks true: latent attention (L) has none; set --model.attention.sinks false")
-    _validate_scores(settings)
 
 
 def _check_latent(settings: DecoderSettings, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
