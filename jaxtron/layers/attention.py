@@ -95,7 +95,7 @@ class Attention(nnx.Module):
         self.key_norm = qk_norm(head_dim) if qk_norm else None
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
-        attended = save_for_backward(self.core(*self._heads(x, inputs), *self._per_head(), inputs))
+        attended = self.core(*self._heads(x, inputs), *self._per_head(), inputs)
         y = self.output(attended, "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 
@@ -196,7 +196,10 @@ class Core:
             kv_segment_ids=segments,
             dropout_seeds=self._seeds(query, inputs),
         )
-        return attention(query, key, value, given, Sharded(self.implementation), sinks=sinks)[0]
+        attended = attention(query, key, value, given, Sharded(self.implementation), sinks=sinks)[0]
+        # once: what has a log-sum-exp keeps its result for its own backward
+        is_kept = "log_sum_exp" in self.implementation.features and sinks is None
+        return attended if is_kept else save_for_backward(attended)
 
     def _seeds(self, query: Float[Array, "B S H D"], inputs: LayerInputs) -> UInt32[Array, "B H 2"] | None:
         """Two words for each head of each row, which say what is dropped; none where nothing is."""

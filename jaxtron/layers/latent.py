@@ -14,7 +14,6 @@ from jaxtron.layers.inputs import LayerInputs, dropout
 from jaxtron.layers.linear import Linear
 from jaxtron.layers.norm import Norm
 from jaxtron.layers.positions import rotate
-from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.rules import constrain, current, spec
 from jaxtron.typing import Array, DTypeLike, Float
 
@@ -60,7 +59,7 @@ class LatentAttention(nnx.Module):
         self.output = Linear({**heads, "head_dim": config.v_head_dim}, stream, bias=bias, std=output_std, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
-        attended = save_for_backward(self.core(*self._heads(x, inputs), None, None, inputs))
+        attended = self.core(*self._heads(x, inputs), None, None, inputs)
         y = self.output(attended, "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 

@@ -160,7 +160,8 @@ class _Executor:
         """The ticks of one loop."""
         iterations = ticks.num_iterations
         rows = self._rows(ticks)
-        known = [self._known(*rows[:2], phase, ticks.period) for phase in range(ticks.period)]
+        works, paired, *_ = rows
+        known = [self._known(works, paired, phase, ticks.period) for phase in range(ticks.period)]
         here = jax.tree.map(lambda table: jnp.asarray(table)[:, self.stage].reshape(iterations, ticks.period), rows)
 
         def iterate(state: ExecutorState, rows: PyTree) -> tuple[ExecutorState, None]:

@@ -34,8 +34,9 @@ class Cost(NamedTuple):
 
 
 @functools.cache
-def measure(recompute, **mesh) -> Cost:
-    config = CONFIG.model_copy(update={"recompute": recompute})
+def measure(recompute, attention="materialized", **mesh) -> Cost:
+    core = CONFIG.attention.model_copy(update={"implementation": attention})
+    config = CONFIG.model_copy(update={"recompute": recompute, "attention": core})
     devices = jax.devices()[: math.prod(mesh.values())]
     with use(make_rules(build_mesh(MeshConfig(**{"data": 1, **mesh}), devices), ShardingConfig())):
         train = TrainConfig(global_batch=2 * mesh.get("fsdp", 1), precision="fp32")
@@ -68,3 +69,17 @@ def test_memory_is_what_recompute_is_for(mesh):
     layer = 2 * 4 * LENGTH**2 * 4 // mesh.get("tensor", 1)
     assert selective < none - 2 * layer
     assert full < selective
+
+
+def test_what_keeps_no_scores_is_not_computed_again_for_them():
+    none, selective, asked = (
+        measure(recompute, "xla", data=1) for recompute in ("none", "selective", ("attention_core",))
+    )
+    assert selective == none and asked.products > none.products
+
+
+def test_what_attention_leaves_is_kept_once():
+    """Its result is what its own backward reads, and the product behind it: there is no second one of each layer."""
+    whole, chunked = (measure("none", attention, data=1).memory for attention in ("materialized", "xla"))
+    probabilities, results = 3 * 2 * 4 * LENGTH**2 * 4, 3 * 2 * LENGTH * 32 * 4
+    assert chunked < whole - probabilities + results

@@ -33,7 +33,8 @@ class ModelConfig(DecoderSettings):
     CONTENT: ClassVar[str] = "vocab_multiple"
 
     recompute: Literal["none", "selective", "full"] | tuple[RecomputeName, ...] = "none"
-    """Computed again in the backward: none, selective (attention core), full (layers), or a list of names."""
+    """Computed again in the backward: none, selective (attention cores that keep scores), full (layers), or a list of
+    names."""
     unroll: int | None = Field(default=None, ge=1)
     """Periods, or layers of a pattern that never repeats, unrolled in each iteration of the loop over them (none: 1).
     """

@@ -5,13 +5,15 @@ from collections.abc import Callable, Mapping
 
 from flax import nnx
 
+from jaxtron.kernels.attention import materialized
 from jaxtron.kernels.attention.attention import Implementation
 from jaxtron.kernels.selection import Backend
-from jaxtron.layers.attention import Attention, Core
+from jaxtron.layers.attention import Attention, Core, CoreFunction
 from jaxtron.layers.latent import LatentAttention
 from jaxtron.layers.mlp import Mlp
 from jaxtron.layers.moe.moe import Moe
 from jaxtron.layers.norm import Norm
+from jaxtron.layers.saved import save_for_backward
 from jaxtron.layers.ssm.delta import GatedDeltaNet
 from jaxtron.layers.ssm.mamba1 import Mamba1
 from jaxtron.layers.ssm.mamba2 import Mamba2
@@ -42,8 +44,21 @@ def make_norm(config: ModelConfig, size: int, rngs: nnx.Rngs) -> Norm:
     return Norm(size, kind=config.norm, bias=config.norms_have_bias, epsilon=config.norm_epsilon, rngs=rngs)
 
 
+def _core(config: ModelConfig, kind: LayerKind, backends: Backends) -> CoreFunction:
+    """Attention from heads to heads, computed again in the backward where that is asked for.
+
+    `selective` drops what is quadratic in the sequence, and computes nothing again that keeps no scores.
+    """
+    implementation = backends[kind.symbol].implementation
+    core = Core(implementation, attention_spec(config, kind.symbol))
+    keeps_scores = implementation is materialized
+    if "attention_core" not in config.recomputed or (config.recompute == "selective" and not keeps_scores):
+        return core
+    run = recompute.region("attention_core", config.recomputed, core)
+    return lambda *arrays: save_for_backward(run(*arrays))
+
+
 def _attention(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rngs) -> Attention:
-    core = Core(backends[kind.symbol].implementation, attention_spec(config, kind.symbol))
     qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
     return Attention(
         config.hidden_size,
@@ -56,7 +71,7 @@ def _attention(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: n
         rotated=_rotated(config, kind),
         alibi=config.position == "alibi",
         sinks=config.attention.sinks,
-        core=recompute.region("attention_core", config.recomputed, core),
+        core=_core(config, kind, backends),
         std=config.initial_std,
         output_std=config.output_std,
         dropout=config.dropout,
@@ -65,7 +80,6 @@ def _attention(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: n
 
 
 def _latent(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rngs) -> LatentAttention:
-    core = Core(backends[kind.symbol].implementation, attention_spec(config, kind.symbol))
     return LatentAttention(
         config.hidden_size,
         config.latent,
@@ -73,7 +87,7 @@ def _latent(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.
         rotated=_rotated(config, kind),
         bias=config.bias,
         norm=functools.partial(make_norm, config, rngs=rngs),
-        core=recompute.region("attention_core", config.recomputed, core),
+        core=_core(config, kind, backends),
         std=config.initial_std,
         output_std=config.output_std,
         dropout=config.dropout,

@@ -176,8 +176,10 @@ def _recomputed(model: ModelConfig, shapes: Shapes, kind: LayerKind, regions: Re
         size = shapes.stream_bytes(model.hidden_size)
         gathered = gather(shapes, size) if LAYER_WORK[kind.symbol].gathers else ()
         return found + SlotWork(backward=found.forward + PhaseWork(collectives=gathered))
+    # what keeps no scores is not run again for their sake
+    has_scores = model.recompute != "selective" or shapes.profile.attention != "fused"
     for name in kind.parts:
-        if name in model.recomputed:
+        if name in model.recomputed and (has_scores or name not in kind.selective):
             found += SlotWork(backward=regions[name].forward)
     return found
 
