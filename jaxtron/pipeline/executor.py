@@ -32,8 +32,9 @@ BACKWARD = "backward"
 WEIGHT = "weight"
 # likewise of a forward and a backward that go through their layers together
 PAIRED = "paired"
-# of a kind of work what may be the same at every tick
-KNOWN = ("chunk", "enters", "is_last", "input", "cotangent", "residual", "deferred")
+# of a kind of work what may be the same at every tick: where it reads and writes, and what it chooses by
+BUFFERS = ("chunk", "input", "cotangent", "residual", "deferred")
+BRANCHES = ("enters", "is_last")
 
 
 class Result(NamedTuple):
@@ -195,14 +196,17 @@ class _Executor:
     ) -> list[dict[str, int]]:
         """Of each kind of work, what is the same on every stage whenever there is any at this tick of the iterations.
 
-        Then it needs no branch, and XLA knows where in a buffer is read and written.
+        Then XLA knows where in a buffer is read and written. On one stage no branch is needed either; on several all
+        work is in one, for XLA copies buffers where some ticks have a branch and some have none.
         """
+        names = BUFFERS if self.num_stages > 1 else (*BUFFERS, *BRANCHES)
         found = []
         for work in works:
             alone = work.active[phase::period] > 0
             runs = alone | (paired[phase::period] > 0)
-            columns = {name: getattr(work, name)[phase::period][runs] for name in KNOWN}
-            columns["active"] = alone
+            columns = {name: getattr(work, name)[phase::period][runs] for name in names}
+            if self.num_stages == 1:
+                columns["active"] = alone
             values = {name: set(map(int, column.flat)) for name, column in columns.items()}
             found.append({name: min(column) for name, column in values.items() if len(column) == 1})
         return found
