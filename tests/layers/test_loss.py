@@ -1,5 +1,7 @@
 """Cross-entropy against the full logits, values and gradients."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,18 +94,22 @@ def test_chunks_change_nothing(rules_for, run, in_region, monkeypatch, tensor, r
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_chunks_are_about_the_longest_that_fit(monkeypatch):
+def test_chunks_are_about_the_longest_that_fit(rules_for, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 1000)
-    assert loss._chunk_length(24, 100) == 8
-    assert loss._chunk_length(12, 10) == 12
-    assert loss._chunk_length(7, 300) == 3
-    assert loss._chunk_length(12, 5000) == 1
+    with use(rules_for()):
+        assert loss._chunk_length(24, 100) == 8
+        assert loss._chunk_length(12, 10) == 12
+        assert loss._chunk_length(7, 300) == 3
+        assert loss._chunk_length(12, 5000) == 1
+    with use(replace(rules_for(), stands_for="NVIDIA H100 80GB HBM3")):
+        assert loss._chunk_length(2**20, 2**10) == loss.GPU_CHUNK_ELEMENTS // 2**10
 
 
 @pytest.mark.parametrize("tokens", [16381, 2 * 8191, 3 * 5 * 7 * 11 * 13 + 1, 16384, 4095])
 @pytest.mark.parametrize("vocab", [257, 6400, 51200, 256000])
-def test_any_number_of_tokens_has_few_chunks(tokens, vocab):
-    size = loss._chunk_length(tokens, vocab)
+def test_any_number_of_tokens_has_few_chunks(rules_for, tokens, vocab):
+    with use(rules_for()):
+        size = loss._chunk_length(tokens, vocab)
     fewest = -(-tokens * vocab // loss.CHUNK_ELEMENTS)
     chunks = -(-tokens // size)
     assert size * vocab <= loss.CHUNK_ELEMENTS and chunks <= 2 * fewest + 1

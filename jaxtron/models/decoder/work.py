@@ -41,7 +41,6 @@ from jaxtron.models.work.attention import (
     core,
     core_temporaries,
     latent_projections,
-    mixed_bytes,
     projections,
 )
 from jaxtron.models.work.blocks import (
@@ -88,8 +87,6 @@ class LayerWork:
     """Whether it reads the whole sequence, and not a device's part of it along `tensor`."""
     scatters: bool = True
     """Whether it leaves partial sums along `tensor`."""
-    transposed: Callable[[ModelConfig, Shapes, bool], int] = lambda model, shapes, in_loop: 0
-    """Bytes of one row that a loop over layers keeps a second time, transposed; the last: whether it has several."""
     exchanged: Callable[[ModelConfig, Shapes], tuple[float, ...]] = lambda model, shapes: ()
     """Bytes of the arrays that devices with experts send each other in it."""
     kept: Callable[[ModelConfig, Shapes], float] = lambda model, shapes: 0.0
@@ -137,8 +134,6 @@ def _alike(model: ModelConfig, shapes: Shapes, layers: tuple[Branch, ...]) -> St
         ),
         temporaries=_most(model, shapes, layers, lambda work: work.temporaries),
         beside=_most(model, shapes, layers, lambda work: work.beside),
-        transposed=_transposed(model, shapes, layers, in_loop=False),
-        transposed_in_loop=_transposed(model, shapes, layers, in_loop=True),
     )
 
 
@@ -200,15 +195,6 @@ def _most(
     return sum(modules.values())
 
 
-def _transposed(model: ModelConfig, shapes: Shapes, layers: tuple[Branch, ...], *, in_loop: bool) -> int:
-    """Bytes of one row of these layers that a loop over layers keeps a second time; one over kinds transposes nothing,
-    for each branch reads its own layer."""
-    if "layer" in model.recomputed or model.layout.mixed:
-        return 0
-    kept = (symbol for branch in layers for symbol in branch if KINDS[symbol].module not in model.recomputed)
-    return sum(LAYER_WORK[symbol].transposed(model, shapes, in_loop) for symbol in kept)
-
-
 def _attention_layer(model: ModelConfig, shapes: Shapes, *, in_window: bool = False) -> AttentionShapes:
     return AttentionShapes(
         hidden=model.hidden_size,
@@ -233,10 +219,6 @@ def _scores(model: ModelConfig, shapes: Shapes) -> float:
     return core_temporaries(shapes, _attention_layer(model, shapes))
 
 
-def _mixed(model: ModelConfig, shapes: Shapes, in_loop: bool) -> int:
-    return mixed_bytes(shapes, _attention_layer(model, shapes))
-
-
 def _latent_layer(model: ModelConfig, shapes: Shapes) -> AttentionShapes:
     layer, latent = _attention_layer(model, shapes), model.latent
     return replace(layer, kv_heads=layer.heads, head_size=latent.key_dim, value_size=latent.v_head_dim)
@@ -255,10 +237,6 @@ def _latent_scores(model: ModelConfig, shapes: Shapes) -> float:
     return core_temporaries(shapes, _latent_layer(model, shapes))
 
 
-def _latent_mixed(model: ModelConfig, shapes: Shapes, in_loop: bool) -> int:
-    return mixed_bytes(shapes, _latent_layer(model, shapes))
-
-
 def _mlp(model: ModelConfig, shapes: Shapes) -> RegionWork:
     is_gated = model.activation in GATED
     return {"mlp": mlp(shapes, model.hidden_size, _mlp_width(model, shapes), gated=is_gated, bias=model.bias)}
@@ -266,13 +244,6 @@ def _mlp(model: ModelConfig, shapes: Shapes) -> RegionWork:
 
 def _mlp_temporaries(model: ModelConfig, shapes: Shapes) -> float:
     return mlp_temporaries(shapes, model.hidden_size, _mlp_width(model, shapes))
-
-
-def _mlp_hidden(model: ModelConfig, shapes: Shapes, in_loop: bool) -> int:
-    # of one row and in a loop of several layers only, and where it is kept as it is multiplied
-    if shapes.rows != 1 or not in_loop or model.activation in GATED:
-        return 0
-    return round(shapes.length // shapes.parts * shapes.width * _mlp_width(model, shapes))
 
 
 def _mlp_width(model: ModelConfig, shapes: Shapes) -> float:
@@ -377,14 +348,6 @@ def _mamba1_temporaries(model: ModelConfig, shapes: Shapes) -> float:
     return selective_temporaries(shapes, _mamba1_layer(model, shapes))
 
 
-def _mamba1_whole(model: ModelConfig, shapes: Shapes, in_loop: bool) -> int:
-    # of one row and where channels are split: what is convolved, and of a whole sequence the other arrays so wide
-    if shapes.rows != 1 or shapes.tensor == 1 or not in_loop:
-        return 0
-    arrays = 4 if shapes.parts == 1 else 1
-    return round(arrays * shapes.length // shapes.parts * shapes.width * _mamba1_layer(model, shapes).channels)
-
-
 def _delta_layer(model: ModelConfig, shapes: Shapes) -> DeltaShapes:
     delta = model.delta
     return DeltaShapes(
@@ -404,21 +367,12 @@ def _delta_temporaries(model: ModelConfig, shapes: Shapes) -> float:
     return delta_temporaries(shapes, _delta_layer(model, shapes))
 
 
-def _delta_inputs(model: ModelConfig, shapes: Shapes, in_loop: bool) -> int:
-    # of several rows: all that the input's product makes
-    if shapes.rows == 1 or not in_loop:
-        return 0
-    layer = _delta_layer(model, shapes)
-    made = 2 * layer.inner + layer.shared + 2 * layer.heads
-    return round(shapes.length // shapes.parts * shapes.width * made)
-
-
 # by symbol, the keys of kinds.py: KINDS
 LAYER_WORK = {
-    ATTENTION.symbol: LayerWork(_attention, _scores, transposed=_mixed),
-    WINDOW.symbol: LayerWork(partial(_attention, in_window=True), _scores, transposed=_mixed),
-    LATENT.symbol: LayerWork(_latent, _latent_scores, gathers=False, transposed=_latent_mixed),
-    MLP.symbol: LayerWork(_mlp, _mlp_temporaries, transposed=_mlp_hidden),
+    ATTENTION.symbol: LayerWork(_attention, _scores),
+    WINDOW.symbol: LayerWork(partial(_attention, in_window=True), _scores),
+    LATENT.symbol: LayerWork(_latent, _latent_scores, gathers=False),
+    MLP.symbol: LayerWork(_mlp, _mlp_temporaries),
     MOE.symbol: LayerWork(
         _moe,
         _moe_temporaries,
@@ -428,7 +382,7 @@ LAYER_WORK = {
         exchanged=_moe_exchanged,
         kept=_moe_kept,
     ),
-    MAMBA1.symbol: LayerWork(_mamba1, _mamba1_temporaries, transposed=_mamba1_whole),
+    MAMBA1.symbol: LayerWork(_mamba1, _mamba1_temporaries),
     MAMBA.symbol: LayerWork(_mamba, _mamba_temporaries),
-    DELTA.symbol: LayerWork(_delta, _delta_temporaries, transposed=_delta_inputs),
+    DELTA.symbol: LayerWork(_delta, _delta_temporaries),
 }

@@ -89,11 +89,6 @@ def core_temporaries(shapes: Shapes, layer: AttentionShapes) -> float:
     return SCORES * FLOAT * shapes.tokens * shapes.length / shapes.parts * layer.heads
 
 
-def mixed_bytes(shapes: Shapes, layer: AttentionShapes) -> int:
-    """Of the mixed values of one row, which the output's weight gradient contracts over tokens."""
-    return round(shapes.length // shapes.parts * shapes.width * layer.heads * layer.value_size)
-
-
 def _travelling(shapes: Shapes, layer: AttentionShapes) -> SlotWork:
     """Keys and values of the other parts of a sequence, and their gradients' sums in float32 on the way back.
 

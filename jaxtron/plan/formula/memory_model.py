@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtron.gpus import Gpu
-from jaxtron.layers.loss import CHUNK_ELEMENTS
+from jaxtron.layers.loss import GPU_CHUNK_ELEMENTS
 from jaxtron.models.program import make_parts
 from jaxtron.models.work.profile import JAXTRON
 from jaxtron.models.work.shapes import FLOAT
@@ -35,7 +35,7 @@ from jaxtron.typing import PyTree
 COUNTER = 4
 # What compiled steps hold at their peak beside the classes that shapes explain and beside the layers, measured as in
 # models/work/blocks.py: multiples of a chunk's logits and of the head's table in float32.
-LOGITS, TABLES = 3.0, 2.5
+LOGITS, TABLES = 1.5, 1.2
 # What is deferred to weight gradients is copied, and their operands transposed.
 DEFERRED = 1.2
 
@@ -224,8 +224,7 @@ def _temporaries(
 ) -> int:
     """An estimate, for the rest is exact: the most of a layer's backward, the head, and the step's two ends.
 
-    The loop over layers has its own copy of what it reads transposed: products for weight gradients contract tokens.
-    Gathered at use, the largest array's gradients are transposed once more. With stages, the reductions of the step's
+    Gathered at use, the largest array's gradients are transposed. With stages, the reductions of the step's
     end run at the same time, each with a transposed copy; without, one after the other. At its beginning weights that
     are gathered once arrive with one device's part after the other's, and array by array a copy puts them in order: the
     largest is there twice, with room for all that is kept beside it, and for gradients' sums where there are several
@@ -234,11 +233,10 @@ def _temporaries(
     shapes = shapes_of(config, sizes, JAXTRON, kind)
     work = work_of(config, shapes)
     tables = TABLES * FLOAT * work.head_matrix
-    head = tables + LOGITS * FLOAT * min(work.logits, CHUNK_ELEMENTS)
+    head = tables + LOGITS * FLOAT * min(work.logits, GPU_CHUNK_ELEMENTS)
     loop = max(*(stack.temporaries for stack in work.stacks), head)
-    for count, here, late, one, stack in zip(layers, slots.residuals, slots.deferred, kept, work.stacks, strict=True):
-        transposed = stack.transposed_in_loop if count > 1 else stack.transposed
-        loop += count * (DEFERRED * late * one.deferred + here * shapes.rows * transposed)
+    for count, late, one in zip(layers, slots.deferred, kept, strict=True):
+        loop += count * DEFERRED * late * one.deferred
     if config.pipeline.overlap and sizes["pipe"] > 1:
         # a layer's residuals are read ahead, and a forward makes its own meanwhile
         each = zip(kept, work.stacks, strict=True)
