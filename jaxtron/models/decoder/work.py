@@ -87,6 +87,8 @@ class LayerWork:
     """Whether it reads the whole sequence, and not a device's part of it along `tensor`."""
     scatters: bool = True
     """Whether it leaves partial sums along `tensor`."""
+    transposed: Callable[[ModelConfig, Shapes, bool], int] = lambda model, shapes, in_loop: 0
+    """Bytes of one row that a loop over layers keeps a second time, transposed; the last: whether it has several."""
     exchanged: Callable[[ModelConfig, Shapes], tuple[float, ...]] = lambda model, shapes: ()
     """Bytes of the arrays that devices with experts send each other in it."""
     kept: Callable[[ModelConfig, Shapes], float] = lambda model, shapes: 0.0
@@ -134,6 +136,8 @@ def _alike(model: ModelConfig, shapes: Shapes, layers: tuple[Branch, ...]) -> St
         ),
         temporaries=_most(model, shapes, layers, lambda work: work.temporaries),
         beside=_most(model, shapes, layers, lambda work: work.beside),
+        transposed=_transposed(model, shapes, layers, in_loop=False),
+        transposed_in_loop=_transposed(model, shapes, layers, in_loop=True),
     )
 
 
@@ -193,6 +197,15 @@ def _most(
         needed = of(LAYER_WORK[kind.symbol])(model, shapes)
         modules[kind.module] = max(modules.get(kind.module, 0.0), needed)
     return sum(modules.values())
+
+
+def _transposed(model: ModelConfig, shapes: Shapes, layers: tuple[Branch, ...], *, in_loop: bool) -> int:
+    """Bytes of one row of these layers that a loop over layers keeps a second time; one over kinds transposes nothing,
+    for each branch reads its own layer."""
+    if "layer" in model.recomputed or model.layout.mixed:
+        return 0
+    kept = (symbol for branch in layers for symbol in branch if KINDS[symbol].module not in model.recomputed)
+    return sum(LAYER_WORK[symbol].transposed(model, shapes, in_loop) for symbol in kept)
 
 
 def _attention_layer(model: ModelConfig, shapes: Shapes, *, in_window: bool = False) -> AttentionShapes:
@@ -348,6 +361,14 @@ def _mamba1_temporaries(model: ModelConfig, shapes: Shapes) -> float:
     return selective_temporaries(shapes, _mamba1_layer(model, shapes))
 
 
+def _mamba1_whole(model: ModelConfig, shapes: Shapes, in_loop: bool) -> int:
+    # of one row and where channels are split: what is convolved, and of a whole sequence the other arrays so wide
+    if shapes.rows != 1 or shapes.tensor == 1 or not in_loop:
+        return 0
+    arrays = 4 if shapes.parts == 1 else 1
+    return round(arrays * shapes.length // shapes.parts * shapes.width * _mamba1_layer(model, shapes).channels)
+
+
 def _delta_layer(model: ModelConfig, shapes: Shapes) -> DeltaShapes:
     delta = model.delta
     return DeltaShapes(
@@ -367,6 +388,15 @@ def _delta_temporaries(model: ModelConfig, shapes: Shapes) -> float:
     return delta_temporaries(shapes, _delta_layer(model, shapes))
 
 
+def _delta_inputs(model: ModelConfig, shapes: Shapes, in_loop: bool) -> int:
+    # of several rows: all that the input's product makes
+    if shapes.rows == 1 or not in_loop:
+        return 0
+    layer = _delta_layer(model, shapes)
+    made = 2 * layer.inner + layer.shared + 2 * layer.heads
+    return round(shapes.length // shapes.parts * shapes.width * made)
+
+
 # by symbol, the keys of kinds.py: KINDS
 LAYER_WORK = {
     ATTENTION.symbol: LayerWork(_attention, _scores),
@@ -382,7 +412,7 @@ LAYER_WORK = {
         exchanged=_moe_exchanged,
         kept=_moe_kept,
     ),
-    MAMBA1.symbol: LayerWork(_mamba1, _mamba1_temporaries),
+    MAMBA1.symbol: LayerWork(_mamba1, _mamba1_temporaries, transposed=_mamba1_whole),
     MAMBA.symbol: LayerWork(_mamba, _mamba_temporaries),
-    DELTA.symbol: LayerWork(_delta, _delta_temporaries),
+    DELTA.symbol: LayerWork(_delta, _delta_temporaries, transposed=_delta_inputs),
 }

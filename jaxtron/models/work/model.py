@@ -23,6 +23,10 @@ class StackWork:
     """Bytes that a layer's backward needs beside what was kept."""
     beside: float = 0.0
     """Bytes that a layer's forward needs beside what it keeps, where a backward runs at the same time."""
+    transposed: int = 0
+    """Bytes of one row that are kept a second time for weight gradients, which contract over tokens."""
+    transposed_in_loop: int = 0
+    """The same where a loop runs several layers."""
     expert_parameters: float = 0.0
     """Of a layer's experts, split by `expert` and `expert_tensor` and whole over `expert_data`."""
     expert_kept: float = 0.0

@@ -224,19 +224,23 @@ def _temporaries(
 ) -> int:
     """An estimate, for the rest is exact: the most of a layer's backward, the head, and the step's two ends.
 
-    Gathered at use, the largest array's gradients are transposed. With stages, the reductions of the step's
-    end run at the same time, each with a transposed copy; without, one after the other. At its beginning weights that
-    are gathered once arrive with one device's part after the other's, and array by array a copy puts them in order: the
-    largest is there twice, with room for all that is kept beside it, and for gradients' sums where there are several
-    microbatches or stages.
+    On one stage the loop over layers has its own copy of what it reads transposed: products for weight gradients
+    contract tokens. Gathered at use, the largest array's gradients are transposed once more. With stages, the
+    reductions of the step's end run at the same time, each with a transposed copy; without, one after the other. At its
+    beginning weights that are gathered once arrive with one device's part after the other's, and array by array a copy
+    puts them in order: the largest is there twice, with room for all that is kept beside it, and for gradients' sums
+    where there are several microbatches or stages.
     """
     shapes = shapes_of(config, sizes, JAXTRON, kind)
     work = work_of(config, shapes)
     tables = TABLES * FLOAT * work.head_matrix
     head = tables + LOGITS * FLOAT * min(work.logits, GPU_CHUNK_ELEMENTS)
     loop = max(*(stack.temporaries for stack in work.stacks), head)
-    for count, late, one in zip(layers, slots.deferred, kept, strict=True):
-        loop += count * DEFERRED * late * one.deferred
+    for count, here, late, one, stack in zip(layers, slots.residuals, slots.deferred, kept, work.stacks, strict=True):
+        # what a pipeline keeps is read as it lies
+        in_loop = stack.transposed_in_loop if count > 1 else stack.transposed
+        transposed = in_loop if sizes["pipe"] == 1 else 0
+        loop += count * (DEFERRED * late * one.deferred + here * shapes.rows * transposed)
     if config.pipeline.overlap and sizes["pipe"] > 1:
         # a layer's residuals are read ahead, and a forward makes its own meanwhile
         each = zip(kept, work.stacks, strict=True)
