@@ -21,6 +21,7 @@ from jaxtron.models.work.operations import Product
 from jaxtron.plan.compiled.deviceless import gpu_devices
 from jaxtron.plan.formula.prediction import predict
 from jaxtron.plan.machine import machine_named
+from jaxtron.run.configuration import Configuration
 from tests.support.compiling import QUICK
 
 ROOT = Path(__file__).resolve().parents[1]
