@@ -120,9 +120,9 @@ class LayerLoop:
 
     def buffers(self, prepared: PreparedLayer, num_residuals: int, num_deferred: int, num_layers: int) -> StackBuffers:
         """Empty buffers of so many slots for chunks of so many layers, and zero sums."""
-        # a backward reads what its forward wrote
         trains = prepared.pullback is not None
         accumulators = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), self.trained) if trains else ()
+        # a backward reads what its forward wrote
         return StackBuffers(
             buffers.empty(prepared.residuals, num_residuals, num_layers),
             buffers.empty(prepared.deferred, num_deferred, num_layers),

@@ -131,13 +131,18 @@ COMPILED = [
 ]
 
 
+def own_sizes(config: Configuration) -> dict[str, int]:
+    """Of the configuration's mesh, by flag."""
+    return {axis: max(1, getattr(config.mesh, axis)) for axis in ("pipe", "data", "fsdp", "context", "tensor")}
+
+
 @pytest.mark.parametrize("name", dict.fromkeys(name for name, *_ in COMPILED))
 def test_temporaries_are_near_those_of_compiled_steps(name: str):
     path = CONFIGS / f"{name}.yaml"
     estimator = Estimator(configuration("", path))
     for flags, temporaries in ((flags, found) for recipe, flags, found in COMPILED if recipe == name):
         config = configuration(flags, path)
-        sizes = {axis: max(1, getattr(config.mesh, axis)) for axis in ("pipe", "data", "fsdp", "context", "tensor")}
+        sizes = own_sizes(config)
         found = estimator.memory(config, sizes, A100)
         # a search leaves what is so near the limit to the compiler
         assert abs(found.temporaries / GIB - temporaries) < MARGIN * A100.memory_bytes / GIB, flags
@@ -146,7 +151,7 @@ def test_temporaries_are_near_those_of_compiled_steps(name: str):
 def test_deferred_weight_gradients_of_two_chunks_are_overcounted():
     """Compiled they take 2.09 GiB of temporaries (JAX 0.11.2, 2026-11-27): the formula copies what is deferred."""
     config = configuration("--pipeline.schedule zero_bubble_v --pipeline.chunks 2", CONFIGS / "gpt_175b.yaml")
-    sizes = {axis: max(1, getattr(config.mesh, axis)) for axis in ("pipe", "data", "fsdp", "context", "tensor")}
+    sizes = own_sizes(config)
     assert 2.09 < Estimator(config).memory(config, sizes, A100).temporaries / GIB < 13
 
 
@@ -159,7 +164,7 @@ ARRIVING = {"yi_34b": 4.088, "llama_2_70b": 2.188, "llama_2_13b": 2.598, "llama_
 @pytest.mark.parametrize("name", ARRIVING)
 def test_weights_gathered_once_are_there_twice_at_a_step_s_beginning(name: str):
     config = configuration("", CONFIGS / f"{name}.yaml")
-    sizes = {axis: max(1, getattr(config.mesh, axis)) for axis in ("pipe", "data", "fsdp", "context", "tensor")}
+    sizes = own_sizes(config)
     found = Estimator(config).memory(config, sizes, gpu_named("h100"))
     assert found.temporaries / GIB == pytest.approx(ARRIVING[name], rel=0.03)
 

@@ -89,6 +89,10 @@ class Instruction:
         for role, names in _CALLED_MANY.findall(self.attributes):
             yield from ((role, name) for name in re.findall(r"[\w.\-]+", names))
 
+    def started(self) -> Iterator[str]:
+        """The computations that it starts, of an operation that is asynchronous by them."""
+        return (name for role, name in self.called() if role in ("calls", "called_computations"))
+
 
 @dataclass(frozen=True)
 class Module:

@@ -43,8 +43,8 @@ _MOVES = {
     "concatenate",
     "pad",
     "gather",
+    "reverse",
 }
-_MOVES |= {"reverse"}
 _REDUCTIONS = {"reduce", "reduce-window", "sort", "select-and-scatter"}
 # what is read of a fill, against what it writes: a number, or a vector that is repeated
 _FILL_PART = 1 / 16
@@ -114,8 +114,7 @@ class Kernels:
         if instruction.is_end or operation in _NONE:
             return None
         if operation == "async":
-            called = [name for role, name in instruction.called() if role in ("calls", "called_computations")]
-            inner = (self.of(name, one) for name in called for one in self.module.computations[name])
+            inner = (self.of(name, one) for name in instruction.started() for one in self.module.computations[name])
             return next(filter(None, inner), None)
         if operation == "fusion":
             return self._fusion(instruction)

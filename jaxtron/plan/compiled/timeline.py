@@ -179,8 +179,9 @@ class Player:
             return self._travels[instruction.name]
         if instruction.operation != "async":
             return None
-        called = [name for role, name in instruction.called() if role in ("calls", "called_computations")]
-        inside = (self._travels.get(one.name) for name in called for one in self._module.computations[name])
+        inside = (
+            self._travels.get(one.name) for name in instruction.started() for one in self._module.computations[name]
+        )
         return next(filter(None, inside), None)
 
 
