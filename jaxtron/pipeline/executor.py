@@ -252,6 +252,8 @@ class _Executor:
             state = replace(state, sent=buffers.zeros(self.stream) if cotangent is None else cotangent)
         if self._has_any(weights.active, ticks, phase):
             state, _ = self._run(self._weight, weights, weight, state)
+            # read before the next tick's backward writes there, which needs no copy then
+            state = replace(state, stacks=jax.lax.optimization_barrier(state.stacks))
         for message, slot in zip(messages, arrivals, strict=True):
             state = replace(state, inputs=_receive(state.inputs, message, slot))
         return state

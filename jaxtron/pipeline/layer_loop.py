@@ -39,7 +39,8 @@ class StackBuffers(NamedTuple):
     residuals: PyTree
     """What forwards leave for backwards: [residual slot, layer of the chunk, ...]."""
     deferred: PyTree
-    """What backwards leave for the weight gradients that they put off: [deferred slot, layer of the chunk, ...]."""
+    """What backwards leave for the weight gradients that they put off, beside the residuals, which stay as long:
+    [deferred slot, layer of the chunk, ...]."""
     grad_accumulators: PyTree
     """Float32 gradients so far, like the trained parameters: [layer slot, ...]."""
     metrics: PyTree
@@ -68,7 +69,7 @@ class PreparedLayer:
     residuals: PyTree
     """What a forward leaves for its backward."""
     deferred: PyTree
-    """What a backward leaves for its weight gradients."""
+    """What a backward leaves for its weight gradients, which read the residuals too."""
     metrics: PyTree
     pullback: Pullback | None
     """From the residuals to the derivative; None where nothing is differentiated."""
@@ -104,10 +105,10 @@ class LayerLoop:
             whole = PreparedLayer(output.loss, residuals, [], output.metrics, pullback, None)
             if not splits:
                 return whole
-            inputs, given = (residuals, output.stream), self._given(0, shared)
+            again = (residuals, self._given(0, shared))
             is_deferred = [*self._is_deferred(), *(False for _ in jax.tree.leaves(stream))]
-            split = split_backward(partial(_pull, whole), inputs, given, is_deferred)
-            deferred = split.input_grads(inputs, given)[1]
+            split = split_backward(partial(_pull, whole), output.stream, again, is_deferred)
+            deferred = split.input_grads(output.stream, again)[1]
             return PreparedLayer(output.loss, residuals, deferred, output.metrics, pullback, split)
 
         if trains:
@@ -232,12 +233,13 @@ class LayerLoop:
         """One iteration of `backward`, with what the layer's forward left."""
         cotangent, accumulators, deferred = carry
         slot = work.first + index
-        inputs, given = (_as_buffers_lie(work, residuals), cotangent), self._given(slot, shared)
+        again = (_as_buffers_lie(work, residuals), self._given(slot, shared))
         if prepared.split is None:
-            outputs = _pull(prepared, inputs, given)
+            outputs = _pull(prepared, cotangent, again)
             wanted = [True] * len(self._is_deferred())
         else:
-            outputs, kept = prepared.split.input_grads(inputs, given)
+            outputs, kept = prepared.split.input_grads(cotangent, again)
+            kept = _as_buffers_lie(work, jax.lax.optimization_barrier(kept))
             deferred = buffers.write(deferred, kept, work.deferred, index)
             wanted = [not later for later in self._is_deferred()]
         num_grads = sum(wanted)
@@ -250,7 +252,10 @@ class LayerLoop:
         """The buffers with the products added that `backward` put off."""
 
         def body(accumulators: PyTree, index: Array) -> PyTree:
-            kept = buffers.read(held.deferred, work.deferred, index)
+            kept = (
+                buffers.read(held.residuals, work.residual, index),
+                buffers.read(held.deferred, work.deferred, index),
+            )
             return self.weight_layer(prepared, work, shared, accumulators, index, kept)
 
         return held._replace(grad_accumulators=scan(body, held.grad_accumulators, work.length, self.unroll))
@@ -262,12 +267,13 @@ class LayerLoop:
         shared: PyTree,
         accumulators: PyTree,
         index: Array,
-        kept: list[Array],
+        kept: tuple[list[Array], list[Array]],
     ) -> PyTree:
-        """One iteration of `weight_grads`, with what the layer's backward left."""
+        """One iteration of `weight_grads`, with what the layer's forward and its backward left."""
         assert prepared.split is not None
         slot = work.first + index
-        gradients = prepared.split.weight_grads(kept, self._given(slot, shared))
+        residuals, deferred = _as_buffers_lie(work, kept)
+        gradients = prepared.split.weight_grads(deferred, (residuals, self._given(slot, shared)))
         return _add_some(accumulators, gradients, self._is_deferred(), slot)
 
     def _is_deferred(self) -> list[bool]:
@@ -333,9 +339,9 @@ def _as_buffers_lie(work: ChunkWork, arrays: PyTree) -> PyTree:
     return arrays if isinstance(work.residual, int) else buffers.in_order(arrays)
 
 
-def _pull(prepared: PreparedLayer, inputs: tuple[list[Array], Stream], given: PyTree) -> list[Array]:
-    """From (residuals, cotangent) and what is given: gradients of the trained parameters, the stream's cotangent."""
-    residuals, cotangent = inputs
+def _pull(prepared: PreparedLayer, cotangent: Stream, again: tuple[list[Array], PyTree]) -> list[Array]:
+    """From (residuals, what is given): gradients of the trained parameters, the stream's cotangent."""
+    residuals, given = again
     assert prepared.pullback is not None
     # a layer's loss is a summand of the differentiated loss
     one = jax.tree.map(lambda loss: loss + 1, buffers.zeros(prepared.loss))

@@ -45,9 +45,9 @@ class WorkTable(Generic[Leaf]):
     cotangent: Leaf
     """Where a backward's cotangent waits; the last virtual stage's forward puts it there itself."""
     residual: Leaf
-    """What a forward leaves for its backward."""
+    """What a forward leaves for its backward, and for its weight gradients where these are put off."""
     deferred: Leaf
-    """What a backward leaves for its weight gradients."""
+    """What a backward leaves for its weight gradients besides."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,10 @@ def lower(schedule: Schedule, stack_chunks: tuple[int, ...] | None = None) -> Lo
     assert sum(stacks.chunks) == schedule.num_chunks
     forward, backward, weight = (_ticks(schedule, kind) for kind in ("forward", "backward", "weight"))
     inputs, cotangents = _message_spans(schedule, stacks, forward, backward)
-    residuals = {key: (3 * forward[key], 3 * tick + 1) for key, tick in backward.items()}
+    residuals = {
+        key: (3 * forward[key], 3 * weight[key] + 2 if key in weight else 3 * tick + 1)
+        for key, tick in backward.items()
+    }
     deferred = {key: (3 * backward[key] + 1, 3 * tick + 2) for key, tick in weight.items()}
     slots: dict[str, dict[Place, int]] = {}
     slots["input"], num_inputs = _allocate(inputs)

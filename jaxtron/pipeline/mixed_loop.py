@@ -132,7 +132,8 @@ class MixedLoop:
         """The buffers with the products added that `backward` put off."""
 
         def step(kind: str, work: ChunkWork, place: Array, sums: PyTree) -> PyTree:
-            kept = buffers.read(held.deferred[kind], work.deferred, place)
+            residuals = buffers.read(held.residuals[kind], work.residual, place)
+            kept = (residuals, buffers.read(held.deferred[kind], work.deferred, place))
             own = {kind: sums[kind]}
             return {**sums, **self.loops[kind].weight_layer(prepared[kind], work, shared, own, place, kept)}
 

@@ -1,11 +1,12 @@
 """A function cut in two: what some of its outputs need, and later the rest, with what must be kept in between.
 
 A layer's backward gives the gradients of its input and of its weights. Cut here, the first part runs the whole backward
-but the products that form weight gradients; what it keeps are their operands: each weight's input and output cotangent.
-No operation is run twice, but for moving and gathering data, which is not worth keeping (zero-bubble pipelines,
-2401.10241).
+but the products that form weight gradients; what it keeps of their operands is each weight's output cotangent. Weights'
+inputs are made from what the forward kept: no operation is run twice but for moving and gathering data, and what is
+done element by element where its operands are smaller or there already (zero-bubble pipelines, 2401.10241).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,6 +22,23 @@ CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "checkpoi
 CALLS |= {"custom_vjp_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
 # run again rather than kept: what they make is larger than what they are made from, or the same in another order
 REPEATED = {"reshard", "all_gather", "transpose", "reshape", "broadcast_in_dim", "squeeze", "convert_element_type"}
+# likewise where what they are made from is smaller to keep, or there again
+ELEMENTWISE = {
+    "add",
+    "add_any",
+    "sub",
+    "mul",
+    "div",
+    "neg",
+    "max",
+    "min",
+    "square",
+    "integer_pow",
+    "exp",
+    "log",
+    "sqrt",
+}
+ELEMENTWISE |= {"rsqrt", "tanh", "logistic", "erf", "erf_inv", "select_n", "eq", "ne", "lt", "le", "gt", "ge", "and"}
 
 
 @jax.tree_util.register_static
@@ -49,9 +67,10 @@ def split_backward(
     at_once = [var for var, deferred in outputs if not deferred]
     put_off = [var for var, deferred in outputs if deferred]
     first = _needed(jaxpr.eqns, at_once, stop=set())
-    made = {var for equation in first for var in equation.outvars}
-    second = _needed(jaxpr.eqns, put_off, stop=made)
     again = set(jaxpr.invars[num_inputs:]) | set(jaxpr.constvars)
+    repeated = _repeated(jaxpr.eqns, again)
+    made = {var for equation in first for var in equation.outvars if var not in repeated}
+    second = _needed(jaxpr.eqns, put_off, stop=made)
     own = {var for equation in second for var in equation.outvars}
     kept = _unique(
         var
@@ -92,21 +111,40 @@ def _inlined(closed: ClosedJaxpr) -> Callable[..., list[Array]]:
 
 
 def _needed(equations: Sequence[JaxprEqn], outputs: Sequence[Var | Literal], stop: set[Var]) -> list[JaxprEqn]:
-    """The equations that these outputs need, in order; those that make what is in `stop` only to repeat them."""
+    """The equations that these outputs need, in order, but for those that make what is in `stop`."""
     wanted = {var for var in outputs if isinstance(var, Var)}
     found = []
     for equation in reversed(equations):
         makes = [var for var in equation.outvars if var in wanted]
-        if not makes or (any(var in stop for var in makes) and not _is_repeated(equation)):
+        if not makes or any(var in stop for var in makes):
             continue
         found.append(equation)
         wanted |= {var for var in equation.invars if isinstance(var, Var)}
     return found[::-1]
 
 
-def _is_repeated(equation: JaxprEqn) -> bool:
+def _repeated(equations: Sequence[JaxprEqn], again: set[Var]) -> set[Var]:
+    """What to make a second time rather than to keep; `again` is there anyway."""
+    cost = dict.fromkeys(again, 0)
+    found = set()
+
+    def bytes_of(var: Var) -> int:
+        aval: Any = var.aval
+        return math.prod(aval.shape) * aval.dtype.itemsize
+
+    for equation in equations:
+        inputs = _unique(var for var in equation.invars if isinstance(var, Var))
+        kept, whole = sum(cost.get(var, bytes_of(var)) for var in inputs), sum(map(bytes_of, equation.outvars))
+        is_cheap = equation.primitive.name in ELEMENTWISE and kept < whole
+        if _is_moved(equation) or is_cheap:
+            found |= set(equation.outvars)
+            cost |= dict.fromkeys(equation.outvars, kept)
+    return found
+
+
+def _is_moved(equation: JaxprEqn) -> bool:
     if equation.primitive.name == "shard_map":
-        return all(_is_repeated(inner) for inner in equation.params["jaxpr"].eqns)
+        return all(_is_moved(inner) for inner in equation.params["jaxpr"].eqns)
     return equation.primitive.name in REPEATED
 
 

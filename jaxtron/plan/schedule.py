@@ -38,7 +38,7 @@ def schedule_text(
     """The table, a line a stage and a column a tick, then the figures of each stage and of the whole.
 
     Of a table wider than `width` the middle is left out, and a line says so. `chunk_bytes` are the activations that
-    one microbatch leaves in each of a stage's chunks; what is deferred to weight gradients counts as much.
+    one microbatch leaves in each of a stage's chunks; they stay until its weight gradients where these are put off.
     """
     found = figures(schedule, latency=latency)
     sizes = f"{plural(schedule.num_stages, 'stage')}, {plural(schedule.num_microbatches, 'microbatch')}"

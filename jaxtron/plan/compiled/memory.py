@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxtron.gpus import Gpu
 from jaxtron.pipeline.layer_loop import StackBuffers
 from jaxtron.pipeline.lowering import lower
-from jaxtron.pipeline.partition import Partition
 from jaxtron.pipeline.schedules.figures import figures, flight
 from jaxtron.plan.compiled import deviceless
 from jaxtron.plan.memory_use import NCCL_BUFFERS, MemoryUse, StageActivations, device_bytes, reserved
@@ -47,28 +46,38 @@ def memory_use(trainer: Trainer, batch: Any, compiled: deviceless.Memory, gpu: G
     )
 
 
+class _Left(NamedTuple):
+    """Layers of a chunk that are alike: how many by stage, and bytes that one leaves of a microbatch."""
+
+    lengths: Sequence[int]
+    residuals: int
+    deferred: int
+
+
 def _stages(trainer: Trainer, held: Sequence[StackBuffers]) -> tuple[StageActivations, ...]:
     """What of the activations' room each stage fills at most, by how many layers of each kind its chunks have."""
     table, stages = trainer.schedule(trainer.config.microbatches), trainer.stages
     lowered = lower(table, stages.stack_chunks)
-    # of each stack its layers that are alike, and what one of them leaves
-    alike: list[list[tuple[Partition, int]]] = []
+    # by chunk
+    left: list[list[_Left]] = []
     for stack, buffers, *slots in zip(
         stages.partitions, held, lowered.num_residuals, lowered.num_deferred, strict=True
     ):
-        kept = map(_in_region, kept_of(stack, buffers))
-        alike.append(
-            [(part, size // (sum(slots) * part.slots_per_chunk)) for part, size in zip(stack.alike, kept, strict=True)]
-        )
+        for chunk in range(stack.num_chunks):
+            left.append([])
+            for part, kept in zip(stack.alike, kept_of(stack, buffers), strict=True):
+                lengths = [lengths[chunk] for lengths in part.chunk_lengths]
+                each = [count * part.slots_per_chunk for count in slots]
+                sizes = [_in_region(leaves) // max(1, number) for leaves, number in zip(kept, each, strict=True)]
+                left[-1].append(_Left(lengths, *sizes))
     found = []
     for stage, figure in enumerate(figures(table).stages):
-        chunks = [
-            sum(part.chunk_lengths[stage][chunk] * size for part, size in parts)
-            for stack, parts in zip(stages.partitions, alike, strict=True)
-            for chunk in range(stack.num_chunks)
-        ]
+        residuals = [sum(one.lengths[stage] * one.residuals for one in alike) for alike in left]
+        deferred = [sum(one.lengths[stage] * one.deferred for one in alike) for alike in left]
         layers = sum(sum(stack.chunk_lengths[stage]) for stack in stages.partitions)
-        most = max(tick.held for tick in flight(table, stage, chunks))
+        # residuals stay until the weight gradients
+        ticks = zip(flight(table, stage, residuals), flight(table, stage, deferred), strict=True)
+        most = max(kept.held + late.deferred for kept, late in ticks)
         found.append(StageActivations(layers, figure.held, most))
     return tuple(found)
 

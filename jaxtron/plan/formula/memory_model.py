@@ -36,8 +36,6 @@ COUNTER = 4
 # What compiled steps hold at their peak beside the classes that shapes explain and beside the layers, measured as in
 # models/work/blocks.py: multiples of a chunk's logits and of the head's table in float32.
 LOGITS, TABLES = 1.5, 1.2
-# What is deferred to weight gradients is copied, and their operands transposed.
-DEFERRED = 1.2
 
 
 class BufferSlots(NamedTuple):
@@ -236,11 +234,10 @@ def _temporaries(
     tables = TABLES * FLOAT * work.head_matrix
     head = tables + LOGITS * FLOAT * min(work.logits, GPU_CHUNK_ELEMENTS)
     loop = max(*(stack.temporaries for stack in work.stacks), head)
-    for count, here, late, one, stack in zip(layers, slots.residuals, slots.deferred, kept, work.stacks, strict=True):
+    for count, here, stack in zip(layers, slots.residuals, work.stacks, strict=True):
         # what a pipeline keeps is read as it lies
         in_loop = stack.transposed_in_loop if count > 1 else stack.transposed
-        transposed = in_loop if sizes["pipe"] == 1 else 0
-        loop += count * (DEFERRED * late * one.deferred + here * shapes.rows * transposed)
+        loop += count * here * shapes.rows * (in_loop if sizes["pipe"] == 1 else 0)
     if config.pipeline.overlap and sizes["pipe"] > 1:
         # a layer's residuals are read ahead, and a forward makes its own meanwhile
         each = zip(kept, work.stacks, strict=True)
