@@ -160,6 +160,8 @@ def test_the_bound_counts_a_stage_that_waits_as_its_schedule_does(schedule: str,
     assert held_together(bound) == pytest.approx(bound.step_seconds)
     assert 0 < bound.bubble < bound.step_seconds / 2
     assert bound.mfu == pytest.approx(1e12 / bound.step_seconds / machine.datasheet.peak_flops)
+    # nothing that waits for another tick is copied
+    assert not bound.copies
 
 
 @pytest.mark.slow
