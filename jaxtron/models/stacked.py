@@ -1,7 +1,6 @@
 """Equal layers as one module whose parameters carry a leading axis over the slots of a partition."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -11,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtron.pipeline.partition import Partition
+from jaxtron.sharding.parameters import of_layers
 from jaxtron.typing import Array
 
 LayerT = TypeVar("LayerT", bound=nnx.Module)
@@ -29,7 +29,7 @@ def stacked(make: Callable[[nnx.Rngs], LayerT], partition: Partition, rngs: nnx.
     module = nnx.merge(graph, jax.tree.map(partial(_empty_as_zeros, partition), states))
     for _, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Variable):
-            node.set_metadata(spec=replace(node.get_metadata("spec"), layers=partition.num_layers))
+            node.set_metadata(spec=of_layers(node.get_metadata("spec"), partition.num_layers))
     return module
 
 

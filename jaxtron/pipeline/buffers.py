@@ -97,15 +97,15 @@ def add_in_branch(totals: PyTree, parts: PyTree) -> PyTree:
     """
 
     def add_array(total: Array, part: Array) -> Array:
-        part = vary(part).astype(total.dtype)
+        part = vary(part)
         if total.ndim < 2 or total.shape[-1] % 2:
-            return total + part
+            return total + part.astype(total.dtype)
         size = total.shape[-1] // 2
 
         def add_half(half: Array, total: Array) -> Array:
             axis, start = total.ndim - 1, half * size
             old, new = (jax.lax.dynamic_slice_in_dim(array, start, size, axis) for array in (total, part))
-            return jax.lax.dynamic_update_slice_in_dim(total, old + new, start, axis)
+            return jax.lax.dynamic_update_slice_in_dim(total, old + new.astype(total.dtype), start, axis)
 
         return jax.lax.fori_loop(0, 2, add_half, total)
 

@@ -64,7 +64,8 @@ def parameter(
     The layout at rest follows from the names (`Rules.parameter_layout`) and stays with the parameter, as metadata.
     """
     value = initializer(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, spec=ParameterSpec(value.dtype, axes, role, current().parameter_layout(axes, shape)))
+    layout = current().parameter_layout(axes, shape, is_outer=True)
+    return nnx.Param(value, spec=ParameterSpec(value.dtype, axes, role, layout))
 
 
 def buffer(shape: tuple[int, ...], *, axes: tuple[str, ...], value: float = 0.0) -> nnx.Variable:
@@ -77,6 +78,12 @@ def buffer(shape: tuple[int, ...], *, axes: tuple[str, ...], value: float = 0.0)
         jnp.full(shape, value, jnp.float32),
         spec=ParameterSpec(jnp.dtype(jnp.float32), axes, "bias", layout, status="buffer"),
     )
+
+
+def of_layers(spec: ParameterSpec, num_layers: int) -> ParameterSpec:
+    """Of the same parameter of a layer that one of so many is, in a stack: no two stages have the same of it."""
+    layout = current().parameter_layout(spec.axes, spec.shape, is_trained=spec.status == "trained")
+    return replace(spec, layout=layout, layers=num_layers)
 
 
 def frozen(spec: ParameterSpec, dtype: jnp.dtype) -> ParameterSpec:

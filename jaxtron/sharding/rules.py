@@ -76,14 +76,16 @@ REPLICABLE = frozenset({"kv_heads", "groups"})
 class Rules:
     """The two tables on one mesh, and the flags that share parameters and their state (ZeRO).
 
-    `shared` names, by the logical axis along which they share, flags in the order of their turn. Those of `gather_once`
-    are gathered at the start of a step, the others in the layer that uses the weight.
+    `shared` names, by the logical axis along which they share, flags in the order of their turn; `outer` those that
+    have their turn after them in parameters outside of stacks. Those of `gather_once` are gathered at the start of a
+    step, the others in the layer that uses the weight.
     """
 
     folding: Folding
     parameters: Table
     activations: Table
     shared: Table
+    outer: tuple[str, ...] = ()
     gather_once: frozenset[str] = frozenset()
     context: ContextConfig = ContextConfig()
     stands_for: str | None = None
@@ -131,8 +133,12 @@ class Rules:
         """The rules of the same mesh with nothing split over `flag`: every device along it has the whole."""
         return replace(self, folding=self.folding.without(flag))
 
-    def parameter_layout(self, logical: tuple[str, ...], shape: tuple[int, ...], *, is_trained: bool = True) -> Layout:
+    def parameter_layout(
+        self, logical: tuple[str, ...], shape: tuple[int, ...], *, is_trained: bool = True, is_outer: bool = False
+    ) -> Layout:
         """Layout of a parameter with these logical axes; collisions and what `tensor` cannot split are `UserError`s.
+
+        `is_outer`: it is in no stack of layers, so that every stage uses it, or could.
 
         A flag of ZeRO that does not divide `embed` shares the first other dimension that it divides; where there is
         none, `embed` is padded to the next multiple. What is not trained has no state to share: flags gathered once
@@ -140,7 +146,7 @@ class Rules:
         """
         placed = self._placement(logical, shape)
         home = next((dim for dim, name in enumerate(logical) if name in self.shared), None)
-        flags = () if home is None else self.shared[logical[home]]
+        flags = () if home is None else (*self.shared[logical[home]], *(self.outer if is_outer else ()))
         flags = tuple(flag for flag in flags if is_trained or flag not in self.gather_once)
         shares, padded = self._share(flags, home, placed, shape)
         at_rest = [(*self.axes(*flags), *axes) for flags, axes in zip(shares, placed, strict=True)]
@@ -238,19 +244,24 @@ class Rules:
 
 
 def make_rules(folding: Folding, config: ShardingConfig, context: ContextConfig | None = None) -> Rules:
-    """The tables for a mesh, edited for the ZeRO level (Rajbhandari et al., 1910.02054)."""
+    """The tables for a mesh, edited for the ZeRO level (Rajbhandari et al., 1910.02054).
+
+    Of what is in no stack the stages of a pipeline share the state on every level: all have the same of it.
+    """
     shared = () if config.zero == "none" else ("data", "context")
     # experts know no fsdp: where it is asked for, all that copy them share them
     experts = ("expert_data",) if shared or folding.size(folding.axes("fsdp")) > 1 else ()
     early = shared if config.zero == "optimizer" else ()
     if folding.size(folding.axes("fsdp")) == 1:
         early += experts if config.zero == "optimizer" else ()
+    outer = ("pipe",) if folding.size(folding.axes("pipe")) > 1 else ()
     return Rules(
         folding=folding,
         parameters=PARAMETERS,
         activations=ACTIVATIONS,
         shared={"embed": ("fsdp", *shared), "expert_embed": experts},
-        gather_once=frozenset(early),
+        outer=outer,
+        gather_once=frozenset((*early, *outer)),
         context=context or ContextConfig(),
     )
 

@@ -91,5 +91,6 @@ class Communication:
         return FLOAT * math.prod(spec.layout.padded) // parts
 
     def axes(self, gathers: Gathers) -> Axes:
-        """Those that split something."""
-        return tuple(axis for gather in gathers for axis in gather.axes if self.mesh.get(axis, 1) > 1)
+        """Those that split something, in the order of the mesh, as a census has them."""
+        found = {axis for gather in gathers for axis in gather.axes}
+        return tuple(axis for axis, size in self.mesh.items() if size > 1 and axis in found)

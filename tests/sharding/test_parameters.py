@@ -10,6 +10,8 @@ from flax import nnx
 from jax.nn import initializers
 from jax.sharding import PartitionSpec as P
 
+from jaxtron.models.stacked import stacked
+from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding.blueprint import blueprint
 from jaxtron.sharding.collectives import vary
 from jaxtron.sharding.parameters import gather_at_use, gather_once, manual_specs, parameter, reduce_gradients, shardings
@@ -25,6 +27,8 @@ UNEVEN = [
     ({"data": 3, "context": 2}, 24),
     ({"data": 3, "tensor": 2}, 24),
 ]
+# stages share what is in no stack whatever ZeRO does
+STAGES = [({"pipe": 7}, 28), ({"pipe": 3, "tensor": 2}, 24), ({"fsdp": 2, "pipe": 3}, 24), ({"pipe": 2, "data": 3}, 24)]
 LEVELS = ["none", "optimizer", "parameters"]
 
 
@@ -107,7 +111,7 @@ def in_region(plan, function, in_axes):
     return jax.jit(region(function, (specs, in_axes), specs))
 
 
-CASES = [*((Model, mesh, 24) for mesh in MESHES), *((UnevenModel, mesh, padded) for mesh, padded in UNEVEN)]
+CASES = [*((Model, mesh, 24) for mesh in MESHES), *((UnevenModel, mesh, padded) for mesh, padded in UNEVEN + STAGES)]
 
 
 @pytest.mark.parametrize("zero", LEVELS)
@@ -134,7 +138,7 @@ def test_gathers_make_parameters_whole_and_reductions_sum_their_gradients(rules_
 
             return reduce_gradients(jax.grad(loss)(jax.tree.map(vary, working)), plan.parameters)
 
-        axes = ("data", "fsdp", "context")
+        axes = ("pipe", "data", "fsdp", "context")
         shards = math.prod(mesh.get(axis, 1) for axis in axes)
         factors = np.arange(1, shards + 1, dtype=np.float32)
         found = in_region(plan, gradients, P(axes))(params, factors)
@@ -150,6 +154,29 @@ def test_gathers_make_parameters_whole_and_reductions_sum_their_gradients(rules_
         assert np.count_nonzero(one) == value.size
 
     jax.tree.map(equals_sum_of_factors, found, values)
+
+
+def test_stages_share_what_is_in_no_stack_on_every_level_and_nothing_else(rules_for):
+    class Stages(nnx.Module):
+        def __init__(self, rngs):
+            self.table = parameter(rngs, initializers.normal(1.0), (16, 24), axes=("vocab", "embed"), role="embedding")
+            self.scale = parameter(rngs, initializers.ones, (24,), axes=("norm",), role="scale")
+            self.layers = stacked(Layer, Partition((2, 1), num_stages=2), rngs)
+
+    for zero in LEVELS:
+        with use(rules_for(zero=zero, pipe=2, tensor=2, data=2)):
+            plan = blueprint(Stages)
+            params = plan.initialize(jax.random.key(0))
+            held = {
+                name: leaf.addressable_shards[0].data.shape
+                for name, leaf in (("table", params["table"]), ("scale", params["scale"]), *params["layers"].items())
+            }
+            frozen = plan.freeze({"table"}, jnp.bfloat16).parameters["table"]
+            assert plan.parameters["table"].layout.once and "pipe" in plan.parameters["table"].layout.once[-1].axes
+        over_data = 1 if zero == "none" else 2
+        rows = 24 // over_data
+        assert held == {"table": (8, rows // 2), "scale": (24,), "up": (2, rows, 16), "bias": (2, 16)}
+        assert not frozen.layout.once
 
 
 def test_matrices_work_in_the_type_of_the_step_and_vectors_in_float32(rules_for):

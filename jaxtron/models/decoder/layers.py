@@ -76,7 +76,6 @@ def _attention(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: n
         output_std=config.output_std,
         dropout=config.dropout,
         rngs=rngs,
-        scaling=config.fp8.scaling,
     )
 
 
@@ -93,7 +92,6 @@ def _latent(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.
         output_std=config.output_std,
         dropout=config.dropout,
         rngs=rngs,
-        scaling=config.fp8.scaling,
     )
 
 
@@ -113,7 +111,6 @@ def _mlp(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rng
         output_std=config.output_std,
         dropout=config.dropout,
         rngs=rngs,
-        scaling=config.fp8.scaling,
     )
 
 

@@ -43,6 +43,7 @@ class Profile:
     (fused: 2205.14135). `logit_bytes`: moved for each logit between the head's products. Jaxtron: written in float32,
     read for the maximum, the sum and the gradient, which is written in 16 bits. `expert_rows`: what travels to experts
     and is multiplied there, rounds of a fixed size with what is empty in them, or the rows that were chosen.
+    `shares_outer`: stages share the state of what is in no stack, else one that uses it has all of it.
     """
 
     overlap: Overlap = Overlap(fsdp=1.0, pipe=1.0, context=1.0, pairs=1.0)
@@ -50,6 +51,7 @@ class Profile:
     attention: Attention = "plain"
     logit_bytes: int = 18
     expert_rows: ExpertRows = "round"
+    shares_outer: bool = True
 
 
 # Megatron's loss without a fused kernel, pass by pass: logits written in 16 bits 2, cast 6, maximum 4, difference 8,
@@ -59,11 +61,19 @@ _MEGATRON_LOGIT_BYTES = 54
 JAXTRON = Profile()
 # Megatron-LM of 2104.04473 and MT-NLG: all-reduces, fused softmax, everything exposed.
 MEGATRON_2021 = Profile(
-    Overlap(), sequence_sharded=False, attention="softmax_kernel", logit_bytes=_MEGATRON_LOGIT_BYTES
+    Overlap(),
+    sequence_sharded=False,
+    attention="softmax_kernel",
+    logit_bytes=_MEGATRON_LOGIT_BYTES,
+    shares_outer=False,
 )
 # 2205.05198: sequence parallelism; inputs are gathered again beside the input gradient's product.
 MEGATRON_2022 = Profile(
-    Overlap(regather=1.0), sequence_sharded=True, attention="softmax_kernel", logit_bytes=_MEGATRON_LOGIT_BYTES
+    Overlap(regather=1.0),
+    sequence_sharded=True,
+    attention="softmax_kernel",
+    logit_bytes=_MEGATRON_LOGIT_BYTES,
+    shares_outer=False,
 )
 # Megatron Core 0.8 with its overlaps on: fused attention; tensor collectives in parts beside their products, all but
 # the first or the last part; gradients reduced beside the last backward, weights gathered beside the first forward;
@@ -74,6 +84,7 @@ MEGATRON_2024 = Profile(
     attention="fused",
     logit_bytes=_MEGATRON_LOGIT_BYTES,
     expert_rows="chosen",
+    shares_outer=False,
 )
 
 PROFILES = {

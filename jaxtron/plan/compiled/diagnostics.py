@@ -20,12 +20,13 @@ STATE_COPIES = 3
 # the part of a GPU's memory from which copies are worth a line
 NOTABLE = 1e-3
 # what each flag is for: weights and gradients over the batch axes, the residual stream over tensor, messages over pipe
+# and what is in no stack
 EXPECTED = {
     "data": {"all_gather", "reduce_scatter", "all_reduce"},
     "fsdp": {"all_gather", "reduce_scatter", "all_reduce"},
     "context": {"all_gather", "reduce_scatter", "all_reduce", "collective_permute", "all_to_all"},
     "tensor": {"all_gather", "reduce_scatter", "all_reduce"},
-    "pipe": {"collective_permute", "all_reduce"},
+    "pipe": {"collective_permute", "all_gather", "reduce_scatter", "all_reduce"},
 }
 _REMATERIALIZED = re.compile(r"Involuntary full rematerialization.*?(?:HLO operation: )(?P<operation>%?[\w.\-]+)", re.I)
 _NAMED = re.compile(r'op_name="([^"]*)"')

@@ -286,7 +286,9 @@ def _rules(sizes: dict[str, int], config: ShardingConfig) -> Rules:
 def _state(parameter: Parameter, rules: Rules, count: int, dtype: jnp.dtype) -> StateBytes:
     """One parameter on a device, `count` rows of it; as `parameters.gather_once` makes the copy to compute with."""
     is_trained = parameter.status == "trained"
-    layout = rules.parameter_layout(parameter.axes, parameter.shape, is_trained=is_trained)
+    layout = rules.parameter_layout(
+        parameter.axes, parameter.shape, is_trained=is_trained, is_outer=parameter.stack is None
+    )
     at_rest, whole = (count * math.prod(rules.part(layout, gathers)) for gathers in ((), layout.once))
     later = layout.at_use != ()
     if not is_trained:

@@ -24,7 +24,8 @@ class Once:
     reduced: tuple[CollectiveWork, ...] = field(default=())
     gathered: tuple[CollectiveWork, ...] = field(default=())
     tables: tuple[CollectiveWork, ...] = field(default=())
-    """Gradients of the embedding and the head, which all stages hold, summed over `pipe`."""
+    """Of the embedding and the head over `pipe`: gradients summed, and where the stages share their state weights
+    gathered."""
 
     def __add__(self, other: "Once") -> "Once":
         return Once(
@@ -42,14 +43,20 @@ def once(config: Configuration, shapes: Shapes, work: ModelWork, layers: Sequenc
     # what sums gradients at the end of a step shares the state too
     data = sizes["data"] * shapes.parts
     stacked = sum(count * stack.parameters for count, stack in zip(layers, work.stacks, strict=True))
-    local = (stacked + work.outer_parameters) / shapes.gathered
-    tables = ()
-    experts = _experts_once(config, shapes, work, layers)
-    if sizes["pipe"] > 1:
-        rest = work.outer_parameters / shapes.gathered / (data if zero == "optimizer" else 1)
-        tables = (CollectiveWork("all_reduce", 4 * rest, "pipe"),)
+    shares = sizes["pipe"] if shapes.profile.shares_outer else 1
+    local = (stacked + work.outer_parameters / shares) / shapes.gathered
     # what is gathered again at use stays in float32 until then
     width = shapes.width if sizes["fsdp"] == 1 else 4
+    tables = ()
+    experts = _experts_once(config, shapes, work, layers)
+    rest = work.outer_parameters / shapes.gathered
+    if shares > 1:
+        tables = (
+            CollectiveWork("reduce_scatter", 4 * rest, "pipe"),
+            CollectiveWork("all_gather", width * rest, "pipe"),
+        )
+    elif sizes["pipe"] > 1:
+        tables = (CollectiveWork("all_reduce", 4 * rest / (data if zero == "optimizer" else 1), "pipe"),)
     share = zero if data > 1 else "parameters"
     return experts + _shared("data", local, data, share, width) + Once(0, tables=tables)
 
