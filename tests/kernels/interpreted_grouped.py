@@ -5,7 +5,6 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,8 +12,7 @@ import jax.numpy as jnp
 from interpreted import INTERPRETER, main
 from test_grouped_matmul import CASES, Case, given, ratios
 
-from jaxtron.kernels.grouped_matmul import mosaic, mosaic_pipeline
-from jaxtron.kernels.mosaic import plgpu
+from jaxtron.kernels.grouped_matmul import mosaic
 
 # several tiles a block, and several blocks
 BLOCKS = 2
@@ -49,25 +47,7 @@ def errors_of(case: Case, blocks: int = BLOCKS) -> dict[str, float]:
     return ratios(jax.block_until_ready(made), arrays)
 
 
-def planted(**wrong: Any) -> None:
-    """The kernels with other functions of Pallas'."""
-    real = mosaic_pipeline.plgpu
-    mosaic_pipeline.plgpu = SimpleNamespace(**{**vars(real), **wrong})
-    try:
-        errors_of(replace(SHORT, counts=(130,), empty=0))
-    finally:
-        mosaic_pipeline.plgpu = real
-
-
-def wait_for_the_last(count: int, *, wait_read_only: bool = False) -> None:
-    """Waits only before the kernel ends, and not before a place is filled anew."""
-    if not wait_read_only:
-        plgpu.wait_smem_to_gmem(count)
-
-
 RUNS: dict[str, Callable[[], Any]] = {
-    "without fences": functools.partial(planted, commit_smem=lambda: None),
-    "without waits": functools.partial(planted, wait_smem_to_gmem=wait_for_the_last),
     "many blocks": functools.partial(errors_of, SHORT, 132),
     **{name: functools.partial(errors_of, case) for name, case in CASES.items()},
 }

@@ -5,7 +5,6 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,10 +12,8 @@ import jax.numpy as jnp
 from interpreted import INTERPRETER, main
 from test_ssd import GRADIENTS, PACKED, Case, errors, given
 
-from jaxtron.kernels.mosaic import plgpu
-from jaxtron.kernels.ssd import mosaic, mosaic_chunks, mosaic_forward, mosaic_inputs, mosaic_march, mosaic_outputs
+from jaxtron.kernels.ssd import mosaic
 
-KERNELS = (mosaic_forward, mosaic_march, mosaic_inputs, mosaic_outputs, mosaic_chunks)
 SHORT = Case(140, rows=1, heads=1, groups=1, width=64, size=64, dtype="bfloat16", resets=(70,))
 PLAIN = Case(256, rows=1, heads=2, groups=1, width=64, size=128, dtype="bfloat16")
 CASES = {
@@ -47,55 +44,7 @@ def errors_of(case: Case, pieces: int = 1, parts: int | None = None, *, summarie
     return errors(jax.block_until_ready(made), case)
 
 
-def planted(**wrong: Any) -> None:
-    """The kernels with other functions of Pallas', or of their own."""
-    real = {
-        (module, name): vars(module)[name] for module in KERNELS for name in ("meet", "plgpu") if name in vars(module)
-    }
-    for module, name in real:
-        if name in wrong:
-            setattr(module, name, wrong[name])
-        elif name == "plgpu":
-            module.plgpu = SimpleNamespace(**{**vars(plgpu), **wrong})
-    try:
-        # both heads are one block's, which fills its places anew
-        errors_of(replace(PLAIN, length=384), parts=1)
-    finally:
-        for (module, name), function in real.items():
-            setattr(module, name, function)
-
-
-def wait_for_the_last(count: int, *, wait_read_only: bool = False) -> None:
-    """Waits only before the kernel ends, and not before a place is filled anew."""
-    if not wait_read_only:
-        plgpu.wait_smem_to_gmem(count)
-
-
-def without_one_meeting(number: int) -> None:
-    """The forward kernel without one of its three meetings, which are traced in order."""
-    real, count = mosaic_forward.meet, [0]
-
-    def meet(meeting: Any) -> None:
-        count[0] += 1
-        if count[0] != number:
-            real(meeting)
-
-    arrays = given(replace(PLAIN, length=384)).arrays
-    names = ("x", "dt", "A", "B", "C", "D", "initial")
-    mosaic_forward.meet = meet
-    try:
-        made = mosaic.forward(*(jnp.asarray(arrays[name]) for name in names), None, interpret=INTERPRETER, pieces=1)
-        jax.block_until_ready(made)
-    finally:
-        mosaic_forward.meet = real
-
-
 RUNS: dict[str, Callable[[], Any]] = {
-    "without fences": functools.partial(planted, commit_smem=lambda: None),
-    "without waits": functools.partial(planted, wait_smem_to_gmem=wait_for_the_last),
-    "without meetings": functools.partial(planted, meet=lambda meeting: None),
-    "without the meeting before the state": functools.partial(without_one_meeting, 2),
-    "without the meeting after the state": functools.partial(without_one_meeting, 3),
     "short": functools.partial(errors_of, SHORT, summaries=False),
     "shared heads": functools.partial(errors_of, replace(PLAIN, heads=4, resets=PACKED), parts=2),
     "pieces": functools.partial(

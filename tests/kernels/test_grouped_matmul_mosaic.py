@@ -72,13 +72,6 @@ def test_every_case_is_right_and_free_of_races() -> None:
     check_numbers(SLOW, seconds=900)
 
 
-@interpreted
-@pytest.mark.slow
-def test_planted_races_are_found() -> None:
-    for report in interpret(["without fences", "without waits"], seconds=120, program=PROGRAM):
-        assert any(report["races"]), report
-
-
 def shapes(
     mesh: Mesh, widths: tuple[int, int], dtype: str = "bfloat16", axis: str | None = None
 ) -> list[jax.ShapeDtypeStruct]:

@@ -79,7 +79,8 @@ def backward(
     *,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B S H D"], Float[Array, "B T K D"], Float[Array, "B T K V"]]:
-    """dq, dk, dv; `delta` is rowsum(dout * out) less the gradient of `lse`.
+    """dq, dk, dv; `delta` is rowsum(dout * out) less the gradient of `lse`. `interpret` is as in `forward`, but Pallas'
+    interpreter has to be taught copies that add (tests/kernels/tensor_cores.py).
 
     Head dims up to 128 take one kernel of five products that adds up dq in any order. A deterministic one
     takes two (seven products), as larger heads always do, or three (eight) where dk and dv do not fit into the

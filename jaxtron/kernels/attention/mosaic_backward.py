@@ -100,9 +100,7 @@ def backward(
     tiles = keys // BLOCK_KEYS
     total = None
     if wanted.dq:
-        # the interpreter cannot add to memory: there each tile of keys has its own sum
-        parts = tiles if target.interpret else 1
-        total = jax.new_ref(jnp.zeros((parts, *q.shape), jnp.float32))
+        total = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
     made = run_kernel(
         lambda refs: _run(refs, scoring, wanted, target),
         inputs={
@@ -128,7 +126,7 @@ def backward(
         flops=2 * rows * q.shape[2] * most_pairs(spec, *sizes) * wanted.width(head_dim, value_dim),
     )
     # like a kernel's outputs (`run_kernel`)
-    dq = None if total is None else vary_alike((total[...].sum(axis=0), q))[0]
+    dq = None if total is None else vary_alike((total[...], q))[0]
     return dq, made.get("dk"), made.get("dv")
 
 
@@ -323,11 +321,8 @@ def _add_to_dq(refs: Refs, scoring: Scoring, target: Target, block: _Block, step
     _meet(refs)
     part = target.product(transposed(ds_shared), refs.k_shared.at[:, columns]) * scoring.gradient_scale
     queries = pl.ds(first_query, BLOCK_QUERIES)
-    if target.interpret:
-        refs.dq[block.tile, block.row, queries, head, columns] = part
-        return
     shared = refs.dq_shared.at[block.warpgroup]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     shared[...] = part
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(shared, refs.dq.at[0, block.row, queries, head, columns], reduction_op="add")
+    plgpu.copy_smem_to_gmem(shared, refs.dq.at[block.row, queries, head, columns], reduction_op="add")
