@@ -1,12 +1,14 @@
 """`python -m benchmarks.data_index [--documents N] [--output FOLDER]`: Megatron's indices, beside compiled loops.
 
 The loops are C++ of our own that follow Megatron's rules element by element; results are compared before times. The
-document and shuffle indices are NumPy's old shuffle in both, timed apart.
+document and shuffle indices are NumPy's old shuffle in both, timed apart. Ours are by Numba where it is installed and
+there is enough to do, and by NumPy alone beside it; what Numba's first call costs is told apart.
 """
 
 import argparse
 import ctypes
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,12 +22,33 @@ import numpy as np
 
 from benchmarks import record
 from jaxtron.config import UserError
+from jaxtron.data.megatron import compiled as loops_of_numba
 from jaxtron.data.megatron.blend import build_blend, normalize
 from jaxtron.data.megatron.gpt_index import _sample_index, build_gpt_index
 
 SEQUENCE_LENGTH = 2048
 MEAN_LENGTHS = (100, 500, 3000)
-BLENDS = (2, 10, 100)
+BLENDS = (2, 10, 20, 100)
+# milliseconds of Numba's import and of the first call of each loop in a process
+FIRST_CALLS = """
+import json, time
+import numpy as np
+from jaxtron.data.megatron import compiled as loops
+found, start = {}, time.perf_counter()
+def lap(name):
+    global start
+    found[name] = round(1e3 * (time.perf_counter() - start), 1)
+    start = time.perf_counter()
+loops.numba()
+lap("import")
+for loop in (loops.blend_few, loops.blend_many):
+    loops.run(loop, np.ones(1), np.ones(1), np.zeros(1, np.int16), np.zeros(1, np.int64))
+    lap(loop.__name__)
+for name in ("cut_documents", "cut_long", "cut_longer"):
+    loops.run(getattr(loops, name), np.ones(1, np.int64) << 40, 4, 1, np.zeros(2, np.int64))
+    lap(name)
+print(json.dumps(found))
+"""
 LOOPS = r"""
 #include <algorithm>
 #include <cstdint>
@@ -68,7 +91,7 @@ extern "C" void blend(const double* weights, int32_t num_datasets, int64_t place
 def main(argv: list[str]) -> int:
     """Measures, prints the JSON and writes it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--documents", type=int, default=10_000_000)
+    parser.add_argument("--documents", type=int, default=40_000_000)
     parser.add_argument("--places", type=int, default=10_000_000, help="places of each blend")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", help="a .json file, or the folder for one")
@@ -79,6 +102,8 @@ def main(argv: list[str]) -> int:
             "benchmark": "data_index",
             **record.circumstances("cpu", "cpu", 1),
             "numpy": np.__version__,
+            "numba": getattr(loops_of_numba.numba(), "__version__", None),
+            "first_call_milliseconds": first_calls(Path(folder)) if loops_of_numba.numba() else None,
             "documents": options.documents,
             "sequence_length": SEQUENCE_LENGTH,
             "sample_order": [measure_order(loops, mean, options) for mean in MEAN_LENGTHS],
@@ -100,6 +125,29 @@ def compile_loops(folder: Path) -> ctypes.CDLL:
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"the loops to compare with need g++: {error}; install it") from error
     return ctypes.CDLL(str(folder / "loops.so"))
+
+
+def first_calls(folder: Path) -> dict[str, dict[str, float]]:
+    """What Numba costs a process at first: where loops are compiled, and where they are loaded from what was kept."""
+    found, environment = {}, os.environ | {"NUMBA_CACHE_DIR": str(folder)}
+    for way in ("compiled", "kept"):
+        command = [sys.executable, "-c", FIRST_CALLS]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        found[way] = json.loads(done.stdout)
+    return found
+
+
+def by_numpy(part: Callable[[], Any]) -> Callable[[], Any]:
+    """The same without Numba."""
+
+    def run() -> Any:
+        numba, loops_of_numba.numba = loops_of_numba.numba, lambda: None
+        try:
+            return part()
+        finally:
+            loops_of_numba.numba = numba
+
+    return run
 
 
 def measure_order(loops: ctypes.CDLL, mean_length: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -127,9 +175,11 @@ def measure_order(loops: ctypes.CDLL, mean_length: int, options: argparse.Namesp
         build_gpt_index(lengths, range(len(lengths)), **settings)
 
     np.testing.assert_array_equal(ours(), index.samples)
+    np.testing.assert_array_equal(by_numpy(ours)(), index.samples)
     np.testing.assert_array_equal(compiled(), index.samples)
     parts = {
         "sample_index": ours,
+        "sample_index_numpy": by_numpy(ours),
         "sample_index_compiled": compiled,
         "document_shuffle_int32": lambda: shuffled(len(documents), np.int32),
         "sample_shuffle_uint32": lambda: shuffled(num_samples, np.uint32),
@@ -147,6 +197,7 @@ def measure_order(loops: ctypes.CDLL, mean_length: int, options: argparse.Namesp
         "samples": num_samples,
         "milliseconds": times,
         "compiled_over_ours": round(times["sample_index_compiled"] / times["sample_index"], 2),
+        "compiled_over_numpy": round(times["sample_index_compiled"] / times["sample_index_numpy"], 2),
         "whole_compiled_over_ours": round(megatron / times["whole"], 2),
         "output_bytes": output,
         "peak_bytes_over_output": round(peak / output, 2),
@@ -165,12 +216,16 @@ def measure_blend(loops: ctypes.CDLL, num_datasets: int, options: argparse.Names
         loops.blend(_pointer(shares), num_datasets, ctypes.c_int64(options.places), *pointers)
         return datasets, samples
 
-    built = build_blend(weights, options.places)
-    for found, right in zip((built.datasets, built.samples), compiled(), strict=True):
-        np.testing.assert_array_equal(found, right)
-    times = in_turns({"ours": lambda: build_blend(weights, options.places), "compiled": compiled}, options.repeats)
-    ratio = round(times["compiled"] / times["ours"], 2)
-    return {"datasets": num_datasets, "milliseconds": times, "compiled_over_ours": ratio}
+    def ours() -> tuple[np.ndarray, np.ndarray]:
+        built = build_blend(weights, options.places)
+        return built.datasets, built.samples
+
+    for way in (ours, by_numpy(ours)):
+        for found, right in zip(way(), compiled(), strict=True):
+            np.testing.assert_array_equal(found, right)
+    times = in_turns({"ours": ours, "numpy": by_numpy(ours), "compiled": compiled}, options.repeats)
+    over = {f"compiled_over_{name}": round(times["compiled"] / times[name], 2) for name in ("ours", "numpy")}
+    return {"datasets": num_datasets, "milliseconds": times, **over}
 
 
 def in_turns(parts: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

@@ -5,7 +5,19 @@ import pytest
 
 import jaxtron.data.megatron.blend as blend
 from jaxtron.config import UserError
+from jaxtron.data.megatron import compiled
 from jaxtron.data.megatron.blend import build_blend, build_exhaustive_blend, component_samples, normalize, parse_blend
+
+
+@pytest.fixture(params=["numpy", "numba"])
+def way(request, monkeypatch):
+    """Blends of any length by one of the two."""
+    if request.param == "numpy":
+        monkeypatch.setattr(compiled, "numba", lambda: None)
+    else:
+        pytest.importorskip("numba")
+        monkeypatch.setattr(compiled, "LEAST_PLACES", 0)
+        monkeypatch.setattr(blend, "_greedy", None)
 
 
 def slow_blend(shares, length, sizes=None):
@@ -61,6 +73,7 @@ WEIGHTS = [
 ]
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 def test_any_length_is_a_prefix_of_the_plain_loop(weights):
     datasets, samples = slow_blend(normalize(weights).tolist(), 3000)
@@ -70,6 +83,7 @@ def test_any_length_is_a_prefix_of_the_plain_loop(weights):
         assert built.samples.tolist() == samples[:length]
 
 
+@pytest.mark.usefixtures("way")
 def test_random_blends_are_those_of_a_plain_loop():
     rng = np.random.default_rng(0)
     for _ in range(40):
@@ -79,6 +93,7 @@ def test_random_blends_are_those_of_a_plain_loop():
         assert (built.datasets.tolist(), built.samples.tolist()) == slow_blend(normalize(weights).tolist(), length)
 
 
+@pytest.mark.usefixtures("way")
 def test_random_exhaustive_blends_are_those_of_a_plain_loop():
     rng = np.random.default_rng(1)
     for _ in range(40):

@@ -16,4 +16,4 @@ def test_the_benchmark_of_indices(tmp_path, capsys):
     result = json.loads(path.read_text())
     assert result == json.loads(capsys.readouterr().out)
     assert [part["mean_length"] for part in result["sample_order"]] == [100, 500, 3000]
-    assert [part["datasets"] for part in result["blends"]] == [2, 10, 100]
+    assert [part["datasets"] for part in result["blends"]] == [2, 10, 20, 100]

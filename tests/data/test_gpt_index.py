@@ -7,6 +7,7 @@ import pytest
 
 import jaxtron.data.megatron.gpt_index as gpt_index
 from jaxtron.config import UserError
+from jaxtron.data.megatron import compiled
 from jaxtron.data.megatron.gpt_index import build_gpt_index, order_digest
 from jaxtron.data.megatron.indexed import IndexedWriter
 from jaxtron.data.megatron.mock import MockReader
@@ -53,6 +54,16 @@ VECTORS = {
 }
 
 
+@pytest.fixture(params=["numpy", "numba"])
+def way(request, monkeypatch):
+    """Sample indices of any length by one of the two."""
+    if request.param == "numpy":
+        monkeypatch.setattr(compiled, "numba", lambda: None)
+    else:
+        pytest.importorskip("numba")
+        monkeypatch.setattr(compiled, "LEAST_DOCUMENTS", 0)
+
+
 def numbers(text):
     return [int(word) for word in text.split(",")]
 
@@ -61,6 +72,7 @@ def pairs(text):
     return [numbers(pair) for pair in text.strip("()").split(")(")]
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", VECTORS)
 def test_indices_are_megatrons(name):
     (sizes, sequences, settings), (documents, samples, shuffle) = VECTORS[name]
@@ -158,6 +170,7 @@ def test_partial_samples_are_counted_in_float32_as_megatron_does(tokens, extra_t
     assert count == num_samples
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "extra_token", "num_samples"), FLOAT32)
 def test_partial_samples_beyond_float32(tokens, extra_token, num_samples):
@@ -167,6 +180,7 @@ def test_partial_samples_beyond_float32(tokens, extra_token, num_samples):
     assert index.samples[-1].tolist() == [0, min(2 * num_samples, tokens - extra_token)]
 
 
+@pytest.mark.usefixtures("way")
 def test_wide_indices_where_numbers_need_them(monkeypatch):
     settings = {"sequence_length": 4, "samples": 17, "seed": 1234}
     narrow = build_gpt_index(np.array(SIZES, np.int32), range(6), **settings)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int16, Int64
 
 from jaxtron.config import UserError
+from jaxtron.data.megatron import compiled
 
 # share of samples that a dataset holds beyond what the weights ask of it
 SURPLUS = 0.005
@@ -21,6 +22,8 @@ MOST_DATASETS = 32767
 CHAIN = 1024
 # steps of a chain between looks at which ones have met
 LOOK = 8
+# datasets from which on a compiled loop takes them by fours
+MANY = 16
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
@@ -69,7 +72,7 @@ def component_samples(weights: Sequence[float], samples: int, *, surplus: float 
 def build_blend(weights: Sequence[float], samples: int) -> Blend:
     """The first `samples` places of an endless blend by weight."""
     shares = normalize(weights)
-    return _numbered(_greedy(shares, samples, None), len(shares))
+    return _blend(shares, samples, None)
 
 
 def build_exhaustive_blend(sizes: Sequence[int]) -> Blend:
@@ -78,12 +81,25 @@ def build_exhaustive_blend(sizes: Sequence[int]) -> Blend:
     if not 1 <= len(counts) <= MOST_DATASETS or (counts < 0).any() or not counts.any():
         raise UserError(f"the datasets have {list(sizes)[:10]} samples; give 1 to {MOST_DATASETS} that have some")
     total = int(counts.sum())
-    return _numbered(_greedy(counts / float(total), total, counts), len(counts))
+    return _blend(counts / float(total), total, counts)
 
 
 def number_of(word: str) -> float | None:
     # not all that `float` takes: `inf` and `1_000` are names
     return float(word) if NUMBER.fullmatch(word) else None
+
+
+def _blend(shares: Float64[np.ndarray, "K"], length: int, sizes: Int64[np.ndarray, "K"] | None) -> Blend:
+    """The places, by a compiled loop where there are many and Numba is installed."""
+    if len(shares) == 1:
+        return Blend(datasets=np.zeros(length, np.int16), samples=np.arange(length))
+    if length >= compiled.LEAST_PLACES:
+        built = Blend(datasets=np.empty(length, np.int16), samples=np.empty(length, np.int64))
+        loop = compiled.blend_few if len(shares) < MANY else compiled.blend_many
+        most = np.full(len(shares), np.inf) if sizes is None else sizes.astype(np.float64)
+        if compiled.run(loop, shares, most, built.datasets, built.samples):
+            return built
+    return _numbered(_greedy(shares, length, sizes), len(shares))
 
 
 def _numbered(datasets: Int16[np.ndarray, "N"], num_datasets: int) -> Blend:

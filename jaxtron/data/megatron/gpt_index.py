@@ -13,12 +13,17 @@ import numpy as np
 from jaxtyping import Int32, Integer
 
 from jaxtron.config import UserError
+from jaxtron.data.megatron import compiled
 from jaxtron.data.megatron.indexed import IndexedReader
 from jaxtron.data.megatron.splits import split_ranges
 
 # sequences handled at once: what is worked on stays in a core's cache
 CHUNK = 1 << 17
 INT32_MAX = 2**31 - 1
+# tokens below which a quotient in float64 is exact
+EXACT = 2**53
+# samples a document from which on compiled loops write a row, or several, for every document
+LONG, LONGER = 0.12, 0.6
 # below this part of an epoch, the last one is shuffled for itself
 SEPARATE_FINAL_EPOCH = 0.80
 
@@ -146,6 +151,8 @@ def _sample_index(
     """
     dtype = np.int32 if len(packed) <= INT32_MAX else np.int64
     rows = np.empty((num_samples + 1, 2), dtype)
+    if len(packed) >= compiled.LEAST_DOCUMENTS and _compiled_rows(packed, sequence_length, extra, rows):
+        return rows
     rows[0] = 0
     done, base = 0, 0
     for first in range(0, len(packed), CHUNK):
@@ -168,6 +175,17 @@ def _sample_index(
         base += int(ends[-1])
     rows[done + 1 :] = len(packed) - 1, int(packed[-1] >> 32) - extra
     return rows
+
+
+def _compiled_rows(
+    packed: Integer[np.ndarray, "D"], sequence_length: int, extra: int, rows: Integer[np.ndarray, "Bounds 2"]
+) -> bool:
+    """Fills rows by a compiled loop, whichever is fastest; False where there is none."""
+    if rows.dtype != np.int32 or len(rows) * sequence_length + (1 << 31) > EXACT:
+        return False
+    share = len(rows) / len(packed)
+    loop = compiled.cut_documents if share < LONG else compiled.cut_long if share < LONGER else compiled.cut_longer
+    return compiled.run(loop, packed, sequence_length, extra, rows.reshape(-1).view(np.int64))
 
 
 def _shuffle_index(num_samples: int, epochs: Epochs, random: np.random.RandomState) -> Integer[np.ndarray, "N"]:
