@@ -93,7 +93,7 @@ class Gpu:
               cuda_compute_capability {{ major: {major} minor: {minor} {feature} }}
               name: "{self.device_kind}" device_vendor: "NVIDIA Corporation" device_address_bits: 64
             }}
-            platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
+            platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 9 }}
             device_description_str: "{self.device_kind}"
         """
 
@@ -269,6 +269,11 @@ def _check_syntax(path: Path, text: str) -> None:
         place = match.end()
     if depth:
         raise UserError(f"the target {path} is cut short: braces are left open; copy it again")
+
+
+def has_fp8(device_kind: str) -> bool:
+    """Whether a device by its `device_kind` multiplies 8-bit numbers, or is a CPU, where XLA emulates it."""
+    return re.search(r"\b(A100|A800|A30|A40|A10G?|A16|A2|V100|T4|P100)\b", device_kind, re.IGNORECASE) is None
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -16,8 +16,9 @@ from jaxtron.kernels.attention import materialized, reference
 from jaxtron.kernels.attention.attention import Implementation, attention, missing_feature
 from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads
 from jaxtron.layers import context_parallel
+from jaxtron.layers.config import Scaling
 from jaxtron.layers.inputs import LayerInputs, dropout, random_bits
-from jaxtron.layers.linear import Linear, project
+from jaxtron.layers.linear import Linear, project, whole_sequence
 from jaxtron.layers.norm import Norm
 from jaxtron.layers.positions import alibi_slopes, rotate
 from jaxtron.layers.saved import save_for_backward
@@ -78,6 +79,7 @@ class Attention(nnx.Module):
         output_std: float,
         dropout: float,
         rngs: nnx.Rngs,
+        scaling: Scaling = "none",
     ) -> None:
         self.num_groups = num_heads // num_kv_heads
         self.core = core
@@ -87,10 +89,13 @@ class Attention(nnx.Module):
         self.sinks = parameter(rngs, initializers.zeros, (num_heads,), axes=("heads",), role="bias") if sinks else None
         heads, kv_heads = {"heads": num_heads}, {"kv_heads": num_kv_heads}
         dims = {"head_dim": head_dim}
-        self.query = Linear({"embed": embed}, {**heads, **dims}, bias=qkv_bias, std=std, rngs=rngs)
-        self.key = Linear({"embed": embed}, {**kv_heads, **dims}, bias=qkv_bias, std=std, rngs=rngs)
-        self.value = Linear({"embed": embed}, {**kv_heads, **dims}, bias=qkv_bias, std=std, rngs=rngs)
-        self.output = Linear({**heads, **dims}, {"embed": embed}, bias=output_bias, std=output_std, rngs=rngs)
+        given: Any = {"std": std, "rngs": rngs, "scaling": scaling}
+        self.query = Linear({"embed": embed}, {**heads, **dims}, bias=qkv_bias, **given)
+        self.key = Linear({"embed": embed}, {**kv_heads, **dims}, bias=qkv_bias, **given)
+        self.value = Linear({"embed": embed}, {**kv_heads, **dims}, bias=qkv_bias, **given)
+        self.output = Linear(
+            {**heads, **dims}, {"embed": embed}, bias=output_bias, std=output_std, rngs=rngs, scaling=scaling
+        )
         self.query_norm = qk_norm(head_dim) if qk_norm else None
         self.key_norm = qk_norm(head_dim) if qk_norm else None
 
@@ -118,8 +123,7 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B S E"], inputs: LayerInputs
     ) -> tuple[Float[Array, "B S H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
         """Queries, keys and values."""
-        x = constrain(x, "batch", "full_seq", "embed")
-        query, key, value = self._project(x)
+        query, key, value = self._project(whole_sequence(x, self.output.scaling))
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rotated is not None:
@@ -139,7 +143,8 @@ class Attention(nnx.Module):
         if not current().splits("kv_heads", num_kv_heads):
             return self._project_shared(x)
         groups = self.num_groups
-        joined = project(x, self._join("kernel"), ("batch", "full_seq", "kv_heads", "group", "head_dim"))
+        logical = ("batch", "full_seq", "kv_heads", "group", "head_dim")
+        joined = project(x, self._join("kernel"), logical, self.query.scaling)
         if self.query.bias is not None:
             joined = joined + self._join("bias").astype(joined.dtype)
         query = joined[:, :, :, :groups]

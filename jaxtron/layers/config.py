@@ -11,6 +11,8 @@ from jaxtron.kernels.attention.config import Implementation
 Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "swiglu", "geglu", "clamped_swiglu"]
 GATED = frozenset({"swiglu", "geglu", "clamped_swiglu"})
 NormKind = Literal["layer_norm", "layer_norm_1p", "rms_norm"]
+# of 8-bit numbers in products: none of them, or by the maximum of the tensor at hand
+Scaling = Literal["none", "current"]
 PositionKind = Literal["learned", "rotary", "alibi", "none"]
 
 
@@ -30,6 +32,16 @@ class AttentionConfig(Config):
     """Factor of scores (none: 1 / sqrt(head dim))."""
     sinks: bool = False
     """A learned logit a head joins each softmax without a value (gpt-oss, 2508.10925)."""
+
+
+class Fp8Config(Config):
+    """Products of 8-bit numbers (2209.05433): e4m3 forward, e5m2 gradients, in attention's projections and MLPs alone.
+
+    All else stays as train.precision says: embedding, head, norms, cores of attention, routers, experts, state spaces.
+    """
+
+    scaling: Scaling = "none"
+    """none: no such products; current: each tensor is scaled by its own maximum, over the whole microbatch."""
 
 
 class LatentConfig(Config):

@@ -4,12 +4,13 @@ Each device makes the latents of its own part of the sequence, and only these tr
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxtron.layers.attention import HEADS, Core, CoreFunction, KeyValues
-from jaxtron.layers.config import LatentConfig
+from jaxtron.layers.config import LatentConfig, Scaling
 from jaxtron.layers.inputs import LayerInputs, dropout
 from jaxtron.layers.linear import Linear
 from jaxtron.layers.norm import Norm
@@ -40,23 +41,25 @@ class LatentAttention(nnx.Module):
         output_std: float,
         dropout: float,
         rngs: nnx.Rngs,
+        scaling: Scaling = "none",
     ) -> None:
         self.rank, self.plain, self.rotated = config.kv_lora_rank, config.qk_nope_head_dim, rotated
         self.core = core
         self.dropout = dropout
         queries = config.q_lora_rank
+        given: Any = {"std": std, "rngs": rngs, "scaling": scaling}
         stream, heads = {"embed": embed}, {"heads": num_heads}
-        self.query_down = Linear(stream, {"latent": queries}, bias=bias, std=std, rngs=rngs) if queries else None
+        self.query_down = Linear(stream, {"latent": queries}, bias=bias, **given) if queries else None
         self.query_norm = norm(queries) if queries else None
         # as of other matrices, what ZeRO shares of those from latents is their input
-        self.query = Linear(
-            {"embed": queries or embed}, {**heads, "head_dim": config.key_dim}, bias=False, std=std, rngs=rngs
-        )
-        self.down = Linear(stream, {"latent": self.rank + config.qk_rope_head_dim}, bias=bias, std=std, rngs=rngs)
+        self.query = Linear({"embed": queries or embed}, {**heads, "head_dim": config.key_dim}, bias=False, **given)
+        self.down = Linear(stream, {"latent": self.rank + config.qk_rope_head_dim}, bias=bias, **given)
         self.norm = norm(self.rank)
         both = self.plain + config.v_head_dim
-        self.up = Linear({"embed": self.rank}, {**heads, "head_dim": both}, bias=False, std=std, rngs=rngs)
-        self.output = Linear({**heads, "head_dim": config.v_head_dim}, stream, bias=bias, std=output_std, rngs=rngs)
+        self.up = Linear({"embed": self.rank}, {**heads, "head_dim": both}, bias=False, **given)
+        self.output = Linear(
+            {**heads, "head_dim": config.v_head_dim}, stream, bias=bias, std=output_std, rngs=rngs, scaling=scaling
+        )
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
         attended = self.core(*self._heads(x, inputs), None, None, inputs)

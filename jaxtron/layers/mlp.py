@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtron.layers.config import GATED, Activation
+from jaxtron.layers.config import GATED, Activation, Scaling
 from jaxtron.layers.inputs import LayerInputs, dropout
-from jaxtron.layers.linear import Linear
+from jaxtron.layers.linear import Linear, whole_sequence
 from jaxtron.layers.saved import checkpoint_inputs
-from jaxtron.sharding.rules import constrain
 from jaxtron.typing import Array, Float
 
 
@@ -56,20 +55,20 @@ class Mlp(nnx.Module):
         output_std: float,
         dropout: float,
         rngs: nnx.Rngs,
+        scaling: Scaling = "none",
     ) -> None:
         self.activation: Activation = activation
         self.dropout = dropout
         outputs = {"gate": 2, "mlp": mlp} if activation in GATED else {"mlp": mlp}
-        self.up = Linear({"embed": embed}, outputs, bias=bias, std=std, rngs=rngs)
-        self.down = Linear({"mlp": mlp}, {"embed": embed}, bias=bias, std=output_std, rngs=rngs)
+        self.up = Linear({"embed": embed}, outputs, bias=bias, std=std, rngs=rngs, scaling=scaling)
+        self.down = Linear({"mlp": mlp}, {"embed": embed}, bias=bias, std=output_std, rngs=rngs, scaling=scaling)
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
         return self.leave(self.enter(x), inputs)
 
     def enter(self, x: Float[Array, "B S E"]) -> Float[Array, "B S *gates F"]:
         """What goes into the activation."""
-        x = constrain(x, "batch", "full_seq", "embed")
-        return self.up(x, *self.entered)
+        return self.up(whole_sequence(x, self.up.scaling), *self.entered)
 
     @property
     def entered(self) -> tuple[str, ...]:

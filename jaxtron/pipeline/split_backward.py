@@ -145,6 +145,9 @@ def _repeated(equations: Sequence[JaxprEqn], again: set[Var]) -> set[Var]:
 def _is_moved(equation: JaxprEqn) -> bool:
     if equation.primitive.name == "shard_map":
         return all(_is_moved(inner) for inner in equation.params["jaxpr"].eqns)
+    if equation.primitive.name == "convert_element_type" and equation.outvars[0].aval.dtype.itemsize == 1:
+        # smaller than what it is made from
+        return False
     return equation.primitive.name in REPEATED
 
 

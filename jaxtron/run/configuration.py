@@ -13,6 +13,7 @@ from pydantic import Field, create_model, model_validator
 from jaxtron.checkpoint.config import CheckpointConfig
 from jaxtron.config import FILE_ENDINGS, Config, NoEffect, UserError, format_value, read_file
 from jaxtron.data.config import DataConfig
+from jaxtron.layers.config import Fp8Config
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.families import DECODER, family_named, family_of
 from jaxtron.models.family import Family
@@ -136,6 +137,11 @@ class Configuration(Config):
                 if (size := getattr(self.mesh, name)) > 1:
                     raise NoEffect(f"mesh.{name}", size, family, f"it has no experts; {self.family.no_experts}")
         # by value: a saved configuration names every field
+        if self.train.precision == "fp16" and isinstance(self.model, ModelConfig) and self.model.fp8 != Fp8Config():
+            raise UserError(
+                f"model.fp8.scaling {self.model.fp8.scaling} with train.precision fp16 scales gradients twice over; "
+                "use --train.precision bf16"
+            )
         tokens = self.train.sample_tokens
         if not self.family.continues_text and tokens not in (0, TrainConfig().sample_tokens):
             raise NoEffect("train.sample_tokens", tokens, family, "it generates no text; leave it out")

@@ -26,9 +26,9 @@ class ModelConfig(DecoderSettings):
     """A decoder-only language model (GPT, Llama, PaLM, BLOOM, Nemotron, ...)."""
 
     FREE: ClassVar[str] = (
-        "attention.implementation attention.deterministic recompute unroll moe.slots moe.jitter moe.balance "
-        "moe.balance_over moe.z_loss moe.capacity_factor moe.drop moe.exchange moe.buckets moe.implementation "
-        "mamba.implementation delta.implementation"
+        "attention.implementation attention.deterministic recompute unroll fp8.scaling moe.slots moe.jitter "
+        "moe.balance moe.balance_over moe.z_loss moe.capacity_factor moe.drop moe.exchange moe.buckets "
+        "moe.implementation mamba.implementation delta.implementation"
     )
     CONTENT: ClassVar[str] = "vocab_multiple"
 

@@ -76,6 +76,7 @@ def _attention(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: n
         output_std=config.output_std,
         dropout=config.dropout,
         rngs=rngs,
+        scaling=config.fp8.scaling,
     )
 
 
@@ -92,6 +93,7 @@ def _latent(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.
         output_std=config.output_std,
         dropout=config.dropout,
         rngs=rngs,
+        scaling=config.fp8.scaling,
     )
 
 
@@ -111,6 +113,7 @@ def _mlp(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rng
         output_std=config.output_std,
         dropout=config.dropout,
         rngs=rngs,
+        scaling=config.fp8.scaling,
     )
 
 

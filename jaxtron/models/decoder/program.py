@@ -6,7 +6,9 @@ from dataclasses import replace
 import jax
 from flax import nnx
 
+from jaxtron.config import UserError
 from jaxtron.data.batch import TokenBatch
+from jaxtron.gpus import has_fp8
 from jaxtron.kernels.gated_delta import backend as gated_delta
 from jaxtron.kernels.selective_scan import backend as selective_scan
 from jaxtron.layers.config import GATED
@@ -112,7 +114,16 @@ def update_buffers(
 
 
 def choices(config: ModelConfig, dtype: DTypeLike, rows: int, length: int) -> tuple[str, ...]:
-    """What computes scans; how tokens get to experts, and what multiplies them."""
+    """What computes scans; how tokens get to experts, and what multiplies them.
+
+    `UserError` where products of 8-bit numbers are asked of devices that have none.
+    """
+    scaling, kind_of_device = config.fp8.scaling, current().device_kind
+    if scaling != "none" and not has_fp8(kind_of_device):
+        raise UserError(
+            f"model.fp8.scaling {scaling}: {kind_of_device} has no products of 8-bit numbers, which Hopper has; "
+            "set --model.fp8.scaling none"
+        )
     kinds = {kind.symbol for kind in config.kinds}
     scans = (select_scan(config.mamba, mamba2_heads(config), dtype).reason,) if MAMBA.symbol in kinds else ()
     for kind, backend, named in (

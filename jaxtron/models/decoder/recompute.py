@@ -14,9 +14,14 @@ PRODUCTS = frozenset({"dot_general"})
 NAMES = frozenset({SAVED, OUT, STATISTICS})
 
 
-def keep_products(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Checkpoint policy of a layer: keep matrix products, and what was named to be saved."""
-    return primitive.name in PRODUCTS or (primitive.name == "name" and params["name"] in NAMES)
+def keep_products(primitive: Any, *operands: Any, **params: Any) -> bool:
+    """Checkpoint policy of a layer: keep matrix products, and what was named to be saved.
+
+    A product of 8-bit numbers is not kept by itself: what is made of it is, with its scale.
+    """
+    if primitive.name in PRODUCTS:
+        return operands[0].dtype.itemsize > 1
+    return primitive.name == "name" and params["name"] in NAMES
 
 
 def region(name: str, recomputed: frozenset[str], function: Callable) -> Callable:

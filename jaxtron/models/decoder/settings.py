@@ -5,7 +5,16 @@ import math
 from pydantic import Field
 
 from jaxtron.config import UserError
-from jaxtron.layers.config import GATED, Activation, AttentionConfig, LatentConfig, NormKind, PositionKind, RotaryConfig
+from jaxtron.layers.config import (
+    GATED,
+    Activation,
+    AttentionConfig,
+    Fp8Config,
+    LatentConfig,
+    NormKind,
+    PositionKind,
+    RotaryConfig,
+)
 from jaxtron.layers.moe.config import MoeConfig
 from jaxtron.layers.ssm.config import DeltaConfig, MambaConfig
 from jaxtron.models.family import FamilyConfig
@@ -80,6 +89,8 @@ class DecoderSettings(FamilyConfig):
     """State-space layers, `M` and `m`."""
     delta: DeltaConfig = DeltaConfig()
     """Gated delta nets, `G`."""
+    fp8: Fp8Config = Fp8Config()
+    """Products of 8-bit numbers, for GPUs that have them."""
     z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of log(Z)^2 in the loss (PaLM: 1e-4)."""
 

@@ -1,0 +1,78 @@
+"""What XLA makes of products of 8-bit numbers for Hopper GPUs that are not there."""
+
+from collections import Counter
+
+import pytest
+
+from jaxtron.config import UserError
+from jaxtron.plan.compiled import hlo
+from jaxtron.plan.compiled.rehearsal import Rehearsal, rehearse
+from jaxtron.run.configuration import Configuration
+
+EIGHT_BITS = ("f8e4m3fn", "f8e5m2")
+# one of two layers is compiled: of attention joined projections and those back, of the MLP two
+PRODUCTS = 4
+
+
+def rehearsed(gpu: str = "h100", num_gpus: int = 1, width: int = 512, precision: str = "bf16", **sections) -> Rehearsal:
+    model = {"num_layers": 2, "hidden_size": width, "num_heads": 4, "vocab_size": 1000}
+    given = {
+        "model": model | {"fp8": {"scaling": "current"}} | sections.pop("model", {}),
+        "data": {"sequence_length": 256},
+        "train": {"global_batch": 8, "precision": precision},
+    }
+    return rehearse(Configuration(**given, **sections).resolved(), gpu=gpu, num_gpus=num_gpus)
+
+
+def products(module: hlo.Module) -> Counter[tuple[str, ...]]:
+    """Types of the operands of all products."""
+    found: Counter[tuple[str, ...]] = Counter()
+    for body in module.computations.values():
+        table = {one.name: one for one in body}
+        for one in body:
+            if one.opcode == "dot" or "__cublas$" in one.attributes:
+                found[tuple(table[name].results[0].dtype for name in one.operands[:2])] += 1
+    return found
+
+
+# the second is no multiple of 16
+@pytest.mark.parametrize("width", [512, 4 * 31])
+def test_hopper_multiplies_8_bits_in_layers_and_wide_numbers_in_the_head(width):
+    found = products(rehearsed(width=width).module)
+    forward, gradient = EIGHT_BITS
+    eight = {types: count for types, count in found.items() if set(types) & set(EIGHT_BITS)}
+    assert eight == {
+        (forward, forward): PRODUCTS,
+        (gradient, forward): PRODUCTS,
+        (forward, gradient): PRODUCTS,
+    }, found
+    # logits and the two gradients of the head
+    assert found["bf16", "bf16"] == 3, found
+
+
+def test_without_the_setting_nothing_is_of_8_bits():
+    module = rehearsed(model={"fp8": {"scaling": "none"}}).module
+    assert set(products(module)) == {("bf16", "bf16")}
+    arrays = {array.dtype for body in module.computations.values() for one in body for array in one.results}
+    assert not arrays & set(EIGHT_BITS)
+
+
+def test_layers_are_gathered_over_tensor_as_8_bits():
+    rehearsal = rehearsed(num_gpus=4, mesh={"tensor": 4})
+    sent: Counter[tuple[str, str]] = Counter()
+    for body in rehearsal.module.computations.values():
+        for one in body:
+            if one.operation in ("all-gather", "reduce-scatter") and not one.is_end:
+                # the type of a start has its operands too
+                results = one.results[len(one.operands) :] if one.operation != one.opcode else one.results
+                sent.update((one.operation, array.dtype) for array in results)
+    forward, gradient = EIGHT_BITS
+    # inputs of attention and of the MLP, again in the backward, and gradients of what the two leave
+    assert sent["all-gather", forward] == 4 and sent["all-gather", gradient] == 2, sent
+    # the embedding's gradient, and the head's input with its gradient; partial sums are as wide as the step
+    assert sent["all-gather", "bf16"] == 3 and sent["reduce-scatter", "bf16"] == 6, sent
+
+
+def test_gpus_without_such_products_refuse_them():
+    with pytest.raises(UserError, match="model.fp8.scaling current: NVIDIA A100.* has no products of 8-bit numbers"):
+        rehearsed(gpu="a100")
