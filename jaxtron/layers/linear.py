@@ -1,5 +1,7 @@
 """Linear layers whose parallelism is in the names of their axes."""
 
+import functools
+
 import jax
 from flax import nnx
 from jax.nn import initializers
@@ -79,8 +81,7 @@ def project(
     if scaling != "none":
         return _project_fp8(x, kernel, layout)
     if current().parts("tensor") > 1:
-        contracted = (tuple(range(2, x.ndim)), tuple(range(num_inputs)))
-        return jax.lax.dot_general(x, kernel, (contracted, ((), ())), out_sharding=layout)
+        return save_for_backward(_product(x, kernel, 2, layout))
     rows = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
     contracted = (tuple(range(1, rows.ndim)), tuple(range(num_inputs)))
     y = jax.lax.dot_general(rows, kernel, (contracted, ((), ())), out_sharding=PartitionSpec(layout[0], *layout[2:]))
@@ -103,3 +104,39 @@ def _project_fp8(x: Float[Array, "B S ..."], kernel: Float[Array, "..."], layout
     flat = PartitionSpec(layout[0], *layout[2:])
     y = save_for_backward(fp8.product(rows, kernel, fp8.Form(1, flat, given, flat)))
     return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(
+    x: Float[Array, "..."], kernel: Float[Array, "..."], num_rows: int, layout: PartitionSpec
+) -> Float[Array, "..."]:
+    """`x`, all but its first axes, contracted with the leading axes of `kernel`, laid out so.
+
+    Its backward gathers the cotangent once for both of its products: XLA does so of its own accord only where none of
+    the axes is one long.
+    """
+    contracted = (tuple(range(num_rows, x.ndim)), tuple(range(x.ndim - num_rows)))
+    return jax.lax.dot_general(x, kernel, (contracted, ((), ())), out_sharding=layout)
+
+
+def _product_forward(
+    x: Array, kernel: Array, num_rows: int, layout: PartitionSpec
+) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, kernel, num_rows, layout), (x, kernel)
+
+
+def _product_backward(
+    num_rows: int, layout: PartitionSpec, kept: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+    x, kernel = kept
+    rows, of_x, of_kernel = (tuple(jax.typeof(array).sharding.spec) for array in (x, x, kernel))
+    num_inputs = x.ndim - num_rows
+    cotangent = jax.sharding.reshard(cotangent, PartitionSpec(*rows[:num_rows], *of_kernel[num_inputs:]))
+    outputs = (tuple(range(num_rows, cotangent.ndim)), tuple(range(num_inputs, kernel.ndim)))
+    to_x = jax.lax.dot_general(cotangent, kernel, (outputs, ((), ())), out_sharding=PartitionSpec(*of_x))
+    leading = tuple(range(num_rows))
+    to_kernel = jax.lax.dot_general(x, cotangent, ((leading, leading), ((), ())), out_sharding=PartitionSpec(*of_kernel))
+    return to_x, to_kernel
+
+
+_product.defvjp(_product_forward, _product_backward)

@@ -172,9 +172,13 @@ def _bound(plan: Plan) -> list[str]:
 
     for name, found in sorted(bound.classes.items(), key=lambda item: -item[1].seconds):
         moved = found.read + found.written
-        is_product, done = (True, found.flops) if found.flops else (False, moved)
-        rate = readable_flops(done / found.seconds) if is_product else readable_bytes(done / found.seconds)
-        row(name, found.seconds, readable_bytes(moved), f"{rate.removesuffix('s')}/s", f"{found.launches:,}")
+        if not found.seconds:
+            rate = "hidden"
+        elif found.flops:
+            rate = f"{readable_flops(found.flops / found.seconds).removesuffix('s')}/s"
+        else:
+            rate = f"{readable_bytes(moved / found.seconds).removesuffix('s')}/s"
+        row(name, found.seconds, readable_bytes(moved), rate, f"{found.launches:,}")
     for axes, travel in bound.communication.items():
         rate = f"of {readable_seconds(travel.seconds)}"
         row(f"exposed, {axes}", travel.exposed, f"{readable_bytes(travel.sent)} sent", rate, f"{travel.launches:,}")
