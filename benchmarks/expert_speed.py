@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     config = configure(TrainBenchmark, argv, program="python -m benchmarks.expert_speed", purpose=purpose)
     if config is None:
         return 0
-    start_runtime(config.runtime, devices=config.devices)
+    start_runtime(config.runtime, devices=config.devices, split=config.mesh.split)
     name = next((Path(word).stem for word in argv if word.endswith((".yaml", ".yml"))), "default")
     result = {"benchmark": "expert_speed", "name": name, **measure(config)}
     print(json.dumps(result, indent=1))

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     config = configure(TrainBenchmark, argv, program="python -m benchmarks.train", purpose=purpose)
     if config is None:
         return 0
-    start_runtime(config.runtime, devices=config.devices)
+    start_runtime(config.runtime, devices=config.devices, split=config.mesh.split)
     name = next((Path(word).stem for word in argv if word.endswith((".yaml", ".yml"))), "default")
     output, kind = config.benchmark.output, jax.devices()[0].device_kind
     path = record.destination(output, name, kind) if output else None

@@ -3,7 +3,7 @@
 Its settings are `layers.config.AttentionConfig`, apart because reading a configuration imports no JAX.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from jaxtron.layers.norm import Norm
 from jaxtron.layers.positions import alibi_slopes, rotate
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.collectives import manual_axes
+from jaxtron.sharding.halves import halve, join
 from jaxtron.sharding.parameters import parameter
 from jaxtron.sharding.regions import on_each_device
 from jaxtron.sharding.rules import constrain, current, spec
@@ -101,6 +102,20 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
         attended = self.core(*self._heads(x, inputs), *self._per_head(), inputs)
+        return self._leave(attended, inputs)
+
+    def halves_of_positions(
+        self, halves: Sequence[Float[Array, "B S E"]], inputs: LayerInputs
+    ) -> tuple[Float[Array, "B S E"], ...]:
+        """The same for a sequence whose positions are split (`sharding.halves`): only the core sees it whole."""
+        projected = zip(*(self._project(whole_sequence(x, self.output.scaling)) for x in halves), strict=True)
+        query, key, value = (join(*both, "positions") for both in projected)
+        attended = self.core(*self._turn(query, key, inputs), value, *self._per_head(), inputs)
+        pairs = zip(halve(attended, "positions"), inputs.halves("positions"), strict=True)
+        return tuple(self._leave(half, own) for half, own in pairs)
+
+    def _leave(self, attended: Float[Array, "B S H D"], inputs: LayerInputs) -> Float[Array, "B S E"]:
+        """From the heads back to the stream."""
         y = self.output(attended, "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 
@@ -124,12 +139,18 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B S H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
         """Queries, keys and values."""
         query, key, value = self._project(whole_sequence(x, self.output.scaling))
+        return *self._turn(query, key, inputs), value
+
+    def _turn(
+        self, query: Float[Array, "B S H D"], key: Float[Array, "B S K D"], inputs: LayerInputs
+    ) -> tuple[Float[Array, "B S H D"], Float[Array, "B S K D"]]:
+        """Normed and rotated, where the model does."""
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rotated is not None:
             tables = inputs.rotary[self.rotated]
             query, key = rotate(query, tables), rotate(key, tables)
-        return query, key, value
+        return query, key
 
     def _per_head(self) -> tuple[Float[Array, "H"] | None, Float[Array, "H"] | None]:
         """Slopes and sinks."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtron.kernels import dropout as arithmetic
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.context import part
+from jaxtron.sharding.halves import Split, halve
 from jaxtron.sharding.rules import constrain, current, spec
 from jaxtron.typing import Array, Bool, DTypeLike, Float, Int, Key, UInt
 
@@ -46,6 +47,24 @@ class LayerInputs:
     one's first; none: as if this were the first microbatch."""
     before: Int[Array, ""] | None = None
     """Positions of the sequence that came before these, where layers go on from what they remember of them."""
+    half: int | None = dataclasses.field(default=None, metadata={"static": True})
+    """Which of two halves of the positions these inputs go with; none: the whole."""
+
+    def halves(self, split: Split) -> "tuple[LayerInputs, LayerInputs]":
+        """Of each half of a microbatch its inputs."""
+        if split == "positions":
+            return dataclasses.replace(self, half=0), dataclasses.replace(self, half=1)
+
+        def rows(half: int) -> "LayerInputs":
+            def own(array: Array | None, rank: int) -> Array | None:
+                return array if array is None or array.ndim < rank else halve(array, split)[half]
+
+            # tables of all rows alike have no axis of rows
+            rotary = {size: (own(tables[0], 3), own(tables[1], 3)) for size, tables in self.rotary.items()}
+            given = {name: own(getattr(self, name), 1) for name in ("keys", "segments", "row_weights")}
+            return dataclasses.replace(self, rotary=rotary, **given)
+
+        return rows(0), rows(1)
 
     def fold(self, number: int | Array) -> "LayerInputs":
         """The same inputs with keys of their own for the layer (or the site in it) `number`."""
@@ -74,6 +93,12 @@ def dropout_mask(
     """What dropout leaves of an array of this shape, drawn from each row's own key; None without keys or rate."""
     if rate == 0.0 or inputs.keys is None:
         return None
+    if inputs.half is not None:
+        # of the whole sequence, so that a mask does not depend on how it is split
+        whole = dropout_mask(
+            (shape[0], 2 * shape[1], *shape[2:]), rate, dataclasses.replace(inputs, half=None), *logical
+        )
+        return None if whole is None else halve(whole, "positions")[inputs.half]
     return random_bits(shape, inputs, *logical) >= jnp.uint16(arithmetic.threshold(rate))
 
 

@@ -135,7 +135,9 @@ def _product_backward(
     outputs = (tuple(range(num_rows, cotangent.ndim)), tuple(range(num_inputs, kernel.ndim)))
     to_x = jax.lax.dot_general(cotangent, kernel, (outputs, ((), ())), out_sharding=PartitionSpec(*of_x))
     leading = tuple(range(num_rows))
-    to_kernel = jax.lax.dot_general(x, cotangent, ((leading, leading), ((), ())), out_sharding=PartitionSpec(*of_kernel))
+    to_kernel = jax.lax.dot_general(
+        x, cotangent, ((leading, leading), ((), ())), out_sharding=PartitionSpec(*of_kernel)
+    )
     return to_x, to_kernel
 
 

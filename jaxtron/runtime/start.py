@@ -1,5 +1,7 @@
 """JAX started: all that must happen before it has devices, in the only order that works."""
 
+from collections.abc import Collection
+
 import jax
 
 from jaxtron.gpus import set_pool_fraction
@@ -11,16 +13,17 @@ from jaxtron.runtime.machine import has_driver
 from jaxtron.runtime.xla_flags import set_xla_flags
 
 
-def start_runtime(config: RuntimeConfig, *, devices: int | None = None) -> None:
+def start_runtime(config: RuntimeConfig, *, devices: int | None = None, split: Collection[str] = frozenset()) -> None:
     """Prepares JAX; call once, before anything asks JAX for a device.
 
-    `devices` simulates that many CPU devices in this process. Raises `UserError` for whatever cannot be had.
+    `devices` simulates that many CPU devices in this process; `split` are the flags of the mesh that split anything,
+    for XLA's own. Raises `UserError` for whatever cannot be had.
     """
     if devices is not None:
         simulate_devices(devices)
     if not has_driver():
         prepare_without_driver()
-    set_xla_flags(config, gpu=devices is None and expects_gpu())
+    set_xla_flags(config, gpu=devices is None and expects_gpu(), split=split)
     set_pool_fraction()
     set_compilation_cache(config.compilation_cache)
     initialize_distributed(config)

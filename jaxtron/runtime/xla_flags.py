@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -62,25 +63,44 @@ WRONG_PASSES: dict[tuple[int, int], tuple[str, ...]] = {
 # products again; a factor in hundredths changes it. With that of JAX's pool a step of Llama 3 8B on 8 H100 is bounded
 # by 1.55 s instead of 1.70 (JAX 0.11.2, 2026-11).
 SCHEDULED_FRACTION = 0.8
+# Of a pipeline XLA counts buffers more than once that branches pass on: it may schedule for so much more, and steps of
+# gpt_1t, gpt_530b and Llama 3 70B need no byte more (JAX 0.11.2, 2026-11).
+PIPELINE_FACTOR = 1.3
+# Beside a preset, where mesh.tensor splits layers. Halves of a microbatch (`sharding.halves`) go side by side only
+# while their products and collectives stay apart: XLA would join products of one weight, and small reduce-scatters.
+TENSOR_FLAGS = ("--xla_gpu_dot_merger_threshold_mb=0", "--xla_gpu_reduce_scatter_combine_threshold_bytes=1048576")
 _DISABLE_PASSES = "--xla_disable_hlo_passes"
 _PIPELINING = re.compile(r"xla_gpu_(?:enable_pipelined|pipeline)_(all_gather|all_reduce|reduce_scatter)")
 
 
-def preset_flags(preset: Preset, version: str = jax.__version__) -> tuple[str, ...]:
-    """The flags of a preset for a JAX version, with those that the version always needs."""
+def preset_flags(
+    preset: Preset, version: str = jax.__version__, split: Collection[str] = frozenset()
+) -> tuple[str, ...]:
+    """The flags of a preset for a JAX version, with those that the version always needs.
+
+    `split` are the mesh's flags that split anything: some ask for more.
+    """
     wrong, flags = _nearest(WRONG_PASSES, version), _nearest(XLA_PRESETS[preset], version)
     fixes = (f"{_DISABLE_PASSES}={','.join(wrong)}",) if wrong else ()
-    factor = round(100 * min(1.0, pool_fraction()) / SCHEDULED_FRACTION)
-    return fixes + flags + ((f"--xla_gpu_memory_limit_slop_factor={factor}",) if flags else ())
+    if not flags:
+        return fixes
+    factor = 100 * min(1.0, pool_fraction()) / SCHEDULED_FRACTION * (PIPELINE_FACTOR if "pipe" in split else 1.0)
+    more = TENSOR_FLAGS if "tensor" in split else ()
+    return (*fixes, *flags, f"--xla_gpu_memory_limit_slop_factor={round(factor)}", *more)
 
 
-def gpu_flags(config: RuntimeConfig, inherited: str = "", version: str = jax.__version__) -> tuple[str, str]:
+def gpu_flags(
+    config: RuntimeConfig,
+    inherited: str = "",
+    version: str = jax.__version__,
+    split: Collection[str] = frozenset(),
+) -> tuple[str, str]:
     """What a run on GPUs puts before and after the `inherited` text of XLA_FLAGS, where the last of a name counts.
 
     The environment's and the user's flags win over the preset's; passes that compute wrong are left out all the same.
     """
     given = {_name(word): word.partition("=")[2] for word in [*inherited.split(), *shlex.split(config.xla_flags)]}
-    before = [flag for flag in preset_flags(config.xla_preset, version) if _name(flag) not in given]
+    before = [flag for flag in preset_flags(config.xla_preset, version, split) if _name(flag) not in given]
     after = [config.xla_flags.strip()]
     wrong = _nearest(WRONG_PASSES, version)
     if wrong and _DISABLE_PASSES in given:
@@ -90,16 +110,18 @@ def gpu_flags(config: RuntimeConfig, inherited: str = "", version: str = jax.__v
 
 
 def gpu_options(
-    config: RuntimeConfig, inherited: str | None = None, version: str = jax.__version__
+    config: RuntimeConfig,
+    inherited: str | None = None,
+    version: str = jax.__version__,
+    split: Collection[str] = frozenset(),
 ) -> dict[str, bool | int | str]:
     """The same flags as options of one compilation, for GPUs that this process does not have.
 
     The `inherited` ones (those of XLA_FLAGS unless given) are no part of it: the compiler reads them itself.
     """
     inherited = os.environ.get("XLA_FLAGS", "") if inherited is None else inherited
-    flags = (
-        word.removeprefix("--").partition("=") for word in shlex.split(" ".join(gpu_flags(config, inherited, version)))
-    )
+    words = shlex.split(" ".join(gpu_flags(config, inherited, version, split)))
+    flags = (word.removeprefix("--").partition("=") for word in words)
     return dict(_option(name, text, version) for name, _, text in flags)
 
 
@@ -115,7 +137,9 @@ def refused_option(error: Exception) -> UserError | None:
     )
 
 
-def set_xla_flags(config: RuntimeConfig, *, gpu: bool, cache_directory: Path | None = None) -> None:
+def set_xla_flags(
+    config: RuntimeConfig, *, gpu: bool, split: Collection[str] = frozenset(), cache_directory: Path | None = None
+) -> None:
     """Puts the preset's and the user's flags into XLA_FLAGS, having tried that this jaxlib starts with them.
 
     Raises `UserError` for a flag that it does not know, and for a preset that the run's devices would ignore.
@@ -125,7 +149,7 @@ def set_xla_flags(config: RuntimeConfig, *, gpu: bool, cache_directory: Path | N
             f"runtime.xla_preset {config.xla_preset} is for GPUs and this run has none: set it to auto or none"
         )
     inherited, chosen = os.environ.get("XLA_FLAGS", "").strip(), config.xla_flags.strip()
-    before, after = gpu_flags(config, inherited) if gpu else ("", chosen)
+    before, after = gpu_flags(config, inherited, split=split) if gpu else ("", chosen)
     if not before and not after:
         return
     if inherited and not inherited.startswith("--"):

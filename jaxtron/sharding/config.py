@@ -43,6 +43,11 @@ class MeshConfig(Config):
             raise ValueError(f"only one mesh axis can be -1 (fill), not {filled}")
         return self
 
+    @property
+    def split(self) -> frozenset[str]:
+        """The flags along which there is, or may be, more than one part."""
+        return frozenset(axis for axis in FLAGS if getattr(self, axis) != 1)
+
     def shape(self, num_devices: int, *, more: str = "simulate them: --devices") -> dict[str, int]:
         """Sizes by axis with `-1` filled; a `UserError` if they do not multiply to `num_devices`.
 
@@ -116,3 +121,6 @@ class ShardingConfig(Config):
 
     zero: Zero = "optimizer"
     """What `mesh.data` and `mesh.context` shard (ZeRO): none; optimizer: states and master weights; parameters: all."""
+    overlap_tensor: bool | None = None
+    """Two halves of each microbatch (its rows; of an odd number, positions) go through attention and MLPs side by side:
+    what one sends over mesh.tensor travels while the other multiplies (none: on GPUs, from 2048 tokens a half on)."""

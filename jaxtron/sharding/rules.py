@@ -88,6 +88,8 @@ class Rules:
     outer: tuple[str, ...] = ()
     gather_once: frozenset[str] = frozenset()
     context: ContextConfig = ContextConfig()
+    overlap_tensor: bool | None = None
+    """As `ShardingConfig` has it."""
     stands_for: str | None = None
     """The `jax.Device.device_kind` of what the devices stand for, where a step is traced for others than they are."""
 
@@ -263,6 +265,7 @@ def make_rules(folding: Folding, config: ShardingConfig, context: ContextConfig 
         outer=outer,
         gather_once=frozenset((*early, *outer)),
         context=context or ContextConfig(),
+        overlap_tensor=config.overlap_tensor,
     )
 
 

@@ -19,7 +19,7 @@ def run(config: Configuration, name: str, sampler: Sampler) -> int:
 
     `name` names its directory; the sampler draws the text that a run ends with.
     """
-    start_runtime(config.runtime, devices=config.devices)
+    start_runtime(config.runtime, devices=config.devices, split=config.mesh.split)
     room = partial(out_of_memory_as_user_error, room_advice(config))
     # an error is told before the run is closed, which may need the others
     with leaving_together(), room(), open_run(config, name) as run, leaving_together(), room():

@@ -14,6 +14,7 @@ from jaxtron.plan.compiled.deviceless import gpu_devices
 from jaxtron.runtime.config import RuntimeConfig
 from jaxtron.runtime.xla_flags import (
     JAXLIB,
+    TENSOR_FLAGS,
     XLA_PRESETS,
     gpu_flags,
     gpu_options,
@@ -30,11 +31,12 @@ PIPELINED = ("all_gather", "reduce_scatter", "all_reduce")
 @pytest.mark.parametrize("preset", [preset for preset in XLA_PRESETS if preset != "none"])
 def test_this_jaxlib_starts_with_every_preset(preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false")
-    set_xla_flags(RuntimeConfig(xla_preset=preset), gpu=True, cache_directory=tmp_path)
+    split = {"pipe", "tensor"}
+    set_xla_flags(RuntimeConfig(xla_preset=preset), gpu=True, split=split, cache_directory=tmp_path)
     flags = os.environ["XLA_FLAGS"].split()
     inherited = "--xla_gpu_enable_latency_hiding_scheduler=false"
     # what the user set in the environment wins over the preset
-    assert flags == [*(f for f in preset_flags(preset) if "latency_hiding" not in f), inherited]
+    assert flags == [*(f for f in preset_flags(preset, split=split) if "latency_hiding" not in f), inherited]
 
 
 def test_presets_by_version():
@@ -51,7 +53,16 @@ def test_the_compiler_schedules_for_the_memory_of_the_pool(monkeypatch: pytest.M
     assert "--xla_gpu_memory_limit_slop_factor=115" in preset_flags("auto")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.8")
     assert "--xla_gpu_memory_limit_slop_factor=100" in preset_flags("auto")
-    assert not any("slop_factor" in flag for flag in preset_flags("none"))
+    assert not any("slop_factor" in flag for flag in preset_flags("none", split={"pipe"}))
+    assert "--xla_gpu_memory_limit_slop_factor=130" in preset_flags("auto", split={"pipe", "data"})
+
+
+def test_halves_of_a_microbatch_stay_apart_where_layers_are_split(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert set(preset_flags("auto", split={"tensor"})) - set(preset_flags("auto")) == set(TENSOR_FLAGS)
+    assert not set(TENSOR_FLAGS) & set(preset_flags("none", split={"tensor"}))
+    given = RuntimeConfig(xla_flags="--xla_gpu_dot_merger_threshold_mb=7")
+    assert gpu_options(given, "", split={"tensor"})["xla_gpu_dot_merger_threshold_mb"] == 7
 
 
 def test_flags_are_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -117,7 +128,7 @@ def compile_for_h100(options: dict[str, bool | int | str]) -> None:
 
 @pytest.mark.parametrize("preset", XLA_PRESETS)
 def test_the_compiler_takes_every_preset_as_options(preset):
-    compile_for_h100(gpu_options(RuntimeConfig(xla_preset=preset), ""))
+    compile_for_h100(gpu_options(RuntimeConfig(xla_preset=preset), "", split={"pipe", "tensor"}))
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,16 @@
 """A pattern's residual layers, stacked by period, or by kind where it is mixed, for a loop over them."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxtron.layers.attention import Attention
 from jaxtron.layers.inputs import BranchOutput, LayerInputs
+from jaxtron.layers.mlp import Mlp
 from jaxtron.layers.moe.router import LOAD
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.models.decoder import recompute
@@ -18,6 +20,7 @@ from jaxtron.models.decoder.layers import BUILDERS, Backends, make_norm
 from jaxtron.models.decoder.pattern import Branch
 from jaxtron.models.stacked import stacked
 from jaxtron.pipeline.partition import Partition
+from jaxtron.sharding.halves import Split, halve, join, split_of
 from jaxtron.typing import Array, DTypeLike, Float, PyTree
 
 # of each branch of a layer; none where it remembers nothing
@@ -66,6 +69,21 @@ class Layer(nnx.Module):
             outputs.append(output._replace(x=x))
         return outputs
 
+    def side_by_side(
+        self, halves: tuple[Float[Array, "B S E"], ...], inputs: LayerInputs, split: Split
+    ) -> tuple[Float[Array, "B S E"], ...]:
+        """The stream's halves after all branches, which must be attention and MLPs."""
+        normed = [self.norm(x) for x in halves]
+        for site, name in enumerate(self.names):
+            found = self._region(name, getattr(self, name), _of_halves(split))(normed, inputs.fold(site))
+            halves = tuple(save_for_backward(x + y) for x, y in zip(halves, found, strict=True))
+        return halves
+
+    @property
+    def can_be_halved(self) -> bool:
+        """Whether `side_by_side` serves its branches."""
+        return all(type(getattr(self, name)) in (Attention, Mlp) for name in self.names)
+
     def start(self, rows: int, room: int, dtype: DTypeLike) -> Memories:
         """What its branches remember of sequences that begin, with room for so many positions."""
         modules = (getattr(self, name) for name in self.names)
@@ -87,12 +105,23 @@ class Layer(nnx.Module):
             found.append(memory)
         return x, tuple(found)
 
-    def _region(self, name: str, module: nnx.Module):
+    def _region(self, name: str, module: nnx.Module, call: Callable[..., PyTree] = lambda module, *args: module(*args)):
         if name not in self.recomputed:
-            return module
+            return functools.partial(call, module)
         graph, state = nnx.split(module)
-        run = recompute.region(name, self.recomputed, lambda state, *args: nnx.merge(graph, state)(*args))
+        run = recompute.region(name, self.recomputed, lambda state, *args: call(nnx.merge(graph, state), *args))
         return functools.partial(run, state)
+
+
+def _of_halves(split: Split) -> Callable[..., tuple[Array, ...]]:
+    """What calls a module on the halves of a microbatch."""
+
+    def call(module: nnx.Module, halves: Sequence[Array], inputs: LayerInputs) -> tuple[Array, ...]:
+        if split == "positions" and isinstance(module, Attention):
+            return module.halves_of_positions(halves, inputs)
+        return tuple(module(x, own) for x, own in zip(halves, inputs.halves(split), strict=True))
+
+    return call
 
 
 class Period(nnx.Module):
@@ -108,6 +137,13 @@ class Period(nnx.Module):
 
 def run_layers(layers: Iterable[Layer], x: Float[Array, "B S E"], inputs: LayerInputs) -> BranchOutput:
     """What the last layer leaves, the sum of their losses, and of each metric those of the layers that have it."""
+    layers = list(layers)
+    split = split_of(x) if all(layer.can_be_halved for layer in layers) else None
+    if split is not None:
+        halves = halve(x, split)
+        for number, layer in enumerate(layers):
+            halves = layer.side_by_side(halves, inputs.fold(number), split)
+        return BranchOutput(join(*halves, split), None, {})
     outputs: list[BranchOutput] = []
     for number, layer in enumerate(layers):
         found = layer(x, inputs.fold(number))

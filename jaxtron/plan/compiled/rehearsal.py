@@ -59,7 +59,8 @@ def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: i
         lowered = session.lower_step(trainer.abstract_state(), batch)
         # lines of XLA's C++, which Python does not see
         with collect_stderr() as messages:
-            compiled = _compile(lowered, {**gpu_options(config.runtime), **COMPILER_OPTIONS})
+            options = gpu_options(config.runtime, split=config.mesh.split)
+            compiled = _compile(lowered, {**options, **COMPILER_OPTIONS})
         text, planned = compiled.as_text() or "", memory(compiled)
         module = hlo.parse(text)
         collectives = census(module, session.mesh.shape, session.rules.folding.names)
