@@ -19,7 +19,14 @@ SMALL = 64 * 1024
 
 
 @functools.cache
-def step(zero: str = "optimizer", microbatches: int = 1, trainable: tuple[str, ...] = ("*",), **mesh: int) -> Rehearsal:
+def step(
+    zero: str = "optimizer",
+    microbatches: int = 1,
+    trainable: tuple[str, ...] = ("*",),
+    rows: int = ROWS,
+    overlap: bool = False,
+    **mesh: int,
+) -> Rehearsal:
     shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
     config = Configuration.model_validate(
         {
@@ -33,13 +40,13 @@ def step(zero: str = "optimizer", microbatches: int = 1, trainable: tuple[str, .
             },
             "data": {"sequence_length": LENGTH},
             "train": {
-                "global_batch": ROWS * shards * microbatches,
+                "global_batch": rows * shards * microbatches,
                 "microbatches": microbatches,
                 "precision": "bf16",
                 "trainable": trainable,
             },
             "mesh": {"data": 1, **mesh},
-            "sharding": {"zero": zero},
+            "sharding": {"zero": zero, "overlap_tensor": overlap},
         }
     )
     return rehearse(config, gpu="h100", num_gpus=math.prod(mesh.values()))
@@ -95,20 +102,26 @@ def test_frozen_matrices_are_gathered_where_they_are_used_and_nothing_else() -> 
     assert memory.optimizer == 2 * memory.master_weights + 4 * 3 and memory.gradients == memory.master_weights
 
 
-def test_tensor_parallelism_costs_what_megatron_says() -> None:
-    """2 all-gathers and 2 reduce-scatters a layer forward, 4 and 2 backward (2205.05198 sec. 4.2.2)."""
-    rehearsal = step(tensor=8)
+@pytest.mark.parametrize(
+    ("rows", "overlap"),
+    [(ROWS, False), (1, False), pytest.param(ROWS, True, marks=pytest.mark.slow), (1, True)],
+    ids=["rows", "one row", "halves of rows", "halves of positions"],
+)
+def test_tensor_parallelism_costs_what_megatron_says(rows: int, overlap: bool) -> None:
+    """2 all-gathers and 2 reduce-scatters a layer forward, 4 and 2 backward (2205.05198 sec. 4.2.2): twice as many of
+    halves, and the same bytes."""
+    rehearsal, each = step(tensor=8, rows=rows, overlap=overlap), 2 if overlap else 1
     gathers, scatters = large(rehearsal, "all_gather", "tensor"), large(rehearsal, "reduce_scatter", "tensor")
     in_layers = [entry for entry in gathers if entry.loops]
-    assert arrays([entry for entry in in_layers if not entry.backward]) == 2 * LAYERS
-    assert arrays([entry for entry in in_layers if entry.backward]) == 4 * LAYERS
+    assert arrays([entry for entry in in_layers if not entry.backward]) == 2 * LAYERS * each
+    assert arrays([entry for entry in in_layers if entry.backward]) == 4 * LAYERS * each
     in_layers = [entry for entry in scatters if entry.loops]
-    assert arrays([entry for entry in in_layers if not entry.backward]) == 2 * LAYERS
-    assert arrays([entry for entry in in_layers if entry.backward]) == 2 * LAYERS
+    assert arrays([entry for entry in in_layers if not entry.backward]) == 2 * LAYERS * each
+    assert arrays([entry for entry in in_layers if entry.backward]) == 2 * LAYERS * each
     # outside: the head gathers its input and scatters its gradient, the embedding the other way around
     assert arrays([entry for entry in gathers if not entry.loops]) == 2
     assert arrays([entry for entry in scatters if not entry.loops]) == 2
-    activation = ROWS * LENGTH * HIDDEN * 2
+    activation = rows * LENGTH * HIDDEN * 2
     assert total_bytes(gathers) == (6 * LAYERS + 2) * activation
     assert total_bytes(scatters) == (4 * LAYERS + 2) * activation
     assert not large(rehearsal, "all_reduce", "tensor")

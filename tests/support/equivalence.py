@@ -134,10 +134,16 @@ def make_batch(rows: int = ROWS, packed: bool = False, length: int = LENGTH, mea
     return dataclasses.replace(batch, positions=(np.arange(length) - starts).astype(np.int32), segments=segments)
 
 
-def rules_for(mesh: dict[str, int], zero: str = "optimizer", context: ContextConfig | None = None):
+def rules_for(
+    mesh: dict[str, int],
+    zero: str = "optimizer",
+    context: ContextConfig | None = None,
+    overlap_tensor: bool | None = None,
+):
     # experts' flags are another view of the same devices
     devices = jax.devices()[: math.prod(mesh.get(flag, 1) for flag in FLAGS)]
-    return make_rules(build_mesh(MeshConfig(**{"data": 1, **mesh}), devices), ShardingConfig(zero=zero), context)
+    sharding = ShardingConfig(zero=zero, overlap_tensor=overlap_tensor)
+    return make_rules(build_mesh(MeshConfig(**{"data": 1, **mesh}), devices), sharding, context)
 
 
 def make_trainer(
@@ -214,9 +220,10 @@ def loss_and_gradients(
     length: int = LENGTH,
     mean: float = 5,
     biases: Mapping[str, Any] = NONE_ADDED,
+    overlap_tensor: bool | None = None,
 ) -> Result:
     """`length` and `mean` as in `make_batch`, `biases` as in `make_params`."""
-    with use(rules_for(mesh, zero, context)):
+    with use(rules_for(mesh, zero, context, overlap_tensor)):
         trainer = make_trainer(model, pipeline=pipeline, length=length, microbatches=microbatches, global_batch=rows)
         params = make_params(trainer, biases)
         batch = jax.device_put(make_batch(rows, packed, length, mean), batch_sharding())
