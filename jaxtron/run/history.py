@@ -59,7 +59,7 @@ CHANGES: dict[str, dict[str, str]] = {
     "mesh": {FREE: "data fsdp tensor pipe context expert expert_tensor"},
     "context": {FREE: "method inner"},
     "pipeline": {FREE: "schedule chunks stage_layers overlap embedding_weight loss_weight"},
-    "sharding": {FREE: "zero"},
+    "sharding": {FREE: "zero overlap_tensor"},
     "checkpoint": {FREE: "every keep asynchronous", HERE: "resume initialize_from"},
     "run": {FREE: "log_every print_seconds trackers wandb_project profile_steps", HERE: "directory"},
     "runtime": {
