@@ -58,6 +58,9 @@ class Layer(nnx.Module):
         for symbol, kind in KINDS.items():
             if symbol in branch:
                 setattr(self, kind.module, BUILDERS[symbol](config, kind, backends, rngs))
+        # of 8-bit numbers each half would have a scale of its own
+        are_known = all(isinstance(getattr(self, name), (Attention, Mlp)) for name in self.names)
+        self.can_be_halved = are_known and config.fp8.scaling == "none"
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> list[BranchOutput]:
         """The stream after each branch, with what the branch reports."""
@@ -78,11 +81,6 @@ class Layer(nnx.Module):
             found = self._region(name, getattr(self, name), _of_halves(split))(normed, inputs.fold(site))
             halves = tuple(save_for_backward(x + y) for x, y in zip(halves, found, strict=True))
         return halves
-
-    @property
-    def can_be_halved(self) -> bool:
-        """Whether `side_by_side` serves its branches."""
-        return all(type(getattr(self, name)) in (Attention, Mlp) for name in self.names)
 
     def start(self, rows: int, room: int, dtype: DTypeLike) -> Memories:
         """What its branches remember of sequences that begin, with room for so many positions."""
