@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from jaxtron.config import Config, UserError, load
-from jaxtron.gpus import GPUS, Gpu, gpu_named
+from jaxtron.gpus import GPUS, Gpu, gpu_named, has_fp8
 from jaxtron.models.work.operations import CollectiveKind, FusedKernel, Product
 from jaxtron.sharding.folding import Axes
 
@@ -74,10 +74,11 @@ class Machine(Config):
 
         Bytes are added and not hidden: the first tiles wait for operands and the last ones for their writes. So the
         part of the peak that is reached falls with the size, and with a short contraction. float32 is computed as
-        TF32, at half the peak.
+        TF32, at half the peak, and 8-bit numbers at twice the peak, where the GPU multiplies them.
         """
         gpu = self.datasheet
-        rate = self.product_fraction * gpu.peak_flops * min(1.0, 2.0 / product.width)
+        faster = 2.0 if has_fp8(gpu.device_kind) else 1.0
+        rate = self.product_fraction * gpu.peak_flops * min(faster, 2.0 / product.width)
         moved = product.bytes / (self.memory_fraction * gpu.memory_bandwidth)
         return product.flops / rate + moved + self.kernel_seconds
 

@@ -45,12 +45,14 @@ from jaxtron.models.work.attention import (
 )
 from jaxtron.models.work.blocks import (
     added_up,
+    eight_bits,
     embedding,
     mlp,
     mlp_temporaries,
     norm,
     put_together,
     residual,
+    sent_as_bytes,
     token_head,
 )
 from jaxtron.models.work.experts import ExpertShapes, expert_rows, expert_temporaries, experts
@@ -162,10 +164,17 @@ def _branch(model: ModelConfig, shapes: Shapes, branch: Branch) -> SlotWork:
     """One residual layer: a norm, what reads it, and the residual sum of each."""
     found = norm(shapes, model.hidden_size, gathered=any(LAYER_WORK[symbol].gathers for symbol in branch))
     for symbol in branch:
-        regions = LAYER_WORK[symbol].slots(model, shapes)
-        found += _recomputed(model, shapes, KINDS[symbol], regions)
+        regions, kind = LAYER_WORK[symbol].slots(model, shapes), KINDS[symbol]
+        if _is_of_eight_bits(model, kind):
+            regions = {**regions, kind.module: eight_bits(shapes, model.hidden_size, regions[kind.module])}
+        found += _recomputed(model, shapes, kind, regions)
         found += residual(shapes, model.hidden_size, dropout=model.dropout > 0, scattered=LAYER_WORK[symbol].scatters)
-    return found
+    return sent_as_bytes(found) if all(_is_of_eight_bits(model, KINDS[symbol]) for symbol in branch) else found
+
+
+def _is_of_eight_bits(model: ModelConfig, kind: LayerKind) -> bool:
+    """Whether projections of such layers are products of 8-bit numbers."""
+    return model.fp8.scaling != "none" and "fp8" in kind.fields
 
 
 def _recomputed(model: ModelConfig, shapes: Shapes, kind: LayerKind, regions: RegionWork) -> SlotWork:

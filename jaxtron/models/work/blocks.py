@@ -3,6 +3,8 @@
 Widths are those of a device where `tensor` splits them (of an MLP, heads, a vocabulary), whole elsewhere (`hidden`).
 """
 
+from dataclasses import replace
+
 from jaxtron.models.work.operations import NOTHING, PhaseWork, Product, SlotWork
 from jaxtron.models.work.shapes import FLOAT, MASK_BYTES, Shapes, gather, gathered_weights, over_tensor, scatter
 
@@ -21,6 +23,39 @@ def linear(shapes: Shapes, inputs: float, outputs: float, *, bias: bool = False)
         weight=PhaseWork((Product(inputs, outputs, n, width=width, output_width=8),))
         + (PhaseWork(stream=n * outputs * width, kernels=1) if bias else NOTHING),
     )
+
+
+def eight_bits(shapes: Shapes, hidden: float, work: SlotWork) -> SlotWork:
+    """The same with operands of 8 bits: each is read for its maximum, and again to be rounded to a byte a number.
+
+    Inputs are rounded by the pass that made them, which writes bytes instead; those that a weight's gradient reads too.
+    As wide as the stream a device rounds its own part. Weights are too small beside tokens to count.
+    """
+    bytes_of = {"forward": shapes.width + 1, "backward": 2 * shapes.width + 1, "weight": 1}
+
+    def narrow(slot: str, phase: PhaseWork) -> PhaseWork:
+        stream = 0.0
+        for one in phase.products:
+            # of a weight's gradient the tokens are what is contracted
+            width = one.m if slot == "weight" else one.k
+            tokens = shapes.own_tokens if width == hidden else shapes.tokens
+            stream += bytes_of[slot] * one.count * tokens * width
+        products = tuple(replace(one, width=1) for one in phase.products)
+        kernels = len(products) * (0 if slot == "weight" else 2)
+        return replace(phase, products=products, stream=phase.stream + stream, kernels=phase.kernels + kernels)
+
+    return SlotWork(*(narrow(slot, getattr(work, slot)) for slot in bytes_of))
+
+
+def sent_as_bytes(work: SlotWork) -> SlotWork:
+    """The same with what is gathered over `tensor` sent as 8-bit numbers instead of 16."""
+
+    def narrow(phase: PhaseWork) -> PhaseWork:
+        is_gather = lambda one: one.kind == "all_gather" and one.purpose in ("tensor", "regather")  # noqa: E731
+        sent = (replace(one, size=one.size / 2) if is_gather(one) else one for one in phase.collectives)
+        return replace(phase, collectives=tuple(sent))
+
+    return SlotWork(narrow(work.forward), narrow(work.backward), narrow(work.weight))
 
 
 def mlp(shapes: Shapes, hidden: float, width: float, *, gated: bool = False, bias: bool = False) -> SlotWork:
