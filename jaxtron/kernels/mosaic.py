@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
+from jax.extend.core import jaxpr_as_fun
 
 from jaxtron.kernels.varying import vary_alike
 from jaxtron.typing import Array
@@ -176,20 +177,22 @@ def run_kernel(
     target: Target,
     name: str,
     flops: int,
+    changed: Mapping[str, Array] | None = None,
 ) -> dict[str, Array]:
-    """The outputs by name of a Mosaic GPU kernel, whose body gets all three sorts by their names.
+    """The outputs by name of a Mosaic GPU kernel, whose body gets all sorts by their names.
 
-    None among them is not there. `grid` names the axes of the blocks, `warpgroups` counts those of a block, whose axis
-    is `warpgroup`. The compiled program carries `name` and the most `flops` of its products, which its text does not
-    show.
+    What is `changed` is read and written in place, and comes out too. None among the others is not there. `grid` names
+    the axes of the blocks, `warpgroups` counts those of a block, whose axis is `warpgroup`. The compiled program
+    carries `name` and the most `flops` of its products, which its text does not show.
     """
+    changed = changed or {}
     absent = dict.fromkeys(key for sort in (inputs, outputs, scratch) for key, part in sort.items() if part is None)
     given, made, kept = (
         {key: part for key, part in sort.items() if part is not None} for sort in (inputs, outputs, scratch)
     )
 
     def by_name(*refs: Any) -> None:
-        body(Refs(**absent, **dict(zip((*given, *made, *kept), refs, strict=True))))
+        body(Refs(**absent, **dict(zip((*given, *changed, *made, *kept), refs, strict=True))))
 
     run = plgpu.kernel(
         by_name,
@@ -204,8 +207,23 @@ def run_kernel(
     )
 
     @jax.named_scope(f"mosaic.{name}.flops{flops}")
-    def call(*inputs: Any) -> Any:
+    def call(inputs: list[Any], arrays: list[Array]) -> list[Array]:
+        made = _in_place(run, inputs, arrays) if arrays else run(*inputs)
         # a kernel's outputs are typed as the same on all devices, whatever its inputs are
-        return vary_alike((run(*inputs), inputs))[0]
+        return vary_alike((made, inputs))[0]
 
-    return dict(zip(made, call(*given.values()), strict=True))
+    return dict(zip((*made, *changed), call([*given.values()], [*changed.values()]), strict=True))
+
+
+def _in_place(run: Callable[..., list[Array]], inputs: list[Any], arrays: list[Array]) -> list[Array]:
+    """What a kernel makes of `inputs`, and `arrays` as it leaves them where they are.
+
+    Kernels take no references whose type says that devices differ: it is traced with arrays of which that is not said.
+    """
+
+    def call(inputs: list[Array], arrays: list[Array]) -> list[Array]:
+        places = [jax.new_ref(array) for array in arrays]
+        return [*run(*inputs, *places), *(place[...] for place in places)]
+
+    alike = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (inputs, arrays))
+    return jaxpr_as_fun(jax.make_jaxpr(jax.jit(call))(*alike))(*inputs, *arrays)

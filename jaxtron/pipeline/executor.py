@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtron.kernels.weight_sums.spec import WeightSums
 from jaxtron.pipeline import buffers
 from jaxtron.pipeline.layer_loop import ChunkWork, LayerLoop, StackBuffers
 from jaxtron.pipeline.lowering import Channel, IntTable, Routes, WorkTable, lower
@@ -77,15 +78,17 @@ def run(
     params: Parameters,
     batch: PyTree,
     frozen: Parameters | None = None,
+    weight_sums: WeightSums | None = None,
 ) -> Result:
     """Float32 gradients of the head's and the layers' losses summed over all microbatches, and what these report.
 
     `batch` leaves have leading axes [microbatch, row] and are the same on every stage. `frozen` is like `params` with
-    None where that has a leaf, and the other way round (None: all are trained). Called inside the manual region with
-    varying parameters: nothing is reduced over the batch axes but what gathering weights at use asks for. Gradients and
-    metrics of layers are this stage's own; outer gradients, and sums, are yet to be summed over `pipe`.
+    None where that has a leaf, and the other way round (None: all are trained). `weight_sums` adds gradients of weights
+    as it multiplies (none: XLA does, once they are made). Called inside the manual region with varying parameters:
+    nothing is reduced over the batch axes but what gathering weights at use asks for. Gradients and metrics of layers
+    are this stage's own; outer gradients, and sums, are yet to be summed over `pipe`.
     """
-    executor = _Executor(schedule, stages, model, params, batch, frozen)
+    executor = _Executor(schedule, stages, model, params, batch, frozen, weight_sums)
     state = executor.initial()
     for ticks in tick_loops(executor.lowered):
         state = executor.loop_over(ticks, state)
@@ -118,6 +121,7 @@ class _Executor:
         params: Parameters,
         batch: PyTree,
         frozen: Parameters | None,
+        weight_sums: WeightSums | None = None,
     ) -> None:
         assert schedule.num_chunks == stages.num_chunks and len(model.stacks) == len(stages.partitions)
         self.lowered = lower(schedule, stages.stack_chunks)
@@ -137,6 +141,7 @@ class _Executor:
                 params.stacks[index],
                 None if frozen is None else frozen.stacks[index],
                 self.stage,
+                weight_sums,
             )
             for index, stack in enumerate(model.stacks)
         )

@@ -5,17 +5,19 @@ weights are not among them, and gradients are added in float32 where they are su
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxtron.kernels.weight_sums.spec import WeightSums
 from jaxtron.pipeline import buffers
 from jaxtron.pipeline.model import LayerFunction, LayerOutput, Stream, merge
 from jaxtron.pipeline.residuals import Pullback, split_residuals
 from jaxtron.pipeline.split_backward import SplitBackward, split_backward
+from jaxtron.pipeline.weight_products import OpenBackward, Operands, add_product, open_backward
 from jaxtron.typing import Array, Float, Int, PyTree
 
 
@@ -55,7 +57,7 @@ BackwardCarry = tuple[Stream, PyTree, PyTree]
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("loss", "residuals", "deferred", "metrics"),
-    meta_fields=("pullback", "split"),
+    meta_fields=("pullback", "split", "opened"),
 )
 @dataclass(frozen=True)
 class PreparedLayer:
@@ -75,6 +77,9 @@ class PreparedLayer:
     """From the residuals to the derivative; None where nothing is differentiated."""
     split: SplitBackward | None
     """The derivative in two, where weight gradients are put off."""
+    opened: OpenBackward | None
+    """The derivative, or what was put off of it, without products that are added to sums as they are multiplied; none
+    where all are made first."""
 
 
 @dataclass(frozen=True)
@@ -92,24 +97,27 @@ class LayerLoop:
     """
     recall: Callable[[PyTree, PyTree], PyTree] | None = None
     """As that of the stack."""
+    weight_sums: WeightSums | None = None
+    """What adds products of weight gradients to their sums; none: XLA does, once they are made."""
 
     def prepare(self, stream: Stream, shared: PyTree, *, trains: bool = True, splits: bool = False) -> PreparedLayer:
         """What a layer leaves for its backward, and (`splits`) this for its weight gradients; by types, never run."""
 
         def evaluate(stream: Stream, shared: PyTree) -> PreparedLayer:
             output = self._run(0, stream, shared)
-            return PreparedLayer(output.loss, [], [], output.metrics, None, None)
+            return PreparedLayer(output.loss, [], [], output.metrics, None, None, None)
 
         def trace(stream: Stream, shared: PyTree, so_far: PyTree) -> PreparedLayer:
             output, residuals, pullback = self._differentiate(0, stream, shared, so_far)
-            whole = PreparedLayer(output.loss, residuals, [], output.metrics, pullback, None)
-            if not splits:
-                return whole
+            whole = PreparedLayer(output.loss, residuals, [], output.metrics, pullback, None, None)
             again = (residuals, self._given(0, shared))
+            if not splits:
+                return replace(whole, opened=self._open(partial(_pull, whole), output.stream, again))
             is_deferred = [*self._is_deferred(), *(False for _ in jax.tree.leaves(stream))]
             split = split_backward(partial(_pull, whole), output.stream, again, is_deferred)
             deferred = split.input_grads(output.stream, again)[1]
-            return PreparedLayer(output.loss, residuals, deferred, output.metrics, pullback, split)
+            opened = self._open(split.weight_grads, deferred, again)
+            return PreparedLayer(output.loss, residuals, deferred, output.metrics, pullback, split, opened)
 
         if trains:
             so_far = () if self.recall is None else jax.eval_shape(evaluate, stream, shared).metrics
@@ -234,8 +242,9 @@ class LayerLoop:
         cotangent, accumulators, deferred = carry
         slot = work.first + index
         again = (_as_buffers_lie(work, residuals), self._given(slot, shared))
+        outputs: list[Array | Operands]
         if prepared.split is None:
-            outputs = _pull(prepared, cotangent, again)
+            outputs = (prepared.opened.run if prepared.opened else partial(_pull, prepared))(cotangent, again)
             wanted = [True] * len(self._is_deferred())
         else:
             outputs, kept = prepared.split.input_grads(cotangent, again)
@@ -243,7 +252,7 @@ class LayerLoop:
             deferred = buffers.write(deferred, kept, work.deferred, index)
             wanted = [not later for later in self._is_deferred()]
         num_grads = sum(wanted)
-        accumulators = _add_some(accumulators, outputs[:num_grads], wanted, slot)
+        accumulators = self._add_some(accumulators, outputs[:num_grads], wanted, slot)
         return jax.tree.unflatten(jax.tree.structure(cotangent), outputs[num_grads:]), accumulators, deferred
 
     def weight_grads(
@@ -273,8 +282,38 @@ class LayerLoop:
         assert prepared.split is not None
         slot = work.first + index
         residuals, deferred = _as_buffers_lie(work, kept)
-        gradients = prepared.split.weight_grads(deferred, (residuals, self._given(slot, shared)))
-        return _add_some(accumulators, gradients, self._is_deferred(), slot)
+        run = prepared.opened.run if prepared.opened else prepared.split.weight_grads
+        gradients = run(deferred, (residuals, self._given(slot, shared)))
+        return self._add_some(accumulators, gradients, self._is_deferred(), slot)
+
+    def _open(
+        self, function: Callable[[PyTree, PyTree], list[Array]], inputs: PyTree, again: PyTree
+    ) -> OpenBackward | None:
+        """The function without the products that are added as they are multiplied."""
+        if self.weight_sums is None:
+            return None
+        num_gradients = len(jax.tree.leaves(self.trained))
+        return open_backward(function, inputs, again, num_gradients, self.weight_sums)
+
+    def _add_some(
+        self, accumulators: PyTree, parts: list[Array | Operands], is_given: list[bool], slot: Array | int
+    ) -> PyTree:
+        """The accumulators with `parts` added at the slot to those leaves for which there is one."""
+        leaves, treedef = jax.tree.flatten(accumulators)
+        rest = iter(parts)
+        return jax.tree.unflatten(
+            treedef,
+            [
+                self._add(leaf, next(rest), slot) if given else leaf
+                for leaf, given in zip(leaves, is_given, strict=True)
+            ],
+        )
+
+    def _add(self, total: Array, part: Array | Operands, slot: Array | int) -> Array:
+        if not isinstance(part, Operands):
+            return buffers.add_at(total, part, slot)
+        assert self.weight_sums is not None
+        return add_product(total, part, slot, self.weight_sums)
 
     def _is_deferred(self) -> list[bool]:
         """For each trained parameter, whether its gradient is a product worth putting off: not those of norms."""
@@ -346,13 +385,3 @@ def _pull(prepared: PreparedLayer, cotangent: Stream, again: tuple[list[Array], 
     # a layer's loss is a summand of the differentiated loss
     one = jax.tree.map(lambda loss: loss + 1, buffers.zeros(prepared.loss))
     return jax.tree.leaves(prepared.pullback(residuals, given)((cotangent, one)))
-
-
-def _add_some(accumulators: PyTree, parts: list[Array], is_given: list[bool], slot: Array | int) -> PyTree:
-    """The accumulators with `parts` added at the slot to those leaves for which there is one."""
-    leaves, treedef = jax.tree.flatten(accumulators)
-    rest = iter(parts)
-    added = [
-        buffers.add_at(leaf, next(rest), slot) if given else leaf for leaf, given in zip(leaves, is_given, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, added)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtron.kernels.weight_sums.spec import WeightSums
 from jaxtron.pipeline import buffers
 from jaxtron.pipeline.layer_loop import ChunkWork, LayerLoop, PreparedLayer, StackBuffers, scan
 from jaxtron.pipeline.model import Stack, Stream
@@ -163,7 +164,14 @@ def one_of(number: Array, branches: Sequence[Callable[[PyTree], PyTree]], operan
     return jax.lax.cond(number == 0, first, lambda operand: one_of(number - 1, others, operand), operand)
 
 
-def stack_loop(stack: Stack, partition: Partition, trained: PyTree, frozen: PyTree, stage: Array | int) -> StackLoop:
+def stack_loop(
+    stack: Stack,
+    partition: Partition,
+    trained: PyTree,
+    frozen: PyTree,
+    stage: Array | int,
+    weight_sums: WeightSums | None = None,
+) -> StackLoop:
     """The loop over a stack's layers on one stage, whose parameters these are."""
 
     def here(table: Sequence[int]) -> Array:
@@ -171,14 +179,16 @@ def stack_loop(stack: Stack, partition: Partition, trained: PyTree, frozen: PyTr
         return jnp.asarray(rows)[stage]
 
     if not partition.kinds:
-        return LayerLoop(stack.layer, trained, here(partition.slot_layers), stack.unroll, frozen, stack.recall)
+        return LayerLoop(
+            stack.layer, trained, here(partition.slot_layers), stack.unroll, frozen, stack.recall, weight_sums
+        )
     common = [kind for kind, _ in Counter(partition.kinds).most_common()]
     numbers = {kind: [layer for layer, own in enumerate(partition.kinds) if own == kind] for kind in common}
 
     def loop_of(kind: str) -> LayerLoop:
         layers = [numbers[kind][layer] for layer in partition.by_kind[kind].slot_layers]
         others = None if frozen is None else {kind: frozen[kind]}
-        return LayerLoop(stack.layer, {kind: trained[kind]}, here(layers), 1, others, stack.recall)
+        return LayerLoop(stack.layer, {kind: trained[kind]}, here(layers), 1, others, stack.recall, weight_sums)
 
     slots, places = _slots_of_kinds(partition)
     return MixedLoop(

@@ -9,17 +9,14 @@ done element by element where its operands are smaller or there already (zero-bu
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import jax
-import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import JaxprEqn, Var
 
+from jaxtron.pipeline.jaxprs import bind, evaluate, flat_jaxpr, needed, unique, value
 from jaxtron.typing import Array, PyTree
 
-# calls whose body is run in place, so that one half of it can be put off
-CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr"}
-CALLS |= {"custom_vjp_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
 # run again rather than kept: what they make is larger than what they are made from, or the same in another order
 REPEATED = {"reshard", "all_gather", "transpose", "reshape", "broadcast_in_dim", "squeeze", "convert_element_type"}
 # likewise where what they are made from is smaller to keep, or there again
@@ -58,69 +55,36 @@ def split_backward(
 
     `given` is there again when `weight_grads` runs, so none of it is kept.
     """
-    flat, treedef = jax.tree.flatten((inputs, given))
     num_inputs = len(jax.tree.leaves(inputs))
-    whole = jax.make_jaxpr(lambda *leaves: function(*jax.tree.unflatten(treedef, leaves)))(*flat)
-    closed = jax.make_jaxpr(_inlined(whole))(*flat)
+    closed = flat_jaxpr(function, inputs, given)
     jaxpr = closed.jaxpr
     outputs = list(zip(jaxpr.outvars, is_deferred, strict=True))
     at_once = [var for var, deferred in outputs if not deferred]
     put_off = [var for var, deferred in outputs if deferred]
-    first = _needed(jaxpr.eqns, at_once, stop=set())
+    first = needed(jaxpr.eqns, at_once, stop=set())
     again = set(jaxpr.invars[num_inputs:]) | set(jaxpr.constvars)
     repeated = _repeated(jaxpr.eqns, again)
     made = {var for equation in first for var in equation.outvars if var not in repeated}
-    second = _needed(jaxpr.eqns, put_off, stop=made)
+    second = needed(jaxpr.eqns, put_off, stop=made)
     own = {var for equation in second for var in equation.outvars}
-    kept = _unique(
+    kept = unique(
         var
         for var in [*(v for equation in second for v in equation.invars), *put_off]
         if isinstance(var, Var) and var not in own and var not in again
     )
 
     def input_grads(inputs: PyTree, given: PyTree) -> tuple[list[Array], list[Array]]:
-        values = _evaluate(jaxpr, first, _bind(closed, jax.tree.leaves((inputs, given))))
-        return [_value(values, var) for var in at_once], [values[var] for var in kept]
+        values = evaluate(jaxpr, first, bind(closed, jax.tree.leaves((inputs, given))))
+        return [value(values, var) for var in at_once], [values[var] for var in kept]
 
     def weight_grads(kept_values: list[Array], given: PyTree) -> list[Array]:
         values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
         values |= dict(zip(jaxpr.invars[num_inputs:], jax.tree.leaves(given), strict=True))
         values |= dict(zip(kept, kept_values, strict=True))
-        values = _evaluate(jaxpr, second, values)
-        return [_value(values, var) for var in put_off]
+        values = evaluate(jaxpr, second, values)
+        return [value(values, var) for var in put_off]
 
     return SplitBackward(input_grads, weight_grads)
-
-
-def _inlined(closed: ClosedJaxpr) -> Callable[..., list[Array]]:
-    """The function of a jaxpr with its calls run in place."""
-
-    def run(*arguments: Array) -> list[Array]:
-        values = _bind(closed, arguments)
-        for equation in closed.jaxpr.eqns:
-            body = equation.params.get(CALLS.get(equation.primitive.name, ""))
-            if body is None:
-                values = _evaluate(closed.jaxpr, [equation], values)
-                continue
-            inner = _inlined(body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, ()))
-            results = inner(*(_value(values, var) for var in equation.invars))
-            values |= dict(zip(equation.outvars, results, strict=True))
-        return [_value(values, var) for var in closed.jaxpr.outvars]
-
-    return run
-
-
-def _needed(equations: Sequence[JaxprEqn], outputs: Sequence[Var | Literal], stop: set[Var]) -> list[JaxprEqn]:
-    """The equations that these outputs need, in order, but for those that make what is in `stop`."""
-    wanted = {var for var in outputs if isinstance(var, Var)}
-    found = []
-    for equation in reversed(equations):
-        makes = [var for var in equation.outvars if var in wanted]
-        if not makes or any(var in stop for var in makes):
-            continue
-        found.append(equation)
-        wanted |= {var for var in equation.invars if isinstance(var, Var)}
-    return found[::-1]
 
 
 def _repeated(equations: Sequence[JaxprEqn], again: set[Var]) -> set[Var]:
@@ -133,7 +97,7 @@ def _repeated(equations: Sequence[JaxprEqn], again: set[Var]) -> set[Var]:
         return math.prod(aval.shape) * aval.dtype.itemsize
 
     for equation in equations:
-        inputs = _unique(var for var in equation.invars if isinstance(var, Var))
+        inputs = unique(var for var in equation.invars if isinstance(var, Var))
         kept, whole = sum(cost.get(var, bytes_of(var)) for var in inputs), sum(map(bytes_of, equation.outvars))
         is_cheap = equation.primitive.name in ELEMENTWISE and kept < whole
         if _is_moved(equation) or is_cheap:
@@ -149,36 +113,3 @@ def _is_moved(equation: JaxprEqn) -> bool:
         # smaller than what it is made from
         return False
     return equation.primitive.name in REPEATED
-
-
-def _evaluate(jaxpr: Jaxpr, equations: Sequence[JaxprEqn], values: dict[Var, Array]) -> dict[Var, Array]:
-    """All that the equations make from `values`, and the values."""
-    made = {var for equation in equations for var in equation.outvars}
-    used = _unique(var for equation in equations for var in equation.invars if isinstance(var, Var) and var not in made)
-    results = _unique(var for equation in equations for var in equation.outvars)
-    part = jaxpr.replace(
-        constvars=[],
-        invars=used,
-        outvars=results,
-        eqns=list(equations),
-        debug_info=jaxpr.debug_info.with_unknown_names(),
-    )
-    outputs = jaxpr_as_fun(ClosedJaxpr(part, ()))(*(values[var] for var in used))
-    return {**values, **dict(zip(results, outputs, strict=True))}
-
-
-def _bind(closed: ClosedJaxpr, arguments: Sequence[Array]) -> dict[Var, Array]:
-    jaxpr: Jaxpr = closed.jaxpr
-    return dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *arguments), strict=True))
-
-
-def _value(values: dict[Var, Array], var: Var | Literal) -> Array:
-    if isinstance(var, Var):
-        return values[var]
-    # it may be a number of JAX's own, which is no array
-    aval: Any = var.aval
-    return cast(Array, np.asarray(var.val, aval.dtype))
-
-
-def _unique(variables) -> list[Var]:
-    return list(dict.fromkeys(variables))

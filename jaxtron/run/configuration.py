@@ -13,6 +13,7 @@ from pydantic import Field, create_model, model_validator
 from jaxtron.checkpoint.config import CheckpointConfig
 from jaxtron.config import FILE_ENDINGS, Config, NoEffect, UserError, format_value, read_file
 from jaxtron.data.config import DataConfig
+from jaxtron.kernels.weight_sums.config import Implementation
 from jaxtron.layers.config import Fp8Config
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.families import DECODER, family_named, family_of
@@ -46,6 +47,9 @@ class TrainConfig(Config):
     """Growth of the global batch over the first samples (none: whole from the start)."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Of products and activations; master weights, gradients' sums and the optimizer are float32."""
+    gradient_sums: Implementation = "auto"
+    """What adds the gradients of layers' weights to their sums: mosaic the product that makes them, in float32 (Hopper
+    GPUs, bf16 or fp16), xla a sum after a product in the step's precision; auto takes what the devices have."""
     loss_scale: LossScaleConfig = LossScaleConfig()
     """Dynamic loss scale, only with fp16."""
     validate_every: int = Field(default=100, ge=0)

@@ -46,9 +46,9 @@ CHANGES: dict[str, dict[str, str]] = {
     },
     "train": {
         FIXED: "trainable",
-        FREE: "steps global_batch microbatches batch_ramp precision loss_scale.initial loss_scale.minimum "
-        "loss_scale.growth loss_scale.backoff loss_scale.window loss_scale.hysteresis validate_every "
-        "validation_batches sample_tokens",
+        FREE: "steps global_batch microbatches batch_ramp precision gradient_sums loss_scale.initial "
+        "loss_scale.minimum loss_scale.growth loss_scale.backoff loss_scale.window loss_scale.hysteresis "
+        "validate_every validation_batches sample_tokens",
     },
     "optimizer": {
         FIXED: "name",

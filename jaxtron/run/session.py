@@ -12,6 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtron.checkpoint.layer_order import LayerOrder, layer_order
 from jaxtron.kernels.attention.attention import Implementation
 from jaxtron.kernels.selection import Backend
+from jaxtron.kernels.weight_sums.backend import select_backend
+from jaxtron.kernels.weight_sums.spec import WeightSums
 from jaxtron.models.families import program_of
 from jaxtron.models.program import make_parts
 from jaxtron.run.attention import select_attention
@@ -140,7 +142,9 @@ def _choices(config: Configuration, rules: Rules) -> tuple[str, ...]:
     rows = config.train.global_batch // config.train.microbatches // rules.size(rules.batch)
     with use(rules):
         choose = program_of(config.model).choices
-        return choose(config.model, DTYPES[config.train.precision], rows, config.data.sequence_length)
+        chosen = choose(config.model, DTYPES[config.train.precision], rows, config.data.sequence_length)
+        sums = _weight_sums(config)
+        return chosen if sums.implementation is None else (*chosen, sums.reason)
 
 
 def placed(abstract: PyTree, mesh: Mesh) -> PyTree:
@@ -171,4 +175,13 @@ def make_trainer(
         optimizer=config.optimizer,
         schedule=partial(config.schedule, num_stages),
         seed=config.seed,
+        weight_sums=_weight_sums(config).implementation if trains else None,
     )
+
+
+def _weight_sums(config: Configuration) -> Backend[WeightSums | None]:
+    """For the tokens of a microbatch that a device has."""
+    rows = config.train.global_batch // config.train.microbatches // current().size(current().batch)
+    tokens = max(1, rows * config.data.sequence_length // current().parts("context"))
+    dtype, device_kind = DTYPES[config.train.precision], current().device_kind
+    return select_backend(config.train.gradient_sums, tokens, dtype, device_kind)

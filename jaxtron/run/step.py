@@ -10,6 +10,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtron.data.batch import SEQUENCE, BatchField, map_batch, present
+from jaxtron.kernels.weight_sums.spec import WeightSums
 from jaxtron.models.program import Microbatch, Parts, Program
 from jaxtron.optim.config import OptimizerConfig
 from jaxtron.optim.loss_scale import initial_loss_scale, update_loss_scale
@@ -48,6 +49,8 @@ class Trainer:
     schedule: Callable[[int], Schedule]
     """The table of a step with so many microbatches."""
     seed: int
+    weight_sums: WeightSums | None = None
+    """What adds gradients of weights to their sums; none: XLA."""
 
     @property
     def blueprint(self) -> Blueprint:
@@ -141,7 +144,7 @@ class Trainer:
         microbatches = self.microbatches(weigh(batch, factors), loss_scale=scale)
         table, model = self.schedule(microbatches.rows.shape[0]), self.program.model(self.parts, step_key)
         trained, others = self.trained_and_others(params)
-        result = executor.run(table, self.stages, model, trained, microbatches, others)
+        result = executor.run(table, self.stages, model, trained, microbatches, others, self.weight_sums)
         assert result.gradients is not None, "a table without backwards"
         gradients = reduce_gradients(self.parts.join(result.gradients), self.blueprint.trained)
         gradients = jax.tree.map(lambda gradient: gradient / scale, gradients)

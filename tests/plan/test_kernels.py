@@ -2,6 +2,7 @@
 
 import pytest
 
+from jaxtron.kernels.weight_sums.mosaic import SUM
 from jaxtron.plan.compiled import hlo
 from jaxtron.plan.compiled.kernels import Kernel, Kernels
 
@@ -49,6 +50,21 @@ def test_products_of_other_widths(dtype: str, width: float) -> None:
     line = "f32[4,16] dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
     found = kernel_of(line, operands=operands)
     assert found == Kernel("products", int(width * 160), 4 * SIZE, 1024, width, operations=frozenset({"dot"}))
+
+
+def test_a_sum_of_a_weight_gradient_is_a_product_that_touches_one_of_the_sums() -> None:
+    operands = "".join(
+        f"  %{name} = {kind} parameter({number})\n"
+        for number, (name, kind) in enumerate(
+            {"slot": "s32[1]", "x": "bf16[8,4]", "dy": "bf16[8,16]", "sums": "f32[8,4,16]"}.items()
+        )
+    )
+    line = (
+        'f32[8,4,16] custom-call(%slot, %x, %dy, %sums), custom_call_target="mosaic_gpu_v2", '
+        f'metadata={{op_name="jit(step)/mosaic.{SUM}.flops1024/jit(call)/by_name"}}'
+    )
+    found = kernel_of(line, operands=operands)
+    assert found == Kernel("products", 4 + 2 * 8 * (4 + 16) + 4 * SIZE, 4 * SIZE, 1024)
 
 
 def test_a_library_product_adds_to_a_row_in_place_and_its_room_is_no_result() -> None:

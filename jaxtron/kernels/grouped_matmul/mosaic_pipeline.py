@@ -75,6 +75,8 @@ class Block:
     out_dtype: DTypeLike
     piece: int
     """Columns that leave at a time."""
+    sends: Callable[[Any, Any], None] | None = None
+    """How they leave, from shared memory to their place in global memory; none: copied there."""
 
     @classmethod
     def of(cls, width: int, dtype: DTypeLike, tiles_down: int, blocks: int) -> "Block":
@@ -165,7 +167,8 @@ class Block:
             first = number * self.piece
             shared[...] = made[:, first : first + self.piece].astype(shared.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(shared, tile.result(warpgroup, first, self.piece))
+            send = self.sends or plgpu.copy_smem_to_gmem
+            send(shared, tile.result(warpgroup, first, self.piece))
 
 
 def _copy(refs: Refs, tile_of: Callable[[Any], ResultTile], own: Any) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from jaxtron.kernels.weight_sums.mosaic import SUM
 from jaxtron.layers.context_parallel import ATTENDS
 from jaxtron.plan.compiled import flops, hlo
 
@@ -146,6 +147,10 @@ class Kernels:
             return None
         multiplied = self._multiplied(computation, call)
         if name := _MOSAIC.search(call.attributes):
+            if name[1] == SUM:
+                # of the sums, which stay where they are, one
+                whole = call.results[0]
+                read, written = read - whole.bytes + whole.bytes // whole.shape[0], whole.bytes // whole.shape[0]
             return _ours(name[1], read, written, multiplied)
         if _LIBRARY_PRODUCT in call.attributes:
             first = self._tables[computation][call.operands[0]].results[0]
@@ -263,7 +268,9 @@ class Kernels:
 
 
 def _ours(name: str, read: int, written: int, multiplied: int) -> Kernel:
-    """A kernel of ours by its name; products by expert run at the rate of products."""
+    """A kernel of ours by its name; single products run at the rate of products."""
+    if name == SUM:
+        return Kernel("products", read, written, multiplied)
     what: KernelClass = "attention" if name.startswith("attention") else "other kernels"
     return Kernel(what, read, written, multiplied, is_fused=not name.startswith("grouped"))
 

@@ -1,0 +1,1 @@
+"""Weight gradients added to their sums by the products that make them."""
