@@ -41,7 +41,7 @@ def _more_experts(config: Configuration, sizes: dict[str, int]) -> int | None:
     if experts is None or experts.count[1] % parts:
         return None
     try:
-        refine(sizes, parts, config.mesh.expert_tensor)
+        refine(sizes, parts, config.mesh.expert_tensor, config.mesh.order)
     except UserError:
         return None
     return parts

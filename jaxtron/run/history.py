@@ -56,7 +56,7 @@ CHANGES: dict[str, dict[str, str]] = {
         FREE: "learning_rate schedule warmup_steps decay_steps minimum_learning_rate anneal_steps anneal_style beta1 "
         "beta2 epsilon nesterov weight_decay decay_roles clip_norm",
     },
-    "mesh": {FREE: "data fsdp tensor pipe context expert expert_tensor"},
+    "mesh": {FREE: "data fsdp tensor pipe context expert expert_tensor order"},
     "context": {FREE: "method inner"},
     "pipeline": {FREE: "schedule chunks stage_layers overlap embedding_weight loss_weight"},
     "sharding": {FREE: "zero overlap_tensor"},

@@ -1,13 +1,14 @@
 """The settings of what the devices split (the flags of `mesh`): the batch, sequences, parameters and their state."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from jaxtron.config import Config, NoEffect, UserError
-from jaxtron.sharding.folding import FLAGS, refine
+from jaxtron.config import Config, NoEffect, UserError, format_value
+from jaxtron.sharding.folding import FLAGS, Flag, Refinement, refine
 from jaxtron.words import plural
 
 Method = Literal["ring", "all_gather", "all_to_all", "hierarchical"]
@@ -31,6 +32,8 @@ class MeshConfig(Config):
     """Parts of every layer's experts, over the devices of a stage: from those of a tensor group to those of all."""
     expert_tensor: int = Field(default=1, ge=1)
     """Parts of every expert's width, over neighbours; devices that neither splits have copies of the experts."""
+    order: tuple[Flag, ...] = FLAGS
+    """All five flags, outermost first: devices along the last are neighbours, and fill nodes before those of others."""
 
     @model_validator(mode="after")
     def _check(self) -> "MeshConfig":
@@ -41,6 +44,11 @@ class MeshConfig(Config):
         if list(sizes.values()).count(-1) > 1:
             filled = ", ".join(f"mesh.{axis}" for axis, size in sizes.items() if size == -1)
             raise ValueError(f"only one mesh axis can be -1 (fill), not {filled}")
+        if sorted(self.order) != sorted(FLAGS):
+            raise UserError(
+                f"mesh.order {format_value(self.order)} must have each of {', '.join(FLAGS)} once, outermost first"
+            )
+        self._check_order(sizes)
         return self
 
     @property
@@ -48,12 +56,23 @@ class MeshConfig(Config):
         """The flags along which there is, or may be, more than one part."""
         return frozenset(axis for axis in FLAGS if getattr(self, axis) != 1)
 
+    def _check_order(self, sizes: Mapping[str, int]) -> None:
+        """`NoEffect` where all that `order` moves are flags of one part (-1: not known yet)."""
+        moved = [
+            (outer, inner)
+            for outer, inner in itertools.combinations(FLAGS, 2)
+            if self.order.index(outer) > self.order.index(inner)
+        ]
+        if moved and all(1 in (sizes[outer], sizes[inner]) for outer, inner in moved):
+            alone = {f"mesh.{flag}": 1 for flag in FLAGS if sizes[flag] == 1 and any(flag in pair for pair in moved)}
+            raise NoEffect("mesh.order", self.order, alone)
+
     def shape(self, num_devices: int, *, more: str = "simulate them: --devices") -> dict[str, int]:
-        """Sizes by axis with `-1` filled; a `UserError` if they do not multiply to `num_devices`.
+        """Sizes by flag in `order` with `-1` filled; a `UserError` if they do not multiply to `num_devices`.
 
         `more` is what to type for as many devices as the mesh needs.
         """
-        sizes = {axis: getattr(self, axis) for axis in FLAGS}
+        sizes = {axis: getattr(self, axis) for axis in self.order}
         known = math.prod(size for size in sizes.values() if size != -1)
         text = " x ".join(f"mesh.{axis} {size}" for axis, size in sizes.items() if size != 1) or "mesh.data 1"
         there = f"there {'is' if num_devices == 1 else 'are'} {num_devices:,}"
@@ -69,8 +88,12 @@ class MeshConfig(Config):
                 f"{text} needs {plural(known, 'device')}, {there}; change the mesh, set one axis to -1, or {simulate}"
             )
         # the experts' view of the same devices
-        refine(sizes, self.expert, self.expert_tensor)
+        self.refined(sizes)
         return sizes
+
+    def refined(self, sizes: Mapping[str, int]) -> Refinement:
+        """The axes of a mesh of these sizes by flag, none open; `UserError` where the experts' cuts do not fit."""
+        return refine(sizes, self.expert, self.expert_tensor, self.order)
 
 
 class ContextConfig(Config):

@@ -1,12 +1,13 @@
 """One grid of devices seen two ways: the factors of either view as axes of a mesh that has the cuts of both.
 
-The layers' view is (pipe, data, fsdp, context, tensor), the experts' (pipe, expert_data, expert, expert_tensor), both
-from least to most communication (MoE Parallel Folding, 2504.14960). A factor is named by its setting, its flag.
+The layers' view is (pipe, data, fsdp, context, tensor) unless `mesh.order` says another, the experts' (pipe,
+expert_data, expert, expert_tensor), both from least to most communication (MoE Parallel Folding, 2504.14960). A factor
+is named by its setting, its flag.
 """
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, get_args
 
 from jaxtron.config import UserError
 from jaxtron.words import plural
@@ -14,7 +15,8 @@ from jaxtron.words import plural
 Axes = tuple[str, ...]
 
 # names of settings, not of mesh axes, which are `Rules.axes(flag)`
-FLAGS = ("pipe", "data", "fsdp", "context", "tensor")
+Flag = Literal["pipe", "data", "fsdp", "context", "tensor"]
+FLAGS: tuple[Flag, ...] = get_args(Flag)
 EXPERT_FLAGS = ("expert_data", "expert", "expert_tensor")
 BATCH_FLAGS = ("data", "fsdp")
 # those that may share a parameter and its state: gradients are summed over them
@@ -22,21 +24,24 @@ SHARD_FLAGS = (*BATCH_FLAGS, "context")
 
 
 class Refinement(NamedTuple):
-    """Sizes of the refined axes, outermost first, and the axes that each flag of either view is made of."""
+    """Sizes of the refined axes, outermost first, and the axes that each flag of either view is made of: flags of the
+    layers' view first, outermost first."""
 
     sizes: dict[str, int]
     flags: dict[str, Axes]
 
 
-def refine(sizes: Mapping[str, int], expert: int = 1, expert_tensor: int = 1) -> Refinement:
+def refine(
+    sizes: Mapping[str, int], expert: int = 1, expert_tensor: int = 1, order: Sequence[Flag] = FLAGS
+) -> Refinement:
     """The coarsest axes that make up the flags of both views; `UserError` where there are none.
 
-    `sizes` are those of the layers' flags. Devices that are in no part of the experts' view are its `expert_data`.
-    Along the devices of a stage a view is cut at the products of its sizes from the innermost on; the axes are cut at
-    those of both views, so each cut must divide the next. An axis has its flag's name, or `data_0`, `data_1` where the
-    experts' view cuts it.
+    `sizes` are those of the layers' flags, `order` has them outermost first. Devices that are in no part of the
+    experts' view are its `expert_data`. Along the devices of a stage, which need not be neighbours, a view is cut at
+    the products of its sizes from the innermost on; the axes are cut at those of both views, so each cut must divide
+    the next. An axis has its flag's name, or `data_0`, `data_1` where the experts' view cuts it.
     """
-    dense = {flag: sizes[flag] for flag in FLAGS[1:]}
+    dense = {flag: sizes[flag] for flag in order if flag != "pipe"}
     devices = math.prod(dense.values())
     if devices % (expert * expert_tensor):
         asked = _text({"expert": expert, "expert_tensor": expert_tensor})
@@ -54,16 +59,19 @@ def refine(sizes: Mapping[str, int], expert: int = 1, expert_tensor: int = 1) ->
                 f"{inner} and every {outer}, which is not a multiple; change one of the sizes"
             )
     pieces = list(zip(cuts, cuts[1:], strict=False))[::-1]
-    found = {"pipe": sizes["pipe"]}
-    flags: dict[str, Axes] = {"pipe": ("pipe",)}
+    found: dict[str, int] = {}
+    flags: dict[str, Axes] = {}
     names: dict[tuple[int, int], str] = {}
-    for flag, span in ours.items():
-        own = [piece for piece in pieces if _inside(piece, span)]
+    for flag in order:
+        if flag == "pipe":
+            found[flag], flags[flag] = sizes[flag], (flag,)
+            continue
+        own = [piece for piece in pieces if _inside(piece, ours[flag])]
         flags[flag] = tuple(f"{flag}_{number}" for number in range(len(own))) if len(own) > 1 else (flag,)
         found |= zip(flags[flag], [outer // inner for inner, outer in own] or [1], strict=True)
         names |= zip(own, flags[flag], strict=False)
     flags |= {flag: tuple(names[piece] for piece in pieces if _inside(piece, span)) for flag, span in theirs.items()}
-    assert tuple(flags) == (*FLAGS, *EXPERT_FLAGS)
+    assert tuple(flags) == (*order, *EXPERT_FLAGS)
     return Refinement(found, flags)
 
 

@@ -1,4 +1,5 @@
-"""The mesh over the devices, ordered from least to most communication, and which of its axes a flag has."""
+"""The mesh over the devices, ordered from least to most communication or as `mesh.order` says, and which of its axes a
+flag has."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxtron.sharding.config import MeshConfig
-from jaxtron.sharding.folding import FLAGS, Axes, Refinement, refine
+from jaxtron.sharding.folding import FLAGS, Axes, Refinement
 from jaxtron.typing import Device
 
 
@@ -35,7 +36,7 @@ class Folding:
     @property
     def sizes(self) -> dict[str, int]:
         """Sizes by flag of the layers' view, outermost first."""
-        return {flag: self.size(self.flags[flag]) for flag in FLAGS}
+        return {flag: self.size(axes) for flag, axes in self.flags.items() if flag in FLAGS}
 
     def names(self, axes: Axes) -> Axes:
         """What people call these mesh axes: the flags that they make up, and the axes that make up none."""
@@ -59,7 +60,7 @@ class Folding:
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[Device]) -> Folding:
-    """The mesh over `devices` in their given order, all axes `Explicit`; `tensor` takes neighbours."""
+    """The mesh over `devices` in their given order, all axes `Explicit`; the innermost flag takes neighbours."""
     sizes, flags = _refined(config, len(devices))
     grid = np.array(devices).reshape(list(sizes.values()))
     return Folding(Mesh(grid, tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes)), flags)
@@ -73,4 +74,4 @@ def abstract_mesh(config: MeshConfig, num_devices: int) -> Folding:
 
 
 def _refined(config: MeshConfig, num_devices: int) -> Refinement:
-    return refine(config.shape(num_devices), config.expert, config.expert_tensor)
+    return config.refined(config.shape(num_devices))

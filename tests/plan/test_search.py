@@ -11,12 +11,13 @@ import pytest
 from jaxtron.config import UserError, load
 from jaxtron.plan.__main__ import main
 from jaxtron.plan.formula.prediction import predict
-from jaxtron.plan.machine import machine_named
+from jaxtron.plan.machine import Group, axes_group, machine_named
 from jaxtron.plan.plan import Plan
 from jaxtron.plan.search.candidates import LEAST_PART, CandidateLayout, layouts, own_layout
 from jaxtron.plan.search.ranking import ranking_text, write_ranking
 from jaxtron.plan.search.search import MARGIN, SearchResult, compile_best, search
 from jaxtron.run.configuration import Configuration
+from jaxtron.sharding.folding import FLAGS
 from jaxtron.words import readable_bytes
 
 A100, H100 = machine_named("a100"), machine_named("h100")
@@ -120,6 +121,29 @@ def test_attention_over_parts_is_the_configurations_where_it_can_be():
     one = next(layout for layout in layouts(config, 16, 2) if layout.context == 1)
     assert "--context.method ring" in one.flags(config) and "--mesh.context 1" in one.flags(config)
     assert "context 1 instead of 8" in one.differences(own_layout(config, 16))
+
+
+def test_fsdp_is_tried_inside_of_context_where_not_both_lie_in_a_node():
+    base = SMALL + "--data.sequence_length 65536 --train.global_batch 8 --mesh.data 1 --mesh.fsdp 2 --mesh.context 4"
+    config = configuration(base)
+    found = list(layouts(config, 8, 4))
+    inside = [layout for layout in found if layout.order != FLAGS]
+    assert inside and all(one.fsdp > 1 and one.context > 1 for one in inside) and len(set(found)) == len(found)
+    assert {layout.order for layout in layouts(config, 8, 8)} == {FLAGS}
+    one = next(one for one in inside if (one.fsdp, one.context) == (2, 4))
+    assert one.mesh_text == "context 4 x fsdp 2" and "mesh.order context-fsdp instead of fsdp-context" in str(
+        one.differences(own_layout(config, 8))
+    )
+    assert "--mesh.order pipe data context fsdp tensor" in one.flags(config)
+    # what its flags give is its own
+    again = configuration(f"{base} {one.flags(config)}")
+    assert own_layout(again, 8) == one and one in set(layouts(again, 8, 4))
+    # and what crosses nodes is what the order says
+    usual, inner = (
+        [axes_group(layout.config(config).mesh.refined(layout.sizes).sizes, (flag,), 4) for flag in ("fsdp", "context")]
+        for layout in (own_layout(config, 8), one)
+    )
+    assert (usual, inner) == ([Group(2, 1), Group(4, 4)], [Group(2, 2), Group(4, 2)])
 
 
 def test_a_recipe_of_long_sequences_is_its_own_layout():

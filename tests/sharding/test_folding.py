@@ -62,6 +62,23 @@ def test_the_mesh_has_the_cuts_of_both_views_and_no_more(sizes, cut, axes):
     assert shared == [axis for axis, size in found.sizes.items() if size > 1]
 
 
+@pytest.mark.parametrize(("sizes", "cut", "axes"), VIEWS, ids=str)
+@pytest.mark.parametrize("order", [FLAGS, ("data", "pipe", "fsdp", "context", "tensor")], ids="-".join)
+def test_stages_may_be_neighbours_and_experts_lie_as_before(order, sizes, cut, axes):
+    dense = {flag: sizes.get(flag, 1) for flag in FLAGS}
+    found = refine(dense, sizes.get("expert", 1), sizes.get("expert_tensor", 1), order)
+    assert [found.flags[flag] for flag in EXPERT_FLAGS] == axes
+    assert [axis for flag in order for axis in found.flags[flag]] == list(found.sizes)
+
+
+def test_experts_lie_along_the_innermost_of_the_order():
+    sizes = ONE | {"fsdp": 4, "context": 2, "tensor": 2}
+    usual, inside = (refine(sizes, 8, 1, order) for order in (FLAGS, ("pipe", "data", "context", "fsdp", "tensor")))
+    assert usual.flags["expert"] == ("fsdp_1", "context", "tensor") and usual.flags["fsdp"] == ("fsdp_0", "fsdp_1")
+    assert inside.flags["expert"] == ("fsdp", "tensor") and inside.flags["expert_data"] == ("context",)
+    assert list(inside.sizes) == ["pipe", "data", "context", "fsdp", "tensor"]
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

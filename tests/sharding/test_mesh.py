@@ -25,6 +25,47 @@ def test_axes_go_from_least_to_most_communication():
     assert list(mesh.devices[:, 0, 0, 0, 0]) == [jax.devices()[0], jax.devices()[4]]
 
 
+def test_axes_lie_in_the_order_that_is_asked_for():
+    order = ("pipe", "data", "context", "fsdp", "tensor")
+    folding = build_mesh(MeshConfig(data=1, context=2, fsdp=4, order=order), jax.devices())
+    assert folding.mesh.axis_names == order
+    assert list(folding.sizes.items()) == [("pipe", 1), ("data", 1), ("context", 2), ("fsdp", 4), ("tensor", 1)]
+    # neighbours share fsdp
+    assert list(folding.mesh.devices[0, 0, 0, :, 0]) == jax.devices()[:4]
+    assert (folding.axes("fsdp", "context"), folding.manual) == (("fsdp", "context"), order[:4])
+    # stages and tensor may lie anywhere too
+    order = ("tensor", "data", "fsdp", "context", "pipe")
+    folding = build_mesh(MeshConfig(pipe=2, data=2, tensor=2, order=order), jax.devices())
+    assert folding.mesh.devices[:, 0, 0, 0, 0].tolist() == [jax.devices()[0], jax.devices()[4]]
+    assert folding.mesh.devices[0, 0, 0, 0].tolist() == jax.devices()[:2]
+    assert folding.manual == order[1:]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--order pipe data context fsdp",
+            "mesh.order .pipe, data, context, fsdp. must have each of pipe, data, fsdp,",
+        ),
+        ("--order pipe data data fsdp tensor", "must have each of pipe, data, fsdp, context, tensor once"),
+        ("--order pipe data context fsdp expert", "order"),
+        # what moves has one part
+        (
+            "--data 1 --fsdp 8 --order pipe data context fsdp tensor",
+            "mesh.order .* has no effect with mesh.context 1: leave it out",
+        ),
+        ("--data 8 --order fsdp context tensor data pipe", "with mesh.pipe 1 and mesh.fsdp 1 and mesh.context 1 and"),
+    ],
+)
+def test_orders_that_cannot_be(flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        load(MeshConfig, None, flags.split())
+    assert "\n" not in str(error.value)
+    # an open size may be any
+    assert load(MeshConfig, None, "--data 1 --fsdp 8 --context -1 --order pipe data context fsdp tensor".split())
+
+
 @pytest.mark.parametrize(
     ("config", "num_devices", "filled"),
     [

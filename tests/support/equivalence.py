@@ -135,12 +135,12 @@ def make_batch(rows: int = ROWS, packed: bool = False, length: int = LENGTH, mea
 
 
 def rules_for(
-    mesh: dict[str, int],
+    mesh: dict[str, Any],
     zero: str = "optimizer",
     context: ContextConfig | None = None,
     overlap_tensor: bool | None = None,
 ):
-    # experts' flags are another view of the same devices
+    # experts' flags are another view of the same devices, and `order` is none
     devices = jax.devices()[: math.prod(mesh.get(flag, 1) for flag in FLAGS)]
     sharding = ShardingConfig(zero=zero, overlap_tensor=overlap_tensor)
     return make_rules(build_mesh(MeshConfig(**{"data": 1, **mesh}), devices), sharding, context)
@@ -210,7 +210,7 @@ def by_name(tree, trainer: Trainer) -> dict[str, np.ndarray]:
 
 def loss_and_gradients(
     model: ModelConfig,
-    mesh: dict[str, int],
+    mesh: dict[str, Any],
     zero: str,
     microbatches: int,
     pipeline: PipelineConfig = ONE_STAGE,

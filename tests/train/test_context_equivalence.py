@@ -10,6 +10,8 @@ from jaxtron.sharding.config import ContextConfig
 from tests.support.equivalence import MODELS, ONE_DEVICE, SCANNED, Result, assert_equal, changed, loss_and_gradients
 
 TOLERANCE = 1e-5
+FSDP_INSIDE = ("pipe", "data", "context", "fsdp", "tensor")
+STAGES_INSIDE = ("data", "context", "fsdp", "tensor", "pipe")
 SLOW = pytest.mark.slow
 
 
@@ -27,6 +29,7 @@ def one_device(name: str) -> Result:
     [
         pytest.param("llama", {"context": 4, "tensor": 2}, {"method": "ring"}, 1, marks=SLOW),
         ("gpt with dropout", {"context": 2}, {"method": "all_to_all"}, 1),
+        ("llama", {"fsdp": 2, "context": 2, "tensor": 2, "order": FSDP_INSIDE}, {"method": "ring"}, 2),
         pytest.param("gpt with dropout", {"context": 2, "fsdp": 2}, {"method": "ring"}, 2, marks=SLOW),
         pytest.param("llama", {"context": 2, "data": 2, "tensor": 2}, {"method": "all_gather"}, 1, marks=SLOW),
         pytest.param("gpt with dropout", {"context": 2, "tensor": 2}, {"method": "all_to_all"}, 1, marks=SLOW),
@@ -50,6 +53,7 @@ def test_loss_and_every_gradient_equal_one_device(name: str, mesh: dict, context
     [
         ("1f1b", {"pipe": 2, "context": 2, "tensor": 2}),
         pytest.param("zero_bubble", {"pipe": 2, "context": 4}, marks=SLOW),
+        pytest.param("1f1b", {"pipe": 2, "fsdp": 2, "context": 2, "order": STAGES_INSIDE}, marks=SLOW),
     ],
 )
 def test_with_pipelines(schedule: str, mesh: dict):

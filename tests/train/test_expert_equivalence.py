@@ -50,7 +50,7 @@ GROUPED = {"buckets": "device", "implementation": "xla"}
 class Case(NamedTuple):
     """How experts lie, and how a step runs."""
 
-    mesh: dict[str, int]
+    mesh: dict[str, Any]
     routing: str = "dropless"
     zero: str = "optimizer"
     microbatches: int = 1
@@ -73,6 +73,8 @@ QUICK = (Case({"data": 2, "tensor": 4, "expert": 4, "expert_tensor": 2}, "skewed
 OTHERS = (
     Case({"data": 4, "tensor": 2, "expert": 8}, "skewed", microbatches=2, travel={"slots": 0.5}),
     Case({"data": 2, "context": 2, "tensor": 2, "expert": 4}, "skewed", travel=GROUPED),
+    # experts lie along fsdp and tensor
+    Case({"fsdp": 2, "context": 2, "tensor": 2, "expert": 4, "order": ("pipe", "data", "context", "fsdp", "tensor")}),
     Case({"data": 8}, "over a microbatch"),
     Case({"data": 8, "expert": 8}, zero="parameters"),
     Case({"tensor": 8, "expert": 8}, zero="none"),

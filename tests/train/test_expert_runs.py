@@ -24,6 +24,10 @@ OTHERS = {
     "copies": ("--mesh.data", "8"),
     "copies along tensor": ("--mesh.data", "4", "--mesh.tensor", "2", "--mesh.expert", "1"),
     "width split": ("--mesh.data", "4", "--mesh.tensor", "2", "--mesh.expert", "2", "--mesh.expert_tensor", "2"),
+    "another order": (
+        *("--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.context", "2", "--mesh.tensor", "2", "--mesh.expert", "4"),
+        *("--mesh.order", "pipe", "data", "context", "fsdp", "tensor"),
+    ),
     "stages": ("--mesh.pipe", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--mesh.expert", "4"),
 }
 

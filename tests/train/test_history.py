@@ -34,6 +34,11 @@ def changed(old: tuple[str, ...], new: tuple[str, ...]) -> list[str]:
         ("--data.path elsewhere", "content", "data.path python:stdlib -> elsewhere"),
         ("--mesh.tensor 2", "free", "mesh.tensor 1 -> 2"),
         (
+            "--mesh.fsdp 2 --mesh.context 2 --mesh.order pipe data context fsdp tensor",
+            "free",
+            "mesh.order [pipe, data, fsdp, context, tensor] -> [pipe, data, context, fsdp, tensor]",
+        ),
+        (
             "--train.batch_ramp.start 8 --train.batch_ramp.increment 8 --train.batch_ramp.samples 99",
             "free",
             "train.batch_ramp none -> {start: 8, increment: 8, samples: 99}",

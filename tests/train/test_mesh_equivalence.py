@@ -49,6 +49,8 @@ CASES = [
     pytest.param(("palm", SCANNED, {"tensor": 8}, "none", 4), marks=pytest.mark.slow),
     # cut as experts would have it too
     ("llama", SCANNED, {"data": 2, "tensor": 4, "expert": 4, "expert_tensor": 2}, "optimizer", 4),
+    # nothing as it usually lies: neighbours are replicas, and the parts of tensor are farthest apart
+    ("llama", SCANNED, CUBE | {"order": ("tensor", "fsdp", "data", "context", "pipe")}, "optimizer", 1),
 ]
 
 

@@ -51,6 +51,11 @@ COMMON = ("--optimizer.schedule", "constant", "--train.validate_every", "2", "--
         "--mesh.data 2 --mesh.fsdp 2 --mesh.tensor 2",
         pytest.param("--mesh.data 4 --mesh.tensor 2 --sharding.zero parameters", marks=pytest.mark.slow),
         pytest.param("--mesh.fsdp 8", marks=pytest.mark.slow),
+        # both processes have all rows, and each its part of every sequence
+        pytest.param(
+            "--mesh.data 1 --mesh.context 2 --mesh.fsdp 4 --mesh.order pipe data context fsdp tensor",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_two_processes_train_and_resume_as_one(mesh: str, tmp_path: Path):

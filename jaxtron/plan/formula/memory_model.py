@@ -134,10 +134,11 @@ class Estimator:
         """Of all parameters; a `UserError` where one does not divide, or the layers cannot be shared out."""
         stages = sizes["pipe"]
         rows = tuple(count * _chunks(config, stages) for count in self._chunk_layers(config, stages)[0])
-        experts = {"expert": config.mesh.expert, "expert_tensor": config.mesh.expert_tensor}
-        key = (*(sizes[axis] for axis in FLAGS), *experts.values(), config.sharding.zero, rows)
+        mesh = config.mesh.model_copy(update=sizes)
+        # where they lie changes no bytes
+        key = (*(sizes[flag] for flag in FLAGS), mesh.expert, mesh.expert_tensor, config.sharding.zero, rows)
         if key not in self._states:
-            self._states[key] = self._added(_rules(sizes | experts, config.sharding), rows)
+            self._states[key] = self._added(_rules(mesh, config.sharding), rows)
         return self._states[key]
 
     def _added(self, rules: Rules, rows: tuple[int, ...]) -> StateBytes:
@@ -278,9 +279,9 @@ def _parameters(config: Configuration) -> tuple[Parameter, ...]:
     )
 
 
-def _rules(sizes: dict[str, int], config: ShardingConfig) -> Rules:
-    """Of a mesh without devices: rules read nothing but its sizes."""
-    return make_rules(abstract_mesh(MeshConfig(**sizes), math.prod(sizes[flag] for flag in FLAGS)), config)
+def _rules(mesh: MeshConfig, config: ShardingConfig) -> Rules:
+    """Of a mesh without devices, no axis open: rules read nothing but its sizes."""
+    return make_rules(abstract_mesh(mesh, math.prod(getattr(mesh, flag) for flag in FLAGS)), config)
 
 
 def _state(parameter: Parameter, rules: Rules, count: int, dtype: jnp.dtype) -> StateBytes:

@@ -19,7 +19,7 @@ from jaxtron.plan.formula.timer import SlotCost, Timer
 from jaxtron.plan.formula.workload import shapes_of, work_of
 from jaxtron.plan.machine import Machine
 from jaxtron.run.configuration import Configuration
-from jaxtron.sharding.folding import FLAGS, refine
+from jaxtron.sharding.folding import FLAGS
 
 SLOTS: tuple[Slot, ...] = ("forward", "backward", "weight")
 
@@ -67,7 +67,7 @@ def predict(
     config = config.resolved()
     config.check_mesh(sizes)
     shapes = shapes_of(config, sizes, profile, gpu_named(machine.gpu).device_kind)
-    folded = refine(sizes, config.mesh.expert, config.mesh.expert_tensor)
+    folded = config.mesh.refined(sizes)
     timer = Timer(machine, folded, gpus_per_node, profile, config.sharding.zero)
     work = work_of(config, shapes)
     table, walked = _walk(config, sizes["pipe"])

@@ -10,13 +10,13 @@ from jaxtron.models.work.shapes import Shapes
 from jaxtron.run.attention import select_attention
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
-from jaxtron.sharding.folding import EXPERT_FLAGS, refine
+from jaxtron.sharding.folding import EXPERT_FLAGS
 
 
 def shapes_of(config: Configuration, sizes: dict[str, int], profile: Profile, kind: str) -> Shapes:
     """The sizes of a configuration on a mesh of these sizes by axis, of GPUs of this kind (`Gpu.device_kind`)."""
     shards, zero = sizes["data"] * sizes["fsdp"], config.sharding.zero
-    folded = refine(sizes, config.mesh.expert, config.mesh.expert_tensor)
+    folded = config.mesh.refined(sizes)
     view = {flag: math.prod(folded.sizes[axis] for axis in folded.flags[flag]) for flag in EXPERT_FLAGS}
     backends = select_attention(config, sizes["context"], kind).values()
     if profile.attention == "plain" and all(backend.name != "materialized" for backend in backends):

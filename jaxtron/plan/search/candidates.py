@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jaxtron.config import UserError
@@ -12,7 +12,7 @@ from jaxtron.plan.compiled.deviceless import MORE
 from jaxtron.plan.hint import LEAST_PART
 from jaxtron.run.configuration import Configuration
 from jaxtron.sharding.config import ContextConfig, MeshConfig
-from jaxtron.sharding.folding import FLAGS, refine
+from jaxtron.sharding.folding import FLAGS, Flag, refine
 from jaxtron.words import plural
 
 # Rows of a microbatch on a device. More only fill memory: products of so many tokens are large enough.
@@ -25,9 +25,12 @@ TWO_CHUNKS = ("zero_bubble_v", "dualpipe_v")
 MORE_CHUNKS = ("interleaved", "eager_interleaved")
 # those with a forward and a backward of different microbatches at one tick
 PAIRED = ("eager_1f1b", "eager_interleaved", "dualpipe_v")
+Order = tuple[Flag, ...]
+# Instead of the usual order: weights are gathered inside a node, and pieces of keys and values travel between nodes.
+FSDP_INSIDE: Order = ("pipe", "data", "context", "fsdp", "tensor")
 # Settings that a layout decides, by section; of the pipeline an own layout may have more.
 SETTINGS = {
-    "mesh": ("data", "fsdp", "context", "tensor", "pipe", "expert", "expert_tensor"),
+    "mesh": ("data", "fsdp", "context", "tensor", "pipe", "expert", "expert_tensor", "order"),
     "context": ("method", "inner"),
     "pipeline": ("schedule", "chunks", "overlap", "embedding_weight", "loss_weight"),
     "train": ("microbatches",),
@@ -54,11 +57,12 @@ class CandidateLayout:
     """How attention sees the other parts of a sequence, where `context` is above 1."""
     expert: int = 1
     expert_tensor: int = 1
+    order: Order = FLAGS
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The mesh by flag of the layers' view."""
-        return {axis: getattr(self, axis) for axis in FLAGS}
+        """The mesh by flag of the layers' view, outermost first."""
+        return {axis: getattr(self, axis) for axis in self.order}
 
     @property
     def experts(self) -> dict[str, int]:
@@ -80,7 +84,7 @@ class CandidateLayout:
         model = {} if self.recompute is None else {"recompute": self.recompute}
         return base.model_copy(
             update={
-                "mesh": MeshConfig(**self.sizes, **self.experts),
+                "mesh": MeshConfig(**self.sizes, **self.experts, order=self.order),
                 "context": self.attention,
                 "pipeline": self.pipeline,
                 "model": base.model.model_copy(update=model),
@@ -104,6 +108,8 @@ class CandidateLayout:
     def differences(self, other: "CandidateLayout") -> list[str]:
         """What this layout has instead of another, such as `tensor 4 instead of 8`."""
         mine, its = self._words(), other._words()
+        split = [flag for flag in FLAGS if self.sizes[flag] > 1 and other.sizes[flag] > 1]
+        mine["mesh.order"], its["mesh.order"] = ("-".join(sorted(split, key=one.order.index)) for one in (self, other))
         both = [name for name in mine if name in its]
         return [f"{name} {mine[name]} instead of {its[name]}" for name in both if mine[name] != its[name]]
 
@@ -125,7 +131,7 @@ class CandidateLayout:
 
     @property
     def mesh_text(self) -> str:
-        """Such as `tensor 8 x pipe 4`, or `data 8; expert 8`."""
+        """Such as `pipe 4 x tensor 8`, outermost first, or `data 8; expert 8`."""
         views = [
             " x ".join(f"{flag} {part}" for flag, part in view.items() if part > 1)
             for view in (self.sizes, self.experts)
@@ -157,7 +163,8 @@ class CandidateLayout:
 
 
 def layouts(config: Configuration, num_gpus: int, gpus_per_node: int) -> Iterator[CandidateLayout]:
-    """All layouts worth a look: the mesh, schedule, chunks, rows, recompute and ZeRO level, model and batch as given.
+    """All layouts worth a look: the mesh and its order, schedule, chunks, rows, recompute and ZeRO level, model and
+    batch as given.
 
     `tensor` stays inside a node. `sharding.zero parameters` is left out where `mesh.fsdp` does the same: there is no
     `mesh.context` whose devices share the state too.
@@ -174,24 +181,26 @@ def layouts(config: Configuration, num_gpus: int, gpus_per_node: int) -> Iterato
                     if not _feeds(pipeline, pipe, batch // shards // rows):
                         continue
                     for data, fsdp, zero in _shardings(config, shards, context):
-                        sizes = {"pipe": 1, "data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
-                        for (expert, width), recompute in itertools.product(
-                            _foldings(config, sizes, gpus_per_node), recomputes
-                        ):
-                            yield CandidateLayout(
-                                data,
-                                fsdp,
-                                tensor,
-                                pipe,
-                                pipeline,
-                                rows,
-                                recompute,
-                                zero,
-                                context,
-                                attention,
-                                expert,
-                                width,
-                            )
+                        sizes = {"pipe": pipe, "data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+                        for order in _orders(config, sizes, gpus_per_node):
+                            for (expert, width), recompute in itertools.product(
+                                _foldings(config, sizes, order, gpus_per_node), recomputes
+                            ):
+                                yield CandidateLayout(
+                                    data,
+                                    fsdp,
+                                    tensor,
+                                    pipe,
+                                    pipeline,
+                                    rows,
+                                    recompute,
+                                    zero,
+                                    context,
+                                    attention,
+                                    expert,
+                                    width,
+                                    order,
+                                )
 
 
 def own_layout(config: Configuration, num_gpus: int) -> CandidateLayout:
@@ -212,6 +221,7 @@ def own_layout(config: Configuration, num_gpus: int) -> CandidateLayout:
         attention=config.context,
         expert=config.mesh.expert,
         expert_tensor=config.mesh.expert_tensor,
+        order=_distinct((FLAGS, config.mesh.order), sizes)[-1],
     )
 
 
@@ -222,23 +232,42 @@ def _typed(value: object) -> str:
     return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def _foldings(config: Configuration, sizes: dict[str, int], gpus_per_node: int) -> list[tuple[int, int]]:
+def _orders(config: Configuration, sizes: dict[str, int], gpus_per_node: int) -> list[Order]:
+    """The usual order, the configuration's, and `FSDP_INSIDE` where not both fsdp and context lie in a node."""
+    tried = [FLAGS, config.mesh.order]
+    if sizes["fsdp"] * sizes["context"] * sizes["tensor"] > gpus_per_node:
+        tried.append(FSDP_INSIDE)
+    return _distinct(tried, sizes)
+
+
+def _distinct(orders: Sequence[Order], sizes: dict[str, int]) -> list[Order]:
+    """Of orders that put the devices of a mesh of these sizes alike the first."""
+    found: dict[tuple[str, ...], Order] = {}
+    for order in orders:
+        found.setdefault(tuple(flag for flag in order if sizes[flag] > 1), order)
+    return list(found.values())
+
+
+def _foldings(config: Configuration, sizes: dict[str, int], order: Order, gpus_per_node: int) -> list[tuple[int, int]]:
     """Parts of experts and of their width over the devices of a stage, a width inside a node."""
     experts = config.family.experts(config.model)
     if experts is None:
         return [(1, 1)]
-    return _refined(experts.count[1], experts.width[1], tuple(sizes.items()), gpus_per_node)
+    stage = tuple((sizes | {"pipe": 1}).items())
+    return _refined(experts.count[1], experts.width[1], stage, order, gpus_per_node)
 
 
 @functools.lru_cache(maxsize=1024)
-def _refined(count: int, width: int, sizes: tuple[tuple[str, int], ...], gpus_per_node: int) -> list[tuple[int, int]]:
+def _refined(
+    count: int, width: int, sizes: tuple[tuple[str, int], ...], order: Order, gpus_per_node: int
+) -> list[tuple[int, int]]:
     """Those whose cuts of the devices go with the others'."""
     devices = math.prod(size for _, size in sizes)
     found = []
     for expert in _divisors(math.gcd(devices, count)):
         for parts in _divisors(math.gcd(devices // expert, width, gpus_per_node)):
             try:
-                refine(dict(sizes), expert, parts)
+                refine(dict(sizes), expert, parts, order)
             except UserError:
                 continue
             found.append((expert, parts))

@@ -9,6 +9,8 @@ from jaxtron.plan.machine import Machine
 from jaxtron.plan.search.candidates import CandidateLayout
 from jaxtron.run.configuration import Configuration
 
+# sizes by flag, outermost first
+Mesh = tuple[tuple[str, int], ...]
 # parts of experts, and of their width
 Folding = tuple[int, int]
 
@@ -21,7 +23,7 @@ def narrowed(
 
     Timed is one layout of each mesh and folding, for schedule, rows and recomputation hardly change which is faster.
     """
-    firsts: dict[tuple[int, ...], dict[Folding, CandidateLayout]] = {}
+    firsts: dict[Mesh, dict[Folding, CandidateLayout]] = {}
     for layout in found:
         firsts.setdefault(_mesh(layout), {}).setdefault(_folding(layout), layout)
     chosen = {mesh: _chosen(foldings, config, machine, node) for mesh, foldings in firsts.items()}
@@ -47,8 +49,8 @@ def _chosen(
     return {min(seconds, key=lambda one: seconds[one]), min(split, key=lambda one: split[one])}
 
 
-def _mesh(layout: CandidateLayout) -> tuple[int, ...]:
-    return tuple(layout.sizes.values())
+def _mesh(layout: CandidateLayout) -> Mesh:
+    return tuple(layout.sizes.items())
 
 
 def _folding(layout: CandidateLayout) -> Folding:

@@ -204,6 +204,7 @@ def _plain(found: SearchResult, one: Candidate) -> dict[str, Any]:
         "compiled": one.plan is not None,
         "own": found.is_own(one),
         "mesh": layout.sizes | layout.experts,
+        "order": layout.order,
         "context_method": layout.attention.method if layout.context > 1 else None,
         "pipeline": pipeline,
         "rows": layout.rows,
