@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
+from jax.sharding import PartitionSpec
 
 from jaxtron.kernels.attention import materialized, reference
 from jaxtron.kernels.attention.attention import Implementation, attention, missing_feature
@@ -24,7 +25,8 @@ from jaxtron.layers.positions import alibi_slopes, rotate
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.collectives import manual_axes
 from jaxtron.sharding.halves import halve, join
-from jaxtron.sharding.parameters import parameter
+from jaxtron.sharding.layout import Layout
+from jaxtron.sharding.parameters import ParameterSpec, parameter
 from jaxtron.sharding.regions import on_each_device
 from jaxtron.sharding.rules import constrain, current, spec
 from jaxtron.typing import Array, DTypeLike, Float, Int, PyTree, UInt32
@@ -59,7 +61,8 @@ class Attention(nnx.Module):
     """Causal self-attention: projections to heads, the core (`Core`), and the projection back.
 
     Queries and keys/values are stored apart, so that a checkpoint does not depend on the mesh; where key/value heads
-    are split like query heads, the weights are joined by group and one product serves all three.
+    are split like query heads, the weights are joined by group and one product serves all three. A step joins them once
+    (`join_weights`); a module that nobody told to joins them where it runs.
     """
 
     def __init__(
@@ -82,7 +85,9 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
         scaling: Scaling = "none",
     ) -> None:
-        self.num_groups = num_heads // num_kv_heads
+        self.num_groups, self.num_kv_heads = num_heads // num_kv_heads, num_kv_heads
+        self.joined_kernel: nnx.Param | None = nnx.data(None)
+        self.joined_bias: nnx.Param | None = nnx.data(None)
         self.core = core
         self.rotated = rotated
         self.dropout = dropout
@@ -160,16 +165,18 @@ class Attention(nnx.Module):
     def _project(
         self, x: Float[Array, "B S E"]
     ) -> tuple[Float[Array, "B S H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
-        num_kv_heads = self.key.kernel[...].shape[1]
-        if not current().splits("kv_heads", num_kv_heads):
+        if not current().splits("kv_heads", self.num_kv_heads):
             return self._project_shared(x)
         groups = self.num_groups
         logical = ("batch", "full_seq", "kv_heads", "group", "head_dim")
-        joined = project(x, self._join("kernel"), logical, self.query.scaling)
-        if self.query.bias is not None:
+        kernel = self._join("kernel") if self.joined_kernel is None else self.joined_kernel[...]
+        joined = project(x, kernel, logical, self.query.scaling)
+        if self.joined_bias is not None:
+            joined = joined + self.joined_bias[...].astype(joined.dtype)
+        elif self.query.bias is not None:
             joined = joined + self._join("bias").astype(joined.dtype)
         query = joined[:, :, :, :groups]
-        query = query.reshape(*query.shape[:2], num_kv_heads * groups, query.shape[-1])
+        query = query.reshape(*query.shape[:2], self.num_kv_heads * groups, query.shape[-1])
         return query, joined[:, :, :, groups], joined[:, :, :, groups + 1]
 
     def _join(self, name: str) -> Array:
@@ -180,6 +187,53 @@ class Attention(nnx.Module):
         # its layout is given: a split of the heads into one group would name the mesh axis on the queries instead
         query = jnp.reshape(query, shape, out_sharding=jax.typeof(key).sharding.spec)
         return jnp.concatenate([query, key, value], -2)
+
+    @property
+    def has_joined(self) -> bool:
+        """Whether its weights are joined."""
+        return self.joined_kernel is not None
+
+    def weights_to_join(self) -> tuple[ParameterSpec, ...]:
+        """What `join_weights` makes one array of each kind of; none where they are not multiplied as one."""
+        if not current().splits("kv_heads", self.num_kv_heads):
+            return ()
+        return tuple(
+            getattr(layer, name).get_metadata("spec")
+            for layer in (self.query, self.key, self.value)
+            for name in self._names()
+        )
+
+    def join_weights(self) -> None:
+        """Puts `joined_kernel` and `joined_bias` in the place of the weights of queries, keys and values.
+
+        These may be stacked, with layers in front.
+        """
+        for name in self._names():
+            spec = getattr(self.key, name).get_metadata("spec")
+            shape, lies = list(spec.shape), list(spec.layout.used)
+            shape.insert(-1, self.num_groups + 2)
+            lies.insert(-1, None)
+            layout = Layout(PartitionSpec(*lies), PartitionSpec(*lies), tuple(shape), tuple(shape))
+            spec = replace(spec, axes=(*spec.axes[:-1], "group", spec.axes[-1]), layout=layout)
+            setattr(self, f"joined_{name}", nnx.Param(self._join(name), spec=spec))
+            for layer in (self.query, self.key, self.value):
+                setattr(layer, name, None)
+
+    def part_weights(self) -> None:
+        """The inverse of `join_weights`, of weights or what is like them: only values count in what it makes."""
+        for name in ("kernel", "bias"):
+            if (joined := getattr(self, f"joined_{name}")) is None:
+                continue
+            parts = joined[...]
+            key, value = (parts[..., self.num_groups + place, :] for place in range(2))
+            shape = (*key.shape[:-2], self.num_kv_heads * self.num_groups, key.shape[-1])
+            query = jnp.reshape(parts[..., : self.num_groups, :], shape, out_sharding=jax.typeof(key).sharding.spec)
+            for layer, part in ((self.query, query), (self.key, key), (self.value, value)):
+                setattr(layer, name, nnx.Param(part))
+            setattr(self, f"joined_{name}", None)
+
+    def _names(self) -> tuple[str, ...]:
+        return ("kernel",) if self.query.bias is None else ("kernel", "bias")
 
     def _project_shared(
         self, x: Float[Array, "B S E"]

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from jaxtron.pipeline import executor
 from jaxtron.pipeline.layer_loop import StackBuffers
-from jaxtron.pipeline.model import Parameters, merge
+from jaxtron.pipeline.model import Parameters
 from jaxtron.pipeline.partition import Partition
 from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.run.step import Trainer, batch_spec
@@ -27,10 +27,10 @@ def resident(trainer: Trainer, batch: Any, table: Schedule | None = None) -> tup
     def local(params: PyTree, batch: Any) -> Array:
         microbatches, (trained, others) = trainer.microbatches(batch), trainer.trained_and_others(params)
         schedule = table or trainer.schedule(microbatches.rows.shape[0])
-        model = trainer.program.model(trainer.parts, jax.random.key(0))
+        model = trainer.program.model(trainer.joined, jax.random.key(0))
         held = executor.initial_state(schedule, trainer.stages, model, trained, microbatches, others)
         # types of arrays in the region name axes that no type outside of it can
-        found.append(jax.tree.map(jax.typeof, (merge(trained, others), held)))
+        found.append(jax.tree.map(jax.typeof, (trainer.working(params), held)))
         return jnp.zeros(())
 
     specs = (manual_specs(trainer.blueprint.parameters), batch_spec())

@@ -1,5 +1,6 @@
 """The train step: one manual region for loss and gradients, then the optimizer on global arrays."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtron.data.batch import SEQUENCE, BatchField, map_batch, present
 from jaxtron.kernels.weight_sums.spec import WeightSums
+from jaxtron.models.joined import JoinedParts, joined_parts
 from jaxtron.models.program import Microbatch, Parts, Program
 from jaxtron.optim.config import OptimizerConfig
 from jaxtron.optim.loss_scale import initial_loss_scale, update_loss_scale
@@ -56,6 +58,11 @@ class Trainer:
     def blueprint(self) -> Blueprint:
         """Shapes, layouts and roles of the parameters."""
         return self.parts.blueprint
+
+    @functools.cached_property
+    def joined(self) -> JoinedParts:
+        """The parts that a step computes with: the same with weights joined that are multiplied by as one."""
+        return joined_parts(self.parts, DTYPES[self.config.precision])
 
     @property
     def partitions(self) -> dict[str, Partition]:
@@ -142,11 +149,12 @@ class Trainer:
         # what nothing counts weighs nothing
         factors = {name: jnp.where(count > 0, scale / count, 0.0) for name, count in counts(batch).items()}
         microbatches = self.microbatches(weigh(batch, factors), loss_scale=scale)
-        table, model = self.schedule(microbatches.rows.shape[0]), self.program.model(self.parts, step_key)
+        table, model = self.schedule(microbatches.rows.shape[0]), self.program.model(self.joined, step_key)
         trained, others = self.trained_and_others(params)
         result = executor.run(table, self.stages, model, trained, microbatches, others, self.weight_sums)
         assert result.gradients is not None, "a table without backwards"
-        gradients = reduce_gradients(self.parts.join(result.gradients), self.blueprint.trained)
+        gradients = self.joined.part_weights(self.joined.join(result.gradients))
+        gradients = reduce_gradients(gradients, self.blueprint.trained)
         gradients = jax.tree.map(lambda gradient: gradient / scale, gradients)
         means = jax.tree.map(lambda total: total / scale, _over_all(result.sums))
         return self.program.reported(means) | self._layer_metrics(result.layer_metrics), gradients
@@ -166,9 +174,10 @@ class Trainer:
         return self.parts.split(self.blueprint.working(params, DTYPES[self.config.precision]))
 
     def trained_and_others(self, params: PyTree) -> tuple[Parameters, Parameters]:
-        """`working` parameters in two: those to differentiate, and frozen ones and buffers."""
-        fields = divided(self.blueprint, self.parts.join(self.working(params)))
-        return self.parts.split(fields["params"]), self.parts.split(merge(fields["frozen"], fields["buffers"]))
+        """`working` parameters in two, as `joined` has them: those to differentiate, and frozen ones and buffers."""
+        joined = self.joined
+        fields = divided(joined.blueprint, joined.join_weights(self.parts.join(self.working(params))))
+        return joined.split(fields["params"]), joined.split(merge(fields["frozen"], fields["buffers"]))
 
     def microbatches(
         self, batch: BatchT, num_microbatches: int | None = None, loss_scale: Scalar | None = None
