@@ -388,7 +388,7 @@ def test_each_layer_of_a_period_gets_its_own_row_of_the_load() -> None:
             seen.append(inputs.load[:1].tolist())
             return [BranchOutput(x, None, metrics)]
 
-        return Mock(spec=Layer, side_effect=run)
+        return Mock(spec=Layer, side_effect=run, can_be_halved=False)
 
     load, report = jnp.asarray([[1.0, 2.0], [3.0, 4.0]]), {LOAD: jnp.zeros(2)}
     period = Mock(spec=Period, layers=[layer({}), layer(report), layer({}), layer(report)])
