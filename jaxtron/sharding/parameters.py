@@ -154,12 +154,16 @@ def working_dtype(role: Role, dtype: jnp.dtype) -> jnp.dtype:
 def gather_once(params: PyTree, specs: PyTree, dtype: jnp.dtype) -> PyTree:
     """Working parameters of a step: local, varying, whole over the axes that only the state is sharded on (ZeRO-1).
 
-    They are cast here, once; those gathered at use stay in float32 and are cast on the way, layer by layer.
+    They are cast here, once, and sent as that. Those gathered at use too are float32 again after it, for there
+    their gradients are summed in float32; what they hold is what a cast on the way would make of them.
     """
 
     def gather(value: Array, spec: ParameterSpec) -> Array:
-        wanted = value.dtype if spec.layout.at_use else working_dtype(spec.role, dtype)
-        return all_gather(vary(_block(value, spec.layout)), spec.layout.in_blocks(spec.layout.once), wanted)
+        wanted, gathers = working_dtype(spec.role, dtype), spec.layout.in_blocks(spec.layout.once)
+        if spec.layout.at_use and not gathers:
+            return vary(_block(value, spec.layout))
+        gathered = all_gather(vary(_block(value, spec.layout)), gathers, wanted)
+        return gathered.astype(value.dtype) if spec.layout.at_use else gathered
 
     return jax.tree.map(gather, params, specs)
 

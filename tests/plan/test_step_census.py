@@ -171,6 +171,15 @@ def test_devices_of_a_sequence_share_the_state_too() -> None:
     assert not [entry for entry in once if entry.kind == "all_reduce"]
 
 
+def test_weights_that_fsdp_splits_are_gathered_over_data_in_the_steps_precision() -> None:
+    rehearsal = step("optimizer", data=2, fsdp=4)
+    gathers, scatters = large(rehearsal, "all_gather", "data"), large(rehearsal, "reduce_scatter", "data")
+    assert {entry.dtype for entry in gathers} == {"bf16"} and {entry.dtype for entry in scatters} == {"f32"}
+    assert not any(entry.loops for entry in (*gathers, *scatters))
+    held = matrix_elements(rehearsal) // 4
+    assert (total_bytes(gathers), total_bytes(scatters)) == (2 * held, 4 * held)
+
+
 @pytest.mark.parametrize("axis", ["fsdp", pytest.param("data", marks=pytest.mark.slow)])
 def test_sharded_weights_are_gathered_by_layer_forward_and_backward(axis: str) -> None:
     """ZeRO-3: each matrix gathered twice and its gradient scattered once, for each microbatch; 2 and 4 bytes each."""

@@ -45,20 +45,18 @@ def once(config: Configuration, shapes: Shapes, work: ModelWork, layers: Sequenc
     stacked = sum(count * stack.parameters for count, stack in zip(layers, work.stacks, strict=True))
     shares = sizes["pipe"] if shapes.profile.shares_outer else 1
     local = (stacked + work.outer_parameters / shares) / shapes.gathered
-    # what is gathered again at use stays in float32 until then
-    width = shapes.width if sizes["fsdp"] == 1 else 4
     tables = ()
     experts = _experts_once(config, shapes, work, layers)
     rest = work.outer_parameters / shapes.gathered
     if shares > 1:
         tables = (
             CollectiveWork("reduce_scatter", 4 * rest, "pipe"),
-            CollectiveWork("all_gather", width * rest, "pipe"),
+            CollectiveWork("all_gather", shapes.width * rest, "pipe"),
         )
     elif sizes["pipe"] > 1:
         tables = (CollectiveWork("all_reduce", 4 * rest / (data if zero == "optimizer" else 1), "pipe"),)
     share = zero if data > 1 else "parameters"
-    return experts + _shared("data", local, data, share, width) + Once(0, tables=tables)
+    return experts + _shared("data", local, data, share, shapes.width) + Once(0, tables=tables)
 
 
 def _experts_once(config: Configuration, shapes: Shapes, work: ModelWork, layers: Sequence[int]) -> Once:
