@@ -13,6 +13,7 @@ from jaxtron.plan.__main__ import main as plan
 from jaxtron.plan.compiled.deviceless import gpu_devices
 from jaxtron.runtime.config import RuntimeConfig
 from jaxtron.runtime.xla_flags import (
+    FSDP_FLAGS,
     JAXLIB,
     TENSOR_FLAGS,
     XLA_PRESETS,
@@ -28,10 +29,13 @@ WRONG = "all-gather-to-collective-permute-simplifier"
 PIPELINED = ("all_gather", "reduce_scatter", "all_reduce")
 
 
+SPLITS = pytest.mark.parametrize("split", [{"pipe", "tensor"}, {"fsdp"}], ids=lambda split: "-".join(sorted(split)))
+
+
+@SPLITS
 @pytest.mark.parametrize("preset", [preset for preset in XLA_PRESETS if preset != "none"])
-def test_this_jaxlib_starts_with_every_preset(preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_this_jaxlib_starts_with_every_preset(preset, split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false")
-    split = {"pipe", "tensor"}
     set_xla_flags(RuntimeConfig(xla_preset=preset), gpu=True, split=split, cache_directory=tmp_path)
     flags = os.environ["XLA_FLAGS"].split()
     inherited = "--xla_gpu_enable_latency_hiding_scheduler=false"
@@ -63,6 +67,16 @@ def test_halves_of_a_microbatch_stay_apart_where_layers_are_split(monkeypatch: p
     assert not set(TENSOR_FLAGS) & set(preset_flags("none", split={"tensor"}))
     given = RuntimeConfig(xla_flags="--xla_gpu_dot_merger_threshold_mb=7")
     assert gpu_options(given, "", split={"tensor"})["xla_gpu_dot_merger_threshold_mb"] == 7
+
+
+def test_gradients_of_weights_that_fsdp_splits_travel_by_themselves():
+    plain = set(preset_flags("auto"))
+    for split in ({"fsdp"}, {"data", "fsdp"}):
+        assert set(preset_flags("auto", split=split)) - plain == set(FSDP_FLAGS)
+    assert set(FSDP_FLAGS) < set(preset_flags("auto", split={"pipe", "fsdp"}))
+    assert set(preset_flags("auto", split={"fsdp", "tensor"})) - plain == set(TENSOR_FLAGS)
+    assert set(preset_flags("auto", split={"fsdp", "context"})) == plain
+    assert not set(FSDP_FLAGS) & set(preset_flags("none", split={"fsdp"}))
 
 
 def test_flags_are_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -127,8 +141,9 @@ def compile_for_h100(options: dict[str, bool | int | str]) -> None:
 
 
 @pytest.mark.parametrize("preset", XLA_PRESETS)
-def test_the_compiler_takes_every_preset_as_options(preset):
-    compile_for_h100(gpu_options(RuntimeConfig(xla_preset=preset), "", split={"pipe", "tensor"}))
+@SPLITS
+def test_the_compiler_takes_every_preset_as_options(preset, split):
+    compile_for_h100(gpu_options(RuntimeConfig(xla_preset=preset), "", split=split))
 
 
 @pytest.mark.parametrize(
