@@ -114,7 +114,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B S E"], ...]:
         """The same for a sequence whose positions are split (`sharding.halves`): only the core sees it whole."""
         projected = zip(*(self._project(whole_sequence(x, self.output.scaling)) for x in halves), strict=True)
-        query, key, value = (join(*both, "positions") for both in projected)
+        query, key, value = (join(first, second, "positions") for first, second in projected)
         attended = self.core(*self._turn(query, key, inputs), value, *self._per_head(), inputs)
         pairs = zip(halve(attended, "positions"), inputs.halves("positions"), strict=True)
         return tuple(self._leave(half, own) for half, own in pairs)

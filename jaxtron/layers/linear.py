@@ -81,7 +81,7 @@ def project(
     if scaling != "none":
         return _project_fp8(x, kernel, layout)
     if current().parts("tensor") > 1:
-        return save_for_backward(_product(x, kernel, 2, layout))
+        return save_for_backward(_product(x, kernel, layout))
     rows = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
     contracted = (tuple(range(1, rows.ndim)), tuple(range(num_inputs)))
     y = jax.lax.dot_general(rows, kernel, (contracted, ((), ())), out_sharding=PartitionSpec(layout[0], *layout[2:]))
@@ -106,39 +106,29 @@ def _project_fp8(x: Float[Array, "B S ..."], kernel: Float[Array, "..."], layout
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(
-    x: Float[Array, "..."], kernel: Float[Array, "..."], num_rows: int, layout: PartitionSpec
-) -> Float[Array, "..."]:
-    """`x`, all but its first axes, contracted with the leading axes of `kernel`, laid out so.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Float[Array, "B S ..."], kernel: Float[Array, "..."], layout: PartitionSpec) -> Float[Array, "B S ..."]:
+    """`x`, all but its first two axes, contracted with the leading axes of `kernel`, laid out so.
 
     Its backward gathers the cotangent once for both of its products: XLA does so of its own accord only where none of
     the axes is one long.
     """
-    contracted = (tuple(range(num_rows, x.ndim)), tuple(range(x.ndim - num_rows)))
+    contracted = (tuple(range(2, x.ndim)), tuple(range(x.ndim - 2)))
     return jax.lax.dot_general(x, kernel, (contracted, ((), ())), out_sharding=layout)
 
 
-def _product_forward(
-    x: Array, kernel: Array, num_rows: int, layout: PartitionSpec
-) -> tuple[Array, tuple[Array, Array]]:
-    return _product(x, kernel, num_rows, layout), (x, kernel)
+def _product_forward(x: Array, kernel: Array, layout: PartitionSpec) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, kernel, layout), (x, kernel)
 
 
-def _product_backward(
-    num_rows: int, layout: PartitionSpec, kept: tuple[Array, Array], cotangent: Array
-) -> tuple[Array, Array]:
+def _product_backward(layout: PartitionSpec, kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     x, kernel = kept
-    rows, of_x, of_kernel = (tuple(jax.typeof(array).sharding.spec) for array in (x, x, kernel))
-    num_inputs = x.ndim - num_rows
-    cotangent = jax.sharding.reshard(cotangent, PartitionSpec(*rows[:num_rows], *of_kernel[num_inputs:]))
-    outputs = (tuple(range(num_rows, cotangent.ndim)), tuple(range(num_inputs, kernel.ndim)))
-    to_x = jax.lax.dot_general(cotangent, kernel, (outputs, ((), ())), out_sharding=PartitionSpec(*of_x))
-    leading = tuple(range(num_rows))
-    to_kernel = jax.lax.dot_general(
-        x, cotangent, ((leading, leading), ((), ())), out_sharding=PartitionSpec(*of_kernel)
-    )
-    return to_x, to_kernel
+    of_x, of_kernel = (jax.typeof(array).sharding.spec for array in kept)
+    num_inputs = x.ndim - 2
+    cotangent = jax.sharding.reshard(cotangent, PartitionSpec(*of_x[:2], *of_kernel[num_inputs:]))
+    outputs = (tuple(range(2, cotangent.ndim)), tuple(range(num_inputs, kernel.ndim)))
+    to_x = jax.lax.dot_general(cotangent, kernel, (outputs, ((), ())), out_sharding=of_x)
+    return to_x, jax.lax.dot_general(x, cotangent, (((0, 1), (0, 1)), ((), ())), out_sharding=of_kernel)
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from jaxtron.kernels.weight_sums.spec import WeightSums
 from jaxtron.pipeline.jaxprs import bind, evaluate, flat_jaxpr, needed, value
+from jaxtron.sharding.layout import spec_axes
 from jaxtron.sharding.regions import over_tensor
 from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, Float, PyTree
@@ -141,7 +142,7 @@ class _Product:
         if not self._is_in_order():
             return False
         mesh, spec = current().mesh, self.aval.sharding.spec
-        parts = [math.prod(mesh.shape[axis] for axis in _axes(entry)) for entry in spec]
+        parts = [math.prod(mesh.shape[axis] for axis in axes) for axes in spec_axes(spec)]
         local = [size // count for size, count in zip(self.aval.shape, parts, strict=True)]
         rows = math.prod(self.sides[0].var.aval.shape[: self.num_rows])
         x, cotangent = (
@@ -236,11 +237,11 @@ def _product(var: Var | Literal, makers: Mapping[Var, JaxprEqn]) -> _Product | N
     if any(batch) or tuple(left) != leading or tuple(right) != leading:
         return None
     result: Any = var.aval
-    split = {axis for entry in result.sharding.spec for axis in _axes(entry)}
+    split = {axis for axes in spec_axes(result.sharding.spec) for axis in axes}
     for operand in operands:
         aval: Any = operand.aval
         # rows that are split otherwise than the result leave sums of parts
-        rows = {axis for entry in aval.sharding.spec[:num_rows] for axis in _axes(entry)}
+        rows = {axis for axes in spec_axes(aval.sharding.spec)[:num_rows] for axis in axes}
         if not isinstance(operand, Var) or not rows <= split:
             return None
     places = tuple(side for side in (0, 1) for _ in range(operands[side].aval.ndim - num_rows))
@@ -251,11 +252,6 @@ def _rest(jaxpr: Jaxpr, products: Iterable[_Product], others: Iterable[int]) -> 
     """What other outputs need, and the operands of products."""
     operands = [side.var for product in products for side in product.sides]
     return needed(jaxpr.eqns, [*(jaxpr.outvars[number] for number in others), *operands], stop=set())
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    """Mesh axes over which a dimension is split."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _part(array: Array, *, axis: int, sizes: tuple[int, ...], number: int) -> Array:

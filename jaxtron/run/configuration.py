@@ -140,13 +140,13 @@ class Configuration(Config):
             for name in ("expert", "expert_tensor"):
                 if (size := getattr(self.mesh, name)) > 1:
                     raise NoEffect(f"mesh.{name}", size, family, f"it has no experts; {self.family.no_experts}")
-        # by value: a saved configuration names every field
         if self.train.precision == "fp16" and isinstance(self.model, ModelConfig) and self.model.fp8 != Fp8Config():
             raise UserError(
                 f"model.fp8.scaling {self.model.fp8.scaling} with train.precision fp16 scales gradients twice over; "
                 "use --train.precision bf16"
             )
         tokens = self.train.sample_tokens
+        # by value: a saved configuration names every field
         if not self.family.continues_text and tokens not in (0, TrainConfig().sample_tokens):
             raise NoEffect("train.sample_tokens", tokens, family, "it generates no text; leave it out")
         return self

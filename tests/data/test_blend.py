@@ -5,18 +5,13 @@ import pytest
 
 import jaxtron.data.megatron.blend as blend
 from jaxtron.config import UserError
-from jaxtron.data.megatron import compiled
 from jaxtron.data.megatron.blend import build_blend, build_exhaustive_blend, component_samples, normalize, parse_blend
 
 
-@pytest.fixture(params=["numpy", "numba"])
-def way(request, monkeypatch):
-    """Blends of any length by one of the two."""
-    if request.param == "numpy":
-        monkeypatch.setattr(compiled, "numba", lambda: None)
-    else:
-        pytest.importorskip("numba")
-        monkeypatch.setattr(compiled, "LEAST_PLACES", 0)
+@pytest.fixture
+def way(way, monkeypatch):
+    """Compiled, nothing but the loop makes a blend."""
+    if way == "numba":
         monkeypatch.setattr(blend, "_greedy", None)
 
 

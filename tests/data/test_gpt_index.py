@@ -7,7 +7,6 @@ import pytest
 
 import jaxtron.data.megatron.gpt_index as gpt_index
 from jaxtron.config import UserError
-from jaxtron.data.megatron import compiled
 from jaxtron.data.megatron.gpt_index import build_gpt_index, order_digest
 from jaxtron.data.megatron.indexed import IndexedWriter
 from jaxtron.data.megatron.mock import MockReader
@@ -52,16 +51,6 @@ VECTORS = {
         ("4,0,1,2,3", "(0,0)(0,4)(1,3)(2,0)(4,1)(4,5)(4,9)", "5,2,3,1,0,4"),
     ),
 }
-
-
-@pytest.fixture(params=["numpy", "numba"])
-def way(request, monkeypatch):
-    """Sample indices of any length by one of the two."""
-    if request.param == "numpy":
-        monkeypatch.setattr(compiled, "numba", lambda: None)
-    else:
-        pytest.importorskip("numba")
-        monkeypatch.setattr(compiled, "LEAST_DOCUMENTS", 0)
 
 
 def numbers(text):

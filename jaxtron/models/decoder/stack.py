@@ -1,6 +1,7 @@
 """A pattern's residual layers, stacked by period, or by kind where it is mixed, for a loop over them."""
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
@@ -103,7 +104,7 @@ class Layer(nnx.Module):
             found.append(memory)
         return x, tuple(found)
 
-    def _region(self, name: str, module: nnx.Module, call: Callable[..., PyTree] = lambda module, *args: module(*args)):
+    def _region(self, name: str, module: nnx.Module, call: Callable[..., PyTree] = operator.call):
         if name not in self.recomputed:
             return functools.partial(call, module)
         graph, state = nnx.split(module)
