@@ -166,9 +166,11 @@ def _await_answers() -> None:
 
 
 def _stop_listening() -> None:
-    # all is done and said; Python takes itself down in a moment, and stops the thread first
+    # all is done and said; Python takes itself down in a moment, stops the thread first, and gives signals back to the
+    # system, which would end by one what has ended well
     _await_answers()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _received(number: int) -> None:

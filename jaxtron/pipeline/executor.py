@@ -20,6 +20,7 @@ from jaxtron.pipeline.layer_loop import ChunkWork, LayerLoop, StackBuffers
 from jaxtron.pipeline.lowering import Channel, IntTable, Routes, WorkTable, lower
 from jaxtron.pipeline.mixed_loop import stack_loop
 from jaxtron.pipeline.model import Microbatch, Model, Parameters, Stream, merge
+from jaxtron.pipeline.names import BACKWARD, PAIRED, WEIGHT
 from jaxtron.pipeline.partition import StagePlan
 from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.pipeline.tick_loops import TickLoop, tick_loops
@@ -27,12 +28,6 @@ from jaxtron.sharding.collectives import permute
 from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, Float, PyTree
 
-# how operations of backwards are named in compiled programs, where autodiff's own names may be lost
-BACKWARD = "backward"
-# within it, of weight gradients that were put off
-WEIGHT = "weight"
-# likewise of a forward and a backward that go through their layers together
-PAIRED = "paired"
 # of a kind of work what may be the same at every tick: where it reads and writes, and what it chooses by
 BUFFERS = ("chunk", "input", "cotangent", "residual", "deferred")
 BRANCHES = ("enters", "is_last")

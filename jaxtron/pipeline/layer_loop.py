@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtron.kernels.weight_sums.spec import WeightSums
 from jaxtron.pipeline import buffers
 from jaxtron.pipeline.model import LayerFunction, LayerOutput, Stream, merge
+from jaxtron.pipeline.names import BACKWARD
 from jaxtron.pipeline.residuals import Pullback, split_residuals
 from jaxtron.pipeline.split_backward import SplitBackward, split_backward
 from jaxtron.pipeline.weight_products import OpenBackward, Operands, add_product, open_backward
@@ -199,7 +200,8 @@ class LayerLoop:
             # read before the forward writes to another slot of the same buffer, which needs no copy then
             residuals, kept = jax.lax.optimization_barrier((residuals, buffers.read(residuals, back.residual, place)))
             of_forward = self.forward_layer(prepared, ahead, shared[0], (stream, residuals, metrics), index)
-            return of_forward, self.backward_layer(prepared, back, shared[1], of_backward, place, kept)
+            with jax.named_scope(BACKWARD):
+                return of_forward, self.backward_layer(prepared, back, shared[1], of_backward, place, kept)
 
         carry = (
             (streams[0], held.residuals, held.metrics),

@@ -11,6 +11,7 @@ from jaxtron.config import load
 from jaxtron.layers.moe.experts import FURTHER_ROUNDS
 from jaxtron.models.work.profile import JAXTRON
 from jaxtron.pipeline.lowering import lower
+from jaxtron.pipeline.names import BACKWARD
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.plan.compiled import flops, hlo
 from jaxtron.plan.compiled.bound import Bound, step_bound
@@ -184,7 +185,7 @@ def exchanges(module: hlo.Module, instructions: Sequence[hlo.Instruction]) -> It
     shapes = {instruction.name: instruction.results for instruction in instructions}
     going: dict[str, tuple[bool, dict[bool, int]]] = {}
     for instruction in instructions:
-        is_backward = "transpose(" in instruction.source
+        is_backward = "transpose(" in instruction.source or f"/{BACKWARD}/" in instruction.source
         if instruction.opcode == "all-to-all-start" and FURTHER_ROUNDS not in instruction.source:
             if max(array.bytes for array in instruction.results) >= 2**22:
                 going[instruction.name] = is_backward, {False: 0, True: 0}

@@ -88,8 +88,9 @@ OTHERS = (
     # cut inside of a period
     Case("*-*|-*-*-*-", {"pipe": 2, "tensor": 2}),
 )
-# rounding adds up over layers: on one device 1.4e-6 of 8 layers, 4.3e-6 of 14, 2.1e-5 of 56
-ROUNDING = 1e-6
+# rounding adds up over layers: on one device 1.4e-6 of 8 layers, 4.3e-6 of 14, 2.1e-5 of 56. With each parameter the
+# next number up or down, plain differentiation of 56 moves by 7.8e-5; on the mesh 5.9e-5 were found
+ROUNDING = 1.5e-6
 
 
 @pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=SLOW) for case in OTHERS)], ids=str)

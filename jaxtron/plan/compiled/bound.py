@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-from jaxtron.pipeline.executor import BACKWARD, PAIRED, WEIGHT
 from jaxtron.pipeline.lowering import LoweredSchedule, lower
+from jaxtron.pipeline.names import BACKWARD, PAIRED, WEIGHT
 from jaxtron.pipeline.schedules.figures import Slot, times, walk
 from jaxtron.plan.compiled import hlo
 from jaxtron.plan.compiled.communication import collective_timer

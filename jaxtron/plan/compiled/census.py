@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxtron.pipeline.executor import BACKWARD, PAIRED
+from jaxtron.pipeline.names import BACKWARD, PAIRED
 from jaxtron.plan.compiled import hlo
 from jaxtron.plan.compiled.overlap import products_beside
 from jaxtron.sharding.folding import Axes
