@@ -5,7 +5,7 @@ Its settings are `layers.config.AttentionConfig`, apart because reading a config
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,10 @@ from flax import nnx
 from jax.nn import initializers
 from jax.sharding import PartitionSpec
 
-from jaxtron.kernels.attention import materialized, reference
-from jaxtron.kernels.attention.attention import Implementation, attention, missing_feature
+from jaxtron.kernels.attention.attention import Implementation, attention
 from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads
 from jaxtron.layers import context_parallel
+from jaxtron.layers.cache import CACHED, HEADS, KeyValues, attend, remember, room_for
 from jaxtron.layers.config import Scaling
 from jaxtron.layers.inputs import LayerInputs, dropout, random_bits
 from jaxtron.layers.linear import Linear, project, whole_sequence
@@ -29,11 +29,10 @@ from jaxtron.sharding.layout import Layout
 from jaxtron.sharding.parameters import ParameterSpec, parameter
 from jaxtron.sharding.regions import on_each_device
 from jaxtron.sharding.rules import constrain, current, spec
-from jaxtron.typing import Array, DTypeLike, Float, Int, PyTree, UInt32
+from jaxtron.typing import Array, DTypeLike, Float, PyTree, UInt32
 
 # from queries, keys, values, slopes, sinks and the layer's inputs to the sum of values
 CoreFunction = Callable[..., Float[Array, "B S H V"]]
-HEADS = ("batch", "full_seq", "heads", "head_dim")
 # what splits the arrays that an implementation is given and makes, by name; offsets are one number for all
 AXES = {
     **dict.fromkeys(("q", "k", "v", "dout"), HEADS),
@@ -41,20 +40,6 @@ AXES = {
     **dict.fromkeys(("q_segment_ids", "kv_segment_ids"), ("batch", "full_seq")),
     "alibi_slopes": ("heads",),
 }
-
-
-class KeyValues(NamedTuple):
-    """Keys and values of a sequence so far, and room for what follows."""
-
-    keys: Float[Array, "B T K D"]
-    values: Float[Array, "B T K V"]
-
-    def followed_by(
-        self, keys: Float[Array, "B S K D"], values: Float[Array, "B S K V"], before: Int[Array, ""]
-    ) -> "KeyValues":
-        """With those of further positions behind so many."""
-        pairs = zip(self, (keys, values), strict=True)
-        return KeyValues(*(jax.lax.dynamic_update_slice_in_dim(old, new, before, 1) for old, new in pairs))
 
 
 class Attention(nnx.Module):
@@ -85,7 +70,7 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
         scaling: Scaling = "none",
     ) -> None:
-        self.num_groups, self.num_kv_heads = num_heads // num_kv_heads, num_kv_heads
+        self.num_groups, self.num_kv_heads, self.head_dim = num_heads // num_kv_heads, num_kv_heads, head_dim
         self.joined_kernel: nnx.Param | None = nnx.data(None)
         self.joined_bias: nnx.Param | None = nnx.data(None)
         self.core = core
@@ -124,17 +109,17 @@ class Attention(nnx.Module):
         y = self.output(attended, "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 
-    def start(self, rows: int, room: int, dtype: DTypeLike) -> KeyValues:
-        """What is remembered of sequences that begin, with room for so many positions."""
-        shape = (rows, room, *self.key.kernel[...].shape[1:])
-        split = "kv_heads" if current().splits("kv_heads", shape[2]) else None
-        empty = constrain(jnp.zeros(shape, dtype), "batch", "full_seq", split, "head_dim")
-        return KeyValues(empty, empty)
+    def start(self, rows: int, room: int, most: int, dtype: DTypeLike) -> KeyValues:
+        """What is remembered of sequences that begin, with room for so many positions, at most so many at a time."""
+        assert isinstance(self.core, Core)
+        # where parts of tensor share heads, each has that of its own queries
+        heads = self.num_kv_heads if current().splits("kv_heads", self.num_kv_heads) else current().parts("tensor")
+        return self.core.empty(rows, heads, room, most, (self.head_dim, self.head_dim), dtype)
 
     def advance(
         self, x: Float[Array, "B S E"], memory: KeyValues, inputs: LayerInputs
     ) -> tuple[Float[Array, "B S E"], KeyValues]:
-        """The same for what follows `inputs.before` positions of which this is the memory, which has room for it."""
+        """The same for what follows positions of which this is the memory, which has room for it."""
         assert isinstance(self.core, Core)
         attended, memory = self.core.advance(*self._heads(x, inputs), *self._per_head(), memory, inputs)
         return self.output(attended, "batch", "full_seq", "embed"), memory
@@ -298,16 +283,23 @@ class Core:
         memory: KeyValues,
         inputs: LayerInputs,
     ) -> tuple[Float[Array, "B S H V"], KeyValues]:
-        """What positions after `inputs.before` others attend to, which the memory has, and the memory with them.
+        """What new positions attend to, and the memory with them.
 
-        Queries are few and keys many: scores are in memory.
+        Where sequences begin the implementation computes it, as in training; else queries are few and keys many, and
+        scores are in memory.
         """
-        assert inputs.before is not None
-        memory = memory.followed_by(key, value, inputs.before)
-        given = replace(self.spec, dropout_rate=0.0, alibi_slopes=slopes, q_offset=inputs.before)
-        lacks = missing_feature(materialized, given, needs_log_sum_exp=sinks is not None)
-        implementation = materialized if lacks is None else reference
-        return attention(query, *memory, given, Sharded(implementation), sinks=sinks)[0], memory
+        growth = inputs.growth
+        assert growth is not None
+        query, key, value = (constrain(x, *HEADS) for x in (query, key, value))
+        memory = remember(memory, key, value, growth)
+        if growth.begins:
+            return self(query, key, value, slopes, sinks, inputs), memory
+        return attend(query, memory, self.spec, slopes, sinks, growth), memory
+
+    def empty(self, rows: int, heads: int, room: int, most: int, dims: tuple[int, int], dtype: DTypeLike) -> KeyValues:
+        """The memory of sequences that begin: of so many heads, of keys and values of these widths."""
+        places = room_for(room, self.spec.window, most)
+        return KeyValues(*(constrain(jnp.zeros((rows, heads, places, dim), dtype), *CACHED) for dim in dims))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtron.kernels import dropout as arithmetic
+from jaxtron.layers.cache import Growth
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.context import part
 from jaxtron.sharding.halves import Split, halve
@@ -45,8 +46,8 @@ class LayerInputs:
     load: Float[Array, "layers N"] | None = None
     """Tokens that this device sent to each expert in the step's earlier microbatches, by layer with experts, the next
     one's first; none: as if this were the first microbatch."""
-    before: Int[Array, ""] | None = None
-    """Positions of the sequence that came before these, where layers go on from what they remember of them."""
+    growth: Growth | None = None
+    """How the sequences grow, where layers go on from what they remember of them."""
     half: int | None = dataclasses.field(default=None, metadata={"static": True})
     """Which of two halves of the positions these inputs go with; none: the whole."""
 

@@ -9,7 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtron.layers.attention import HEADS, Core, CoreFunction, KeyValues
+from jaxtron.layers.attention import Core, CoreFunction
+from jaxtron.layers.cache import HEADS, KeyValues
 from jaxtron.layers.config import LatentConfig, Scaling
 from jaxtron.layers.inputs import LayerInputs, dropout
 from jaxtron.layers.linear import Linear
@@ -62,30 +63,31 @@ class LatentAttention(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
-        attended = self.core(*self._heads(x, inputs), None, None, inputs)
+        # on one tensor part a sequence that is not named as split is multiplied as one matrix
+        part = "seq" if current().parts("tensor") > 1 else "full_seq"
+        attended = self.core(*self._heads(x, inputs, part), None, None, inputs)
         y = self.output(attended, "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 
-    def start(self, rows: int, room: int, dtype: DTypeLike) -> KeyValues:
+    def start(self, rows: int, room: int, most: int, dtype: DTypeLike) -> KeyValues:
         """As `Attention.start`: keys and values of all heads are remembered, and not the latents."""
+        assert isinstance(self.core, Core)
         num_heads, dim = self.query.kernel[...].shape[1:]
-        shapes = ((rows, room, num_heads, size) for size in (dim, self.up.kernel[...].shape[2] - self.plain))
-        return KeyValues(*(constrain(jnp.zeros(shape, dtype), *HEADS) for shape in shapes))
+        dims = (dim, self.up.kernel[...].shape[2] - self.plain)
+        return self.core.empty(rows, num_heads, room, most, dims, dtype)
 
     def advance(
         self, x: Float[Array, "B S E"], memory: KeyValues, inputs: LayerInputs
     ) -> tuple[Float[Array, "B S E"], KeyValues]:
         """As `Attention.advance`."""
         assert isinstance(self.core, Core)
-        attended, memory = self.core.advance(*self._heads(x, inputs), None, None, memory, inputs)
+        attended, memory = self.core.advance(*self._heads(x, inputs, "full_seq"), None, None, memory, inputs)
         return self.output(attended, "batch", "full_seq", "embed"), memory
 
     def _heads(
-        self, x: Float[Array, "B S E"], inputs: LayerInputs
+        self, x: Float[Array, "B S E"], inputs: LayerInputs, part: str
     ) -> tuple[Float[Array, "B S H D"], Float[Array, "B S H D"], Float[Array, "B S H V"]]:
-        """Queries, keys and values."""
-        # on one tensor part a sequence that is not named as split is multiplied as one matrix
-        part = "seq" if current().parts("tensor") > 1 else "full_seq"
+        """Queries, keys and values; latents are made of positions that lie as `part` says."""
         queries = x = constrain(x, "batch", part, "embed")
         if self.query_down is not None and self.query_norm is not None:
             queries = self.query_norm(self.query_down(x, "batch", part, "latent"))

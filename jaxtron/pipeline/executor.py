@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxtron.kernels.weight_sums.spec import WeightSums
 from jaxtron.pipeline import buffers
-from jaxtron.pipeline.layer_loop import ChunkWork, LayerLoop, StackBuffers
+from jaxtron.pipeline.layer_loop import ChunkWork, LayerLoop, Remembering, StackBuffers
 from jaxtron.pipeline.lowering import Channel, IntTable, Routes, WorkTable, lower
 from jaxtron.pipeline.mixed_loop import stack_loop
 from jaxtron.pipeline.model import Microbatch, Model, Parameters, Stream, merge
@@ -42,6 +42,8 @@ class Result(NamedTuple):
     """The head's."""
     layer_metrics: tuple[PyTree, ...]
     """By stack, each array [layer slot, ...]: `layer_slots.restore` puts them in the model's order."""
+    memory: tuple[PyTree, ...] = ()
+    """By stack, as it was given, with what was added."""
 
 
 @partial(
@@ -74,23 +76,27 @@ def run(
     batch: PyTree,
     frozen: Parameters | None = None,
     weight_sums: WeightSums | None = None,
+    memory: tuple[PyTree, ...] = (),
 ) -> Result:
     """Float32 gradients of the head's and the layers' losses summed over all microbatches, and what these report.
 
     `batch` leaves have leading axes [microbatch, row] and are the same on every stage. `frozen` is like `params` with
-    None where that has a leaf, and the other way round (None: all are trained). `weight_sums` adds gradients of weights
-    as it multiplies (none: XLA does, once they are made). Called inside the manual region with varying parameters:
-    nothing is reduced over the batch axes but what gathering weights at use asks for. Gradients and metrics of layers
-    are this stage's own; outer gradients, and sums, are yet to be summed over `pipe`.
+    None where that has a leaf, and the other way round (None: all are trained). `weight_sums` adds gradients of
+    weights as it multiplies (none: XLA does, once they are made). `memory` has by stack what its layers remember of
+    sequences that go on, arrays [microbatch, layer of the stage, ...], in a forward-only schedule of one chunk:
+    layers get `layer_loop.Remembering` (empty: they remember nothing). Called inside the manual region with varying
+    parameters: nothing is reduced over the batch axes but what gathering weights at use asks for. Gradients and
+    metrics of layers are this stage's own; outer gradients, and sums, are yet to be summed over `pipe`.
     """
-    executor = _Executor(schedule, stages, model, params, batch, frozen, weight_sums)
+    executor = _Executor(schedule, stages, model, params, batch, frozen, weight_sums, memory)
     state = executor.initial()
     for ticks in tick_loops(executor.lowered):
         state = executor.loop_over(ticks, state)
     gradients = None
     if executor.trains:
         gradients = Parameters(tuple(held.grad_accumulators for held in state.stacks), state.outer_accumulators)
-    return Result(gradients, state.sums, tuple(held.metrics for held in state.stacks))
+    of_stacks = (tuple(getattr(held, name) for held in state.stacks) for name in ("metrics", "memory"))
+    return Result(gradients, state.sums, *of_stacks)
 
 
 def initial_state(
@@ -117,6 +123,7 @@ class _Executor:
         batch: PyTree,
         frozen: Parameters | None,
         weight_sums: WeightSums | None = None,
+        memory: tuple[PyTree, ...] = (),
     ) -> None:
         assert schedule.num_chunks == stages.num_chunks and len(model.stacks) == len(stages.partitions)
         self.lowered = lower(schedule, stages.stack_chunks)
@@ -125,6 +132,7 @@ class _Executor:
         self.outer = params.outer
         self.frozen_outer = None if frozen is None else frozen.outer
         self.batch = batch
+        self.memory = memory or ((),) * len(model.stacks)
         self.num_stages = schedule.num_stages
         self.works = self.lowered.alone
         self.trains = any(self.lowered.num_residuals)
@@ -151,8 +159,10 @@ class _Executor:
     def _prepare(self) -> tuple[Any, ...]:
         """Every stack's layer, or each kind of them, traced once."""
         found = []
-        for stack, loop in zip(self.model.stacks, self.loops, strict=True):
+        for stack, loop, memory in zip(self.model.stacks, self.loops, self.memory, strict=True):
             shared = jax.eval_shape(stack.shared, self._first_microbatch())
+            if jax.tree.leaves(memory):
+                shared = Remembering(shared, jax.eval_shape(lambda memory: buffers.read(memory, 0, 0), memory))
             splits = self.lowered.schedule.split
             found.append(loop.prepare(self.stream, shared, trains=self.trains, splits=splits))
         return tuple(found)
@@ -200,6 +210,7 @@ class _Executor:
         work is in one, for XLA copies buffers where some ticks have a branch and some have none.
         """
         names = BUFFERS if self.num_stages > 1 else (*BUFFERS, *BRANCHES)
+        names = (*names, "microbatch") if jax.tree.leaves(self.memory) else names
         found = []
         for work in works:
             alone = work.active[phase::period] > 0
@@ -216,7 +227,9 @@ class _Executor:
         lowered = self.lowered
         head = jax.eval_shape(self._run_head, self.outer, self.stream, self._first_microbatch())[1]
         stacks = tuple(
-            loop.buffers(prepared, lowered.num_residuals[stack], lowered.num_deferred[stack], partition.slots_per_chunk)
+            loop.buffers(
+                prepared, lowered.num_residuals[stack], lowered.num_deferred[stack], partition.slots_per_chunk
+            )._replace(memory=self.memory[stack])
             for stack, (loop, prepared, partition) in enumerate(
                 zip(self.loops, self.prepared, self.stages.partitions, strict=True)
             )
@@ -434,7 +447,8 @@ class _Executor:
             stack, length = variant
             partition = self.stages.partitions[stack]
             chunk = row.chunk - partition.first_chunk if partition.first_chunk else row.chunk
-            return run(stack, ChunkWork(chunk * partition.slots_per_chunk, length, row.residual, row.deferred))
+            first = chunk * partition.slots_per_chunk
+            return run(stack, ChunkWork(first, length, row.residual, row.deferred, row.microbatch))
 
         if len(self.variants) == 1:
             return run_variant(self.variants[0])

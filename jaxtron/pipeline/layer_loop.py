@@ -31,6 +31,16 @@ class ChunkWork(NamedTuple):
     """Its layers: known when the program is compiled."""
     residual: Int[Array, ""] | int
     deferred: Int[Array, ""] | int
+    microbatch: Int[Array, ""] | int = 0
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("shared", "memory"), meta_fields=())
+@dataclass(frozen=True)
+class Remembering:
+    """The shared input of a layer that goes on from what it remembers of a microbatch's sequences."""
+
+    shared: PyTree
+    memory: PyTree
 
 
 class StackBuffers(NamedTuple):
@@ -48,6 +58,8 @@ class StackBuffers(NamedTuple):
     """Float32 gradients so far, like the trained parameters: [layer slot, ...]."""
     metrics: PyTree
     """The layers' float32 metrics so far: [layer slot, ...]."""
+    memory: PyTree = ()
+    """What layers remember of sequences, where these go on: [microbatch, layer of the chunk, ...]."""
 
 
 # of a forward: the stream, residuals and metrics; of a backward: the cotangent, sums of gradients, what is deferred
@@ -145,11 +157,17 @@ class LayerLoop:
     ) -> tuple[Stream, StackBuffers]:
         """What leaves the chunk's layers, and the buffers with their metrics added."""
 
-        def body(carry: tuple[Stream, PyTree], index: Array) -> tuple[Stream, PyTree]:
-            return self.evaluate_layer(work, shared, carry, index)
+        def body(carry: tuple[Stream, PyTree, PyTree], index: Array) -> tuple[Stream, PyTree, PyTree]:
+            stream, metrics, memory = carry
+            if not jax.tree.leaves(memory):
+                return *self.evaluate_layer(work, shared, (stream, metrics), index), memory
+            output = self._run(
+                work.first + index, stream, Remembering(shared, buffers.read(memory, work.microbatch, index))
+            )
+            return output.stream, metrics, buffers.write(memory, output.cache, work.microbatch, index)
 
-        stream, metrics = scan(body, (stream, held.metrics), work.length, self.unroll)
-        return stream, held._replace(metrics=metrics)
+        stream, metrics, memory = scan(body, (stream, held.metrics, held.memory), work.length, self.unroll)
+        return stream, held._replace(metrics=metrics, memory=memory)
 
     def forward(
         self, prepared: PreparedLayer, work: ChunkWork, stream: Stream, shared: PyTree, held: StackBuffers

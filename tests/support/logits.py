@@ -1,6 +1,7 @@
 """Logits of a batch, by the functions that a pipeline runs, one layer after the other."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtron.data.batch import TokenBatch
 from jaxtron.models.decoder.decode import Steps
 from jaxtron.models.program import Microbatch
 from jaxtron.run.step import Trainer
-from jaxtron.sharding.collectives import all_reduce, vary
+from jaxtron.sharding.collectives import all_reduce, largest, vary
 from jaxtron.sharding.parameters import manual_specs
 from jaxtron.sharding.regions import region
 from jaxtron.sharding.rules import current
@@ -39,22 +40,45 @@ def _logits(trainer: Trainer, params: PyTree, batch: Microbatch[TokenBatch]):
 
 
 def decoded(trainer: Trainer, params: PyTree, tokens: np.ndarray, parts: tuple[int, ...]) -> np.ndarray:
-    """Those after each of the parts that tokens [B, S] come in, of these lengths, float32 [B, parts, vocabulary].
+    """Those after each of the parts that tokens [B, S] come in, of these lengths, float32 [B, parts, vocabulary]."""
 
-    Rows are shared out along `data` and `fsdp`.
-    """
+    def run(steps: Steps, tokens: Array) -> Array:
+        memory, found, start = steps.start(*tokens.shape, most=max(parts)), [], 0
+        for length in parts:
+            logits, memory = steps.advance(tokens[:, start : start + length], memory, begins=start == 0)
+            found.append(logits)
+            start += length
+        return jnp.stack(found, 1)
+
+    return _of_steps(run, trainer, params, tokens)
+
+
+def grown(trainer: Trainer, params: PyTree, tokens: np.ndarray, starts: np.ndarray, num_steps: int) -> np.ndarray:
+    """Those after the first `starts` of each row of tokens [B, S], and after each of further ones, which come alone:
+    float32 [B, 1 + num_steps, vocabulary]."""
+
+    def run(steps: Steps, tokens: Array, starts: Array) -> Array:
+        memory = steps.start(*tokens.shape)
+        logits, memory = steps.advance(tokens, memory, starts, begins=True)
+        found = [logits]
+        for _ in range(num_steps):
+            token = jnp.take_along_axis(tokens, memory.lengths[:, None], 1)
+            logits, memory = steps.advance(token, memory)
+            found.append(logits)
+        return jnp.stack(found, 1)
+
+    return _of_steps(run, trainer, params, tokens, starts)
+
+
+def _of_steps(run: Callable[..., Array], trainer: Trainer, params: PyTree, *arrays: np.ndarray) -> np.ndarray:
+    """What a function of a decoder in steps and of rows makes, which are shared out along `data` and `fsdp`."""
+
+    def local(params: PyTree, *arrays: Array) -> Array:
+        module = trainer.blueprint.module(trainer.parts.join(trainer.working(params)))
+        found = run(Steps(module, trainer.stages.partitions[0]), *arrays)
+        # along the other axes all devices have the same
+        others = tuple(axis for axis in current().manual if axis not in current().axes("data", "fsdp"))
+        return largest(vary(found), others)
+
     lie, rows = manual_specs(trainer.blueprint.parameters), PartitionSpec(current().axes("data", "fsdp"))
-    run = jax.jit(region(functools.partial(_decoded, trainer, parts), (lie, rows), rows))
-    return np.asarray(run(params, tokens))
-
-
-def _decoded(trainer: Trainer, parts: tuple[int, ...], params: PyTree, tokens: Array):
-    steps = Steps(trainer.blueprint.module(trainer.parts.join(trainer.working(params))))
-    memory, found, start = steps.start(*tokens.shape), [], 0
-    for length in parts:
-        logits, memory = steps.advance(tokens[:, start : start + length], memory)
-        found.append(logits)
-        start += length
-    # along the other axes there is one device
-    others = tuple(axis for axis in current().manual if axis not in current().axes("data", "fsdp"))
-    return all_reduce(vary(jnp.stack(found, 1)), others)
+    return np.asarray(jax.jit(region(local, (lie, *(rows for _ in arrays)), rows))(params, *arrays))

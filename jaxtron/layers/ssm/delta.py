@@ -14,7 +14,7 @@ from jaxtron.layers.ssm.config import DeltaConfig
 from jaxtron.layers.ssm.convolution import convolve, convolve_plainly
 from jaxtron.layers.ssm.groups import BY_GROUP, by_head, grouped
 from jaxtron.layers.ssm.initial import first_decays, taps
-from jaxtron.layers.ssm.memory import LayerMemory, remembered, with_before
+from jaxtron.layers.ssm.memory import LayerMemory, remembered, with_before, without_padding
 from jaxtron.layers.ssm.norm import GatedHeadNorm
 from jaxtron.layers.ssm.recurrences import HEADS, STEPS, delta_rule
 from jaxtron.layers.ssm.scan import Names, Recurrence, advance, scan
@@ -100,10 +100,12 @@ class GatedDeltaNet(nnx.Module):
         state = jnp.zeros((x.shape[0], *shape), jnp.float32) if memory is None else memory.state
         through = [convolve_plainly(part, kernel, None) for part, (kernel, _) in zip(wide, self._taps(), strict=True)]
         recurrence = self._recurrence()
-        y, state = advance(recurrence, self._scanned(b, a, *through), constrain(state, *recurrence.state))
+        q, k, v, g, beta = self._scanned(b, a, *through)
+        arrays = (q, k, v, *(without_padding(steps, inputs.growth) for steps in (g, beta)))
+        y, state = advance(recurrence, arrays, constrain(state, *recurrence.state))
         # few positions need not split
         y = self.output(self.norm(y, z), "batch", "full_seq", "embed")
-        return y, remembered(wide, num_before, state)
+        return y, remembered(wide, num_before, state, inputs.growth)
 
     def _recurrence(self) -> Recurrence:
         return delta_rule(select_backend(self.config.implementation, current().device_kind).implementation)

@@ -15,7 +15,7 @@ from jaxtron.layers.saved import checkpoint_inputs
 from jaxtron.layers.ssm.config import MambaConfig
 from jaxtron.layers.ssm.convolution import convolve, convolve_plainly
 from jaxtron.layers.ssm.initial import Taps, counted_decays, first_steps, uniform
-from jaxtron.layers.ssm.memory import LayerMemory, remembered, with_before
+from jaxtron.layers.ssm.memory import LayerMemory, remembered, with_before, without_padding
 from jaxtron.layers.ssm.recurrences import CHANNELS, selective_scan
 from jaxtron.layers.ssm.scan import Recurrence, advance, scan
 from jaxtron.sharding.parameters import parameter
@@ -76,13 +76,15 @@ class Mamba1(nnx.Module):
         x, z = self._project(x)
         num_before = self.config.conv_width - 1
         wide = with_before(memory, (x,), num_before)
-        arrays = self._scanned(convolve_plainly(wide[0], self.conv.kernel[...], self.conv.bias[...]))
+        x, dt, *others = self._scanned(convolve_plainly(wide[0], self.conv.kernel[...], self.conv.bias[...]))
+        arrays = (x, without_padding(dt, inputs.growth), *others)
         shape = (x.shape[0], self.config.state_size, x.shape[2])
         state = jnp.zeros(shape, jnp.float32) if memory is None else memory.state
         recurrence = self._recurrence()
         y, state = advance(recurrence, arrays, constrain(state, *recurrence.state))
         # few positions need not split
-        return self.output(_gated(y, z), "batch", "full_seq", "embed"), remembered(wide, num_before, state)
+        y = self.output(_gated(y, z), "batch", "full_seq", "embed")
+        return y, remembered(wide, num_before, state, inputs.growth)
 
     def _recurrence(self) -> Recurrence:
         return selective_scan(select_backend(self.config.implementation, current().device_kind).implementation)

@@ -16,7 +16,7 @@ from jaxtron.layers.ssm.config import MambaConfig
 from jaxtron.layers.ssm.convolution import convolve, convolve_plainly
 from jaxtron.layers.ssm.groups import BY_GROUP, by_head, grouped
 from jaxtron.layers.ssm.initial import Taps, first_decays, first_steps
-from jaxtron.layers.ssm.memory import LayerMemory, remembered, with_before
+from jaxtron.layers.ssm.memory import LayerMemory, remembered, with_before, without_padding
 from jaxtron.layers.ssm.norm import GatedNorm
 from jaxtron.layers.ssm.recurrences import HEADS, STEPS, duality
 from jaxtron.layers.ssm.scan import advance, scan
@@ -101,12 +101,12 @@ class Mamba2(nnx.Module):
         state = jnp.zeros((x.shape[0], self.num_heads, *shape), jnp.float32) if memory is None else memory.state
         taps = self._taps()
         through = [convolve_plainly(part, kernel, bias) for part, (kernel, bias, _) in zip(wide, taps, strict=True)]
-        arrays, implementation = self._scanned(dt, *through)
+        arrays, implementation = self._scanned(without_padding(dt, inputs.growth), *through)
         state = constrain(state, "batch", "heads", "state", "head_dim")
         y, state = advance(duality(implementation), arrays, state)
         # few positions need not split
         y = self.output(self.norm(y, z), "batch", "full_seq", "embed")
-        return y, remembered(wide, num_before, state)
+        return y, remembered(wide, num_before, state, inputs.growth)
 
     def _scanned(self, dt: Float[Array, "B S H"], *convolved: Array) -> tuple[_Scanned, StateSpaceDuality]:
         """What a scan reads, and what computes it."""

@@ -1,10 +1,12 @@
-"""A decoder that goes on from what its layers remember: a sequence in parts, at last one token at a time.
+"""A decoder that goes on from what its layers remember: sequences in parts, at last one token at a time.
 
-Layers are apart here, each with parameters of its own, so that a step reads these and copies none.
+Layers are apart here, each with parameters of its own, so that a step reads these and copies none. A pipeline's stage
+has all of its layers as one, which the executor runs as it runs a layer of training.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
@@ -12,12 +14,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtron.config import UserError
+from jaxtron.layers.cache import Growth
+from jaxtron.layers.inputs import LayerInputs
 from jaxtron.models.decoder.model import Decoder
-from jaxtron.models.decoder.pattern import layer_kinds
-from jaxtron.models.decoder.stack import Layer, Memories
+from jaxtron.models.decoder.stack import Layer, Memories, by_position
+from jaxtron.models.joined import JoinsWeights
 from jaxtron.models.program import whole
-from jaxtron.sharding.rules import current
-from jaxtron.typing import Array, Float, Int
+from jaxtron.pipeline import executor
+from jaxtron.pipeline.layer_loop import Remembering
+from jaxtron.pipeline.model import HeadOutput, LayerOutput, Model, Parameters, Stack
+from jaxtron.pipeline.partition import Partition, StagePlan, forward_only
+from jaxtron.sharding.collectives import all_reduce, vary
+from jaxtron.sharding.rules import constrain, current
+from jaxtron.typing import Array, Float, Int, PyTree
 
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
@@ -25,62 +34,180 @@ ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderMemory:
-    """What a decoder remembers of some sequences so far."""
+    """What a device remembers of its sequences so far; rows are in groups, one for each stage of a pipeline."""
 
     layers: tuple[Memories, ...]
-    """Of each layer, in their order."""
-    length: Int[Array, ""]
-    """Positions so far, of which attention has `room` for a given number."""
+    """Of each layer of the stage: arrays [group, 1, row, ...]."""
+    lengths: Int[Array, "B"]
+    """Positions of each row so far, of which attention has `room` for a given number."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """What a group of rows is given: a microbatch of the executor."""
+
+    number: Int[Array, ""]
+    tokens: Int[Array, "B S"]
+    growth: Growth
 
 
 class Steps(nnx.Module):
     """A decoder whose layers are apart, with their weights whole and in its type; inside `sharding.use(rules)`.
 
-    For devices along `data` and `fsdp`: `UserError` for others, which would split a token's position.
+    `partition` says which layers a stage has, in one chunk; inside a pipeline's region each stage makes its own. Along
+    `data` and `fsdp` rows are shared out, along `tensor` heads and widths. `UserError` for devices along `context`,
+    which would split a token's position, and for chunks.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
-        rules = current()
-        if rules.parts("pipe", "context", "tensor") > 1:
-            raise UserError("going on from a memory needs --mesh.pipe 1 --mesh.context 1 --mesh.tensor 1")
+    def __init__(self, decoder: Decoder, partition: Partition) -> None:
+        if current().parts("context") > 1:
+            raise UserError("going on from a memory needs --mesh.context 1")
+        if partition.num_chunks > 1:
+            raise UserError("going on from a memory needs --pipeline.chunks 1")
         self.decoder = _without_layers(decoder)
-        self.layers = nnx.List([whole(layer, decoder.dtype) for layer in _in_order(decoder)])
+        self.layers = nnx.List([whole(layer, decoder.dtype) for layer in _of_stage(decoder, partition)])
+        for _, module in nnx.iter_modules(self):
+            if isinstance(module, JoinsWeights) and module.weights_to_join():
+                module.join_weights()
+        self.sequences = _sequences(decoder, partition)
 
-    def start(self, rows: int, room: int) -> DecoderMemory:
-        """What is remembered of sequences that begin; attention has room for so many positions."""
-        layers = (layer.start(rows, room, self.decoder.dtype) for layer in self.layers)
-        return DecoderMemory(tuple(layers), jnp.int32(0))
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline."""
+        return len(self.sequences)
 
-    def advance(self, tokens: Int[Array, "B S"], memory: DecoderMemory) -> tuple[Float[Array, "B V"], DecoderMemory]:
+    def start(self, rows: int, room: int, most: int = 1) -> DecoderMemory:
+        """What is remembered of sequences that begin; attention has room for so many positions.
+
+        Rows are a multiple of the stages. After the beginning at most `most` positions come at a time.
+        """
+        groups = self.num_stages
+        assert rows % groups == 0
+
+        def of(layer: Layer) -> Memories:
+            memories = layer.start(rows // groups, room, most, self.decoder.dtype)
+            return jax.tree.map(lambda array: jnp.broadcast_to(array, (groups, 1, *array.shape)), memories)
+
+        return DecoderMemory(tuple(map(of, self.layers)), vary(jnp.zeros(rows, jnp.int32)))
+
+    def advance(
+        self,
+        tokens: Int[Array, "B S"],
+        memory: DecoderMemory,
+        counts: Int[Array, "B"] | None = None,
+        *,
+        begins: bool = False,
+    ) -> tuple[Float[Array, "B V"], DecoderMemory]:
         """Logits of what follows these tokens, the vocabulary's padding included, and what is then remembered.
 
-        There has to be room for them: what goes beyond it overwrites what was there.
+        `counts` of each row's tokens are new (none: all), padding follows them; a row of which none is new stays as it
+        is, and its logits mean nothing. `begins`: nothing came before in any row, whatever the memory says. There has
+        to be room: what goes beyond it overwrites what was there.
         """
         rows, length = tokens.shape
-        places = jnp.broadcast_to(memory.length + jnp.arange(length, dtype=jnp.int32), (rows, length))
-        x = self.decoder.embed(tokens, positions=places)
-        inputs = dataclasses.replace(self.decoder.inputs(length, positions=places), before=memory.length)
-        found = []
-        for number, (layer, memories) in enumerate(zip(self.layers, memory.layers, strict=True)):
-            x, memories = layer.advance(x, memories, inputs.fold(number))
-            found.append(memories)
-        logits = self.decoder.predict(x[:, -1:])
-        return logits[:, 0], DecoderMemory(tuple(found), memory.length + length)
+        before = jnp.zeros_like(memory.lengths) if begins else memory.lengths
+        counts = jnp.full((rows,), length, jnp.int32) if counts is None else counts
+        groups, stages = memory_groups(memory), self.num_stages
+        grouped = Growth(before, counts, begins)
+        batch = jax.tree.map(lambda array: vary(array.reshape(groups, -1, *array.shape[1:])), (tokens, grouped))
+        given = _Rows(jnp.arange(groups, dtype=jnp.int32), *batch)
+        plan = StagePlan((Partition((1,) * stages, stages),))
+        model = Model((Stack(self._enter, self._shared, self._run),), functools.partial(self._head, groups))
+        result = executor.run(
+            forward_only(plan, groups), plan, model, Parameters(({},), {}), given, memory=(memory.layers,)
+        )
+        logits = result.sums["logits"]
+        if stages > 1:
+            # only the last stage has any
+            logits = vary(all_reduce(logits, current().axes("pipe")))
+        return logits.reshape(rows, -1), DecoderMemory(result.memory[0], before + counts)
+
+    def _enter(self, outer: PyTree, received: Array | None, rows: _Rows) -> Float[Array, "B S E"]:
+        def embed(tokens: Array, places: Array) -> Array:
+            return self.decoder.embed(tokens, positions=places)
+
+        return by_position(embed, rows.tokens, _places(rows))
+
+    def _shared(self, rows: _Rows) -> LayerInputs:
+        inputs = self.decoder.inputs(rows.tokens.shape[1], positions=_places(rows))
+        return dataclasses.replace(inputs, growth=rows.growth)
+
+    def _run(self, weights: PyTree, x: Float[Array, "B S E"], stage: Int[Array, ""], given: Remembering) -> LayerOutput:
+        """All layers of a stage."""
+
+        def through(
+            sequence: tuple[int, ...], x: Array, memories: tuple[Memories, ...]
+        ) -> tuple[Array, tuple[Memories, ...]]:
+            found = list(memories)
+            for number in sequence:
+                x, found[number] = self.layers[number].advance(x, memories[number], given.shared)
+            return jax.tree.map(vary, (x, tuple(found)))
+
+        branches: list[Callable] = [functools.partial(through, one) for one in dict.fromkeys(self.sequences)]
+        if len(branches) == 1:
+            x, memories = branches[0](x, given.memory)
+        else:
+            kinds = list(dict.fromkeys(self.sequences))
+            numbers = jnp.asarray([kinds.index(one) for one in self.sequences], jnp.int32)
+            x, memories = jax.lax.switch(numbers[stage], branches, x, given.memory)
+        return LayerOutput(x, cache=memories)
+
+    def _head(self, groups: int, outer: PyTree, x: Float[Array, "B S E"], rows: _Rows) -> HeadOutput:
+        last = jnp.maximum(rows.growth.counts - 1, 0)
+        x = jnp.take_along_axis(x, last[:, None, None], 1)
+        logits = constrain(self.decoder.predict(x)[:, 0], None, None).astype(jnp.float32)
+        if groups > 1:
+            # sums over groups: each has a place of its own
+            logits = jnp.where((jnp.arange(groups) == rows.number)[:, None, None], logits, 0)
+        else:
+            logits = logits[None]
+        return HeadOutput(jnp.float32(0.0), {"logits": logits})
 
 
-def _in_order(decoder: Decoder) -> Iterator[Layer]:
-    """Its layers, each with values of its own."""
+def memory_groups(memory: DecoderMemory) -> int:
+    """Groups that its rows are in."""
+    return jax.tree.leaves(memory.layers)[0].shape[0]
+
+
+def _places(rows: _Rows) -> Int[Array, "B S"]:
+    """Positions of the tokens; those of padding are not beyond the last one that can be."""
+    length = rows.tokens.shape[1]
+    new = jnp.minimum(jnp.arange(length, dtype=jnp.int32), jnp.maximum(rows.growth.counts[:, None] - 1, 0))
+    return rows.growth.before[:, None] + new
+
+
+def _of_stage(decoder: Decoder, partition: Partition) -> Iterator[Layer]:
+    """The layers that a stage has parameters of, each with values of its own: leading ones, then slot by slot, or kind
+    by kind."""
     layout, stack = decoder.config.layout, decoder.stack
     if layout.mixed:
-        before = dict.fromkeys(layout.kinds, 0)
-        for kind in layer_kinds(layout):
-            yield _slot(getattr(stack.layers, kind), before[kind])
-            before[kind] += 1
+        for kind, part in partition.by_kind.items():
+            for slot in range(part.slots_per_chunk):
+                yield _slot(getattr(stack.layers, kind), slot)
         return
     for period in stack.leading or ():
         yield from period.layers
-    for number in range(layout.repeats):
-        yield from _slot(stack.periods, number).layers
+    for slot in range(partition.slots_per_chunk):
+        yield from _slot(stack.periods, slot).layers
+
+
+def _sequences(decoder: Decoder, partition: Partition) -> tuple[tuple[int, ...], ...]:
+    """Of each stage which of `_of_stage` it runs, in order."""
+    layout, found, first = decoder.config.layout, [], 0
+    size, leading = len(layout.period), len(layout.leading) * len(layout.period)
+    for stage, count in enumerate(partition.lengths):
+        if not layout.mixed:
+            begin = range(leading) if stage == 0 else ()
+            found.append((*begin, *range(leading, leading + count * size)))
+            continue
+        slots, places = 0, {}
+        for kind, part in partition.by_kind.items():
+            places[kind] = iter(range(slots, slots + part.slots_per_chunk))
+            slots += part.slots_per_chunk
+        found.append(tuple(next(places[kind]) for kind in partition.kinds[first : first + count]))
+        first += count
+    return tuple(found)
 
 
 def _slot(stacked: ModuleT, number: int) -> ModuleT:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -20,8 +21,11 @@ from jaxtron.models.decoder.kinds import KINDS
 from jaxtron.models.decoder.layers import BUILDERS, Backends, make_norm
 from jaxtron.models.decoder.pattern import Branch
 from jaxtron.models.stacked import stacked
+from jaxtron.pipeline import buffers
 from jaxtron.pipeline.partition import Partition
+from jaxtron.sharding.collectives import vary
 from jaxtron.sharding.halves import Split, halve, join, split_of
+from jaxtron.sharding.rules import constrain, current
 from jaxtron.typing import Array, DTypeLike, Float, PyTree
 
 # of each branch of a layer; none where it remembers nothing
@@ -41,10 +45,10 @@ class Remembers(Protocol):
 
 @runtime_checkable
 class NeedsRoom(Protocol):
-    """One whose memory grows; of others it is none at first."""
+    """One whose memory grows with the sequence; that of others has the same size at every position."""
 
-    def start(self, rows: int, room: int, dtype: DTypeLike) -> PyTree:
-        """What it remembers of sequences that begin, with room for so many positions."""
+    def start(self, rows: int, room: int, most: int, dtype: DTypeLike) -> PyTree:
+        """What it remembers of sequences that begin, with room for so many positions, at most so many at a time."""
         ...
 
 
@@ -84,23 +88,34 @@ class Layer(nnx.Module):
             halves = tuple(save_for_backward(x + y) for x, y in zip(halves, found, strict=True))
         return halves
 
-    def start(self, rows: int, room: int, dtype: DTypeLike) -> Memories:
-        """What its branches remember of sequences that begin, with room for so many positions."""
-        modules = (getattr(self, name) for name in self.names)
-        return tuple(one.start(rows, room, dtype) if isinstance(one, NeedsRoom) else None for one in modules)
+    def start(self, rows: int, room: int, most: int, dtype: DTypeLike) -> Memories:
+        """What its branches remember of sequences that begin, with room for so many positions, at most so many at a
+        time."""
+
+        def of(module: nnx.Module) -> PyTree:
+            if isinstance(module, NeedsRoom):
+                return module.start(rows, room, most, dtype)
+            if not isinstance(module, Remembers):
+                return None
+            x = jnp.zeros((rows, 1, *self.norm.scale.shape), dtype)
+            return buffers.zeros(jax.eval_shape(lambda x: module.advance(x, None, LayerInputs())[1], x))
+
+        return jax.tree.map(vary, tuple(of(getattr(self, name)) for name in self.names))
 
     def advance(
         self, x: Float[Array, "B S E"], memories: Memories, inputs: LayerInputs
     ) -> tuple[Float[Array, "B S E"], Memories]:
-        """The stream after the branches, for what follows a sequence of which these are the memories."""
+        """The stream after the branches, for what follows a sequence of which these are the memories.
+
+        The stream is whole on every part of `mesh.tensor`: of few positions there is nothing to split.
+        """
         normed, found = self.norm(x), []
         for name, memory in zip(self.names, memories, strict=True):
             module = getattr(self, name)
             if isinstance(module, Remembers):
                 y, memory = module.advance(normed, memory, inputs)
             else:
-                y = module(normed, inputs)
-                y = y.x if isinstance(y, BranchOutput) else y
+                y = by_position(lambda x, module=module: module(x, LayerInputs()), normed)
             x = x + y
             found.append(memory)
         return x, tuple(found)
@@ -111,6 +126,23 @@ class Layer(nnx.Module):
         graph, state = nnx.split(module)
         run = recompute.region(name, self.recomputed, lambda state, *args: call(nnx.merge(graph, state), *args))
         return functools.partial(run, state)
+
+
+def by_position(call: Callable[..., Float[Array, "B S E"] | BranchOutput], *arrays: Array) -> Float[Array, "B S E"]:
+    """What a function of each position for itself makes of [B, S, ...] arrays that are whole on every part of `tensor`.
+
+    It is given a sequence that can be split over `tensor`: all rows as one, and padding.
+    """
+    parts, (rows, length) = current().parts("tensor"), arrays[0].shape[:2]
+    if parts == 1:
+        y = call(*arrays)
+        return constrain(y.x if isinstance(y, BranchOutput) else y, "batch", "full_seq", "embed")
+    count = rows * length
+    flat = (array.reshape(1, count, *array.shape[2:]) for array in arrays)
+    padding = -count % parts
+    y = call(*(jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * (array.ndim - 2))) for array in flat))
+    y = constrain(y.x if isinstance(y, BranchOutput) else y, "batch", "full_seq", "embed")
+    return y[:, :count].reshape(rows, length, -1)
 
 
 def _of_halves(split: Split) -> Callable[..., tuple[Array, ...]]:
