@@ -7,11 +7,12 @@ has all of its layers as one, which the executor runs as it runs a layer of trai
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jaxtron.config import UserError
 from jaxtron.layers.cache import Growth
@@ -25,6 +26,7 @@ from jaxtron.pipeline.layer_loop import Remembering
 from jaxtron.pipeline.model import HeadOutput, LayerOutput, Model, Parameters, Stack
 from jaxtron.pipeline.partition import Partition, StagePlan, forward_only
 from jaxtron.sharding.collectives import all_reduce, vary
+from jaxtron.sharding.regions import on_each_device
 from jaxtron.sharding.rules import constrain, current
 from jaxtron.typing import Array, Float, Int, PyTree
 
@@ -34,7 +36,7 @@ ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderMemory:
-    """What a device remembers of its sequences so far; rows are in groups, one for each stage of a pipeline."""
+    """What a device remembers of its sequences so far; rows are in groups, of which each stage has one at a time."""
 
     layers: tuple[Memories, ...]
     """Of each layer of the stage: arrays [group, 1, row, ...]."""
@@ -80,10 +82,10 @@ class Steps(nnx.Module):
     def start(self, rows: int, room: int, most: int = 1) -> DecoderMemory:
         """What is remembered of sequences that begin; attention has room for so many positions.
 
-        Rows are a multiple of the stages. After the beginning at most `most` positions come at a time.
+        After the beginning at most `most` positions come at a time. Stages work at once where rows are a multiple of
+        them, else one after the other.
         """
-        groups = self.num_stages
-        assert rows % groups == 0
+        groups = self.num_stages if rows % self.num_stages == 0 else 1
 
         def of(layer: Layer) -> Memories:
             memories = layer.start(rows // groups, room, most, self.decoder.dtype)
@@ -108,12 +110,25 @@ class Steps(nnx.Module):
         rows, length = tokens.shape
         before = jnp.zeros_like(memory.lengths) if begins else memory.lengths
         counts = jnp.full((rows,), length, jnp.int32) if counts is None else counts
+        logits, layers = self._through(tokens, Growth(before, counts, begins), memory, "last")
+        return logits.reshape(rows, -1), DecoderMemory(layers, before + counts)
+
+    def score(self, tokens: Int[Array, "B S"], counts: Int[Array, "B"]) -> Float[Array, "B S V"]:
+        """Logits of what follows each of the first `counts` tokens of sequences that begin."""
+        memory = self.start(len(tokens), tokens.shape[1])
+        growth = Growth(jnp.zeros_like(memory.lengths), counts, begins=True)
+        logits, _ = self._through(tokens, growth, memory, "all")
+        return logits.reshape(*tokens.shape, -1)
+
+    def _through(
+        self, tokens: Int[Array, "B S"], growth: Growth, memory: DecoderMemory, places: Literal["last", "all"]
+    ) -> tuple[Float[Array, "groups R *P V"], tuple[Memories, ...]]:
+        """Logits of these places of new positions, and what layers then remember."""
         groups, stages = memory_groups(memory), self.num_stages
-        grouped = Growth(before, counts, begins)
-        batch = jax.tree.map(lambda array: vary(array.reshape(groups, -1, *array.shape[1:])), (tokens, grouped))
+        batch = jax.tree.map(lambda array: vary(array.reshape(groups, -1, *array.shape[1:])), (tokens, growth))
         given = _Rows(jnp.arange(groups, dtype=jnp.int32), *batch)
         plan = StagePlan((Partition((1,) * stages, stages),))
-        model = Model((Stack(self._enter, self._shared, self._run),), functools.partial(self._head, groups))
+        model = Model((Stack(self._enter, self._shared, self._run),), functools.partial(self._head, groups, places))
         result = executor.run(
             forward_only(plan, groups), plan, model, Parameters(({},), {}), given, memory=(memory.layers,)
         )
@@ -121,7 +136,7 @@ class Steps(nnx.Module):
         if stages > 1:
             # only the last stage has any
             logits = vary(all_reduce(logits, current().axes("pipe")))
-        return logits.reshape(rows, -1), DecoderMemory(result.memory[0], before + counts)
+        return logits, result.memory[0]
 
     def _enter(self, outer: PyTree, received: Array | None, rows: _Rows) -> Float[Array, "B S E"]:
         def embed(tokens: Array, places: Array) -> Array:
@@ -153,16 +168,36 @@ class Steps(nnx.Module):
             x, memories = jax.lax.switch(numbers[stage], branches, x, given.memory)
         return LayerOutput(x, cache=memories)
 
-    def _head(self, groups: int, outer: PyTree, x: Float[Array, "B S E"], rows: _Rows) -> HeadOutput:
-        last = jnp.maximum(rows.growth.counts - 1, 0)
-        x = jnp.take_along_axis(x, last[:, None, None], 1)
-        logits = constrain(self.decoder.predict(x)[:, 0], None, None).astype(jnp.float32)
+    def _head(
+        self, groups: int, places: Literal["last", "all"], outer: PyTree, x: Float[Array, "B S E"], rows: _Rows
+    ) -> HeadOutput:
+        if places == "last":
+            x = jnp.take_along_axis(x, jnp.maximum(rows.growth.counts - 1, 0)[:, None, None], 1)
+        logits = constrain(self.decoder.predict(x), None, None, None).astype(jnp.float32)
+        logits = logits[:, 0] if places == "last" else logits
         if groups > 1:
             # sums over groups: each has a place of its own
-            logits = jnp.where((jnp.arange(groups) == rows.number)[:, None, None], logits, 0)
+            is_own = (jnp.arange(groups) == rows.number).reshape(-1, *(1,) * logits.ndim)
+            logits = jnp.where(is_own, logits, 0)
         else:
             logits = logits[None]
         return HeadOutput(jnp.float32(0.0), {"logits": logits})
+
+
+def insert(memory: DecoderMemory, new: DecoderMemory, slots: Int[Array, "A"]) -> DecoderMemory:
+    """The memory with new rows in those places; a row whose slot is beyond the last has none, and is left out."""
+
+    def layer(old: Array, new: Array) -> Array:
+        layout = jax.typeof(old).sharding.spec
+
+        def local(old: Array, new: Array, slots: Array) -> Array:
+            flat = old.reshape(-1, *old.shape[3:]).at[slots].set(new.reshape(-1, *new.shape[3:]), mode="drop")
+            return flat.reshape(old.shape)
+
+        return on_each_device(local, (layout, layout, PartitionSpec(None)), layout)(old, new, slots)
+
+    lengths = memory.lengths.at[slots].set(new.lengths, mode="drop")
+    return DecoderMemory(jax.tree.map(layer, memory.layers, new.layers), lengths)
 
 
 def memory_groups(memory: DecoderMemory) -> int:

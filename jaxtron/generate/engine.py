@@ -1,0 +1,278 @@
+"""Sequences that a model makes, a token of each at a time: they come and go, and share a batch while they are there.
+
+The batch has a fixed number of rows, shared out along `data` and `fsdp`. A prompt is read whole into a free row, with
+others that begin then; a step chooses a token of each row and makes the logits of the next. Rows do not know of each
+other: a sequence is the same whatever else is in the batch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Int32, Integer
+
+from jaxtron.config import UserError
+from jaxtron.generate.sampling import NO_TOKEN, choose, empty_state, features_of, place
+from jaxtron.generate.settings import SamplingSettings
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.decode import DecoderMemory, Steps, insert
+from jaxtron.run.session import Session
+from jaxtron.sharding.collectives import largest, vary
+from jaxtron.sharding.folding import BATCH_FLAGS
+from jaxtron.sharding.parameters import manual_specs
+from jaxtron.sharding.regions import region
+from jaxtron.sharding.rules import current
+from jaxtron.typing import Array, Float, Int, PyTree
+
+# a prompt is padded to a power of two, for each length is a program of its own
+SHORTEST = 16
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A token of a row, with natural logarithms of probabilities before any rule of sampling."""
+
+    row: int
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """The best tokens, as many as the row's settings ask for, the best first."""
+
+
+@dataclass
+class _Row:
+    settings: SamplingSettings
+    prompt: Int32[np.ndarray, "P"]
+    made: int = 0
+
+
+class Engine:
+    """Rows of sequences on a session's mesh; its methods enter the mesh by themselves.
+
+    `params` are the session's, at rest. Weights are copied, whole along `data` and `fsdp`, in the type of the session's
+    products; those that were given need not stay. `UserError` for a model or a mesh that cannot.
+    """
+
+    def __init__(self, session: Session, params: PyTree, *, rows: int, room: int) -> None:
+        config = session.config.model
+        if not isinstance(config, ModelConfig):
+            raise UserError(f"model.family {config.family} does not generate text; give a decoder")
+        if config.position == "learned" and room > config.max_positions:
+            raise UserError(
+                f"sequences of {room:,} tokens are longer than model.max_positions {config.max_positions:,}, which the "
+                "model has learned; ask for fewer tokens or give a shorter prompt"
+            )
+        self._session = session
+        self.vocab, self.room = config.vocab_size, room
+        with session.use():
+            rules = current()
+            parts = rules.parts(*BATCH_FLAGS)
+            self.rows = math.ceil(rows / parts) * parts
+            self._local = self.rows // parts
+            # a device's own, whatever it is of
+            own, split = PartitionSpec(rules.manual), PartitionSpec(rules.batch)
+            module = partial(_module, session)
+            specs = manual_specs(session.blueprint.parameters)
+            self._model = jax.jit(region(module, (specs,), own))(params)
+            start = region(partial(_start, rows=self._local, room=room), (own,), own)
+            self._memory: DecoderMemory = jax.jit(start)(self._model)
+            self._begin: Any = jax.jit(partial(_begin, self.vocab, room, own, split), donate_argnums=(1, 2))
+            self._advance: Any = jax.jit(partial(_advance, self.vocab, own, split), donate_argnums=1)
+            self._score: Any = jax.jit(partial(_score, self.vocab, own, split), static_argnames="top")
+        self._logits = jnp.zeros((self.rows, self.vocab), jnp.float32)
+        self._sampling = empty_state(self.rows, room)
+        self._there: dict[int, _Row] = {}
+        self._begun: list[int] = []
+
+    @property
+    def free(self) -> list[int]:
+        """Rows without a sequence."""
+        return [row for row in range(self.rows) if row not in self._there]
+
+    def begin(self, row: int, prompt: Integer[np.ndarray, "P"], settings: SamplingSettings) -> None:
+        """Puts a sequence into a free row; the next `step` reads its prompt. Its settings have a seed."""
+        if row in self._there or not 0 <= row < self.rows:
+            raise ValueError(f"row {row} is not free")
+        if not 0 < len(prompt) < self.room:
+            raise UserError(f"a prompt of {len(prompt):,} tokens does not leave room in {self.room:,}")
+        if prompt.min() < 0 or prompt.max() >= self.vocab:
+            raise UserError(
+                f"a prompt has token {int(prompt.max()):,}, and the model's vocabulary {self.vocab:,} tokens"
+            )
+        self._there[row] = _Row(settings, np.asarray(prompt, np.int32))
+        self._begun.append(row)
+
+    def end(self, row: int) -> None:
+        """Frees the row."""
+        del self._there[row]
+        self._begun = [other for other in self._begun if other != row]
+
+    def step(self) -> list[Chosen]:
+        """A token of every row that has a sequence with room for it, by row; `FloatingPointError` where the model's
+        logits are not finite."""
+        with self._session.use():
+            self._read_prompts()
+            rows = {row: one for row, one in self._there.items() if len(one.prompt) + one.made < self.room}
+            if not rows:
+                return []
+            features = features_of(one.settings for one in rows.values())
+            is_there = np.zeros(self.rows, np.int32)
+            is_there[list(rows)] = 1
+            choice, self._sampling = _choose(self._logits, self._sampling, features, is_there > 0)
+            self._logits, self._memory = self._advance(self._model, self._memory, choice.tokens, is_there)
+        # what is read here was chosen before the devices began with the next logits
+        tokens, logprobs, top_tokens, top_logprobs = map(np.asarray, jax.tree.leaves(choice))
+        found = []
+        for row, one in sorted(rows.items()):
+            one.made += 1
+            if tokens[row] == NO_TOKEN:
+                raise FloatingPointError(f"the logits of token {one.made} are not finite")
+            top = zip(top_tokens[row].tolist(), top_logprobs[row].tolist(), strict=True)
+            wanted = tuple(top)[: one.settings.logprobs or 0]
+            found.append(Chosen(row, int(tokens[row]), float(logprobs[row]), wanted))
+        return found
+
+    def score(
+        self, sequences: Sequence[Integer[np.ndarray, "_"]], top: int = 1
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each sequence, for all tokens but the first: natural logarithms of their probabilities [S - 1], and the
+        `top` best tokens in their places and theirs [S - 1, top]."""
+        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        with self._session.use():
+            for start in range(0, len(sequences), self.rows):
+                some = sequences[start : start + self.rows]
+                tokens, counts = self._padded(dict(enumerate(some)), self.rows)
+                scores = [np.asarray(array) for array in self._score(self._model, tokens, counts, top=top)]
+                found += [tuple(array[row, : len(one) - 1] for array in scores) for row, one in enumerate(some)]
+        return found
+
+    def _read_prompts(self) -> None:
+        """Those that began since the last step: as many at once as there are on the device that has most of them."""
+        if not self._begun:
+            return
+        parts: list[list[int]] = [[] for _ in range(self.rows // self._local)]
+        for row in self._begun:
+            parts[row // self._local].append(row)
+        most = max(map(len, parts))
+        count = min(2 ** math.ceil(math.log2(most)), self._local)
+        for start in range(0, most, count):
+            spots = {
+                part * count + spot: row
+                for part, own in enumerate(parts)
+                for spot, row in enumerate(own[start : start + count])
+            }
+            tokens, counts = self._padded(
+                {spot: self._there[row].prompt for spot, row in spots.items()}, count * len(parts)
+            )
+            slots = np.full(len(tokens), self._local, np.int32)
+            for spot, row in spots.items():
+                slots[spot] = row % self._local
+            targets = np.full(len(tokens), self.rows, np.int32)
+            targets[list(spots)] = list(spots.values())
+            self._logits, self._memory = self._begin(
+                self._model, self._memory, self._logits, tokens, counts, slots, targets
+            )
+        for row in self._begun:
+            one = self._there[row]
+            self._sampling = place(self._sampling, row, one.settings, one.prompt)
+        self._begun = []
+
+    def _padded(
+        self, rows: dict[int, Integer[np.ndarray, "_"]], count: int
+    ) -> tuple[Int32[np.ndarray, "B S"], Int32[np.ndarray, "B"]]:
+        """So many rows of tokens of one length, and how many tokens each has."""
+        longest = max(map(len, rows.values()))
+        length = max(SHORTEST, 2 ** math.ceil(math.log2(longest)))
+        tokens, counts = np.zeros((count, max(min(length, self.room), longest)), np.int32), np.zeros(count, np.int32)
+        for row, own in rows.items():
+            tokens[row, : len(own)], counts[row] = own, len(own)
+        return tokens, counts
+
+
+def _module(session: Session, params: PyTree) -> Steps:
+    trainer = session.trainer
+    module = trainer.blueprint.module(trainer.parts.join(trainer.working(params)))
+    return Steps(module, trainer.stages.partitions[0])
+
+
+def _start(model: Steps, *, rows: int, room: int) -> DecoderMemory:
+    return model.start(rows, room)
+
+
+_choose = jax.jit(choose, static_argnums=2, donate_argnums=1)
+
+
+def _begin(
+    vocab: int,
+    room: int,
+    own: PartitionSpec,
+    split: PartitionSpec,
+    model: Steps,
+    memory: DecoderMemory,
+    logits: Float[Array, "B V"],
+    tokens: Int[Array, "A S"],
+    counts: Int[Array, "A"],
+    slots: Int[Array, "A"],
+    targets: Int[Array, "A"],
+) -> tuple[Float[Array, "B V"], DecoderMemory]:
+    """Memory and logits with further rows, which begin."""
+
+    def local(model: Steps, memory: DecoderMemory, *given: Array) -> tuple[Array, DecoderMemory]:
+        tokens, counts, slots = given
+        new, begun = model.advance(tokens, model.start(len(tokens), room), counts, begins=True)
+        return _alike(new[:, :vocab]), insert(memory, begun, vary(slots))
+
+    run = region(local, (own, own, split, split, split), (split, own))
+    new, memory = run(model, memory, *(jax.sharding.reshard(array, split) for array in (tokens, counts, slots)))
+    new = jax.sharding.reshard(new, PartitionSpec())
+    return logits.at[targets].set(new, mode="drop"), memory
+
+
+def _advance(
+    vocab: int,
+    own: PartitionSpec,
+    split: PartitionSpec,
+    model: Steps,
+    memory: DecoderMemory,
+    tokens: Int[Array, "B"],
+    is_there: Int[Array, "B"],
+) -> tuple[Float[Array, "B V"], DecoderMemory]:
+    """Logits of what follows a token of each row that is there, the same on every device."""
+
+    def local(model: Steps, memory: DecoderMemory, *given: Array) -> tuple[Array, DecoderMemory]:
+        tokens, is_there = given
+        logits, memory = model.advance(tokens[:, None], memory, vary(is_there))
+        return _alike(logits[:, :vocab]), memory
+
+    run = region(local, (own, own, split, split), (split, own))
+    logits, memory = run(model, memory, *(jax.sharding.reshard(array, split) for array in (tokens, is_there)))
+    return jax.sharding.reshard(logits, PartitionSpec()), memory
+
+
+def _score(
+    vocab: int, own: PartitionSpec, split: PartitionSpec, model: Steps, tokens: Array, counts: Array, *, top: int
+) -> tuple[Array, Array, Array]:
+    """As `Engine.score`, of padded rows."""
+
+    def local(model: Steps, tokens: Array, counts: Array) -> tuple[Array, Array, Array]:
+        logits = model.score(tokens, counts)[:, :-1, :vocab]
+        found = jax.nn.log_softmax(logits)
+        best, ids = jax.lax.top_k(found, top)
+        own = jnp.take_along_axis(found, tokens[:, 1:, None], 2)[..., 0]
+        return _alike(own), _alike(ids), _alike(best)
+
+    run = region(local, (own, split, split), (split, split, split))
+    found = run(model, *(jax.sharding.reshard(array, split) for array in (tokens, counts)))
+    return tuple(jax.sharding.reshard(array, PartitionSpec()) for array in found)
+
+
+def _alike(x: Array) -> Array:
+    """What devices along the other axes than those of the batch have alike, typed so."""
+    rules = current()
+    return largest(vary(x), tuple(axis for axis in rules.manual if axis not in rules.batch))
