@@ -108,30 +108,27 @@ def side(
     session = make_session(config, jax.devices()[:1])
     with session.use():
         specs, split = manual_specs(session.blueprint.parameters), PartitionSpec(current().manual)
-        remembered = DecoderMemory(split, PartitionSpec())
-
         def make(params: PyTree) -> Steps:
-            return Steps(session.blueprint.module(session.blueprint.working(params, jnp.float32)))
+            module = session.blueprint.module(session.blueprint.working(params, jnp.float32))
+            return Steps(module, session.trainer.stages.partitions[0])
 
         def local(model: Steps, memory: DecoderMemory, token: Array) -> tuple[Array, DecoderMemory]:
             logits, memory = model.advance(token, memory)
             return jnp.argmax(logits, -1, keepdims=True).astype(jnp.int32), memory
 
         def start(model: Steps, tokens: Array) -> DecoderMemory:
-            # what is remembered has its shapes once something was
-            return model.advance(tokens, model.start(rows, length + more))[1]
+            return model.advance(tokens, model.start(rows, length + more), begins=True)[1]
 
         model = jax.jit(region(make, (specs,), split))(session.initial_state().params)
-        step = jax.jit(region(local, (split, remembered, split), (split, remembered)), donate_argnums=1)
-        memory = jax.jit(region(start, (split, split), remembered))(model, jnp.zeros((rows, 2), jnp.int32))
+        step = jax.jit(region(local, (split, split, split), (split, split)), donate_argnums=1)
+        memory = jax.jit(region(start, (split, split), split))(model, jnp.zeros((rows, 2), jnp.int32))
         filled = [
-            leaf
-            if leaf.ndim == 0
-            else jax.device_put(jax.random.normal(jax.random.key(number), leaf.shape, leaf.dtype), leaf.sharding)
-            for number, leaf in enumerate(jax.tree.leaves(memory))
+            jax.device_put(jax.random.normal(jax.random.key(number), leaf.shape, leaf.dtype), leaf.sharding)
+            for number, leaf in enumerate(jax.tree.leaves(memory.layers))
         ]
-        memory = jax.tree.unflatten(jax.tree.structure(memory), filled)
-        memory = DecoderMemory(memory.layers, jnp.int32(length))
+        layers = jax.tree.unflatten(jax.tree.structure(memory.layers), filled)
+        lengths = jax.device_put(jnp.full(rows, length, jnp.int32), memory.lengths.sharding)
+        memory = DecoderMemory(layers, lengths)
 
     def run(memory: DecoderMemory, token: Array) -> tuple[Array, DecoderMemory]:
         with session.use():
