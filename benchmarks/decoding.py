@@ -108,6 +108,7 @@ def side(
     session = make_session(config, jax.devices()[:1])
     with session.use():
         specs, split = manual_specs(session.blueprint.parameters), PartitionSpec(current().manual)
+
         def make(params: PyTree) -> Steps:
             module = session.blueprint.module(session.blueprint.working(params, jnp.float32))
             return Steps(module, session.trainer.stages.partitions[0])

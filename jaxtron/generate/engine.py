@@ -35,7 +35,7 @@ SHORTEST = 16
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenToken:
     """A token of a row, with natural logarithms of probabilities before any rule of sampling."""
 
     row: int
@@ -46,13 +46,13 @@ class Chosen:
 
 
 @dataclass
-class _Row:
+class _Sequence:
     settings: SamplingSettings
     prompt: Int32[np.ndarray, "P"]
     made: int = 0
 
 
-class Engine:
+class GenerationEngine:
     """Rows of sequences on a session's mesh; its methods enter the mesh by themselves.
 
     `params` are the session's, at rest. Weights are copied, whole along `data` and `fsdp`, in the type of the session's
@@ -87,7 +87,7 @@ class Engine:
             self._score: Any = jax.jit(partial(_score, self.vocab, own, split), static_argnames="top")
         self._logits = jnp.zeros((self.rows, self.vocab), jnp.float32)
         self._sampling = empty_state(self.rows, room)
-        self._there: dict[int, _Row] = {}
+        self._there: dict[int, _Sequence] = {}
         self._begun: list[int] = []
 
     @property
@@ -105,7 +105,7 @@ class Engine:
             raise UserError(
                 f"a prompt has token {int(prompt.max()):,}, and the model's vocabulary {self.vocab:,} tokens"
             )
-        self._there[row] = _Row(settings, np.asarray(prompt, np.int32))
+        self._there[row] = _Sequence(settings, np.asarray(prompt, np.int32))
         self._begun.append(row)
 
     def end(self, row: int) -> None:
@@ -113,7 +113,7 @@ class Engine:
         del self._there[row]
         self._begun = [other for other in self._begun if other != row]
 
-    def step(self) -> list[Chosen]:
+    def step(self) -> list[ChosenToken]:
         """A token of every row that has a sequence with room for it, by row; `FloatingPointError` where the model's
         logits are not finite."""
         with self._session.use():
@@ -135,7 +135,7 @@ class Engine:
                 raise FloatingPointError(f"the logits of token {one.made} are not finite")
             top = zip(top_tokens[row].tolist(), top_logprobs[row].tolist(), strict=True)
             wanted = tuple(top)[: one.settings.logprobs or 0]
-            found.append(Chosen(row, int(tokens[row]), float(logprobs[row]), wanted))
+            found.append(ChosenToken(row, int(tokens[row]), float(logprobs[row]), wanted))
         return found
 
     def score(
@@ -258,7 +258,7 @@ def _advance(
 def _score(
     vocab: int, own: PartitionSpec, split: PartitionSpec, model: Steps, tokens: Array, counts: Array, *, top: int
 ) -> tuple[Array, Array, Array]:
-    """As `Engine.score`, of padded rows."""
+    """As `GenerationEngine.score`, of padded rows."""
 
     def local(model: Steps, tokens: Array, counts: Array) -> tuple[Array, Array, Array]:
         logits = model.score(tokens, counts)[:, :-1, :vocab]

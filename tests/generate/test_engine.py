@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxtron.config import UserError, load
-from jaxtron.generate.engine import Chosen, Engine
+from jaxtron.generate.engine import ChosenToken, GenerationEngine
 from jaxtron.generate.settings import SamplingSettings
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import Session, make_session
@@ -39,12 +39,14 @@ def session(mesh: str) -> Session:
     return make_session(config, jax.devices()[:count], trains=False)
 
 
-def engine(mesh: str = "", rows: int = 4) -> Engine:
+def engine(mesh: str = "", rows: int = 4) -> GenerationEngine:
     found = session(mesh)
-    return Engine(found, found.initial_state().params, rows=rows, room=ROOM)
+    return GenerationEngine(found, found.initial_state().params, rows=rows, room=ROOM)
 
 
-def made(engine: Engine, prompts: list[np.ndarray], settings: list[SamplingSettings], count: int) -> list[list[Chosen]]:
+def made(
+    engine: GenerationEngine, prompts: list[np.ndarray], settings: list[SamplingSettings], count: int
+) -> list[list[ChosenToken]]:
     """So many tokens after each prompt, as rows become free."""
     waiting, rows, found = list(range(len(prompts))), {}, [[] for _ in prompts]
     while waiting or rows:
@@ -124,7 +126,7 @@ def test_a_sequence_ends_where_there_is_no_more_room() -> None:
 def test_logits_that_are_not_finite_end_it() -> None:
     own = session("")
     params = jax.tree.map(lambda leaf: leaf * np.nan, own.initial_state().params)
-    broken = Engine(own, params, rows=1, room=ROOM)
+    broken = GenerationEngine(own, params, rows=1, room=ROOM)
     broken.begin(0, np.arange(3), GREEDY)
     with pytest.raises(FloatingPointError, match="token 1 are not finite"):
         broken.step()

@@ -46,7 +46,7 @@ class DecoderMemory:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Rows:
+class _Group:
     """What a group of rows is given: a microbatch of the executor."""
 
     number: Int[Array, ""]
@@ -126,7 +126,7 @@ class Steps(nnx.Module):
         """Logits of these places of new positions, and what layers then remember."""
         groups, stages = memory_groups(memory), self.num_stages
         batch = jax.tree.map(lambda array: vary(array.reshape(groups, -1, *array.shape[1:])), (tokens, growth))
-        given = _Rows(jnp.arange(groups, dtype=jnp.int32), *batch)
+        given = _Group(jnp.arange(groups, dtype=jnp.int32), *batch)
         plan = StagePlan((Partition((1,) * stages, stages),))
         model = Model((Stack(self._enter, self._shared, self._run),), functools.partial(self._head, groups, places))
         result = executor.run(
@@ -138,13 +138,13 @@ class Steps(nnx.Module):
             logits = vary(all_reduce(logits, current().axes("pipe")))
         return logits, result.memory[0]
 
-    def _enter(self, outer: PyTree, received: Array | None, rows: _Rows) -> Float[Array, "B S E"]:
+    def _enter(self, outer: PyTree, received: Array | None, rows: _Group) -> Float[Array, "B S E"]:
         def embed(tokens: Array, places: Array) -> Array:
             return self.decoder.embed(tokens, positions=places)
 
         return by_position(embed, rows.tokens, _places(rows))
 
-    def _shared(self, rows: _Rows) -> LayerInputs:
+    def _shared(self, rows: _Group) -> LayerInputs:
         inputs = self.decoder.inputs(rows.tokens.shape[1], positions=_places(rows))
         return dataclasses.replace(inputs, growth=rows.growth)
 
@@ -169,7 +169,7 @@ class Steps(nnx.Module):
         return LayerOutput(x, cache=memories)
 
     def _head(
-        self, groups: int, places: Literal["last", "all"], outer: PyTree, x: Float[Array, "B S E"], rows: _Rows
+        self, groups: int, places: Literal["last", "all"], outer: PyTree, x: Float[Array, "B S E"], rows: _Group
     ) -> HeadOutput:
         if places == "last":
             x = jnp.take_along_axis(x, jnp.maximum(rows.growth.counts - 1, 0)[:, None, None], 1)
@@ -205,7 +205,7 @@ def memory_groups(memory: DecoderMemory) -> int:
     return jax.tree.leaves(memory.layers)[0].shape[0]
 
 
-def _places(rows: _Rows) -> Int[Array, "B S"]:
+def _places(rows: _Group) -> Int[Array, "B S"]:
     """Positions of the tokens; those of padding are not beyond the last one that can be."""
     length = rows.tokens.shape[1]
     new = jnp.minimum(jnp.arange(length, dtype=jnp.int32), jnp.maximum(rows.growth.counts[:, None] - 1, 0))
