@@ -291,9 +291,12 @@ class Core:
         growth = inputs.growth
         assert growth is not None
         query, key, value = (constrain(x, *HEADS) for x in (query, key, value))
-        memory = remember(memory, key, value, growth)
+        # as it lies: a change of shape inside of what writes to it makes XLA copy it first
+        memory = remember(jax.lax.optimization_barrier(memory), key, value, growth)
         if growth.begins:
             return self(query, key, value, slopes, sinks, inputs), memory
+        # one value: XLA writes it once for each of its readers otherwise, and copies what it writes to
+        memory = jax.lax.optimization_barrier(memory)
         return attend(query, memory, self.spec, slopes, sinks, growth), memory
 
     def empty(self, rows: int, heads: int, room: int, most: int, dims: tuple[int, int], dtype: DTypeLike) -> KeyValues:

@@ -19,6 +19,8 @@ from jaxtron.typing import Array, Bool, Float, Int
 # what splits them
 CACHED = ("batch", "heads", None, "head_dim")
 HEADS = ("batch", "full_seq", "heads", "head_dim")
+# of a batch whose rows are written one after the other
+MOST_ROWS = 16
 # of places that no query sees
 NEVER = jnp.finfo(jnp.float32).min
 
@@ -101,11 +103,24 @@ def _by_head(new: Float[Array, "B S H D"], heads: int) -> Float[Array, "B K S D"
 def _write(old: Float[Array, "B K P D"], new: Float[Array, "B K S D"], growth: Growth) -> Float[Array, "B K P D"]:
     """New positions in their places, all others as they are."""
     places, length = old.shape[2], new.shape[2]
+    if length == 1 and len(old) <= MOST_ROWS:
+        return _write_one(old, new.astype(old.dtype), growth)
     positions = growth.before[:, None] + jnp.arange(length)
     # padding has no place
     slots = jnp.where(growth.is_new(length), positions % places, places)
     rows = jnp.arange(old.shape[0])[:, None]
     return old.at[rows, :, slots].set(new.transpose(0, 2, 1, 3).astype(old.dtype), mode="drop", unique_indices=True)
+
+
+def _write_one(old: Float[Array, "B K P D"], new: Float[Array, "B K 1 D"], growth: Growth) -> Float[Array, "B K P D"]:
+    """Row by row, where XLA sees that it can write in place: it copies what a CPU scatters to.
+
+    Padding goes to the place of the next position, which no query sees before that is there.
+    """
+    for row in range(len(old)):
+        start = (row, 0, growth.before[row] % old.shape[2], 0)
+        old = jax.lax.dynamic_update_slice(old, new[row : row + 1], start, allow_negative_indices=False)
+    return old
 
 
 def _write_all(old: Float[Array, "B K P D"], new: Float[Array, "B K S D"], growth: Growth) -> Float[Array, "B K P D"]:
