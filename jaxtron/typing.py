@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int, Key, UInt, UInt32
+from jaxtyping import Bool, Float, Int, Key, Shaped, UInt, UInt32
 
 if TYPE_CHECKING:
     from jax import Array
@@ -24,4 +24,4 @@ PyTree = Any
 # to a type checker `jax.Device` is a variable
 Device = Any
 
-__all__ = ["Array", "Bool", "DTypeLike", "Device", "Float", "Int", "Key", "PyTree", "UInt", "UInt32"]
+__all__ = ["Array", "Bool", "DTypeLike", "Device", "Float", "Int", "Key", "PyTree", "Shaped", "UInt", "UInt32"]

@@ -142,13 +142,15 @@ class GenerationEngine:
         self, sequences: Sequence[Integer[np.ndarray, "_"]], top: int = 1
     ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Of each sequence, for all tokens but the first: natural logarithms of their probabilities [S - 1], and the
-        `top` best tokens in their places and theirs [S - 1, top]."""
+        `top` best tokens in their places and theirs [S - 1, top]. A sequence may be a token longer than there is room.
+        """
         found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         with self._session.use():
             for start in range(0, len(sequences), self.rows):
                 some = sequences[start : start + self.rows]
-                tokens, counts = self._padded(dict(enumerate(some)), self.rows)
-                scores = [np.asarray(array) for array in self._score(self._model, tokens, counts, top=top)]
+                tokens, counts = self._padded({row: one[:-1] for row, one in enumerate(some)}, self.rows)
+                targets, _ = self._padded({row: one[1:] for row, one in enumerate(some)}, self.rows)
+                scores = [np.asarray(array) for array in self._score(self._model, tokens, targets, counts, top=top)]
                 found += [tuple(array[row, : len(one) - 1] for array in scores) for row, one in enumerate(some)]
         return found
 
@@ -187,7 +189,7 @@ class GenerationEngine:
         self, rows: dict[int, Integer[np.ndarray, "_"]], count: int
     ) -> tuple[Int32[np.ndarray, "B S"], Int32[np.ndarray, "B"]]:
         """So many rows of tokens of one length, and how many tokens each has."""
-        longest = max(map(len, rows.values()))
+        longest = max(1, *map(len, rows.values()))
         length = max(SHORTEST, 2 ** math.ceil(math.log2(longest)))
         tokens, counts = np.zeros((count, max(min(length, self.room), longest)), np.int32), np.zeros(count, np.int32)
         for row, own in rows.items():
@@ -256,19 +258,23 @@ def _advance(
 
 
 def _score(
-    vocab: int, own: PartitionSpec, split: PartitionSpec, model: Steps, tokens: Array, counts: Array, *, top: int
+    vocab: int,
+    own: PartitionSpec,
+    split: PartitionSpec,
+    model: Steps,
+    tokens: Int[Array, "B S"],
+    targets: Int[Array, "B S"],
+    counts: Int[Array, "B"],
+    *,
+    top: int,
 ) -> tuple[Array, Array, Array]:
-    """As `GenerationEngine.score`, of padded rows."""
+    """As `Steps.score`, the same on every device."""
 
-    def local(model: Steps, tokens: Array, counts: Array) -> tuple[Array, Array, Array]:
-        logits = model.score(tokens, counts)[:, :-1, :vocab]
-        found = jax.nn.log_softmax(logits)
-        best, ids = jax.lax.top_k(found, top)
-        own = jnp.take_along_axis(found, tokens[:, 1:, None], 2)[..., 0]
-        return _alike(own), _alike(ids), _alike(best)
+    def local(model: Steps, *given: Array) -> tuple[Array, ...]:
+        return tuple(map(_alike, model.score(*given, vocab, top)))
 
-    run = region(local, (own, split, split), (split, split, split))
-    found = run(model, *(jax.sharding.reshard(array, split) for array in (tokens, counts)))
+    run = region(local, (own, split, split, split), (split, split, split))
+    found = run(model, *(jax.sharding.reshard(array, split) for array in (tokens, targets, counts)))
     return tuple(jax.sharding.reshard(array, PartitionSpec()) for array in found)
 
 

@@ -7,7 +7,7 @@ has all of its layers as one, which the executor runs as it runs a layer of trai
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,11 @@ from jaxtron.pipeline.partition import Partition, StagePlan, forward_only
 from jaxtron.sharding.collectives import all_reduce, vary
 from jaxtron.sharding.regions import on_each_device
 from jaxtron.sharding.rules import constrain, current
-from jaxtron.typing import Array, Float, Int, PyTree
+from jaxtron.typing import Array, Float, Int, PyTree, Shaped
 
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
+# of a score that are in memory at once: 256 MiB
+MOST_LOGITS = 2**26
 
 
 @jax.tree_util.register_dataclass
@@ -110,33 +112,51 @@ class Steps(nnx.Module):
         rows, length = tokens.shape
         before = jnp.zeros_like(memory.lengths) if begins else memory.lengths
         counts = jnp.full((rows,), length, jnp.int32) if counts is None else counts
-        logits, layers = self._through(tokens, Growth(before, counts, begins), memory, "last")
+        logits, layers = self._through(tokens, Growth(before, counts, begins), memory, self._last_logits)
         return logits.reshape(rows, -1), DecoderMemory(layers, before + counts)
 
-    def score(self, tokens: Int[Array, "B S"], counts: Int[Array, "B"]) -> Float[Array, "B S V"]:
-        """Logits of what follows each of the first `counts` tokens of sequences that begin."""
-        memory = self.start(len(tokens), tokens.shape[1])
+    def score(
+        self, tokens: Int[Array, "B S"], targets: Int[Array, "B S"], counts: Int[Array, "B"], vocab: int, top: int
+    ) -> tuple[Float[Array, "B S"], Int[Array, "B S top"], Float[Array, "B S top"]]:
+        """Of sequences that begin natural logarithms: of the probability of the target in each place, and the `top`
+        best of the first `vocab` tokens there, with theirs."""
+        memory, (rows, length) = self.start(len(tokens), tokens.shape[1]), tokens.shape
         growth = Growth(jnp.zeros_like(memory.lengths), counts, begins=True)
-        logits, _ = self._through(tokens, growth, memory, "all")
-        return logits.reshape(*tokens.shape, -1)
+        x, _ = self._through(tokens, growth, memory, lambda x, _: x)
+        size = min(length, max(1, MOST_LOGITS // (rows * self.decoder.config.padded_vocab)))
+        x = x.reshape(rows, length, -1).astype(self.decoder.dtype)
+        pieces = jax.tree.map(lambda array: _pieces(array, size), (x, targets))
+
+        def of(piece: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+            x, targets = piece
+            logits = constrain(self.decoder.predict(x), None, None, None).astype(jnp.float32)
+            found = jax.nn.log_softmax(logits[..., :vocab])
+            best, ids = jax.lax.top_k(found, top)
+            return jnp.take_along_axis(found, targets[..., None], 2)[..., 0], ids, best
+
+        return tuple(jnp.concatenate(array, 1)[:, :length] for array in jax.lax.map(of, pieces))
 
     def _through(
-        self, tokens: Int[Array, "B S"], growth: Growth, memory: DecoderMemory, places: Literal["last", "all"]
-    ) -> tuple[Float[Array, "groups R *P V"], tuple[Memories, ...]]:
-        """Logits of these places of new positions, and what layers then remember."""
+        self,
+        tokens: Int[Array, "B S"],
+        growth: Growth,
+        memory: DecoderMemory,
+        head: Callable[[Array, Growth], Float[Array, "R ..."]],
+    ) -> tuple[Float[Array, "groups R ..."], tuple[Memories, ...]]:
+        """What a head makes of the last layer's output, and what layers then remember."""
         groups, stages = memory_groups(memory), self.num_stages
         batch = jax.tree.map(lambda array: vary(array.reshape(groups, -1, *array.shape[1:])), (tokens, growth))
         given = _Group(jnp.arange(groups, dtype=jnp.int32), *batch)
         plan = StagePlan((Partition((1,) * stages, stages),))
-        model = Model((Stack(self._enter, self._shared, self._run),), functools.partial(self._head, groups, places))
+        model = Model((Stack(self._enter, self._shared, self._run),), functools.partial(_head, groups, head))
         result = executor.run(
             forward_only(plan, groups), plan, model, Parameters(({},), {}), given, memory=(memory.layers,)
         )
-        logits = result.sums["logits"]
+        found = result.sums["head"]
         if stages > 1:
             # only the last stage has any
-            logits = vary(all_reduce(logits, current().axes("pipe")))
-        return logits, result.memory[0]
+            found = vary(all_reduce(found, current().axes("pipe")))
+        return found, result.memory[0]
 
     def _enter(self, outer: PyTree, received: Array | None, rows: _Group) -> Float[Array, "B S E"]:
         def embed(tokens: Array, places: Array) -> Array:
@@ -168,20 +188,29 @@ class Steps(nnx.Module):
             x, memories = jax.lax.switch(numbers[stage], branches, x, given.memory)
         return LayerOutput(x, cache=memories)
 
-    def _head(
-        self, groups: int, places: Literal["last", "all"], outer: PyTree, x: Float[Array, "B S E"], rows: _Group
-    ) -> HeadOutput:
-        if places == "last":
-            x = jnp.take_along_axis(x, jnp.maximum(rows.growth.counts - 1, 0)[:, None, None], 1)
-        logits = constrain(self.decoder.predict(x), None, None, None).astype(jnp.float32)
-        logits = logits[:, 0] if places == "last" else logits
-        if groups > 1:
-            # sums over groups: each has a place of its own
-            is_own = (jnp.arange(groups) == rows.number).reshape(-1, *(1,) * logits.ndim)
-            logits = jnp.where(is_own, logits, 0)
-        else:
-            logits = logits[None]
-        return HeadOutput(jnp.float32(0.0), {"logits": logits})
+    def _last_logits(self, x: Float[Array, "B S E"], growth: Growth) -> Float[Array, "B V"]:
+        """Those of what follows the last position of each row that is no padding."""
+        x = jnp.take_along_axis(x, jnp.maximum(growth.counts - 1, 0)[:, None, None], 1)
+        return constrain(self.decoder.predict(x), None, None, None)[:, 0]
+
+
+def _head(
+    groups: int, make: Callable[[Array, Growth], Array], outer: PyTree, x: Float[Array, "B S E"], rows: _Group
+) -> HeadOutput:
+    """What `make` makes of the last layer's output, in the place of its group: sums over groups keep them apart."""
+    found = make(x, rows.growth).astype(jnp.float32)[None]
+    if groups > 1:
+        is_own = (jnp.arange(groups) == rows.number).reshape(-1, *(1,) * (found.ndim - 1))
+        found = jnp.where(is_own, found, 0)
+    return HeadOutput(jnp.float32(0.0), {"head": found})
+
+
+def _pieces(array: Shaped[Array, "B S ..."], size: int) -> Shaped[Array, "n B size ..."]:
+    """An array in runs of so many positions, the last with zeros behind."""
+    rows, length = array.shape[:2]
+    count = -(-length // size)
+    array = jnp.pad(array, ((0, 0), (0, count * size - length), *((0, 0),) * (array.ndim - 2)))
+    return jnp.moveaxis(array.reshape(rows, count, size, *array.shape[2:]), 1, 0)
 
 
 def insert(memory: DecoderMemory, new: DecoderMemory, slots: Int[Array, "A"]) -> DecoderMemory:
