@@ -11,8 +11,8 @@ from jaxtron.kernels.attention.config import Implementation
 Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "swiglu", "geglu", "clamped_swiglu"]
 GATED = frozenset({"swiglu", "geglu", "clamped_swiglu"})
 NormKind = Literal["layer_norm", "layer_norm_1p", "rms_norm"]
-# of 8-bit numbers in products: none of them, or by the maximum of the tensor at hand
-Scaling = Literal["none", "current"]
+# of 8-bit numbers in products: none of them, or by the maximum of the tensor at hand, or of each of its blocks
+Scaling = Literal["none", "current", "block"]
 PositionKind = Literal["learned", "rotary", "alibi", "none"]
 
 
@@ -35,13 +35,14 @@ class AttentionConfig(Config):
 
 
 class Fp8Config(Config):
-    """Products of 8-bit numbers (2209.05433): e4m3 forward, e5m2 gradients, in attention's projections and MLPs alone.
+    """Products of 8-bit numbers (2209.05433), in attention's projections and MLPs alone.
 
     All else stays as train.precision says: embedding, head, norms, cores of attention, routers, experts, state spaces.
     """
 
     scaling: Scaling = "none"
-    """none: no such products; current: each tensor is scaled by its own maximum, over the whole microbatch."""
+    """none: no such products; current: each tensor is scaled by its own maximum, over the whole microbatch; block: e4m3
+    for gradients too, scaled by the maxima of 1 x 128 numbers, of weights of 128 x 128 (DeepSeek-V3, 2412.19437)."""
 
 
 class LatentConfig(Config):

@@ -15,16 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxtron.kernels.block_products.rounding import divided, power_of_two
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.collectives import largest, manual_axes, vary
 from jaxtron.sharding.rules import current
 from jaxtron.typing import Array, DTypeLike, Float
 
 FORWARD, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2
-# of a tensor of zeros, or of numbers so small that two scales multiplied would be none of float32
-LEAST_SCALE = 2.0**-60
-# of a float32, as an integer: all bits of its fraction, and those of its exponent
-_FRACTION, _EXPONENT = 0x007FFFFF, 0x7F800000
 
 
 class Form(NamedTuple):
@@ -49,14 +46,7 @@ def scale_of(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, ""]:
     rules, manual = current(), manual_axes()
     axes = tuple(axis for axis in rules.axes("data", "fsdp", "context") if axis in manual and rules.size((axis,)) > 1)
     peak = vary(largest(peak, axes) if axes else peak)
-    wanted = jnp.maximum(peak / float(jnp.finfo(dtype).max), LEAST_SCALE)
-    bits = jax.lax.bitcast_convert_type(wanted, jnp.int32)
-    return jax.lax.bitcast_convert_type((bits + _FRACTION) & _EXPONENT, jnp.float32)
-
-
-def rounded(x: Float[Array, "..."], scale: Float[Array, ""], dtype: DTypeLike) -> Float[Array, "..."]:
-    """`x / scale` in `dtype`."""
-    return (x * (1.0 / scale).astype(x.dtype)).astype(dtype)
+    return power_of_two(peak, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -67,21 +57,21 @@ def product(x: Float[Array, "..."], kernel: Float[Array, "..."], form: Form) -> 
 
 def _forward(x: Array, kernel: Array, form: Form) -> tuple[Array, tuple[Array, ...]]:
     x_scale, kernel_scale = (save_for_backward(scale_of(array, FORWARD)) for array in (x, kernel))
-    rows = jax.sharding.reshard(rounded(x, x_scale, FORWARD), form.multiplied)
+    rows = jax.sharding.reshard(divided(x, x_scale, FORWARD), form.multiplied)
     dims = tuple(range(form.num_rows, x.ndim)), tuple(range(x.ndim - form.num_rows))
-    y = _dot(rows, rounded(kernel, kernel_scale, FORWARD), dims, form.output, x_scale * kernel_scale, x.dtype)
+    y = _dot(rows, divided(kernel, kernel_scale, FORWARD), dims, form.output, x_scale * kernel_scale, x.dtype)
     return y, (x, kernel, x_scale, kernel_scale)
 
 
 def _backward(form: Form, kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array]:
     x, kernel, x_scale, kernel_scale = kept
     dy_scale = scale_of(dy, GRADIENT)
-    dy = jax.sharding.reshard(rounded(dy, dy_scale, GRADIENT), form.gradient)
+    dy = jax.sharding.reshard(divided(dy, dy_scale, GRADIENT), form.gradient)
     num_inputs, of_rows = x.ndim - form.num_rows, tuple(range(form.num_rows))
     dims = tuple(range(form.num_rows, dy.ndim)), tuple(range(num_inputs, kernel.ndim))
-    weights = rounded(kernel, kernel_scale, FORWARD)
+    weights = divided(kernel, kernel_scale, FORWARD)
     dx = _dot(dy, weights, dims, jax.typeof(x).sharding.spec, dy_scale * kernel_scale, x.dtype)
-    rows = jax.sharding.reshard(rounded(x, x_scale, FORWARD), form.multiplied)
+    rows = jax.sharding.reshard(divided(x, x_scale, FORWARD), form.multiplied)
     spec = jax.typeof(kernel).sharding.spec
     return dx, _dot(rows, dy, (of_rows, of_rows), spec, x_scale * dy_scale, kernel.dtype)
 

@@ -7,13 +7,15 @@ from flax import nnx
 from jax.nn import initializers
 from jax.sharding import PartitionSpec
 
-from jaxtron.layers import fp8
+from jaxtron.layers import fp8, fp8_blocks
 from jaxtron.layers.config import Scaling
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.layout import spec_axes
 from jaxtron.sharding.parameters import parameter
 from jaxtron.sharding.rules import constrain, current, spec
 from jaxtron.typing import Array, Float
+
+_EIGHT_BITS = {"current": fp8.product, "block": fp8_blocks.product}
 
 
 def normal(std: float) -> initializers.Initializer:
@@ -79,7 +81,7 @@ def project(
     num_inputs = x.ndim - 2
     layout = spec(*logical)
     if scaling != "none":
-        return _project_fp8(x, kernel, layout)
+        return _project_fp8(x, kernel, layout, scaling)
     if current().parts("tensor") > 1:
         return save_for_backward(_product(x, kernel, layout))
     rows = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
@@ -88,21 +90,23 @@ def project(
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
-def _project_fp8(x: Float[Array, "B S ..."], kernel: Float[Array, "..."], layout: PartitionSpec) -> Float[Array, "..."]:
+def _project_fp8(
+    x: Float[Array, "B S ..."], kernel: Float[Array, "..."], layout: PartitionSpec, scaling: Scaling
+) -> Float[Array, "..."]:
     """The same by 8-bit numbers, which are gathered where the sequence is split in the input and whole in the output,
     and in the backward where it is the other way round.
     """
-    given = jax.typeof(x).sharding.spec
+    given, product = jax.typeof(x).sharding.spec, _EIGHT_BITS[scaling]
     if current().parts("tensor") > 1:
         # where both are split alike, each device has rows of its own
         sequence = layout[1] if spec_axes(given)[1] == spec_axes(layout)[1] else None
         multiplied = (PartitionSpec(own[0], sequence, *own[2:]) for own in (given, layout))
-        return save_for_backward(fp8.product(x, kernel, fp8.Form(2, layout, *multiplied)))
+        return save_for_backward(product(x, kernel, fp8.Form(2, layout, *multiplied)))
     # on one part a split by name alone
     x = jax.sharding.reshard(x, PartitionSpec(given[0], None, *given[2:]))
     rows, given = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), PartitionSpec(given[0], *given[2:])
     flat = PartitionSpec(layout[0], *layout[2:])
-    y = save_for_backward(fp8.product(rows, kernel, fp8.Form(1, flat, given, flat)))
+    y = save_for_backward(product(rows, kernel, fp8.Form(1, flat, given, flat)))
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 

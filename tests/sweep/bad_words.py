@@ -272,6 +272,8 @@ LINES: tuple[tuple[str, str], ...] = (
     ("train tiny.yaml --model.fp8.scaling delayed", "model.fp8.scaling"),
     ("train tiny.yaml --model.fp8.scaling current --train.precision fp16", "model.fp8.scaling"),
     ("train tiny.yaml --model.fp8.scaling current --model.pattern M", "model.fp8.scaling"),
+    ("train tiny.yaml --model.fp8.scaling block --train.precision fp16", "model.fp8.scaling"),
+    ("train tiny.yaml --model.fp8.scaling block --model.pattern M", "model.fp8.scaling"),
     ("train tiny.yaml --train.microbatches 3", "train.microbatches"),
     ("train tiny.yaml --train.global_batch 7", "train.global_batch"),
     ("train tiny.yaml --train.batch_ramp.start 4", "train.batch_ramp"),

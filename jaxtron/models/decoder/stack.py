@@ -63,10 +63,10 @@ class Layer(nnx.Module):
         for symbol, kind in KINDS.items():
             if symbol in branch:
                 setattr(self, kind.module, BUILDERS[symbol](config, kind, backends, rngs))
-        # of 8-bit numbers each half would have a scale of its own; of a loop over kinds, of which one is chosen, XLA
-        # makes the gather that several begin with once before the choice, and the second half's beside it for nothing
+        # where a tensor of 8-bit numbers has one scale each half would have its own; of a loop over kinds, of which one
+        # is chosen, XLA makes the gather that several begin with before the choice, and the second half's for nothing
         are_known = all(isinstance(getattr(self, name), (Attention, Mlp)) for name in self.names)
-        self.can_be_halved = are_known and config.fp8.scaling == "none" and not config.layout.mixed
+        self.can_be_halved = are_known and config.fp8.scaling != "current" and not config.layout.mixed
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> list[BranchOutput]:
         """The stream after each branch, with what the branch reports."""

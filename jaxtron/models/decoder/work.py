@@ -173,8 +173,8 @@ def _branch(model: ModelConfig, shapes: Shapes, branch: Branch) -> SlotWork:
 
 
 def _is_of_eight_bits(model: ModelConfig, kind: LayerKind) -> bool:
-    """Whether projections of such layers are products of 8-bit numbers."""
-    return model.fp8.scaling != "none" and "fp8" in kind.fields
+    """Whether projections of such layers are multiplied as 8-bit numbers: those with scales of blocks are not."""
+    return model.fp8.scaling == "current" and "fp8" in kind.fields
 
 
 def _recomputed(model: ModelConfig, shapes: Shapes, kind: LayerKind, regions: RegionWork) -> SlotWork:

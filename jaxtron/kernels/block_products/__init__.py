@@ -1,0 +1,1 @@
+"""Products of 8-bit numbers that are scaled by blocks of 128."""
