@@ -63,6 +63,9 @@ class ChatConfig(Config):
     """Texts that the template writes and messages may not contain."""
     roles: dict[str, str] = {}
     """What further names of roles mean, as roles.Bob assistant; or themselves."""
+    normalize: Literal["tokens", "answers"] = "tokens"
+    """What the loss is a mean over: tokens of answers, or answers, whose tokens then weigh 1 together however many they
+    are (BLOOMZ, 2211.01786)."""
     too_long: Literal["drop", "truncate"] = "drop"
     """What happens to a conversation longer than a sequence."""
     max_dropped: float = Field(default=0.1, ge=0, le=1)

@@ -196,7 +196,7 @@ def _open_chat(config: DataConfig, seed: int, _samples: int | None) -> Data:
         too_long=config.chat.too_long,
         max_dropped=config.chat.max_dropped,
     )
-    train, validation = talks.split(config.validation_fraction)
+    train, validation = talks.split(config.validation_fraction, config.chat.normalize)
     return Data(
         config=config,
         seed=seed,

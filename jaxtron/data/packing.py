@@ -1,13 +1,16 @@
 """Short sequences packed into rows of one length: first fit, whole sequences only, none seeing another."""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, Integer
+from jaxtyping import Bool, Float32, Int32, Int64, Integer
 
 from jaxtron.config import UserError
 from jaxtron.data.batch import TokenBatch
+
+# what a loss over answers is a mean over
+Normalize = Literal["tokens", "answers"]
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,24 @@ class Sequences(Protocol):
     def __getitem__(self, index: int) -> PackedSequence: ...
 
 
-def pack_row(sequences: list[PackedSequence], sequence_length: int, *, pad: int = 0) -> TokenBatch:
+def answer_weights(is_answer: Bool[np.ndarray, "N"], normalize: Normalize) -> Float32[np.ndarray, "N"]:
+    """Weights of a sequence's predictions: 1 in answers, 0 outside; or of each run of answer the share of one token."""
+    if normalize == "tokens" or not is_answer.any():
+        return is_answer.astype(np.float32)
+    edges = np.flatnonzero(np.diff(is_answer, prepend=False, append=False))
+    lengths = edges[1::2] - edges[::2]
+    weights = np.zeros(len(is_answer), np.float32)
+    weights[is_answer] = np.repeat(1 / lengths, lengths)
+    return weights
+
+
+def pack_row(
+    sequences: list[PackedSequence], sequence_length: int, *, pad: int = 0, normalize: Normalize = "tokens"
+) -> TokenBatch:
     """One row: each sequence predicts its own ids from the second on, so it takes one place less than it has ids.
 
-    Weights are 1 where the id predicted is an answer. Positions start again at 0 in each sequence; segments count the
-    sequences from 0, and the padding, of weight 0, is a segment of its own.
+    Weights are those of `answer_weights` where the id predicted is an answer. Positions start again at 0 in each
+    sequence; segments count the sequences from 0, and the padding, of weight 0, is a segment of its own.
     """
     tokens, targets = np.full((2, sequence_length), pad, np.int32)
     weights = np.zeros(sequence_length, np.float32)
@@ -105,7 +121,7 @@ def pack_row(sequences: list[PackedSequence], sequence_length: int, *, pad: int 
         end = start + max(len(sequence.ids) - 1, 0)
         assert end <= sequence_length, f"{end} tokens in a row of {sequence_length}"
         tokens[start:end], targets[start:end] = sequence.ids[:-1], sequence.ids[1:]
-        weights[start:end] = sequence.is_answer[1:]
+        weights[start:end] = answer_weights(sequence.is_answer[1:], normalize)
         positions[start:end], segments[start:end] = np.arange(end - start), number
         start = end
     positions[start:], segments[start:] = np.arange(sequence_length - start), len(sequences)
@@ -118,7 +134,15 @@ class PackedSource:
     `density` is the share of places that are not padding.
     """
 
-    def __init__(self, sequences: Sequences, *, sequence_length: int, decreasing: bool = True, pad: int = 0):
+    def __init__(
+        self,
+        sequences: Sequences,
+        *,
+        sequence_length: int,
+        decreasing: bool = True,
+        pad: int = 0,
+        normalize: Normalize = "tokens",
+    ):
         places = np.maximum(sequences.lengths - 1, 0)
         if len(places) and places.max() > sequence_length:
             raise UserError(
@@ -130,6 +154,7 @@ class PackedSource:
         self.density = float(places.sum()) / max(len(self.packing) * sequence_length, 1)
         self._sequences = sequences
         self._pad = pad
+        self._normalize: Normalize = normalize
 
     def __len__(self) -> int:
         return len(self.packing)
@@ -138,4 +163,4 @@ class PackedSource:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         sequences = [self._sequences[number] for number in self.packing.row(index).tolist()]
-        return pack_row(sequences, self.sequence_length, pad=self._pad)
+        return pack_row(sequences, self.sequence_length, pad=self._pad, normalize=self._normalize)

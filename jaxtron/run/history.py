@@ -39,7 +39,8 @@ CHANGES: dict[str, dict[str, str]] = {
     # and what else its family's `FamilyConfig` names; the rest is fixed
     "model": {FIXED: "family"},
     "data": {
-        FIXED: "sequence_length mask_end_of_document reset_positions reset_attention fill_in_middle chat.too_long",
+        FIXED: "sequence_length mask_end_of_document reset_positions reset_attention fill_in_middle chat.too_long "
+        "chat.normalize",
         CONTENT: "path format train split samples tokenizer end_of_document validation_fraction chat.template "
         "chat.markers chat.variables chat.roles",
         FREE: "validation test skip chat.max_dropped cache_directory workers processes prefetch",

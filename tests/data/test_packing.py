@@ -131,3 +131,15 @@ def test_a_sequence_longer_than_a_row_is_an_error():
     assert len(PackedSource(store, sequence_length=9)) == 1
     with pytest.raises(UserError, match="a sequence of 10 tokens does not go into rows of 8"):
         PackedSource(store, sequence_length=8)
+
+
+def test_answers_of_any_length_weigh_the_same_where_that_is_asked_for():
+    """Each run of answer by itself, also where two are in one sequence; what is cut off counts no more."""
+    long, short = sequence(range(12), [0, 0, *[1] * 8, 0, 1]), sequence([7, 8, 9], [0, 0, 1])
+    row = pack_row([long, short], 16, normalize="answers")
+    np.testing.assert_allclose(row.weights, [0, *[1 / 8] * 8, 0, 1, 0, 1, 0, 0, 0], rtol=1e-6)
+    assert row.weights.sum() == pytest.approx(3) and row.weights.dtype == np.float32
+    plain = pack_row([long, short], 16)
+    np.testing.assert_array_equal(plain.weights != 0, row.weights != 0)
+    nothing = pack_row([sequence([1, 2], [0, 0])], 4, normalize="answers")
+    assert not nothing.weights.any()

@@ -13,7 +13,7 @@ from jaxtron.config import UserError
 from jaxtron.data.chat.cache import UNKNOWN_ROLE, ChatEntry, Reason, open_entry
 from jaxtron.data.chat.conversations import NO_ROLES
 from jaxtron.data.chat.template import ChatMl, ChatTemplate
-from jaxtron.data.packing import PackedSequence, PackedSource
+from jaxtron.data.packing import Normalize, PackedSequence, PackedSource
 from jaxtron.data.source import NO_SAMPLES, Source
 from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.words import either
@@ -104,11 +104,12 @@ class Conversations:
             logger.info("%s", line)
         _check_dropped(self.counts, max_dropped, files)
 
-    def split(self, validation_fraction: float) -> tuple[Source, Source]:
+    def split(self, validation_fraction: float, normalize: Normalize = "tokens") -> tuple[Source, Source]:
         """Rows to train on, and rows to validate on: conversations are divided first, then packed, each part by itself.
 
         What a conversation says decides where it goes, so that validation has conversations of all lengths from all
-        over the files, whatever their order, the tokenizer and the seed; and none that is trained on too.
+        over the files, whatever their order, the tokenizer and the seed; and none that is trained on too. `normalize`
+        is what their loss is a mean over.
         """
         kept = self._kept
         num_validation = round(len(kept) * validation_fraction)
@@ -125,10 +126,11 @@ class Conversations:
                 "--data.validation_fraction 0"
             )
         validation, train = np.sort(kept[order[:num_validation]]), np.sort(kept[order[num_validation:]])
-        return self._pack(train), self._pack(validation) if num_validation else NO_SAMPLES
+        return self._pack(train, normalize), self._pack(validation, normalize) if num_validation else NO_SAMPLES
 
-    def _pack(self, numbers: Int64[np.ndarray, "K"]) -> PackedSource:
-        return PackedSource(_Kept(self._entry, numbers, self._lengths[numbers]), sequence_length=self._sequence_length)
+    def _pack(self, numbers: Int64[np.ndarray, "K"], normalize: Normalize) -> PackedSource:
+        kept = _Kept(self._entry, numbers, self._lengths[numbers])
+        return PackedSource(kept, sequence_length=self._sequence_length, normalize=normalize)
 
 
 def _too_long(entry: ChatEntry, is_dropped: np.ndarray, too_long: str, sequence_length: int) -> dict[str, Reason]:
