@@ -2,6 +2,6 @@
 
 from typing import Literal
 
-Role = Literal["kernel", "embedding", "position", "bias", "scale", "router", "state"]
+Role = Literal["kernel", "embedding", "position", "bias", "scale", "router", "state", "adapter"]
 # trained by gradients, frozen as it was made, or a buffer that a step updates without gradient
 Status = Literal["trained", "frozen", "buffer"]

@@ -25,6 +25,7 @@ TAKEN = {
     "checkpoint.resume": None,
     "checkpoint.initialize_from": None,
     "train.trainable": None,
+    "train.lora": None,
 }
 
 
@@ -109,6 +110,8 @@ def read_configuration(request: UpcycleRequest) -> tuple[Configuration, Configur
     if model.bias:
         mend = "a model without can be upcycled" if request.is_hub else "train with --model.bias false"
         raise UserError(f"{path} has model.bias true, and its biases cannot become those of experts: {mend}")
+    if dense.train.lora is not None:
+        raise UserError(f"{path} has adapters (train.lora): only a run that trains the model itself can be upcycled")
     if dense.train.trainable != ("*",):
         raise UserError(f"{path} has train.trainable {' '.join(dense.train.trainable)}: only a run that trains all can")
     if model.mlp_width % request.granularity:

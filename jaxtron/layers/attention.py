@@ -98,7 +98,7 @@ class Attention(nnx.Module):
         self, halves: Sequence[Float[Array, "B S E"]], inputs: LayerInputs
     ) -> tuple[Float[Array, "B S E"], ...]:
         """The same for a sequence whose positions are split (`sharding.halves`): only the core sees it whole."""
-        projected = zip(*(self._project(whole_sequence(x, self.output.scaling)) for x in halves), strict=True)
+        projected = zip(*(self._project(x) for x in halves), strict=True)
         query, key, value = (join(first, second, "positions") for first, second in projected)
         attended = self.core(*self._turn(query, key, inputs), value, *self._per_head(), inputs)
         pairs = zip(halve(attended, "positions"), inputs.halves("positions"), strict=True)
@@ -128,7 +128,7 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B S E"], inputs: LayerInputs
     ) -> tuple[Float[Array, "B S H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
         """Queries, keys and values."""
-        query, key, value = self._project(whole_sequence(x, self.output.scaling))
+        query, key, value = self._project(x)
         return *self._turn(query, key, inputs), value
 
     def _turn(
@@ -150,8 +150,9 @@ class Attention(nnx.Module):
     def _project(
         self, x: Float[Array, "B S E"]
     ) -> tuple[Float[Array, "B S H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
+        own, x = x, whole_sequence(x, self.output.scaling)
         if not current().splits("kv_heads", self.num_kv_heads):
-            return self._project_shared(x)
+            return self._project_shared(x, own)
         groups = self.num_groups
         logical = ("batch", "full_seq", "kv_heads", "group", "head_dim")
         kernel = self._join("kernel") if self.joined_kernel is None else self.joined_kernel[...]
@@ -162,7 +163,12 @@ class Attention(nnx.Module):
             joined = joined + self._join("bias").astype(joined.dtype)
         query = joined[:, :, :, :groups]
         query = query.reshape(*query.shape[:2], self.num_kv_heads * groups, query.shape[-1])
-        return query, joined[:, :, :, groups], joined[:, :, :, groups + 1]
+        key, value = joined[:, :, :, groups], joined[:, :, :, groups + 1]
+        return (
+            self.query.adapted(query, own, "batch", "full_seq", "heads", "head_dim"),
+            self.key.adapted(key, own, "batch", "full_seq", "kv_heads", "head_dim"),
+            self.value.adapted(value, own, "batch", "full_seq", "kv_heads", "head_dim"),
+        )
 
     def _join(self, name: str) -> Array:
         """Weights as [..., key/value head, queries of its group then key then value, head dim] (Megatron's order)."""
@@ -221,13 +227,13 @@ class Attention(nnx.Module):
         return ("kernel",) if self.query.bias is None else ("kernel", "bias")
 
     def _project_shared(
-        self, x: Float[Array, "B S E"]
+        self, x: Float[Array, "B S E"], own: Float[Array, "B S E"]
     ) -> tuple[Float[Array, "B S H D"], Float[Array, "B S H D"], Float[Array, "B S H D"]]:
         """Fewer key/value heads than tensor parts: all are computed everywhere, and each part takes what it needs."""
-        query = self.query(x, "batch", "full_seq", "heads", "head_dim")
+        query = self.query(x, "batch", "full_seq", "heads", "head_dim", own=own)
         heads = []
         for layer in (self.key, self.value):
-            shared = layer(x, "batch", "full_seq", None, "head_dim")
+            shared = layer(x, "batch", "full_seq", None, "head_dim", own=own)
             rows, length, num_heads, head_dim = shared.shape
             # plain shapes: inside `jnp.repeat` axes are of another kind, which `pipeline/split.py` would cut into
             copies = jnp.broadcast_to(shared[:, :, :, None], (rows, length, num_heads, self.num_groups, head_dim))

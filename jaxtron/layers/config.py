@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from jaxtron.config import Config, format_value
+from jaxtron.config import Config, UserError, format_value
 from jaxtron.kernels.attention.config import Implementation
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "swiglu", "geglu", "clamped_swiglu"]
@@ -43,6 +43,34 @@ class Fp8Config(Config):
     scaling: Scaling = "none"
     """none: no such products; current: each tensor is scaled by its own maximum, over the whole microbatch; block: e4m3
     for gradients too, scaled by the maxima of 1 x 128 numbers, of weights of 128 x 128 (DeepSeek-V3, 2412.19437)."""
+
+
+class LoraConfig(Config):
+    """Low-rank adapters (LoRA, 2106.09685) of linear layers: `y = x W + scale (x A) B`, W frozen, A and B trained."""
+
+    rank: int = Field(ge=1)
+    """Columns of A and rows of B."""
+    alpha: float | None = Field(default=None, gt=0)
+    """The scale is alpha / rank (none: alpha is the rank, and the scale 1)."""
+    rslora: bool = False
+    """The scale is alpha / sqrt(rank), which keeps high ranks from learning slowly (rsLoRA, 2312.03732)."""
+    targets: tuple[str, ...] = ("attention.*", "mlp.*")
+    """Linear layers that have adapters: patterns of their names, or of the ends of these, as attention.query, mlp.*."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "LoraConfig":
+        if not self.targets or not all(self.targets):
+            raise UserError(
+                "train.lora.targets has no pattern, or an empty one: leave it out for all projections of attention and "
+                "MLPs, or name some, as attention.query"
+            )
+        return self
+
+    @property
+    def scale(self) -> float:
+        """What multiplies the product of A and B."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class LatentConfig(Config):

@@ -3,12 +3,13 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 from jax.sharding import PartitionSpec
 
 from jaxtron.layers import fp8, fp8_blocks
-from jaxtron.layers.config import Scaling
+from jaxtron.layers.config import LoraConfig, Scaling
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.layout import spec_axes
 from jaxtron.sharding.parameters import parameter
@@ -26,6 +27,8 @@ def normal(std: float) -> initializers.Initializer:
 class Linear(nnx.Module):
     """`y = x @ kernel + bias`; inputs and outputs may be several named dimensions, flattened in the product.
 
+    With an adapter (`adapt`) it adds what that makes of the same inputs.
+
     Column parallel: `inputs={"embed": e}, outputs={"mlp": f}`. Row parallel: the reverse. Which mesh axis that means is
     decided in `sharding/rules.py`. With a `scaling` the product is one of 8-bit numbers.
     """
@@ -41,6 +44,8 @@ class Linear(nnx.Module):
         scaling: Scaling = "none",
     ) -> None:
         self.scaling: Scaling = scaling
+        self.num_inputs = len(inputs)
+        self.lora: Adapter | None = nnx.data(None)
         sizes, names = (*inputs.values(), *outputs.values()), (*inputs, *outputs)
         self.kernel = parameter(rngs, normal(std), sizes, axes=names, role="kernel")
         self.bias = (
@@ -49,10 +54,90 @@ class Linear(nnx.Module):
             else None
         )
 
-    def __call__(self, x: Float[Array, "B S *inputs"], *logical: str | None) -> Float[Array, "B S *outputs"]:
-        """The product laid out as `logical` names: partial sums over a split input are reduced on the way there."""
+    def __call__(
+        self, x: Float[Array, "B S *inputs"], *logical: str | None, own: Float[Array, "B S *inputs"] | None = None
+    ) -> Float[Array, "B S *outputs"]:
+        """The product laid out as `logical` names: partial sums over a split input are reduced on the way there.
+
+        `own` is the same input where its sequence was not gathered yet, for an adapter (none: `x`).
+        """
         y = project(x, self.kernel[...], logical, self.scaling)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return self.adapted(y, x if own is None else own, *logical)
+
+    def adapted(
+        self, y: Float[Array, "B S *outputs"], x: Float[Array, "B S *inputs"], *logical: str | None
+    ) -> Float[Array, "B S *outputs"]:
+        """`y`, which the weights made of `x`, with what the adapter makes of it."""
+        # the sum is kept for the backward, which then needs neither summand
+        return y if self.lora is None else save_for_backward(y + self.lora(x, *logical))
+
+    def adapter(self, config: LoraConfig, rngs: nnx.Rngs) -> "Adapter":
+        """A new adapter for a layer like this one, which may be one of a stack."""
+        spec = self.kernel.get_metadata("spec")
+        sizes = tuple(zip(spec.axes, spec.shape, strict=True))
+        return Adapter(dict(sizes[: self.num_inputs]), dict(sizes[self.num_inputs :]), config, rngs)
+
+    def merged(self) -> Float[Array, "..."]:
+        """Its weights, or those of a stack of such layers, with what the adapter adds to them, in float32."""
+        kernel = self.kernel[...].astype(jnp.float32)
+        if self.lora is None:
+            return kernel
+        make, num_rows = self.lora.product, kernel.ndim - len(self.kernel.get_metadata("spec").shape)
+        for _ in range(num_rows):
+            make = jax.vmap(make)
+        return kernel + make(self.lora.a[...], self.lora.b[...])
+
+
+class Adapter(nnx.Module):
+    """What is learned beside weights that stay: `scale * (x @ a) @ b` of a low rank, 0 before the first step.
+
+    `a` is drawn as peft and PyTorch do (Kaiming's uniform with a = sqrt(5)), `b` is zeros. Where outputs are several
+    matrices side by side (gate and up), each has its own pair, as it has in peft.
+    """
+
+    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], config: LoraConfig, rngs: nnx.Rngs) -> None:
+        self.scale, self.num_inputs = config.scale, len(inputs)
+        rank = {"rank": config.rank}
+        beside = {name: size for name, size in outputs.items() if name == "gate"}
+        others = {name: size for name, size in outputs.items() if name not in beside}
+        self.are_several = bool(beside)
+        down, up = {**inputs, **beside, **rank}, {**beside, **rank, **others}
+        width = len(inputs)
+        matrices = tuple(range(width, width + len(beside)))
+        draw = initializers.variance_scaling(1 / 3, "fan_in", "uniform", tuple(range(width)), -1, matrices)
+        self.a = parameter(rngs, draw, tuple(down.values()), axes=tuple(down), role="adapter")
+        self.b = parameter(rngs, initializers.zeros, tuple(up.values()), axes=tuple(up), role="adapter")
+
+    def __call__(self, x: Float[Array, "B S *inputs"], *logical: str | None) -> Float[Array, "B S *outputs"]:
+        """Its summand of the layer's outputs, laid out as they are.
+
+        On several tensor parts what is narrow travels: each makes it of its own positions, or reduces it to them.
+        """
+        batch, sequence, *outputs = logical
+        given, parts, beside = jax.typeof(x).sharding.spec, current().parts("tensor"), (None,) * self.are_several
+        if parts == 1:
+            # a split by name alone
+            x = jax.sharding.reshard(x, PartitionSpec(given[0], None, *given[2:]))
+            narrow = project(x, self.a[...], (batch, sequence, *beside, "rank"))
+        else:
+            # input that is split along its width is reduced to where the outputs' positions are
+            is_split = spec_axes(given)[1] != ()
+            narrow = project(x, self.a[...], (batch, "seq" if is_split else sequence, *beside, "rank"))
+            narrow = constrain(narrow, batch, sequence, *beside, "rank")
+        narrow = narrow * self.scale
+        if not self.are_several:
+            return project(narrow, self.b[...], logical)
+        own = (batch, sequence, *outputs[1:])
+        made = [project(narrow[:, :, number], self.b[...][number], own) for number in range(narrow.shape[2])]
+        return jnp.stack(made, 2)
+
+    def product(self, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+        """`scale * a @ b` of one layer: what it adds to the weights."""
+        if not self.are_several:
+            return self.scale * jnp.tensordot(a, b, 1)
+        pairs = (jnp.tensordot(jnp.take(a, number, -2), b[number], 1) for number in range(b.shape[0]))
+        return self.scale * jnp.stack(list(pairs), self.num_inputs)
 
 
 def bias_axes(outputs: dict[str, int]) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ class Mlp(nnx.Module):
 
     def enter(self, x: Float[Array, "B S E"]) -> Float[Array, "B S *gates F"]:
         """What goes into the activation."""
-        return self.up(whole_sequence(x, self.up.scaling), *self.entered)
+        return self.up(whole_sequence(x, self.up.scaling), *self.entered, own=x)
 
     @property
     def entered(self) -> tuple[str, ...]:

@@ -15,6 +15,8 @@ from jaxtron.data.source import Source
 from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.kernels.attention.attention import Implementation
 from jaxtron.kernels.selection import Backend
+from jaxtron.layers.config import LoraConfig
+from jaxtron.models.adapters import add_adapters
 from jaxtron.models.families import family_of, program_of
 from jaxtron.models.family import FamilyConfig
 from jaxtron.pipeline.model import Model, Outer, Parameters, Stream
@@ -167,13 +169,17 @@ def make_parts(
     dtype: DTypeLike,
     stages: StagePlan | None = None,
     attention: Mapping[str, Backend[Implementation]] | None = None,
+    lora: LoraConfig | None = None,
 ) -> Parts[Any]:
-    """The parts of a model, inside `sharding.use(rules)`; `stages` has its layers (none: one stage)."""
+    """The parts of a model, inside `sharding.use(rules)`; `stages` has its layers (none: one stage).
+
+    With `lora` its linear layers have adapters; all that is drawn beside them is what it is without.
+    """
     family = family_of(config)
     stacks = family.stacks(config)
     stages = stages or one_stage_plan(tuple(stacks.values())).of_kinds(family.kinds(config))
     context = BuildContext(jnp.dtype(dtype), dict(zip(stacks, stages.partitions, strict=True)), attention)
-    build = functools.partial(program_of(config).build, config, context)
+    build = functools.partial(_build, config, context, lora)
     found = blueprint(build)
     for path in stacks:
         if not any(name.startswith(f"{path.replace('/', '.')}.") for name in found.names):
@@ -182,6 +188,13 @@ def make_parts(
                 f"{', '.join(dict.fromkeys(name.partition('.')[0] for name in found.names))}"
             )
     return Parts(found, tuple(stacks))
+
+
+def _build(config: FamilyConfig, context: BuildContext, lora: LoraConfig | None, rngs: nnx.Rngs) -> nnx.Module:
+    module = program_of(config).build(config, context, rngs)
+    if lora is not None:
+        add_adapters(module, lora, context.partitions, rngs)
+    return module
 
 
 def whole(module: ModuleT, dtype: DTypeLike) -> ModuleT:

@@ -54,7 +54,7 @@ class OptimizerConfig(Config):
     """sgd: Nesterov's momentum"""
     weight_decay: float = Field(default=0.1, ge=0)
     """weight decay of the parameters named by decay_roles"""
-    decay_roles: tuple[Role, ...] = ("kernel", "embedding", "position", "router")
+    decay_roles: tuple[Role, ...] = ("kernel", "embedding", "position", "router", "adapter")
     """roles of the parameters that decay"""
     clip_norm: float = Field(default=1.0, ge=0)
     """largest global norm of the gradients; 0 turns clipping off"""

@@ -14,7 +14,7 @@ from jaxtron.checkpoint.config import CheckpointConfig
 from jaxtron.config import FILE_ENDINGS, Config, NoEffect, UserError, format_value, read_file
 from jaxtron.data.config import DataConfig
 from jaxtron.kernels.weight_sums.config import Implementation
-from jaxtron.layers.config import Fp8Config
+from jaxtron.layers.config import Fp8Config, LoraConfig
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.families import DECODER, family_named, family_of
 from jaxtron.models.family import Family
@@ -60,7 +60,10 @@ class TrainConfig(Config):
     """Tokens generated after training, for a look at what was learned."""
     trainable: tuple[str, ...] = ("*",)
     """Patterns of the parameters that are trained, by the names that `plan --layout` shows, such as head.*; what
-    matches one with ! before it is not, as in !embedding.*. The others are frozen, at rest in the step's precision."""
+    matches one with ! before it is not, as in !embedding.*. The others are frozen, at rest in the step's precision.
+    With train.lora adapters are trained, and beside them what patterns name."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters (none: the model is trained itself)."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
@@ -70,6 +73,11 @@ class TrainConfig(Config):
             raise UserError(
                 f"train.trainable {format_value(self.trainable)} has no pattern, or an empty one: leave it out to "
                 "train all parameters, or give some of their names as plan --layout shows them"
+            )
+        if self.lora is not None and all(pattern.startswith("!") for pattern in self.trainable):
+            raise UserError(
+                f"train.trainable {format_value(self.trainable)} with train.lora trains all but these beside the "
+                "adapters: leave it out to train adapters alone, or name what is trained too, as head.*"
             )
         return self
 

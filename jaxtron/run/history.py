@@ -46,7 +46,7 @@ CHANGES: dict[str, dict[str, str]] = {
         FREE: "validation test skip chat.max_dropped cache_directory workers processes prefetch",
     },
     "train": {
-        FIXED: "trainable",
+        FIXED: "trainable lora",
         FREE: "steps global_batch microbatches batch_ramp precision gradient_sums loss_scale.initial "
         "loss_scale.minimum loss_scale.growth loss_scale.backoff loss_scale.window loss_scale.hysteresis "
         "validate_every validation_batches sample_tokens",

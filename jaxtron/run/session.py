@@ -166,7 +166,7 @@ def make_trainer(
     """
     num_stages, dtype = current().parts("pipe"), DTYPES[config.train.precision]
     stages = config.stage_plan(num_stages, None if trains else num_stages)
-    parts = make_parts(config.model, dtype, stages, attention)
+    parts = make_parts(config.model, dtype, stages, attention, config.train.lora)
     return Trainer(
         program=program_of(config.model),
         parts=replace(parts, blueprint=freeze(parts.blueprint, config.train.trainable, dtype)),

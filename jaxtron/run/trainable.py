@@ -12,11 +12,19 @@ from jaxtron.typing import DTypeLike
 
 MOST_HINTS = 3
 WITHOUT = "!"
+ALL = ("*",)
 
 
 def freeze(blueprint: Blueprint, patterns: Sequence[str], dtype: DTypeLike) -> Blueprint:
-    """The blueprint with what the patterns leave frozen at rest as a step uses it that computes in `dtype`."""
-    return blueprint.freeze(frozen_names(patterns, blueprint.parameter_names, blueprint.buffer_names), dtype)
+    """The blueprint with what the patterns leave frozen at rest as a step uses it that computes in `dtype`.
+
+    Where the model has adapters these are trained, and beside them what patterns name that are not those of all.
+    """
+    adapters = {name for name, spec in blueprint.names.items() if spec.role == "adapter"}
+    names = [name for name in blueprint.parameter_names if name not in adapters]
+    if adapters and tuple(patterns) == ALL:
+        return blueprint.freeze(names, dtype)
+    return blueprint.freeze(frozen_names(patterns, names, blueprint.buffer_names), dtype)
 
 
 def frozen_names(patterns: Sequence[str], names: Iterable[str], buffers: Sequence[str] = ()) -> list[str]:

@@ -148,7 +148,7 @@ def gather_at_use(state: nnx.State, dtype: jnp.dtype) -> nnx.State:
 
 def working_dtype(role: Role, dtype: jnp.dtype) -> jnp.dtype:
     """The type in which a parameter is used: matrices in the step's, norms and biases in float32."""
-    return dtype if role in ("kernel", "embedding", "position") else jnp.dtype(jnp.float32)
+    return dtype if role in ("kernel", "embedding", "position", "adapter") else jnp.dtype(jnp.float32)
 
 
 def gather_once(params: PyTree, specs: PyTree, dtype: jnp.dtype) -> PyTree:

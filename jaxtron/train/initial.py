@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from jaxtron.config import load
+from jaxtron.config import UserError, format_value, load
+from jaxtron.models.adapters import with_adapters, without_adapters
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.beginning import check_beginning
 from jaxtron.run.restored import restore_model
@@ -33,20 +34,30 @@ def begin(session: Session, tokenizer: str) -> tuple[TrainState, dict[str, Any]]
     if is_hub(directory):
         assert isinstance(model, ModelConfig), "`check_beginning` refuses other families"
         with session.use():
-            params = load_parameters(directory, model, session.blueprint, session.trainer.partitions)
+            base = without_adapters(session.blueprint)
+            params = load_parameters(directory, model, base, session.trainer.partitions)
         origin: dict[str, Any] = {"weights": where}
     else:
         params, step = _of_run(session, directory, tokenizer)
         origin = {"run": where, "step": step}
     state = session.initial_state()
+    params = with_adapters(params, state.model)
     return replace(state, **divided(session.blueprint, params)), {"initialized_from": origin}
 
 
 def _of_run(session: Session, directory: Path, tokenizer: str) -> tuple[PyTree, int]:
-    """The parameters of a run's newest checkpoint, and its step, whatever was trained of them there."""
+    """The parameters of a run's newest checkpoint, and its step, whatever was trained of them there.
+
+    Adapters are not among them, unless those there are as here. A `UserError` where they are others.
+    """
     config = session.config
     trained = load(type(config), directory / "config.yaml").resolved()
-    train = config.train.model_copy(update={"trainable": trained.train.trainable})
+    if trained.train.lora not in (None, config.train.lora):
+        raise UserError(
+            f"checkpoint.initialize_from {directory} has adapters (train.lora {format_value(trained.train.lora)}), and "
+            f"here train.lora is {format_value(config.train.lora)}: give the same, to go on with those"
+        )
+    train = config.train.model_copy(update={name: getattr(trained.train, name) for name in ("trainable", "lora")})
     source = make_session(config.model_copy(update={"train": train}), list(session.mesh.devices.flat))
     with source.use():
         restored = restore_model(source, directory, trained, None)
@@ -57,7 +68,8 @@ def _of_run(session: Session, directory: Path, tokenizer: str) -> tuple[PyTree, 
                 f"data.tokenizer {config.data.tokenizer} is not the one of then: its tokens are other rows of the table"
             )
     with session.use():
-        specs = source.blueprint.parameters, session.blueprint.parameters
+        blueprint = session.blueprint if trained.train.lora else without_adapters(session.blueprint)
+        specs = source.blueprint.parameters, blueprint.parameters
         return jax.tree.map(_laid_out, restored.params, *specs), restored.step
 
 

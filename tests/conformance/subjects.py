@@ -5,7 +5,7 @@ A new family is a line of `FAMILIES`. A new kind of layer is known by its entry 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,8 @@ class Subject:
     """Those that a pipeline cuts."""
     kind: str | None = None
     """The symbol of the one kind of layer that it has."""
+    lora: Mapping[str, Any] | None = None
+    """Adapters of its linear layers, which alone are trained."""
 
     def __str__(self) -> str:
         return self.name
@@ -117,7 +119,12 @@ class Subject:
             .model_validate(
                 {
                     "model": {"family": self.family, **self.settings, **changes},
-                    "train": {"global_batch": ROWS, "microbatches": layout.microbatches, "precision": "fp32"},
+                    "train": {
+                        "global_batch": ROWS,
+                        "microbatches": layout.microbatches,
+                        "precision": "fp32",
+                        "lora": self.lora,
+                    },
                     "data": {"sequence_length": LENGTH},
                     "mesh": {"data": 1, **layout.mesh},
                     "sharding": {"zero": layout.zero},
@@ -164,3 +171,5 @@ FAMILY_SUBJECTS = tuple(make_subject(*line) for line in FAMILIES.items())
 with wave_known():
     KIND_SUBJECTS = tuple(make_subject("decoder", settings_of(symbol), symbol) for symbol in KINDS)
 SUBJECTS = FAMILY_SUBJECTS + KIND_SUBJECTS
+# every linear layer of every kind has an adapter
+ADAPTED = replace(FAMILY_SUBJECTS[0], name="decoder with adapters", lora={"rank": 3, "alpha": 5, "targets": ("*",)})

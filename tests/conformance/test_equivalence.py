@@ -3,11 +3,12 @@
 Unmarked are each family on the mesh that differs most from one device; the kinds are in the decoder's pattern there.
 """
 
+import numpy as np
 import pytest
 
 from tests.conformance.communication import Communication
 from tests.conformance.runs import assert_same, reference, rehearsed, step
-from tests.conformance.subjects import FAMILY_SUBJECTS, KIND_SUBJECTS, ONE_DEVICE, Layout, Subject
+from tests.conformance.subjects import ADAPTED, FAMILY_SUBJECTS, KIND_SUBJECTS, ONE_DEVICE, Layout, Subject
 
 CUBE = Layout({"data": 2, "fsdp": 2, "tensor": 2})
 PIPE = Layout({"pipe": 2, "data": 2, "tensor": 2}, schedule="interleaved", parts=2, microbatches=4)
@@ -46,6 +47,15 @@ def test_the_step_is_plain_differentiation_and_communicates_as_laid_out(subject:
     found = step(subject, layout)
     assert_same(found, reference(subject))
     Communication(found, layout.mesh).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [CUBE, PIPE, CONTEXT], ids=str)
+def test_adapters_are_trained_alike_on_every_mesh(layout: Layout):
+    found = step(ADAPTED, layout)
+    assert_same(found, reference(ADAPTED))
+    # `b` is not 0 here, and each adapter is used: none lies beside weights that are read without it
+    assert found.gradients and all(np.abs(gradient).max() > 0 for gradient in found.gradients.values())
 
 
 @pytest.mark.slow

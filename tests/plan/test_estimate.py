@@ -59,6 +59,7 @@ def configuration(flags: str, path: Path | None = None) -> Configuration:
         "--mesh.pipe 2 --train.microbatches 4 --pipeline.schedule zero_bubble_v --pipeline.chunks 2 " + GATED,
         "--mesh.fsdp 2 --mesh.tensor 2 --train.trainable *norm* *.bias",
         "--mesh.pipe 2 --mesh.fsdp 2 --train.microbatches 4 --sharding.zero parameters --train.trainable !*.mlp.*",
+        "--mesh.fsdp 2 --mesh.tensor 2 --train.microbatches 2 --train.lora.rank 4 " + GATED,
     ],
 )
 def test_classes_are_those_of_the_real_step(flags: str):

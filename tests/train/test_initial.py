@@ -51,6 +51,23 @@ def test_the_state_begins_with_the_weights_and_nothing_else(tmp_path: Path):
     assert not any(bool(leaf.any()) for leaf in jax.tree.leaves(state.optimizer))
 
 
+def test_adapters_are_new_beside_the_weights(tmp_path: Path):
+    source = weights(tmp_path / "dense", "qwen3")
+    words = ("--checkpoint.initialize_from", source, "--mesh.fsdp", 2, "--mesh.tensor", 2, "--train.lora.rank", 2)
+    session, whole = (make_session(configuration(*words[:number]), jax.devices()[:4]) for number in (8, 6))
+    state, _ = begin(session, "")
+    with session.use():
+        params = load_parameters(source, session.config.model, whole.blueprint, whole.trainer.partitions)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.frozen)} == {"bfloat16", "float32"}
+    found, new = state.model, session.initial_state().params
+    for name, spec in session.blueprint.names.items():
+        leaf, wanted = found, new if spec.role == "adapter" else params
+        for word in name.split("."):
+            key = int(word) if word.isdigit() else word
+            leaf, wanted = leaf[key], wanted[key]
+        assert (np.asarray(leaf) == np.asarray(wanted).astype(leaf.dtype)).all(), name
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -1,6 +1,6 @@
 """A gated delta net: a memory of values by key for each head (2412.06464; Qwen3-Next's linear attention)."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,9 @@ class GatedDeltaNet(nnx.Module):
     does not depend on the mesh; by key head they are joined to one. Where key heads are fewer than tensor parts q and k
     are made on every device.
     """
+
+    # projections whose weights one product reads
+    JOINED: ClassVar[tuple[str, ...]] = ("q", "k", "v", "z", "b", "a")
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """Mamba-2: a convolution, a state for each head, and a gate (2405.21060, section 7; Megatron's `MambaMixer`)."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,9 @@ class Mamba2(nnx.Module):
     The five products of the input are parameters of their own, so that a checkpoint does not depend on the mesh; by
     group of heads they are joined to one. Where groups are fewer than tensor parts B and C are made on every device.
     """
+
+    # projections whose weights one product reads
+    JOINED: ClassVar[tuple[str, ...]] = ("z", "x", "B", "C", "dt")
 
     def __init__(
         self,

@@ -264,7 +264,7 @@ def _parameters(config: Configuration) -> tuple[Parameter, ...]:
     """All arrays of the model, from its blueprint on one device."""
     with use(make_rules(build_mesh(MeshConfig(data=1), jax.devices()[:1]), ShardingConfig())):
         dtype = DTYPES[config.train.precision]
-        parts = make_parts(config.model, dtype)
+        parts = make_parts(config.model, dtype, lora=config.train.lora)
         blueprint = freeze(parts.blueprint, config.train.trainable, dtype)
     split, kinds = parts.split(blueprint.parameters), config.family.kinds(config.model)
     alike: list[PyTree] = []
