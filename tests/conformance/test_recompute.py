@@ -46,7 +46,8 @@ def choices() -> list[tuple[Subject, object]]:
     for subject in DECODERS:
         kinds = [KINDS[symbol] for symbol in subject.settings["pattern"]]
         found += [(subject, (region,)) for region in (nameable(KINDS[subject.kind]) if subject.kind else ())]
-        found += [(subject, "full"), *([(subject, "selective")] if any(kind.selective for kind in kinds) else [])]
+        attends = any(kind.selective for kind in kinds)
+        found += [(subject, "full"), *((subject, name) for name in ("selective", "all_but_cores") if attends)]
     return found
 
 

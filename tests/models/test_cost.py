@@ -167,3 +167,4 @@ def test_what_is_recomputed_costs_its_forward_again():
     assert hardware(("attention",)) - model == projections + core
     assert hardware(("attention_core", "mlp")) - model == core + mlp
     assert hardware("full") - model == projections + core + mlp
+    assert hardware("all_but_cores") - model == projections + mlp

@@ -54,6 +54,7 @@ def test_a_changed_copy_has_its_own_layout():
     [
         ("none", set()),
         ("selective", {"attention_core"}),
+        ("all_but_cores", {"layer"}),
         ("full", {"layer"}),
         (["mlp", "attention"], {"mlp", "attention"}),
     ],
@@ -104,6 +105,7 @@ def test_errors_are_one_line_with_the_values(flags, message):
         {"pattern": "-", "position": "none", "qk_norm": True},
         {"pattern": "-", "position": "none", "attention_dropout": 0.1},
         {"pattern": "-", "position": "none", "recompute": "selective"},
+        {"pattern": "-", "position": "none", "recompute": "all_but_cores"},
         {"pattern": "*", "recompute": ["mlp"]},
         {"recompute": ["attention", "attention_core"]},
     ],

@@ -78,6 +78,20 @@ def test_what_keeps_no_scores_is_not_computed_again_for_them():
     assert selective == none and asked.products > none.products
 
 
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_a_core_that_keeps_no_scores_runs_once_where_it_is_spared(mesh):
+    """The values it mixes are not mixed again; it costs its result and log-sum-exp of every layer."""
+    none, spared, full = (measure(recompute, "xla", **mesh) for recompute in ("none", "all_but_cores", "full"))
+    # of so short a sequence there is one tile, whose scores the compiler makes once for core and backward
+    assert none.products < spared.products == full.products - 1
+    kept = 3 * 2 * LENGTH * (32 + 4) * 4 // mesh.get("tensor", 1)
+    assert full.memory < spared.memory < min(none.memory, full.memory + 2 * kept)
+
+
+def test_a_core_that_keeps_scores_is_not_spared():
+    assert measure("all_but_cores", data=1) == measure("full", data=1)
+
+
 def test_what_attention_leaves_is_kept_once():
     """Its result is what its own backward reads, and the product behind it: there is no second one of each layer."""
     whole, chunked = (measure("none", attention, data=1).memory for attention in ("materialized", "xla"))

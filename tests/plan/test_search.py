@@ -68,7 +68,7 @@ def test_layouts_use_all_gpus_and_keep_the_batch():
     assert len(found) == len(set(found))
     assert {layout.tensor for layout in found} == {1, 2, 4}
     assert {layout.pipe for layout in found} == {1, 2, 4, 8}
-    assert {layout.recompute for layout in found} == {"none", "selective", "full"}
+    assert {layout.recompute for layout in found} == {"none", "selective", "all_but_cores", "full"}
     assert {layout.zero for layout in found if layout.data > 1} == {"none", "optimizer"}
     assert {layout.pipeline.schedule for layout in found} >= {"1f1b", "interleaved", "zero_bubble", "zero_bubble_v"}
     for layout in found:

@@ -250,6 +250,7 @@ LINES: tuple[tuple[str, str], ...] = (
     ("train tiny.yaml --model.pattern - --model.num_kv_heads 1", "model.num_kv_heads"),
     ("train tiny.yaml --model.pattern * --model.mlp_size 64", "model.mlp_size"),
     ("train tiny.yaml --model.pattern - --model.recompute attention", "model.recompute"),
+    ("train tiny.yaml --model.pattern - --model.recompute all_but_cores", "model.recompute"),
     ("train tiny.yaml --model.recompute attention attention_core", "model.recompute"),
     ("train tiny.yaml --data.workers 9", "data.workers"),
     ("train tiny.yaml --data.train tokens", "data.train"),

@@ -38,6 +38,10 @@ CASES = [
     ("gpt", {}, {"tensor": 8}, "optimizer", 1),
     ("gpt", {"recompute": "full"} | SCANNED, CUBE, "parameters", 1),
     ("gpt with dropout", SCANNED, CUBE, "optimizer", 4),
+    (
+        *("llama", SCANNED | {"recompute": "all_but_cores", "attention": {"implementation": "xla"}}),
+        *({"context": 2, "tensor": 2, "fsdp": 2}, "optimizer", 1),
+    ),
     ("gpt of odd width", {}, {"fsdp": 8}, "optimizer", 1),
     ("llama", SCANNED, CUBE, "optimizer", 4),
     # more tensor parts than key/value heads

@@ -13,8 +13,9 @@ from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads, check_
 from jaxtron.kernels.varying import vary_alike
 from jaxtron.typing import Array, Float, PyTree
 
-# names of what the backward needs beside its inputs, for policies of recomputation
-OUT, STATISTICS = "attention_out", "attention_statistics"
+# names of what the backward needs beside its inputs, for policies of recomputation; the last of what has no log-sum-exp
+# and may be quadratic in the sequence
+OUT, STATISTICS, SCORES = "attention_out", "attention_statistics", "attention_scores"
 # what is said of an implementation without a feature
 MISSING: dict[Feature, str] = {
     "segments": "it knows no segments (packed documents)",
@@ -119,10 +120,10 @@ def _forward(
     implementation: Implementation, known: AttentionSpec, q: Array, k: Array, v: Array, arrays: dict[str, Array]
 ) -> tuple[tuple[Array, Array | None], tuple]:
     out, statistics = implementation.forward(q, k, v, known.with_arrays(arrays))
-    statistics = jax.tree.map(lambda array: checkpoint_name(array, STATISTICS), statistics)
     if "log_sum_exp" not in implementation.features:
+        statistics = jax.tree.map(lambda array: checkpoint_name(array, SCORES), statistics)
         return (out, None), (q, k, v, None, statistics, arrays)
-    out = checkpoint_name(out, OUT)
+    out, statistics = checkpoint_name(out, OUT), checkpoint_name(statistics, STATISTICS)
     return (out, statistics), (q, k, v, out, statistics, arrays)
 
 

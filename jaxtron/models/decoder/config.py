@@ -32,9 +32,9 @@ class ModelConfig(DecoderSettings):
     )
     CONTENT: ClassVar[str] = "vocab_multiple"
 
-    recompute: Literal["none", "selective", "full"] | tuple[RecomputeName, ...] = "none"
-    """Computed again in the backward: none, selective (attention cores that keep scores), full (layers), or a list of
-    names."""
+    recompute: Literal["none", "selective", "all_but_cores", "full"] | tuple[RecomputeName, ...] = "none"
+    """Computed again in the backward: none, selective (attention cores that keep scores), all_but_cores (layers without
+    attention cores that keep none), full (layers), or a list of names."""
     unroll: int | None = Field(default=None, ge=1)
     """Periods, or layers of a pattern that never repeats, unrolled in each iteration of the loop over them (none: 1).
     """
@@ -97,6 +97,8 @@ class ModelConfig(DecoderSettings):
         here = {name for kind in self.kinds for name in kind.regions}
         for name in sorted(self.recomputed - {"layer"} - here):
             self._refuse("recompute", "pattern", f"it has no {name}; leave that out")
+        if self.recompute == "all_but_cores" and not self.selective & here:
+            self._refuse("recompute", "pattern", "it has no attention; set full")
         for kind in self.kinds:
             inner = sorted(self.recomputed & set(kind.parts))
             if inner and kind.module in self.recomputed:
@@ -144,7 +146,12 @@ class ModelConfig(DecoderSettings):
             return frozenset(self.recompute)
         if self.recompute == "selective":
             return self.selective
-        return frozenset({"none": (), "full": ("layer",)}[self.recompute])
+        return frozenset() if self.recompute == "none" else frozenset({"layer"})
+
+    @property
+    def spared(self) -> frozenset[str]:
+        """Regions inside of those that are not computed again, where they keep nothing quadratic in the sequence."""
+        return self.selective if self.recompute == "all_but_cores" else frozenset()
 
     @property
     def selective(self) -> frozenset[str]:

@@ -90,7 +90,8 @@ def hardware_flops_per_token(config: ModelConfig, sequence_length: int) -> float
     for kind in config.kinds:
         is_whole = bool({"layer", kind.module} & config.recomputed)
         forward = _forward_flops(config, kind, sequence_length)
-        again += sum(flops for region, flops in forward.items() if is_whole or region in config.recomputed)
+        here = {region for region in forward if is_whole or region in config.recomputed} - config.spared
+        again += sum(forward[region] for region in here)
     return model_flops_per_token(config, sequence_length) + again
 
 

@@ -62,8 +62,9 @@ def sizes(model: ModelConfig) -> str:
 
 
 def recompute_levels(model: ModelConfig) -> tuple[str, ...]:
-    """All names, `selective` where the pattern has something that it drops."""
-    return ("none", "selective", "full") if any(kind.selective for kind in model.kinds) else ("none", "full")
+    """All names, those about attention's cores where the pattern has some."""
+    attends = any(kind.selective for kind in model.kinds)
+    return ("none", "selective", "all_but_cores", "full") if attends else ("none", "full")
 
 
 def meaning(model: ModelConfig) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def model(parts: Parts[Decoder], key: Key[Array, ""] | None) -> Model:
             assert output.loss is None and not output.metrics, "layers that lead others report nothing"
             return output.x
 
-        return recompute.layer(config.recomputed, run)(weights, x, inputs)
+        return recompute.layer(config, run)(weights, x, inputs)
 
     def shared(microbatch: Microbatch[TokenBatch]) -> LayerInputs:
         batch = microbatch.batch
@@ -83,7 +83,7 @@ def model(parts: Parts[Decoder], key: Key[Array, ""] | None) -> Model:
 
     unroll = min(config.unroll or 1, config.layout.looped)
     recalls = has_experts(config) and config.moe.balance_over == "global"
-    run = recompute.layer(config.recomputed, layer)
+    run = recompute.layer(config, layer)
     return Model((Stack(enter, shared, run, unroll, recall if recalls else None),), head)
 
 

@@ -5,13 +5,16 @@ from typing import Any
 
 import jax
 
-from jaxtron.kernels.attention.attention import OUT, STATISTICS
+from jaxtron.kernels.attention.attention import OUT, SCORES, STATISTICS
 from jaxtron.layers.saved import SAVED, checkpoint_inputs
+from jaxtron.models.decoder.config import ModelConfig
 
 # What a layer keeps of its own accord. Norms, biases, activations and rotations made of them are computed again: that
 # reads and writes no more than keeping their results would. Gathered arrays are gathered again.
 PRODUCTS = frozenset({"dot_general"})
-NAMES = frozenset({SAVED, OUT, STATISTICS})
+NAMES = frozenset({SAVED, OUT, STATISTICS, SCORES})
+# what attention's backward reads of its forward where no scores are kept
+CORES = (OUT, STATISTICS)
 
 
 def keep_products(primitive: Any, *operands: Any, **params: Any) -> bool:
@@ -32,7 +35,12 @@ def region(name: str, recomputed: frozenset[str], function: Callable) -> Callabl
     return checkpoint_inputs(function) if name in recomputed else function
 
 
-def layer(recomputed: frozenset[str], function: Callable) -> Callable:
-    """A layer under its policy: recomputed from its input if `layer` is recomputed, else as `keep_products`."""
-    policy = None if "layer" in recomputed else keep_products
+def layer(config: ModelConfig, function: Callable) -> Callable:
+    """A layer under its policy: recomputed from its input if `layer` is recomputed, else as `keep_products`.
+
+    Where attention's core is spared, its backward keeps its result and log-sum-exp beside the layer's input.
+    """
+    policy = keep_products
+    if "layer" in config.recomputed:
+        policy = jax.checkpoint_policies.save_only_these_names(*CORES) if config.spared else None
     return jax.checkpoint(function, prevent_cse=False, policy=policy)

@@ -154,17 +154,21 @@ def _leading(model: ModelConfig, shapes: Shapes) -> SlotWork:
 
 def _layers(model: ModelConfig, shapes: Shapes, layers: tuple[Branch, ...]) -> SlotWork:
     """Some residual layers, recomputation in the backward."""
-    found = SlotWork()
+    found = again = SlotWork()
+    # what keeps scores drops them, and runs again
+    spared = model.spared if shapes.profile.attention == "fused" else frozenset()
     for branch in layers:
         found += _branch(model, shapes, branch)
-    return found + SlotWork(backward=found.forward) if "layer" in model.recomputed else found
+        again += _branch(model, shapes, branch, without=spared)
+    return found + SlotWork(backward=again.forward) if "layer" in model.recomputed else found
 
 
-def _branch(model: ModelConfig, shapes: Shapes, branch: Branch) -> SlotWork:
-    """One residual layer: a norm, what reads it, and the residual sum of each."""
+def _branch(model: ModelConfig, shapes: Shapes, branch: Branch, *, without: frozenset[str] = frozenset()) -> SlotWork:
+    """One residual layer: a norm, what reads it, and the residual sum of each; `without` are regions left out."""
     found = norm(shapes, model.hidden_size, gathered=any(LAYER_WORK[symbol].gathers for symbol in branch))
     for symbol in branch:
-        regions, kind = LAYER_WORK[symbol].slots(model, shapes), KINDS[symbol]
+        slots, kind = LAYER_WORK[symbol].slots(model, shapes), KINDS[symbol]
+        regions = {name: work for name, work in slots.items() if name not in without}
         if _is_of_eight_bits(model, kind):
             regions = {**regions, kind.module: eight_bits(shapes, model.hidden_size, regions[kind.module])}
         found += _recomputed(model, shapes, kind, regions)
