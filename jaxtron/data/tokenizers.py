@@ -1,6 +1,7 @@
 """From text to token ids and back."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -167,9 +168,15 @@ class HuggingFaceTokenizer:
         self.special_tokens = {role: token for role, token in found.items() if token is not None} | special
         added = self._tokenizer.get_added_tokens_decoder().values()
         self.special_texts = frozenset(token.content for token in added if token.special)
+        self.prefix = self._find_prefix()
         self._meaningful = frozenset(ids.values()) - {self.end_of_document}
         digest = hashlib.sha256(content.encode()).hexdigest()
         self.fingerprint = f"tokenizer.json:{digest}:{self.end_of_document}"
+
+    def _find_prefix(self) -> tuple[int, ...]:
+        """Ids that the file puts before a text that is given to a model, such as that of `<s>`."""
+        whole = self._tokenizer.encode("", add_special_tokens=True)
+        return tuple(itertools.takewhile(lambda token: token != self.end_of_document, whole.ids))
 
     def token_id(self, text: str) -> int | None:
         return self._tokenizer.token_to_id(text)

@@ -5,18 +5,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from jaxtron.config import UserError
-from jaxtron.data.dataset import open_data
 from jaxtron.data.loader import validation_batches
 from jaxtron.data.source import Source
-from jaxtron.data.tokenizers import Tokenizer, load_tokenizer
+from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.evaluate.request import EvaluateRequest
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.restored import diverged, restore_model
+from jaxtron.run.restored import diverged, restore_model, tokenizer_of
 from jaxtron.run.session import Session, make_session
 from jaxtron.run.sizes import check_batch_fits
 from jaxtron.sharding.folding import BATCH_FLAGS, FLAGS
@@ -78,38 +76,10 @@ def open_model(request: EvaluateRequest, trained: Configuration, config: Configu
         yield EvaluatedModel(
             session=session,
             params=restored.params,
-            tokenizer=_open_tokenizer(trained, config, restored.extra),
+            tokenizer=tokenizer_of(trained, config, restored.extra),
             checkpoints=restored.checkpoints,
             step=restored.step,
             batch=batch,
             sequence_length=config.data.sequence_length,
             num_devices=len(devices),
         )
-
-
-def _open_tokenizer(trained: Configuration, config: Configuration, extra: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of the training; one of characters has its vocabulary from the data of the training."""
-    tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
-    if tokenizer is None:
-        data = open_data(trained.data, seed=trained.seed)
-        if data.fingerprint != extra["data"]:
-            raise UserError(
-                "the data of the training has changed, and with it the vocabulary of its characters: bring back "
-                f"data.path {trained.data.path}"
-            )
-        tokenizer = data.tokenizer
-    same_settings = all(
-        getattr(config.data, name) == getattr(trained.data, name) for name in ("tokenizer", "end_of_document")
-    )
-    if same_settings and extra.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
-        raise UserError(
-            f"data.tokenizer {config.data.tokenizer} has changed since the training; bring back the file of then, or "
-            "give it with --data.tokenizer"
-        )
-    known = config.vocabulary_size()
-    if known is not None and tokenizer.vocab_size > known:
-        raise UserError(
-            f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, more than the model's "
-            f"{known}; give the training's with --data.tokenizer"
-        )
-    return tokenizer

@@ -1,6 +1,7 @@
 """What an engine of tokens offers to those who stream its text to a terminal or over a network."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Integer
@@ -8,55 +9,51 @@ from jaxtyping import Integer
 from jaxtron.generate.settings import SamplingSettings
 
 
-class Drawn(NamedTuple):
-    """One token of one row, with log-probabilities before any rule of sampling."""
+@runtime_checkable
+class DrawnToken(Protocol):
+    """One token of one row, with natural logarithms of probabilities before any rule of sampling."""
 
-    row: int
-    token: int
-    """`sampling.NO_TOKEN` where the model's logits were not finite."""
-    logprob: float
-    top_logprobs: list[tuple[int, float]]
-    """Ids of the best tokens with theirs, the best first: at least as many as the row's settings want."""
+    @property
+    def row(self) -> int: ...
 
+    @property
+    def token(self) -> int: ...
 
-class Scored(NamedTuple):
-    """How likely a token of a prompt was after those before it."""
+    @property
+    def logprob(self) -> float: ...
 
-    logprob: float
-    top_logprobs: list[tuple[int, float]]
+    @property
+    def top(self) -> Sequence[tuple[int, float]]:
+        """Ids of the best tokens with theirs, as many as the row's settings ask for, the best first."""
+        ...
 
 
 @runtime_checkable
 class TokenEngine(Protocol):
     """A batch of sequences that grow by a token each at every step; for one thread."""
 
-    @property
-    def rows(self) -> int:
-        """How many sequences at a time, numbered from 0."""
-        ...
-
-    @property
-    def room(self) -> int:
-        """How many tokens a sequence may have, prompt and output."""
-        ...
-
-    @property
-    def vocab(self) -> int:
-        """How many tokens the model knows, padding not counted."""
-        ...
+    rows: int
+    """How many sequences at a time, numbered from 0."""
+    room: int
+    """How many tokens a sequence may have, prompt and output."""
+    vocab: int
+    """How many tokens the model knows, padding not counted."""
 
     def begin(self, row: int, prompt: Integer[np.ndarray, "P"], settings: SamplingSettings) -> None:
-        """Puts a sequence into a row that is free; its settings have a seed, and its prompt at least one token."""
+        """Puts a sequence into a free row; its settings have a seed, its prompt a token or more and room behind it."""
         ...
 
-    def step(self) -> list[Drawn]:
-        """The next token of the rows in use; one whose prompt is not read whole yet may have none."""
+    def step(self) -> Sequence[Any]:
+        """A `DrawnToken` of every row in use; `FloatingPointError` where the model's logits are not finite."""
         ...
 
     def end(self, row: int) -> None:
         """Frees a row."""
         ...
 
-    def score(self, prompt: Integer[np.ndarray, "P"], top: int) -> list[Scored]:
-        """Of each token of a sequence but the first; with the `top` best tokens of its place."""
+    def score(
+        self, sequences: Sequence[Integer[np.ndarray, "_"]], top: int = 1
+    ) -> Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each sequence, for all tokens but the first: their log-probabilities [S - 1], the `top` best tokens in
+        their places and theirs [S - 1, top]."""
         ...

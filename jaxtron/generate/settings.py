@@ -125,6 +125,15 @@ class SamplingSettings:
                     raise UserError(f"{name} has token {token}, and the model has {vocab:,}: give one below that")
 
 
+def read_settings(given: Mapping[str, Any]) -> SamplingSettings:
+    """Settings of values whose types nobody has looked at, such as those of JSON; a `UserError` for any wrong one."""
+    made = object.__new__(SamplingSettings)
+    for name, value in {**vars(SamplingSettings()), **given}.items():
+        object.__setattr__(made, name, value)
+    made.__post_init__()
+    return made
+
+
 def _number(name: str, value: Any, least: float, most: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"{name} {value!r} must be a number from {least:g} to {most:g}")

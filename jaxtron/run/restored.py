@@ -8,6 +8,8 @@ from typing import Any
 from jaxtron.checkpoint.finite import first_not_finite
 from jaxtron.checkpoint.restore import committed_steps, restore_part
 from jaxtron.config import UserError
+from jaxtron.data.dataset import open_data
+from jaxtron.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CONFIG_FILE, FIXED, changes, listed, recorded_settings
 from jaxtron.run.session import Session
@@ -43,6 +45,42 @@ def restore_model(session: Session, run: Path, trained: Configuration, step: int
     if name is not None:
         raise diverged(checkpoints, restored.step, f"{name} has numbers that are not finite")
     return RestoredModel(merged(state), restored.step, checkpoints, restored.extra)
+
+
+def tokenizer_of(trained: Configuration, config: Configuration, extra: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of the training, of whose checkpoint `extra` is; one of characters has its letters from the data.
+
+    `config` may name another. A `UserError` where it is not that of then, or has more tokens than the model.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
+    if tokenizer is None:
+        data = open_data(trained.data, seed=trained.seed)
+        if data.fingerprint != extra["data"]:
+            raise UserError(
+                "the data of the training has changed, and with it the vocabulary of its characters: bring back "
+                f"data.path {trained.data.path}"
+            )
+        tokenizer = data.tokenizer
+    same_settings = all(
+        getattr(config.data, name) == getattr(trained.data, name) for name in ("tokenizer", "end_of_document")
+    )
+    if same_settings and extra.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise UserError(
+            f"data.tokenizer {config.data.tokenizer} has changed since the training; bring back the file of then, or "
+            "give it with --data.tokenizer"
+        )
+    check_vocabulary(tokenizer, config)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: Configuration) -> None:
+    """`UserError` where a tokenizer has tokens that the model does not know."""
+    known = config.vocabulary_size()
+    if known is not None and tokenizer.vocab_size > known:
+        raise UserError(
+            f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, more than the model's "
+            f"{known}; give the training's with --data.tokenizer"
+        )
 
 
 def _check_record(extra: dict[str, Any], trained: Configuration, path: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from jaxtron.config import UserError
-from jaxtron.generate.settings import SamplingSettings
+from jaxtron.generate.settings import SamplingSettings, read_settings
 
 WRONG = [
     ("temperature", -0.1, "from 0 to 100"),
@@ -45,17 +45,9 @@ WRONG = [
 @pytest.mark.parametrize(("name", "value", "wanted"), WRONG)
 def test_a_wrong_value_is_one_line_that_begins_with_its_name(name: str, value, wanted: str):
     with pytest.raises(UserError) as caught:
-        _made(name, value)
+        read_settings({name: value})
     message = str(caught.value)
     assert message.startswith(f"{name} ") and wanted in message and "\n" not in message
-
-
-def _made(name: str, value) -> None:
-    """As from a body of JSON, whose types no annotation has checked."""
-    settings = object.__new__(SamplingSettings)
-    for field, found in {**vars(SamplingSettings()), name: value}.items():
-        object.__setattr__(settings, field, found)
-    settings.__post_init__()
 
 
 def test_fewer_tokens_at_most_than_at_least():

@@ -73,6 +73,11 @@ class ChatTemplate(Protocol):
         ...
 
     @property
+    def source(self) -> str:
+        """The template in Jinja's language."""
+        ...
+
+    @property
     def markers(self) -> tuple[str, ...]:
         """What no message may contain, since it would forge a turn."""
         ...
@@ -93,6 +98,10 @@ class ChatTemplate(Protocol):
         """
         ...
 
+    def prompt(self, conversation: Conversation) -> str:
+        """The text of all turns and the beginning of an answer, for a model to go on from; errors as `render`'s."""
+        ...
+
 
 class ChatMl:
     """`<|im_start|>role`, a line feed, the content, `<|im_end|>`, a line feed; `<|im_end|>` is part of an answer.
@@ -101,6 +110,11 @@ class ChatMl:
     """
 
     fingerprint = "chatml"
+    source = (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
     markers = ("<|im_start|>", "<|im_end|>")
     tokens = markers
 
@@ -118,6 +132,11 @@ class ChatMl:
             else:
                 prompt += f"{message.content}{end}\n"
         return [*pieces, Piece(prompt, False)]
+
+    def prompt(self, conversation: Conversation) -> str:
+        start, end = self.markers
+        turns = [f"{start}{message.role}\n{message.content}{end}\n" for message in conversation.messages]
+        return "".join([*turns, f"{start}{ASSISTANT}\n"])
 
 
 class JinjaTemplate:
@@ -142,6 +161,7 @@ class JinjaTemplate:
     ):
         if jinja2 is None:
             raise UserError('a Jinja chat template needs the package jinja2: pip install "jaxtron[chat]"')
+        self.source = source
         environment = _environment()
         marked, num_tags = _GENERATION.subn(_as_call, source)
         try:
@@ -182,6 +202,9 @@ class JinjaTemplate:
             pieces += [Piece(prompt[len(written) :], False), Piece(answer, message.is_learned)]
             written = prompt + answer
         return pieces
+
+    def prompt(self, conversation: Conversation) -> str:
+        return _MARKS.sub("", self._write(conversation, len(conversation.messages), prompting=True))
 
     def _render_marked(self, conversation: Conversation, answers: Sequence[Message]) -> list[Piece]:
         text = self._write(conversation, len(conversation.messages), prompting=False)

@@ -25,6 +25,8 @@ ANCHORS = ("\n", "a", "0", ".")
 LEFT = 64
 """Characters on the left with which a text is encoded: many tokens, and not the whole conversation again."""
 
+_NONE = np.empty(0, np.int32)
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -59,11 +61,19 @@ def encode_conversations(
         is_answer = [np.full(len(part_ids), part.is_answer) for part_ids, part in zip(ids, parts, strict=True)]
         sequences.append(
             PackedSequence(
-                ids=np.concatenate([np.empty(0, np.int32), *ids]).astype(np.int32),
+                ids=np.concatenate([_NONE, *ids]).astype(np.int32),
                 is_answer=np.concatenate([np.empty(0, bool), *is_answer]),
             )
         )
     return sequences
+
+
+def encode_prompt(
+    text: str, *, tokenizer: Tokenizer, tokens: Mapping[str, int] | None = None
+) -> Integer[np.ndarray, "P"]:
+    """Ids of a written conversation that an answer is to follow, as those before an answer in training."""
+    parts = _split([Piece(text, False)], tokens or {})
+    return np.concatenate([_NONE, *_encode_parts(parts, tokenizer)]).astype(np.int32)
 
 
 def _until_the_last_answer(pieces: Sequence[Piece]) -> list[Piece]:

@@ -1,0 +1,123 @@
+"""The engine of a model, a run's or that of Hugging Face weights, on the devices here, with its tokenizer."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Integer
+
+from jaxtron.config import UserError
+from jaxtron.data.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from jaxtron.generate.chat import ChatPrompts
+from jaxtron.generate.engine import GenerationEngine
+from jaxtron.generate.protocol import TokenEngine
+from jaxtron.generate.settings import SamplingSettings
+from jaxtron.generate.source import ModelConfiguration, ModelSource
+from jaxtron.generate.streaming import AnswerStream, hidden_tokens
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.run.restored import check_vocabulary, restore_model, tokenizer_of
+from jaxtron.run.session import Session, make_session
+from jaxtron.sharding.folding import FLAGS
+from jaxtron.typing import PyTree
+from jaxtron.weights.load import load_parameters
+
+
+@dataclass(frozen=True)
+class SpeakingModel:
+    """An engine, and what turns text into its tokens and back."""
+
+    engine: TokenEngine
+    tokenizer: Tokenizer
+    configuration: ModelConfiguration
+    prefix: tuple[int, ...] = ()
+    """Tokens that stand before every plain text."""
+    hidden: frozenset[int] = frozenset()
+    """Tokens that are no text of an answer."""
+
+    def settings(self, **given: Any) -> SamplingSettings:
+        """Those of a request over the model's own, with the tokens that end its text; a `UserError` for others."""
+        end = self.tokenizer.end_of_document
+        ends = dict.fromkeys((*self.configuration.eos_token_ids, *(() if end is None else (end,))))
+        known = tuple(token for token in ends if token < self.engine.vocab)
+        settings = self.configuration.settings(**given, eos_token_ids=known)
+        settings.check_vocab(self.engine.vocab)
+        return settings
+
+    def encode(self, text: str) -> Integer[np.ndarray, "P"]:
+        """The ids of a plain text for the model to go on from."""
+        ids = self.tokenizer.encode(text)
+        begun = ids[: len(self.prefix)].tolist() == list(self.prefix)
+        return np.concatenate([[] if begun else self.prefix, ids]).astype(np.int32)
+
+    def check_prompt(self, prompt: Integer[np.ndarray, "P"], wanted: int | None) -> None:
+        """A `UserError` for a prompt without tokens, or that leaves no room for those wanted (None: for one)."""
+        if not len(prompt):
+            raise UserError("prompt is empty: the model needs a token to go on from")
+        if prompt.min() < 0 or prompt.max() >= self.engine.vocab:
+            odd = int(prompt.min() if prompt.min() < 0 else prompt.max())
+            raise UserError(f"prompt has token {odd}, and the model has {self.engine.vocab:,}: give ids from 0 on")
+        if len(prompt) + (wanted or 1) > self.engine.room:
+            raise UserError(
+                f"prompt has {len(prompt):,} tokens, and with {wanted or 1:,} more that is beyond the model's room for "
+                f"{self.engine.room:,}"
+            )
+
+    def stream(
+        self,
+        prompt: Integer[np.ndarray, "P"],
+        settings: SamplingSettings,
+        *,
+        goes_on: bool = True,
+        shows_special: bool = False,
+    ) -> AnswerStream:
+        """The text of an answer, which goes on from that of the prompt or begins anew."""
+        return AnswerStream(
+            self.tokenizer,
+            settings,
+            room=self.engine.room - len(prompt),
+            hidden=frozenset() if shows_special else self.hidden,
+            before=prompt if goes_on else None,
+        )
+
+    @functools.cached_property
+    def chat(self) -> ChatPrompts:
+        """Conversations as the model knows them; a `UserError` where it has no template."""
+        return ChatPrompts(self.configuration.chat, self.tokenizer)
+
+
+@contextlib.contextmanager
+def open_model(source: ModelSource, configuration: ModelConfiguration, *, rows: int) -> Iterator[SpeakingModel]:
+    """The model of `read_model` on JAX's devices, which have started; for `rows` sequences at a time at least."""
+    config = configuration.config
+    devices = jax.devices()
+    known = [getattr(config.mesh, axis) for axis in FLAGS]
+    if -1 not in known and config.devices is None and jax.process_count() == 1:
+        # too few devices are an error below
+        devices = devices[: math.prod(known)]
+    session = make_session(config, devices, trains=False)
+    params, tokenizer = _weights(source, configuration, session)
+    prefix = tokenizer.prefix if source.is_hub and isinstance(tokenizer, HuggingFaceTokenizer) else ()
+    engine = GenerationEngine(session, params, rows=source.rows or rows, room=configuration.room)
+    # the engine has copies
+    del params
+    yield SpeakingModel(engine, tokenizer, configuration, prefix, hidden_tokens(tokenizer))
+
+
+def _weights(source: ModelSource, configuration: ModelConfiguration, session: Session) -> tuple[PyTree, Tokenizer]:
+    config, trained = configuration.config, configuration.trained
+    with session.use():
+        if trained is not None:
+            restored = restore_model(session, source.directory, trained, source.step)
+            return restored.params, tokenizer_of(trained, config, restored.extra)
+        assert isinstance(config.model, ModelConfig)
+        tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
+        if tokenizer is None:
+            raise UserError("--data.tokenizer characters has its vocabulary from a training's data; give a file")
+        check_vocabulary(tokenizer, config)
+        params = load_parameters(source.directory, config.model, session.blueprint, session.trainer.partitions)
+        return params, tokenizer
