@@ -13,6 +13,8 @@ VERBS = {
     "preprocess": "text to token files, in parallel; merge and inspect them, prove the order of samples",
     "train": "train a model",
     "evaluate": "perplexity of a trained model on a text",
+    "generate": "text that a trained model makes, from prompts or in a conversation",
+    "serve": "a trained model at an address, by OpenAI's protocol",
     "convert": "a trained dense model becomes a mixture of experts",
     "plan": "compile and weigh a run, or show its layout, without the machines it is for",
 }

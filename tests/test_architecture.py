@@ -31,7 +31,7 @@ FLOORS = [
     {"checkpoint", "preprocess", "weights"},
     {"run", "curate"},
     {"train", "plan", "evaluate", "generate"},
-    {"convert"},
+    {"convert", "serve"},
     {"__main__"},
 ]
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}

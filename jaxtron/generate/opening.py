@@ -55,15 +55,19 @@ class SpeakingModel:
         return np.concatenate([[] if begun else self.prefix, ids]).astype(np.int32)
 
     def check_prompt(self, prompt: Integer[np.ndarray, "P"], wanted: int | None) -> None:
-        """A `UserError` for a prompt without tokens, or that leaves no room for those wanted (None: for one)."""
+        """A `UserError` for a prompt without tokens, or that leaves no room for those wanted (None: for one).
+
+        Where none is wanted it is only scored.
+        """
+        wanted = 1 if wanted is None else wanted
         if not len(prompt):
             raise UserError("prompt is empty: the model needs a token to go on from")
         if prompt.min() < 0 or prompt.max() >= self.engine.vocab:
             odd = int(prompt.min() if prompt.min() < 0 else prompt.max())
             raise UserError(f"prompt has token {odd}, and the model has {self.engine.vocab:,}: give ids from 0 on")
-        if len(prompt) + (wanted or 1) > self.engine.room:
+        if len(prompt) + wanted > self.engine.room:
             raise UserError(
-                f"prompt has {len(prompt):,} tokens, and with {wanted or 1:,} more that is beyond the model's room for "
+                f"prompt has {len(prompt):,} tokens, and with {wanted:,} more that is beyond the model's room for "
                 f"{self.engine.room:,}"
             )
 

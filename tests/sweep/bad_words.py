@@ -18,6 +18,8 @@ PIPE = (*TRAIN, "--mesh.pipe", "2", "--model.num_layers", "2", "--train.microbat
 CURATE = ("curate", "curation.yaml")
 PLAN = ("plan", "tiny.yaml")
 EVALUATE = ("evaluate", "run", "--text", "text.txt")
+GENERATE = ("generate", "run", "--prompt", "a")
+SERVE = ("serve", "run")
 UPCYCLE = ("convert", "upcycle", "run", "--output", "new")
 TOKENIZE = ("preprocess", "--input", "documents.jsonl", "--tokenizer", "bytes", "--output", "out", "--workers", "1")
 MERGE = ("preprocess", "merge", "--input", "tokens", "--output", "out")
@@ -58,6 +60,14 @@ TEXTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "id_field": (CURATE, ("",)),
     "ray_address": (CURATE, ("", "nowhere:1")),
 }
+NO_NUMBERS = ("many", "nan", "inf", "-inf", "", "1e400")
+NO_NATURALS = ("-1", "1.5", "many", "", "nan", str(10**30))
+# of commands that make text
+MODEL_FLAGS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("--rows", "--room"), NUMBERS),
+    "--step": NO_NATURALS,
+    "--chat_template": FILES,
+}
 # Bad values of each flag that is no setting, after a good line. Every flag that a command's help shows must be here.
 FLAGS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "plan": (
@@ -87,6 +97,39 @@ FLAGS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
             "--step": ("-1", "1.5", "many", "", "nan", "5", str(10**30)),
             "--detokenize": ("", "wikitex", LONG),
             "--json": PLACES,
+        },
+    ),
+    "generate": (
+        GENERATE,
+        {
+            "--prompt": ("",),
+            "--prompts": FILES,
+            "--system": ("", "x"),
+            "--samples": NUMBERS,
+            "--json": PLACES,
+            **MODEL_FLAGS,
+            **dict.fromkeys(("--temperature", "--top_p", "--min_p"), (*NO_NUMBERS, "-0.1", "101")),
+            **dict.fromkeys(("--typical_p", "--repetition_penalty"), (*NO_NUMBERS, "0", "101")),
+            **dict.fromkeys(("--presence_penalty", "--frequency_penalty"), (*NO_NUMBERS, "-3", "3")),
+            **dict.fromkeys(("--top_k", "--no_repeat_ngram_size", "--min_new_tokens"), NO_NATURALS),
+            "--max_new_tokens": NUMBERS,
+            "--stop": ("",),
+            "--stop_token_ids": NO_NATURALS,
+            "--seed": ("1.5", "many", "", "nan", str(10**30)),
+            "--logit_bias": ("", "x", "5", "5=", "=5", "5=nan", "5=101", "-1=2"),
+            "--logprobs": (*NO_NATURALS, "21", "2"),
+        },
+    ),
+    "serve": (
+        SERVE,
+        {
+            "--host": ("",),
+            "--port": (*NO_NATURALS, "65536"),
+            "--name": ("",),
+            "--api_key_file": (*FILES, "empty.txt", "text.txt"),
+            **MODEL_FLAGS,
+            **dict.fromkeys(("--body_limit", "--prompt_limit", "--token_limit", "--queue_limit"), NUMBERS),
+            "--time_limit": (*NO_NUMBERS, "0", "-1"),
         },
     ),
     "upcycle": (
@@ -133,7 +176,7 @@ KIND_FLAGS = {
     "--gpu": (),
 }
 # flags that are in the good line, at its end
-ALONE = (("evaluate", "--text"), ("upcycle", "--output"))
+ALONE = (("evaluate", "--text"), ("upcycle", "--output"), ("generate", "--prompt"))
 # whole lines, and what their error must name
 LINES: tuple[tuple[str, str], ...] = (
     ("trian", "'trian'"),
@@ -188,6 +231,20 @@ LINES: tuple[tuple[str, str], ...] = (
     ("evaluate run --text text.txt --data.sequence_length 0", "data.sequence_length"),
     ("evaluate run --text text.txt --mesh.tensor 3", "mesh.tensor"),
     ("evaluate run --text text.txt --mesh.data 16", "mesh.data"),
+    ("generate run", "--prompt"),
+    ("generate nowhere --prompt a", "nowhere"),
+    ("generate folder --prompt a", "folder"),
+    ("generate run run --prompt a", "run"),
+    ("generate run --prompt a --model.hidden_size 64", "--model.hidden_size"),
+    ("generate run --prompt a --pipeline.chunks 2", "--pipeline.chunks"),
+    ("generate run --prompt a --mesh.tensor 3", "mesh.tensor"),
+    ("generate run --prompt a --min_new_tokens 5 --max_new_tokens 3", "min_new_tokens"),
+    ("generate run --chat --samples 2", "--samples"),
+    ("serve nowhere", "nowhere"),
+    ("serve folder", "folder"),
+    ("serve run run", "run"),
+    ("serve run --temperature 1", "--temperature"),
+    ("serve run --seed 1", "--seed"),
     ("convert upcicle", "'upcicle'"),
     ("convert upcycle", "--output"),
     ("convert upcycle --output new", "no directory of a run"),
