@@ -24,7 +24,7 @@ class Grown:
 
 
 @dataclass(eq=False)
-class Sequence:
+class GrowingSequence:
     """One answer that is wanted: `grow` is called with each token of it, the last with a reason."""
 
     prompt: Integer[np.ndarray, "P"]
@@ -38,8 +38,8 @@ class Batch:
 
     def __init__(self, engine: TokenEngine):
         self.engine = engine
-        self._waiting: deque[Sequence] = deque()
-        self._rows: dict[int, Sequence] = {}
+        self._waiting: deque[GrowingSequence] = deque()
+        self._rows: dict[int, GrowingSequence] = {}
 
     @property
     def is_busy(self) -> bool:
@@ -47,15 +47,15 @@ class Batch:
         return bool(self._rows or self._waiting)
 
     @property
-    def sequences(self) -> list[Sequence]:
+    def sequences(self) -> list[GrowingSequence]:
         """Those that are not done."""
         return [*self._rows.values(), *self._waiting]
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: GrowingSequence) -> None:
         """Takes a sequence, whose prompt leaves room for a token."""
         self._waiting.append(sequence)
 
-    def drop(self, sequence: Sequence) -> None:
+    def drop(self, sequence: GrowingSequence) -> None:
         """Forgets a sequence, if it is still there."""
         if sequence in self._waiting:
             self._waiting.remove(sequence)

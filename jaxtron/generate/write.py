@@ -16,7 +16,7 @@ from jaxtyping import Integer
 
 from jaxtron.command import write_whole
 from jaxtron.config import UserError
-from jaxtron.generate.batch import Batch, Grown, Sequence
+from jaxtron.generate.batch import Batch, GrowingSequence, Grown
 from jaxtron.generate.opening import SpeakingModel, open_model
 from jaxtron.generate.request import GenerateRequest
 from jaxtron.generate.settings import SamplingSettings, read_settings
@@ -184,7 +184,7 @@ def make_all(model: SpeakingModel, request: GenerateRequest, wanted: list[Wanted
 
 def _begin(
     model: SpeakingModel, request: GenerateRequest, wanted: WantedText, number: int
-) -> tuple[MadeText, Sequence]:
+) -> tuple[MadeText, GrowingSequence]:
     settings = model.settings(**{**request.sampling, **wanted.sampling})
     if wanted.messages:
         chat = model.chat
@@ -195,7 +195,7 @@ def _begin(
     settings = settings.seeded(_fresh_seed(), number)
     made = MadeText(wanted, prompt, settings)
     stream = model.stream(prompt, settings, goes_on=not wanted.messages)
-    return made, Sequence(prompt, settings, stream, made.tokens.append)
+    return made, GrowingSequence(prompt, settings, stream, made.tokens.append)
 
 
 def _fresh_seed() -> int:
@@ -252,7 +252,7 @@ def talk(model: SpeakingModel, request: GenerateRequest) -> None:
             print(grown.text, end="", flush=True)
 
         batch = Batch(model.engine)
-        batch.add(Sequence(prompt, settings, model.stream(prompt, settings, goes_on=False), grow))
+        batch.add(GrowingSequence(prompt, settings, model.stream(prompt, settings, goes_on=False), grow))
         while batch.is_busy:
             batch.step()
         print()

@@ -13,13 +13,13 @@ import numpy as np
 from jaxtyping import Integer
 
 from jaxtron.config import UserError
-from jaxtron.generate.batch import Grown, Sequence
+from jaxtron.generate.batch import GrowingSequence, Grown
 from jaxtron.generate.opening import SpeakingModel
 from jaxtron.serve.answers import AnswerWriter, TokenScore, TokenTexts, scored
 from jaxtron.serve.bodies import AskedText, setting_error
 from jaxtron.serve.errors import ApiError
 from jaxtron.serve.request import Limits
-from jaxtron.serve.worker import Scores, Work, Worker
+from jaxtron.serve.worker import RequestedWork, Scores, Worker
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class Service:
         """Hands a request to the engine; an `ApiError` for one that cannot be."""
         return Reply(self, asked, *await asyncio.to_thread(self._prepare, asked))
 
-    def _prepare(self, asked: AskedText) -> tuple[list[_Choice], list[Sequence], int]:
+    def _prepare(self, asked: AskedText) -> tuple[list[_Choice], list[GrowingSequence], int]:
         with self._lock:
             try:
                 return self._prepared(asked)
             except UserError as error:
                 raise setting_error(error) from None
 
-    def _prepared(self, asked: AskedText) -> tuple[list[_Choice], list[Sequence], int]:
+    def _prepared(self, asked: AskedText) -> tuple[list[_Choice], list[GrowingSequence], int]:
         model = self._model
         wanted = asked.max_tokens
         limit = self.limits.new_tokens
@@ -107,7 +107,7 @@ class Service:
                 stream = model.stream(
                     prompt, own, goes_on=not asked.is_chat, shows_special=not asked.skip_special_tokens
                 )
-                sequences.append(Sequence(prompt, own, stream, _nobody))
+                sequences.append(GrowingSequence(prompt, own, stream, _nobody))
         return choices, sequences, sum(map(len, prompts))
 
     def _lengths(self, asked: AskedText) -> dict[str, int]:
@@ -163,7 +163,12 @@ class Reply:
     """The answer to one request as it grows, in an event loop; `close` it in any case."""
 
     def __init__(
-        self, service: Service, asked: AskedText, choices: list[_Choice], sequences: list[Sequence], num_prompt: int
+        self,
+        service: Service,
+        asked: AskedText,
+        choices: list[_Choice],
+        sequences: list[GrowingSequence],
+        num_prompt: int,
     ):
         self._worker = service.worker
         self._asked = asked
@@ -176,7 +181,7 @@ class Reply:
             sequence.grow = self._taker(index)
         needs_scores = asked.echo and "logprobs" in asked.sampling
         self._is_scoring = needs_scores
-        self._work = Work(
+        self._work = RequestedWork(
             sequences,
             self._put,
             time.monotonic() + service.limits.seconds,

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtron.generate.batch import Batch
-from jaxtron.generate.batch import Sequence as BatchSequence
+from jaxtron.generate.batch import Batch, GrowingSequence
 from jaxtron.generate.protocol import TokenEngine
 from jaxtron.serve.errors import ApiError
 
@@ -23,13 +22,13 @@ IDLE_SECONDS = 0.5
 
 
 @dataclass(eq=False)
-class Work:
+class RequestedWork:
     """What one request wants: scores of its prompts perhaps, then sequences that grow.
 
     `fail` is called once if it cannot be done; all calls are from the engine's thread.
     """
 
-    sequences: list[BatchSequence]
+    sequences: list[GrowingSequence]
     fail: Callable[[ApiError], None]
     deadline: float
     """By `time.monotonic`."""
@@ -44,9 +43,9 @@ class Worker:
     def __init__(self, engine: TokenEngine, *, most_waiting: int):
         self._batch = Batch(engine)
         self._most_waiting = most_waiting
-        self._inbox: SimpleQueue[tuple[str, Work] | None] = SimpleQueue()
+        self._inbox: SimpleQueue[tuple[str, RequestedWork] | None] = SimpleQueue()
         self._lock = threading.Lock()
-        self._works: list[Work] = []
+        self._works: list[RequestedWork] = []
         self._num_open = 0
         self._is_draining = False
 
@@ -55,7 +54,7 @@ class Worker:
         """Whether nothing new is taken any more."""
         return self._is_draining
 
-    def submit(self, work: Work) -> None:
+    def submit(self, work: RequestedWork) -> None:
         """Takes work from any thread; an `ApiError` where there is too much of it, or no more is taken."""
         with self._lock:
             if self._is_draining:
@@ -65,7 +64,7 @@ class Worker:
             self._num_open += len(work.sequences)
         self._inbox.put(("add", work))
 
-    def cancel(self, work: Work) -> None:
+    def cancel(self, work: RequestedWork) -> None:
         """Forgets work from any thread; of what is done it makes nothing."""
         self._inbox.put(("drop", work))
 
@@ -102,7 +101,7 @@ class Worker:
             else:
                 self._add(work)
 
-    def _add(self, work: Work) -> None:
+    def _add(self, work: RequestedWork) -> None:
         self._works.append(work)
         if work.scored is not None:
             scored = work.scored
@@ -111,7 +110,7 @@ class Worker:
             for sequence in work.sequences:
                 self._batch.add(sequence)
 
-    def _guarded(self, run: Callable[[], Any], works: list[Work]) -> None:
+    def _guarded(self, run: Callable[[], Any], works: list[RequestedWork]) -> None:
         """Runs what may fail; those whose work it was are told, and the others live on."""
         try:
             run()
@@ -121,7 +120,7 @@ class Worker:
             logger.warning("a step failed: %r", error)
             self._fail(works, ApiError(500, "the engine failed at this request", code="engine"))
 
-    def _fail(self, works: list[Work], error: ApiError) -> None:
+    def _fail(self, works: list[RequestedWork], error: ApiError) -> None:
         for work in list(works):
             work.fail(error)
             self._close(work)
@@ -132,12 +131,12 @@ class Worker:
         self._fail(late, ApiError(504, "the request took longer than the server allows", code="timeout"))
 
     def _retire(self) -> None:
-        """Work whose sequences are all done."""
+        """RequestedWork whose sequences are all done."""
         for work in list(self._works):
             if all(sequence.stream.finish_reason is not None for sequence in work.sequences):
                 self._close(work)
 
-    def _close(self, work: Work) -> None:
+    def _close(self, work: RequestedWork) -> None:
         if work not in self._works:
             return
         self._works.remove(work)

@@ -15,7 +15,7 @@ from jaxtron.data.config import ChatConfig
 from jaxtron.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
 from jaxtron.generate import __main__ as generate
 from jaxtron.generate import write as writing
-from jaxtron.generate.batch import Batch, Sequence
+from jaxtron.generate.batch import Batch, GrowingSequence
 from jaxtron.generate.chat import ChatPrompts
 from jaxtron.generate.request import parse
 from jaxtron.generate.settings import SamplingSettings
@@ -177,7 +177,7 @@ def test_more_sequences_than_rows_wait_their_turn():
         settings = SamplingSettings(seed=0, max_new_tokens=3 + number % 2, eos_token_ids=(END,))
         prompt = np.array([letter], np.int32)
         found[number] = []
-        wanted.append(Sequence(prompt, settings, model.stream(prompt, settings), found[number].append))
+        wanted.append(GrowingSequence(prompt, settings, model.stream(prompt, settings), found[number].append))
         batch.add(wanted[-1])
     batch.step()
     batch.drop(wanted[1])
