@@ -46,6 +46,19 @@ class WeightFiles:
     _open: Mapping[Path, Any] = field(repr=False)
 
     @property
+    def described(self) -> str:
+        """What beside them says what the model is."""
+        return "config.json"
+
+    @property
+    def says_tied(self) -> str:
+        """What it says of a model whose head is its embedding, and the mend if it is not."""
+        return (
+            "config.json has tie_word_embeddings true, or leaves it out for that; say false there if the head is one "
+            "of its own"
+        )
+
+    @property
     def num_bytes(self) -> int:
         """Of all tensors."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
@@ -62,19 +75,20 @@ class WeightFiles:
             values = self._open[tensor.path].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise _damaged(tensor.path, error) from None
-        values = _as_float32(values)
-        if not np.isfinite(values).all():
-            raise UserError(f"{tensor.path} has numbers in {name} that are not finite; bring back a good copy")
-        return values
+        return finite_float32(values, name, tensor.path)
 
 
-def _as_float32(values: np.ndarray) -> np.ndarray:
-    """The same numbers; those of float64 that are too large become infinite."""
+def finite_float32(values: np.ndarray, name: str, path: Path) -> np.ndarray:
+    """The same numbers; `UserError` where some are not finite, or too large."""
     if values.dtype == ml_dtypes.bfloat16:
         # the upper half of a float32: faster than a cast
-        return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(over="ignore"):
-        return values.astype(np.float32, copy=False)
+        values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float32, copy=False)
+    if not np.isfinite(values).all():
+        raise UserError(f"{path} has numbers in {name} that are not finite; bring back a good copy")
+    return values
 
 
 @contextlib.contextmanager

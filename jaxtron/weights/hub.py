@@ -7,6 +7,8 @@ from jaxtron.weights.config_json import CONFIG_JSON, ConfigFile, as_json, read_c
 from jaxtron.weights.family import HubFamily
 from jaxtron.weights.gpt2 import GPT2
 from jaxtron.weights.llama import LLAMA, MISTRAL, NEMOTRON, QWEN2, QWEN3
+from jaxtron.weights.megatron.arguments import megatron_settings
+from jaxtron.weights.megatron.directory import is_megatron
 
 # by `model_type`
 FAMILIES: dict[str, HubFamily] = {
@@ -21,8 +23,9 @@ TOKENIZER = "tokenizer.json"
 
 
 def is_hub(directory: Path) -> bool:
-    """Whether a directory looks like one of Hugging Face weights, and not like a run's."""
-    return (directory / CONFIG_JSON).is_file() and not (directory / "config.yaml").is_file()
+    """Whether a directory looks like one of others' weights, Hugging Face's or Megatron-LM's, and not like a run's."""
+    is_of_hub = (directory / CONFIG_JSON).is_file() and not (directory / "config.yaml").is_file()
+    return is_of_hub or is_megatron(directory)
 
 
 def family_of_hub(directory: Path) -> HubFamily:
@@ -35,6 +38,8 @@ def hub_settings(directory: Path) -> SettingsSource:
 
     Without JAX, and without a look at weights. `UserError` for what is not understood and may change what is computed.
     """
+    if is_megatron(directory):
+        return megatron_settings(directory)
     file = read_config_json(directory)
     _family(file).read(file)
     path = directory / TOKENIZER

@@ -1,5 +1,6 @@
-"""The parameters of a model from a directory of Hugging Face weights, each device with its own part of each."""
+"""The parameters of a model from a directory of others' weights, each device with its own part of each."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from jaxtron.sharding.parameters import ParameterSpec, shardings
 from jaxtron.typing import Array, PyTree
 from jaxtron.weights.files import WeightFiles, open_files
 from jaxtron.weights.hub import family_of_hub
+from jaxtron.weights.megatron.directory import is_megatron
+from jaxtron.weights.megatron.files import open_checkpoint
 from jaxtron.weights.rows import read_parameter
 from jaxtron.weights.table import Place, TensorTable, own_shape
 from jaxtron.words import plural, readable_bytes
@@ -27,12 +30,11 @@ def load_parameters(
 ) -> PyTree:
     """The blueprint's parameters with the numbers of the files, as they lie at rest; inside `sharding.use(rules)`.
 
-    `model` is what the directory's config.json says (`hub_settings`), and `partitions` has the layers of each stack.
+    `model` is what the directory says (`hub_settings`), and `partitions` has the layers of each stack.
     Tensors are read one at a time, by each process those that its devices need; of a parameter the process's own parts
     are on the host at once. `UserError` where names or shapes are not the model's, before any numbers are read.
     """
-    table = family_of_hub(directory).tensors
-    with open_files(directory) as files:
+    with _opened(directory) as (files, table):
         reader = WeightReader(files, table, model)
         reader.check(list(_wanted(blueprint, table, model, partitions)))
         if jax.process_index() == 0:
@@ -44,6 +46,17 @@ def load_parameters(
             )
         ]
     return jax.tree.unflatten(jax.tree.structure(blueprint.parameters), leaves)
+
+
+@contextlib.contextmanager
+def _opened(directory: Path) -> Iterator[tuple[WeightFiles, TensorTable]]:
+    """A directory's tensors, and the table that they are of."""
+    if is_megatron(directory):
+        yield open_checkpoint(directory)
+        return
+    table = family_of_hub(directory).tensors
+    with open_files(directory) as files:
+        yield files, table
 
 
 @dataclass(frozen=True)
@@ -95,15 +108,15 @@ class WeightReader:
             found = [f"needs {_listed(missing)}, not in its files"] * bool(missing)
             found += [f"has no place for {_listed(left)}"] * bool(left)
             raise UserError(
-                f"{self._files.directory}: the model of its config.json {' and '.join(found)}; bring back the model's "
-                "own files"
+                f"{self._files.directory}: the model of its {self._files.described} {' and '.join(found)}; bring back "
+                "the model's own files"
             )
         for name, one in names.items():
             stored, here = there[name], one.place.tensor.stored_shape(one.shape)
             if stored.shape != here:
                 raise UserError(
-                    f"{stored.path} has {name} of shape {list(stored.shape)}, and config.json beside it makes it "
-                    f"{list(here)}; bring back the model's own"
+                    f"{stored.path} has {name} of shape {list(stored.shape)}, and {self._files.described} beside it "
+                    f"makes it {list(here)}; bring back the model's own"
                 )
 
     def _stored(self, name: str) -> str:
@@ -116,8 +129,7 @@ class WeightReader:
         table = self._stored(self._table.place(self._model, "embedding.table").tensors[0])
         if table in self._files.tensors and not np.array_equal(self._files.read(name), self._files.read(table)):
             raise UserError(
-                f"{self._files.directory} has a {name} that is not {table}, and its config.json has "
-                "tie_word_embeddings true, or leaves it out for that; say false there if the head is one of its own"
+                f"{self._files.directory} has a {name} that is not {table}, and its {self._files.says_tied}"
             )
         return True
 
