@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import jaxpr_as_fun
 
 from jaxtron.kernels.varying import vary_alike
@@ -178,12 +179,14 @@ def run_kernel(
     name: str,
     flops: int,
     changed: Mapping[str, Array] | None = None,
+    seconds: float | None = None,
 ) -> dict[str, Array]:
     """The outputs by name of a Mosaic GPU kernel, whose body gets all sorts by their names.
 
     What is `changed` is read and written in place, and comes out too. None among the others is not there. `grid` names
     the axes of the blocks, `warpgroups` counts those of a block, whose axis is `warpgroup`. The compiled program
-    carries `name` and the most `flops` of its products, which its text does not show.
+    carries `name` and the most `flops` of its products, which its text does not show. `seconds` are those that XLA's
+    scheduler counts it as (none: ten microseconds, as it does any call).
     """
     changed = changed or {}
     absent = dict.fromkeys(key for sort in (inputs, outputs, scratch) for key, part in sort.items() if part is None)
@@ -206,6 +209,9 @@ def run_kernel(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
 
+    told = {} if seconds is None else {"latency_metadata": str(round(1e9 * seconds))}
+
+    @set_xla_metadata(**told)
     @jax.named_scope(f"mosaic.{name}.flops{flops}")
     def call(inputs: list[Any], arrays: list[Array]) -> list[Array]:
         made = _in_place(run, inputs, arrays) if arrays else run(*inputs)

@@ -18,8 +18,9 @@ class PipelineConfig(Config):
     stage_layers: tuple[int, ...] | None = None
     """Layers of each part in the model's order (none: as even as can be)."""
     overlap: bool = False
-    """A forward and a backward of one tick go through their layers together, so that tokens of one travel to experts
-    while the other multiplies (eager_1f1b, eager_interleaved, dualpipe_v; parts of equal layers)."""
+    """A forward and a backward of one tick go through their layers together, so that what one sends to experts or over
+    mesh.tensor travels while the other multiplies (eager_1f1b, eager_interleaved, dualpipe_v; parts of equal layers).
+    """
     embedding_weight: float = Field(default=0.0, ge=0)
     """Work of the embedding when layers are shared out, counted in layers."""
     loss_weight: float = Field(default=0.0, ge=0)

@@ -18,7 +18,7 @@ from jaxtron.pipeline.model import LayerFunction, LayerOutput, Stream, merge
 from jaxtron.pipeline.names import BACKWARD
 from jaxtron.pipeline.residuals import Pullback, split_residuals
 from jaxtron.pipeline.split_backward import SplitBackward, split_backward
-from jaxtron.pipeline.weight_products import OpenBackward, Operands, add_product, open_backward
+from jaxtron.pipeline.weight_products import OpenBackward, Summands, add_products, open_backward
 from jaxtron.typing import Array, Float, Int, PyTree
 
 
@@ -262,7 +262,7 @@ class LayerLoop:
         cotangent, accumulators, deferred = carry
         slot = work.first + index
         again = (_as_buffers_lie(work, residuals), self._given(slot, shared))
-        outputs: list[Array | Operands]
+        outputs: list[Array | Summands]
         if prepared.split is None:
             outputs = (prepared.opened.run if prepared.opened else partial(_pull, prepared))(cotangent, again)
             wanted = [True] * len(self._is_deferred())
@@ -316,7 +316,7 @@ class LayerLoop:
         return open_backward(function, inputs, again, num_gradients, self.weight_sums)
 
     def _add_some(
-        self, accumulators: PyTree, parts: list[Array | Operands], is_given: list[bool], slot: Array | int
+        self, accumulators: PyTree, parts: list[Array | Summands], is_given: list[bool], slot: Array | int
     ) -> PyTree:
         """The accumulators with `parts` added at the slot to those leaves for which there is one."""
         leaves, treedef = jax.tree.flatten(accumulators)
@@ -329,11 +329,11 @@ class LayerLoop:
             ],
         )
 
-    def _add(self, total: Array, part: Array | Operands, slot: Array | int) -> Array:
-        if not isinstance(part, Operands):
+    def _add(self, total: Array, part: Array | Summands, slot: Array | int) -> Array:
+        if not isinstance(part, tuple):
             return buffers.add_at(total, part, slot)
         assert self.weight_sums is not None
-        return add_product(total, part, slot, self.weight_sums)
+        return add_products(total, part, slot, self.weight_sums)
 
     def _is_deferred(self) -> list[bool]:
         """For each trained parameter, whether its gradient is a product worth putting off: not those of norms."""

@@ -1,9 +1,10 @@
 """Weight gradients that are products left undone: their operands instead, to be added to sums as they are multiplied.
 
-A backward's jaxpr tells which of its outputs are one product of two arrays over all rows, perhaps a part of it or in
-another order. The others come out as they are.
+A backward's jaxpr tells which of its outputs are a product of two arrays over all rows, perhaps a part of it or in
+another order, or a sum of such: of two halves of a microbatch for one. The others come out as they are.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +25,13 @@ from jaxtron.typing import Array, Float, PyTree
 # what leaves the numbers of a product as they are, and what moves them too
 RETYPED = {"convert_element_type", "reshard", "pcast", "pvary"}
 FOLLOWED = {*RETYPED, "transpose", "split", "reduce_sum", "squeeze", "reshape"}
+ADDED = {"add", "add_any"}
 # of an operand, without its rows: what a product's result went through
 Change = Callable[[Array], Array]
 
 
 class Operands(NamedTuple):
-    """Of a gradient [*I, *O]: its sum over rows is `x` transposed times the cotangent."""
+    """Of a gradient [*I, *O], or a summand of one: its sum over rows is `x` transposed times the cotangent."""
 
     x: Float[Array, "*rows I"]
     """[*rows, *I], laid out as the gradient is."""
@@ -39,12 +41,16 @@ class Operands(NamedTuple):
     """How many axes rows are."""
 
 
+# all that a gradient is the sum of
+Summands = tuple[Operands, ...]
+
+
 @jax.tree_util.register_static
 @dataclass(frozen=True, eq=False)
 class OpenBackward:
-    """`run(inputs, given)` gives the function's outputs, or the operands of those whose product is left undone."""
+    """`run(inputs, given)` gives the function's outputs, or the operands of those whose products are left undone."""
 
-    run: Callable[[PyTree, PyTree], list[Array | Operands]]
+    run: Callable[[PyTree, PyTree], list[Array | Summands]]
 
 
 def open_backward(
@@ -59,27 +65,37 @@ def open_backward(
     jaxpr = closed.jaxpr
     makers = {var: equation for equation in jaxpr.eqns for var in equation.outvars}
     found = {
-        number: product
+        number: products
         for number, var in enumerate(jaxpr.outvars[:num_gradients])
-        if (product := _product(var, makers)) is not None and product.is_taken(sums)
+        if (products := _products(var, makers)) and all(product.is_taken(sums) for product in products)
     }
     # what is multiplied anyway is not multiplied twice
-    rest = set(map(id, _rest(jaxpr, found.values(), (n for n in range(len(jaxpr.outvars)) if n not in found))))
-    found = {number: product for number, product in found.items() if id(product.equation) not in rest}
-    equations = _rest(jaxpr, found.values(), (n for n in range(len(jaxpr.outvars)) if n not in found))
+    rest = set(map(id, _rest(jaxpr, found)))
+    found = {
+        number: products
+        for number, products in found.items()
+        if not any(id(product.equation) in rest for product in products)
+    }
+    equations = _rest(jaxpr, found)
 
-    def run(inputs: PyTree, given: PyTree) -> list[Array | Operands]:
+    def run(inputs: PyTree, given: PyTree) -> list[Array | Summands]:
         values = evaluate(jaxpr, equations, bind(closed, jax.tree.leaves((inputs, given))))
         return [
-            found[number].operands(values) if number in found else value(values, var)
+            tuple(product.operands(values) for product in found[number]) if number in found else value(values, var)
             for number, var in enumerate(jaxpr.outvars)
         ]
 
     return OpenBackward(run)
 
 
-def add_product(total: Float[Array, "L *shape"], operands: Operands, slot: Array | int, sums: WeightSums) -> Array:
-    """`total` with a product added at this index of its leading axis, on each part along tensor."""
+def add_products(total: Float[Array, "L *shape"], summands: Summands, slot: Array | int, sums: WeightSums) -> Array:
+    """`total` with products added at this index of its leading axis, on each part along tensor."""
+    for operands in summands:
+        total = _add_product(total, operands, slot, sums)
+    return total
+
+
+def _add_product(total: Float[Array, "L *shape"], operands: Operands, slot: Array | int, sums: WeightSums) -> Array:
     x, cotangent, num_rows = operands
     num_inputs = x.ndim - num_rows
     of_gradient = jax.typeof(total).sharding.spec[1:]
@@ -221,18 +237,27 @@ class _Product:
         return changes == 1
 
 
-def _product(var: Var | Literal, makers: Mapping[Var, JaxprEqn]) -> _Product | None:
-    """The product that makes a variable, all of it where its operands' rows are whole; none: it is no such thing."""
+def _products(var: Var | Literal, makers: Mapping[Var, JaxprEqn]) -> tuple[_Product, ...]:
+    """The products that a variable is the sum of, all of each where its operands' rows are whole; none: it is no such
+    thing."""
     if not isinstance(var, Var) or var not in makers:
-        return None
+        return ()
     equation = makers[var]
-    if equation.primitive.name in FOLLOWED:
-        before = _product(equation.invars[0], makers)
-        return before and before.after(equation, var)
-    if equation.primitive.name != "dot_general":
-        return None
+    name = equation.primitive.name
+    if name in ADDED:
+        parts = [_products(one, makers) for one in equation.invars]
+        return tuple(itertools.chain(*parts)) if all(parts) else ()
+    if name in FOLLOWED:
+        after = [product.after(equation, var) for product in _products(equation.invars[0], makers)]
+        return tuple(product for product in after if product is not None) if all(after) else ()
+    product = _product(equation) if name == "dot_general" else None
+    return () if product is None else (product,)
+
+
+def _product(equation: JaxprEqn) -> _Product | None:
+    """That of a `dot_general`; none where it is not over the first axes of both operands alone."""
     (left, right), batch = equation.params["dimension_numbers"]
-    num_rows, operands = len(left), equation.invars
+    num_rows, operands, (var,) = len(left), equation.invars, equation.outvars
     leading = tuple(range(num_rows))
     if any(batch) or tuple(left) != leading or tuple(right) != leading:
         return None
@@ -248,10 +273,11 @@ def _product(var: Var | Literal, makers: Mapping[Var, JaxprEqn]) -> _Product | N
     return _Product(equation, (_Side(operands[0]), _Side(operands[1])), num_rows, places, var.aval)
 
 
-def _rest(jaxpr: Jaxpr, products: Iterable[_Product], others: Iterable[int]) -> list[JaxprEqn]:
-    """What other outputs need, and the operands of products."""
-    operands = [side.var for product in products for side in product.sides]
-    return needed(jaxpr.eqns, [*(jaxpr.outvars[number] for number in others), *operands], stop=set())
+def _rest(jaxpr: Jaxpr, found: Mapping[int, Iterable[_Product]]) -> list[JaxprEqn]:
+    """What outputs need that are not `found`, and the operands of products that are."""
+    operands = [side.var for products in found.values() for product in products for side in product.sides]
+    others = [var for number, var in enumerate(jaxpr.outvars) if number not in found]
+    return needed(jaxpr.eqns, [*others, *operands], stop=set())
 
 
 def _part(array: Array, *, axis: int, sizes: tuple[int, ...], number: int) -> Array:

@@ -24,6 +24,7 @@ from jaxtron.run.state import TrainState
 from jaxtron.run.step import Scalar, Trainer, batch_sharding, jit_step
 from jaxtron.run.trainable import freeze
 from jaxtron.sharding.blueprint import Blueprint
+from jaxtron.sharding.halves import split_of_size
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import Rules, current, make_rules, use
 from jaxtron.typing import Array, Device, PyTree
@@ -180,8 +181,9 @@ def make_trainer(
 
 
 def _weight_sums(config: Configuration) -> Backend[WeightSums | None]:
-    """For the tokens of a microbatch that a device has."""
-    rows = config.train.global_batch // config.train.microbatches // current().size(current().batch)
-    tokens = max(1, rows * config.data.sequence_length // current().parts("context"))
+    """For the tokens that a device multiplies at once: of a microbatch, or of a half of it."""
+    rows = max(1, config.train.global_batch // config.train.microbatches // current().size(current().batch))
+    length = config.data.sequence_length // current().parts("context")
+    tokens = rows * length // (1 if split_of_size(rows, length) is None else 2)
     dtype, device_kind = DTYPES[config.train.precision], current().device_kind
     return select_backend(config.train.gradient_sums, tokens, dtype, device_kind)

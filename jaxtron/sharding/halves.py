@@ -23,10 +23,14 @@ LEAST_TOKENS = 2048
 
 def split_of(x: Float[Array, "B S E"]) -> Split | None:
     """What of the residual stream to split; None where it stays whole."""
+    return split_of_size(*x.shape[:2]) if manual_axes() else None
+
+
+def split_of_size(rows: int, length: int) -> Split | None:
+    """The same for so many rows and positions of a device, inside the step's region."""
     rules = current()
-    rows, length, _ = x.shape
     parts = rules.parts("tensor")
-    if parts == 1 or rules.overlap_tensor is False or not manual_axes():
+    if parts == 1 or rules.overlap_tensor is False:
         return None
     if rules.overlap_tensor is None and (rules.device_kind == "cpu" or rows * length < 2 * LEAST_TOKENS):
         return None

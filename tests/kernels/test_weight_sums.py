@@ -137,6 +137,10 @@ def test_sums_stay_where_they_are_in_loops_and_branches_of_regions(said: Callabl
     text = compiled.as_text() or ""
     (call,) = re.findall(r"mpmd_map\S* = f32\[8,1024,800\].* custom-call\(.*", text)
     assert "output_to_operand_aliasing={{}: (3, {})}" in call
+    # what XLA's scheduler counts it as, in nanoseconds
+    nanoseconds = re.search(r'latency_metadata="(\d+)"', call)
+    assert nanoseconds is not None
+    assert 2 * rows * width * 800 / 742e12 < 1e-9 * int(nanoseconds[1]) < 2 * rows * width * 800 / 500e12
     assert not COLLECTIVES.search(text) and not re.search(r"= f32\[8,1024,800\]\S* copy\(", text)
     # no more than the operands of one product, sliced
     assert compiled.memory_analysis().temp_size_in_bytes < 2.1 * rows * (width + out // 4)

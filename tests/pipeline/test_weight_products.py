@@ -11,11 +11,21 @@ from jaxtron.kernels.selection import Backend
 from jaxtron.kernels.weight_sums import reference
 from jaxtron.kernels.weight_sums.spec import Operand
 from jaxtron.pipeline.config import PipelineConfig
-from jaxtron.pipeline.weight_products import Operands, add_product, open_backward
+from jaxtron.pipeline.weight_products import Summands, add_products, open_backward
 from jaxtron.run import session
 from jaxtron.sharding.rules import use
 from jaxtron.typing import Array, Float, Int
-from tests.support.equivalence import MODELS, ONE_STAGE, SCANNED, assert_equal, changed, loss_and_gradients, one_device
+from tests.support.equivalence import (
+    LENGTH,
+    MODELS,
+    ONE_STAGE,
+    ROWS,
+    SCANNED,
+    assert_equal,
+    changed,
+    loss_and_gradients,
+    one_device,
+)
 
 SLOW = pytest.mark.slow
 
@@ -27,6 +37,7 @@ class Sums:
 
     least: int = 0
     shapes: set[tuple[int, int]] = field(default_factory=set)
+    rows: set[int] = field(default_factory=set)
 
     def unsupported_reason(self, x: Operand, cotangent: Operand, device_kind: str) -> str | None:
         return "too few" if x.shape[1] < self.least else None
@@ -39,6 +50,7 @@ class Sums:
         slot: Int[Array, ""],
     ) -> Float[Array, "L I O"]:
         self.shapes.add(sums.shape[1:])
+        self.rows.add(x.shape[0])
         return reference.add(sums, x, cotangent, slot)
 
 
@@ -74,6 +86,16 @@ def test_gradients_are_the_same(monkeypatch, name, mesh, microbatches, pipeline,
     assert_equal(result.gradients, expected.gradients)
 
 
+def test_halves_of_a_microbatch_are_added_one_after_the_other(monkeypatch) -> None:
+    """Of two products that are each over half of the rows the sum is not made first."""
+    sums = Sums()
+    monkeypatch.setattr(session, "select_backend", lambda *_: Backend("reference", sums, ""))
+    model = changed(MODELS["gpt"], **SCANNED)
+    result = loss_and_gradients(model, {"data": 2, "tensor": 2}, "none", ROWS // 2, overlap_tensor=True)
+    assert sums.shapes == GPT_HALVES and sums.rows == {LENGTH // 2}
+    assert_equal(result.gradients, one_device("gpt").gradients)
+
+
 def test_what_is_reduced_before_it_is_added_is_made_first(monkeypatch) -> None:
     """Weights that are gathered at use: their gradients are scattered over the batch axes."""
     sums = Sums()
@@ -83,7 +105,7 @@ def test_what_is_reduced_before_it_is_added_is_made_first(monkeypatch) -> None:
     assert_equal(result.gradients, one_device("gpt").gradients)
 
 
-def opened(function, weights: dict[str, Array], sums: Sums) -> dict[str, Array | Operands]:
+def opened(function, weights: dict[str, Array], sums: Sums) -> dict[str, Array | Summands]:
     """A function's gradients, as its opened backward gives them."""
     cotangent = jnp.ones(jax.eval_shape(function, weights).shape)
     names = sorted(weights)
@@ -123,13 +145,14 @@ def test_products_are_found_by_what_becomes_of_them(rules_for) -> None:
     with use(rules_for(data=1)), jax.set_mesh(rules_for(data=1).mesh):
         values = opened(function, weights, sums)
         made = {
-            name: add_product(jnp.zeros((1, *weights[name].shape)), value, 0, sums)[0]
-            if isinstance(value, Operands)
+            name: add_products(jnp.zeros((1, *weights[name].shape)), value, 0, sums)[0]
+            if isinstance(value, tuple)
             else value
             for name, value in values.items()
         }
-    # what is used twice is a sum of two products, a factor comes after one, and three inputs are too few
-    assert {name for name, value in values.items() if isinstance(value, Operands)} == {"joined a", "joined b"}
+    # what is used twice is a sum of two products; a factor comes after one, and two inputs are too few
+    found = {name: len(value) for name, value in values.items() if isinstance(value, tuple)}
+    assert found == {"joined a": 1, "joined b": 1, "plain": 2, "twice": 2}
     expected = jax.grad(lambda weights: function(weights).sum())(weights)
     for name, gradient in expected.items():
         np.testing.assert_allclose(made[name], gradient, rtol=1e-5, atol=1e-5)
