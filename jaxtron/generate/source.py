@@ -13,6 +13,7 @@ from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration, configuration_type
 from jaxtron.weights.config_json import CONFIG_JSON, ConfigFile, read_config_json
 from jaxtron.weights.hub import TOKENIZER, hub_settings, is_hub
+from jaxtron.weights.megatron.directory import is_megatron
 
 SECTIONS = ("mesh", "sharding", "runtime")
 SETTINGS = ("devices", "train.precision", "data.tokenizer", "data.end_of_document", "model.attention.implementation")
@@ -137,7 +138,7 @@ def _of_run(source: ModelSource) -> ModelConfiguration:
 def _of_hub(source: ModelSource) -> ModelConfiguration:
     directory = source.directory
     if source.step is not None:
-        raise UserError(f"--step {source.step} is of a run's checkpoints, and {directory} has Hugging Face weights")
+        raise UserError(f"--step {source.step} is of a run's checkpoints, and {directory} has weights of others")
     under = hub_settings(directory)
     _, flags = split_arguments(Configuration, source.overrides)
     if "data.tokenizer" not in dict(flags) and "data" not in under.tree:
@@ -148,10 +149,14 @@ def _of_hub(source: ModelSource) -> ModelConfiguration:
         config = load(Configuration, None, source.overrides, under=under).resolved()
     except UserError as error:
         raise error if str(directory) in str(error) else UserError(f"{directory}: {error}") from None
-    file = read_config_json(directory)
     generation = _read_generation(directory)
-    room = source.room or min(_longest(file), MOST_ROOM)
-    ends = generation.get("eos_token_id", file.get("eos_token_id"))
+    if is_megatron(directory):
+        longest, ends = getattr(config.model, "max_positions", None) or MOST_ROOM, None
+    else:
+        file = read_config_json(directory)
+        longest, ends = _longest(file), file.get("eos_token_id")
+    room = source.room or min(longest, MOST_ROOM)
+    ends = generation.get("eos_token_id", ends)
     found = next((directory / name for name in TEMPLATES if _has_template(directory / name)), None)
     chat = None if found is None else ChatConfig(template=str(found))
     defaults = _defaults(generation, directory / GENERATION_CONFIG)

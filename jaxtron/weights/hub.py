@@ -1,4 +1,4 @@
-"""A directory of Hugging Face weights: which family it is of, and the settings of its model."""
+"""A directory of others' weights: which family it is of, and the settings of its model."""
 
 from pathlib import Path
 
@@ -38,13 +38,16 @@ def hub_settings(directory: Path) -> SettingsSource:
 
     Without JAX, and without a look at weights. `UserError` for what is not understood and may change what is computed.
     """
-    if is_megatron(directory):
-        return megatron_settings(directory)
-    file = read_config_json(directory)
-    _family(file).read(file)
+    found = megatron_settings(directory) if is_megatron(directory) else _of_config_json(directory)
     path = directory / TOKENIZER
     if path.is_file():
-        file.settings.set("data.tokenizer", str(path.absolute()), str(path))
+        found.set("data.tokenizer", str(path.absolute()), str(path))
+    return found
+
+
+def _of_config_json(directory: Path) -> SettingsSource:
+    file = read_config_json(directory)
+    _family(file).read(file)
     return file.settings
 
 

@@ -34,7 +34,7 @@ def load_parameters(
     Tensors are read one at a time, by each process those that its devices need; of a parameter the process's own parts
     are on the host at once. `UserError` where names or shapes are not the model's, before any numbers are read.
     """
-    with _opened(directory) as (files, table):
+    with open_weights(directory) as (files, table):
         reader = WeightReader(files, table, model)
         reader.check(list(_wanted(blueprint, table, model, partitions)))
         if jax.process_index() == 0:
@@ -49,8 +49,8 @@ def load_parameters(
 
 
 @contextlib.contextmanager
-def _opened(directory: Path) -> Iterator[tuple[WeightFiles, TensorTable]]:
-    """A directory's tensors, and the table that they are of."""
+def open_weights(directory: Path) -> Iterator[tuple[WeightFiles, TensorTable]]:
+    """A directory's tensors, whoever wrote it, and the table that they are of; `UserError` where they are not whole."""
     if is_megatron(directory):
         yield open_checkpoint(directory)
         return

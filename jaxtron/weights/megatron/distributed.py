@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtron.config import UserError, shown
-from jaxtron.weights.megatron.pickles import Global, PickleReader, PickledRecord
+from jaxtron.weights.megatron.pickles import Global, PickledRecord, PickleReader
 from jaxtron.weights.megatron.torch_file import TorchFile, torch_file_of
 
 METADATA = ".metadata"
@@ -120,7 +120,9 @@ def _blob(path: Path, key: Any, value: Any) -> tuple[tuple[str, Sizes | None], B
     return (name, box), Blob(path.parent / file, *place)
 
 
-def _tensor(path: Path, name: str, entry: PickledRecord, blobs: Mapping[tuple[str, Sizes | None], Blob]) -> DistributedTensor:
+def _tensor(
+    path: Path, name: str, entry: PickledRecord, blobs: Mapping[tuple[str, Sizes | None], Blob]
+) -> DistributedTensor:
     properties, shape, boxes = (entry.get(part) for part in ("properties", "size", "chunks"))
     # its state is a list of values, of which the type is the first
     state = properties.get("") if isinstance(properties, PickledRecord) else None
@@ -131,7 +133,9 @@ def _tensor(path: Path, name: str, entry: PickledRecord, blobs: Mapping[tuple[st
         raise _not_understood(path, f"{name} is no tensor")
     chunks = []
     for box in boxes:
-        offsets, sizes = (_sizes(box.get(part)) if isinstance(box, PickledRecord) else None for part in ("offsets", "sizes"))
+        offsets, sizes = (
+            _sizes(box.get(part)) if isinstance(box, PickledRecord) else None for part in ("offsets", "sizes")
+        )
         if offsets is None or sizes is None or not len(offsets) == len(sizes) == len(shape):
             raise _not_understood(path, f"a part of {name} is no box")
         if (name, offsets) not in blobs:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from jaxtron.config import UserError, load
+from jaxtron.generate.source import ModelSource, read_model
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration
 from jaxtron.weights.hub import hub_settings, is_hub
@@ -203,6 +204,15 @@ def test_a_file_without_arguments(tmp_path: Path):
     path.write_bytes(torch_zip({"model": {}}))
     with pytest.raises(UserError, match="has no args, which say what the model is"):
         hub_settings(tmp_path)
+
+
+def test_what_makes_text_finds_room_and_a_tokenizer(tmp_path: Path):
+    model_of(tmp_path, GPT2 | {"max_position_embeddings": 300})
+    with pytest.raises(UserError, match="has no tokenizer.json: give --data.tokenizer"):
+        read_model(ModelSource(tmp_path))
+    assert read_model(ModelSource(tmp_path, ("--data.tokenizer", "bytes"))).room == 300
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert hub_settings(tmp_path).tree["data"] == {"tokenizer": str(tmp_path / "tokenizer.json")}
 
 
 @pytest.mark.parametrize("name", fixtures.NAMES)

@@ -19,7 +19,7 @@ from jaxtron.config import UserError
 from jaxtron.weights.megatron import pickles
 from jaxtron.weights.megatron.directory import METADATA
 from jaxtron.weights.megatron.files import open_checkpoint
-from jaxtron.weights.megatron.pickles import Global, PickleReader, PickledRecord, TensorRecord
+from jaxtron.weights.megatron.pickles import Global, PickledRecord, PickleReader, TensorRecord
 from jaxtron.weights.megatron.torch_file import open_torch_file
 from tests.megatron.writer import Call, Name, Reference, named, pickled, torch_old, torch_zip
 from tests.weights.megatron.models import ARGS, saved_by_ranks, saved_distributed, whole_tensors
