@@ -97,7 +97,7 @@ def read_configuration(request: UpcycleRequest) -> tuple[Configuration, Configur
     """What the dense model is and was trained with, and the run of the mixture; `UserError` where one cannot be."""
     path, under, config_type = _start(request)
     file = path if under is None else None
-    _check_output(request.output)
+    check_output(request.output)
     dense = _load_dense(config_type, path, under)
     model = dense.model
     if not isinstance(model, ModelConfig):
@@ -166,7 +166,7 @@ def _start(request: UpcycleRequest) -> tuple[Path, SettingsSource | None, type[C
     return directory / CONFIG_JSON, found, Configuration
 
 
-def _check_output(path: Path) -> None:
+def check_output(path: Path) -> None:
     """`UserError` unless the directory is not there or empty: what is in it would be overwritten."""
     if (path / "checkpoints").is_dir() and not (path / "config.yaml").exists():
         raise UserError(

@@ -27,7 +27,7 @@ def normal(std: float) -> initializers.Initializer:
 class Linear(nnx.Module):
     """`y = x @ kernel + bias`; inputs and outputs may be several named dimensions, flattened in the product.
 
-    With an adapter (`adapt`) it adds what that makes of the same inputs.
+    With an adapter (`lora`) it adds what that makes of the same inputs.
 
     Column parallel: `inputs={"embed": e}, outputs={"mlp": f}`. Row parallel: the reverse. Which mesh axis that means is
     decided in `sharding/rules.py`. With a `scaling` the product is one of 8-bit numbers.

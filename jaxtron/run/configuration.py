@@ -153,6 +153,9 @@ class Configuration(Config):
                 f"model.fp8.scaling {self.model.fp8.scaling} with train.precision fp16 scales gradients twice over; "
                 "use --train.precision bf16"
             )
+        if self.checkpoint.initialize_adapters is not None and self.train.lora is None:
+            name, mend = "checkpoint.initialize_adapters", "give --train.lora.rank and what else its file says"
+            raise NoEffect(name, self.checkpoint.initialize_adapters, {"train.lora": None}, mend)
         tokens = self.train.sample_tokens
         # by value: a saved configuration names every field
         if not self.family.continues_text and tokens not in (0, TrainConfig().sample_tokens):

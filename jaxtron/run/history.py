@@ -61,7 +61,7 @@ CHANGES: dict[str, dict[str, str]] = {
     "context": {FREE: "method inner"},
     "pipeline": {FREE: "schedule chunks stage_layers overlap embedding_weight loss_weight"},
     "sharding": {FREE: "zero overlap_tensor"},
-    "checkpoint": {FREE: "every keep asynchronous", HERE: "resume initialize_from"},
+    "checkpoint": {FREE: "every keep asynchronous", HERE: "resume initialize_from initialize_adapters"},
     "run": {FREE: "log_every print_seconds trackers wandb_project profile_steps", HERE: "directory"},
     "runtime": {
         FREE: "connect_seconds heartbeat_seconds xla_preset xla_flags compilation_cache",

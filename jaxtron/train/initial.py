@@ -5,18 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxtron.config import UserError, format_value, load
 from jaxtron.models.adapters import with_adapters, without_adapters
 from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.pipeline.layer_slots import arrange
 from jaxtron.run.beginning import check_beginning
 from jaxtron.run.restored import restore_model
 from jaxtron.run.session import Session, make_session
 from jaxtron.run.state import TrainState, divided
 from jaxtron.sharding.parameters import ParameterSpec, fit
 from jaxtron.typing import Array, PyTree
-from jaxtron.weights.hub import is_hub
-from jaxtron.weights.load import load_parameters
+from jaxtron.weights.hub import family_of_hub, is_hub
+from jaxtron.weights.load import load_parameters, partition_of
+from jaxtron.weights.peft import read_adapters
 
 
 def begin(session: Session, tokenizer: str) -> tuple[TrainState, dict[str, Any]]:
@@ -42,6 +46,10 @@ def begin(session: Session, tokenizer: str) -> tuple[TrainState, dict[str, Any]]
         origin = {"run": where, "step": step}
     state = session.initial_state()
     params = with_adapters(params, state.model)
+    if session.config.checkpoint.initialize_adapters is not None:
+        adapters = Path(session.config.checkpoint.initialize_adapters)
+        params = _with_stored(session, params, directory, adapters)
+        origin["adapters"] = str(adapters.absolute())
     return replace(state, **divided(session.blueprint, params)), {"initialized_from": origin}
 
 
@@ -71,6 +79,34 @@ def _of_run(session: Session, directory: Path, tokenizer: str) -> tuple[PyTree, 
         blueprint = session.blueprint if trained.train.lora else without_adapters(session.blueprint)
         specs = source.blueprint.parameters, blueprint.parameters
         return jax.tree.map(_laid_out, restored.params, *specs), restored.step
+
+
+def _with_stored(session: Session, params: PyTree, base: Path, directory: Path) -> PyTree:
+    """The parameters with the adapters of a directory that peft saved, for the weights of `base`."""
+    config, partitions = session.config, session.trainer.partitions
+    if not is_hub(base):
+        raise UserError(
+            f"checkpoint.initialize_adapters {directory} names tensors of Hugging Face weights, and "
+            f"checkpoint.initialize_from {base} is a run: give the weights' directory"
+        )
+    assert isinstance(config.model, ModelConfig) and config.train.lora is not None
+    names = session.blueprint.names
+    owners = {name: partition_of(name, partitions) for name, spec in names.items() if spec.role == "adapter"}
+    shapes = {
+        name: names[name].shape if owner is None else (owner.num_layers, *names[name].shape[1:])
+        for name, owner in owners.items()
+    }
+    arrays = read_adapters(directory, shapes, family_of_hub(base).tensors, config.model, config.train.lora)
+    leaves, tree = jax.tree.flatten(params)
+    with session.use():
+        for place, (name, spec) in enumerate(names.items()):
+            if name in arrays:
+                owner, sharding = owners[name], NamedSharding(session.mesh, spec.layout.spec)
+                value = np.asarray(arrays[name] if owner is None else arrange(owner, arrays[name]))
+                pairs = zip(value.shape, spec.layout.padded, strict=True)
+                value = np.pad(value, [(0, most - size) for size, most in pairs])
+                leaves[place] = jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+    return jax.tree.unflatten(tree, leaves)
 
 
 def _laid_out(leaf: Array, before: ParameterSpec, after: ParameterSpec) -> Array:

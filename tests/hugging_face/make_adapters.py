@@ -1,0 +1,77 @@
+"""Writes adapters that peft made, and the logits of models with them, beside this file; or tries those that we wrote.
+
+    pip install torch transformers peft safetensors
+    python -m tests.hugging_face.make_adapters [NAME ...]
+    python -m tests.hugging_face.make_adapters --check DIRECTORY
+
+The second is of a directory that `test_peft_parity.py` leaves where `ADAPTERS_TO` says: the model in `base`, its
+adapters as we wrote them in `adapters`, tokens and our logits in `logits.npz`.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.hugging_face.fixtures import FOLDER, load, write
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "llama": {"target_modules": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()},
+    "gpt2": {"target_modules": ["c_attn", "c_proj", "c_fc"], "use_rslora": True, "fan_in_fan_out": True},
+}
+
+
+def logits_of(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+    """In float32."""
+    with torch.no_grad():
+        return model(torch.tensor(tokens.astype(np.int64))).logits.float().numpy()
+
+
+def make(name: str) -> None:
+    """A fixture's model with random adapters."""
+    fixture = load(name)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        base = write(Path(folder) / "base", fixture.config, fixture.weights)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = get_peft_model(model, LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **ADAPTERS[name])).eval()
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, std=0.2)
+        logits = logits_of(model, fixture.tokens)
+        assert np.abs(logits - fixture.logits).max() > 0.1
+        model.save_pretrained(Path(folder) / "adapters")
+        tensors = load_file(Path(folder) / "adapters" / "adapter_model.safetensors")
+        settings = json.loads((Path(folder) / "adapters" / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = name
+    arrays = {f"tensors/{key}": value for key, value in tensors.items()}
+    path = FOLDER / "adapters" / f"{name}.npz"
+    path.parent.mkdir(exist_ok=True)
+    np.savez_compressed(path, settings=json.dumps(settings), logits=logits.astype(np.float32), **arrays)
+    print(f"{path}: {len(tensors)} tensors")
+
+
+def check(directory: Path) -> None:
+    """`AssertionError` unless peft computes what we did with our adapters."""
+    model = AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, directory / "adapters").eval()
+    with np.load(directory / "logits.npz") as file:
+        found, expected = logits_of(model, file["tokens"]), file["logits"]
+    error = np.abs(found - expected[..., : found.shape[-1]]).max()
+    print(f"{directory}: largest difference of logits {error:.2e}, of {np.abs(expected).max():.1f}")
+    assert error < 1e-4
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--check"]:
+        check(Path(sys.argv[2]))
+    else:
+        for chosen in sys.argv[1:] or ADAPTERS:
+            make(chosen)
