@@ -183,8 +183,12 @@ def _laid_out(source: ModelSource, config: Configuration) -> Configuration:
 
 
 def _template(source: ModelSource, own: ChatConfig | None) -> ChatConfig | None:
-    if source.chat_template is not None and not source.chat_template.is_file():
-        raise UserError(f"--chat_template {source.chat_template} is no file; give one of a Jinja template")
+    if source.chat_template is not None:
+        try:
+            source.chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "it is no UTF-8 text"
+            raise UserError(f"cannot read --chat_template {source.chat_template}: {why}") from None
     return own if source.chat_template is None else ChatConfig(template=str(source.chat_template))
 
 
