@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from jaxtron.kernels.block_products import xla
+from jaxtron.kernels.block_products import backend
 from jaxtron.kernels.block_products.rounding import block_scales, by_blocks, by_columns, by_rows, whole
 from jaxtron.kernels.block_products.spec import Rounded
 from jaxtron.layers.fp8 import Form
@@ -25,7 +25,7 @@ from jaxtron.sharding.folding import Axes
 from jaxtron.sharding.layout import only, spec_axes
 from jaxtron.sharding.regions import over_tensor
 from jaxtron.sharding.rules import current
-from jaxtron.typing import Array, Float
+from jaxtron.typing import Array, DTypeLike, Float
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -44,7 +44,7 @@ def _forward(x: Array, kernel: Array, form: Form) -> tuple[Array, tuple[Array, .
 
     def multiply(values: Array, of_values: Array, kernel: Array, scales: Array) -> Array:
         weights = by_blocks(weight.flat(kernel), scales).T
-        made = xla.product(_joined(values, of_values), whole(weights, scales), x.dtype)
+        made = _multiplied(_joined(values, of_values), whole(weights, scales), x.dtype)
         made = made.reshape(*rows.local(values), *kernel.shape[weight.num_inputs :])
         return _summed(made, weight.inputs, form.output)
 
@@ -63,7 +63,7 @@ def _backward(form: Form, kept: tuple[Array, ...], dy: Array) -> tuple[Array, Ar
 
     def to_x(values: Array, of_values: Array, kernel: Array, scales: Array) -> Array:
         weights = by_blocks(weight.flat(kernel), scales)
-        made = xla.product(_joined(values, of_values), whole(weights, scales.T), x.dtype)
+        made = _multiplied(_joined(values, of_values), whole(weights, scales.T), x.dtype)
         made = made.reshape(*cotangent.local(values), *kernel.shape[: weight.num_inputs])
         return _summed(made, weight.outputs, of_x)
 
@@ -74,7 +74,7 @@ def _backward(form: Form, kept: tuple[Array, ...], dy: Array) -> tuple[Array, Ar
 
     def to_kernel(values: Array, of_values: Array, others: Array, of_others: Array) -> Array:
         left, right = _joined_columns(values, of_values), _joined_columns(others, of_others)
-        made = xla.product(left, right, kernel.dtype).reshape(weight.local(kernel))
+        made = _multiplied(left, right, kernel.dtype).reshape(weight.local(kernel))
         return _summed(made, positions, weight.layout)
 
     # positions that tensor splits in one of the two are runs of both
@@ -194,6 +194,10 @@ def _joined(values: Array, scales: Array) -> Rounded:
 def _joined_columns(values: Array, scales: Array) -> Rounded:
     """All runs of all rows as parts of what is contracted."""
     return Rounded(*(array.reshape(-1, *array.shape[2:]) for array in (values, scales)))
+
+
+def _multiplied(left: Rounded, right: Rounded, dtype: DTypeLike) -> Array:
+    return backend.product(left, right, dtype, current().device_kind)
 
 
 def _summed(made: Array, axes: Axes, layout: PartitionSpec) -> Array:

@@ -29,6 +29,7 @@ def early(function: str, product: str, freed: str, indent: int = 4) -> Fault:
 FENCE, LAST = "plgpu.commit_smem()", "plgpu.wait_smem_to_gmem(0)"
 READ = "plgpu.wait_smem_to_gmem(0, wait_read_only=True)"
 FORWARD, KEYS, QUERIES = (f"attention.mosaic_{name}:" for name in ("forward", "backward", "queries"))
+BLOCKS = "block_products.mosaic:"
 PIPELINE = "grouped_matmul.mosaic_pipeline:"
 CHUNKS, ALONG, MARCH, INPUTS, OUTPUTS = (
     f"ssd.mosaic_{name}:" for name in ("chunks", "forward", "march", "inputs", "outputs")
@@ -87,6 +88,10 @@ FAULTS: dict[str, dict[str, Fault]] = {
         ),
         "no fence": Fault(QUERIES + "_compute", FENCE),
         "the gradient may not have left": Fault(QUERIES + "_compute", LAST, seen="error"),
+    },
+    "products of blocks": {
+        **waits(BLOCKS + "_Scaled._multiply", "refs.ready.at[stage]"),
+        "no fence before a stage is free": Fault(BLOCKS + "_Scaled._multiply", FENCE),
     },
     "grouped products": {
         **waits(PIPELINE + "Block._multiply", "refs.ready.at[stage]"),

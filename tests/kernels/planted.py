@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import interpreted
+import interpreted_blocks
 import jax
 import jax.numpy as jnp
 from faults import FAULTS, Fault
@@ -24,6 +25,7 @@ from test_ssd import given
 
 from jaxtron.kernels.attention import mosaic_backward, mosaic_forward, mosaic_queries
 from jaxtron.kernels.attention.spec import AttentionSpec
+from jaxtron.kernels.block_products import mosaic as block
 from jaxtron.kernels.grouped_matmul import mosaic as grouped
 from jaxtron.kernels.mosaic import Target
 from jaxtron.kernels.ssd import mosaic_forward as ssd_forward
@@ -58,6 +60,11 @@ def grouped_products() -> Any:
     return grouped.product(rows, kernel, experts, interpret=INTERPRETER, blocks=1)
 
 
+def block_products() -> Any:
+    """A block that takes a tile of more steps than it has stages, whose scales are read by ordinary loads."""
+    return block.product(*interpreted_blocks.operands("blocks"), jnp.bfloat16, interpret=INTERPRETER, blocks=1)
+
+
 def duality(kernel: str) -> Any:
     """A block that walks along three chunks, or adds up three heads in one chunk."""
     along = kernel in ("forward", "march")
@@ -84,6 +91,7 @@ KERNELS: dict[str, Callable[[], Any]] = {
     "attention backward": functools.partial(attention, "backward"),
     "attention backward, queries": functools.partial(attention, "queries"),
     "grouped products": grouped_products,
+    "products of blocks": block_products,
     "state-space duality forward": functools.partial(duality, "forward"),
     "state-space duality from chunk to chunk": functools.partial(duality, "march"),
     "state-space duality by inputs": functools.partial(duality, "inputs"),

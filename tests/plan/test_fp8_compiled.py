@@ -62,8 +62,8 @@ def test_without_the_setting_nothing_is_of_8_bits():
     assert not arrays & set(EIGHT_BITS)
 
 
-def test_layers_are_gathered_over_tensor_as_8_bits():
-    rehearsal = rehearsed(num_gpus=4, mesh={"tensor": 4})
+def sent_over(rehearsal: Rehearsal) -> Counter[tuple[str, str]]:
+    """Types of what is gathered and reduced."""
     sent: Counter[tuple[str, str]] = Counter()
     for body in rehearsal.module.computations.values():
         for one in body:
@@ -71,10 +71,33 @@ def test_layers_are_gathered_over_tensor_as_8_bits():
                 # the type of a start has its operands too
                 results = one.results[len(one.operands) :] if one.operation != one.opcode else one.results
                 sent.update((one.operation, array.dtype) for array in results)
+    return sent
+
+
+def test_layers_are_gathered_over_tensor_as_8_bits():
+    sent = sent_over(rehearsed(num_gpus=4, mesh={"tensor": 4}))
     forward, gradient = EIGHT_BITS
     # inputs of attention and of the MLP, again in the backward, and gradients of what the two leave
     assert sent["all-gather", forward] == 4 and sent["all-gather", gradient] == 2, sent
     # the embedding's gradient, and the head's input with its gradient; partial sums are as wide as the step
+    assert sent["all-gather", "bf16"] == 3 and sent["reduce-scatter", "bf16"] == 6, sent
+
+
+def test_products_of_blocks_are_our_kernel_alone():
+    rehearsal = rehearsed(model={"fp8": {"scaling": "block"}})
+    # logits and the two gradients of the head
+    assert products(rehearsal.module) == {("bf16", "bf16"): 3}
+    instructions = [one for body in rehearsal.module.computations.values() for one in body]
+    kernels = [one for one in instructions if one.opcode == "custom-call" and "mosaic.block_product" in one.attributes]
+    assert len(kernels) == 3 * PRODUCTS
+    assert any("blocks of 8-bit numbers: mosaic" in line for line in rehearsal.session.choices)
+
+
+def test_blocks_are_gathered_over_tensor_as_8_bits_with_their_scales():
+    rehearsal = rehearsed(num_gpus=4, mesh={"tensor": 4}, model={"fp8": {"scaling": "block"}})
+    sent = sent_over(rehearsal)
+    # inputs of attention and of the MLP by rows, again by columns, and gradients of what the two leave by both
+    assert sent["all-gather", "f8e4m3fn"] == 8 and sent["all-gather", "f32"] == 8, sent
     assert sent["all-gather", "bf16"] == 3 and sent["reduce-scatter", "bf16"] == 6, sent
 
 

@@ -30,9 +30,9 @@ _GROUP = 16
 _WIDTHS = (256, 192, 128, 64)
 
 
-def tile_columns(width: int) -> int:
+def tile_columns(width: int, widths: tuple[int, ...] = _WIDTHS) -> int:
     """Columns of a tile of a result of this width: those with which least is read of operands, beyond the end too."""
-    return min(_WIDTHS, key=lambda columns: pl.cdiv(width, columns) * columns * (1 / TILE + 1 / columns))
+    return min(widths, key=lambda columns: pl.cdiv(width, columns) * columns * (1 / TILE + 1 / columns))
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ class Block:
         """How many of so many tiles are a block's."""
         return lax.div(tiles - block + (self.blocks - 1), jnp.int32(self.blocks))
 
-    def _multiply(self, refs: Refs, work: TiledProducts, tile: ResultTile, warpgroup: Any, done: Any) -> Array:
-        """The sum over a tile's steps, before which there were `done`."""
+    def _multiply(self, refs: Refs, work: Any, tile: Any, warpgroup: Any, done: Any) -> Any:
+        """The sum over a tile's steps, before which there were `done`, as `_piece_of` takes it."""
 
         def add(sums: Any) -> Array:
             def step(index: Any, _: None) -> None:
@@ -157,7 +157,11 @@ class Block:
 
         return made
 
-    def store(self, refs: Refs, made: Array, tile: ResultTile, warpgroup: Any) -> None:
+    def _piece_of(self, made: Any, first: int) -> Array:
+        """Columns of the sums that leave together."""
+        return made[:, first : first + self.piece]
+
+    def store(self, refs: Refs, made: Any, tile: ResultTile, warpgroup: Any) -> None:
         """A warpgroup's part of a tile to global memory, piece by piece; what lies beyond the result is left out."""
         for number in range(self.columns // self.piece):
             # what the place held has left: before the first piece all of the last tile, then all but the last piece
@@ -165,7 +169,7 @@ class Block:
                 plgpu.wait_smem_to_gmem(min(number, 1), wait_read_only=True)
             shared = refs.out_shared.at[warpgroup, number % 2]
             first = number * self.piece
-            shared[...] = made[:, first : first + self.piece].astype(shared.dtype)
+            shared[...] = self._piece_of(made, first).astype(shared.dtype)
             plgpu.commit_smem()
             send = self.sends or plgpu.copy_smem_to_gmem
             send(shared, tile.result(warpgroup, first, self.piece))

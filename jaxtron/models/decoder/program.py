@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtron.config import UserError
 from jaxtron.data.batch import TokenBatch
 from jaxtron.gpus import has_fp8
+from jaxtron.kernels.block_products import backend as block_products
 from jaxtron.kernels.gated_delta import backend as gated_delta
 from jaxtron.kernels.selective_scan import backend as selective_scan
 from jaxtron.layers.config import GATED
@@ -114,7 +115,8 @@ def update_buffers(
 
 
 def choices(config: ModelConfig, dtype: DTypeLike, rows: int, length: int) -> tuple[str, ...]:
-    """What computes scans; how tokens get to experts, and what multiplies them.
+    """What multiplies blocks of 8-bit numbers; what computes scans; how tokens get to experts, and what multiplies
+    them.
 
     `UserError` where products of 8-bit numbers are asked of devices that have none.
     """
@@ -125,17 +127,18 @@ def choices(config: ModelConfig, dtype: DTypeLike, rows: int, length: int) -> tu
             "set --model.fp8.scaling none"
         )
     kinds = {kind.symbol for kind in config.kinds}
-    scans = (select_scan(config.mamba, mamba2_heads(config), dtype).reason,) if MAMBA.symbol in kinds else ()
+    lines = (block_products.select_backend(dtype, kind_of_device).reason,) if scaling == "block" else ()
+    lines += (select_scan(config.mamba, mamba2_heads(config), dtype).reason,) if MAMBA.symbol in kinds else ()
     for kind, backend, named in (
         (MAMBA1, selective_scan, config.mamba.implementation),
         (DELTA, gated_delta, config.delta.implementation),
     ):
-        scans += (backend.select_backend(named, current().device_kind).reason,) if kind.symbol in kinds else ()
+        lines += (backend.select_backend(named, current().device_kind).reason,) if kind.symbol in kinds else ()
     if not has_experts(config):
-        return scans
+        return lines
     shape = (rows, length // current().parts("context", "tensor"))
     kernel = (config.hidden_size, 2 if config.activation in GATED else 1, expert_width(config))
-    return scans + exchange_lines(config.moe, shape, kernel, dtype)
+    return lines + exchange_lines(config.moe, shape, kernel, dtype)
 
 
 def has_experts(config: ModelConfig) -> bool:

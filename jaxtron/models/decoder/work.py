@@ -177,7 +177,8 @@ def _branch(model: ModelConfig, shapes: Shapes, branch: Branch, *, without: froz
 
 
 def _is_of_eight_bits(model: ModelConfig, kind: LayerKind) -> bool:
-    """Whether projections of such layers are multiplied as 8-bit numbers: those with scales of blocks are not."""
+    """Whether projections of such layers are counted as products of 8-bit numbers: those with scales of blocks, whose
+    kernel was never timed, as wide ones."""
     return model.fp8.scaling == "current" and "fp8" in kind.fields
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from jaxtron.kernels.block_products.mosaic import PRODUCT
 from jaxtron.kernels.weight_sums.mosaic import SUM
 from jaxtron.layers.context_parallel import ATTENDS
 from jaxtron.plan.compiled import flops, hlo
@@ -269,8 +270,8 @@ class Kernels:
 
 def _ours(name: str, read: int, written: int, multiplied: int) -> Kernel:
     """A kernel of ours by its name; single products run at the rate of products."""
-    if name == SUM:
-        return Kernel("products", read, written, multiplied)
+    if name in (SUM, PRODUCT):
+        return Kernel("products", read, written, multiplied, 1.0 if name == PRODUCT else 2.0)
     what: KernelClass = "attention" if name.startswith("attention") else "other kernels"
     return Kernel(what, read, written, multiplied, is_fused=not name.startswith("grouped"))
 
