@@ -95,9 +95,10 @@ def reference(subject: Subject) -> Found:
 def _plain(trainer: Trainer, params: PyTree, batch: PyTree) -> PyTree:
     key = jax.random.fold_in(jax.random.key(trainer.seed), STEP)
     batch = jax.tree.map(vary, batch)
-    _, (gradients, sums, metrics) = plain(trainer.program.model(trainer.parts, key), trainer.working(params), [batch])
-    gradients = reduce_gradients(trainer.parts.join(gradients), trainer.blueprint.parameters)
-    return *jax.tree.map(lambda leaf: all_reduce(vary(leaf), current().manual), (sums, metrics)), gradients
+    _, found = plain(trainer.program.model(trainer.parts, key), trainer.working(params), [batch])
+    gradients = reduce_gradients(trainer.parts.join(found.gradients), trainer.blueprint.parameters)
+    reported = (found.sums, found.layer_metrics)
+    return *jax.tree.map(lambda leaf: all_reduce(vary(leaf), current().manual), reported), gradients
 
 
 def weighed(batch: Any) -> Any:

@@ -135,9 +135,10 @@ def _plain(trainer: Trainer, size: int, params: PyTree, rows: PyTree) -> PyTree:
     microbatches = jax.tree.transpose(jax.tree.structure(rows), None, cut)
     kinds = [stack.kinds for stack in trainer.stages.partitions]
     pieces = trainer.program.model(trainer.parts, None)
-    _, (gradients, sums, metrics) = plain(pieces, trainer.working(params), microbatches, kinds)
-    gradients = reduce_gradients(trainer.parts.join(gradients), trainer.blueprint.parameters)
-    return *jax.tree.map(lambda leaf: all_reduce(vary(leaf), current().manual), (sums, metrics)), gradients
+    _, found = plain(pieces, trainer.working(params), microbatches, kinds)
+    gradients = reduce_gradients(trainer.parts.join(found.gradients), trainer.blueprint.parameters)
+    reported = (found.sums, found.layer_metrics)
+    return *jax.tree.map(lambda leaf: all_reduce(vary(leaf), current().manual), reported), gradients
 
 
 def kept(num_layers: int, recompute: str) -> int:
