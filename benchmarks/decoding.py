@@ -129,7 +129,7 @@ def side(
         ]
         layers = jax.tree.unflatten(jax.tree.structure(memory.layers), filled)
         lengths = jax.device_put(jnp.full(rows, length, jnp.int32), memory.lengths.sharding)
-        memory = DecoderMemory(layers, lengths)
+        memory = DecoderMemory(layers, lengths, memory.room)
 
     def run(memory: DecoderMemory, token: Array) -> tuple[Array, DecoderMemory]:
         with session.use():

@@ -107,9 +107,10 @@ def read_configuration(request: UpcycleRequest) -> tuple[Configuration, Configur
             f"{path} has model.pattern {model.pattern}: only a model with MLPs ({MLP.symbol}) and no experts "
             f"({MOE.symbol}) can be upcycled"
         )
-    if model.bias:
-        mend = "a model without can be upcycled" if request.is_hub else "train with --model.bias false"
-        raise UserError(f"{path} has model.bias true, and its biases cannot become those of experts: {mend}")
+    if model.bias or model.has_mlp_bias:
+        name = "bias" if model.bias else "mlp_bias"
+        mend = "a model without can be upcycled" if request.is_hub else f"train with --model.{name} false"
+        raise UserError(f"{path} has model.{name} true, and its biases cannot become those of experts: {mend}")
     if dense.train.lora is not None:
         raise UserError(f"{path} has adapters (train.lora): only a run that trains the model itself can be upcycled")
     if dense.train.trainable != ("*",):

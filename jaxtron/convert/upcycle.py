@@ -127,7 +127,7 @@ def scales(activation: Activation, factor: float) -> tuple[float, float]:
     """
     if activation == "squared_relu":
         return factor ** (1 / 3), factor ** (1 / 3)
-    if activation in ("relu", "swiglu", "geglu"):
+    if activation in ("relu", "swiglu", "geglu", "geglu_tanh"):
         return factor**0.5, factor**0.5
     return 1.0, factor
 

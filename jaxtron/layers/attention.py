@@ -18,11 +18,11 @@ from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads
 from jaxtron.layers import context_parallel
 from jaxtron.layers.cache import CACHED, HEADS, KeyValues, attend, remember, room_for
 from jaxtron.layers.config import Scaling
-from jaxtron.layers.inputs import LayerInputs, dropout, random_bits
+from jaxtron.layers.inputs import LayerInputs, RotaryKey, dropout, random_bits
 from jaxtron.layers.linear import Linear, project, whole_sequence
-from jaxtron.layers.norm import Norm
+from jaxtron.layers.norm import HeadNorm, Norm
 from jaxtron.layers.positions import alibi_slopes, rotate
-from jaxtron.layers.saved import save_for_backward
+from jaxtron.layers.saved import checkpoint_inputs, save_for_backward
 from jaxtron.sharding.collectives import manual_axes
 from jaxtron.sharding.halves import halve, join
 from jaxtron.sharding.layout import Layout
@@ -59,8 +59,8 @@ class Attention(nnx.Module):
         head_dim: int,
         qkv_bias: bool,
         output_bias: bool,
-        qk_norm: Callable[[int], Norm] | None,
-        rotated: int | None,
+        qk_norm: Callable[[dict[str, int]], Norm | HeadNorm] | None,
+        rotated: RotaryKey | None,
         alibi: bool,
         sinks: bool,
         core: CoreFunction,
@@ -69,6 +69,7 @@ class Attention(nnx.Module):
         dropout: float,
         rngs: nnx.Rngs,
         scaling: Scaling = "none",
+        gate: bool = False,
     ) -> None:
         self.num_groups, self.num_kv_heads, self.head_dim = num_heads // num_kv_heads, num_kv_heads, head_dim
         self.joined_kernel: nnx.Param | None = nnx.data(None)
@@ -87,12 +88,13 @@ class Attention(nnx.Module):
         self.output = Linear(
             {**heads, **dims}, {"embed": embed}, bias=output_bias, std=output_std, rngs=rngs, scaling=scaling
         )
-        self.query_norm = qk_norm(head_dim) if qk_norm else None
-        self.key_norm = qk_norm(head_dim) if qk_norm else None
+        self.query_norm = qk_norm(heads) if qk_norm else None
+        self.key_norm = qk_norm(kv_heads) if qk_norm else None
+        self.gate = Linear({"embed": embed}, {**heads, **dims}, bias=qkv_bias, **given) if gate else None
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
         attended = self.core(*self._heads(x, inputs), *self._per_head(), inputs)
-        return self._leave(attended, inputs)
+        return self._leave(attended, x, inputs)
 
     def halves_of_positions(
         self, halves: Sequence[Float[Array, "B S E"]], inputs: LayerInputs
@@ -101,13 +103,24 @@ class Attention(nnx.Module):
         projected = zip(*(self._project(x) for x in halves), strict=True)
         query, key, value = (join(first, second, "positions") for first, second in projected)
         attended = self.core(*self._turn(query, key, inputs), value, *self._per_head(), inputs)
-        pairs = zip(halve(attended, "positions"), inputs.halves("positions"), strict=True)
-        return tuple(self._leave(half, own) for half, own in pairs)
+        parts = zip(halve(attended, "positions"), halves, inputs.halves("positions"), strict=True)
+        return tuple(self._leave(*part) for part in parts)
 
-    def _leave(self, attended: Float[Array, "B S H D"], inputs: LayerInputs) -> Float[Array, "B S E"]:
-        """From the heads back to the stream."""
-        y = self.output(attended, "batch", "seq", "embed")
+    def _leave(
+        self, attended: Float[Array, "B S H D"], x: Float[Array, "B S E"], inputs: LayerInputs
+    ) -> Float[Array, "B S E"]:
+        """From the heads back to the stream, of which `x` is the layer's input."""
+        y = self.output(self._gated(attended, x), "batch", "seq", "embed")
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
+
+    def _gated(self, attended: Float[Array, "B S H D"], x: Float[Array, "B S E"]) -> Float[Array, "B S H D"]:
+        """Times the sigmoid of the gate, where there is one; the backward keeps both alone."""
+        if self.gate is None:
+            return attended
+        gate = self.gate(whole_sequence(x, self.output.scaling), *HEADS)
+        return checkpoint_inputs(lambda x, gate: x * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(x.dtype))(
+            attended, gate
+        )
 
     def start(self, rows: int, room: int, most: int, dtype: DTypeLike) -> KeyValues:
         """What is remembered of sequences that begin, with room for so many positions, at most so many at a time."""
@@ -122,7 +135,7 @@ class Attention(nnx.Module):
         """The same for what follows positions of which this is the memory, which has room for it."""
         assert isinstance(self.core, Core)
         attended, memory = self.core.advance(*self._heads(x, inputs), *self._per_head(), memory, inputs)
-        return self.output(attended, "batch", "full_seq", "embed"), memory
+        return self.output(self._gated(attended, x), "batch", "full_seq", "embed"), memory
 
     def _heads(
         self, x: Float[Array, "B S E"], inputs: LayerInputs

@@ -7,12 +7,20 @@ from pydantic import Field, model_validator
 
 from jaxtron.config import Config, UserError, format_value
 from jaxtron.kernels.attention.config import Implementation
+from jaxtron.words import plural
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "swiglu", "geglu", "clamped_swiglu"]
-GATED = frozenset({"swiglu", "geglu", "clamped_swiglu"})
-NormKind = Literal["layer_norm", "layer_norm_1p", "rms_norm"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "swiglu", "geglu", "geglu_tanh", "clamped_swiglu"]
+GATED = frozenset({"swiglu", "geglu", "geglu_tanh", "clamped_swiglu"})
+NormKind = Literal["layer_norm", "layer_norm_1p", "rms_norm", "rms_norm_1p"]
+# those that subtract the mean and can have a bias, and those whose stored scale is gamma - 1
+CENTERED = frozenset({"layer_norm", "layer_norm_1p"})
+FROM_ONE = frozenset({"layer_norm_1p", "rms_norm_1p"})
 # of 8-bit numbers in products: none of them, or by the maximum of the tensor at hand, or of each of its blocks
 Scaling = Literal["none", "current", "block"]
+# of queries and keys: none, per head with scales that all heads share, with each head's own, or over all heads as one
+QkNorm = bool | Literal["each_head", "projection"]
+# of norms: before a branch, after it, or both
+NormPlacement = Literal["input", "output", "both"]
 PositionKind = Literal["learned", "rotary", "alibi", "none"]
 
 
@@ -32,6 +40,8 @@ class AttentionConfig(Config):
     """Factor of scores (none: 1 / sqrt(head dim))."""
     sinks: bool = False
     """A learned logit a head joins each softmax without a value (gpt-oss, 2508.10925)."""
+    output_gate: bool = False
+    """What heads attended to is multiplied by the sigmoid of a further projection of the input (Qwen3-Next)."""
 
 
 class Fp8Config(Config):
@@ -93,11 +103,26 @@ class LatentConfig(Config):
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
 
-class RotaryScaling(Config):
-    """The stretching of low rotary frequencies, by Llama 3's rule (2407.21783) or YaRN's (2309.00071)."""
+ScalingKind = Literal["llama3", "yarn", "linear", "dynamic", "longrope"]
+# which of its settings each rule of stretching reads, beside `factor` and `kind`
+READ: dict[ScalingKind, tuple[str, ...]] = {
+    "llama3": ("original_length", "low_frequency_factor", "high_frequency_factor"),
+    "yarn": (
+        *("original_length", "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    ),
+    "linear": (),
+    "dynamic": ("original_length",),
+    "longrope": ("original_length", "attention_factor", "short_factors", "long_factors"),
+}
 
-    kind: Literal["llama3", "yarn"] = "llama3"
-    """The rule; each reads factor, original_length and its own of the others."""
+
+class RotaryScaling(Config):
+    """The stretching of rotary frequencies: by Llama 3's rule (2407.21783), YaRN's (2309.00071), LongRoPE's
+    (2402.13753), of all alike (linear), or of the base by how long sequences are (dynamic)."""
+
+    kind: ScalingKind = "llama3"
+    """The rule; each reads factor and its own of the others."""
     factor: float = Field(default=8.0, gt=0)
     """How many times longer the sequences become."""
     low_frequency_factor: float = Field(default=1.0, gt=0)
@@ -105,7 +130,9 @@ class RotaryScaling(Config):
     high_frequency_factor: float = 4.0
     """Llama 3: wavelengths below `original_length / this` stay."""
     original_length: int = Field(default=8192, ge=1)
-    """Sequence length of the training before the stretch, in tokens."""
+    """Sequence length of the training before the stretch, in tokens; of all rules but linear."""
+    attention_factor: float | None = Field(default=None, gt=0)
+    """YaRN and LongRoPE: rotated queries and keys are multiplied by this (none: what the rule says)."""
     beta_fast: float = Field(default=32.0, gt=0)
     """YaRN: what turns more often than this in `original_length` stays."""
     beta_slow: float = Field(default=1.0, gt=0)
@@ -117,26 +144,37 @@ class RotaryScaling(Config):
     truncate: bool = True
     """YaRN: the pairs between which it stretches in part are whole numbers, those around beta_fast and beta_slow
     (gpt-oss: false)."""
+    short_factors: tuple[float, ...] = ()
+    """LongRoPE: what each pair is stretched by where sequences are no longer than `original_length`."""
+    long_factors: tuple[float, ...] = ()
+    """LongRoPE: the same where they are longer. They are as long as data.sequence_length; of generated text as long as
+    it may become, from its beginning."""
 
     @model_validator(mode="after")
     def _check(self) -> "RotaryScaling":
-        own = {
-            "llama3": ("low_frequency_factor", "high_frequency_factor"),
-            "yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-        }
-        for kind, names in own.items():
-            for name in names if kind != self.kind else ():
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    value = format_value(getattr(self, name))
-                    raise ValueError(f"{name} {value} has no effect with kind {self.kind}; leave it out")
-        for low, high in (own["llama3"], ("beta_slow", "beta_fast")):
+        read = ("kind", "factor", *READ[self.kind])
+        for name, field in type(self).model_fields.items():
+            if name not in read and getattr(self, name) != field.default:
+                value = format_value(getattr(self, name))
+                raise ValueError(f"{name} {value} has no effect with kind {self.kind}; leave it out")
+        for low, high in (("low_frequency_factor", "high_frequency_factor"), ("beta_slow", "beta_fast")):
             if getattr(self, low) >= getattr(self, high):
                 raise ValueError(f"{low} {getattr(self, low)} must be below {high} {getattr(self, high)}")
+        if self.kind == "dynamic" and self.factor < 1:
+            raise ValueError(f"factor {self.factor:g} of kind dynamic must be 1 or more")
+        for name in ("short_factors", "long_factors") if self.kind == "longrope" else ():
+            factors = getattr(self, name)
+            if not factors or min(factors) <= 0:
+                raise ValueError(f"{name} {format_value(factors)} of kind longrope must be numbers above 0, one a pair")
         return self
 
     @property
     def magnitude(self) -> float:
         """Factor of what is rotated."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.kind == "longrope":
+            return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length)) if self.factor > 1 else 1.0
         return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
 
     @property
@@ -161,3 +199,14 @@ class RotaryConfig(Config):
     def dimensions(self, head_dim: int) -> int:
         """Rotated dimensions of a head, an even number."""
         return int(head_dim * self.fraction) // 2 * 2
+
+    def check(self, name: str, rotated: int) -> None:
+        """`UserError` where it, the setting of this name, does not fit so many rotated dimensions."""
+        scaling = self.scaling
+        for factors in ("short_factors", "long_factors") if scaling and scaling.kind == "longrope" else ():
+            count = len(getattr(scaling, factors))
+            if count != rotated // 2:
+                raise UserError(
+                    f"{name}.scaling.{factors} has {plural(count, 'number')}, and {rotated} rotated dimensions have "
+                    f"{rotated // 2:,} pairs; give one a pair"
+                )

@@ -15,9 +15,19 @@ from jaxtron.typing import Array, Float, Int
 
 
 class Embedding(nnx.Module):
-    """Rows of a table by token, plus learned positions where there are any."""
+    """Rows of a table by token, times `multiplier`, plus learned positions where there are any."""
 
-    def __init__(self, vocab: int, embed: int, *, num_positions: int | None, std: float, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        vocab: int,
+        embed: int,
+        *,
+        num_positions: int | None,
+        std: float,
+        rngs: nnx.Rngs,
+        multiplier: float = 1.0,
+    ) -> None:
+        self.multiplier = multiplier
         self.table = parameter(rngs, normal(std), (vocab, embed), axes=("vocab", "embed"), role="embedding")
         self.positions = (
             parameter(rngs, normal(std), (num_positions, embed), axes=("positions", "embed"), role="position")
@@ -27,6 +37,8 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"] | None = None) -> Float[Array, "B S E"]:
         x = look_up(self.table[...], tokens)
+        if self.multiplier != 1.0:
+            x = x * jnp.asarray(self.multiplier, x.dtype)
         if self.positions is None:
             return x
         if positions is not None:

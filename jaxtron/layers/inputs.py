@@ -28,6 +28,8 @@ class BranchOutput(NamedTuple):
 
 # cosines and sines of what is rotated
 Tables = tuple[Float[Array, "*B S P"], Float[Array, "*B S P"]]
+# the model's setting that says how, and the number of rotated dimensions
+RotaryKey = tuple[str, int]
 # logical axes that `mesh.context` splits
 SEQUENCE = ("seq", "full_seq")
 
@@ -37,8 +39,8 @@ SEQUENCE = ("seq", "full_seq")
 class LayerInputs:
     """Shared inputs of the layers: rotary tables, dropout keys (one a row of the global batch), documents by number."""
 
-    rotary: dict[int, Tables] = dataclasses.field(default_factory=dict)
-    """By the number of rotated dimensions; empty where positions are others."""
+    rotary: dict[RotaryKey, Tables] = dataclasses.field(default_factory=dict)
+    """Empty where positions are others."""
     keys: Key[Array, "B"] | None = None
     segments: Int[Array, "B S"] | None = None
     row_weights: Float[Array, "B"] | None = None
@@ -61,7 +63,7 @@ class LayerInputs:
                 return array if array is None or array.ndim < rank else halve(array, split)[half]
 
             # tables of all rows alike have no axis of rows
-            rotary = {size: (own(tables[0], 3), own(tables[1], 3)) for size, tables in self.rotary.items()}
+            rotary = {key: (own(tables[0], 3), own(tables[1], 3)) for key, tables in self.rotary.items()}
             given = {name: own(getattr(self, name), 1) for name in ("keys", "segments", "row_weights")}
             return dataclasses.replace(self, rotary=rotary, **given)
 

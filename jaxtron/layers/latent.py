@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtron.layers.attention import Core, CoreFunction
 from jaxtron.layers.cache import HEADS, KeyValues
 from jaxtron.layers.config import LatentConfig, Scaling
-from jaxtron.layers.inputs import LayerInputs, dropout
+from jaxtron.layers.inputs import LayerInputs, RotaryKey, dropout
 from jaxtron.layers.linear import Linear
 from jaxtron.layers.norm import Norm
 from jaxtron.layers.positions import rotate
@@ -25,7 +25,7 @@ LATENT = ("batch", "full_seq", "latent")
 class LatentAttention(nnx.Module):
     """Causal self-attention whose heads are made of latents; a part of each key is rotated, and the same in all heads.
 
-    `rotated` are its dimensions that positions turn (none: they do not).
+    `rotated` says by which of the inputs' tables positions turn it (none: they do not).
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class LatentAttention(nnx.Module):
         config: LatentConfig,
         *,
         num_heads: int,
-        rotated: int | None,
+        rotated: RotaryKey | None,
         bias: bool,
         norm: Callable[[int], Norm],
         core: CoreFunction,

@@ -28,6 +28,7 @@ FUNCTIONS: dict[Activation, Callable[[Array], Array]] = {
     "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
     "swiglu": jax.nn.silu,
     "geglu": gelu,
+    "geglu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "clamped_swiglu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 # of clamped_swiglu, which gates what is one more than it was (gpt-oss, 2508.10925)

@@ -17,15 +17,25 @@ def local_positions(length: int) -> Int[Array, "S"]:
     return positions(rules.context, rules.parts("context"), length)
 
 
-def rotary_frequencies(config: RotaryConfig, rotated: int) -> np.ndarray:
-    """Radians per position, one for each pair of so many rotated dimensions."""
-    frequencies = config.base ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
-    scaling = config.scaling
+def rotary_frequencies(config: RotaryConfig, rotated: int, length: int = 1) -> np.ndarray:
+    """Radians per position, one for each pair of so many rotated dimensions, in sequences of so many positions."""
+    powers, scaling = -np.arange(0, rotated, 2, dtype=np.float64) / rotated, config.scaling
+    frequencies = config.base**powers
     if scaling is None:
         return frequencies
     if scaling.kind == "yarn":
         kept = _kept_by_yarn(config.base, scaling, rotated)
         return frequencies * (kept + (1.0 - kept) / scaling.factor)
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "longrope":
+        is_long = length > scaling.original_length
+        return frequencies / np.asarray(scaling.long_factors if is_long else scaling.short_factors)
+    if scaling.kind == "dynamic":
+        # of one pair the frequency is 1 whatever the base
+        longer = max(length / scaling.original_length, 1.0)
+        stretch = (scaling.factor * longer - (scaling.factor - 1.0)) ** (rotated / max(rotated - 2, 1))
+        return (config.base * stretch) ** powers
     turns = scaling.original_length * frequencies / (2 * math.pi)
     blend = (turns - scaling.low_frequency_factor) / (scaling.high_frequency_factor - scaling.low_frequency_factor)
     blend = np.clip(blend, 0.0, 1.0)
@@ -53,13 +63,14 @@ def _kept_by_yarn(base: float, scaling: RotaryScaling, rotated: int) -> np.ndarr
 
 
 def rotary_tables(
-    config: RotaryConfig, rotated: int, places: Int[Array, "*B S"]
+    config: RotaryConfig, rotated: int, places: Int[Array, "*B S"], length: int = 1
 ) -> tuple[Float[Array, "*B S P"], Float[Array, "*B S P"]]:
-    """Cosines and sines at places of a sequence for the P rotated dimensions (both halves alike), in float32.
+    """Cosines and sines at places of a sequence of so many positions for the P rotated dimensions (both halves alike),
+    in float32.
 
     Both are multiplied by what the scaling says of what is rotated.
     """
-    frequencies = jnp.asarray(rotary_frequencies(config, rotated), jnp.float32)
+    frequencies = jnp.asarray(rotary_frequencies(config, rotated, length), jnp.float32)
     angles = places.astype(jnp.float32)[..., None] * frequencies
     angles = jnp.concatenate([angles, angles], -1)
     factor = 1.0 if config.scaling is None else config.scaling.magnitude

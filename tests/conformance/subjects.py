@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "E": {"bias": True, "moe": {"num_experts": 4, "balance": 0.3, "z_loss": 0.1}},
     # pieces of two positions on a mesh with context 4; with less in the norm, rounding of small numbers is scaled up
-    "m": {"norm_epsilon": 1e-2, "mamba": {"state_size": 16, "conv_width": 3}},
+    "m": {"norm_epsilon": 1e-2, "mamba": {"state_size": 16, "conv_width": 3, "inner_norms": True}},
     "G": {
         "norm_epsilon": 1e-2,
         "delta": {
@@ -67,6 +67,65 @@ def settings_of(*symbols: str) -> dict[str, Any]:
 FAMILIES: dict[str, dict[str, Any]] = {
     "decoder": {**settings_of(*KINDS), "position": "rotary", "dropout": 0.1},
     "tests.toy_family": {"vocab_size": VOCAB, "encoder_layers": 4, "decoder_layers": 4},
+}
+# decoders with the options that the one above has not, each once, by name
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gemma": {
+        **DECODER,
+        "pattern": "W*-",
+        "num_kv_heads": 2,
+        "norm": "rms_norm_1p",
+        # what branches make is small, and with less in their norms rounding is scaled up
+        "norm_epsilon": 0.1,
+        "norm_placement": "both",
+        "qk_norm": True,
+        "position": "rotary",
+        "rotary": {"scaling": {"kind": "linear", "factor": 8.0}},
+        "window_rotary": {"base": 100.0, "fraction": 0.5},
+        "activation": "geglu_tanh",
+        "embedding_multiplier": 2.5,
+        "residual_multiplier": 0.4,
+        "logit_soft_cap": 3.0,
+        "attention": {"window": 5, "soft_cap": 2.0, "output_gate": True},
+    },
+    # fewer key/value heads than parts of tensor
+    "neox": {
+        **DECODER,
+        "pattern": "(*-)",
+        "num_kv_heads": 2,
+        "branch_norms": True,
+        "norm_epsilon": 1e-2,
+        "qkv_bias": False,
+        "attention_output_bias": False,
+        "qk_norm": "projection",
+        "position": "rotary",
+        "rotary": {"scaling": {"kind": "dynamic", "factor": 2.0, "original_length": LENGTH // 2}},
+        "tied_head": False,
+        "head_bias": True,
+        "logit_scale": 3.0,
+    },
+    "olmo": {
+        **DECODER,
+        "pattern": "*E",
+        "num_kv_heads": 2,
+        "norm_placement": "output",
+        "norm_epsilon": 1e-2,
+        "bias": False,
+        "norm_bias": True,
+        "qkv_bias": True,
+        "qk_norm": "each_head",
+        "position": "rotary",
+        "rotary": {
+            "scaling": {
+                "kind": "longrope",
+                "factor": 4.0,
+                "original_length": LENGTH // 2,
+                "short_factors": [1.0] * 4,
+                "long_factors": [1.0, 1.5, 2.0, 3.0],
+            }
+        },
+        "moe": {"num_experts": 4},
+    },
 }
 
 
@@ -160,16 +219,17 @@ class Texts(list[TokenBatch]):
 ONE_DEVICE = Layout({"data": 1})
 
 
-def make_subject(family: str, settings: Mapping[str, Any], kind: str | None = None) -> Subject:
-    """That of a family, or of a kind of layer."""
+def make_subject(family: str, settings: Mapping[str, Any], kind: str | None = None, name: str = "") -> Subject:
+    """That of a family, or of a kind of layer, or of this name."""
     known = family_named(family)
     num_stacks = len(known.stacks(known.config.model_validate({"family": family, **settings})))
-    return Subject(KINDS[kind].name if kind else family, family, settings, num_stacks, kind)
+    return Subject(name or (KINDS[kind].name if kind else family), family, settings, num_stacks, kind)
 
 
 FAMILY_SUBJECTS = tuple(make_subject(*line) for line in FAMILIES.items())
 with wave_known():
     KIND_SUBJECTS = tuple(make_subject("decoder", settings_of(symbol), symbol) for symbol in KINDS)
-SUBJECTS = FAMILY_SUBJECTS + KIND_SUBJECTS
+OPTION_SUBJECTS = tuple(make_subject("decoder", settings, name=name) for name, settings in OPTIONS.items())
+SUBJECTS = FAMILY_SUBJECTS + KIND_SUBJECTS + OPTION_SUBJECTS
 # every linear layer of every kind has an adapter
 ADAPTED = replace(FAMILY_SUBJECTS[0], name="decoder with adapters", lora={"rank": 3, "alpha": 5, "targets": ("*",)})

@@ -8,7 +8,15 @@ import pytest
 
 from tests.conformance.communication import Communication
 from tests.conformance.runs import assert_same, reference, rehearsed, step
-from tests.conformance.subjects import ADAPTED, FAMILY_SUBJECTS, KIND_SUBJECTS, ONE_DEVICE, Layout, Subject
+from tests.conformance.subjects import (
+    ADAPTED,
+    FAMILY_SUBJECTS,
+    KIND_SUBJECTS,
+    ONE_DEVICE,
+    OPTION_SUBJECTS,
+    Layout,
+    Subject,
+)
 
 CUBE = Layout({"data": 2, "fsdp": 2, "tensor": 2})
 PIPE = Layout({"pipe": 2, "data": 2, "tensor": 2}, schedule="interleaved", parts=2, microbatches=4)
@@ -28,11 +36,18 @@ LAYOUTS = (
     Layout({"pipe": 2, "data": 2, "context": 2}, schedule="dualpipe_v", parts=2, microbatches=4, zero="parameters"),
 )
 # the decoder has all kinds of layers: the equivalence tests of tests/train hold some of them in the short suite
-QUICK = {"tests.toy_family": PIPE}
+QUICK = {"tests.toy_family": PIPE, "gemma": CUBE}
 # a kind alone, in case others hide it: those of the house are in the decoder's pattern on all meshes
 OF_KINDS = (CONTEXT, SPLIT_BACKWARD)
 CASES = [(subject, layout) for subject in FAMILY_SUBJECTS for layout in LAYOUTS if subject.fits(layout)]
 CASES += [(subject, layout) for subject in KIND_SUBJECTS for layout in OF_KINDS]
+# one that splits heads over tensor, the sequence or the stages, other rows and weights
+OF_OPTIONS = {
+    "gemma": (CUBE, CONTEXT),
+    "neox": (Layout({"data": 2, "tensor": 4}, zero="parameters"), SPLIT_BACKWARD),
+    "olmo": (PIPE, Layout({"fsdp": 2, "context": 2, "tensor": 2})),
+}
+CASES += [(subject, layout) for subject in OPTION_SUBJECTS for layout in OF_OPTIONS[subject.name]]
 
 
 @pytest.mark.parametrize(

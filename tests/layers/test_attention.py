@@ -28,7 +28,7 @@ ROWS, LENGTH, EMBED, HEADS, HEAD_DIM = 2, 7, 24, 4, 8
 def make_attention(num_kv_heads=HEADS, *, bias=True, qk_norm=False, alibi=False, rate=0.0, dropout=0.0):
     """Attention with random values for every parameter, biases and scales included."""
     rngs = nnx.Rngs(0)
-    norm = functools.partial(Norm, kind="layer_norm", bias=True, epsilon=1e-5, rngs=rngs)
+    norm = functools.partial(Norm, HEAD_DIM, kind="layer_norm", bias=True, epsilon=1e-5, rngs=rngs)
     module = Attention(
         EMBED,
         num_heads=HEADS,
@@ -36,7 +36,7 @@ def make_attention(num_kv_heads=HEADS, *, bias=True, qk_norm=False, alibi=False,
         head_dim=HEAD_DIM,
         qkv_bias=bias,
         output_bias=bias,
-        qk_norm=norm if qk_norm else None,
+        qk_norm=(lambda heads: norm()) if qk_norm else None,
         rotated=None,
         alibi=alibi,
         sinks=False,
@@ -124,8 +124,8 @@ def test_rotary(rules_for, fraction):
     rotated = int(HEAD_DIM * fraction)
     with use(rules_for(data=1)):
         module, x = make_attention(2), make_input()
-        module.rotated = rotated
-        tables = {rotated: rotary_tables(RotaryConfig(base=100.0), rotated, jnp.arange(LENGTH))}
+        module.rotated = ("rotary", rotated)
+        tables = {module.rotated: rotary_tables(RotaryConfig(base=100.0), rotated, jnp.arange(LENGTH))}
         expected = reference(module, x, frequencies=100.0 ** (-np.arange(0, rotated, 2) / rotated))
         np.testing.assert_allclose(module(x, LayerInputs(rotary=tables)), expected, rtol=1e-4, atol=1e-5)
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtron.layers import loss
-from jaxtron.layers.loss import cross_entropy
+from jaxtron.layers.loss import LogitForm, cross_entropy
 from jaxtron.sharding.rules import use
 
 ROWS, LENGTH, EMBED, VOCAB, PADDED = 3, 8, 6, 13, 16
@@ -92,6 +92,36 @@ def test_chunks_change_nothing(rules_for, run, in_region, monkeypatch, tensor, r
     for one, other in zip(jax.tree.leaves((chunked, scored)), jax.tree.leaves((whole, whole[0])), strict=True):
         assert one.shape == other.shape
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("most", [PADDED * ROWS * LENGTH, 5 * PADDED])
+def test_a_bias_a_scale_and_a_cap_are_part_of_the_logits(rules_for, in_region, monkeypatch, tensor, most):
+    """In the value and in every gradient, padding without a part."""
+    x, table, targets, weights = make_arrays()
+    bias, form = np.random.default_rng(3).normal(size=PADDED).astype(np.float32), LogitForm(scale=0.6, soft_cap=1.5)
+
+    def formula(x, table, bias):
+        raw = 0.6 * jnp.einsum("bse,ve->bsv", x, table[:VOCAB]) + bias[:VOCAB]
+        logits = 1.5 * jnp.tanh(raw / 1.5)
+        log_z = jax.nn.logsumexp(logits, -1)
+        nll = log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        return (weights * (nll + 0.1 * log_z**2)).sum()
+
+    def ours(x, table, targets, weights, bias):
+        return jax.value_and_grad(
+            lambda *own: cross_entropy(own[0], own[1], targets, weights, VOCAB, 0.1, own[2], form)[0], (0, 1, 2)
+        )(x, table, bias)
+
+    expected = jax.value_and_grad(formula, (0, 1, 2))(*map(jnp.asarray, (x, table, bias)))
+    with use(rules_for(tensor=tensor)) as rules:
+        monkeypatch.setattr(loss, "CHUNK_ELEMENTS", most // tensor)
+        placed = place(rules, (x, table, targets, weights))
+        placed.append(jax.device_put(bias, NamedSharding(rules.mesh, PartitionSpec("tensor"))))
+        found = in_region(ours)(*placed)
+    assert np.abs(np.asarray(expected[1][2])[:VOCAB]).min() > 1e-4
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_chunks_are_about_the_longest_that_fit(rules_for, monkeypatch):

@@ -47,7 +47,7 @@ def make_layer(kind: str = "M", groups: int = 2, **changes: Any) -> Mamba1 | Mam
     if kind == "M":
         return whole(Mamba2(EMBED, HEADS, config, epsilon=1e-5, **shared), jnp.float32)
     # it has no norm that takes sizes back
-    return whole(Mamba1(EMBED, 2 * EMBED, 3, config, **{**shared, "std": 0.3}), jnp.float32)
+    return whole(Mamba1(EMBED, 2 * EMBED, 3, config, epsilon=0.1, **{**shared, "std": 0.3}), jnp.float32)
 
 
 def by_name(layer: nnx.Module) -> dict[str, nnx.Param]:
@@ -115,7 +115,7 @@ def test_first_values_are_those_of_the_paper(rules_for):
 def test_first_values_of_mamba_are_those_of_its_paper(rules_for):
     with use(rules_for()):
         config = MambaConfig(state_size=16)
-        layer = Mamba1(EMBED, 512, 16, config, std=0.02, output_std=0.02, dropout=0.0, rngs=nnx.Rngs(0))
+        layer = Mamba1(EMBED, 512, 16, config, epsilon=1e-5, std=0.02, output_std=0.02, dropout=0.0, rngs=nnx.Rngs(0))
         np.testing.assert_allclose(np.exp(layer.A_log[...]), np.tile(np.arange(1.0, 17), (512, 1)), rtol=1e-6)
         assert (np.asarray(layer.D[...]) == 1).all()
         steps, weights = np.asarray(jax.nn.softplus(layer.dt_bias[...])), np.asarray(layer.dt_proj[...])

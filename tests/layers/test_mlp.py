@@ -26,6 +26,7 @@ PLAIN = {
 GATED = {
     "swiglu": lambda gate, up: gate / (1 + np.exp(-gate)) * up,
     "geglu": lambda gate, up: erf_gelu(gate) * up,
+    "geglu_tanh": lambda gate, up: PLAIN["gelu_tanh"](gate) * up,
     # 2508.10925: both are cut off at 7, the gate from above alone, and what is gated is one more than it was
     "clamped_swiglu": lambda gate, up: (
         np.minimum(gate, 7) / (1 + np.exp(-1.702 * np.minimum(gate, 7))) * (np.clip(up, -7, 7) + 1)

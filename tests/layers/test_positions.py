@@ -175,3 +175,46 @@ def test_alibi_slopes_of_other_head_counts(num_heads):
     slopes = alibi_slopes(num_heads)
     assert len(slopes) == num_heads == len(set(slopes))
     np.testing.assert_allclose(slopes, released(num_heads), rtol=1e-12)
+
+
+def test_a_linear_stretch_is_of_all_pairs_alike():
+    plain, scaled = (
+        rotary_frequencies(RotaryConfig(scaling=one), 8) for one in (None, RotaryScaling(kind="linear", factor=8))
+    )
+    np.testing.assert_allclose(scaled, plain / 8, rtol=1e-12)
+
+
+def test_a_dynamic_stretch_grows_the_base_with_the_sequence():
+    scaling = RotaryScaling(kind="dynamic", factor=4, original_length=32)
+    plain = rotary_frequencies(RotaryConfig(), 8)
+    for length in (5, 32):
+        np.testing.assert_array_equal(rotary_frequencies(RotaryConfig(scaling=scaling), 8, length), plain)
+    # three times as long: 4 x 3 - 3, to the power of 8 / 6
+    expected = (10000.0 * 9 ** (8 / 6)) ** (-np.arange(4) / 4)
+    np.testing.assert_allclose(rotary_frequencies(RotaryConfig(scaling=scaling), 8, 96), expected, rtol=1e-12)
+
+
+def test_longrope_stretches_each_pair_by_a_number_of_its_own():
+    factors = {"short_factors": (1.0, 2.0), "long_factors": (3.0, 5.0)}
+    scaling = RotaryScaling(kind="longrope", factor=4, original_length=32, **factors)
+    plain = rotary_frequencies(RotaryConfig(), 4)
+    for length, divisors in ((32, (1, 2)), (33, (3, 5))):
+        found = rotary_frequencies(RotaryConfig(scaling=scaling), 4, length)
+        np.testing.assert_allclose(found, plain / divisors, rtol=1e-12)
+    assert scaling.magnitude == pytest.approx(math.sqrt(1 + math.log(4) / math.log(32)))
+    assert scaling.model_copy(update={"attention_factor": 1.25}).magnitude == 1.25
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "linear", "original_length": 5}, "original_length 5 has no effect with kind linear"),
+        ({"kind": "dynamic", "truncate": False}, "truncate false has no effect with kind dynamic"),
+        ({"kind": "dynamic", "factor": 0.5}, "factor 0.5 of kind dynamic must be 1 or more"),
+        ({"kind": "longrope", "long_factors": (1.0,)}, r"short_factors \[\] of kind longrope must be numbers above 0"),
+        ({"kind": "llama3", "attention_factor": 2.0}, "attention_factor 2.0 has no effect with kind llama3"),
+    ],
+)
+def test_settings_of_another_rule_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RotaryScaling(**settings)

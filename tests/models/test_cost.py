@@ -122,6 +122,12 @@ CHANGES = [
     {"position": "none", "qkv_bias": False, "activation": "geglu", "mlp_size": 40, "norm": "layer_norm_1p"},
     {"position": "rotary", "pattern": "(*-)", "bias": False, "num_kv_heads": 1, "head_dim": 8},
     {"position": "rotary", "bias": False, "norm_bias": True, "norm": "layer_norm_1p", "activation": "squared_relu"},
+    {"position": "rotary", "pattern": "(*-)", "branch_norms": True, "attention_output_bias": False, "head_bias": True},
+    {"position": "rotary", "norm_placement": "output", "num_kv_heads": 2, "qk_norm": "projection", "qkv_bias": False},
+    {
+        **{"position": "none", "pattern": "*-(*-)", "norm_placement": "both", "branch_norms": True, "num_kv_heads": 1},
+        **{"qk_norm": "each_head", "mlp_bias": False, "attention": {"output_gate": True}, "tied_head": False},
+    },
     {"position": "none", "pattern": "*--*"},
     {"position": "none", "pattern": "-"},
 ]

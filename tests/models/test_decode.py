@@ -9,7 +9,7 @@ from jaxtron.config import UserError
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.sharding.rules import use
-from tests.conformance.subjects import settings_of
+from tests.conformance.subjects import OPTIONS, settings_of
 from tests.support.equivalence import LENGTH, MODELS, changed, make_params, make_trainer, rules_for
 from tests.support.logits import decoded, grown, logits
 
@@ -35,6 +35,9 @@ FORMS: dict[str, ModelConfig] = {
     # layers of several kinds in no order, so that stages differ
     "mixed": changed(STATE_SPACE, pattern="M-G*-Mm", num_layers=1),
     "latent": ModelConfig(**settings_of("L", "-") | {"position": "rotary"}),
+    "options gemma": ModelConfig(**OPTIONS["gemma"] | {"num_layers": 2}),
+    "options neox": ModelConfig(**OPTIONS["neox"] | {"num_layers": 2}),
+    "options olmo": ModelConfig(**OPTIONS["olmo"] | {"num_layers": 2}),
     "experts": changed(MODELS["llama"], pattern="*E", num_layers=3, moe={**EXPERTS, "leading_dense": 1}),
 }
 MESHES: dict[str, dict[str, Any]] = {
@@ -48,7 +51,13 @@ ROWS, STEPS = 8, 6
 # of the prompts: unequal, one shorter than what convolutions see, one that a window has forgotten the beginning of
 PROMPTS = np.asarray([9, 1, 4, 2, 7, 10, 3, 5], np.int32)
 # each kind of layer, each kind of mesh
-QUICK = {("state_space", "one"), ("gemma", "tensor 4"), ("mixed", "pipe 2"), ("experts", "data 2, fsdp 2")}
+QUICK = {
+    ("state_space", "one"),
+    ("gemma", "tensor 4"),
+    ("options neox", "tensor 4"),
+    ("mixed", "pipe 2"),
+    ("experts", "data 2, fsdp 2"),
+}
 
 
 @pytest.mark.parametrize(

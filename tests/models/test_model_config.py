@@ -82,6 +82,29 @@ def test_recomputed_regions(recompute, names):
         (["--latent.kv_lora_rank", "64"], r"model.latent.kv_lora_rank 64 .* add latent attention \(L\) to the pattern"),
         (["--pattern", "L-", "--position", "alibi"], "latent attention .L. has none; use --model.position rotary"),
         (["--pattern", "L-", "--attention.sinks", "true"], "model.attention.sinks true: latent attention .L. has none"),
+        (["--pattern", "L-", "--attention.output_gate", "true"], "model.attention.output_gate true: latent attention"),
+        (["--branch_norms", "true"], r"model.branch_norms true has no effect .* put branches into a group"),
+        (
+            ["--pattern", "(*-)", "--branch_norms", "true", "--norm_placement", "output"],
+            "model.branch_norms true has no effect with model.norm_placement output",
+        ),
+        (
+            ["--norm", "rms_norm_1p", "--norm_bias", "true"],
+            "model.norm_bias true has no effect with model.norm rms_nor",
+        ),
+        (["--window_rotary.base", "5"], "model.window_rotary.base 5.0 has no effect with model.position learned"),
+        (["--position", "rotary", "--window_rotary.base", "5"], r"window_rotary.* add attention in a window \(W\)"),
+        (
+            "--position rotary --pattern W- --attention.window 4 --window_rotary.base 5".split(),
+            "window_rotary.* all of its attention is in a window: say so by model.rotary",
+        ),
+        (
+            "--position rotary --rotary.scaling.kind longrope --rotary.scaling.short_factors 1 2 "
+            "--rotary.scaling.long_factors 1 2".split(),
+            "model.rotary.scaling.short_factors has 2 numbers, and 64 rotated dimensions have 32 pairs",
+        ),
+        (["--qk_norm", "both"], "qk_norm: expected true | false | each_head | projection, got 'both'"),
+        (["--pattern", "M", "--position", "none", "--mamba.inner_norms", "true"], r"inner_norms.* add Mamba \(m\)"),
         (["--pattern", "L-", "--num_kv_heads", "2"], "model.num_kv_heads 2 has no effect with model.pattern L-"),
         (["--activation", "gelu_fast"], "activation"),
         (["--dropout", "1.0"], "dropout"),
@@ -102,6 +125,8 @@ def test_errors_are_one_line_with_the_values(flags, message):
         {"pattern": "*", "mlp_size": 64},
         {"pattern": "*", "activation": "swiglu"},
         {"pattern": "-", "position": "none", "num_kv_heads": 1},
+        {"pattern": "-", "position": "none", "attention_output_bias": True},
+        {"pattern": "*", "mlp_bias": False},
         {"pattern": "-", "position": "none", "qk_norm": True},
         {"pattern": "-", "position": "none", "attention_dropout": 0.1},
         {"pattern": "-", "position": "none", "recompute": "selective"},

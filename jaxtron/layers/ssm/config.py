@@ -35,6 +35,8 @@ class MambaConfig(Config):
     """Groups of channels that M's gated norm before the last product normalizes each by itself (none: num_groups)."""
     dt_rank: int | None = Field(default=None, ge=1)
     """Numbers that m makes the steps of all channels of (none: hidden_size / 16, rounded up)."""
+    inner_norms: bool = False
+    """RMSNorms in m on B, on C and on what steps are made of (Jamba)."""
     dt_range: Range = (0.001, 0.1)
     """First steps of heads, or of m's channels, are between these, log-uniform: about how fast a state forgets."""
     dt_floor: float = Field(default=1e-4, gt=0)

@@ -11,6 +11,7 @@ from jax.nn import initializers
 from jaxtron.kernels.selective_scan.backend import select_backend
 from jaxtron.layers.inputs import LayerInputs, dropout
 from jaxtron.layers.linear import Linear, project
+from jaxtron.layers.norm import Norm
 from jaxtron.layers.saved import checkpoint_inputs
 from jaxtron.layers.ssm.config import MambaConfig
 from jaxtron.layers.ssm.convolution import convolve, convolve_plainly
@@ -39,6 +40,7 @@ class Mamba1(nnx.Module):
         *,
         std: float,
         output_std: float,
+        epsilon: float,
         dropout: float,
         rngs: nnx.Rngs,
     ) -> None:
@@ -57,6 +59,13 @@ class Mamba1(nnx.Module):
         self.A_log = parameter(rngs, counted_decays, (channels, size), axes=("channels", "state"), role="state")
         self.D = parameter(rngs, initializers.ones, (channels,), axes=("channels",), role="state")
         self.output = Linear(inner, stream, bias=False, std=output_std, rngs=rngs)
+
+        def norm(width: int) -> Norm | None:
+            if not config.inner_norms:
+                return None
+            return Norm(width, kind="rms_norm", bias=False, epsilon=epsilon, rngs=rngs)
+
+        self.dt_norm, self.B_norm, self.C_norm = norm(rank), norm(size), norm(size)
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
         segments = None if inputs.segments is None else constrain(inputs.segments, "batch", "full_seq")
@@ -98,6 +107,8 @@ class Mamba1(nnx.Module):
         """What a scan reads: x, steps, A, B, C and D."""
         found = self.x_proj(x, "batch", "full_seq", "latent")
         steps, B, C = jnp.split(found, (self.rank, self.rank + self.config.state_size), -1)
+        if self.dt_norm is not None and self.B_norm is not None and self.C_norm is not None:
+            steps, B, C = self.dt_norm(steps), self.B_norm(B), self.C_norm(C)
         dt = project(steps, self.dt_proj[...], CHANNELS).astype(jnp.float32) + self.dt_bias[...]
         dt = constrain(jnp.clip(jax.nn.softplus(dt), *self.config.dt_limit), *CHANNELS)
         # one group, which one tensor part splits in name alone

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn
 from pydantic import Field, model_validator
 
 from jaxtron.config import NoEffect, UserError, format_value
-from jaxtron.layers.config import RotaryConfig
+from jaxtron.layers.config import CENTERED, RotaryConfig
 from jaxtron.models.decoder.kinds import KINDS, LayerKind
 from jaxtron.models.decoder.pattern import Pattern, dense_first, hybrid_pattern, parse
 from jaxtron.models.decoder.settings import DecoderSettings, check_multiple
@@ -64,10 +64,16 @@ class ModelConfig(DecoderSettings):
         given = self.model_fields_set
         if self.position != "rotary" and "rotary" in given and self.rotary != RotaryConfig():
             self._refuse("rotary", "position")
+        if self.position != "rotary" and self.window_rotary is not None:
+            self._refuse("window_rotary", "position")
         if self.position != "learned" and self.max_positions is not None:
             self._refuse("max_positions", "position")
-        if self.norm == "rms_norm" and self.norm_bias:
+        if self.norm not in CENTERED and self.norm_bias:
             self._refuse("norm_bias", "norm")
+        if self.branch_norms and all(len(branch) == 1 for branch in self.layout.layers):
+            self._refuse("branch_norms", "pattern", "leave it out, or put branches into a group such as (*-)")
+        if self.branch_norms and self.norm_placement == "output":
+            self._refuse("branch_norms", "norm_placement")
         if self.position in ("rotary", "alibi") and not any(kind.attends for kind in self.kinds):
             self._refuse("position", "pattern", "it has no attention; leave it out")
         self._refuse_ignored_fields()
@@ -80,7 +86,15 @@ class ModelConfig(DecoderSettings):
             )
         for kind in self.kinds:
             kind.validate(self)
+        self._check_rotary()
         return self
+
+    def _check_rotary(self) -> None:
+        heads = [kind.heads(self) for kind in self.kinds if kind.heads is not None]
+        if self.window_rotary is not None and all(one.rotary == "window_rotary" for one in heads):
+            self._refuse("window_rotary", "pattern", "all of its attention is in a window: say so by model.rotary")
+        for one in heads if self.position == "rotary" else ():
+            getattr(self, one.rotary).check(f"model.{one.rotary}", one.rotated)
 
     def _refuse_ignored_fields(self) -> None:
         """`NoEffect` for what only kinds of layers read that the pattern has not."""

@@ -36,7 +36,8 @@ def leading_parameters(config: ModelConfig, tensor: int = 1) -> int:
 def layers_parameters(config: ModelConfig, layers: tuple[Branch, ...], tensor: int = 1) -> int:
     """Parameters of some residual layers on each of `tensor` devices."""
     branches = sum(KINDS[symbol].parameters(config, tensor) for branch in layers for symbol in branch)
-    return branches + len(layers) * norm_parameters(config, config.hidden_size)
+    norms = sum(config.num_norms(len(branch)) for branch in layers)
+    return branches + norms * norm_parameters(config, config.hidden_size)
 
 
 def period_expert_parameters(config: ModelConfig) -> int:
@@ -57,8 +58,9 @@ def embedding_parameters(config: ModelConfig, sequence_length: int, tensor: int 
 
 
 def table_parameters(config: ModelConfig, sequence_length: int, tensor: int = 1) -> int:
-    """Those of the embedding and of a head of its own."""
-    head = 0 if config.tied_head else config.hidden_size * (config.padded_vocab // tensor)
+    """Those of the embedding, of a head of its own and of its bias."""
+    head = 0 if config.tied_head else config.hidden_size
+    head = (head + config.head_bias) * (config.padded_vocab // tensor)
     return embedding_parameters(config, sequence_length, tensor) + head
 
 

@@ -35,7 +35,7 @@ ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 MOST_LOGITS = 2**26
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("layers", "lengths"), meta_fields=("room",))
 @dataclasses.dataclass(frozen=True)
 class DecoderMemory:
     """What a device remembers of its sequences so far; rows are in groups, of which each stage has one at a time."""
@@ -43,7 +43,9 @@ class DecoderMemory:
     layers: tuple[Memories, ...]
     """Of each layer of the stage: arrays [group, 1, row, ...]."""
     lengths: Int[Array, "B"]
-    """Positions of each row so far, of which attention has `room` for a given number."""
+    """Positions of each row so far."""
+    room: int
+    """Those that a row may come to have."""
 
 
 @jax.tree_util.register_dataclass
@@ -93,7 +95,7 @@ class Steps(nnx.Module):
             memories = layer.start(rows // groups, room, most, self.decoder.dtype)
             return jax.tree.map(lambda array: jnp.broadcast_to(array, (groups, 1, *array.shape)), memories)
 
-        return DecoderMemory(tuple(map(of, self.layers)), vary(jnp.zeros(rows, jnp.int32)))
+        return DecoderMemory(tuple(map(of, self.layers)), vary(jnp.zeros(rows, jnp.int32)), room)
 
     def advance(
         self,
@@ -113,7 +115,7 @@ class Steps(nnx.Module):
         before = jnp.zeros_like(memory.lengths) if begins else memory.lengths
         counts = jnp.full((rows,), length, jnp.int32) if counts is None else counts
         logits, layers = self._through(tokens, Growth(before, counts, begins), memory, self._last_logits)
-        return logits.reshape(rows, -1), DecoderMemory(layers, before + counts)
+        return logits.reshape(rows, -1), DecoderMemory(layers, before + counts, memory.room)
 
     def score(
         self, tokens: Int[Array, "B S"], targets: Int[Array, "B S"], counts: Int[Array, "B"], vocab: int, top: int
@@ -148,7 +150,8 @@ class Steps(nnx.Module):
         batch = jax.tree.map(lambda array: vary(array.reshape(groups, -1, *array.shape[1:])), (tokens, growth))
         given = _Group(jnp.arange(groups, dtype=jnp.int32), *batch)
         plan = StagePlan((Partition((1,) * stages, stages),))
-        model = Model((Stack(self._enter, self._shared, self._run),), functools.partial(_head, groups, head))
+        shared = functools.partial(self._shared, memory.room)
+        model = Model((Stack(self._enter, shared, self._run),), functools.partial(_head, groups, head))
         result = executor.run(
             forward_only(plan, groups), plan, model, Parameters(({},), {}), given, memory=(memory.layers,)
         )
@@ -164,8 +167,8 @@ class Steps(nnx.Module):
 
         return by_position(embed, rows.tokens, _places(rows))
 
-    def _shared(self, rows: _Group) -> LayerInputs:
-        inputs = self.decoder.inputs(rows.tokens.shape[1], positions=_places(rows))
+    def _shared(self, room: int, rows: _Group) -> LayerInputs:
+        inputs = self.decoder.inputs(rows.tokens.shape[1], positions=_places(rows), room=room)
         return dataclasses.replace(inputs, growth=rows.growth)
 
     def _run(self, weights: PyTree, x: Float[Array, "B S E"], stage: Int[Array, ""], given: Remembering) -> LayerOutput:
@@ -226,7 +229,7 @@ def insert(memory: DecoderMemory, new: DecoderMemory, slots: Int[Array, "A"]) ->
         return on_each_device(local, (layout, layout, PartitionSpec(None)), layout)(old, new, slots)
 
     lengths = memory.lengths.at[slots].set(new.lengths, mode="drop")
-    return DecoderMemory(jax.tree.map(layer, memory.layers, new.layers), lengths)
+    return DecoderMemory(jax.tree.map(layer, memory.layers, new.layers), lengths, memory.room)
 
 
 def memory_groups(memory: DecoderMemory) -> int:

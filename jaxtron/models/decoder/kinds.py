@@ -42,6 +42,8 @@ class HeadSizes(NamedTuple):
     """Dimensions that rotary positions turn."""
     scale: float | None = None
     """Factor of scores (none: 1 / sqrt(key))."""
+    rotary: str = "rotary"
+    """The setting that says how positions turn them."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,11 @@ def local_kv_heads(settings: DecoderSettings, tensor: int) -> int:
 def _attention_parameters(settings: DecoderSettings, tensor: int) -> int:
     hidden, head = settings.hidden_size, settings.head_size
     heads, kv_heads = settings.num_heads // tensor, local_kv_heads(settings, tensor)
-    has_qkv_bias = settings.bias if settings.qkv_bias is None else settings.qkv_bias
-    biases = (head * (heads + 2 * kv_heads) if has_qkv_bias else 0) + (hidden if settings.bias else 0)
-    norms = 2 * norm_parameters(settings, head) if settings.qk_norm else 0
-    return 2 * hidden * head * (heads + kv_heads) + biases + norms + settings.attention.sinks * heads
+    gates = heads * settings.attention.output_gate
+    biases = head * (heads + 2 * kv_heads + gates) * settings.has_qkv_bias + hidden * settings.has_attention_output_bias
+    scales = 2 if settings.qk_norm is True else (heads + kv_heads) * bool(settings.qk_norm)
+    norms = scales * norm_parameters(settings, head)
+    return hidden * head * (2 * (heads + kv_heads) + gates) + biases + norms + settings.attention.sinks * heads
 
 
 def _attention_heads(settings: DecoderSettings) -> HeadSizes:
@@ -117,11 +120,18 @@ def _attention_heads(settings: DecoderSettings) -> HeadSizes:
     return HeadSizes(settings.kv_heads, head, head, rotated, settings.attention.scale)
 
 
+def _window_heads(settings: DecoderSettings) -> HeadSizes:
+    heads, rotary = _attention_heads(settings), settings.window_rotary
+    if rotary is None:
+        return heads
+    return heads._replace(rotated=rotary.dimensions(settings.head_size), rotary="window_rotary")
+
+
 def _attention_flops(settings: DecoderSettings, seen: int) -> dict[str, int]:
     """Of a token that sees so many others; the papers count the whole square of scores, masked or not."""
     width = settings.num_heads * settings.head_size
-    projections = 4 * settings.hidden_size * (width + settings.kv_heads * settings.head_size)
-    return {"attention": projections, "attention_core": 4 * seen * width}
+    projected = 2 * (width + settings.kv_heads * settings.head_size) + width * settings.attention.output_gate
+    return {"attention": 2 * settings.hidden_size * projected, "attention_core": 4 * seen * width}
 
 
 def _validate_attention(settings: DecoderSettings) -> None:
@@ -193,6 +203,8 @@ def _validate_latent(settings: DecoderSettings) -> None:
         raise UserError("model.position alibi: latent attention (L) has none; use --model.position rotary")
     if settings.attention.sinks:
         raise UserError("model.attention.sinks true: latent attention (L) has none; set --model.attention.sinks false")
+    if settings.attention.output_gate:
+        raise UserError("model.attention.output_gate true: latent attention (L) has none; leave it out")
 
 
 def _check_latent(settings: DecoderSettings, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
@@ -202,7 +214,7 @@ def _check_latent(settings: DecoderSettings, sizes: Mapping[str, int], length: i
 def _mlp_parameters(settings: DecoderSettings, tensor: int) -> int:
     hidden, width = settings.hidden_size, settings.mlp_width // tensor
     up = width * (2 if settings.activation in GATED else 1)
-    return hidden * (up + width) + (up + hidden if settings.bias else 0)
+    return hidden * (up + width) + (up + hidden if settings.has_mlp_bias else 0)
 
 
 def _mlp_flops(settings: DecoderSettings, length: int) -> dict[str, int]:
@@ -306,7 +318,16 @@ ATTENTION = LayerKind(
     module="attention",
     parameters=_attention_parameters,
     flops=_attention_flops,
-    fields=("num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "attention_dropout", "attention", "fp8"),
+    fields=(
+        "num_kv_heads",
+        "head_dim",
+        "qk_norm",
+        "qkv_bias",
+        "attention_output_bias",
+        "attention_dropout",
+        "attention",
+        "fp8",
+    ),
     widths=("head_dim",),
     parts=("attention_core",),
     selective=("attention_core",),
@@ -320,6 +341,8 @@ WINDOW = replace(
     symbol="W",
     name="attention in a window",
     layer="window_attention",
+    fields=(*ATTENTION.fields, "window_rotary"),
+    heads=_window_heads,
     flops=lambda settings, length: _attention_flops(settings, min(settings.attention.window or 0, length)),
     attends="window",
 )
@@ -345,7 +368,7 @@ MLP = LayerKind(
     module="mlp",
     parameters=_mlp_parameters,
     flops=_mlp_flops,
-    fields=("mlp_size", "activation", "fp8"),
+    fields=("mlp_size", "activation", "mlp_bias", "fp8"),
     widths=("mlp_size",),
     validate=_validate_mlp,
     check=_check_mlp,

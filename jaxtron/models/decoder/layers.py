@@ -9,10 +9,11 @@ from jaxtron.kernels.attention import materialized
 from jaxtron.kernels.attention.attention import Implementation
 from jaxtron.kernels.selection import Backend
 from jaxtron.layers.attention import Attention, Core, CoreFunction
+from jaxtron.layers.inputs import RotaryKey
 from jaxtron.layers.latent import LatentAttention
 from jaxtron.layers.mlp import Mlp
 from jaxtron.layers.moe.moe import Moe
-from jaxtron.layers.norm import Norm
+from jaxtron.layers.norm import HeadNorm, Norm
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.layers.ssm.delta import GatedDeltaNet
 from jaxtron.layers.ssm.mamba1 import Mamba1
@@ -59,15 +60,14 @@ def _core(config: ModelConfig, kind: LayerKind, backends: Backends) -> CoreFunct
 
 
 def _attention(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rngs) -> Attention:
-    qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
     return Attention(
         config.hidden_size,
         num_heads=config.num_heads,
         num_kv_heads=config.kv_heads,
         head_dim=config.head_size,
-        qkv_bias=qkv_bias,
-        output_bias=config.bias,
-        qk_norm=functools.partial(make_norm, config, rngs=rngs) if config.qk_norm else None,
+        qkv_bias=config.has_qkv_bias,
+        output_bias=config.has_attention_output_bias,
+        qk_norm=functools.partial(_qk_norm, config, rngs) if config.qk_norm else None,
         rotated=_rotated(config, kind),
         alibi=config.position == "alibi",
         sinks=config.attention.sinks,
@@ -77,6 +77,22 @@ def _attention(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: n
         dropout=config.dropout,
         rngs=rngs,
         scaling=config.fp8.scaling,
+        gate=config.attention.output_gate,
+    )
+
+
+def _qk_norm(config: ModelConfig, rngs: nnx.Rngs, heads: dict[str, int]) -> Norm | HeadNorm:
+    """That of queries or keys of so many heads, by the name of their axis."""
+    if config.qk_norm is True:
+        return make_norm(config, config.head_size, rngs)
+    return HeadNorm(
+        heads,
+        config.head_size,
+        as_one=config.qk_norm == "projection",
+        kind=config.norm,
+        bias=config.norms_have_bias,
+        epsilon=config.norm_epsilon,
+        rngs=rngs,
     )
 
 
@@ -97,10 +113,11 @@ def _latent(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.
     )
 
 
-def _rotated(config: ModelConfig, kind: LayerKind) -> int | None:
-    """Dimensions that the layer's positions turn (none: they are others)."""
+def _rotated(config: ModelConfig, kind: LayerKind) -> RotaryKey | None:
+    """By which tables the layer's positions turn its heads (none: they are others)."""
     assert kind.heads is not None
-    return kind.heads(config).rotated if config.position == "rotary" else None
+    heads = kind.heads(config)
+    return (heads.rotary, heads.rotated) if config.position == "rotary" else None
 
 
 def _mlp(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rngs) -> Mlp:
@@ -108,7 +125,7 @@ def _mlp(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.Rng
         config.hidden_size,
         config.mlp_width,
         activation=config.activation,
-        bias=config.bias,
+        bias=config.has_mlp_bias,
         std=config.initial_std,
         output_std=config.output_std,
         dropout=config.dropout,
@@ -152,6 +169,7 @@ def _mamba1(config: ModelConfig, kind: LayerKind, backends: Backends, rngs: nnx.
         config.mamba,
         std=config.initial_std,
         output_std=config.output_std,
+        epsilon=config.norm_epsilon,
         dropout=config.dropout,
         rngs=rngs,
     )

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn import initializers
 
 from jaxtron.kernels.attention.attention import Implementation
 from jaxtron.kernels.selection import Backend
 from jaxtron.layers.embedding import Embedding
-from jaxtron.layers.inputs import LayerInputs, Tables, dropout
+from jaxtron.layers.inputs import LayerInputs, RotaryKey, Tables, dropout
 from jaxtron.layers.linear import normal
-from jaxtron.layers.loss import Sums, cross_entropy
+from jaxtron.layers.loss import LogitForm, Sums, cross_entropy
 from jaxtron.layers.positions import local_positions, rotary_tables
 from jaxtron.models.decoder.attention_backends import attention_backends
 from jaxtron.models.decoder.config import ModelConfig
@@ -45,7 +46,12 @@ class Decoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         positions = config.max_positions if config.position == "learned" else None
         self.embedding = Embedding(
-            config.padded_vocab, config.hidden_size, num_positions=positions, std=config.initial_std, rngs=rngs
+            config.padded_vocab,
+            config.hidden_size,
+            num_positions=positions,
+            std=config.initial_std,
+            rngs=rngs,
+            multiplier=config.embedding_multiplier,
         )
         self.embedding_norm = make_norm(config, config.hidden_size, rngs) if config.embedding_norm else None
         if attention is None:
@@ -56,6 +62,11 @@ class Decoder(nnx.Module):
         self.stack = Stack(config, partition or one_partition(config), attention, rngs)
         self.final_norm = make_norm(config, config.hidden_size, rngs)
         self.head = None if config.tied_head else Head(config, rngs)
+        self.head_bias = (
+            parameter(rngs, initializers.zeros, (config.padded_vocab,), axes=("vocab",), role="bias")
+            if config.head_bias
+            else None
+        )
 
     def inputs(
         self,
@@ -63,12 +74,15 @@ class Decoder(nnx.Module):
         keys: Key[Array, "B"] | None = None,
         positions: Int[Array, "B S"] | None = None,
         segments: Int[Array, "B S"] | None = None,
+        room: int | None = None,
     ) -> LayerInputs:
         """What all layers read beside their input; `keys` (one a row) turn dropout on.
 
-        `positions` are places of the tokens (none: those in the sequence), `segments` their documents (none: one).
+        `positions` are places of the tokens (none: those in the sequence), `segments` their documents (none: one),
+        `room` is how long their sequence may become (none: it is all here).
         """
-        return LayerInputs(rotary=self._rotary(length, positions), keys=keys, segments=segments)
+        room = length * current().parts("context") if room is None else room
+        return LayerInputs(rotary=self._rotary(length, positions, room), keys=keys, segments=segments)
 
     def embed(
         self,
@@ -90,13 +104,25 @@ class Decoder(nnx.Module):
         output."""
         config = self.config
         x = self.final_norm(x)
-        return cross_entropy(x, self._head_table(), targets, weights, config.vocab_size, config.z_loss)
+        return cross_entropy(
+            x, self._head_table(), targets, weights, config.vocab_size, config.z_loss, self._head_bias(), self._form
+        )
 
     def predict(self, x: Float[Array, "B S E"]) -> Float[Array, "B S V"]:
         """Logits from the last layer's output, split over the vocabulary and without its padding masked."""
         x = constrain(self.final_norm(x), "batch", "full_seq", "embed")
         contracted = (((2,), (1,)), ((), ()))
-        return jax.lax.dot_general(x, self._head_table(), contracted, out_sharding=spec("batch", "full_seq", "vocab"))
+        products = jax.lax.dot_general(
+            x, self._head_table(), contracted, out_sharding=spec("batch", "full_seq", "vocab")
+        )
+        return self._form(products, self._head_bias())
+
+    @property
+    def _form(self) -> LogitForm:
+        return LogitForm(self.config.logit_scale, self.config.logit_soft_cap)
+
+    def _head_bias(self) -> Float[Array, "V"] | None:
+        return None if self.head_bias is None else self.head_bias[...]
 
     def _head_table(self) -> Float[Array, "V E"]:
         return (
@@ -105,13 +131,14 @@ class Decoder(nnx.Module):
             else whole(self.head, self.dtype).table[...]
         )
 
-    def _rotary(self, length: int, positions: Int[Array, "B S"] | None) -> dict[int, Tables]:
+    def _rotary(self, length: int, positions: Int[Array, "B S"] | None, room: int) -> dict[RotaryKey, Tables]:
         config = self.config
         if config.position != "rotary":
             return {}
         places = local_positions(length) if positions is None else positions
-        rotated = {kind.heads(config).rotated for kind in config.kinds if kind.heads is not None}
-        return {size: rotary_tables(config.rotary, size, places) for size in sorted(rotated)}
+        heads = (kind.heads(config) for kind in config.kinds if kind.heads is not None)
+        keys = sorted({(one.rotary, one.rotated) for one in heads})
+        return {(name, size): rotary_tables(getattr(config, name), size, places, room) for name, size in keys}
 
 
 def one_partition(config: ModelConfig) -> Partition:

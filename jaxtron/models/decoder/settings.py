@@ -6,13 +6,16 @@ from pydantic import Field
 
 from jaxtron.config import UserError
 from jaxtron.layers.config import (
+    CENTERED,
     GATED,
     Activation,
     AttentionConfig,
     Fp8Config,
     LatentConfig,
     NormKind,
+    NormPlacement,
     PositionKind,
+    QkNorm,
     RotaryConfig,
 )
 from jaxtron.layers.moe.config import MoeConfig
@@ -50,28 +53,50 @@ class DecoderSettings(FamilyConfig):
     max_positions: int | None = Field(default=None, ge=1)
     """Entries of the learned position table (none: data.sequence_length); only for learned positions."""
     activation: Activation = "gelu_tanh"
-    """Of the MLP: gelu (erf), gelu_tanh, relu, squared_relu, swiglu, geglu, or clamped_swiglu: (up + 1) x gate x
-    sigmoid(1.702 gate), gate at most 7 and up within 7 of 0 (gpt-oss)."""
+    """Of the MLP: gelu (erf), gelu_tanh, relu, squared_relu, swiglu, geglu, geglu_tanh (Gemma), or clamped_swiglu:
+    (up + 1) x gate x sigmoid(1.702 gate), gate at most 7 and up within 7 of 0 (gpt-oss)."""
     norm: NormKind = "layer_norm"
-    """layer_norm, layer_norm_1p (stored scale is gamma - 1) or rms_norm."""
+    """layer_norm or rms_norm, or each with _1p: the stored scale is gamma - 1 (Nemotron; Gemma)."""
     norm_epsilon: float = Field(default=1e-5, gt=0)
     """Added to the variance."""
     embedding_norm: bool = False
     """A norm right after the embedding (BLOOM)."""
-    qk_norm: bool = False
-    """Norms on queries and keys, per head."""
+    embedding_multiplier: float = Field(default=1.0, gt=0)
+    """Factor of rows of the embedding table, rounded to the step's precision (Gemma: sqrt(hidden_size); Granite)."""
+    residual_multiplier: float = Field(default=1.0, gt=0)
+    """Factor of what each branch adds to the residual stream (Granite)."""
+    norm_placement: NormPlacement = "input"
+    """Norms on what branches read (input), on what they make before it joins the stream (output: OLMo 2), or both
+    (Gemma 2)."""
+    branch_norms: bool = False
+    """In a group such as `(*-)` each branch reads a norm of its own, not one that all share (GPT-NeoX, Falcon)."""
+    qk_norm: QkNorm = False
+    """Norms on queries and keys: true, per head with scales that all heads share; each_head, with its own (Cohere);
+    projection, over all heads as one (OLMo 2)."""
     bias: bool = True
     """Biases of linear layers, experts, their router and LayerNorms."""
     norm_bias: bool | None = None
     """Biases of LayerNorms alone, as Nemotron's (none: as `bias`)."""
     qkv_bias: bool | None = None
     """Biases of the query, key and value projections (none: as `bias`)."""
+    attention_output_bias: bool | None = None
+    """That of attention's projection back to the stream (none: as `bias`)."""
+    mlp_bias: bool | None = None
+    """Biases of the MLP (none: as `bias`)."""
     position: PositionKind = "learned"
     """learned, rotary, alibi or none."""
     rotary: RotaryConfig = RotaryConfig()
     """Only for rotary positions."""
+    window_rotary: RotaryConfig | None = None
+    """That of `W` layers, where it is another (none: as `rotary`; Gemma 3)."""
     tied_head: bool = True
     """The output head is the embedding table."""
+    head_bias: bool = False
+    """A bias of the output head, whatever `bias` says (GPT-J, Phi)."""
+    logit_scale: float = Field(default=1.0, gt=0)
+    """Factor of the head's logits, before its bias (Cohere; Granite: 1 / logits_scaling)."""
+    logit_soft_cap: float | None = Field(default=None, gt=0)
+    """The head's logits l become cap x tanh(l / cap) (Gemma 2, 2408.00118); none: as they are."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Of the embedding and of each branch before it joins the residual stream."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -100,6 +125,26 @@ class DecoderSettings(FamilyConfig):
         return self.bias if self.moe.bias is None else self.moe.bias
 
     @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def has_attention_output_bias(self) -> bool:
+        """Whether attention's projection back has a bias."""
+        return self.bias if self.attention_output_bias is None else self.attention_output_bias
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        """Whether the MLP has biases."""
+        return self.bias if self.mlp_bias is None else self.mlp_bias
+
+    def num_norms(self, branches: int) -> int:
+        """Norms of a residual layer with so many branches."""
+        inputs = branches if self.branch_norms else 1
+        return inputs * (self.norm_placement != "output") + branches * (self.norm_placement != "input")
+
+    @property
     def kv_heads(self) -> int:
         """Key/value heads."""
         return self.num_kv_heads or self.num_heads
@@ -112,7 +157,7 @@ class DecoderSettings(FamilyConfig):
     @property
     def norms_have_bias(self) -> bool:
         """Whether norms add a bias; those by the root mean square never do."""
-        return self.norm != "rms_norm" and (self.bias if self.norm_bias is None else self.norm_bias)
+        return self.norm in CENTERED and (self.bias if self.norm_bias is None else self.norm_bias)
 
     @property
     def mlp_width(self) -> int:

@@ -53,16 +53,27 @@ class NeedsRoom(Protocol):
 
 
 class Layer(nnx.Module):
-    """`x + sum of branches(norm(x))`: one attention or MLP, or several in parallel on one norm."""
+    """`x + sum of branches(norm(x))`: one attention or MLP, or several in parallel.
+
+    What they read is normed once for all or for each, what they make is not, or is, or it alone (`norm_placement`).
+    """
 
     def __init__(self, config: ModelConfig, branch: Branch, backends: Backends, rngs: nnx.Rngs) -> None:
         self.recomputed = config.recomputed
-        self.norm = make_norm(config, config.hidden_size, rngs)
+        self.width, placement = config.hidden_size, config.norm_placement
+        make = functools.partial(make_norm, config, config.hidden_size, rngs)
+        has_own = config.branch_norms and len(branch) > 1
+        self.norm = None if placement == "output" or has_own else make()
+        self.multiplier = config.residual_multiplier
         self.names = tuple(KINDS[symbol].module for symbol in branch)
         # in the table's order, so that first values do not depend on the pattern's
         for symbol, kind in KINDS.items():
             if symbol in branch:
                 setattr(self, kind.module, BUILDERS[symbol](config, kind, backends, rngs))
+                if has_own:
+                    setattr(self, f"{kind.module}_norm", make())
+                if placement != "input":
+                    setattr(self, f"{kind.module}_output_norm", make())
         # where a tensor of 8-bit numbers has one scale each half would have its own; of a loop over kinds, of which one
         # is chosen, XLA makes the gather that several begin with before the choice, and the second half's for nothing
         are_known = all(isinstance(getattr(self, name), (Attention, Mlp)) for name in self.names)
@@ -70,11 +81,11 @@ class Layer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> list[BranchOutput]:
         """The stream after each branch, with what the branch reports."""
-        normed, outputs = self.norm(x), []
-        for site, name in enumerate(self.names):
+        outputs = []
+        for site, (name, normed) in enumerate(zip(self.names, self._read(x), strict=True)):
             output = self._region(name, getattr(self, name))(normed, inputs.fold(site))
             output = output if isinstance(output, BranchOutput) else BranchOutput(output, None, {})
-            x = save_for_backward(x + output.x)
+            x = save_for_backward(x + self._added(name, output.x))
             outputs.append(output._replace(x=x))
         return outputs
 
@@ -82,10 +93,10 @@ class Layer(nnx.Module):
         self, halves: tuple[Float[Array, "B S E"], ...], inputs: LayerInputs, split: Split
     ) -> tuple[Float[Array, "B S E"], ...]:
         """The stream's halves after all branches, which must be attention and MLPs."""
-        normed = [self.norm(x) for x in halves]
-        for site, name in enumerate(self.names):
+        read = zip(*(self._read(x) for x in halves), strict=True)
+        for site, (name, normed) in enumerate(zip(self.names, read, strict=True)):
             found = self._region(name, getattr(self, name), _of_halves(split))(normed, inputs.fold(site))
-            halves = tuple(save_for_backward(x + y) for x, y in zip(halves, found, strict=True))
+            halves = tuple(save_for_backward(x + self._added(name, y)) for x, y in zip(halves, found, strict=True))
         return halves
 
     def start(self, rows: int, room: int, most: int, dtype: DTypeLike) -> Memories:
@@ -97,7 +108,7 @@ class Layer(nnx.Module):
                 return module.start(rows, room, most, dtype)
             if not isinstance(module, Remembers):
                 return None
-            x = jnp.zeros((rows, 1, *self.norm.scale.shape), dtype)
+            x = jnp.zeros((rows, 1, self.width), dtype)
             return buffers.zeros(jax.eval_shape(lambda x: module.advance(x, None, LayerInputs())[1], x))
 
         return jax.tree.map(vary, tuple(of(getattr(self, name)) for name in self.names))
@@ -109,16 +120,30 @@ class Layer(nnx.Module):
 
         The stream is whole on every part of `mesh.tensor`: of few positions there is nothing to split.
         """
-        normed, found = self.norm(x), []
-        for name, memory in zip(self.names, memories, strict=True):
+        found = []
+        for name, normed, memory in zip(self.names, self._read(x), memories, strict=True):
             module = getattr(self, name)
             if isinstance(module, Remembers):
                 y, memory = module.advance(normed, memory, inputs)
             else:
                 y = by_position(lambda x, module=module: module(x, LayerInputs()), normed)
-            x = x + y
+            x = x + self._added(name, y)
             found.append(memory)
         return x, tuple(found)
+
+    def _read(self, x: Float[Array, "B S E"]) -> tuple[Float[Array, "B S E"], ...]:
+        """What each branch reads of the stream."""
+        if self.norm is not None:
+            return (self.norm(x),) * len(self.names)
+        norms = (getattr(self, f"{name}_norm", None) for name in self.names)
+        return tuple(x if norm is None else norm(x) for norm in norms)
+
+    def _added(self, name: str, y: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
+        """What the stream gets of what a branch makes."""
+        norm = getattr(self, f"{name}_output_norm", None)
+        # a backward needs what was normed, and would send it again to have it
+        y = y if norm is None else norm(save_for_backward(y))
+        return y if self.multiplier == 1.0 else y * jnp.asarray(self.multiplier, y.dtype)
 
     def _region(self, name: str, module: nnx.Module, call: Callable[..., PyTree] = operator.call):
         if name not in self.recomputed:

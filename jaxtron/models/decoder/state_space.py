@@ -58,7 +58,7 @@ def validate_mamba2(settings: DecoderSettings) -> None:
         if mamba.expand != type(mamba).model_fields["expand"].default:
             because = {"model.mamba.num_heads": mamba.num_heads}
             raise NoEffect("model.mamba.expand", mamba.expand, because, "leave one of them out")
-    _refuse_others(settings, "m", "Mamba (m)", "dt_rank")
+    _refuse_others(settings, "m", "Mamba (m)", "dt_rank inner_norms")
 
 
 def check_mamba2(settings: DecoderSettings, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
@@ -87,7 +87,9 @@ def mamba1_parameters(settings: DecoderSettings, tensor: int) -> int:
     mamba, channels, rank = settings.mamba, mamba1_channels(settings) // tensor, mamba1_rank(settings)
     # of a channel: the convolution and its bias, what B, C and steps are made with and of, the step's bias, and skip
     own = mamba.conv_width + 1 + (rank + 2 * mamba.state_size) + rank + mamba.state_size + 2
-    return channels * (3 * settings.hidden_size + own)
+    # each part has those of its norms
+    norms = (rank + 2 * mamba.state_size) * mamba.inner_norms
+    return channels * (3 * settings.hidden_size + own) + norms
 
 
 def mamba1_flops(settings: DecoderSettings, length: int) -> dict[str, int]:

@@ -165,7 +165,7 @@ def _layers(model: ModelConfig, shapes: Shapes, layers: tuple[Branch, ...]) -> S
 
 def _branch(model: ModelConfig, shapes: Shapes, branch: Branch, *, without: frozenset[str] = frozenset()) -> SlotWork:
     """One residual layer: a norm, what reads it, and the residual sum of each; `without` are regions left out."""
-    found = norm(shapes, model.hidden_size, gathered=any(LAYER_WORK[symbol].gathers for symbol in branch))
+    found = _norms(model, shapes, branch)
     for symbol in branch:
         slots, kind = LAYER_WORK[symbol].slots(model, shapes), KINDS[symbol]
         regions = {name: work for name, work in slots.items() if name not in without}
@@ -174,6 +174,21 @@ def _branch(model: ModelConfig, shapes: Shapes, branch: Branch, *, without: froz
         found += _recomputed(model, shapes, kind, regions)
         found += residual(shapes, model.hidden_size, dropout=model.dropout > 0, scattered=LAYER_WORK[symbol].scatters)
     return sent_as_bytes(found) if all(_is_of_eight_bits(model, KINDS[symbol]) for symbol in branch) else found
+
+
+def _norms(model: ModelConfig, shapes: Shapes, branch: Branch) -> SlotWork:
+    """Norms of what branches read, and what of it is put together; norms of what they make."""
+    gathers = [LAYER_WORK[symbol].gathers for symbol in branch]
+    reads = gathers if model.branch_norms else [any(gathers)]
+    if model.norm_placement == "output":
+        found = put_together(shapes, model.hidden_size) if any(gathers) else SlotWork()
+    else:
+        found = SlotWork()
+        for gathered in reads:
+            found += norm(shapes, model.hidden_size, gathered=gathered)
+    for _ in branch if model.norm_placement != "input" else ():
+        found += norm(shapes, model.hidden_size, gathered=False)
+    return found
 
 
 def _is_of_eight_bits(model: ModelConfig, kind: LayerKind) -> bool:
@@ -232,7 +247,9 @@ def _attention_layer(model: ModelConfig, shapes: Shapes, *, in_window: bool = Fa
         value_size=model.head_size,
         window=model.attention.window or shapes.length if in_window else None,
         rotary=model.position == "rotary",
-        bias=model.bias,
+        bias=model.has_qkv_bias,
+        output_bias=model.has_attention_output_bias,
+        gate=model.attention.output_gate,
         dropout=model.attention_dropout > 0,
     )
 
@@ -248,7 +265,8 @@ def _scores(model: ModelConfig, shapes: Shapes) -> float:
 
 def _latent_layer(model: ModelConfig, shapes: Shapes) -> AttentionShapes:
     layer, latent = _attention_layer(model, shapes), model.latent
-    return replace(layer, kv_heads=layer.heads, head_size=latent.key_dim, value_size=latent.v_head_dim)
+    of_latents = {"bias": model.bias, "output_bias": model.bias, "gate": False}
+    return replace(layer, kv_heads=layer.heads, head_size=latent.key_dim, value_size=latent.v_head_dim, **of_latents)
 
 
 def _latent(model: ModelConfig, shapes: Shapes) -> RegionWork:
@@ -266,7 +284,7 @@ def _latent_scores(model: ModelConfig, shapes: Shapes) -> float:
 
 def _mlp(model: ModelConfig, shapes: Shapes) -> RegionWork:
     is_gated = model.activation in GATED
-    return {"mlp": mlp(shapes, model.hidden_size, _mlp_width(model, shapes), gated=is_gated, bias=model.bias)}
+    return {"mlp": mlp(shapes, model.hidden_size, _mlp_width(model, shapes), gated=is_gated, bias=model.has_mlp_bias)}
 
 
 def _mlp_temporaries(model: ModelConfig, shapes: Shapes) -> float:

@@ -26,6 +26,9 @@ class AttentionShapes:
     window: int | None = None
     rotary: bool = False
     bias: bool = False
+    output_bias: bool = False
+    gate: bool = False
+    """What is attended to is multiplied by a gate, which is one more projection."""
     dropout: bool = False
     """Of the probabilities."""
 
@@ -39,7 +42,9 @@ def projections(shapes: Shapes, layer: AttentionShapes) -> SlotWork:
     d, v = layer.head_size, layer.value_size
     inputs = layer.heads * d + layer.kv_heads * (d + v)
     found = linear(shapes, layer.hidden, inputs, bias=layer.bias)
-    found += linear(shapes, layer.heads * v, layer.hidden, bias=layer.bias)
+    found += linear(shapes, layer.heads * v, layer.hidden, bias=layer.output_bias)
+    if layer.gate:
+        found += linear(shapes, layer.hidden, layer.heads * v, bias=layer.bias) + _gated(shapes, layer)
     return found + _rotations(shapes, layer) + _travelling(shapes, layer)
 
 
@@ -65,8 +70,14 @@ def latent_projections(
     found = linear(own, layer.hidden, down, bias=layer.bias)
     found += linear(shapes, queries or layer.hidden, layer.heads * d)
     found += linear(shapes, latent, layer.heads * (d - shared + v))
-    found += linear(shapes, layer.heads * v, layer.hidden, bias=layer.bias)
+    found += linear(shapes, layer.heads * v, layer.hidden, bias=layer.output_bias)
     return found + moved + _rotations(shapes, layer) + _travelling(shapes, layer)
+
+
+def _gated(shapes: Shapes, layer: AttentionShapes) -> SlotWork:
+    """A product by element: both read and one written, in the backward three and two."""
+    size = shapes.tokens * layer.heads * layer.value_size * shapes.width
+    return SlotWork(forward=PhaseWork(stream=3 * size, kernels=1), backward=PhaseWork(stream=5 * size, kernels=1))
 
 
 def _rotations(shapes: Shapes, layer: AttentionShapes) -> SlotWork:
