@@ -6,6 +6,8 @@ from jaxtron import interrupts  # noqa: F401  (answers Ctrl-C while the rest is 
 from jaxtron.command import hand_over, run_command
 from jaxtron.config import UserError
 from jaxtron.evaluate.request import USAGE, parse, read_configuration, read_text
+from jaxtron.evaluate.tasks_request import is_of_tasks, parse_tasks
+from jaxtron.generate.source import read_model
 
 
 def main(argv: list[str]) -> int:
@@ -13,6 +15,10 @@ def main(argv: list[str]) -> int:
     if not argv:
         print(f"usage: {USAGE}\n\n--help lists the flags.")
         return 2
+    if is_of_tasks(argv):
+        asked = parse_tasks(argv)
+        hand_over("jaxtron.evaluate.tasks").run_tasks(asked, read_model(asked.source))
+        return 0
     request = parse(argv)
     trained, config = read_configuration(request)
     raw = "".join(map(read_text, request.text))

@@ -1,0 +1,84 @@
+"""The flags of `evaluate` for tasks of lm-evaluation-harness, and for last words of texts (LAMBADA)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtron.command import FlagParser, check_output, file_path, natural, positive
+from jaxtron.config import UserError, settings
+from jaxtron.generate.source import ModelSource, add_model_flags, split_source, taken
+from jaxtron.run.configuration import Configuration
+
+PROGRAM = "python -m jaxtron.evaluate"
+USAGE = (
+    f"{PROGRAM} RUN_OR_WEIGHTS --tasks NAME[,NAME ...] [--flag value ...]\n"
+    f"       {PROGRAM} RUN_OR_WEIGHTS --last_words FILE.jsonl [--flag value ...]"
+)
+# by these a line asks for what is here
+PURPOSES = ("--tasks", "--last_words")
+
+
+@dataclass(frozen=True)
+class TasksRequest:
+    """A model, and tasks by name or texts whose last words it is to tell."""
+
+    source: ModelSource
+    tasks: tuple[str, ...] = ()
+    last_words: Path | None = None
+    task_path: Path | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    add_bos_token: bool = False
+    json: Path | None = None
+
+
+def is_of_tasks(argv: list[str]) -> bool:
+    """Whether a line is for this and not for the perplexity of a text."""
+    return any(word.partition("=")[0] in PURPOSES for word in argv)
+
+
+def parse_tasks(argv: list[str]) -> TasksRequest:
+    """The request of a command line; a `UserError` for what is missing or cannot be."""
+    found, rest = _parser().parse_known_args(argv)
+    given = {name: value for name, value in vars(found).items() if value is not None}
+    directory, overrides = split_source(rest, USAGE)
+    model = {name: given.pop(name) for name in ("rows", "room", "step") if name in given}
+    if "chat_template" in given:
+        raise UserError("--chat_template has no effect here: tasks are plain text; leave it out")
+    names = tuple(name.strip() for word in given.pop("tasks", []) for name in word.split(",") if name.strip())
+    request = TasksRequest(source=ModelSource(file_path(directory), overrides, **model), tasks=names, **given)
+    if bool(request.tasks) == (request.last_words is not None):
+        raise UserError(f"give --tasks NAME[,NAME ...], or --last_words FILE.jsonl, and not both: {USAGE}")
+    for name in ("task_path", "num_fewshot", "add_bos_token"):
+        if request.last_words is not None and name in given and given[name] is not False:
+            raise UserError(f"--{name} has no effect with --last_words; leave it out")
+    if request.task_path is not None and not request.task_path.is_dir():
+        raise UserError(f"--task_path {request.task_path} is no directory; give one with tasks as .yaml files")
+    if request.json is not None:
+        check_output("--json", request.json)
+    return request
+
+
+def _parser() -> FlagParser:
+    purpose = (
+        "Scores of a trained model: tasks of lm-evaluation-harness, with its own rules and metrics, or how often and "
+        "how surely the model tells the last word of a text (LAMBADA)."
+    )
+    further = (
+        f"Of training's settings it takes {taken()}. Tasks of the harness load their data from the internet; those of "
+        'local files work without. Needs pip install "jaxtron[eval]" for --tasks. docs/evaluation.md tells more.'
+    )
+    parser = FlagParser(PROGRAM, purpose, usage=USAGE, further=further, others=settings(Configuration))
+    add = parser.add_argument
+    add("--tasks", nargs="+", metavar="NAME", help="of lm-evaluation-harness, with commas or spaces between")
+    add("--last_words", type=file_path, metavar="FILE", help='lines such as {"text": "..."}')
+    add("--task_path", type=file_path, metavar="DIRECTORY", help="with further tasks as .yaml files")
+    add("--num_fewshot", type=natural, metavar="N", help="examples before each question (none: the task's own number)")
+    add("--limit", type=positive, metavar="N", help="of each task, or of the texts, only the first so many")
+    add(
+        "--add_bos_token",
+        action="store_true",
+        help="begin every text with the tokenizer's bos_token, as Gemma needs it",
+    )
+    add("--json", type=file_path, metavar="FILE", help="write all figures")
+    add_model_flags(parser)
+    return parser
