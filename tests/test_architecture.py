@@ -30,8 +30,8 @@ FLOORS = [
     {"models"},
     {"checkpoint", "preprocess", "weights"},
     {"run", "curate"},
-    {"train", "plan", "evaluate", "generate"},
-    {"convert", "serve"},
+    {"train", "plan", "generate"},
+    {"convert", "evaluate", "serve"},
     {"__main__"},
 ]
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}

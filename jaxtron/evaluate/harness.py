@@ -12,12 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lm_eval import simple_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
 from jaxtron.config import UserError
 from jaxtron.data.tokenizers import Tokenizer
@@ -25,12 +19,27 @@ from jaxtron.generate.protocol import TokenEngine
 from jaxtron.generate.settings import SamplingSettings
 from jaxtron.generate.streaming import AnswerStream, hidden_tokens
 
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
+except ImportError:
+    TemplateLM, simple_evaluate = object, None
+
 # tokens of an answer where a task does not say
 MOST_NEW = 256
 # what of a task's settings of generation is heard, beside its stops and its length
 SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # a word for the harness that changes nothing here
 UNUSED = ("do_sample", "num_beams", "use_cache", "early_stopping")
+
+
+def check_installed() -> None:
+    """A `UserError` unless the harness is there."""
+    if simple_evaluate is None:
+        raise UserError('--tasks needs lm-evaluation-harness: pip install "jaxtron[eval]"')
 
 
 @dataclass
@@ -108,7 +117,7 @@ class HarnessModel(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", strings, found[number])
         return [found[number] for number in range(len(requests))]
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Of each text its log-likelihood in nats, in windows that do not overlap."""
         pieces, owners = [], []
         for owner, request in enumerate(requests):
@@ -124,7 +133,7 @@ class HarnessModel(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
         return sums
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """What follows each prompt, up to the first of its stops."""
         engine, hidden = self._engine, hidden_tokens(self._tokenizer)
         waiting, rows = list(range(len(requests))), dict[int, _Answer]()

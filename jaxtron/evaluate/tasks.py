@@ -1,10 +1,9 @@
 """Runs what a `TasksRequest` asks for, and tells the figures."""
 
-import importlib
 import json
 from typing import Any
 
-from jaxtron.config import UserError
+from jaxtron.evaluate.harness import HarnessModel, as_json, check_installed, evaluate_tasks, table
 from jaxtron.evaluate.last_words import read_texts, score_last_words
 from jaxtron.evaluate.tasks_request import TasksRequest
 from jaxtron.generate.opening import SpeakingModel, open_model
@@ -19,14 +18,15 @@ def run_tasks(request: TasksRequest, configuration: ModelConfiguration) -> None:
     """Prints the figures, and writes them where asked to."""
     # before the model: a file or a package that is not there is told at once
     texts = None if request.last_words is None else read_texts(request.last_words, request.limit)
-    harness = None if texts is not None else _harness()
+    if texts is None:
+        check_installed()
     config = configuration.config
     start_runtime(config.runtime, devices=config.devices)
     with open_model(request.source, configuration, rows=ROWS) as model:
         if texts is None:
-            results = _run_harness(harness, request, model)
-            print(harness.table(results))
-            figures = harness.as_json(results)
+            results = _run_harness(request, model)
+            print(table(results))
+            figures = as_json(results)
         else:
             found = score_last_words(model.engine, model.tokenizer, texts)
             told = f"accuracy {found.accuracy:.4f}, perplexity {found.perplexity:.4g}"
@@ -38,19 +38,8 @@ def run_tasks(request: TasksRequest, configuration: ModelConfiguration) -> None:
         request.json.write_text(figures + "\n", encoding="utf-8")
 
 
-def _harness() -> Any:
-    try:
-        return importlib.import_module("jaxtron.evaluate.harness")
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "jaxtron":
-            raise
-        raise UserError(
-            f'--tasks needs lm-evaluation-harness ({error.name} is missing): pip install "jaxtron[eval]"'
-        ) from None
-
-
-def _run_harness(harness: Any, request: TasksRequest, model: SpeakingModel) -> dict[str, Any]:
-    seen = harness.HarnessModel(model.engine, model.tokenizer, add_bos_token=request.add_bos_token)
-    return harness.evaluate_tasks(
+def _run_harness(request: TasksRequest, model: SpeakingModel) -> dict[str, Any]:
+    seen = HarnessModel(model.engine, model.tokenizer, add_bos_token=request.add_bos_token)
+    return evaluate_tasks(
         seen, request.tasks, task_path=request.task_path, num_fewshot=request.num_fewshot, limit=request.limit
     )

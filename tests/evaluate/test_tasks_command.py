@@ -10,6 +10,7 @@ import pytest
 from jaxtron.config import UserError
 from jaxtron.data.tokenizers import CharacterTokenizer
 from jaxtron.evaluate.__main__ import main
+from jaxtron.evaluate.harness import simple_evaluate
 from jaxtron.evaluate.last_words import read_texts, score_last_words
 from tests.support.evaluate_runs import TrainedRun
 
@@ -64,6 +65,7 @@ def test_last_words_of_a_run_are_a_line_and_a_file(trained: TrainedRun, tmp_path
         (["--last_words", "missing.jsonl"], "cannot read --last_words missing.jsonl: No such file"),
         (["--tasks", "hellaswag", "--task_path", "nowhere"], "--task_path nowhere is no directory"),
         (["--tasks", "hellaswag", "--limit", "0"], "--limit"),
+        (["--tasks", "jx_no_such_task"], "jx_no_such_task: no such task" if simple_evaluate else "jaxtron[eval]"),
         (["--last_words", "FILE", "--model.num_layers", "2"], "--model.num_layers is the model's own"),
         (["--last_words", "FILE", "--chat_template", "x"], "--chat_template has no effect here"),
     ],
