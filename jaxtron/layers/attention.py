@@ -174,9 +174,10 @@ class Attention(nnx.Module):
             joined = joined + self.joined_bias[...].astype(joined.dtype)
         elif self.query.bias is not None:
             joined = joined + self._join("bias").astype(joined.dtype)
-        query = joined[:, :, :, :groups]
+        # whose gradients are put together again, where those of slices would be padded with zeros and added
+        query, key, value = jax.lax.split(joined, (groups, 1, 1), axis=3)
         query = query.reshape(*query.shape[:2], self.num_kv_heads * groups, query.shape[-1])
-        key, value = joined[:, :, :, groups], joined[:, :, :, groups + 1]
+        key, value = key.squeeze(3), value.squeeze(3)
         return (
             self.query.adapted(query, own, "batch", "full_seq", "heads", "head_dim"),
             self.key.adapted(key, own, "batch", "full_seq", "kv_heads", "head_dim"),
