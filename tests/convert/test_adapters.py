@@ -1,4 +1,4 @@
-"""Adapters of a run in peft's files, and a run that begins with them."""
+"""Adapters of a run in peft's files, a run that begins with them, and one that learns to answer."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from jaxtron.convert import __main__ as convert
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.restored import restore_model
 from jaxtron.run.session import make_session
+from jaxtron.train import __main__ as training
 from jaxtron.train.initial import begin
 from tests.convert.test_upcycle_weights import weights
 from tests.support.commands import run_main
@@ -49,3 +50,23 @@ def test_a_run_with_adapters_goes_on_elsewhere_and_its_adapters_go_to_peft_and_b
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
         assert array.any(), name
+
+
+@pytest.mark.slow
+def test_an_imported_model_learns_to_answer(tmp_path: Path):
+    """Adapters alone, on conversations whose answers are of two lengths and weigh the same."""
+    pairs = {"the cat": "sat", "off to see": "what made such noise and ran off"}
+    lines = [{"instruction": f"{word} {ask}", "output": pairs[ask]} for word in "acdefhiknostuw" for ask in pairs]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "chat.jinja").write_text("{% for message in messages %}{{ message.content }}{{ '\n' }}{% endfor %}")
+    source, run = weights(tmp_path / "dense"), tmp_path / "run"
+    flags = ["--checkpoint.initialize_from", source, "--run.directory", run, "--run.log_every", 1]
+    flags += ["--data.format", "chat", "--data.path", tmp_path / "chat.jsonl", "--data.validation_fraction", 0]
+    flags += ["--data.chat.template", tmp_path / "chat.jinja", "--data.chat.normalize", "answers"]
+    flags += ["--data.cache_directory", tmp_path / "tokens", "--data.sequence_length", 48]
+    flags += ["--train.steps", 30, "--train.global_batch", 4, "--train.sample_tokens", 0, "--mesh.fsdp", 2]
+    flags += ["--train.lora.rank", 4, "--optimizer.learning_rate", 0.01, "--optimizer.warmup_steps", 0]
+    ended = run_main(training.main, [*flags, "--mesh.tensor", 2])
+    assert ended.code == 0, ended
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) >= 30 and losses[-1] < 0.7 * losses[0], losses
