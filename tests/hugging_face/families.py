@@ -9,6 +9,7 @@ import numpy as np
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.pattern import layer_kinds
 from jaxtron.models.decoder.state_space import mamba2_heads
+from tests.hugging_face import dense
 from tests.hugging_face.fixtures import Fixture
 
 Config = dict[str, Any]
@@ -232,6 +233,27 @@ def bamba(config: Config) -> dict[str, Any]:
     }
 
 
+def jamba(config: Config) -> dict[str, Any]:
+    def is_at(number: int, what: str) -> bool:
+        return number % config[f"{what}_layer_period"] == config[f"{what}_layer_offset"]
+
+    numbers = range(config["num_hidden_layers"])
+    return {
+        "pattern": "".join("m*"[is_at(one, "attn")] + "-E"[is_at(one, "expert")] for one in numbers),
+        "num_kv_heads": config["num_key_value_heads"],
+        "activation": "swiglu",
+        "mlp_size": config["intermediate_size"],
+        "mamba": {
+            "state_size": config["mamba_d_state"],
+            "dt_rank": config["mamba_dt_rank"],
+            "expand": config["mamba_expand"],
+            "conv_width": config["mamba_d_conv"],
+            "inner_norms": True,
+        },
+        "moe": {"num_experts": config["num_experts"], "top_k": config["num_experts_per_tok"], "renormalize": False},
+    }
+
+
 FAMILIES: dict[str, Callable[[Config], dict[str, Any]]] = {
     "mixtral": mixtral,
     "qwen2_moe": qwen2_moe,
@@ -243,14 +265,18 @@ FAMILIES: dict[str, Callable[[Config], dict[str, Any]]] = {
     "mamba2": mamba2,
     "nemotron_h": nemotron_h,
     "bamba": bamba,
+    "jamba": jamba,
 }
+DENSE = dense.SETTINGS.keys()
 # those whose layers are by pattern
-HYBRID = ("mamba", "mamba2", "nemotron_h", "bamba")
+HYBRID = ("mamba", "mamba2", "nemotron_h", "bamba", "jamba")
 
 
 def model_of(fixture: Fixture) -> ModelConfig:
     """The settings of the same model."""
     config = fixture.config
+    if config["model_type"] in DENSE:
+        return ModelConfig(**dense.settings_of(config))
     shared = hybrid if config["model_type"] in HYBRID else common
     return ModelConfig(**{**shared(config), **FAMILIES[config["model_type"]](config)})
 
@@ -270,6 +296,9 @@ class Reader:
 
 def parameters_of(fixture: Fixture, model: ModelConfig) -> Arrays:
     """By name, as `Blueprint.names` has them, every weight of the fixture, layers of a period stacked."""
+    if fixture.config["model_type"] in DENSE:
+        outer, layers = dense.parameters(fixture.weights, fixture.config, model)
+        return outer | stacked_by_place(layers, model)
     read = Reader({name.replace("backbone.", "model."): array for name, array in fixture.weights.items()})
     padding = ((0, model.padded_vocab - model.vocab_size), (0, 0))
     table = "embeddings" if read.has("model.embeddings.weight") else "embed_tokens"
@@ -277,8 +306,14 @@ def parameters_of(fixture: Fixture, model: ModelConfig) -> Arrays:
     found |= {"head.table": np.pad(read("lm_head.weight"), padding)} if not model.tied_head else {}
     (last,) = (name for name in ("norm", "norm_f", "final_layernorm") if read.has(f"model.{name}.weight"))
     found["final_norm.scale"] = read(f"model.{last}.weight")
-    layers = layers_of(read, fixture.config, model)
-    size = len(model.layout.period)
+    found |= stacked_by_place(layers_of(read, fixture.config, model), model)
+    assert not read.left, list(read.left)
+    return found
+
+
+def stacked_by_place(layers: list[Arrays], model: ModelConfig) -> Arrays:
+    """By the names of a model's parameters, of each layer's in order."""
+    size, found = len(model.layout.period), {}
     for number in range(len(model.layout.leading)):
         for place in range(size):
             found |= {f"stack.leading.{number}.layers.{place}.{name}": one for name, one in layers.pop(0).items()}
@@ -290,7 +325,6 @@ def parameters_of(fixture: Fixture, model: ModelConfig) -> Arrays:
         alike = [layer for own, layer in zip(kinds, layers, strict=True) if own == kind]
         for name in alike[0]:
             found[f"stack.layers.{kind}.{name}"] = np.stack([layer[name] for layer in alike])
-    assert not read.left, list(read.left)
     return found
 
 
@@ -298,7 +332,7 @@ def layers_of(read: Reader, config: Config, model: ModelConfig) -> list[Arrays]:
     """Those of the pattern, in order."""
     if config["model_type"] in HYBRID:
         return [
-            hybrid_layer(read, place, symbol, model, two_in_one=config["model_type"] == "bamba")
+            hybrid_layer(read, place, symbol, model, two_in_one=config["model_type"] in ("bamba", "jamba"))
             for place, (symbol,) in enumerate(model.layout.layers)
         ]
     # a transformer's layer is two of ours
@@ -313,8 +347,9 @@ def layers_of(read: Reader, config: Config, model: ModelConfig) -> list[Arrays]:
 def hybrid_layer(read: Reader, place: int, symbol: str, model: ModelConfig, *, two_in_one: bool) -> Arrays:
     """Norm and what it is for; two_in_one: every second layer of ours, an MLP, is in the layer of theirs before."""
     layer = f"model.layers.{place // 2 if two_in_one else place}"
-    names = {"M": "mamba", "*": "self_attn", "-": "feed_forward"} if two_in_one else dict.fromkeys("mM*-", "mixer")
-    norms = {"M": "input_layernorm", "*": "input_layernorm", "-": "pre_ff_layernorm"}
+    inner = {**dict.fromkeys("mM", "mamba"), "*": "self_attn", **dict.fromkeys("-E", "feed_forward")}
+    names = inner if two_in_one else dict.fromkeys("mM*-", "mixer")
+    norms = {**dict.fromkeys("mM*", "input_layernorm"), **dict.fromkeys("-E", "pre_ff_layernorm")}
     found = {"norm.scale": read(f"{layer}.{norms[symbol] if two_in_one else 'norm'}.weight")}
     own = f"{layer}.{names[symbol]}"
     if symbol in "mM":
@@ -322,6 +357,10 @@ def hybrid_layer(read: Reader, place: int, symbol: str, model: ModelConfig, *, t
         return found | {f"mamba.{name}": value for name, value in made.items()}
     if symbol == "*":
         return found | attention(read, own, model)
+    if symbol == "E":
+        experts = [mlp(read, f"{own}.experts.{expert}") for expert in range(model.moe.num_experts)]
+        found |= {f"moe.{name}": np.stack([expert[name] for expert in experts]) for name in ("up", "down")}
+        return found | {"moe.router.kernel": read(f"{own}.router.weight").T}
     if two_in_one:
         return found | {f"mlp.{name}.kernel": kernel for name, kernel in mlp(read, own).items()}
     return found | {f"mlp.{name}.kernel": read(f"{own}.{name}_proj.weight").T for name in ("up", "down")}
@@ -354,6 +393,8 @@ def selective_mixer(read: Reader, own: str, model: ModelConfig) -> Arrays:
     found["conv.kernel"] = read(f"{own}.conv1d.weight")[:, 0].T
     found["conv.bias"] = read(f"{own}.conv1d.bias")
     found["x_proj.kernel"] = read(f"{own}.x_proj.weight").T
+    for ours in ("dt", "B", "C") if model.mamba.inner_norms else ():
+        found[f"{ours}_norm.scale"] = read(f"{own}.{ours.lower()}_layernorm.weight")
     found["dt_proj"], found["dt_bias"] = read(f"{own}.dt_proj.weight").T, read(f"{own}.dt_proj.bias")
     return found | {"output.kernel": read(f"{own}.out_proj.weight").T}
 

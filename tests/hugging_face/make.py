@@ -60,6 +60,21 @@ YARN: dict[str, Any] = {
 }
 # a decoder with two norms by the mean, and with names of its own
 GPT2: dict[str, Any] = {"vocab_size": 40, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 20, "n_inner": 48}
+# decoders with norms by the mean, whose files keep what their family does not know
+PLAIN: dict[str, Any] = {
+    **{name: BASE[name] for name in ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers")},
+    "max_position_embeddings": 64,
+    "intermediate_size": 40,
+}
+FALCON: dict[str, Any] = {**PLAIN, "alibi": False, "bias": False, "tie_word_embeddings": True}
+GEMMA: dict[str, Any] = {
+    "intermediate_size": 40,
+    "head_dim": 12,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 10,
+    "sliding_window": 5,
+}
+PARTIAL: dict[str, Any] = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}
 # state-space layers
 MAMBA: dict[str, Any] = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "layer_norm_epsilon": 1e-5}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -100,6 +115,99 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"intermediate_size": 40, "head_dim": 14, "tie_word_embeddings": True}),
     "nemotron": ("nemotron", {"intermediate_size": 40, "norm_eps": 1e-5}),
     "gpt2": ("gpt2", GPT2),
+    "gpt_neox": ("gpt_neox", {**PLAIN, "layer_norm_eps": 1e-5, "rope_parameters": {**PARTIAL}}),
+    "opt": (
+        "opt",
+        {
+            **{name: value for name, value in PLAIN.items() if name != "intermediate_size"},
+            "ffn_dim": 40,
+            "word_embed_proj_dim": 32,
+        },
+    ),
+    # so many heads that slopes are of two series
+    "bloom": ("bloom", {"vocab_size": 40, "hidden_size": 36, "n_head": 6, "n_layer": 2}),
+    "falcon": ("falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 40}),
+    # one norm and one key/value head
+    "falcon_7b": ("falcon", {**FALCON, "new_decoder_architecture": False, "multi_query": True, "ffn_hidden_size": 40}),
+    "gptj": ("gptj", {**GPT2, "rotary_dim": 4, "tie_word_embeddings": False}),
+    "phi": ("phi", {**PLAIN, "rope_parameters": {**PARTIAL}}),
+    # sequences longer than those of its training before
+    "phi3": (
+        "phi3",
+        {
+            "intermediate_size": 40,
+            "pad_token_id": 0,
+            "original_max_position_embeddings": 8,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1000.0,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.0, 1.5, 2.5, 4.0],
+                "original_max_position_embeddings": 8,
+            },
+        },
+    ),
+    "gemma": (
+        "gemma",
+        {name: GEMMA[name] for name in ("intermediate_size", "head_dim", "tie_word_embeddings")},
+    ),
+    "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 5.0}),
+    # positions of layers with a window are others
+    "gemma3": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "olmo2": ("olmo2", {"intermediate_size": 40}),
+    "cohere": (
+        "cohere",
+        {
+            **PLAIN,
+            "num_key_value_heads": 2,
+            "layer_norm_eps": 1e-5,
+            "logit_scale": 0.25,
+            "use_qk_norm": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            "intermediate_size": 40,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.25,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "starcoder2": (
+        "starcoder2",
+        {**PLAIN, "num_key_value_heads": 2, "norm_epsilon": 1e-5, "sliding_window": None, "tie_word_embeddings": True},
+    ),
+    # attention and experts in every second layer
+    "jamba": (
+        "jamba",
+        {
+            "num_hidden_layers": 4,
+            "intermediate_size": 24,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 3,
+            "use_mamba_kernels": False,
+        },
+    ),
     "mixtral": ("mixtral", {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}),
     # layers in turn with and without experts
     "qwen2_moe": (
@@ -224,7 +332,7 @@ def randomize(model: torch.nn.Module, large: str | None) -> None:
 def record(name: str) -> None:
     """The fixture of one model."""
     model_type, changes = MODELS[name]
-    settings = changes if set(MAMBA) <= set(changes) or set(GPT2) <= set(changes) else {**BASE, **changes}
+    settings = changes if "vocab_size" in changes else {**BASE, **changes}
     if model_type == "nemotron":
         # a file keeps what its family does not know
         settings.pop("rms_norm_eps")

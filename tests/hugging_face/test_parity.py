@@ -18,7 +18,7 @@ from jaxtron.typing import PyTree
 from jaxtron.weights.hub import FAMILIES as READ
 from jaxtron.weights.hub import hub_settings
 from jaxtron.weights.load import load_parameters
-from tests.hugging_face.families import FAMILIES, model_of, parameters_of
+from tests.hugging_face.families import DENSE, FAMILIES, model_of, parameters_of
 from tests.hugging_face.fixtures import FOLDER, Fixture, load, write
 from tests.support.logits import decoded, logits
 
@@ -27,7 +27,9 @@ TOLERANCE = 2e-5
 CLOSER = dict.fromkeys(("bamba", "mamba", "mamba2", "nemotron_h"), 1e-5)
 # how float32 rounds in another order, as it does a few positions at a time, is up to the kind of processor: of logits
 # up to 4.6, 1.0e-5 on some and 2.2e-5 on others
-WIDER = {"gpt_oss": 4e-5}
+WIDER = {"gpt_oss": 4e-5, "jamba": 4e-5}
+# norms on both sides of branches scale rounding of what is small up, and with their logits up to 11
+WIDER |= dict.fromkeys(("gemma", "gemma2", "gemma3"), 6e-5)
 
 
 def trainer_of(model: ModelConfig, fixture: Fixture) -> Trainer:
@@ -59,8 +61,10 @@ def of_fixture(fixture: Fixture, folder: Path) -> tuple[Trainer, PyTree]:
 NAMES = sorted(path.stem for path in FOLDER.glob("*.npz"))
 # what each adds to a llama is in another of the fixtures too
 SLOW = {"llama_biases", "mistral"}
+# what these add is in gemma3, gpt_neox, cohere or jamba too, or is a layout of their files
+SLOW |= {"bloom", "falcon", "falcon_7b", "gemma", "gemma2", "gptj", "granite", "opt", "phi", "starcoder2"}
 # each kind of layer goes on from its memory in one of the others
-SLOW_TO_GO_ON = {*NAMES} - {"bamba", "deepseek_v2_lite", "gpt_oss", "mamba"}
+SLOW_TO_GO_ON = {*NAMES} - {"bamba", "deepseek_v2_lite", "gpt_oss", "jamba", "mamba", "phi3"}
 
 
 def marked(slow: set[str]) -> list:
@@ -72,8 +76,8 @@ def test_logits_are_those_of_transformers(name, rules_for, tmp_path):
     fixture = load(name)
     with use(rules_for(data=1)):
         found = logits(*of_fixture(fixture, tmp_path), fixture.tokens)[..., : fixture.config["vocab_size"]]
-    assert np.abs(fixture.logits).max() > 2
-    np.testing.assert_allclose(found, fixture.logits, rtol=0, atol=CLOSER.get(name, TOLERANCE))
+    assert np.abs(fixture.logits).max() > 1
+    np.testing.assert_allclose(found, fixture.logits, rtol=0, atol=(CLOSER | WIDER).get(name, TOLERANCE))
 
 
 @pytest.mark.parametrize("name", marked(SLOW_TO_GO_ON))
@@ -89,4 +93,5 @@ def test_what_goes_on_from_memory_has_the_logits_of_the_whole(name, rules_for, t
 
 def test_every_family_has_a_fixture():
     found = {load(path.stem).config["model_type"] for path in FOLDER.glob("*.npz")}
-    assert found == FAMILIES.keys() | READ.keys() and not FAMILIES.keys() & READ.keys()
+    reshaped = FAMILIES.keys() | DENSE
+    assert found == reshaped | READ.keys() and not reshaped & READ.keys()
