@@ -224,7 +224,7 @@ def _is_earlier_result(path: Path) -> bool:
                 return isinstance(json.loads(head + file.read()), dict)
     except (OSError, ValueError, RecursionError):
         return False
-    return head.startswith((b"\x89PNG", b"HloModule", b"gpu:")) or path.suffix == ".csv"
+    return head.startswith((b"\x89PNG", b"\x93NUMPY", b"HloModule", b"gpu:")) or path.suffix == ".csv"
 
 
 def _wrapped(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from jaxtron.config import Config, FileName, NoEffect
+from jaxtron.config import Config, FileName, NoEffect, UserError
 
 
 class CheckpointConfig(Config):
@@ -22,6 +22,12 @@ class CheckpointConfig(Config):
     initialize_adapters: FileName | None = None
     """directory of an adapter that peft saved, which those of train.lora begin with; beside an initialize_from of
     Hugging Face weights"""
+    allow_missing: tuple[str, ...] = ()
+    """patterns of parameters, by the names that plan --layout shows, that need not be in initialize_from and are drawn,
+    such as head.*; with it settings of the model may be others than there, and shapes must agree"""
+    allow_unused: tuple[str, ...] = ()
+    """patterns of what may be in initialize_from and is not used: a run's parameters, or tensors by their names in the
+    files; with it settings of the model may be others too"""
 
     @model_validator(mode="after")
     def _check(self) -> "CheckpointConfig":
@@ -32,4 +38,10 @@ class CheckpointConfig(Config):
                 {"checkpoint.initialize_from": None},
                 "give the directory of the model's own weights",
             )
+        for name in ("allow_missing", "allow_unused"):
+            patterns = getattr(self, name)
+            if patterns and self.initialize_from is None:
+                raise NoEffect(f"checkpoint.{name}", patterns, {"checkpoint.initialize_from": None})
+            if not all(patterns):
+                raise UserError(f"checkpoint.{name} has an empty pattern; leave it out or give names such as head.*")
         return self

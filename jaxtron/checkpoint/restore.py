@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import jax
 from jaxtyping import PyTree
 
 from jaxtron.checkpoint import record as records
-from jaxtron.checkpoint.names import Signature, first_difference, signature
+from jaxtron.checkpoint.names import Signature, first_difference, name_of, signature
 from jaxtron.checkpoint.processes import gather_texts
 from jaxtron.checkpoint.record import CheckpointRecord, DamageError
 from jaxtron.checkpoint.storage import read_arrays
@@ -25,6 +25,7 @@ _UNFINISHED = re.compile(r"step_(\d{8,})\.orbax-checkpoint-tmp.*")
 
 MOST_TRIES = 5
 Check = Callable[[dict[str, Any]], None]
+Choose = Callable[[Signature, Signature], Collection[str]]
 # what else than the model differs, by the first part of an array's name
 _PARTS = {"optimizer": "optimizer", "loss_scale": "train.precision", "updates": "version of Jaxtron"}
 
@@ -100,17 +101,19 @@ def restore_part(
     step: int | None = None,
     check: Check = lambda _: None,
     on_disk: Signature | None = None,
+    choose: Choose | None = None,
 ) -> Restored:
     """Restore some of a state, such as `{"params": ...}` whole, of the newest whole checkpoint or that of `step`.
 
     `abstract_part`, `check`, `on_disk` and the callers are as in `restore_newest`. A `UserError` if there is no such
-    checkpoint, it is damaged, or this part of it is of another model.
+    checkpoint, it is damaged, or this part of it is of another model. `choose` gets what is there and what is wanted,
+    and gives the names of what is read; all else is None.
     """
     wanted = on_disk or signature(abstract_part)
     for _ in range(MOST_TRIES):
         committed = committed_steps(directory)
         try:
-            return _restore_part(directory, abstract_part, committed, step, check, wanted)
+            return _restore_part(directory, abstract_part, committed, step, check, wanted, choose)
         except (OSError, ValueError):
             # a run that goes on may have replaced the checkpoint by a newer one while it was read; of several
             # processes others may have read it
@@ -128,6 +131,7 @@ def _restore_part(
     step: int | None,
     check: Check,
     wanted: Signature,
+    choose: Choose | None,
 ) -> Restored:
     if step is not None and step not in committed:
         there = f"there are those of {', '.join(map(str, committed))}" if committed else "there is none at all"
@@ -141,6 +145,13 @@ def _restore_part(
     _tell(skipped)
     check(record.extra)
     stored = {name: array for name, array in record.arrays.items() if name.partition(".")[0] in abstract_part}
+    if choose is not None:
+        names = choose(stored, wanted)
+        stored = {name: array for name, array in stored.items() if name in names}
+        wanted = {name: array for name, array in wanted.items() if name in names}
+        abstract_part = jax.tree.map_with_path(
+            lambda where, leaf: leaf if name_of(where) in names else None, abstract_part
+        )
     difference = first_difference(stored, wanted)
     if difference:
         raise UserError(f"checkpoint {path} is of another model than the configuration here: {difference}")

@@ -19,6 +19,8 @@ from jaxtron.checkpoint.record import CheckpointRecord
 _PROCESS_DIRECTORY = "ocdbt.process_{}"
 # and for the index of what all of them wrote
 _MERGED = "manifest.ocdbt"
+# of an array that is written or read at once, so that who reads a part needs no more
+PIECE_BYTES = 2**28
 _PROCESS_CHECKSUMS = "checksums.process_{}.json"
 
 
@@ -97,7 +99,9 @@ def _record_own_files(directory: Path) -> None:
 def save_arguments(state: PyTree, record: CheckpointRecord) -> SaveRecorded:
     """Orbax's arguments for saving a state, of which the record has the shapes without padding."""
     padded = tuple(name for name, array in signature(state).items() if array != record.arrays[name])
-    return SaveRecorded(nest(jax.tree.map(plain, state)), record=record, padded=padded)
+    tree = nest(jax.tree.map(plain, state))
+    pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE_BYTES), tree)
+    return SaveRecorded(tree, save_args=pieces, record=record, padded=padded)
 
 
 def read_arrays(directory: Path, abstract_state: PyTree, stored: Signature) -> PyTree:

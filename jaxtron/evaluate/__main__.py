@@ -1,11 +1,11 @@
-"""`python -m jaxtron.evaluate RUN_DIRECTORY --text FILE`: perplexity of a trained model on a text."""
+"""`python -m jaxtron.evaluate RUN_OR_WEIGHTS --text FILE`: perplexity of a trained model on a text; or logits."""
 
 import sys
 
 from jaxtron import interrupts  # noqa: F401  (answers Ctrl-C while the rest is imported)
 from jaxtron.command import hand_over, run_command
 from jaxtron.config import UserError
-from jaxtron.evaluate.request import USAGE, parse, read_configuration, read_text
+from jaxtron.evaluate.request import USAGE, parse, read_configuration, read_text, read_token_ids
 from jaxtron.evaluate.tasks_request import is_of_tasks, parse_tasks
 from jaxtron.generate.source import read_model
 
@@ -21,6 +21,10 @@ def main(argv: list[str]) -> int:
         return 0
     request = parse(argv)
     trained, config = read_configuration(request)
+    if request.token_ids is not None:
+        rows = read_token_ids(request.token_ids, config.vocabulary_size() or 0)
+        hand_over("jaxtron.evaluate.logits").write_logits(request, trained, config, rows)
+        return 0
     raw = "".join(map(read_text, request.text))
     if not raw:
         raise UserError(f"--text {' '.join(map(str, request.text))} has no text to score; give a file that has")

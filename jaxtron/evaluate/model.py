@@ -1,10 +1,11 @@
-"""The model of a run, restored on the devices here, whatever mesh it was trained on."""
+"""The model of a run, restored on the devices here, whatever mesh it was trained on; or one of Hugging Face weights."""
 
 import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -13,12 +14,14 @@ from jaxtron.data.loader import validation_batches
 from jaxtron.data.source import Source
 from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.evaluate.request import EvaluateRequest
+from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.restored import diverged, restore_model, tokenizer_of
 from jaxtron.run.session import Session, make_session
-from jaxtron.run.sizes import check_batch_fits
+from jaxtron.run.sizes import check_batch_fits, check_state_fits
 from jaxtron.sharding.folding import BATCH_FLAGS, FLAGS
 from jaxtron.typing import PyTree
+from jaxtron.weights.load import load_parameters
 
 WINDOWS_PER_PART = 8
 
@@ -29,9 +32,12 @@ class EvaluatedModel:
 
     session: Session
     params: PyTree
-    tokenizer: Tokenizer
-    checkpoints: Path
-    step: int
+    tokenizer: Tokenizer | None
+    """None where no text is scored."""
+    origin: Path
+    """Its checkpoints, or its weights."""
+    step: int | None
+    """Of a run."""
     batch: int
     sequence_length: int
     num_devices: int
@@ -51,8 +57,14 @@ class EvaluatedModel:
             earlier = nll
         total += 0.0 if earlier is None else float(earlier)
         if not math.isfinite(total):
-            raise diverged(self.checkpoints, self.step, f"its loss is {total}")
+            raise self.diverged(f"its loss is {total}")
         return total
+
+    def diverged(self, what: str) -> UserError:
+        """The error for a model that is of no use."""
+        if self.step is None:
+            return UserError(f"the model of {self.origin} is of no use, {what}; with --train.precision fp32 it may be")
+        return diverged(self.origin, self.step, what)
 
 
 @contextlib.contextmanager
@@ -72,14 +84,28 @@ def open_model(request: EvaluateRequest, trained: Configuration, config: Configu
     check_batch_fits("--batch", batch, config)
     session = make_session(config, devices, trains=False)
     with session.use():
-        restored = restore_model(session, request.run, trained, request.step)
+        params, origin, step, extra = _restored(session, request, trained)
         yield EvaluatedModel(
             session=session,
-            params=restored.params,
-            tokenizer=tokenizer_of(trained, config, restored.extra),
-            checkpoints=restored.checkpoints,
-            step=restored.step,
+            params=params,
+            tokenizer=tokenizer_of(trained, config, extra) if request.token_ids is None else None,
+            origin=origin,
+            step=step,
             batch=batch,
             sequence_length=config.data.sequence_length,
             num_devices=len(devices),
         )
+
+
+def _restored(
+    session: Session, request: EvaluateRequest, trained: Configuration
+) -> tuple[PyTree, Path, int | None, dict[str, Any]]:
+    """Parameters, where they are from, their step, and what was saved beside them."""
+    if not request.is_hub:
+        restored = restore_model(session, request.run, trained, request.step)
+        return restored.params, restored.checkpoints, restored.step, restored.extra
+    model = session.config.model
+    assert isinstance(model, ModelConfig)
+    check_state_fits(session.config.family.sizes(model), session.blueprint.abstract, what="parameters")
+    params = load_parameters(request.run, model, session.blueprint, session.trainer.partitions)
+    return params, request.run, None, {}

@@ -1,18 +1,26 @@
 """The command's own flags, and which of training's settings it takes beside them."""
 
+import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxtron.command import FlagParser, check_output, file_path, natural, positive
-from jaxtron.config import UserError, load, settings, split_arguments
+from jaxtron.config import SettingsSource, UserError, load, settings, split_arguments
 from jaxtron.data.config import DataConfig
 from jaxtron.data.files.file_kind import file_kind
 from jaxtron.data.files.reader import decode_text, read_content
 from jaxtron.evaluate.detokenize import DETOKENIZERS
 from jaxtron.run.configuration import Configuration, configuration_type
+from jaxtron.weights.cache import fetch_weights
+from jaxtron.weights.config_json import CONFIG_JSON
+from jaxtron.weights.hub import hub_settings, is_hub, tokenizer_of
 
 PROGRAM = "python -m jaxtron.evaluate"
-USAGE = f"{PROGRAM} RUN_DIRECTORY --text FILE [FILE ...] [--flag value ...]"
+USAGE = (
+    f"{PROGRAM} RUN_OR_WEIGHTS --text FILE [FILE ...] [--flag value ...]\n"
+    f"       {PROGRAM} RUN_OR_WEIGHTS --token_ids FILE.json --logits FILE.npy [--flag value ...]"
+)
 # the others are the checkpoint's
 SECTIONS = ("mesh", "context", "pipeline", "sharding", "runtime")
 SETTINGS = (
@@ -27,10 +35,11 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """A run, the texts to score in order, how windows overlap, and settings as words of a command line.
+    """A model, the texts to score in order, how windows overlap, and settings as words of a command line.
 
-    `batch` counts windows of a step over all devices (none: eight for each part of the batch), `step` is the
-    checkpoint's (none: the newest).
+    `run` is the directory of a run, or of Hugging Face weights. `batch` counts windows of a step over all devices
+    (none: eight for each part of the batch), `step` is the checkpoint's of a run (none: the newest). In the place of
+    texts `token_ids` may be a file of rows of tokens, whose logits go to `logits`.
     """
 
     run: Path
@@ -41,45 +50,92 @@ class EvaluateRequest:
     step: int | None = None
     detokenize: str = "none"
     json: Path | None = None
+    token_ids: Path | None = None
+    logits: Path | None = None
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether the model is of Hugging Face weights."""
+        return is_hub(self.run)
 
 
 def parse(argv: list[str]) -> EvaluateRequest:
     """The request of a command line; a `UserError` for what is missing, or a setting that is the checkpoint's."""
     found, rest = _parser().parse_known_args(argv)
     words, flags = split_arguments(Configuration, rest)
-    if not words and len(found.text) > 1 and found.text[-1].is_dir():
+    if not words and found.text and len(found.text) > 1 and found.text[-1].is_dir():
         # `--text FILE RUN_DIRECTORY`
         words = [str(found.text.pop())]
         rest.append(words[0])
     if not words:
-        raise UserError(f"no run directory; give it first: {PROGRAM} RUN_DIRECTORY --text FILE")
+        raise UserError(f"no run directory; give it first: {PROGRAM} RUN_OR_WEIGHTS --text FILE")
     if len(words) > 1:
         raise UserError(f"unexpected argument {words[1]!r}: one run directory, then flags")
     known = settings(Configuration)
     for name, _ in flags:
         if name in known and name not in SETTINGS and name.partition(".")[0] not in SECTIONS:
             raise UserError(f"--{name} is the checkpoint's own: leave it out, only {_taken()} can be set")
+    _check_purpose(found)
     if found.json is not None:
         check_output("--json", found.json)
+    if found.logits is not None:
+        check_output("--logits", found.logits)
     rest.remove(words[0])
     given = {name: value for name, value in vars(found).items() if value is not None}
-    return EvaluateRequest(**given | {"run": file_path(words[0]), "text": tuple(found.text), "overrides": tuple(rest)})
+    text = tuple(found.text or ())
+    directory = file_path(words[0])
+    # a run that is not there is told by its name
+    directory = directory if directory.is_dir() or directory.is_absolute() else _fetched(directory)
+    return EvaluateRequest(**given | {"run": directory, "text": text, "overrides": tuple(rest)})
+
+
+def _fetched(name: Path) -> Path:
+    """The directory of a repository's name in the cache; what is no such name as it is."""
+    try:
+        return fetch_weights(str(name))
+    except UserError:
+        return name
+
+
+def _check_purpose(found: argparse.Namespace) -> None:
+    """`UserError` unless there is a text, or tokens and a place for their logits, and nothing that the other reads."""
+    if found.token_ids is None and found.logits is None:
+        if not found.text:
+            raise UserError(f"nothing to score: give --text FILE, or --token_ids FILE.json --logits FILE.npy; {USAGE}")
+        return
+    if found.token_ids is None or found.logits is None:
+        there, other = (
+            ("--token_ids", "--logits FILE.npy") if found.logits is None else ("--logits", "--token_ids FILE")
+        )
+        raise UserError(f"{there} needs {other} beside it")
+    for name in ("text", "stride", "json", "detokenize"):
+        if getattr(found, name) is not None:
+            raise UserError(f"--{name} has no effect with --token_ids; leave it out")
 
 
 def read_configuration(request: EvaluateRequest) -> tuple[Configuration, Configuration]:
-    """The configuration that the run was trained with, and what of it holds here; `UserError` if there is no run."""
-    path = request.run / "config.yaml"
-    if not path.is_file():
+    """The configuration that a model was trained with, and what of it holds here; `UserError` if there is no model."""
+    path = file = request.run / "config.yaml"
+    under, words = None, list(request.overrides)
+    if request.is_hub:
+        path, file, under = request.run / CONFIG_JSON, None, _hub_settings(request)
+    elif not path.is_file():
         what = f"{request.run} has no config.yaml" if request.run.is_dir() else f"no directory {request.run}"
-        raise UserError(f"{what}; give the --run.directory of a training, such as runs/gpt_tiny")
-    config_type = configuration_type([str(path)])
-    trained = load(config_type, path).resolved()
+        raise UserError(
+            f"{what}; give the --run.directory of a training, such as runs/gpt_tiny, or a directory of Hugging Face "
+            "weights"
+        )
+    config_type = Configuration if file is None else configuration_type([str(file)])
+    trained = load(config_type, file, under=under).resolved()
+    if request.token_ids is not None and "train.precision" not in dict(split_arguments(Configuration, words)[1]):
+        # as exact as the weights
+        words += ["--train.precision", "fp32"]
     if trained.family.text_loss is None:
         raise UserError(
             f"{path} has model.family {trained.model.family}, which does not predict the tokens of a text: no text can "
             "be scored with it; give a run of another family, such as decoder"
         )
-    config = load(config_type, path, request.overrides).resolved()
+    config = load(config_type, file, words, under=under).resolved()
     # layouts are not the training's but those asked for
     given = load(Configuration, None, request.overrides)
     mesh = given.mesh
@@ -94,6 +150,45 @@ def read_configuration(request: EvaluateRequest) -> tuple[Configuration, Configu
     layout = {name: getattr(given, name) for name in SECTIONS} | {"mesh": mesh, "devices": given.devices}
     model = config.family.evaluated(config.model)
     return trained, config.model_copy(update={**layout, "data": data, "model": model})
+
+
+def _hub_settings(request: EvaluateRequest) -> SettingsSource:
+    """The settings of a directory of weights, with a tokenizer where a text is scored."""
+    if request.step is not None:
+        raise UserError(f"--step {request.step} is of a run's checkpoints, and {request.run} has weights: leave it out")
+    found = hub_settings(request.run)
+    flags = dict(split_arguments(Configuration, request.overrides)[1])
+    if request.token_ids is None and "data.tokenizer" not in flags:
+        path = tokenizer_of(request.run)
+        if path is None:
+            raise UserError(
+                f"{request.run} has no tokenizer that is known here: give --data.tokenizer, the model's own"
+            )
+        found.set("data.tokenizer", str(path.absolute()), str(path))
+    return found
+
+
+def read_token_ids(path: Path, vocabulary: int) -> list[list[int]]:
+    """Rows of tokens of equal length of a JSON file; a `UserError` if it is not that, or has others than the model."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read --token_ids {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--token_ids {path} is not JSON: {str(error).splitlines()[0]}") from None
+    is_rows = isinstance(rows, list) and rows and all(isinstance(row, list) and row for row in rows)
+    if not is_rows or not all(type(token) is int for row in rows for token in row):
+        raise UserError(f"--token_ids {path} must be rows of whole numbers, such as [[1, 5, 2], [4, 4, 3]]")
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) > 1:
+        raise UserError(
+            f"--token_ids {path} has rows of {lengths[0]} and of {lengths[-1]} tokens: make them equal, for what "
+            "follows a token changes nothing before it"
+        )
+    wrong = next((token for row in rows for token in row if not 0 <= token < vocabulary), None)
+    if wrong is not None:
+        raise UserError(f"--token_ids {path} has the token {wrong}, and the model knows 0 to {vocabulary - 1:,}")
+    return rows
 
 
 def read_text(path: Path) -> str:
@@ -117,8 +212,9 @@ def _taken() -> str:
 
 def _parser() -> FlagParser:
     purpose = (
-        "Perplexity of a trained model on a text: of tokens, of words with Megatron's adjustment, and bits per byte. "
-        "Several files are scored as one text, one after the other."
+        "Perplexity of a trained model, a run's or one of Hugging Face weights, on a text: of tokens, of words with "
+        "Megatron's adjustment, and bits per byte. Several files are scored as one text, one after the other. Or the "
+        "logits of rows of tokens."
     )
     further = (
         f"Of training's settings it takes {_taken()} (python -m jaxtron.train --help). The mesh need not be that of "
@@ -126,7 +222,20 @@ def _parser() -> FlagParser:
     )
     parser = FlagParser(PROGRAM, purpose, usage=USAGE, further=further, others=settings(Configuration))
     add = parser.add_argument
-    add("--text", nargs="+", action="extend", type=file_path, required=True, metavar="FILE", help="UTF-8 text to score")
+    add("--text", nargs="+", action="extend", type=file_path, metavar="FILE", help="UTF-8 text to score")
+    add(
+        "--token_ids",
+        type=file_path,
+        metavar="FILE",
+        help="JSON with rows of tokens, of equal length: [[1, 5, 2], ...]; computed in fp32, unless --train.precision "
+        "says otherwise",
+    )
+    add(
+        "--logits",
+        type=file_path,
+        metavar="FILE",
+        help="where their logits go, a .npy of float32 [row, token, vocabulary]",
+    )
     add(
         "--stride",
         type=positive,

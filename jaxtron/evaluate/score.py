@@ -29,7 +29,7 @@ class Report:
     """The figures of a text, and what they were made with."""
 
     request: EvaluateRequest
-    step: int
+    step: int | None
     num_devices: int
     sequence_length: int
     stride: int
@@ -66,7 +66,7 @@ class Report:
         if self.stride < self.sequence_length:
             context += f", the last {self.stride} of each scored"
         rows = [
-            ("checkpoint", f"step {self.step} of {self.request.run}"),
+            ("checkpoint", f"{'the weights' if self.step is None else f'step {self.step}'} of {self.request.run}"),
             ("windows", context),
             ("tokens", f"{score.tokens:,}"),
             ("words", f"{score.words:,}"),
@@ -99,6 +99,7 @@ def score(request: EvaluateRequest, trained: Configuration, config: Configuratio
 
 def evaluate(model: EvaluatedModel, request: EvaluateRequest, raw: str, stride: int) -> Report:
     """The figures of a text as it was read; a `UserError` unless it has two tokens, all known to the tokenizer."""
+    assert model.tokenizer is not None
     text = DETOKENIZERS[request.detokenize](raw)
     tokens = encode(model.tokenizer, text, request.text)
     if len(tokens) < 2:

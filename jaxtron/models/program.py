@@ -132,6 +132,9 @@ class Program(Generic[BatchT, ModuleT]):
     """
     predict: Callable[[Parts[ModuleT], Outer, Stream, Int[Array, ""]], Float[Array, "V"]] | None = None
     """(parts, outer parameters, what left the layers, place) -> logits of what follows that place in the first row."""
+    logits: Callable[[Parts[ModuleT], Outer, Stream], Float[Array, "B S V"]] | None = None
+    """(parts, outer parameters, what left the layers) -> logits of what follows each token here, the vocabulary split
+    over tensor and with its padding (none: it gives none)."""
 
     def __post_init__(self) -> None:
         as_pytree(self.batch)

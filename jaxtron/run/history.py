@@ -61,7 +61,10 @@ CHANGES: dict[str, dict[str, str]] = {
     "context": {FREE: "method inner"},
     "pipeline": {FREE: "schedule chunks stage_layers overlap embedding_weight loss_weight"},
     "sharding": {FREE: "zero overlap_tensor"},
-    "checkpoint": {FREE: "every keep asynchronous", HERE: "resume initialize_from initialize_adapters"},
+    "checkpoint": {
+        FREE: "every keep asynchronous",
+        HERE: "resume initialize_from initialize_adapters allow_missing allow_unused",
+    },
     "run": {FREE: "log_every print_seconds trackers wandb_project profile_steps", HERE: "directory"},
     "runtime": {
         FREE: "connect_seconds heartbeat_seconds xla_preset xla_flags compilation_cache",
@@ -139,6 +142,15 @@ def recorded_settings(extra: Mapping[str, Any], directory: Path) -> dict[str, An
         return extra["settings"]
     path = directory / CONFIG_FILE
     return gather(configuration_type([str(path)]), path).tree if path.is_file() else None
+
+
+# in what a checkpoint has beside its arrays: these are a model's alone, and nothing was trained yet
+MODEL_ALONE = "model_alone"
+
+
+def is_model_alone(extra: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of a model that came from elsewhere, so that all but its model may be chosen yet."""
+    return bool(extra.get(MODEL_ALONE))
 
 
 def check_changes(found: Sequence[Change], what: str) -> None:

@@ -1,6 +1,7 @@
 """The state that a run begins with: drawn, or with the model of Hugging Face weights or of another run."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxtron.checkpoint.partly import Allowance, listed
 from jaxtron.config import UserError, format_value, load
 from jaxtron.models.adapters import with_adapters, without_adapters
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.pipeline.layer_slots import arrange
-from jaxtron.run.beginning import check_beginning
-from jaxtron.run.restored import restore_model
+from jaxtron.pipeline.model import merge
+from jaxtron.run.beginning import beginning_of, check_beginning
+from jaxtron.run.restored import has_model_alone, restore_model
 from jaxtron.run.session import Session, make_session
 from jaxtron.run.state import TrainState, divided
 from jaxtron.sharding.parameters import ParameterSpec, fit
@@ -23,29 +26,42 @@ from jaxtron.weights.load import load_parameters, partition_of
 from jaxtron.weights.peft import read_adapters
 
 
-def begin(session: Session, tokenizer: str) -> tuple[TrainState, dict[str, Any]]:
+def begin(session: Session, tokenizer: str, own: Path | None = None) -> tuple[TrainState, dict[str, Any]]:
     """The state before the first step, and what the history says of where its model comes from.
 
     With `checkpoint.initialize_from` the parameters are those of that directory, on this mesh; all else is new.
-    `tokenizer` is the fingerprint of the data's.
+    `tokenizer` is the fingerprint of the data's, and `own` the run's directory, if its checkpoint is a model alone.
     """
-    name = session.config.checkpoint.initialize_from
-    if name is None:
+    if own is not None:
+        check_beginning(session.config, own)
+        params, _ = _of_run(session, own, tokenizer)
+        state = session.initial_state()
+        return replace(state, **divided(session.blueprint, with_adapters(params, state.model))), {}
+    directory, model = beginning_of(session.config), session.config.model
+    if directory is None:
         return session.initial_state(), {}
-    directory, model = Path(name), session.config.model
     check_beginning(session.config)
-    where = str(directory.absolute())
+    where, allowed = str(directory.absolute()), Allowance.of(session.config.checkpoint)
     if is_hub(directory):
         assert isinstance(model, ModelConfig), "`check_beginning` refuses other families"
+        known = list(session.blueprint.names)
+        allow = None if allowed is None else partial(allowed.check, directory, known=known)
         with session.use():
             base = without_adapters(session.blueprint)
-            params = load_parameters(directory, model, base, session.trainer.partitions)
+            params = load_parameters(directory, model, base, session.trainer.partitions, allow)
         origin: dict[str, Any] = {"weights": where}
     else:
-        params, step = _of_run(session, directory, tokenizer)
+        params, step = _of_run(session, directory, tokenizer, allowed)
         origin = {"run": where, "step": step}
     state = session.initial_state()
+    if allowed is not None:
+        drawn = [name for name, leaf in _named(params) if leaf is None]
+        origin |= {"drawn": drawn}
+        if jax.process_index() == 0 and drawn:
+            print(f"drawn, not there: {listed(drawn)}")
     params = with_adapters(params, state.model)
+    if allowed is not None:
+        params = merge(params, state.model)
     if session.config.checkpoint.initialize_adapters is not None:
         adapters = Path(session.config.checkpoint.initialize_adapters)
         params = _with_stored(session, params, directory, adapters)
@@ -53,13 +69,27 @@ def begin(session: Session, tokenizer: str) -> tuple[TrainState, dict[str, Any]]
     return replace(state, **divided(session.blueprint, params)), {"initialized_from": origin}
 
 
-def _of_run(session: Session, directory: Path, tokenizer: str) -> tuple[PyTree, int]:
-    """The parameters of a run's newest checkpoint, and its step, whatever was trained of them there.
+def _named(params: PyTree) -> list[tuple[str, Array | None]]:
+    """The parameters by name, with None for those that are missing."""
+    names = [
+        ".".join(map(str, (getattr(key, "key", key) for key in path)))
+        for path, _ in jax.tree.leaves_with_path(params, is_leaf=lambda node: node is None)
+    ]
+    return list(zip(names, jax.tree.leaves(params, is_leaf=lambda node: node is None), strict=True))
+
+
+def _of_run(session: Session, directory: Path, tokenizer: str, allowed: Allowance | None = None) -> tuple[PyTree, int]:
+    """The parameters of a run's newest checkpoint, and its step, whatever was trained of them there; with `allowed`
+    those are None that may be missing, and are.
 
     Adapters are not among them, unless those there are as here. A `UserError` where they are others.
     """
     config = session.config
     trained = load(type(config), directory / "config.yaml").resolved()
+    if has_model_alone(directory / "checkpoints"):
+        # a command that began to train it may have been killed before its first checkpoint
+        alone = trained.train.model_copy(update={"trainable": ("*",), "lora": None})
+        trained = trained.model_copy(update={"train": alone})
     if trained.train.lora not in (None, config.train.lora):
         raise UserError(
             f"checkpoint.initialize_from {directory} has adapters (train.lora {format_value(trained.train.lora)}), and "
@@ -68,7 +98,7 @@ def _of_run(session: Session, directory: Path, tokenizer: str) -> tuple[PyTree, 
     train = config.train.model_copy(update={name: getattr(trained.train, name) for name in ("trainable", "lora")})
     source = make_session(config.model_copy(update={"train": train}), list(session.mesh.devices.flat))
     with source.use():
-        restored = restore_model(source, directory, trained, None)
+        restored = restore_model(source, directory, trained, None, allowed)
     if jax.process_index() == 0:
         print(f"the model is that of step {restored.step} of {directory}")
         if restored.extra.get("tokenizer", tokenizer) != tokenizer:
@@ -78,7 +108,8 @@ def _of_run(session: Session, directory: Path, tokenizer: str) -> tuple[PyTree, 
     with session.use():
         blueprint = session.blueprint if trained.train.lora else without_adapters(session.blueprint)
         specs = source.blueprint.parameters, blueprint.parameters
-        return jax.tree.map(_laid_out, restored.params, *specs), restored.step
+        found = jax.tree.map(_laid_out, restored.params, *specs, is_leaf=lambda node: node is None)
+        return found, restored.step
 
 
 def _with_stored(session: Session, params: PyTree, base: Path, directory: Path) -> PyTree:
@@ -109,9 +140,9 @@ def _with_stored(session: Session, params: PyTree, base: Path, directory: Path) 
     return jax.tree.unflatten(tree, leaves)
 
 
-def _laid_out(leaf: Array, before: ParameterSpec, after: ParameterSpec) -> Array:
+def _laid_out(leaf: Array | None, before: ParameterSpec, after: ParameterSpec) -> Array | None:
     """A parameter in the type and the layout that it has where something else is trained."""
-    if (before.dtype, before.layout) == (after.dtype, after.layout):
+    if leaf is None or (before.dtype, before.layout) == (after.dtype, after.layout):
         return leaf
 
     def run(leaf: Array) -> Array:

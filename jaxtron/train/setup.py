@@ -16,10 +16,11 @@ from jaxtron.data.dataset import Data, open_data
 from jaxtron.data.loader import Loader
 from jaxtron.models.families import program_of
 from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
-from jaxtron.run.beginning import beginning_settings
+from jaxtron.run.beginning import beginning_of, beginning_settings
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import Continuation, changes, check_changes, listed, recorded_settings
 from jaxtron.run.metrics import MetricsTally
+from jaxtron.run.restored import has_model_alone
 from jaxtron.run.session import Session, make_session
 from jaxtron.run.sizes import check_batch_fits, check_state_fits
 from jaxtron.run.state import TrainState
@@ -102,9 +103,9 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
             stack.callback(_remove_empty, directory / "checkpoints", directory)
         lock = stack.enter_context(contextlib.ExitStack())
         newest = max(committed_steps(directory / "checkpoints"), default=0)
-        if newest == 0 and config.checkpoint.initialize_from is not None:
+        if newest == 0 and (beginning := beginning_of(config)) is not None:
             # it has to be there now, before anything is made
-            beginning_settings(Path(config.checkpoint.initialize_from))
+            beginning_settings(beginning)
         # a complete run is only looked at, even while another command goes on with it
         is_complete = newest >= config.train.steps
         if not is_complete:
@@ -113,10 +114,13 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
         stack.callback(checkpoints.close)
         check = partial(check_record, config=config, data=data, directory=directory)
         origin: dict[str, Any] = {}
-        restored = checkpoints.restore(order.abstract(abstract), check, order.on_disk(abstract))
+        own = directory if config.checkpoint.resume and has_model_alone(checkpoints.directory) else None
+        restored = None
+        if own is None:
+            restored = checkpoints.restore(order.abstract(abstract), check, order.on_disk(abstract))
         if restored is None:
             (state, origin), step, position, continuation = (
-                begin(session, data.tokenizer.fingerprint),
+                begin(session, data.tokenizer.fingerprint, own),
                 0,
                 0,
                 Continuation(),

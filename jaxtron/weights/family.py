@@ -1,12 +1,21 @@
-"""What is known of a family of Hugging Face decoders: its keys as settings, its tensors as parameters."""
+"""What is known of a family of Hugging Face decoders: its keys as settings, its tensors as parameters, both ways.
+
+A family is a file in `families/`: a `HubFamily` of keys, rules and a table. What reads keys has beside it what writes
+them, and neither is trusted: what is written is read again and compared (`hub.config_of`).
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.weights.config_json import ConfigFile
 from jaxtron.weights.table import TensorTable
 from jaxtron.words import either
+
+# settings that can say nothing, by what they then follow from
+FOLLOWING = {"num_kv_heads": "kv_heads", "head_dim": "head_size", "mlp_size": "mlp_width"}
+LAYERS = "num_layers"
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,24 @@ class Key:
         if value is not None:
             file.set(self.ours, value, self.theirs)
 
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """The key as a model's setting says it; without words for the value none."""
+        value: Any = model
+        for part in FOLLOWING.get(self.ours, self.ours).split("."):
+            value = getattr(value, part)
+        if self.words is None:
+            return {self.theirs: value}
+        return next(({self.theirs: theirs} for theirs, ours in self.words.items() if ours == value), {})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Keys that are not settings one by one: what reads them, and the keys that say the same of a model."""
+
+    read: Callable[[ConfigFile], None]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    """What no key says is left out, for reading tells."""
+
 
 @dataclass(frozen=True)
 class HubFamily:
@@ -43,10 +70,12 @@ class HubFamily:
     """Settings that all its models share."""
     only: Mapping[str, Any] = field(default_factory=dict)
     """Keys with the one value that is understood, which is also the class's where they are not there."""
-    further: tuple[Callable[[ConfigFile], None], ...] = ()
-    """What reads keys that are not settings one by one."""
+    further: tuple[Rule, ...] = ()
+    """Of keys that are not settings one by one."""
     without_effect: str = ""
     """Further keys that change nothing of what it computes."""
+    positions: str | None = "max_position_embeddings"
+    """The key of the longest sequence, where it changes nothing of what it computes either."""
 
     def read(self, file: ConfigFile) -> None:
         """Sets all settings that a file says; `UserError` for what is not understood."""
@@ -57,9 +86,21 @@ class HubFamily:
             file.set(name, value, "model_type")
         for key in self.keys:
             key.read(file)
-        for reads in self.further:
-            reads(file)
+        for rule in self.further:
+            rule.read(file)
         file.check_only(self.only)
         for name in self.without_effect.split():
             file.get(name)
         file.check_all_read()
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """The keys of a file that says a model's settings, as far as this family has keys for them."""
+        found: dict[str, Any] = {"architectures": [self.architecture]}
+        for key in self.keys:
+            found |= key.write(model)
+            if key.ours == LAYERS:
+                # the pattern may be spelled out
+                found[key.theirs] = len(model.layout.layers) // self.tensors.layers_in_one
+        for rule in self.further:
+            found |= rule.write(model)
+        return found

@@ -1,12 +1,21 @@
-"""A directory of others' weights: which family it is of, and the settings of its model."""
+"""A directory of others' weights: which family it is of, and the settings of its model; a model's config.json."""
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from jaxtron.config import SettingsSource, UserError
-from jaxtron.weights.config_json import CONFIG_JSON, ConfigFile, as_json, read_config_json
+from pydantic import ValidationError
+
+from jaxtron.config import SettingsSource, UserError, format_value
+from jaxtron.data.config import DataConfig
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.same import differences
+from jaxtron.weights.config_json import CONFIG_JSON, WITHOUT_EFFECT, ConfigFile, as_json, read_config_json
+from jaxtron.weights.families.gpt2 import GPT2
+from jaxtron.weights.families.llama import LLAMA, MISTRAL, NEMOTRON, QWEN2, QWEN3
 from jaxtron.weights.family import HubFamily
-from jaxtron.weights.gpt2 import GPT2
-from jaxtron.weights.llama import LLAMA, MISTRAL, NEMOTRON, QWEN2, QWEN3
 from jaxtron.weights.megatron.arguments import megatron_settings
 from jaxtron.weights.megatron.directory import is_megatron
 
@@ -20,12 +29,19 @@ FAMILIES: dict[str, HubFamily] = {
     "qwen3": QWEN3,
 }
 TOKENIZER = "tokenizer.json"
+# files of tokenizers that are read, the first that is there
+TOKENIZERS = (TOKENIZER, "tokenizer.model")
 
 
 def is_hub(directory: Path) -> bool:
     """Whether a directory looks like one of others' weights, Hugging Face's or Megatron-LM's, and not like a run's."""
     is_of_hub = (directory / CONFIG_JSON).is_file() and not (directory / "config.yaml").is_file()
     return is_of_hub or is_megatron(directory)
+
+
+def tokenizer_of(directory: Path) -> Path | None:
+    """The file of a directory that its text is tokenized by, if it is of a kind that is read."""
+    return next((directory / name for name in TOKENIZERS if (directory / name).is_file()), None)
 
 
 def family_of_hub(directory: Path) -> HubFamily:
@@ -39,6 +55,9 @@ def hub_settings(directory: Path) -> SettingsSource:
     Without JAX, and without a look at weights. `UserError` for what is not understood and may change what is computed.
     """
     found = megatron_settings(directory) if is_megatron(directory) else _of_config_json(directory)
+    longest, usual = found.get("model.max_positions"), DataConfig().sequence_length
+    if isinstance(longest, int) and longest < usual:
+        found.set("data.sequence_length", longest, found.origins["model.max_positions"])
     path = directory / TOKENIZER
     if path.is_file():
         found.set("data.tokenizer", str(path.absolute()), str(path))
@@ -57,3 +76,65 @@ def _family(file: ConfigFile) -> HubFamily:
         what = f"has model_type {as_json(name)}" if file.has("model_type") else "has no model_type"
         raise UserError(f"{file.path} {what}: known here are {', '.join(sorted(FAMILIES))}")
     return FAMILIES[name]
+
+
+# keys without effect that are said anew, or of whoever wrote the file
+SAID_ANEW = frozenset(
+    "_name_or_path architectures dtype model_type max_position_embeddings torch_dtype transformers_version".split()
+)
+
+
+@dataclass(frozen=True)
+class SaidModel:
+    """A model as the `config.json` of a family says it."""
+
+    family: HubFamily
+    values: Mapping[str, Any]
+
+
+def config_of(model: ModelConfig, *, began: Mapping[str, Any], positions: int, name: str | None = None) -> SaidModel:
+    """What a `config.json` says of a resolved model: of the family `name`, else of the first that says all of it.
+
+    `began` is the file that its run began with, or empty: its family comes first, and its keys that change nothing
+    computed, such as tokens' numbers, are kept. `positions` is the longest sequence where that says none. Each is read
+    again and must give the same settings: `UserError` with the first that no family can say.
+    """
+    own = began.get("model_type")
+    first = [own] if isinstance(own, str) and own in FAMILIES else []
+    names = [name] if name is not None else list(dict.fromkeys([*first, *FAMILIES]))
+    kept = {key: value for key, value in began.items() if key in WITHOUT_EFFECT - SAID_ANEW}
+    lacking: dict[str, list[str]] = {}
+    for found in names:
+        values = {"model_type": found} | FAMILIES[found].write(model)
+        if (key := FAMILIES[found].positions) is not None:
+            values[key] = began.get(key, positions)
+        values = kept | values
+        lacking[found] = _unsaid(values, model)
+        if not lacking[found]:
+            return SaidModel(FAMILIES[found], values)
+    # the own one, or the nearest
+    found = names[0] if first and name is None else min(lacking, key=lambda each: len(lacking[each]))
+    missing = lacking[found]
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    others = "" if name is not None else ", and no other class that is known here says all of it"
+    raise UserError(f"{FAMILIES[found].architecture} of Hugging Face cannot say {missing[0]}{more}{others}")
+
+
+def _unsaid(values: Mapping[str, Any], model: ModelConfig) -> list[str]:
+    """Settings of a model that a `config.json` says otherwise."""
+    # as the file will have it
+    file = ConfigFile(Path(CONFIG_JSON), json.loads(json.dumps(values)))
+    try:
+        _family(file).read(file)
+        read = ModelConfig.model_validate_json(json.dumps(file.settings.tree["model"]), strict=True)
+    except ValidationError as error:
+        return [str(error.errors()[0]["msg"])]
+    except UserError as error:
+        return [str(error)]
+    # whether layers are a loop over periods or over kinds is no matter of theirs
+    equal = read.layout.layers == model.layout.layers
+    same = {"pattern": equal, "num_layers": equal, "hybrid": equal}
+    return [
+        f"model.{one.name} {format_value(one.here)} (only {format_value(one.there)})"
+        for one in differences(read, model, same=same)
+    ]

@@ -1,7 +1,7 @@
 """The parameters of a model from a directory of others' weights, each device with its own part of each."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,24 +23,31 @@ from jaxtron.weights.table import Place, TensorTable, own_shape
 from jaxtron.words import plural, readable_bytes
 
 MOST_NAMES = 3
+Allow = Callable[[list[str], list[str]], None]
 
 
 def load_parameters(
-    directory: Path, model: ModelConfig, blueprint: Blueprint, partitions: Mapping[str, Partition]
+    directory: Path,
+    model: ModelConfig,
+    blueprint: Blueprint,
+    partitions: Mapping[str, Partition],
+    allow: Allow | None = None,
 ) -> PyTree:
     """The blueprint's parameters with the numbers of the files, as they lie at rest; inside `sharding.use(rules)`.
 
     `model` is what the directory says (`hub_settings`), and `partitions` has the layers of each stack.
     Tensors are read one at a time, by each process those that its devices need; of a parameter the process's own parts
-    are on the host at once. `UserError` where names or shapes are not the model's, before any numbers are read.
+    are on the host at once. `UserError` where names or shapes are not the model's, before any numbers are read. With
+    `allow`, which gets the parameters that are missing and the tensors that are left over and may refuse them, those
+    that are missing are None.
     """
     with open_weights(directory) as (files, table):
         reader = WeightReader(files, table, model)
-        reader.check(list(_wanted(blueprint, table, model, partitions)))
+        missing = reader.check(list(wanted_rows(blueprint, table, model, partitions)), allow)
         if jax.process_index() == 0:
             print(f"reading {plural(len(files.tensors), 'tensor')}, {readable_bytes(files.num_bytes)}, of {directory}")
         leaves = [
-            reader.load(name, spec, sharding, partition_of(name, partitions))
+            None if name in missing else reader.load(name, spec, sharding, partition_of(name, partitions))
             for (name, spec), sharding in zip(
                 blueprint.names.items(), jax.tree.leaves(shardings(blueprint.parameters)), strict=True
             )
@@ -63,7 +70,10 @@ def open_weights(directory: Path) -> Iterator[tuple[WeightFiles, TensorTable]]:
 class WantedRow:
     """A parameter, or its row of one layer, that a table finds in a file."""
 
-    place: Place
+    name: str
+    """The parameter's, whole."""
+    place: Place | None
+    """None: the family's files never have it."""
     shape: tuple[int, ...]
     """Without the padding of the vocabulary."""
 
@@ -74,16 +84,16 @@ def partition_of(name: str, partitions: Mapping[str, Partition]) -> Partition | 
     return next(found, None)
 
 
-def _wanted(
+def wanted_rows(
     blueprint: Blueprint, table: TensorTable, model: ModelConfig, partitions: Mapping[str, Partition]
 ) -> Iterator[WantedRow]:
     """All that the model has, of all layers."""
     for name, spec in blueprint.names.items():
         partition = partition_of(name, partitions)
         for row in (None,) if partition is None else range(partition.num_layers):
-            place = table.place(model, name, row)
+            place = table.find(model, name, row)
             shape = spec.shape if row is None else spec.shape[1:]
-            yield WantedRow(place, own_shape(place.tensor, model, shape))
+            yield WantedRow(name, place, shape if place is None else own_shape(place.tensor, model, shape))
 
 
 class WeightReader:
@@ -94,9 +104,12 @@ class WeightReader:
         # the model without a head has names that begin later
         self._has_base = any(name.startswith(table.base) for name in files.tensors)
 
-    def check(self, wanted: list[WantedRow]) -> None:
-        """`UserError` unless the files have just the tensors that are wanted, in their shapes."""
-        names = {self._stored(name): one for one in wanted for name in one.place.tensors}
+    def check(self, wanted: list[WantedRow], allow: Allow | None = None) -> set[str]:
+        """`UserError` unless the files have just the tensors that are wanted, in their shapes.
+
+        What `allow` gets and does not refuse may differ: the parameters that are missing whole are given back.
+        """
+        names = {self._stored(name): one for one in wanted if one.place is not None for name in one.place.tensors}
         there = self._files.tensors
         left = [
             name
@@ -104,6 +117,20 @@ class WeightReader:
             if name not in names and not name.endswith(self._table.ignored) and not self._is_tied_head(name)
         ]
         missing = [name for name in names if name not in there]
+        without = {one.name for one in wanted if one.place is None}
+        if allow is not None:
+            without |= {names[name].name for name in missing}
+            found = {
+                one.name for one in wanted if one.place and any(self._stored(n) in there for n in one.place.tensors)
+            }
+            # one of which some layers are there is not missing but damaged
+            missing = [name for name in missing if names[name].name in found]
+            without -= found
+            names = {name: one for name, one in names.items() if one.name not in without}
+            if not missing:
+                allow(sorted(without), left)
+                left = []
+        assert allow is not None or not without, f"the table has no row for {without}"
         if missing or left:
             found = [f"needs {_listed(missing)}, not in its files"] * bool(missing)
             found += [f"has no place for {_listed(left)}"] * bool(left)
@@ -112,12 +139,14 @@ class WeightReader:
                 "the model's own files"
             )
         for name, one in names.items():
+            assert one.place is not None
             stored, here = there[name], one.place.tensor.stored_shape(one.shape)
             if stored.shape != here:
                 raise UserError(
                     f"{stored.path} has {name} of shape {list(stored.shape)}, and {self._files.described} beside it "
                     f"makes it {list(here)}; bring back the model's own"
                 )
+        return without
 
     def _stored(self, name: str) -> str:
         return name if self._has_base else name.removeprefix(self._table.base)
@@ -144,15 +173,16 @@ class WeightReader:
         """A parameter on the devices, with the padding that it has at rest."""
         parts = _Parts(spec, sharding)
         if partition is None:
-            parts.fill(self._row(name, spec.shape, None))
+            parts.fill(self.row(name, spec.shape, None))
             return parts.array()
         for slot, layer in enumerate(partition.slot_layers):
             # an empty slot of a stage stays zeros
             if layer >= 0 and parts.has(slot):
-                parts.fill(self._row(name, spec.shape[1:], layer), slot)
+                parts.fill(self.row(name, spec.shape[1:], layer), slot)
         return parts.array()
 
-    def _row(self, name: str, shape: tuple[int, ...], row: int | None) -> np.ndarray:
+    def row(self, name: str, shape: tuple[int, ...], row: int | None) -> np.ndarray:
+        """A parameter of this shape, or (with `row`) its row of one layer, without the padding of the vocabulary."""
         place = self._table.place(self._model, name, row)
         return self.values(place, own_shape(place.tensor, self._model, shape))
 

@@ -22,11 +22,38 @@ def read_parameter(row: Tensor, tensors: Sequence[np.ndarray], name: str, shape:
     return array.transpose([letters.index(letter) for letter in row.dims.split()])
 
 
-def write_tensors(row: Tensor, parameters: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The file's tensors, of the parameters: the inverse of `read_parameter`."""
-    shape, letters = row.stored_shape(parameters[0].shape), row.dims.replace(" ", "")
-    array = parameters[0]
-    if row.shared:
-        array, letters = np.stack(parameters), row.shared + letters
-    array = array.transpose([letters.index(letter) for letter in row.counted + row.letters])
-    return [tensor.reshape(shape) for tensor in (array if row.counted else [array])]
+def parameter_views(row: Tensor, tensors: Sequence[np.ndarray], name: str, shape: Sequence[int]) -> list[np.ndarray]:
+    """The file's tensors seen as the parameter of this name and shape: what is put into the views is in the tensors.
+
+    One view, or where a dimension counts tensors one for each, without that dimension.
+    """
+    sizes, views = row.sizes(shape), []
+    for tensor in tensors:
+        view, letters = tensor.reshape([sizes[letter] for letter in row.letters]), row.letters
+        if row.shared:
+            place = letters.index(row.shared)
+            view = view[(slice(None),) * place + (row.parameters.index(name),)]
+            letters = letters.replace(row.shared, "")
+        views.append(view.transpose([letters.index(letter) for letter in row.dims.split() if letter in letters]))
+    return views
+
+
+def write_part(row: Tensor, views: Sequence[np.ndarray], part: np.ndarray, starts: Sequence[int]) -> None:
+    """Puts a part of a parameter, which begins at these places, into the views; what lies beyond them is padding."""
+    counted = row.dims.split().index(row.counted) if row.counted else None
+    if counted is None:
+        _put(views[0], part, starts)
+        return
+    starts = list(starts)
+    first = starts.pop(counted)
+    for number in range(part.shape[counted]):
+        _put(views[first + number], part.take(number, counted), starts)
+
+
+def _put(view: np.ndarray, part: np.ndarray, starts: Sequence[int]) -> None:
+    """Copies what there is room for."""
+    there = tuple(slice(start, start + size) for start, size in zip(starts, part.shape, strict=True))
+    room = view[there]
+    # numbers too large for 16 bits become infinite, which is told elsewhere
+    with np.errstate(over="ignore"):
+        room[...] = part[tuple(slice(size) for size in room.shape)]

@@ -102,15 +102,22 @@ class TensorTable:
 
     def place(self, model: ModelConfig, name: str, row: int | None = None) -> Place:
         """Those of a parameter by its name here; of one that is stacked, of the layer in this row of those alike."""
+        found = self.find(model, name, row)
+        assert found is not None, f"the table has no row for {name}"
+        return found
+
+    def find(self, model: ModelConfig, name: str, row: int | None = None) -> Place | None:
+        """The same; None where the family's files have no such parameter."""
         place, own = _layer_of(model, name, row)
         if place is None:
             rows, beginning = self.outer, ""
         else:
             number = place // self.layers_in_one
-            rows = [tensor for symbol in model.layout.layers[place] for tensor in self.branches[symbol]]
+            rows = [tensor for symbol in model.layout.layers[place] for tensor in self.branches.get(symbol, ())]
             beginning = self.layer.format(number)
         found = next((tensor for tensor in rows if own in tensor.parameters), None)
-        assert found is not None, f"the table has no row for {name}"
+        if found is None:
+            return None
         return Place(found, own, tuple(beginning + theirs for theirs in found.tensors))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtron.config import UserError, gather, load
+from jaxtron.convert import __main__ as converting
 from jaxtron.plan import __main__ as planning
 from jaxtron.run.beginning import check_beginning, settings_below
 from jaxtron.run.configuration import Configuration
@@ -17,6 +18,7 @@ from jaxtron.train import __main__ as training
 from jaxtron.train.initial import begin
 from jaxtron.weights.load import load_parameters
 from tests.convert.test_upcycle_weights import data_flags, weights
+from tests.hugging_face import fixtures
 from tests.support.commands import Ended, run_main
 
 STEPS = ["--train.steps", 2, "--train.global_batch", 8, "--train.sample_tokens", 0, "--train.validation_batches", 1]
@@ -89,6 +91,52 @@ def test_settings_of_another_model(flags: str, said: str | None, tmp_path: Path)
     with pytest.raises(UserError) as error:
         check_beginning(config)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["weights", "run"])
+def test_what_may_be_missing_or_left_over(kind: str, tmp_path: Path):
+    # of a tied model one with a head of its own and without norms of queries and keys
+    source = weights(tmp_path / "dense", "qwen3")
+    if kind == "run":
+        moved = run_main(converting.main, ["--from", source, "--to", tmp_path / "run", "--data.sequence_length", 16])
+        assert moved.code == 0, moved
+    start = tmp_path / "run" if kind == "run" else source
+    words = ["--checkpoint.initialize_from", start, "--model.tied_head", "false", "--model.qk_norm", "false"]
+
+    def begun(*allowed: str):
+        config = configuration(*words, "--data.sequence_length", 16, *allowed)
+        check_beginning(config)
+        session = make_session(config, jax.devices()[:2])
+        state, origin = begin(session, "")
+        return state.params, origin["initialized_from"]
+
+    norms = "self_attn.?_norm.weight" if kind == "weights" else "*.attention.*_norm.scale"
+    missing, unused = ("--checkpoint.allow_missing", "head.*"), ("--checkpoint.allow_unused", f"*{norms}")
+    params, origin = begun(*missing, *unused)
+    assert origin["drawn"] == ["head.table"]
+    drawn, table = np.asarray(params["head"]["table"]), np.asarray(params["embedding"]["table"])
+    assert 0.01 < drawn.std() < 0.03 and not np.array_equal(drawn, table)
+    fixture = fixtures.load("qwen3").weights["model.embed_tokens.weight"]
+    assert np.array_equal(table[: len(fixture)], fixture)
+    for allowed, said in (
+        ((), "is of another model: model.qk_norm is true there and false here, model.tied_head is true"),
+        (missing, "has no place for "),
+        (unused, "needs head.table, not there"),
+        (
+            (*missing, "--checkpoint.allow_missing", "embedding.*", *unused),
+            "'embedding.*' allows nothing, for embedding",
+        ),
+        (
+            (*missing, *unused, "--checkpoint.allow_unused", "foot"),
+            "checkpoint.allow_unused 'foot' allows nothing, for",
+        ),
+    ):
+        with pytest.raises(UserError) as error:
+            begun(*allowed)
+        assert said in str(error.value) and "\n" not in str(error.value), error
+    # what is in both must be as large
+    with pytest.raises(UserError, match="of shape|has shape"):
+        begun(*missing, *unused, "--model.mlp_size", "48")
 
 
 def test_a_plan_is_of_the_model_that_the_run_would_begin_with(tmp_path: Path):

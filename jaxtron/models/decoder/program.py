@@ -95,6 +95,11 @@ def predict(parts: Parts[Decoder], outer: Outer, x: Float[Array, "B S E"], place
     return constrain(logits[0, 0], None)
 
 
+def logits(parts: Parts[Decoder], outer: Outer, x: Float[Array, "B S E"]) -> Float[Array, "B S V"]:
+    """Logits of what follows every token here, padding of the vocabulary included."""
+    return parts.outer(outer).predict(x)
+
+
 def update_buffers(
     parts: Parts[Decoder], buffers: dict[str, Float[Array, "..."]], reported: Mapping[str, Float[Array, "..."]]
 ) -> dict[str, Float[Array, "..."]]:
@@ -155,4 +160,5 @@ PROGRAM = Program(
     choices=choices,
     update_buffers=update_buffers,
     predict=predict,
+    logits=logits,
 )

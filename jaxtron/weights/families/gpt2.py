@@ -66,4 +66,6 @@ GPT2 = HubFamily(
     only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     without_effect="attn_pdrop embd_pdrop resid_pdrop n_ctx reorder_and_upcast_attn summary_activation "
     "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj",
+    # another name of the key of a setting there
+    positions=None,
 )

@@ -1,10 +1,12 @@
 """Llama and what is like it: Mistral, Qwen2, Qwen3, Nemotron."""
 
 from dataclasses import replace
+from typing import Any
 
+from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.weights.config_json import ConfigFile
-from jaxtron.weights.family import HubFamily, Key
-from jaxtron.weights.rotary import read_rotary
+from jaxtron.weights.families.rotary import rotary
+from jaxtron.weights.family import HubFamily, Key, Rule
 from jaxtron.weights.table import Tensor, TensorTable
 
 MOST_LAYERS = 2**16
@@ -93,12 +95,22 @@ def read_biases(file: ConfigFile) -> None:
     file.set("bias", attention, "attention_bias")
 
 
+def write_biases(model: ModelConfig) -> dict[str, Any]:
+    """Of both."""
+    return {"attention_bias": model.bias, "mlp_bias": model.bias}
+
+
 def read_window(file: ConfigFile) -> None:
     """Mistral's: every layer has it, or none."""
     window = file.whole("sliding_window", 4096) if file.get("sliding_window", 4096) is not None else None
     if window is not None:
         file.set("pattern", "W-", "sliding_window")
         file.set("attention.window", window, "sliding_window")
+
+
+def write_window(model: ModelConfig) -> dict[str, Any]:
+    """Null where there is none."""
+    return {"sliding_window": model.attention.window}
 
 
 def read_windows(file: ConfigFile, layers: int = 32) -> None:
@@ -125,6 +137,20 @@ def read_windows(file: ConfigFile, layers: int = 32) -> None:
     file.set("num_layers", 1, "layer_types")
 
 
+def write_windows(model: ModelConfig) -> dict[str, Any]:
+    """By the kind of each layer; of transformers before 4.52 also by how many come before the first with a window."""
+    kinds = [SLIDING if branch == ("W",) else FULL for branch in model.layout.layers[::2]]
+    if SLIDING not in kinds:
+        return {"use_sliding_window": False}
+    window = {"use_sliding_window": True, "sliding_window": model.attention.window}
+    return {**window, "max_window_layers": kinds.index(SLIDING), "layer_types": kinds}
+
+
+BIASES, WINDOW, WINDOWS = (
+    Rule(read_biases, write_biases),
+    Rule(read_window, write_window),
+    Rule(read_windows, write_windows),
+)
 RMS = {"norm": "rms_norm", "bias": False}
 RMS_KEYS = (Key("rms_norm_eps", "norm_epsilon", 1e-6), Key("hidden_act", "activation", "silu", GATED))
 
@@ -133,7 +159,7 @@ LLAMA = HubFamily(
     keys=(*_keys(vocab=32000, hidden=4096, mlp=11008, layers=32, heads=32, kv_heads=None), *RMS_KEYS),
     tensors=TENSORS,
     constants=RMS,
-    further=(read_biases, read_rotary),
+    further=(BIASES, rotary()),
 )
 MISTRAL = HubFamily(
     architecture="MistralForCausalLM",
@@ -141,14 +167,14 @@ MISTRAL = HubFamily(
     tensors=TENSORS,
     constants=RMS,
     only={"attention_bias": False, "mlp_bias": False},
-    further=(read_window, lambda file: read_rotary(file, positions=131072)),
+    further=(WINDOW, rotary(positions=131072)),
 )
 QWEN2 = HubFamily(
     architecture="Qwen2ForCausalLM",
     keys=(*_keys(vocab=151936, hidden=4096, mlp=22016, layers=32, heads=32, kv_heads=32), *RMS_KEYS),
     tensors=TENSORS,
     constants={**RMS, "qkv_bias": True},
-    further=(read_windows, lambda file: read_rotary(file, positions=32768)),
+    further=(WINDOWS, rotary(positions=32768)),
 )
 QWEN3 = HubFamily(
     architecture="Qwen3ForCausalLM",
@@ -170,5 +196,5 @@ NEMOTRON = HubFamily(
     ),
     tensors=replace(TENSORS, branches={"*": ATTENTION, "-": PLAIN_MLP}),
     constants={"norm": "layer_norm_1p", "norm_bias": True},
-    further=(read_biases, lambda file: read_rotary(file, fraction=0.5, positions=4096)),
+    further=(BIASES, rotary(fraction=0.5, positions=4096)),
 )

@@ -1,9 +1,13 @@
 """Rotary positions as `config.json` says them: of transformers 4 by several keys, of 5 in one."""
 
 import math
+from functools import partial
 from typing import Any
 
+from jaxtron.layers.config import RotaryScaling
+from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.weights.config_json import ConfigFile, as_json
+from jaxtron.weights.family import Rule
 
 # their names of what a rule of stretching reads, and ours
 LLAMA3 = {
@@ -20,6 +24,13 @@ YARN = {
 }
 KINDS = ("default", "llama3", "yarn")
 NEW, OLD = "rope_parameters", "rope_scaling"
+
+
+def rotary(*, fraction: float | None = None, positions: int = 2048) -> Rule:
+    """The rule of a family whose class rotates `fraction` of a head where the file says nothing (none: always all of
+    it), and `positions` the longest sequence."""
+    read = partial(read_rotary, fraction=1.0 if fraction is None else fraction, positions=positions)
+    return Rule(read, partial(write_rotary, partly=fraction is not None))
 
 
 def read_rotary(file: ConfigFile, *, fraction: float = 1.0, positions: int = 2048) -> None:
@@ -55,6 +66,23 @@ def read_rotary(file: ConfigFile, *, fraction: float = 1.0, positions: int = 204
         file.set("rotary.scaling", {"kind": kind, **scaling, **_magnitudes(file, key, kind, rope)}, key)
     if rope:
         file.refuse(key, f"with rope_type {kind} that is not understood", next(iter(rope)))
+
+
+def write_rotary(model: ModelConfig, *, partly: bool) -> dict[str, Any]:
+    """The keys of transformers 4, which 5 reads too; partly: the class can rotate a part of a head."""
+    own = model.rotary
+    found: dict[str, Any] = {"rope_theta": own.base}
+    if partly:
+        found["partial_rotary_factor"] = own.fraction
+    return found | {OLD: None if own.scaling is None else _scaling(own.scaling)}
+
+
+def _scaling(own: RotaryScaling) -> dict[str, Any]:
+    names = LLAMA3 if own.kind == "llama3" else YARN
+    found = {"rope_type": own.kind} | {theirs: getattr(own, ours) for theirs, ours in names.items()}
+    if own.kind == "yarn" and own.mscale and own.mscale_all_dim:
+        found |= {"mscale": own.mscale, "mscale_all_dim": own.mscale_all_dim}
+    return found
 
 
 def _joined(file: ConfigFile) -> tuple[dict[str, Any], str]:
