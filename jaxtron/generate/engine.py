@@ -63,9 +63,10 @@ class GenerationEngine:
         config = session.config.model
         if not isinstance(config, ModelConfig):
             raise UserError(f"model.family {config.family} does not generate text; give a decoder")
-        if config.position == "learned" and room > config.max_positions:
+        learned = config.max_positions if config.position == "learned" else None
+        if learned is not None and room > learned:
             raise UserError(
-                f"sequences of {room:,} tokens are longer than model.max_positions {config.max_positions:,}, which the "
+                f"sequences of {room:,} tokens are longer than model.max_positions {learned:,}, which the "
                 "model has learned; ask for fewer tokens or give a shorter prompt"
             )
         self._session = session
@@ -150,8 +151,10 @@ class GenerationEngine:
                 some = sequences[start : start + self.rows]
                 tokens, counts = self._padded({row: one[:-1] for row, one in enumerate(some)}, self.rows)
                 targets, _ = self._padded({row: one[1:] for row, one in enumerate(some)}, self.rows)
-                scores = [np.asarray(array) for array in self._score(self._model, tokens, targets, counts, top=top)]
-                found += [tuple(array[row, : len(one) - 1] for array in scores) for row, one in enumerate(some)]
+                logprobs, ids, best = map(np.asarray, self._score(self._model, tokens, targets, counts, top=top))
+                for row, one in enumerate(some):
+                    count = len(one) - 1
+                    found.append((logprobs[row, :count], ids[row, :count], best[row, :count]))
         return found
 
     def _read_prompts(self) -> None:
@@ -270,8 +273,8 @@ def _score(
 ) -> tuple[Array, Array, Array]:
     """As `Steps.score`, the same on every device."""
 
-    def local(model: Steps, *given: Array) -> tuple[Array, ...]:
-        return tuple(map(_alike, model.score(*given, vocab, top)))
+    def local(model: Steps, tokens: Array, targets: Array, counts: Array) -> tuple[Array, ...]:
+        return tuple(map(_alike, model.score(tokens, targets, counts, vocab, top)))
 
     run = region(local, (own, split, split, split), (split, split, split))
     found = run(model, *(jax.sharding.reshard(array, split) for array in (tokens, targets, counts)))

@@ -72,7 +72,8 @@ def remember(
         return KeyValues(*(write(old, _by_head(new, old.shape[1]), own) for old, new in pairs))
 
     cached, heads, rows = spec(*CACHED), spec(*HEADS), spec("batch")
-    run = on_each_device(local, (KeyValues(cached, cached), heads, heads, rows, rows), KeyValues(cached, cached))
+    # one spec for both halves of a memory
+    run = on_each_device(local, (cached, heads, heads, rows, rows), cached)
     return run(memory, keys, values, growth.before, growth.counts)
 
 
@@ -91,7 +92,7 @@ def attend(
 
     per_head = {name: array for name, array in (("slopes", slopes), ("sinks", sinks)) if array is not None}
     cached, heads, rows = spec(*CACHED), spec(*HEADS), spec("batch")
-    specs = (heads, KeyValues(cached, cached), rows, rows, {name: spec("heads") for name in per_head})
+    specs = (heads, cached, rows, rows, {name: spec("heads") for name in per_head})
     return on_each_device(local, specs, heads)(queries, memory, growth.before, growth.counts, per_head)
 
 

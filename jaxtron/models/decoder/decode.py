@@ -136,7 +136,8 @@ class Steps(nnx.Module):
             best, ids = jax.lax.top_k(found, top)
             return jnp.take_along_axis(found, targets[..., None], 2)[..., 0], ids, best
 
-        return tuple(jnp.concatenate(array, 1)[:, :length] for array in jax.lax.map(of, pieces))
+        own, ids, best = (jnp.concatenate(array, 1)[:, :length] for array in jax.lax.map(of, pieces))
+        return own, ids, best
 
     def _through(
         self,
