@@ -76,7 +76,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "num_kv_heads": 2,
         "norm": "rms_norm_1p",
         # what branches make is small, and with less in their norms rounding is scaled up
-        "norm_epsilon": 0.1,
+        "norm_epsilon": 0.3,
         "norm_placement": "both",
         "qk_norm": True,
         "position": "rotary",
