@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from jaxtron.config import UserError, format_value, load
+from jaxtron.layers.config import RotaryConfig, RotaryScaling
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration
-from jaxtron.weights.hub import FAMILIES, hub_settings, is_hub
+from jaxtron.weights.hub import FAMILIES, config_of, hub_settings, is_hub
 from tests.hugging_face import fixtures
 
 LLAMA3 = {
@@ -120,6 +121,8 @@ def test_a_key_that_is_not_there_means_what_the_class_takes(family: str, tmp_pat
         ("qwen2", {"layer_types": ...}, {"pattern": "*-W-W-", "num_layers": 1}),
         ("qwen2", {"layer_types": ..., "max_window_layers": 0}, {"pattern": "W-", "num_layers": 3}),
         ("qwen2", {"layer_types": ..., "use_sliding_window": False}, {"pattern": "*-", "num_layers": 3}),
+        ("llama", {"attention_bias": True}, {"bias": True, "has_mlp_bias": False, "has_attention_output_bias": True}),
+        ("llama", {"mlp_bias": True}, {"has_qkv_bias": False, "has_mlp_bias": True}),
         ("gpt2", {"n_inner": None}, {"mlp_size": None, "mlp_width": 128}),
         ("llama", {"num_key_value_heads": None, "head_dim": ...}, {"kv_heads": 4, "head_size": 8}),
     ],
@@ -128,6 +131,39 @@ def test_a_key_that_is_not_there_means_what_the_class_takes(family: str, tmp_pat
 def test_what_is_null_or_left_out(name: str, changes: dict, expected: dict, tmp_path: Path):
     model = model_of(tmp_path, fixture_config(name, changes))
     assert {key: getattr(model, key) for key in expected} == expected
+
+
+STRETCHED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"rope_type": "linear", "factor": 2.0}, {"kind": "linear", "factor": 2.0}),
+    # as transformers before 4.43 says it
+    ({"type": "linear", "factor": 2}, {"kind": "linear", "factor": 2}),
+    ({"rope_type": "dynamic", "factor": 2.0}, {"kind": "dynamic", "factor": 2.0, "original_length": 64}),
+    (
+        {"rope_type": "yarn", "factor": 4.0, "truncate": False, "attention_factor": 1.5},
+        {"kind": "yarn", "factor": 4.0, "original_length": 64, "truncate": False, "attention_factor": 1.5},
+    ),
+    (
+        {
+            **{"rope_type": "longrope", "original_max_position_embeddings": 16, "attention_factor": 1.25},
+            **{"short_factor": [1, 1.5, 2, 3, 4, 5], "long_factor": [1, 2, 3, 4, 5, 6]},
+        },
+        {
+            **{"kind": "longrope", "factor": 4.0, "original_length": 16, "attention_factor": 1.25},
+            **{"short_factors": (1, 1.5, 2, 3, 4, 5), "long_factors": (1, 2, 3, 4, 5, 6)},
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(("rope", "expected"), STRETCHED, ids=[expected["kind"] for _, expected in STRETCHED])
+def test_rules_of_stretching_are_read_and_said_again(rope: dict, expected: dict, key: str, tmp_path: Path):
+    config = fixture_config("llama", {"rope_parameters": ..., key: rope, "rope_theta": 1e3})
+    model = model_of(tmp_path, config)
+    assert model.rotary == RotaryConfig(base=1e3, scaling=RotaryScaling(**expected))
+    # another that computes otherwise would be refused
+    said = config_of(model, began=config, positions=64)
+    assert said.values["rope_scaling"]["rope_type"] == expected["kind"]
 
 
 def test_a_tokenizer_is_carried_along(tmp_path: Path):
@@ -151,7 +187,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"clip_qkv": 8.0, "logit_scale": 2}, "clip_qkv 8.0: that key of a llama is not known here (and 1 more)"),
     ("llama", {"quantization_config": {"bits": 4}}, 'quantization_config {"bits": 4}: it is not known here'),
     ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder true: only false is known here"),
-    ("llama", {"attention_bias": True}, "attention_bias true: mlp_bias is false, and biases of one alone"),
     ("llama", {"mlp_bias": "yes"}, 'mlp_bias "yes": it must be true or false'),
     ("llama", {"hidden_act": "gelu_new"}, 'hidden_act "gelu_new": of a llama gelu, silu, or swish are known'),
     ("llama", {"hidden_size": "32"}, "model.hidden_size: expected int >= 1, got '32' ("),
@@ -161,16 +196,25 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rms_norm_eps": float("nan")}, "model.norm_epsilon: must be a finite number, got nan ("),
     ("llama", {"num_key_value_heads": 3}, "model.num_heads 4 is not a multiple of model.num_kv_heads 3"),
     ("llama", {"rope_parameters": [1]}, "rope_parameters [1]: it must be an object or null"),
-    ("llama", rope(rope_type="linear", factor=2.0), 'rope_type "linear" is not known here; known are default, llama3'),
-    ("llama", rope(rope_type="dynamic", factor=2.0), 'rope_type "dynamic" is not known here'),
-    ("llama", rope(rope_type="longrope", short_factor=[1.0]), 'rope_type "longrope" is not known here'),
+    ("llama", rope(rope_type="ntk", factor=2.0), 'rope_type "ntk" is not known here; known are default, llama3, yarn'),
+    ("llama", rope(rope_type="linear"), "rope_parameters.factor null: with rope_type linear a number above 0"),
+    (
+        "llama",
+        rope(rope_type="dynamic", factor=2.0, original_max_position_embeddings=16),
+        "rope_parameters.original_max_position_embeddings 16: with rope_type dynamic only max_position_embeddings 64",
+    ),
+    ("llama", rope(rope_type="longrope", short_factor=[1.0]), "long_factor null: with rope_type longrope a list"),
+    ("llama", rope(rope_type="longrope", short_factor=[1.0], long_factor=[1.0]), "short_factors has 1 number, and"),
+    ("llama", rope(rope_type="yarn", factor=4.0, truncate=0), "rope_parameters.truncate 0: it must be true or false"),
     ("llama", rope(rope_type="llama3", factor=8.0), "rope_parameters.low_freq_factor null: with rope_type llama3"),
     ("llama", rope(rope_type="yarn", factor="4"), 'rope_parameters.factor "4": with rope_type yarn a number above 0'),
-    ("llama", rope(rope_type="yarn", factor=4.0, truncate=False), "rope_parameters.truncate false: bounds of YaRN"),
-    ("llama", rope(rope_type="yarn", factor=4.0, attention_factor=2.0), "rope_parameters.attention_factor 2.0: leave"),
     ("llama", rope(rope_type="yarn", factor=4.0, mscale="1"), 'rope_parameters.mscale "1": it must be a number'),
     ("llama", rope(mystery=3), "rope_parameters.mystery 3: with rope_type default that is not understood"),
-    ("llama", {"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention {}: positions that differ"),
+    (
+        "llama",
+        {"rope_parameters": {"full_attention": {}}},
+        "rope_parameters.full_attention {}: positions of a llama that",
+    ),
     ("llama", {"rope_parameters": None, "rope_theta": "1e4"}, "model.rotary.base: expected float > 1, got '1e4' ("),
     ("mistral", {"sliding_window": "x"}, 'sliding_window "x": it must be a whole number'),
     ("mistral", {"attention_bias": True}, "attention_bias true: only false is known here"),

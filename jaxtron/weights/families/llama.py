@@ -87,17 +87,16 @@ def _keys(*, vocab: int, hidden: int, mlp: int, layers: int, heads: int, kv_head
 
 
 def read_biases(file: ConfigFile) -> None:
-    """`model.bias`: of attention and MLP alike, or of none."""
+    """Of attention, its projection back too, and of the MLP."""
     attention, mlp = file.flag("attention_bias", False), file.flag("mlp_bias", False)
-    if attention != mlp:
-        word = str(mlp).lower()
-        file.refuse("attention_bias", f"mlp_bias is {word}, and biases of one alone are not known here")
     file.set("bias", attention, "attention_bias")
+    if mlp != attention:
+        file.set("mlp_bias", mlp, "mlp_bias")
 
 
 def write_biases(model: ModelConfig) -> dict[str, Any]:
     """Of both."""
-    return {"attention_bias": model.bias, "mlp_bias": model.bias}
+    return {"attention_bias": model.has_qkv_bias, "mlp_bias": model.has_mlp_bias}
 
 
 def read_window(file: ConfigFile) -> None:
