@@ -13,8 +13,13 @@ from jaxtron.data.config import DataConfig
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.same import differences
 from jaxtron.weights.config_json import CONFIG_JSON, WITHOUT_EFFECT, ConfigFile, as_json, read_config_json
+from jaxtron.weights.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxtron.weights.families.gpt2 import GPT2
+from jaxtron.weights.families.granite import GRANITE
 from jaxtron.weights.families.llama import LLAMA, MISTRAL, NEMOTRON, QWEN2, QWEN3
+from jaxtron.weights.families.olmo2 import OLMO2
+from jaxtron.weights.families.phi import PHI
+from jaxtron.weights.families.starcoder2 import STARCODER2
 from jaxtron.weights.family import HubFamily
 from jaxtron.weights.megatron.arguments import megatron_settings
 from jaxtron.weights.megatron.directory import is_megatron
@@ -27,6 +32,13 @@ FAMILIES: dict[str, HubFamily] = {
     "nemotron": NEMOTRON,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "granite": GRANITE,
+    "olmo2": OLMO2,
+    "phi": PHI,
+    "starcoder2": STARCODER2,
 }
 TOKENIZER = "tokenizer.json"
 # files of tokenizers that are read, the first that is there

@@ -22,8 +22,6 @@ BY_SQUARE = {"norm": "rms_norm", "bias": False}
 
 def stretch(rope: Config) -> Config | None:
     """A rule of stretching in the settings' words."""
-    if rope["rope_type"] == "linear":
-        return {"kind": "linear", "factor": rope["factor"]}
     if rope["rope_type"] == "longrope":
         original = rope["original_max_position_embeddings"]
         factors = {"short_factors": rope["short_factor"], "long_factors": rope["long_factor"]}
@@ -68,57 +66,9 @@ def gptj(config: Config) -> Config:
     return {"pattern": "(*-)", "rotary": {"fraction": fraction}, **BY_MEAN, **biases}
 
 
-def phi(config: Config) -> Config:
-    return {"pattern": "(*-)", "head_bias": True, **BY_MEAN}
-
-
-def gemma(config: Config) -> Config:
-    return {
-        **BY_SQUARE,
-        "norm": "rms_norm_1p",
-        "activation": "geglu_tanh",
-        "embedding_multiplier": config["hidden_size"] ** 0.5,
-    }
-
-
-def gemma2(config: Config) -> Config:
-    """Also Gemma 3, whose layers with a window have other positions."""
-    found = gemma(config) | {
-        "norm_placement": "both",
-        "num_layers": 1,
-        "logit_soft_cap": config["final_logit_softcapping"],
-    }
-    kinds = {"sliding_attention": "W-", "full_attention": "*-"}
-    found["pattern"] = "".join(kinds[kind] for kind in config["layer_types"])
-    found["attention"] = {
-        "window": config["sliding_window"],
-        "scale": config["query_pre_attn_scalar"] ** -0.5,
-        "soft_cap": config["attn_logit_softcapping"],
-    }
-    rope = config["rope_parameters"]
-    if "full_attention" in rope:
-        own = {"rotary": rotary(rope["full_attention"]), "window_rotary": rotary(rope["sliding_attention"])}
-        found |= {"qk_norm": True, **own}
-    return found
-
-
-def olmo2(config: Config) -> Config:
-    return {**BY_SQUARE, "norm_placement": "output", "qk_norm": "projection"}
-
-
 def cohere(config: Config) -> Config:
     own = {"logit_scale": config["logit_scale"], "qk_norm": "each_head", "pattern": "(*-)"}
     return {"norm": "layer_norm", "bias": False, **own}
-
-
-def granite(config: Config) -> Config:
-    return {
-        **BY_SQUARE,
-        "attention": {"scale": config["attention_multiplier"]},
-        "embedding_multiplier": config["embedding_multiplier"],
-        "residual_multiplier": config["residual_multiplier"],
-        "logit_scale": 1 / config["logits_scaling"],
-    }
 
 
 SETTINGS: dict[str, Callable[[Config], Config]] = {
@@ -127,15 +77,8 @@ SETTINGS: dict[str, Callable[[Config], Config]] = {
     "bloom": bloom,
     "falcon": falcon,
     "gptj": gptj,
-    "phi": phi,
     "phi3": lambda config: BY_SQUARE,
-    "gemma": gemma,
-    "gemma2": gemma2,
-    "gemma3_text": gemma2,
-    "olmo2": olmo2,
     "cohere": cohere,
-    "granite": granite,
-    "starcoder2": lambda config: BY_MEAN,
 }
 
 
@@ -192,19 +135,10 @@ NAMES: dict[str, tuple[str, str, str, dict[str, str]]] = {
         {"attention_norm": "ln_attn", "mlp_norm": "ln_mlp", "norm": "input_layernorm"},
     ),
     "gptj": ("transformer.h.{}.", "transformer.wte", "transformer.ln_f", {"norm": "ln_1"}),
-    "phi": ("model.layers.{}.", "model.embed_tokens", "model.final_layernorm", {"norm": "input_layernorm"}),
     "cohere": ("model.layers.{}.", "model.embed_tokens", "model.norm", {"norm": "input_layernorm"}),
 }
 LLAMA = {"*norm": "input_layernorm", "-norm": "post_attention_layernorm"}
-OTHERS = {
-    "olmo2": {"attention_output_norm": "post_attention_layernorm", "mlp_output_norm": "post_feedforward_layernorm"},
-    "gemma2": {
-        **{"*norm": "input_layernorm", "attention_output_norm": "post_attention_layernorm"},
-        **{"-norm": "pre_feedforward_layernorm", "mlp_output_norm": "post_feedforward_layernorm"},
-    },
-}
-OTHERS["gemma3_text"] = OTHERS["gemma2"]
-PLAIN_MLPS = (("dense_h_to_4h", "dense_4h_to_h"), ("fc_in", "fc_out"), ("fc1", "fc2"), ("c_fc", "c_proj"))
+PLAIN_MLPS = (("dense_h_to_4h", "dense_4h_to_h"), ("fc_in", "fc_out"), ("fc1", "fc2"))
 
 
 class Weights:
@@ -230,7 +164,7 @@ class Weights:
 def parameters(arrays: Arrays, config: Config, model: ModelConfig) -> tuple[Arrays, list[Arrays]]:
     """Those outside of layers, and of each layer of the pattern in order."""
     read, family = Weights(arrays), config["model_type"]
-    default = ("model.layers.{}.", "model.embed_tokens", "model.norm", OTHERS.get(family, LLAMA))
+    default = ("model.layers.{}.", "model.embed_tokens", "model.norm", LLAMA)
     prefix, table, last, norms = NAMES.get(family, default)
     padding = ((0, model.padded_vocab - model.vocab_size), (0, 0))
     outer = {"embedding.table": np.pad(read.left.pop(f"{table}.weight"), padding), **read.take("final_norm", last)}

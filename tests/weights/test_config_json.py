@@ -99,6 +99,15 @@ DEFAULTS = {
     "mistral": "tied_head false num_kv_heads 8 norm_epsilon 1e-06 pattern W- attention.window 4096",
     "nemotron": "tied_head false norm_epsilon 1e-05 rotary.fraction 0.5 activation squared_relu norm_bias true",
     "qwen2": "num_kv_heads 32 qkv_bias true bias false head_dim none pattern *- vocab_size 151936",
+    "gemma": "tied_head true num_kv_heads 16 head_dim 256 norm_epsilon 1e-06 activation geglu_tanh hidden_size 3072",
+    "gemma2": "tied_head true head_dim 256 attention.window 4096 attention.scale 0.0625 attention.soft_cap 50.0 "
+    "logit_soft_cap 30.0 embedding_multiplier 48.0 pattern W-*-W-*-W-*-W-*-W-*-W-*-W-*-W-*-W-*-W-*-W-*-W-*-W-*-",
+    "gemma3_text": "tied_head true head_dim 256 rotary.base 1000000.0 window_rotary.base 10000.0 attention.window 4096 "
+    "attention.soft_cap none vocab_size 262208",
+    "granite": "tied_head false norm_epsilon 1e-06 attention.scale 1.0 logit_scale 1.0 rotary.base 10000.0",
+    "olmo2": "tied_head false norm_epsilon 1e-05 qk_norm projection norm_placement output vocab_size 50304",
+    "phi": "tied_head false head_bias true rotary.fraction 0.5 activation gelu_tanh pattern (*-)",
+    "starcoder2": "tied_head true num_kv_heads 2 pattern *- bias true activation gelu_tanh initial_std 0.018042",
     "qwen3": "num_kv_heads 32 qk_norm true head_dim 128 pattern *- mlp_size 22016",
 }
 
@@ -181,7 +190,7 @@ def rope(**values: Any) -> dict[str, Any]:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", {"model_type": "gemma2"}, 'has model_type "gemma2": known here are gpt2, llama'),
+    ("llama", {"model_type": "bert"}, 'has model_type "bert": known here are gemma, gemma2'),
     ("llama", {"model_type": ...}, "has no model_type: known here are"),
     ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "only weights of LlamaForCausalLM are read"),
     ("llama", {"clip_qkv": 8.0, "logit_scale": 2}, "clip_qkv 8.0: that key of a llama is not known here (and 1 more)"),

@@ -21,30 +21,30 @@ PLAIN = {
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def _norm(ours: str, theirs: str, dims: str = "E") -> tuple[Tensor, ...]:
+def norm_rows(ours: str, theirs: str, dims: str = "E") -> tuple[Tensor, ...]:
     return tuple(
         Tensor(f"{ours}.{own}", dims, f"{theirs}.{name}", dims) for own, name in (("scale", "weight"), ("bias", "bias"))
     )
 
 
-def _projection(ours: str, theirs: str, heads: str) -> tuple[Tensor, ...]:
+def projection(ours: str, theirs: str, heads: str) -> tuple[Tensor, ...]:
     """From the stream to heads."""
     kernel = Tensor(f"attention.{ours}.kernel", f"E {heads} D", f"self_attn.{theirs}.weight", f"{heads}D E")
     return (kernel, Tensor(f"attention.{ours}.bias", f"{heads} D", f"self_attn.{theirs}.bias", f"{heads}D"))
 
 
 ATTENTION = (
-    *_norm("norm", "input_layernorm"),
-    *_projection("query", "q_proj", "H"),
-    *_projection("key", "k_proj", "K"),
-    *_projection("value", "v_proj", "K"),
-    *_norm("attention.query_norm", "self_attn.q_norm", "D"),
-    *_norm("attention.key_norm", "self_attn.k_norm", "D"),
+    *norm_rows("norm", "input_layernorm"),
+    *projection("query", "q_proj", "H"),
+    *projection("key", "k_proj", "K"),
+    *projection("value", "v_proj", "K"),
+    *norm_rows("attention.query_norm", "self_attn.q_norm", "D"),
+    *norm_rows("attention.key_norm", "self_attn.k_norm", "D"),
     Tensor("attention.output.kernel", "H D E", "self_attn.o_proj.weight", "E HD"),
     Tensor("attention.output.bias", "E", "self_attn.o_proj.bias", "E"),
 )
 DOWN = (
-    *_norm("norm", "post_attention_layernorm"),
+    *norm_rows("norm", "post_attention_layernorm"),
     Tensor("mlp.down.kernel", "F E", "mlp.down_proj.weight", "E F"),
     Tensor("mlp.down.bias", "E", "mlp.down_proj.bias", "E"),
 )
@@ -62,7 +62,7 @@ PLAIN_MLP = (
 TENSORS = TensorTable(
     outer=(
         Tensor("embedding.table", "V E", "model.embed_tokens.weight", "V E"),
-        *_norm("final_norm", "model.norm"),
+        *norm_rows("final_norm", "model.norm"),
         Tensor("head.table", "V E", "lm_head.weight", "V E"),
     ),
     branches={"*": ATTENTION, "W": ATTENTION, "-": GATED_MLP},
@@ -71,7 +71,18 @@ TENSORS = TensorTable(
 )
 
 
-def _keys(*, vocab: int, hidden: int, mlp: int, layers: int, heads: int, kv_heads: int | None) -> tuple[Key, ...]:
+def common_keys(
+    *,
+    vocab: int,
+    hidden: int,
+    mlp: int,
+    layers: int,
+    heads: int,
+    kv_heads: int | None,
+    head_dim: int | None = None,
+    is_tied: bool = False,
+    initial_std: float = 0.02,
+) -> tuple[Key, ...]:
     """The keys that all have, with the sizes of the family's class."""
     return (
         Key("vocab_size", "vocab_size", vocab),
@@ -80,9 +91,9 @@ def _keys(*, vocab: int, hidden: int, mlp: int, layers: int, heads: int, kv_head
         Key("num_hidden_layers", "num_layers", layers),
         Key("num_attention_heads", "num_heads", heads),
         Key("num_key_value_heads", "num_kv_heads", kv_heads),
-        Key("head_dim", "head_dim"),
-        Key("initializer_range", "initial_std", 0.02),
-        Key("tie_word_embeddings", "tied_head", False),
+        Key("head_dim", "head_dim", head_dim),
+        Key("initializer_range", "initial_std", initial_std),
+        Key("tie_word_embeddings", "tied_head", is_tied),
     )
 
 
@@ -99,12 +110,11 @@ def write_biases(model: ModelConfig) -> dict[str, Any]:
     return {"attention_bias": model.has_qkv_bias, "mlp_bias": model.has_mlp_bias}
 
 
-def read_window(file: ConfigFile) -> None:
-    """Mistral's: every layer has it, or none."""
-    window = file.whole("sliding_window", 4096) if file.get("sliding_window", 4096) is not None else None
-    if window is not None:
+def read_window(file: ConfigFile, default: int | None = 4096) -> None:
+    """Mistral's: every layer has it, or none; `default` is the class's."""
+    if file.get("sliding_window", default) is not None:
         file.set("pattern", "W-", "sliding_window")
-        file.set("attention.window", window, "sliding_window")
+        file.set("attention.window", file.whole("sliding_window", default or 0), "sliding_window")
 
 
 def write_window(model: ModelConfig) -> dict[str, Any]:
@@ -118,27 +128,42 @@ def read_windows(file: ConfigFile, layers: int = 32) -> None:
     used, first = file.flag("use_sliding_window", False), file.whole("max_window_layers", 28)
     window = file.get("sliding_window", 4096) if used else None
     file.get("sliding_window")
+    usual = [SLIDING if window is not None and number >= first else FULL for number in range(count)]
+    kinds = kinds_of_layers(file, usual)
+    if SLIDING in kinds and window is None:
+        file.refuse("layer_types", f"{SLIDING} needs use_sliding_window and a sliding_window")
+    set_kinds(file, kinds)
+
+
+def kinds_of_layers(file: ConfigFile, usual: list[str]) -> list[str]:
+    """What each layer attends to; `usual` is the class's where the file does not say it."""
     kinds = file.get("layer_types")
-    if kinds is None:
-        kinds = [SLIDING if window is not None and number >= first else FULL for number in range(count)]
-    if not isinstance(kinds, list) or len(kinds) != count or not all(kind in (SLIDING, FULL) for kind in kinds):
-        file.refuse("layer_types", f"it must be a list of {count:,} of {FULL} and {SLIDING}")
+    kinds = usual if kinds is None else kinds
+    if not isinstance(kinds, list) or len(kinds) != len(usual) or not all(kind in (SLIDING, FULL) for kind in kinds):
+        file.refuse("layer_types", f"it must be a list of {len(usual):,} of {FULL} and {SLIDING}")
+    return kinds
+
+
+def set_kinds(file: ConfigFile, kinds: list[str]) -> None:
+    """The pattern, and the window where a layer has one."""
     if SLIDING not in kinds:
         return
-    if window is None:
-        file.refuse("layer_types", f"{SLIDING} needs use_sliding_window and a sliding_window")
     file.set("attention.window", file.whole("sliding_window", 4096), "sliding_window")
-    pattern = "".join("W-" if kind == SLIDING else "*-" for kind in kinds)
     if FULL not in kinds:
         file.set("pattern", "W-", "layer_types")
         return
-    file.set("pattern", pattern, "layer_types")
+    file.set("pattern", "".join("W-" if kind == SLIDING else "*-" for kind in kinds), "layer_types")
     file.set("num_layers", 1, "layer_types")
+
+
+def kinds_of_model(model: ModelConfig) -> list[str]:
+    """The same of a model's layers."""
+    return [SLIDING if branch == ("W",) else FULL for branch in model.layout.layers[::2]]
 
 
 def write_windows(model: ModelConfig) -> dict[str, Any]:
     """By the kind of each layer; of transformers before 4.52 also by how many come before the first with a window."""
-    kinds = [SLIDING if branch == ("W",) else FULL for branch in model.layout.layers[::2]]
+    kinds = kinds_of_model(model)
     if SLIDING not in kinds:
         return {"use_sliding_window": False}
     window = {"use_sliding_window": True, "sliding_window": model.attention.window}
@@ -155,14 +180,14 @@ RMS_KEYS = (Key("rms_norm_eps", "norm_epsilon", 1e-6), Key("hidden_act", "activa
 
 LLAMA = HubFamily(
     architecture="LlamaForCausalLM",
-    keys=(*_keys(vocab=32000, hidden=4096, mlp=11008, layers=32, heads=32, kv_heads=None), *RMS_KEYS),
+    keys=(*common_keys(vocab=32000, hidden=4096, mlp=11008, layers=32, heads=32, kv_heads=None), *RMS_KEYS),
     tensors=TENSORS,
     constants=RMS,
     further=(BIASES, rotary()),
 )
 MISTRAL = HubFamily(
     architecture="MistralForCausalLM",
-    keys=(*_keys(vocab=32000, hidden=4096, mlp=14336, layers=32, heads=32, kv_heads=8), *RMS_KEYS),
+    keys=(*common_keys(vocab=32000, hidden=4096, mlp=14336, layers=32, heads=32, kv_heads=8), *RMS_KEYS),
     tensors=TENSORS,
     constants=RMS,
     only={"attention_bias": False, "mlp_bias": False},
@@ -170,7 +195,7 @@ MISTRAL = HubFamily(
 )
 QWEN2 = HubFamily(
     architecture="Qwen2ForCausalLM",
-    keys=(*_keys(vocab=151936, hidden=4096, mlp=22016, layers=32, heads=32, kv_heads=32), *RMS_KEYS),
+    keys=(*common_keys(vocab=151936, hidden=4096, mlp=22016, layers=32, heads=32, kv_heads=32), *RMS_KEYS),
     tensors=TENSORS,
     constants={**RMS, "qkv_bias": True},
     further=(WINDOWS, rotary(positions=32768)),
@@ -186,10 +211,7 @@ QWEN3 = HubFamily(
 NEMOTRON = HubFamily(
     architecture="NemotronForCausalLM",
     keys=(
-        *(
-            replace(key, default=0.0134) if key.theirs == "initializer_range" else key
-            for key in _keys(vocab=256000, hidden=6144, mlp=24576, layers=32, heads=48, kv_heads=None)
-        ),
+        *common_keys(vocab=256000, hidden=6144, mlp=24576, layers=32, heads=48, kv_heads=None, initial_std=0.0134),
         Key("norm_eps", "norm_epsilon", 1e-5),
         Key("hidden_act", "activation", "relu2", PLAIN),
     ),
