@@ -27,7 +27,7 @@ from jaxtron.run.state import divided
 from jaxtron.weights.config_json import CONFIG_JSON
 from jaxtron.weights.hub import SaidModel
 from jaxtron.weights.load import partition_of
-from jaxtron.weights.rows import parameter_views, write_part
+from jaxtron.weights.rows import write_part
 from jaxtron.weights.shards import make_shards
 from jaxtron.weights.table import TensorTable, own_shape
 from jaxtron.words import plural, readable_bytes
@@ -126,7 +126,7 @@ def _shapes(session: Session, table: TensorTable, model: ModelConfig) -> dict[st
         shape = spec.shape if partition is None else spec.shape[1:]
         for row in (None,) if partition is None else range(partition.num_layers):
             place = table.place(model, name, row)
-            stored = place.tensor.stored_shape(own_shape(place.tensor, model, shape))
+            stored = place.stored_shape(own_shape(place.tensor, model, shape))
             found |= dict.fromkeys(place.tensors, stored)
     return found
 
@@ -153,8 +153,7 @@ class _Filler:
     def _put(self, row: int | None, values: np.ndarray, starts: tuple[int, ...]) -> None:
         place = self._table.place(self._model, self._name, row)
         shape = own_shape(place.tensor, self._model, self._shape)
-        views = parameter_views(place.tensor, [self._tensors[name] for name in place.tensors], place.name, shape)
-        write_part(place.tensor, views, values, starts)
+        write_part(place, [self._tensors[name] for name in place.tensors], shape, values, starts)
 
 
 def _check_numbers(name: str, part: np.ndarray, dtype: str, path: Path) -> None:

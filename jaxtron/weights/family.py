@@ -100,7 +100,7 @@ class HubFamily:
             found |= key.write(model)
             if key.ours == LAYERS:
                 # the pattern may be spelled out
-                found[key.theirs] = len(model.layout.layers) // self.tensors.layers_in_one
+                found[key.theirs] = model.num_branches // self.tensors.branches_in_one
         for rule in self.further:
             found |= rule.write(model)
         return found

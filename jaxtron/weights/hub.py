@@ -13,12 +13,19 @@ from jaxtron.data.config import DataConfig
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.same import differences
 from jaxtron.weights.config_json import CONFIG_JSON, WITHOUT_EFFECT, ConfigFile, as_json, read_config_json
+from jaxtron.weights.families.bloom import BLOOM
+from jaxtron.weights.families.cohere import COHERE
+from jaxtron.weights.families.falcon import FALCON
 from jaxtron.weights.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxtron.weights.families.gpt2 import GPT2
+from jaxtron.weights.families.gpt_neox import GPT_NEOX
+from jaxtron.weights.families.gptj import GPTJ
 from jaxtron.weights.families.granite import GRANITE
 from jaxtron.weights.families.llama import LLAMA, MISTRAL, NEMOTRON, QWEN2, QWEN3
 from jaxtron.weights.families.olmo2 import OLMO2
+from jaxtron.weights.families.opt import OPT
 from jaxtron.weights.families.phi import PHI
+from jaxtron.weights.families.phi3 import PHI3
 from jaxtron.weights.families.starcoder2 import STARCODER2
 from jaxtron.weights.family import HubFamily
 from jaxtron.weights.megatron.arguments import megatron_settings
@@ -38,7 +45,14 @@ FAMILIES: dict[str, HubFamily] = {
     "granite": GRANITE,
     "olmo2": OLMO2,
     "phi": PHI,
+    "phi3": PHI3,
     "starcoder2": STARCODER2,
+    "bloom": BLOOM,
+    "cohere": COHERE,
+    "falcon": FALCON,
+    "gpt_neox": GPT_NEOX,
+    "gptj": GPTJ,
+    "opt": OPT,
 }
 TOKENIZER = "tokenizer.json"
 # files of tokenizers that are read, the first that is there

@@ -140,7 +140,7 @@ class WeightReader:
             )
         for name, one in names.items():
             assert one.place is not None
-            stored, here = there[name], one.place.tensor.stored_shape(one.shape)
+            stored, here = there[name], one.place.stored_shape(one.shape)
             if stored.shape != here:
                 raise UserError(
                     f"{stored.path} has {name} of shape {list(stored.shape)}, and {self._files.described} beside it "
@@ -165,7 +165,7 @@ class WeightReader:
     def values(self, place: Place, shape: tuple[int, ...]) -> np.ndarray:
         """A parameter's numbers."""
         tensors = [self._files.read(self._stored(name)) for name in place.tensors]
-        return read_parameter(place.tensor, tensors, place.name, shape)
+        return read_parameter(place, tensors, shape)
 
     def load(
         self, name: str, spec: ParameterSpec, sharding: jax.sharding.NamedSharding, partition: Partition | None

@@ -227,6 +227,11 @@ def _modules(
         is_stacked = layer.startswith((STACKED, BY_KIND))
         for row in range(len(a)) if is_stacked else (None,):
             place = table.place(model, f"{layer}.kernel", row)
+            if place.rows is not None:
+                raise UserError(
+                    f"adapters of {place.tensors[0]}, whose rows are several projections' or in another order than "
+                    f"here, are not known: leave {place.name.removesuffix('.kernel')} out of train.lora.targets"
+                )
             tensor, dims = place.tensor, place.tensor.dims.split()
             several = a.ndim + b.ndim - 2 - 2 * is_stacked > len(dims)
             blocks = {tensor.shared: tensor.parameters.index(place.name)} if tensor.shared else {}

@@ -7,40 +7,33 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxtron.weights.table import Tensor
+from jaxtron.weights.table import Place, Rows
 
 
-def read_parameter(row: Tensor, tensors: Sequence[np.ndarray], name: str, shape: Sequence[int]) -> np.ndarray:
-    """The parameter of this name and shape, of the file's tensors."""
-    sizes = row.sizes(shape)
+def read_parameter(place: Place, tensors: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
+    """The parameter of this place and shape, of the file's tensors."""
+    row, sizes = place.tensor, place.tensor.sizes(shape)
+    if place.rows is not None:
+        tensors = [tensor.take(place.rows.places, place.rows.dim) for tensor in tensors]
     split = [tensor.reshape([sizes[letter] for letter in row.letters]) for tensor in tensors]
     array, letters = (np.stack(split), row.counted + row.letters) if row.counted else (split[0], row.letters)
     if row.shared:
-        place = letters.index(row.shared)
-        array = array.take(row.parameters.index(name), place)
+        shared = letters.index(row.shared)
+        array = array.take(row.parameters.index(place.name), shared)
         letters = letters.replace(row.shared, "")
     return array.transpose([letters.index(letter) for letter in row.dims.split()])
 
 
-def parameter_views(row: Tensor, tensors: Sequence[np.ndarray], name: str, shape: Sequence[int]) -> list[np.ndarray]:
-    """The file's tensors seen as the parameter of this name and shape: what is put into the views is in the tensors.
-
-    One view, or where a dimension counts tensors one for each, without that dimension.
-    """
-    sizes, views = row.sizes(shape), []
-    for tensor in tensors:
-        view, letters = tensor.reshape([sizes[letter] for letter in row.letters]), row.letters
-        if row.shared:
-            place = letters.index(row.shared)
-            view = view[(slice(None),) * place + (row.parameters.index(name),)]
-            letters = letters.replace(row.shared, "")
-        views.append(view.transpose([letters.index(letter) for letter in row.dims.split() if letter in letters]))
-    return views
-
-
-def write_part(row: Tensor, views: Sequence[np.ndarray], part: np.ndarray, starts: Sequence[int]) -> None:
-    """Puts a part of a parameter, which begins at these places, into the views; what lies beyond them is padding."""
-    counted = row.dims.split().index(row.counted) if row.counted else None
+def write_part(
+    place: Place, tensors: Sequence[np.ndarray], shape: Sequence[int], part: np.ndarray, starts: Sequence[int]
+) -> None:
+    """Puts a part of the parameter of this place and shape, which begins at these places of it, into the file's
+    tensors; what lies beyond the shape is padding."""
+    if place.rows is not None:
+        _put_rows(place, place.rows, tensors[0], shape, part, starts)
+        return
+    views = _views(place, tensors, shape)
+    counted = place.tensor.dims.split().index(place.tensor.counted) if place.tensor.counted else None
     if counted is None:
         _put(views[0], part, starts)
         return
@@ -48,6 +41,47 @@ def write_part(row: Tensor, views: Sequence[np.ndarray], part: np.ndarray, start
     first = starts.pop(counted)
     for number in range(part.shape[counted]):
         _put(views[first + number], part.take(number, counted), starts)
+
+
+def _views(place: Place, tensors: Sequence[np.ndarray], shape: Sequence[int]) -> list[np.ndarray]:
+    """The file's tensors seen as the parameter: what is put into the views is in the tensors.
+
+    One view, or where a dimension counts tensors one for each, without that dimension.
+    """
+    row, sizes, views = place.tensor, place.tensor.sizes(shape), []
+    for tensor in tensors:
+        view, letters = tensor.reshape([sizes[letter] for letter in row.letters]), row.letters
+        if row.shared:
+            shared = letters.index(row.shared)
+            view = view[(slice(None),) * shared + (row.parameters.index(place.name),)]
+            letters = letters.replace(row.shared, "")
+        views.append(view.transpose([letters.index(letter) for letter in row.dims.split() if letter in letters]))
+    return views
+
+
+def _put_rows(
+    place: Place, rows: Rows, tensor: np.ndarray, shape: Sequence[int], part: np.ndarray, starts: Sequence[int]
+) -> None:
+    """The same of rows that lie otherwise."""
+    dims, words = place.tensor.dims.split(), place.tensor.stored.split()
+    own = words.pop(rows.dim)
+    # other words of several letters would be no views
+    assert sorted([*own, *words]) == sorted(dims), place.tensor
+    sizes = place.tensor.sizes(shape)
+    there = {
+        letter: slice(start, min(start + size, sizes[letter]))
+        for letter, start, size in zip(dims, starts, part.shape, strict=True)
+    }
+    if any(bounds.start >= bounds.stop for bounds in there.values()):
+        return
+    part = part[tuple(slice(there[letter].stop - there[letter].start) for letter in dims)]
+    part = part.transpose([dims.index(letter) for letter in (*own, *words)])
+    places = np.asarray(rows.places).reshape([sizes[letter] for letter in own])
+    places = places[tuple(there[letter] for letter in own)].reshape(-1)
+    # as in `_put`
+    with np.errstate(over="ignore"):
+        values = part.reshape(len(places), *part.shape[len(own) :]).astype(tensor.dtype)
+    np.moveaxis(tensor, rows.dim, 0)[(places, *(there[word] for word in words))] = values
 
 
 def _put(view: np.ndarray, part: np.ndarray, starts: Sequence[int]) -> None:

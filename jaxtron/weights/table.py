@@ -4,7 +4,7 @@ Dimensions are letters, so that a row of the table says how both lie: `E H D` he
 a split of the rows into heads.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -14,6 +14,18 @@ from jaxtron.models.decoder.pattern import layer_kinds
 # rows of a table of tokens, of which files have no padding
 VOCABULARY = "V"
 STACKED, LEADING, BY_KIND = "stack.periods.layers.", "stack.leading.", "stack.layers."
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of a parameter are in a tensor that has those of others too, or has them in another order."""
+
+    places: Sequence[int]
+    """By the parameter's rows."""
+    total: int
+    """The tensor's."""
+    dim: int = 0
+    """The dimension of the tensor that they are along."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,9 @@ class Tensor:
     """The tensor's name, in its layer too."""
     stored: str
     """Its dimensions, a word each."""
+    rows: Callable[[ModelConfig, str], Rows] | None = None
+    """Where they lie otherwise than letters can say: of one parameter in one tensor, by the model and the parameter's
+    name. `stored` then is what the tensor would be if the parameter's rows were all, in their order."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -79,6 +94,15 @@ class Place:
     name: str
     """The parameter's among those of the row."""
     tensors: tuple[str, ...]
+    rows: Rows | None = None
+    """Those of the tensor that are the parameter's (none: as the row's letters say)."""
+
+    def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """That of each tensor, of a parameter of this shape."""
+        found = list(self.tensor.stored_shape(shape))
+        if self.rows is not None:
+            found[self.rows.dim] = self.rows.total
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -91,8 +115,8 @@ class TensorTable:
     """Those of the layers, by the symbol of `model.pattern` that they are."""
     layer: str
     """The beginning of a layer's names, with its number as {}."""
-    layers_in_one: int = 2
-    """Layers of the pattern in one of the file's: attention and MLP."""
+    branches_in_one: int = 2
+    """Symbols of the pattern in one of the file's layers: attention and MLP, one after the other or side by side."""
     base: str = "model."
     """What begins the names of all but the head; files of the model without a head leave it out."""
     head: str = "lm_head.weight"
@@ -112,13 +136,14 @@ class TensorTable:
         if place is None:
             rows, beginning = self.outer, ""
         else:
-            number = place // self.layers_in_one
+            number = sum(map(len, model.layout.layers[:place])) // self.branches_in_one
             rows = [tensor for symbol in model.layout.layers[place] for tensor in self.branches.get(symbol, ())]
             beginning = self.layer.format(number)
         found = next((tensor for tensor in rows if own in tensor.parameters), None)
         if found is None:
             return None
-        return Place(found, own, tuple(beginning + theirs for theirs in found.tensors))
+        rows_there = None if found.rows is None else found.rows(model, own)
+        return Place(found, own, tuple(beginning + theirs for theirs in found.tensors), rows_there)
 
 
 def own_shape(tensor: Tensor, model: ModelConfig, shape: Sequence[int]) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ import numpy as np
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.pattern import layer_kinds
 from jaxtron.models.decoder.state_space import mamba2_heads
-from tests.hugging_face import dense
 from tests.hugging_face.fixtures import Fixture
 
 Config = dict[str, Any]
@@ -267,7 +266,6 @@ FAMILIES: dict[str, Callable[[Config], dict[str, Any]]] = {
     "bamba": bamba,
     "jamba": jamba,
 }
-DENSE = dense.SETTINGS.keys()
 # those whose layers are by pattern
 HYBRID = ("mamba", "mamba2", "nemotron_h", "bamba", "jamba")
 
@@ -275,8 +273,6 @@ HYBRID = ("mamba", "mamba2", "nemotron_h", "bamba", "jamba")
 def model_of(fixture: Fixture) -> ModelConfig:
     """The settings of the same model."""
     config = fixture.config
-    if config["model_type"] in DENSE:
-        return ModelConfig(**dense.settings_of(config))
     shared = hybrid if config["model_type"] in HYBRID else common
     return ModelConfig(**{**shared(config), **FAMILIES[config["model_type"]](config)})
 
@@ -296,9 +292,6 @@ class Reader:
 
 def parameters_of(fixture: Fixture, model: ModelConfig) -> Arrays:
     """By name, as `Blueprint.names` has them, every weight of the fixture, layers of a period stacked."""
-    if fixture.config["model_type"] in DENSE:
-        outer, layers = dense.parameters(fixture.weights, fixture.config, model)
-        return outer | stacked_by_place(layers, model)
     read = Reader({name.replace("backbone.", "model."): array for name, array in fixture.weights.items()})
     padding = ((0, model.padded_vocab - model.vocab_size), (0, 0))
     table = "embeddings" if read.has("model.embeddings.weight") else "embed_tokens"

@@ -18,7 +18,7 @@ from jaxtron.typing import PyTree
 from jaxtron.weights.hub import FAMILIES as READ
 from jaxtron.weights.hub import hub_settings
 from jaxtron.weights.load import load_parameters
-from tests.hugging_face.families import DENSE, FAMILIES, model_of, parameters_of
+from tests.hugging_face.families import FAMILIES, model_of, parameters_of
 from tests.hugging_face.fixtures import FOLDER, Fixture, load, write
 from tests.support.logits import decoded, logits
 
@@ -93,5 +93,4 @@ def test_what_goes_on_from_memory_has_the_logits_of_the_whole(name, rules_for, t
 
 def test_every_family_has_a_fixture():
     found = {load(path.stem).config["model_type"] for path in FOLDER.glob("*.npz")}
-    reshaped = FAMILIES.keys() | DENSE
-    assert found == reshaped | READ.keys() and not reshaped & READ.keys()
+    assert found == FAMILIES.keys() | READ.keys() and not FAMILIES.keys() & READ.keys()

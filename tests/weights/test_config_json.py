@@ -108,6 +108,13 @@ DEFAULTS = {
     "olmo2": "tied_head false norm_epsilon 1e-05 qk_norm projection norm_placement output vocab_size 50304",
     "phi": "tied_head false head_bias true rotary.fraction 0.5 activation gelu_tanh pattern (*-)",
     "starcoder2": "tied_head true num_kv_heads 2 pattern *- bias true activation gelu_tanh initial_std 0.018042",
+    "bloom": "tied_head true position alibi embedding_norm true activation gelu_tanh num_heads 8 hidden_size 64",
+    "cohere": "tied_head true logit_scale 0.0625 rotary.base 500000.0 qk_norm false bias false pattern (*-)",
+    "falcon": "tied_head true num_kv_heads 1 bias false norm_bias true pattern (*-) branch_norms false activation gelu",
+    "gpt_neox": "tied_head false rotary.fraction 0.25 pattern (*-) branch_norms true activation gelu mlp_size 24576",
+    "gptj": "tied_head false head_bias true rotary.fraction 0.25 activation gelu_tanh mlp_size none qkv_bias false",
+    "opt": "tied_head true max_positions 2048 activation relu position learned mlp_size 3072",
+    "phi3": "tied_head false num_kv_heads none rotary.fraction 1.0 norm_epsilon 1e-05 pattern *- vocab_size 32064",
     "qwen3": "num_kv_heads 32 qk_norm true head_dim 128 pattern *- mlp_size 22016",
 }
 
@@ -123,6 +130,9 @@ def test_a_key_that_is_not_there_means_what_the_class_takes(family: str, tmp_pat
         assert format_value(at) == value, name
 
 
+ROTARY = RotaryConfig(base=100.0)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "expected"),
     [
@@ -132,6 +142,14 @@ def test_a_key_that_is_not_there_means_what_the_class_takes(family: str, tmp_pat
         ("qwen2", {"layer_types": ..., "use_sliding_window": False}, {"pattern": "*-", "num_layers": 3}),
         ("llama", {"attention_bias": True}, {"bias": True, "has_mlp_bias": False, "has_attention_output_bias": True}),
         ("llama", {"mlp_bias": True}, {"has_qkv_bias": False, "has_mlp_bias": True}),
+        ("gpt_neox", {"use_parallel_residual": False}, {"pattern": "*-", "branch_norms": False}),
+        ("gpt_neox", {"attention_bias": False}, {"has_qkv_bias": False, "has_mlp_bias": True}),
+        ("gpt_neox", {"rope_parameters": ..., "rotary_pct": 1.0, "rotary_emb_base": 100}, {"rotary": ROTARY}),
+        ("bloom", {"n_head": ..., "num_attention_heads": 3, "hidden_size": ..., "n_embed": 12}, {"head_size": 4}),
+        ("falcon", {"num_ln_in_parallel_attn": 1}, {"branch_norms": False, "kv_heads": 2}),
+        ("falcon", {"num_ln_in_parallel_attn": None}, {"branch_norms": True, "kv_heads": 2}),
+        ("falcon_7b", {"multi_query": False, "parallel_attn": False}, {"pattern": "*-", "kv_heads": 4}),
+        ("cohere", {"attention_bias": True}, {"has_qkv_bias": True, "has_mlp_bias": False, "norms_have_bias": False}),
         ("gpt2", {"n_inner": None}, {"mlp_size": None, "mlp_width": 128}),
         ("llama", {"num_key_value_heads": None, "head_dim": ...}, {"kv_heads": 4, "head_size": 8}),
     ],
@@ -190,7 +208,7 @@ def rope(**values: Any) -> dict[str, Any]:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", {"model_type": "bert"}, 'has model_type "bert": known here are gemma, gemma2'),
+    ("llama", {"model_type": "bert"}, 'has model_type "bert": known here are bloom, cohere'),
     ("llama", {"model_type": ...}, "has no model_type: known here are"),
     ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "only weights of LlamaForCausalLM are read"),
     ("llama", {"clip_qkv": 8.0, "logit_scale": 2}, "clip_qkv 8.0: that key of a llama is not known here (and 1 more)"),
@@ -231,6 +249,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"use_sliding_window": False}, "sliding_attention needs use_sliding_window and a sliding_window"),
     ("qwen2", {"num_hidden_layers": 10**12, "layer_types": ...}, "it must be a whole number up to 65,536"),
     ("qwen3", {"attention_bias": True}, "attention_bias true: only false is known here"),
+    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before false: only true is known here"),
+    ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim 16: only hidden_size is known here"),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}, "only false is known here"),
+    ("falcon", {"alibi": True}, "alibi true: only false is known here"),
+    ("falcon", {"parallel_attn": False}, "parallel_attn false: with new_decoder_architecture true only true is known"),
+    ("falcon_7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn 2: that is of new_decoder_architecture"),
+    ("gptj", {"rotary_dim": 9}, "rotary_dim 9: it must be an even number from 2 to 8"),
+    ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "it must be a list of 3 of full_attention and sliding"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "only false is known here"),
     ("gpt2", {"activation_function": "silu"}, "of a gpt2 gelu, gelu_new, gelu_pytorch_tanh, or relu are known here"),
 ]

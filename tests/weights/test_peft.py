@@ -165,3 +165,10 @@ def test_another_rank_is_refused(tmp_path: Path):
     }
     with pytest.raises(UserError, match="with rank 3, and train.lora.rank is 4: give --train.lora.rank 3"):
         read_adapters(tmp_path, wider, table(False), LLAMA, LoraConfig(rank=4))
+
+
+def test_projections_whose_rows_lie_otherwise_are_refused(tmp_path: Path):
+    with pytest.raises(
+        UserError, match=r"adapters of model.layers.0.self_attn.qkv_proj.weight, .* leave attention\.query"
+    ):
+        write_adapters(tmp_path, random(False), FAMILIES["phi3"].tensors, LLAMA, LORA, "base")

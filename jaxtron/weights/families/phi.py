@@ -10,7 +10,7 @@ PHI = HubFamily(
     keys=(
         *common_keys(vocab=51200, hidden=2048, mlp=8192, layers=24, heads=32, kv_heads=None),
         Key("layer_norm_eps", "norm_epsilon", 1e-5),
-        Key("hidden_act", "activation", "gelu_new", {"gelu_new": "gelu_tanh", **PLAIN}),
+        Key("hidden_act", "activation", "gelu_new", PLAIN),
     ),
     tensors=TensorTable(
         outer=(
@@ -36,7 +36,6 @@ PHI = HubFamily(
             ),
         },
         layer="model.layers.{}.",
-        layers_in_one=1,
         ignored=("rotary_emb.inv_freq",),
     ),
     constants={"norm": "layer_norm", "bias": True, "pattern": "(*-)", "head_bias": True},

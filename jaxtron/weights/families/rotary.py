@@ -35,6 +35,8 @@ NUMBERS: dict[ScalingKind, dict[str, str]] = {
 BY_ITSELF = ("beta_fast", "beta_slow", "attention_factor")
 # of longrope, one a pair
 FACTORS = {"short_factor": "short_factors", "long_factor": "long_factors"}
+# the first files of Phi-3
+OLD_NAMES = {"su": "longrope"}
 THETA, FRACTION = "rope_theta", "partial_rotary_factor"
 
 
@@ -68,13 +70,13 @@ def read_rotary(
             file.refuse(key, f"positions of a {file.model_type} that differ by the kind of layer are not known", name)
     for theirs, default in own.items():
         # of transformers 4, where null is as good as nothing
-        given = file.get(names.get(theirs, theirs))
-        file.get(theirs)
+        old, usual = file.get(names.get(theirs, theirs)), file.get(theirs)
+        given = usual if old is None else old
         if rope.get(theirs) is None:
             rope[theirs] = default if given is None else given
     if original is not None:
         outside = file.get(ORIGINAL, original)
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
+        if rope.get("rope_type", rope.get("type")) in ("longrope", *OLD_NAMES):
             rope.setdefault(ORIGINAL, outside)
     file.set("position", "rotary", "model_type")
     set_rotary(file, rope, key, "rotary", positions)
@@ -102,8 +104,7 @@ def set_rotary(file: ConfigFile, rope: dict[str, Any], key: str, setting: str, p
     rope.pop("type", None)
     for theirs, ours in ((THETA, "base"), (FRACTION, "fraction")):
         file.set(f"{setting}.{ours}", rope.pop(theirs), theirs)
-    # the name of Phi-3's first files
-    kind = "longrope" if kind == "su" else kind
+    kind = OLD_NAMES.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in ("default", *NUMBERS):
         file.refuse(key, f"rope_type {as_json(kind)} is not known here; known are default, {', '.join(NUMBERS)}")
     if kind != "default":

@@ -1,0 +1,94 @@
+"""GPT-NeoX and Pythia: attention and MLP side by side, each on a norm of its own, or one after the other."""
+
+from typing import Any
+
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.weights.config_json import ConfigFile
+from jaxtron.weights.families.llama import PLAIN, norm_rows
+from jaxtron.weights.families.rotary import FRACTION, THETA, rotary
+from jaxtron.weights.family import HubFamily, Key, Rule
+from jaxtron.weights.table import Tensor, TensorTable
+
+PARALLEL = "(*-)"
+KERNELS, BIASES = (tuple(f"attention.{one}.{what}" for one in ("query", "key", "value")) for what in ("kernel", "bias"))
+
+
+def linear_rows(ours: str, theirs: str, dims: tuple[str, str]) -> tuple[Tensor, Tensor]:
+    """A matrix and its bias, by the letters of inputs and outputs."""
+    inputs, outputs = dims
+    kernel = Tensor(f"{ours}.kernel", " ".join(inputs + outputs), f"{theirs}.weight", f"{outputs} {inputs}")
+    return kernel, Tensor(f"{ours}.bias", " ".join(outputs), f"{theirs}.bias", outputs)
+
+
+def attention_by_head(theirs: str) -> tuple[Tensor, ...]:
+    """Of each head queries, key and value; and back."""
+    return (
+        Tensor(KERNELS, "E H D", f"{theirs}.query_key_value.weight", "HQD E"),
+        Tensor(BIASES, "H D", f"{theirs}.query_key_value.bias", "HQD"),
+        *linear_rows("attention.output", f"{theirs}.dense", ("HD", "E")),
+    )
+
+
+# as BLOOM and Falcon have it too
+MLP = (
+    *linear_rows("mlp.up", "mlp.dense_h_to_4h", ("E", "F")),
+    *linear_rows("mlp.down", "mlp.dense_4h_to_h", ("F", "E")),
+)
+
+
+def _read_residual(file: ConfigFile) -> None:
+    if file.flag("use_parallel_residual", True):
+        file.set("pattern", PARALLEL, "use_parallel_residual")
+        file.set("branch_norms", True, "use_parallel_residual")
+    if not file.flag("attention_bias", True):
+        for setting in ("qkv_bias", "attention_output_bias"):
+            file.set(setting, False, "attention_bias")
+
+
+def _write_residual(model: ModelConfig) -> dict[str, Any]:
+    return {"use_parallel_residual": model.branch_norms, "attention_bias": model.has_qkv_bias}
+
+
+GPT_NEOX = HubFamily(
+    architecture="GPTNeoXForCausalLM",
+    keys=(
+        Key("vocab_size", "vocab_size", 50432),
+        Key("hidden_size", "hidden_size", 6144),
+        Key("intermediate_size", "mlp_size", 24576),
+        Key("num_hidden_layers", "num_layers", 44),
+        Key("num_attention_heads", "num_heads", 64),
+        Key("initializer_range", "initial_std", 0.02),
+        Key("tie_word_embeddings", "tied_head", False),
+        Key("layer_norm_eps", "norm_epsilon", 1e-5),
+        Key("hidden_act", "activation", "gelu", PLAIN),
+    ),
+    tensors=TensorTable(
+        outer=(
+            Tensor("embedding.table", "V E", "gpt_neox.embed_in.weight", "V E"),
+            *norm_rows("final_norm", "gpt_neox.final_layer_norm"),
+            Tensor("head.table", "V E", "embed_out.weight", "V E"),
+        ),
+        branches={
+            "*": (
+                *norm_rows("attention_norm", "input_layernorm"),
+                *norm_rows("norm", "input_layernorm"),
+                *attention_by_head("attention"),
+            ),
+            "-": (
+                *norm_rows("mlp_norm", "post_attention_layernorm"),
+                *norm_rows("norm", "post_attention_layernorm"),
+                *MLP,
+            ),
+        },
+        layer="gpt_neox.layers.{}.",
+        base="gpt_neox.",
+        head="embed_out.weight",
+        ignored=(".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq"),
+    ),
+    constants={"norm": "layer_norm", "bias": True},
+    further=(
+        Rule(_read_residual, _write_residual),
+        rotary(fraction=0.25, names={THETA: "rotary_emb_base", FRACTION: "rotary_pct"}),
+    ),
+    without_effect="classifier_dropout hidden_dropout",
+)

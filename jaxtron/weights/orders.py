@@ -1,0 +1,61 @@
+"""Orders of a tensor's rows that letters cannot say: projections of different sizes in one, rotated pairs that are
+neighbours, positions that begin later. By the model, and the parameter's name in its layer."""
+
+from collections.abc import Callable, Iterable
+
+from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.weights.table import Rows
+
+
+def side_by_side(model: ModelConfig, name: str) -> Rows:
+    """All queries, then all keys, then all values (Phi-3)."""
+    heads, keys = model.num_heads, model.kv_heads
+    first, count = {"query": (0, heads), "key": (heads, keys), "value": (heads + keys, keys)}[_projection(name)]
+    return Rows(_rows(range(first, first + count), model.head_size), (heads + 2 * keys) * model.head_size)
+
+
+def by_group(model: ModelConfig, name: str) -> Rows:
+    """Of each key head the queries that share it, the key and the value (Falcon)."""
+    keys = model.kv_heads
+    queries = model.num_heads // keys
+    own = {"query": range(queries), "key": range(queries, queries + 1), "value": range(queries + 1, queries + 2)}
+    heads = [group * (queries + 2) + place for group in range(keys) for place in own[_projection(name)]]
+    return Rows(_rows(heads, model.head_size), keys * (queries + 2) * model.head_size)
+
+
+def neighbours(model: ModelConfig, name: str) -> Rows:
+    """Of queries or keys, whose rotated pairs are neighbours there, and halves here (GPT-J, Cohere)."""
+    heads = model.num_heads if _projection(name) == "query" else model.kv_heads
+    order = _halves(model)
+    return Rows([head * len(order) + place for head in range(heads) for place in order], heads * len(order))
+
+
+def neighbours_of_norm(model: ModelConfig, name: str) -> Rows:
+    """The same of norms of each head."""
+    return Rows(_halves(model), model.head_size, dim=1)
+
+
+def after(count: int) -> Callable[[ModelConfig, str], Rows]:
+    """Positions that begin after so many rows, which are of no token (OPT)."""
+
+    def of_model(model: ModelConfig, name: str) -> Rows:
+        assert model.max_positions is not None
+        return Rows(range(count, count + model.max_positions), count + model.max_positions)
+
+    return of_model
+
+
+def _projection(name: str) -> str:
+    """Of a name such as attention.query.kernel."""
+    return name.split(".")[1]
+
+
+def _rows(heads: Iterable[int], size: int) -> list[int]:
+    """Of these heads, each of so many."""
+    return [head * size + place for head in heads for place in range(size)]
+
+
+def _halves(model: ModelConfig) -> list[int]:
+    """Where the dimensions of a head are there."""
+    rotated = model.rotary.dimensions(model.head_size)
+    return [*range(0, rotated, 2), *range(1, rotated, 2), *range(rotated, model.head_size)]
