@@ -4,7 +4,7 @@ A family is a file in `families/`: a `HubFamily` of keys, rules and a table. Wha
 them, and neither is trusted: what is written is read again and compared (`hub.config_of`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +76,15 @@ class HubFamily:
     """Further keys that change nothing of what it computes."""
     positions: str | None = "max_position_embeddings"
     """The key of the longest sequence, where it changes nothing of what it computes either."""
+
+    others: Mapping[str, TensorTable] = field(default_factory=dict)
+    """Tables of files that lie otherwise, by the end of a name that only these have."""
+
+    def table_of(self, names: Iterable[str]) -> TensorTable:
+        """That of the files with tensors of these names."""
+        ends = tuple(self.others)
+        found = next((name for name in names if ends and name.endswith(ends)), None)
+        return self.tensors if found is None else next(self.others[end] for end in ends if found.endswith(end))
 
     def read(self, file: ConfigFile) -> None:
         """Sets all settings that a file says; `UserError` for what is not understood."""

@@ -18,14 +18,14 @@ from jaxtron.weights.families.cohere import COHERE
 from jaxtron.weights.families.falcon import FALCON
 from jaxtron.weights.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxtron.weights.families.gpt2 import GPT2
-from jaxtron.weights.families.gpt_neox import GPT_NEOX
-from jaxtron.weights.families.gptj import GPTJ
+from jaxtron.weights.families.gpt_neox import GPT_NEOX, GPTJ
 from jaxtron.weights.families.granite import GRANITE
 from jaxtron.weights.families.llama import LLAMA, MISTRAL, NEMOTRON, QWEN2, QWEN3
+from jaxtron.weights.families.mixtral import MIXTRAL
 from jaxtron.weights.families.olmo2 import OLMO2
 from jaxtron.weights.families.opt import OPT
-from jaxtron.weights.families.phi import PHI
-from jaxtron.weights.families.phi3 import PHI3
+from jaxtron.weights.families.phi import PHI, PHI3
+from jaxtron.weights.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from jaxtron.weights.families.starcoder2 import STARCODER2
 from jaxtron.weights.family import HubFamily
 from jaxtron.weights.megatron.arguments import megatron_settings
@@ -53,6 +53,9 @@ FAMILIES: dict[str, HubFamily] = {
     "gpt_neox": GPT_NEOX,
     "gptj": GPTJ,
     "opt": OPT,
+    "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_moe": QWEN3_MOE,
 }
 TOKENIZER = "tokenizer.json"
 # files of tokenizers that are read, the first that is there

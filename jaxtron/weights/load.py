@@ -61,9 +61,9 @@ def open_weights(directory: Path) -> Iterator[tuple[WeightFiles, TensorTable]]:
     if is_megatron(directory):
         yield open_checkpoint(directory)
         return
-    table = family_of_hub(directory).tensors
+    family = family_of_hub(directory)
     with open_files(directory) as files:
-        yield files, table
+        yield files, family.table_of(files.tensors)
 
 
 @dataclass(frozen=True)

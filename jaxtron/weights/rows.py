@@ -16,7 +16,9 @@ def read_parameter(place: Place, tensors: Sequence[np.ndarray], shape: Sequence[
     if place.rows is not None:
         tensors = [tensor.take(place.rows.places, place.rows.dim) for tensor in tensors]
     split = [tensor.reshape([sizes[letter] for letter in row.letters]) for tensor in tensors]
-    array, letters = (np.stack(split), row.counted + row.letters) if row.counted else (split[0], row.letters)
+    array, letters = split[0], row.counted + row.letters
+    if row.counted:
+        array = np.stack(split).reshape([sizes[letter] for letter in letters])
     if row.shared:
         shared = letters.index(row.shared)
         array = array.take(row.parameters.index(place.name), shared)
@@ -32,21 +34,22 @@ def write_part(
     if place.rows is not None:
         _put_rows(place, place.rows, tensors[0], shape, part, starts)
         return
-    views = _views(place, tensors, shape)
-    counted = place.tensor.dims.split().index(place.tensor.counted) if place.tensor.counted else None
-    if counted is None:
-        _put(views[0], part, starts)
-        return
-    starts = list(starts)
-    first = starts.pop(counted)
-    for number in range(part.shape[counted]):
-        _put(views[first + number], part.take(number, counted), starts)
+    views, dims, sizes = _views(place, tensors, shape), place.tensor.dims.split(), place.tensor.sizes(shape)
+    axes = [dims.index(letter) for letter in place.tensor.counted]
+    rest = [axis for axis in range(len(dims)) if axis not in axes]
+    for numbers in np.ndindex(*(part.shape[axis] for axis in axes)):
+        own = [starts[axis] + number for axis, number in zip(axes, numbers, strict=True)]
+        counts = [sizes[letter] for letter in place.tensor.counted]
+        # others are padding
+        if all(number < count for number, count in zip(own, counts, strict=True)):
+            view = views[int(np.ravel_multi_index(own, counts)) if own else 0]
+            _put(view, part.transpose([*axes, *rest])[numbers], [starts[axis] for axis in rest])
 
 
 def _views(place: Place, tensors: Sequence[np.ndarray], shape: Sequence[int]) -> list[np.ndarray]:
     """The file's tensors seen as the parameter: what is put into the views is in the tensors.
 
-    One view, or where a dimension counts tensors one for each, without that dimension.
+    One view, or where dimensions count tensors one for each, without those dimensions.
     """
     row, sizes, views = place.tensor, place.tensor.sizes(shape), []
     for tensor in tensors:

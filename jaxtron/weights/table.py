@@ -13,6 +13,8 @@ from jaxtron.models.decoder.pattern import layer_kinds
 
 # rows of a table of tokens, of which files have no padding
 VOCABULARY = "V"
+# the number of an expert in a tensor's name
+EXPERT = "{}"
 STACKED, LEADING, BY_KIND = "stack.periods.layers.", "stack.leading.", "stack.layers."
 
 
@@ -32,9 +34,9 @@ class Rows:
 class Tensor:
     """A row of a table: a parameter and a tensor of a file that hold the same numbers, or one and several.
 
-    A letter of `dims` that `stored` lacks counts tensors: gate and up, which are one parameter. One of `stored` that
-    `dims` lacks counts parameters: queries, keys and values in one tensor. Letters side by side are one dimension, the
-    first of them outermost.
+    A letter of `dims` that `stored` lacks counts tensors: gate and up, which are one parameter; of names with {} each
+    expert has its own, and its number comes first. One of `stored` that `dims` lacks counts parameters: queries, keys
+    and values in one tensor. Letters side by side are one dimension, the first of them outermost.
     """
 
     ours: str | tuple[str, ...]
@@ -71,7 +73,7 @@ class Tensor:
 
     @property
     def counted(self) -> str:
-        """The letter along which tensors are stacked, or nothing."""
+        """The letters along which tensors are stacked, the first of them outermost, or nothing."""
         return "".join(letter for letter in self.dims.split() if letter not in self.letters)
 
     @property
@@ -82,7 +84,10 @@ class Tensor:
     def sizes(self, shape: Sequence[int]) -> dict[str, int]:
         """By letter, of a parameter of this shape."""
         sizes = dict(zip(self.dims.split(), shape, strict=True))
-        assert not self.counted or sizes[self.counted] == len(self.tensors), (self, shape)
+        assert not self.counted or prod(sizes[letter] for letter in self.counted) % len(self.tensors) == 0, (
+            self,
+            shape,
+        )
         return sizes | ({self.shared: len(self.parameters)} if self.shared else {})
 
 
@@ -143,7 +148,9 @@ class TensorTable:
         if found is None:
             return None
         rows_there = None if found.rows is None else found.rows(model, own)
-        return Place(found, own, tuple(beginning + theirs for theirs in found.tensors), rows_there)
+        experts = range(model.moe.num_experts if EXPERT in found.tensors[0] else 1)
+        names = [beginning + theirs.replace(EXPERT, str(number)) for number in experts for theirs in found.tensors]
+        return Place(found, own, tuple(names), rows_there)
 
 
 def own_shape(tensor: Tensor, model: ModelConfig, shape: Sequence[int]) -> tuple[int, ...]:

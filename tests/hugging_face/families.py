@@ -43,48 +43,6 @@ def rotary(config: Config) -> dict[str, Any]:
     return found
 
 
-def mixtral(config: Config) -> dict[str, Any]:
-    experts = {"num_experts": config["num_local_experts"], "top_k": config["num_experts_per_tok"]}
-    settings = {"pattern": "*E", "num_kv_heads": config["num_key_value_heads"], "head_dim": config["head_dim"]}
-    return {**settings, "moe": {**experts, "scores": "topk_softmax"}}
-
-
-def qwen2_moe(config: Config) -> dict[str, Any]:
-    assert not config["use_sliding_window"] and not config["mlp_only_layers"]
-    step = config["decoder_sparse_step"]
-    return {
-        "pattern": "*-" * (step - 1) + "*E",
-        "num_layers": config["num_hidden_layers"] // step,
-        "num_kv_heads": config["num_key_value_heads"],
-        "qkv_bias": config["qkv_bias"],
-        "moe": {
-            "num_experts": config["num_experts"],
-            "top_k": config["num_experts_per_tok"],
-            "expert_size": config["moe_intermediate_size"],
-            "shared_size": config["shared_expert_intermediate_size"],
-            "shared_gate": True,
-            "renormalize": config["norm_topk_prob"],
-        },
-    }
-
-
-def qwen3_moe(config: Config) -> dict[str, Any]:
-    assert config["decoder_sparse_step"] == 1 and not config["mlp_only_layers"]
-    return {
-        "pattern": "*E",
-        "num_kv_heads": config["num_key_value_heads"],
-        "head_dim": config["head_dim"],
-        "qk_norm": True,
-        "moe": {
-            # older files say num_experts
-            "num_experts": config["num_local_experts"],
-            "top_k": config["num_experts_per_tok"],
-            "expert_size": config["moe_intermediate_size"],
-            "renormalize": config["norm_topk_prob"],
-        },
-    }
-
-
 def gpt_oss(config: Config) -> dict[str, Any]:
     kinds = {"sliding_attention": "WE", "full_attention": "*E"}
     assert config["attention_bias"] and (config["swiglu_alpha"], config["swiglu_limit"]) == (1.702, 7.0)
@@ -254,9 +212,6 @@ def jamba(config: Config) -> dict[str, Any]:
 
 
 FAMILIES: dict[str, Callable[[Config], dict[str, Any]]] = {
-    "mixtral": mixtral,
-    "qwen2_moe": qwen2_moe,
-    "qwen3_moe": qwen3_moe,
     "gpt_oss": gpt_oss,
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
@@ -412,8 +367,6 @@ def attention(read: Reader, own: str, model: ModelConfig) -> Arrays:
         found["attention.output.bias"] = read(f"{own}.o_proj.bias")
     if model.attention.sinks:
         found["attention.sinks"] = read(f"{own}.sinks")
-    for ours, theirs in (("query", "q"), ("key", "k")) if model.qk_norm else ():
-        found[f"attention.{ours}_norm.scale"] = read(f"{own}.{theirs}_norm.weight")
     return found
 
 
@@ -447,21 +400,17 @@ def mlp_layer(read: Reader, number: int, model: ModelConfig) -> Arrays:
     found = {"norm.scale": read(f"{layer}.post_attention_layernorm.weight")}
     if read.has(f"{layer}.mlp.router.weight"):
         return found | {f"moe.{name}": value for name, value in biased_experts(read, f"{layer}.mlp").items()}
-    mixtral = f"{layer}.block_sparse_moe"
-    own = mixtral if read.has(f"{mixtral}.gate.weight") else f"{layer}.mlp"
+    own = f"{layer}.mlp"
     if not read.has(f"{own}.gate.weight"):
         return found | {f"mlp.{name}.kernel": kernel for name, kernel in mlp(read, own).items()}
     found["moe.router.kernel"] = read(f"{own}.gate.weight").T
     if read.has(f"{own}.gate.e_score_correction_bias"):
         found["moe.router.bias"] = read(f"{own}.gate.e_score_correction_bias")
-    names = ("w1", "w3", "w2") if own == mixtral else ("gate_proj", "up_proj", "down_proj")
-    experts = [mlp(read, f"{own}.experts.{expert}", names) for expert in range(model.moe.num_experts)]
+    experts = [mlp(read, f"{own}.experts.{expert}") for expert in range(model.moe.num_experts)]
     found |= {f"moe.{name}": np.stack([expert[name] for expert in experts]) for name in ("up", "down")}
     if model.moe.shared_size:
-        shared = mlp(read, f"{own}.shared_expert" if model.moe.shared_gate else f"{own}.shared_experts")
+        shared = mlp(read, f"{own}.shared_experts")
         found |= {f"moe.shared.{name}.kernel": kernel for name, kernel in shared.items()}
-    if model.moe.shared_gate:
-        found["moe.shared_gate"] = read(f"{own}.shared_expert_gate.weight")[0]
     return found
 
 
@@ -481,7 +430,7 @@ def biased_experts(read: Reader, own: str) -> Arrays:
     }
 
 
-def mlp(read: Reader, own: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Arrays:
+def mlp(read: Reader, own: str) -> Arrays:
     """Gate and up in one, and down."""
-    gate, up, down = (read(f"{own}.{name}.weight").T for name in names)
+    gate, up, down = (read(f"{own}.{name}_proj.weight").T for name in ("gate", "up", "down"))
     return {"up": np.stack([gate, up], 1), "down": down}

@@ -115,6 +115,12 @@ DEFAULTS = {
     "gptj": "tied_head false head_bias true rotary.fraction 0.25 activation gelu_tanh mlp_size none qkv_bias false",
     "opt": "tied_head true max_positions 2048 activation relu position learned mlp_size 3072",
     "phi3": "tied_head false num_kv_heads none rotary.fraction 1.0 norm_epsilon 1e-05 pattern *- vocab_size 32064",
+    "mixtral": "num_kv_heads 8 rotary.base 1000000.0 norm_epsilon 1e-05 pattern *E moe.num_experts 8 moe.top_k 2 "
+    "moe.scores topk_softmax mlp_size 14336",
+    "qwen2_moe": "num_kv_heads 16 qkv_bias true bias false moe.num_experts 60 moe.top_k 4 moe.expert_size 1408 "
+    "moe.shared_size 5632 moe.shared_gate true moe.renormalize false pattern *E num_layers 24 mlp_size 5632",
+    "qwen3_moe": "num_kv_heads 4 qk_norm true head_dim none moe.num_experts 128 moe.top_k 8 moe.expert_size 768 "
+    "moe.shared_size 0 moe.renormalize false pattern *E num_layers 24",
     "qwen3": "num_kv_heads 32 qk_norm true head_dim 128 pattern *- mlp_size 22016",
 }
 
@@ -150,6 +156,11 @@ ROTARY = RotaryConfig(base=100.0)
         ("falcon", {"num_ln_in_parallel_attn": None}, {"branch_norms": True, "kv_heads": 2}),
         ("falcon_7b", {"multi_query": False, "parallel_attn": False}, {"pattern": "*-", "kv_heads": 4}),
         ("cohere", {"attention_bias": True}, {"has_qkv_bias": True, "has_mlp_bias": False, "norms_have_bias": False}),
+        ("mixtral", {"sliding_window": 5}, {"pattern": "WE", "num_layers": 2}),
+        ("qwen2_moe", {}, {"pattern": "*-*E", "num_layers": 2}),
+        ("qwen2_moe", {"decoder_sparse_step": 1, "mlp_only_layers": [0]}, {"pattern": "*E", "num_layers": 4}),
+        ("qwen2_moe", {"mlp_only_layers": [3]}, {"pattern": "*-*E*-*-", "num_layers": 1}),
+        ("qwen3_moe", {"num_local_experts": ..., "num_experts": 8}, {"pattern": "*E", "num_layers": 2}),
         ("gpt2", {"n_inner": None}, {"mlp_size": None, "mlp_width": 128}),
         ("llama", {"num_key_value_heads": None, "head_dim": ...}, {"kv_heads": 4, "head_size": 8}),
     ],
@@ -257,6 +268,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("falcon_7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn 2: that is of new_decoder_architecture"),
     ("gptj", {"rotary_dim": 9}, "rotary_dim 9: it must be an even number from 2 to 8"),
     ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "it must be a list of 3 of full_attention and sliding"),
+    ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step 0: it must be a whole number above 0"),
+    ("qwen2_moe", {"mlp_only_layers": "0"}, 'mlp_only_layers "0": it must be a list of numbers of layers'),
+    ("qwen2_moe", {"mlp_only_layers": [1, 3]}, "mlp_only_layers [1, 3]: no layer is left that has experts"),
+    ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window true: only false is known here"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "only false is known here"),
     ("gpt2", {"activation_function": "silu"}, "of a gpt2 gelu, gelu_new, gelu_pytorch_tanh, or relu are known here"),
 ]

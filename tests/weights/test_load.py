@@ -123,6 +123,24 @@ def test_names_of_old_files(tmp_path: Path):
     assert all(np.array_equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_experts_of_a_layer_in_one_tensor(name: str, tmp_path: Path):
+    fixture = fixtures.load(name)
+    expected = read(tmp_path / "each", session_of(fixtures.write(tmp_path / "each", fixture.config, fixture.weights)))
+    weights = {key.replace("block_sparse_moe", "mlp"): array for key, array in fixture.weights.items()}
+    for own in {key.partition(".experts.")[0] for key in weights if ".experts." in key}:
+        count = sum(key.startswith(f"{own}.experts.") for key in weights) // 3
+        gate, up, down = (
+            np.stack([weights.pop(f"{own}.experts.{number}.{word}.weight") for number in range(count)])
+            for word in (("w1", "w3", "w2") if name == "mixtral" else ("gate_proj", "up_proj", "down_proj"))
+        )
+        weights[f"{own}.experts.gate_up_proj"] = np.concatenate([gate, up], 1)
+        weights[f"{own}.experts.down_proj"] = down
+    found = read(tmp_path / "one", session_of(fixtures.write(tmp_path / "one", fixture.config, weights)))
+    assert expected.keys() == found.keys()
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 

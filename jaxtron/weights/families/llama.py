@@ -123,7 +123,12 @@ def write_window(model: ModelConfig) -> dict[str, Any]:
 
 
 def read_windows(file: ConfigFile, layers: int = 32) -> None:
-    """Qwen's: the last layers have it where it is used at all, or those that are named."""
+    """Qwen's."""
+    set_kinds(file, kinds_of_qwen(file, layers))
+
+
+def kinds_of_qwen(file: ConfigFile, layers: int) -> list[str]:
+    """The last layers have a window where it is used at all, or those that are named."""
     count = file.whole("num_hidden_layers", layers, MOST_LAYERS)
     used, first = file.flag("use_sliding_window", False), file.whole("max_window_layers", 28)
     window = file.get("sliding_window", 4096) if used else None
@@ -132,7 +137,7 @@ def read_windows(file: ConfigFile, layers: int = 32) -> None:
     kinds = kinds_of_layers(file, usual)
     if SLIDING in kinds and window is None:
         file.refuse("layer_types", f"{SLIDING} needs use_sliding_window and a sliding_window")
-    set_kinds(file, kinds)
+    return kinds
 
 
 def kinds_of_layers(file: ConfigFile, usual: list[str]) -> list[str]:
