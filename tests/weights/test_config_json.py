@@ -171,6 +171,31 @@ def test_what_is_null_or_left_out(name: str, changes: dict, expected: dict, tmp_
     assert {key: getattr(model, key) for key in expected} == expected
 
 
+SU = {"type": "su", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 1.5, 2.5, 4.0]}
+OLD: list[tuple[str, dict[str, Any]]] = [
+    ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 1000}),
+    ("phi", {"partial_rotary_factor": 0.5, "rope_theta": 1000.0, "rope_scaling": None}),
+    ("phi3", {"rope_theta": 1000.0, "rope_scaling": SU}),
+    (
+        "gemma3",
+        {
+            **{"layer_types": ..., "_sliding_window_pattern": ..., "sliding_window_pattern": 3, "rope_theta": 1000},
+            **{"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_local_base_freq": 100.0},
+        },
+    ),
+    ("gemma2", {"layer_types": ..., "hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"}),
+    ("gemma", {"hidden_act": "gelu", "hidden_activation": None}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), OLD, ids=[name for name, _ in OLD])
+def test_files_of_transformers_4_say_the_same(name: str, changes: dict, tmp_path: Path):
+    old = fixture_config(name, {"rope_parameters": ..., **changes})
+    if name in ("gemma", "gemma2"):
+        old["rope_theta"] = 10000.0
+    assert model_of(tmp_path, old) == model_of(tmp_path, fixtures.load(name).config)
+
+
 STRETCHED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"rope_type": "linear", "factor": 2.0}, {"kind": "linear", "factor": 2.0}),
     # as transformers before 4.43 says it
