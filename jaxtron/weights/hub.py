@@ -19,6 +19,7 @@ from jaxtron.weights.families.falcon import FALCON
 from jaxtron.weights.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxtron.weights.families.gpt2 import GPT2
 from jaxtron.weights.families.gpt_neox import GPT_NEOX, GPTJ
+from jaxtron.weights.families.gpt_oss import GPT_OSS
 from jaxtron.weights.families.granite import GRANITE
 from jaxtron.weights.families.llama import LLAMA, MISTRAL, NEMOTRON, QWEN2, QWEN3
 from jaxtron.weights.families.mixtral import MIXTRAL
@@ -54,6 +55,7 @@ FAMILIES: dict[str, HubFamily] = {
     "gptj": GPTJ,
     "opt": OPT,
     "mixtral": MIXTRAL,
+    "gpt_oss": GPT_OSS,
     "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,
 }

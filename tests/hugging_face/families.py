@@ -43,25 +43,6 @@ def rotary(config: Config) -> dict[str, Any]:
     return found
 
 
-def gpt_oss(config: Config) -> dict[str, Any]:
-    kinds = {"sliding_attention": "WE", "full_attention": "*E"}
-    assert config["attention_bias"] and (config["swiglu_alpha"], config["swiglu_limit"]) == (1.702, 7.0)
-    return {
-        "pattern": "".join(kinds[kind] for kind in config["layer_types"]),
-        "num_layers": 1,
-        "num_kv_heads": config["num_key_value_heads"],
-        "head_dim": config["head_dim"],
-        "bias": True,
-        "activation": "clamped_swiglu",
-        "attention": {"window": config["sliding_window"], "sinks": True},
-        "moe": {
-            "num_experts": config["num_local_experts"],
-            "top_k": config["num_experts_per_tok"],
-            "scores": "topk_softmax",
-        },
-    }
-
-
 def deepseek(config: Config) -> dict[str, Any]:
     widths = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     return {
@@ -212,7 +193,6 @@ def jamba(config: Config) -> dict[str, Any]:
 
 
 FAMILIES: dict[str, Callable[[Config], dict[str, Any]]] = {
-    "gpt_oss": gpt_oss,
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
     "mamba": mamba,
@@ -365,8 +345,6 @@ def attention(read: Reader, own: str, model: ModelConfig) -> Arrays:
             found[f"attention.{ours}.bias"] = read(f"{own}.{theirs}_proj.bias").reshape(-1, model.head_size)
     if read.has(f"{own}.o_proj.bias"):
         found["attention.output.bias"] = read(f"{own}.o_proj.bias")
-    if model.attention.sinks:
-        found["attention.sinks"] = read(f"{own}.sinks")
     return found
 
 
@@ -398,8 +376,6 @@ def mlp_layer(read: Reader, number: int, model: ModelConfig) -> Arrays:
     """Norm, and an MLP or experts."""
     layer = f"model.layers.{number}"
     found = {"norm.scale": read(f"{layer}.post_attention_layernorm.weight")}
-    if read.has(f"{layer}.mlp.router.weight"):
-        return found | {f"moe.{name}": value for name, value in biased_experts(read, f"{layer}.mlp").items()}
     own = f"{layer}.mlp"
     if not read.has(f"{own}.gate.weight"):
         return found | {f"mlp.{name}.kernel": kernel for name, kernel in mlp(read, own).items()}
@@ -412,22 +388,6 @@ def mlp_layer(read: Reader, number: int, model: ModelConfig) -> Arrays:
         shared = mlp(read, f"{own}.shared_experts")
         found |= {f"moe.shared.{name}.kernel": kernel for name, kernel in shared.items()}
     return found
-
-
-def biased_experts(read: Reader, own: str) -> Arrays:
-    """Those of gpt-oss, whose gates and what they gate take turns in one dimension."""
-
-    def pairs(array: np.ndarray) -> np.ndarray:
-        return np.stack([array[..., ::2], array[..., 1::2]], -2)
-
-    return {
-        "router.kernel": read(f"{own}.router.weight").T,
-        "router.logit_bias": read(f"{own}.router.bias"),
-        "up": pairs(read(f"{own}.experts.gate_up_proj")),
-        "up_bias": pairs(read(f"{own}.experts.gate_up_proj_bias")),
-        "down": read(f"{own}.experts.down_proj"),
-        "down_bias": read(f"{own}.experts.down_proj_bias"),
-    }
 
 
 def mlp(read: Reader, own: str) -> Arrays:

@@ -121,6 +121,8 @@ DEFAULTS = {
     "moe.shared_size 5632 moe.shared_gate true moe.renormalize false pattern *E num_layers 24 mlp_size 5632",
     "qwen3_moe": "num_kv_heads 4 qk_norm true head_dim none moe.num_experts 128 moe.top_k 8 moe.expert_size 768 "
     "moe.shared_size 0 moe.renormalize false pattern *E num_layers 24",
+    "gpt_oss": "num_kv_heads 8 head_dim 64 rotary.base 150000.0 rotary.scaling.kind yarn rotary.scaling.factor 32.0 "
+    "rotary.scaling.truncate false attention.window 128 attention.sinks true moe.num_experts 128 moe.top_k 4",
     "qwen3": "num_kv_heads 32 qk_norm true head_dim 128 pattern *- mlp_size 22016",
 }
 
@@ -297,6 +299,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2_moe", {"mlp_only_layers": "0"}, 'mlp_only_layers "0": it must be a list of numbers of layers'),
     ("qwen2_moe", {"mlp_only_layers": [1, 3]}, "mlp_only_layers [1, 3]: no layer is left that has experts"),
     ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window true: only false is known here"),
+    ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit 5.0: only 7.0 is known here"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "only false is known here"),
     ("gpt2", {"activation_function": "silu"}, "of a gpt2 gelu, gelu_new, gelu_pytorch_tanh, or relu are known here"),
 ]

@@ -7,9 +7,9 @@ from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.weights.config_json import ConfigFile
 from jaxtron.weights.families.gpt_neox import PARALLEL
 from jaxtron.weights.families.llama import ATTENTION, GATED, GATED_MLP, TENSORS, common_keys
-from jaxtron.weights.families.rotary import rotary
 from jaxtron.weights.family import HubFamily, Key, Rule
 from jaxtron.weights.orders import neighbours, neighbours_of_norm
+from jaxtron.weights.rotary import rotary
 from jaxtron.weights.table import Tensor
 
 ROTATED = tuple(f"attention.{one}.{what}" for one in ("query", "key") for what in ("kernel", "bias"))

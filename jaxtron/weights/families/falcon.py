@@ -6,9 +6,9 @@ from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.weights.config_json import ConfigFile
 from jaxtron.weights.families.gpt_neox import MLP, PARALLEL, linear_rows
 from jaxtron.weights.families.llama import PLAIN, norm_rows
-from jaxtron.weights.families.rotary import rotary
 from jaxtron.weights.family import HubFamily, Key, Rule
 from jaxtron.weights.orders import by_group
+from jaxtron.weights.rotary import rotary
 from jaxtron.weights.table import Tensor, TensorTable
 
 NEW, NORMS, SIDE_BY_SIDE = "new_decoder_architecture", "num_ln_in_parallel_attn", "parallel_attn"

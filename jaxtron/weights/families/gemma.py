@@ -18,8 +18,8 @@ from jaxtron.weights.families.llama import (
     norm_rows,
     set_kinds,
 )
-from jaxtron.weights.families.rotary import FRACTION, NEW, THETA, joined, rotary, set_rotary, whole_rope, write_rotary
 from jaxtron.weights.family import HubFamily, Key, Rule
+from jaxtron.weights.rotary import FRACTION, NEW, THETA, joined, rotary, set_rotary, whole_rope, write_rotary
 
 TANH = "gelu_pytorch_tanh"
 LOCAL_BASE = "rope_local_base_freq"

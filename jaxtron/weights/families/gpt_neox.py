@@ -8,9 +8,9 @@ from typing import Any
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.weights.config_json import ConfigFile
 from jaxtron.weights.families.llama import PLAIN, norm_rows
-from jaxtron.weights.families.rotary import FRACTION, THETA, rotary
 from jaxtron.weights.family import HubFamily, Key, Rule
 from jaxtron.weights.orders import neighbours
+from jaxtron.weights.rotary import FRACTION, THETA, rotary
 from jaxtron.weights.table import Tensor, TensorTable
 
 PARALLEL = "(*-)"

@@ -5,8 +5,8 @@ from typing import Any
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.weights.config_json import ConfigFile
 from jaxtron.weights.families.llama import BIASES, RMS, RMS_KEYS, TENSORS, common_keys
-from jaxtron.weights.families.rotary import rotary
 from jaxtron.weights.family import HubFamily, Key, Rule
+from jaxtron.weights.rotary import rotary
 
 
 def read_divisor(file: ConfigFile) -> None:

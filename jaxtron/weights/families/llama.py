@@ -5,8 +5,8 @@ from typing import Any
 
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.weights.config_json import ConfigFile
-from jaxtron.weights.families.rotary import rotary
 from jaxtron.weights.family import HubFamily, Key, Rule
+from jaxtron.weights.rotary import rotary
 from jaxtron.weights.table import Tensor, TensorTable
 
 MOST_LAYERS = 2**16
@@ -149,15 +149,14 @@ def kinds_of_layers(file: ConfigFile, usual: list[str]) -> list[str]:
     return kinds
 
 
-def set_kinds(file: ConfigFile, kinds: list[str]) -> None:
-    """The pattern, and the window where a layer has one."""
-    if SLIDING not in kinds:
+def set_kinds(file: ConfigFile, kinds: list[str], mlp: str = "-") -> None:
+    """The pattern, of attention and MLPs or experts, and the window where a layer has one."""
+    if SLIDING in kinds:
+        file.set("attention.window", file.whole("sliding_window", 4096), "sliding_window")
+    if SLIDING not in kinds or FULL not in kinds:
+        file.set("pattern", f"W{mlp}" if SLIDING in kinds else f"*{mlp}", "layer_types")
         return
-    file.set("attention.window", file.whole("sliding_window", 4096), "sliding_window")
-    if FULL not in kinds:
-        file.set("pattern", "W-", "layer_types")
-        return
-    file.set("pattern", "".join("W-" if kind == SLIDING else "*-" for kind in kinds), "layer_types")
+    file.set("pattern", "".join(f"W{mlp}" if kind == SLIDING else f"*{mlp}" for kind in kinds), "layer_types")
     file.set("num_layers", 1, "layer_types")
 
 

@@ -7,8 +7,8 @@ from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.kinds import expert_width
 from jaxtron.weights.config_json import ConfigFile
 from jaxtron.weights.families.llama import ATTENTION, RMS, RMS_KEYS, TENSORS, common_keys, norm_rows, write_window
-from jaxtron.weights.families.rotary import rotary
 from jaxtron.weights.family import HubFamily, Key, Rule
+from jaxtron.weights.rotary import rotary
 from jaxtron.weights.table import Tensor
 
 # a name that only files of all experts in one have

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from jaxtron.weights.families.llama import ATTENTION, GATED_MLP, RMS, RMS_KEYS, TENSORS, common_keys, norm_rows
-from jaxtron.weights.families.rotary import rotary
 from jaxtron.weights.family import HubFamily
+from jaxtron.weights.rotary import rotary
 from jaxtron.weights.table import Tensor
 
 QK_NORMS = ("attention.query_norm.scale", "attention.key_norm.scale")

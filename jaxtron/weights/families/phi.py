@@ -18,9 +18,9 @@ from jaxtron.weights.families.llama import (
     read_window,
     write_window,
 )
-from jaxtron.weights.families.rotary import rotary
 from jaxtron.weights.family import HubFamily, Key, Rule
 from jaxtron.weights.orders import side_by_side
+from jaxtron.weights.rotary import rotary
 from jaxtron.weights.table import Tensor, TensorTable
 
 PHI = HubFamily(

@@ -21,8 +21,8 @@ from jaxtron.weights.families.llama import (
     write_windows,
 )
 from jaxtron.weights.families.mixtral import NORM, STACKED, STACKED_ROWS, WITHOUT_EFFECT, expert_rows
-from jaxtron.weights.families.rotary import rotary
 from jaxtron.weights.family import HubFamily, Key, Rule
+from jaxtron.weights.rotary import rotary
 from jaxtron.weights.table import Tensor
 
 DENSE, STEP = "mlp_only_layers", "decoder_sparse_step"

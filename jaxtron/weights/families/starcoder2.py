@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from jaxtron.weights.families.llama import ATTENTION, PLAIN, TENSORS, common_keys, norm_rows, read_window, write_window
-from jaxtron.weights.families.rotary import rotary
 from jaxtron.weights.family import HubFamily, Key, Rule
+from jaxtron.weights.rotary import rotary
 from jaxtron.weights.table import Tensor
 
 MLP = (
