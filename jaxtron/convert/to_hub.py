@@ -15,6 +15,7 @@ from jaxtron.config import UserError
 from jaxtron.convert.bare import bare_session
 from jaxtron.convert.carried import began_with, give_back
 from jaxtron.convert.from_hub import fields
+from jaxtron.convert.merging import Merging
 from jaxtron.convert.target import check_room, whole_directory
 from jaxtron.convert.transfer import OF_FILES, TransferRequest
 from jaxtron.data.tokenizers import load_tokenizer
@@ -24,6 +25,7 @@ from jaxtron.run.history import CONFIG_FILE
 from jaxtron.run.restored import check_trained_settings, diverged
 from jaxtron.run.session import Session
 from jaxtron.run.state import divided
+from jaxtron.sharding.parameters import ParameterSpec
 from jaxtron.weights.config_json import CONFIG_JSON
 from jaxtron.weights.hub import SaidModel
 from jaxtron.weights.load import partition_of
@@ -81,19 +83,24 @@ def _write(
     named = _names_there(session, record, path)
     model, table = session.config.model, said.family.tensors
     assert isinstance(model, ModelConfig)
-    shapes = _shapes(session, table, model)
+    specs = session.blueprint.names
+    own = {name: spec for name, spec in specs.items() if spec.role != "adapter"}
+    lora = trained.train.lora
+    merging = None if lora is None else Merging(stored, specs, named, lora.scale)
+    shapes = _shapes(session, own, table, model)
     with whole_directory("--to", request.target) as made:
-        num_bytes = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()) * (
-            4 if dtype == "fp32" else 2
-        )
+        itemsize = 4 if dtype == "fp32" else 2
+        num_bytes = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()) * itemsize
         check_room(f"--to {request.target}", made, num_bytes)
         print(
             f"writing {plural(len(shapes), 'tensor')}, {readable_bytes(num_bytes)}, of step {step} of {request.source}"
         )
         shards = make_shards(made, shapes, dtype, request.shard_bytes)
-        for name in session.blueprint.names:
+        for name in own:
             fill = _Filler(session, table, model, name, shards.tensors)
+            pair = None if merging is None else merging.pair(name)
             for starts, part in stored.parts(named[name]):
+                part = part if pair is None else pair.added_to(starts, part)
                 _check_numbers(name, part, dtype, path)
                 fill(starts, part)
         shards.close()
@@ -104,7 +111,8 @@ def _write(
         values |= {"torch_dtype": names[dtype]}
         (made / CONFIG_JSON).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     kind = said.family.architecture
-    print(f"{session.blueprint.num_parameters:,} parameters of a {kind} in {request.target}, {dtype}")
+    told = "" if merging is None else ", adapters merged"
+    print(f"{num_bytes // itemsize:,} parameters of a {kind} in {request.target}, {dtype}{told}")
 
 
 def _names_there(session: Session, record: CheckpointRecord, path: Path) -> dict[str, str]:
@@ -118,10 +126,12 @@ def _names_there(session: Session, record: CheckpointRecord, path: Path) -> dict
     return {name: f"{field}.{name}" for field, name in fields(abstract)}
 
 
-def _shapes(session: Session, table: TensorTable, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Of all tensors by name."""
+def _shapes(
+    session: Session, specs: Mapping[str, ParameterSpec], table: TensorTable, model: ModelConfig
+) -> dict[str, tuple[int, ...]]:
+    """Of all tensors by name, those of parameters with these."""
     found = {}
-    for name, spec in session.blueprint.names.items():
+    for name, spec in specs.items():
         partition = partition_of(name, session.trainer.partitions)
         shape = spec.shape if partition is None else spec.shape[1:]
         for row in (None,) if partition is None else range(partition.num_layers):

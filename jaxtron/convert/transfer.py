@@ -108,11 +108,6 @@ def export_configuration(request: TransferRequest) -> tuple[Configuration, SaidM
     trained = load(config_type, path, None).resolved()
     if not isinstance(trained.model, ModelConfig):
         raise UserError(f"{path} has model.family {trained.model.family}: only a decoder can be one of Hugging Face's")
-    if trained.train.lora is not None:
-        raise UserError(
-            f"{path} has train.lora, and adapters are no part of such a model: {PROGRAM} adapters writes them as "
-            "peft's files"
-        )
     began = began_keys(began_with(request.source))
     length = trained.data.sequence_length
     try:

@@ -9,6 +9,7 @@ import pytest
 
 from jaxtron.config import load
 from jaxtron.convert import __main__ as convert
+from jaxtron.evaluate import __main__ as evaluate
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.restored import restore_model
 from jaxtron.run.session import make_session
@@ -34,6 +35,19 @@ def test_a_run_with_adapters_goes_on_elsewhere_and_its_adapters_go_to_peft_and_b
     assert losses[-1] < losses[0]
     ended = run_main(convert.main, ["adapters", run, "--base", source, "--output", peft])
     assert (ended.code, ended.err) == (0, "") and "6 kinds of layers of step 4" in ended.out, ended
+    # the model with its adapters merged says what the run says
+    ended = run_main(convert.main, ["--from", run, "--to", tmp_path / "merged"])
+    assert (ended.code, ended.err) == (0, "") and "adapters merged" in ended.out, ended
+    (tmp_path / "rows.json").write_text(json.dumps([list(range(1, 9)), [5] * 8]))
+    said = []
+    for model in (run, tmp_path / "merged", source):
+        flags = [model, "--token_ids", tmp_path / "rows.json", "--logits", tmp_path / "logits.npy"]
+        ended = run_main(evaluate.main, flags)
+        assert (ended.code, ended.err) == (0, ""), ended
+        said.append(np.load(tmp_path / "logits.npy"))
+        (tmp_path / "logits.npy").unlink()
+    np.testing.assert_allclose(said[1], said[0], rtol=0, atol=1e-5 * np.abs(said[0]).max())
+    assert np.abs(said[2] - said[0]).max() > 1e-2 * np.abs(said[0]).max()
     flags = ["--checkpoint.initialize_from", source, "--checkpoint.initialize_adapters", peft, *lora]
     session = make_session(configuration(*flags, "--mesh.pipe", 2, "--train.microbatches", 2), jax.devices()[:2])
     state, _ = begin(session, "")
