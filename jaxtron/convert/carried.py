@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtron.config import UserError
-from jaxtron.run.history import HISTORY_FILE
+from jaxtron.run.configuration import HISTORY_FILE
 from jaxtron.weights.config_json import CONFIG_JSON
 from jaxtron.weights.hub import TOKENIZER, TOKENIZERS, is_hub
 

@@ -24,9 +24,7 @@ from jaxtron.models.families import DECODER
 from jaxtron.models.family import FamilyConfig
 from jaxtron.optim.config import OptimizerConfig
 from jaxtron.optim.schedule import learning_rate_schedule
-from jaxtron.run.configuration import Configuration, configuration_type
-
-CONFIG_FILE, HISTORY_FILE = "config.yaml", "history.jsonl"
+from jaxtron.run.configuration import CONFIG_FILE, HISTORY_FILE, Configuration, configuration_type
 
 # fixed: the function, the data or the objective, which one run has once.
 # content: names something that decides by itself; the data's and tokenizer's fingerprints and the arrays' shapes tell.
