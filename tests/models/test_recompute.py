@@ -67,7 +67,8 @@ def test_memory_is_what_recompute_is_for(mesh):
     none, selective, full = (measure(recompute, **mesh).memory for recompute in ("none", "selective", "full"))
     # probabilities: rows x heads x length^2 in float32; of all three layers, or of the one that makes them again
     layer = 2 * 4 * LENGTH**2 * 4 // mesh.get("tensor", 1)
-    assert selective < none - 2 * layer
+    # the compiler's own small arrays differ between the programs: by 1,216 bytes of 2 MB where it is most
+    assert selective < none - 2 * layer + 4096
     assert full < selective
 
 
