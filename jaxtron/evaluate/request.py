@@ -7,10 +7,10 @@ from pathlib import Path
 
 from jaxtron.command import FlagParser, check_output, file_path, natural, positive
 from jaxtron.config import SettingsSource, UserError, load, settings, split_arguments
-from jaxtron.data.config import DataConfig
 from jaxtron.data.files.file_kind import file_kind
 from jaxtron.data.files.reader import decode_text, read_content
 from jaxtron.evaluate.detokenize import DETOKENIZERS
+from jaxtron.generate.source import LAYOUT, laid_out
 from jaxtron.run.configuration import Configuration, configuration_type
 from jaxtron.weights.cache import fetch_weights
 from jaxtron.weights.config_json import CONFIG_JSON
@@ -22,7 +22,7 @@ USAGE = (
     f"       {PROGRAM} RUN_OR_WEIGHTS --token_ids FILE.json --logits FILE.npy [--flag value ...]"
 )
 # the others are the checkpoint's
-SECTIONS = ("mesh", "context", "pipeline", "sharding", "runtime")
+SECTIONS = LAYOUT
 SETTINGS = (
     "devices",
     "train.precision",
@@ -136,20 +136,7 @@ def read_configuration(request: EvaluateRequest) -> tuple[Configuration, Configu
             "be scored with it; give a run of another family, such as decoder"
         )
     config = load(config_type, file, words, under=under).resolved()
-    # layouts are not the training's but those asked for
-    given = load(Configuration, None, request.overrides)
-    mesh = given.mesh
-    _, flags = split_arguments(Configuration, request.overrides)
-    if "mesh.data" not in dict(flags) and given.devices is None:
-        mesh = mesh.model_copy(update={"data": 1})
-    data = DataConfig(
-        tokenizer=config.data.tokenizer,
-        end_of_document=config.data.end_of_document,
-        sequence_length=config.data.sequence_length,
-    )
-    layout = {name: getattr(given, name) for name in SECTIONS} | {"mesh": mesh, "devices": given.devices}
-    model = config.family.evaluated(config.model)
-    return trained, config.model_copy(update={**layout, "data": data, "model": model})
+    return trained, laid_out(config, request.overrides)
 
 
 def _hub_settings(request: EvaluateRequest) -> SettingsSource:

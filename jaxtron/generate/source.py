@@ -1,6 +1,7 @@
 """The model that text is made with, a run's or that of Hugging Face weights: its configuration and its own defaults."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from jaxtron.weights.config_json import CONFIG_JSON, ConfigFile, read_config_jso
 from jaxtron.weights.hub import TOKENIZER, hub_settings, is_hub
 from jaxtron.weights.megatron.directory import is_megatron
 
+# how a model lies on devices; what of it can be set where text is made
+LAYOUT = ("mesh", "context", "pipeline", "sharding", "runtime")
 SECTIONS = ("mesh", "sharding", "runtime")
 SETTINGS = ("devices", "train.precision", "data.tokenizer", "data.end_of_document", "model.attention.implementation")
 # of a model that says it reads very long texts, which memory may not hold
@@ -132,7 +135,7 @@ def _of_run(source: ModelSource) -> ModelConfiguration:
     config = load(config_type, path, source.overrides).resolved()
     chat = trained.data.chat if trained.data.format == "chat" else None
     room = source.room or config.data.sequence_length
-    return ModelConfiguration(trained, _laid_out(source, config), room, _template(source, chat), {}, ())
+    return ModelConfiguration(trained, laid_out(config, source.overrides), room, _template(source, chat), {}, ())
 
 
 def _of_hub(source: ModelSource) -> ModelConfiguration:
@@ -161,13 +164,16 @@ def _of_hub(source: ModelSource) -> ModelConfiguration:
     chat = None if found is None else ChatConfig(template=str(found))
     defaults = _defaults(generation, directory / GENERATION_CONFIG)
     ids = tuple(end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int))
-    return ModelConfiguration(None, _laid_out(source, config), room, _template(source, chat), defaults, ids)
+    return ModelConfiguration(None, laid_out(config, source.overrides), room, _template(source, chat), defaults, ids)
 
 
-def _laid_out(source: ModelSource, config: Configuration) -> Configuration:
-    """The model's configuration on the mesh that is asked for, by default one device."""
-    given = load(Configuration, None, source.overrides)
-    _, flags = split_arguments(Configuration, source.overrides)
+def laid_out(config: Configuration, overrides: Sequence[str]) -> Configuration:
+    """A model's configuration on the layout that words of a command line ask for, by default one device.
+
+    Nothing of the training's layout is left.
+    """
+    given = load(Configuration, None, overrides)
+    _, flags = split_arguments(Configuration, overrides)
     mesh = given.mesh
     if "mesh.data" not in dict(flags) and given.devices is None:
         mesh = mesh.model_copy(update={"data": 1})
@@ -176,9 +182,7 @@ def _laid_out(source: ModelSource, config: Configuration) -> Configuration:
         end_of_document=config.data.end_of_document,
         sequence_length=config.data.sequence_length,
     )
-    fresh = Configuration()
-    layout = {name: getattr(given, name) for name in SECTIONS} | {"mesh": mesh, "devices": given.devices}
-    layout |= {name: getattr(fresh, name) for name in ("context", "pipeline")}
+    layout = {name: getattr(given, name) for name in LAYOUT} | {"mesh": mesh, "devices": given.devices}
     return config.model_copy(update={**layout, "data": data, "model": config.family.evaluated(config.model)})
 
 

@@ -5,6 +5,7 @@ Phi-3 and 4 are Llamas with queries, keys and values in one tensor, and gate and
 
 from dataclasses import replace
 
+from jaxtron.weights.families.gpt_neox import linear_rows
 from jaxtron.weights.families.llama import (
     ATTENTION,
     DOWN,
@@ -43,14 +44,11 @@ PHI = HubFamily(
                 *projection("query", "q_proj", "H"),
                 *projection("key", "k_proj", "K"),
                 *projection("value", "v_proj", "K"),
-                Tensor("attention.output.kernel", "H D E", "self_attn.dense.weight", "E HD"),
-                Tensor("attention.output.bias", "E", "self_attn.dense.bias", "E"),
+                *linear_rows("attention.output", "self_attn.dense", ("HD", "E")),
             ),
             "-": (
-                Tensor("mlp.up.kernel", "E F", "mlp.fc1.weight", "F E"),
-                Tensor("mlp.up.bias", "F", "mlp.fc1.bias", "F"),
-                Tensor("mlp.down.kernel", "F E", "mlp.fc2.weight", "E F"),
-                Tensor("mlp.down.bias", "E", "mlp.fc2.bias", "E"),
+                *linear_rows("mlp.up", "mlp.fc1", ("E", "F")),
+                *linear_rows("mlp.down", "mlp.fc2", ("F", "E")),
             ),
         },
         layer="model.layers.{}.",
