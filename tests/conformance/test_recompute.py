@@ -44,7 +44,7 @@ def choices() -> list[tuple[Subject, object]]:
     """Every choice that `model.recompute` has: a region where its kind is alone, and what is not named for all."""
     found: list[tuple[Subject, object]] = []
     for subject in DECODERS:
-        kinds = [KINDS[symbol] for symbol in subject.settings["pattern"]]
+        kinds = [KINDS[symbol] for symbol in subject.settings["pattern"] if symbol not in "()"]
         found += [(subject, (region,)) for region in (nameable(KINDS[subject.kind]) if subject.kind else ())]
         attends = any(kind.selective for kind in kinds)
         found += [(subject, "full"), *((subject, name) for name in ("selective", "all_but_cores") if attends)]

@@ -104,7 +104,7 @@ def on_stages(
 
     def local(params, batch, frozen):
         params, batch, frozen = jax.tree.map(vary, (params, batch, frozen))
-        gradients, sums, metrics = run(schedule, stages, model, params, batch, frozen)
+        gradients, sums, metrics, _ = run(schedule, stages, model, params, batch, frozen)
         outer = None if gradients is None else gradients.outer
         layers = None if gradients is None else gradients.stacks
         return layers, metrics, jax.tree.map(lambda leaf: leaf[None], (outer, sums))
