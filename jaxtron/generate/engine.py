@@ -6,7 +6,7 @@ other: a sequence is the same whatever else is in the batch.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -76,16 +76,13 @@ class GenerationEngine:
             parts = rules.parts(*BATCH_FLAGS)
             self.rows = math.ceil(rows / parts) * parts
             self._local = self.rows // parts
-            # a device's own, whatever it is of
-            own, split = PartitionSpec(rules.manual), PartitionSpec(rules.batch)
-            module = partial(_module, session)
-            specs = manual_specs(session.blueprint.parameters)
-            self._model = jax.jit(region(module, (specs,), own))(params)
-            start = region(partial(_start, rows=self._local, room=room), (own,), own)
+            own, specs = PartitionSpec(rules.manual), manual_specs(session.blueprint.parameters)
+            self._model = jax.jit(region(partial(_module, session), (specs,), own))(params)
+            start = region(lambda model: model.start(self._local, room), (own,), own)
             self._memory: DecoderMemory = jax.jit(start)(self._model)
-            self._begin: Any = jax.jit(partial(_begin, self.vocab, room, own, split), donate_argnums=(1, 2))
-            self._advance: Any = jax.jit(partial(_advance, self.vocab, own, split), donate_argnums=1)
-            self._score: Any = jax.jit(partial(_score, self.vocab, own, split), static_argnames="top")
+            self._begin: Any = jax.jit(partial(_begin, self.vocab, room), donate_argnums=(1, 2))
+            self._advance: Any = jax.jit(partial(_advance, self.vocab), donate_argnums=1)
+            self._score: Any = jax.jit(partial(_score, self.vocab), static_argnames="top")
         self._logits = jnp.zeros((self.rows, self.vocab), jnp.float32)
         self._sampling = empty_state(self.rows, room)
         self._there: dict[int, _Sequence] = {}
@@ -206,18 +203,12 @@ def _module(session: Session, params: PyTree) -> Steps:
     return Steps(module, trainer.stages.partitions[0])
 
 
-def _start(model: Steps, *, rows: int, room: int) -> DecoderMemory:
-    return model.start(rows, room)
-
-
 _choose = jax.jit(choose, static_argnums=2, donate_argnums=1)
 
 
 def _begin(
     vocab: int,
     room: int,
-    own: PartitionSpec,
-    split: PartitionSpec,
     model: Steps,
     memory: DecoderMemory,
     logits: Float[Array, "B V"],
@@ -228,42 +219,33 @@ def _begin(
 ) -> tuple[Float[Array, "B V"], DecoderMemory]:
     """Memory and logits with further rows, which begin."""
 
-    def local(model: Steps, memory: DecoderMemory, *given: Array) -> tuple[Array, DecoderMemory]:
-        tokens, counts, slots = given
+    def local(
+        model: Steps, memory: DecoderMemory, tokens: Array, counts: Array, slots: Array
+    ) -> tuple[tuple[Array], DecoderMemory]:
         new, begun = model.advance(tokens, model.start(len(tokens), room), counts, begins=True)
-        return _alike(new[:, :vocab]), insert(memory, begun, vary(slots))
+        return (new[:, :vocab],), insert(memory, begun, vary(slots))
 
-    run = region(local, (own, own, split, split, split), (split, own))
-    new, memory = run(model, memory, *(jax.sharding.reshard(array, split) for array in (tokens, counts, slots)))
-    new = jax.sharding.reshard(new, PartitionSpec())
+    (new,), memory = _by_row(local, (model, memory), tokens, counts, slots)
     return logits.at[targets].set(new, mode="drop"), memory
 
 
 def _advance(
-    vocab: int,
-    own: PartitionSpec,
-    split: PartitionSpec,
-    model: Steps,
-    memory: DecoderMemory,
-    tokens: Int[Array, "B"],
-    is_there: Int[Array, "B"],
+    vocab: int, model: Steps, memory: DecoderMemory, tokens: Int[Array, "B"], is_there: Int[Array, "B"]
 ) -> tuple[Float[Array, "B V"], DecoderMemory]:
     """Logits of what follows a token of each row that is there, the same on every device."""
 
-    def local(model: Steps, memory: DecoderMemory, *given: Array) -> tuple[Array, DecoderMemory]:
-        tokens, is_there = given
+    def local(
+        model: Steps, memory: DecoderMemory, tokens: Array, is_there: Array
+    ) -> tuple[tuple[Array], DecoderMemory]:
         logits, memory = model.advance(tokens[:, None], memory, vary(is_there))
-        return _alike(logits[:, :vocab]), memory
+        return (logits[:, :vocab],), memory
 
-    run = region(local, (own, own, split, split), (split, own))
-    logits, memory = run(model, memory, *(jax.sharding.reshard(array, split) for array in (tokens, is_there)))
-    return jax.sharding.reshard(logits, PartitionSpec()), memory
+    (logits,), memory = _by_row(local, (model, memory), tokens, is_there)
+    return logits, memory
 
 
 def _score(
     vocab: int,
-    own: PartitionSpec,
-    split: PartitionSpec,
     model: Steps,
     tokens: Int[Array, "B S"],
     targets: Int[Array, "B S"],
@@ -273,15 +255,26 @@ def _score(
 ) -> tuple[Array, Array, Array]:
     """As `Steps.score`, the same on every device."""
 
-    def local(model: Steps, tokens: Array, targets: Array, counts: Array) -> tuple[Array, ...]:
-        return tuple(map(_alike, model.score(tokens, targets, counts, vocab, top)))
+    def local(model: Steps, tokens: Array, targets: Array, counts: Array) -> tuple[tuple[Array, ...], tuple[()]]:
+        return model.score(tokens, targets, counts, vocab, top), ()
 
-    run = region(local, (own, split, split, split), (split, split, split))
-    found = run(model, *(jax.sharding.reshard(array, split) for array in (tokens, targets, counts)))
-    return tuple(jax.sharding.reshard(array, PartitionSpec()) for array in found)
+    return _by_row(local, (model,), tokens, targets, counts)[0]
 
 
-def _alike(x: Array) -> Array:
-    """What devices along the other axes than those of the batch have alike, typed so."""
+def _by_row(
+    local: Callable[..., tuple[tuple[Array, ...], PyTree]], held: tuple[PyTree, ...], *rows: Array
+) -> tuple[tuple[Array, ...], PyTree]:
+    """What a function makes on each device of what it holds and of its part of the rows: arrays by row, the same on
+    every device then, and what it holds from now on."""
     rules = current()
-    return largest(vary(x), tuple(axis for axis in rules.manual if axis not in rules.batch))
+    own, split = PartitionSpec(rules.manual), PartitionSpec(rules.batch)
+    # devices along the others have the same rows, and are to be typed so
+    others = tuple(axis for axis in rules.manual if axis not in rules.batch)
+
+    def run(*given: PyTree) -> tuple[tuple[Array, ...], PyTree]:
+        found, holds = local(*given)
+        return tuple(largest(vary(array), others) for array in found), holds
+
+    specs = (*(own for _ in held), *(split for _ in rows))
+    found, holds = region(run, specs, (split, own))(*held, *(jax.sharding.reshard(array, split) for array in rows))
+    return tuple(jax.sharding.reshard(array, PartitionSpec()) for array in found), holds
