@@ -65,19 +65,18 @@ def made(
 @functools.cache
 def alone() -> tuple[tuple[int, ...], ...]:
     """The likeliest tokens, each by a forward of the whole sequence."""
-    found = session("")
-    params, texts = found.initial_state().params, []
-    for prompt in PROMPTS:
-        tokens = prompt.tolist()
-        for _ in range(6):
-            # padding behind is not seen; one length for all, so that one program serves
-            padded = np.zeros((1, ROOM), np.int32)
-            padded[0, : len(tokens)] = tokens
-            with found.use():
-                of_all = logits(found.trainer, params, padded)
-            tokens.append(int(of_all[0, len(tokens) - 1, :VOCAB].argmax()))
-        texts.append(tuple(tokens[len(prompt) :]))
-    return tuple(texts)
+    found, texts = session(""), [prompt.tolist() for prompt in PROMPTS]
+    params = found.initial_state().params
+    for _ in range(6):
+        # padding behind is not seen; one length for all, so that one program serves
+        padded = np.zeros((len(texts), ROOM), np.int32)
+        for row, tokens in enumerate(texts):
+            padded[row, : len(tokens)] = tokens
+        with found.use():
+            of_all = logits(found.trainer, params, padded)
+        for row, tokens in enumerate(texts):
+            tokens.append(int(of_all[row, len(tokens) - 1, :VOCAB].argmax()))
+    return tuple(tuple(tokens[len(prompt) :]) for tokens, prompt in zip(texts, PROMPTS, strict=True))
 
 
 @pytest.mark.parametrize(
