@@ -8,7 +8,10 @@ from jaxtron.models.families import family_of
 from jaxtron.models.family import FamilyConfig
 
 # settings of a model that change nothing of what it computes once it is trained
-OF_TRAINING = ("dropout", "attention_dropout", "initial_std", "z_loss")
+OF_TRAINING = (
+    *("dropout", "attention_dropout", "initial_std", "z_loss"),
+    *("mamba.dt_range", "mamba.dt_floor", "mamba.decay_range", "delta.decay_range"),
+)
 
 
 class Difference(NamedTuple):

@@ -1,6 +1,7 @@
 """A model's `config.json`, read strictly: a key that nobody understands may change what the model computes."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,6 +69,13 @@ class ConfigFile:
         value = self.get(key, default)
         if type(value) is not bool:
             self.refuse(key, "it must be true or false")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """The value of a key that is a number of 0 or more."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            self.refuse(key, "it must be a number of 0 or more")
         return value
 
     def set(self, setting: str, value: Any, key: str) -> None:

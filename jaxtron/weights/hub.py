@@ -28,6 +28,7 @@ from jaxtron.weights.families.opt import OPT
 from jaxtron.weights.families.phi import PHI, PHI3
 from jaxtron.weights.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from jaxtron.weights.families.starcoder2 import STARCODER2
+from jaxtron.weights.families.state_space.mamba import MAMBA, MAMBA2
 from jaxtron.weights.family import HubFamily
 from jaxtron.weights.megatron.arguments import megatron_settings
 from jaxtron.weights.megatron.directory import is_megatron
@@ -58,6 +59,8 @@ FAMILIES: dict[str, HubFamily] = {
     "gpt_oss": GPT_OSS,
     "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,
+    "mamba": MAMBA,
+    "mamba2": MAMBA2,
 }
 TOKENIZER = "tokenizer.json"
 # files of tokenizers that are read, the first that is there

@@ -1,9 +1,11 @@
 """Orders of a tensor's rows that letters cannot say: projections of different sizes in one, rotated pairs that are
-neighbours, positions that begin later. By the model, and the parameter's name in its layer."""
+neighbours, positions that begin later, what a Mamba-2 layer multiplies or convolves as one. By the model, and the
+parameter's name in its layer."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.state_space import mamba2_heads
 from jaxtron.weights.table import Rows
 
 
@@ -43,6 +45,27 @@ def after(count: int) -> Callable[[ModelConfig, str], Rows]:
         return Rows(range(count, count + model.max_positions), count + model.max_positions)
 
     return of_model
+
+
+def in_mixer(model: ModelConfig, name: str) -> Rows:
+    """All gates of Mamba-2, then all x, B, C and steps."""
+    heads, shared = mamba2_heads(model), model.mamba.num_groups * model.mamba.state_size
+    inner = heads * model.mamba.head_dim
+    return _block({"z": inner, "x": inner, "B": shared, "C": shared, "dt": heads}, _projection(name))
+
+
+def in_convolution(model: ModelConfig, name: str) -> Rows:
+    """All channels of Mamba-2's x, then those of B and C."""
+    shared = model.mamba.num_groups * model.mamba.state_size
+    inner = mamba2_heads(model) * model.mamba.head_dim
+    return _block({"conv_x": inner, "conv_B": shared, "conv_C": shared}, _projection(name))
+
+
+def _block(sizes: Mapping[str, int], own: str) -> Rows:
+    """Those of one among blocks of these sizes, in their order."""
+    names = list(sizes)
+    first = sum(sizes[name] for name in names[: names.index(own)])
+    return Rows(range(first, first + sizes[own]), sum(sizes.values()))
 
 
 def _projection(name: str) -> str:

@@ -66,8 +66,11 @@ def _put_rows(
     place: Place, rows: Rows, tensor: np.ndarray, shape: Sequence[int], part: np.ndarray, starts: Sequence[int]
 ) -> None:
     """The same of rows that lie otherwise."""
-    dims, words = place.tensor.dims.split(), place.tensor.stored.split()
-    own = words.pop(rows.dim)
+    dims, words, shared = place.tensor.dims.split(), place.tensor.stored.split(), place.tensor.shared
+    own, tensor = words.pop(rows.dim), np.moveaxis(tensor, rows.dim, 0)
+    if shared:
+        tensor = tensor[(slice(None),) * (1 + words.index(shared)) + (place.tensor.parameters.index(place.name),)]
+        words.remove(shared)
     # other words of several letters would be no views
     assert sorted([*own, *words]) == sorted(dims), place.tensor
     sizes = place.tensor.sizes(shape)
@@ -84,7 +87,7 @@ def _put_rows(
     # as in `_put`
     with np.errstate(over="ignore"):
         values = part.reshape(len(places), *part.shape[len(own) :]).astype(tensor.dtype)
-    np.moveaxis(tensor, rows.dim, 0)[(places, *(there[word] for word in words))] = values
+    tensor[(places, *(there[word] for word in words))] = values
 
 
 def _put(view: np.ndarray, part: np.ndarray, starts: Sequence[int]) -> None:

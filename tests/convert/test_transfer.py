@@ -25,7 +25,7 @@ from tests.support.tiny_tokenizer import write_tokenizer
 NAMES = sorted(path.stem for path in fixtures.FOLDER.glob("*.npz"))
 NAMES = [name for name in NAMES if fixtures.load(name).config["model_type"] in FAMILIES]
 # every table is held both ways in tests/weights too; these have each kind of its rows
-SHORT = {"llama", "gpt2", "nemotron", "qwen2", "phi3", "gemma3", "gpt_neox", "cohere", "opt", "qwen2_moe"}
+SHORT = {"llama", "gpt2", "nemotron", "qwen2", "phi3", "gemma3", "gpt_neox", "cohere", "opt", "qwen2_moe", "mamba2"}
 PARTS = ("model-00001-of-00002", "model-00002-of-00002")
 
 
@@ -80,8 +80,8 @@ def test_every_tensor_comes_back_and_config_says_the_same(name: str, tmp_path: P
     assert not list(tmp_path.glob(".*"))
 
 
-# rows of falcon are by group, those of cohere in another order
-@pytest.mark.parametrize("name", ["gpt2", "falcon", "cohere", "qwen3_moe"])
+# rows of falcon are by group, those of cohere in another order, of mamba2 several parameters'
+@pytest.mark.parametrize("name", ["gpt2", "falcon", "cohere", "qwen3_moe", "mamba2"])
 def test_arrays_in_pieces(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # a row of a matrix in several
     monkeypatch.setattr("jaxtron.checkpoint.parts.PIECE_BYTES", 500)

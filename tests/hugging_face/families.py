@@ -103,33 +103,6 @@ def steps(limit: list[Any]) -> dict[str, Any]:
     return {"dt_limit": (low, most), "dt_range": (max(low, 1e-3), max(2 * low, 0.1))}
 
 
-def mamba(config: Config) -> dict[str, Any]:
-    assert config["use_conv_bias"] and not config["use_bias"] and config["hidden_act"] == "silu"
-    return {
-        "pattern": "m" * config["num_hidden_layers"],
-        "mamba": {
-            "state_size": config["state_size"],
-            "dt_rank": config["time_step_rank"],
-            "expand": config["expand"],
-            "conv_width": config["conv_kernel"],
-        },
-    }
-
-
-def mamba2(config: Config) -> dict[str, Any]:
-    return {
-        "pattern": "M" * config["num_hidden_layers"],
-        "mamba": {
-            "num_heads": config["num_heads"],
-            "head_dim": config["head_dim"],
-            "state_size": config["state_size"],
-            "num_groups": config["n_groups"],
-            "conv_width": config["conv_kernel"],
-            **steps(config["time_step_limit"]),
-        },
-    }
-
-
 def nemotron_h(config: Config) -> dict[str, Any]:
     symbols = {"linear_attention": "M", "mlp": "-", "full_attention": "*"}
     return {
@@ -195,14 +168,12 @@ def jamba(config: Config) -> dict[str, Any]:
 FAMILIES: dict[str, Callable[[Config], dict[str, Any]]] = {
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
-    "mamba": mamba,
-    "mamba2": mamba2,
     "nemotron_h": nemotron_h,
     "bamba": bamba,
     "jamba": jamba,
 }
 # those whose layers are by pattern
-HYBRID = ("mamba", "mamba2", "nemotron_h", "bamba", "jamba")
+HYBRID = ("nemotron_h", "bamba", "jamba")
 
 
 def model_of(fixture: Fixture) -> ModelConfig:

@@ -8,6 +8,7 @@ import pytest
 
 from jaxtron.config import UserError, format_value, load
 from jaxtron.layers.config import RotaryConfig, RotaryScaling
+from jaxtron.layers.ssm.config import MambaConfig
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration
 from jaxtron.weights.hub import FAMILIES, config_of, hub_settings, is_hub
@@ -123,6 +124,10 @@ DEFAULTS = {
     "moe.shared_size 0 moe.renormalize false pattern *E num_layers 24",
     "gpt_oss": "num_kv_heads 8 head_dim 64 rotary.base 150000.0 rotary.scaling.kind yarn rotary.scaling.factor 32.0 "
     "rotary.scaling.truncate false attention.window 128 attention.sinks true moe.num_experts 128 moe.top_k 4",
+    "mamba": "tied_head true pattern m num_layers 32 mamba.state_size 16 mamba.dt_rank none mamba.expand 2.0 "
+    "position none norm_epsilon 1e-05 initial_std 0.1",
+    "mamba2": "tied_head false pattern M num_layers 64 mamba.num_heads 128 mamba.head_dim 64 mamba.num_groups 8 "
+    "mamba.state_size 128 vocab_size 32768 hidden_size 4096",
     "qwen3": "num_kv_heads 32 qk_norm true head_dim 128 pattern *- mlp_size 22016",
 }
 
@@ -139,6 +144,7 @@ def test_a_key_that_is_not_there_means_what_the_class_takes(family: str, tmp_pat
 
 
 ROTARY = RotaryConfig(base=100.0)
+MAMBA = MambaConfig(state_size=8, dt_rank=3)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +169,7 @@ ROTARY = RotaryConfig(base=100.0)
         ("qwen2_moe", {"decoder_sparse_step": 1, "mlp_only_layers": [0]}, {"pattern": "*E", "num_layers": 4}),
         ("qwen2_moe", {"mlp_only_layers": [3]}, {"pattern": "*-*E*-*-", "num_layers": 1}),
         ("qwen3_moe", {"num_local_experts": ..., "num_experts": 8}, {"pattern": "*E", "num_layers": 2}),
+        ("mamba", {"time_step_rank": "auto"}, {"mamba": MAMBA.model_copy(update={"dt_rank": None})}),
         ("gpt2", {"n_inner": None}, {"mlp_size": None, "mlp_width": 128}),
         ("llama", {"num_key_value_heads": None, "head_dim": ...}, {"kv_heads": 4, "head_size": 8}),
     ],
@@ -300,6 +307,15 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2_moe", {"mlp_only_layers": [1, 3]}, "mlp_only_layers [1, 3]: no layer is left that has experts"),
     ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window true: only false is known here"),
     ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit 5.0: only 7.0 is known here"),
+    ("mamba", {"use_bias": True}, "use_bias true: only false is known here"),
+    ("mamba", {"hidden_act": "gelu"}, 'hidden_act "gelu": only "silu" is known here'),
+    ("mamba", {"time_step_rank": "few"}, "model.mamba.dt_rank: expected int >= 1 | none, got 'few' ("),
+    ("mamba", {"mixer_rms_eps": 1e-6}, "mixer_rms_eps 1e-06: that key of a mamba is not known here"),
+    ("mamba2", {"use_conv_bias": False}, "use_conv_bias false: only true is known here"),
+    ("mamba2", {"num_heads": 6}, "num_heads 6: with head_dim 8 it must make expand x hidden_size = 64 channels"),
+    ("mamba2", {"time_step_limit": [0.5, 0.1]}, "[0.5, 0.1]: it must be a number of 0 or more, and a larger one"),
+    ("mamba2", {"time_step_limit": 0.1}, "time_step_limit 0.1: it must be two numbers"),
+    ("mamba2", {"time_step_min": "x"}, 'time_step_min "x": it must be a number of 0 or more'),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "only false is known here"),
     ("gpt2", {"activation_function": "silu"}, "of a gpt2 gelu, gelu_new, gelu_pytorch_tanh, or relu are known here"),
 ]

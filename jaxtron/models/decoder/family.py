@@ -6,7 +6,7 @@ from typing import Any
 from jaxtron.config import UserError
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.cost import model_flops_per_token, num_parameters, padding_flops_per_token
-from jaxtron.models.decoder.kinds import expert_width
+from jaxtron.models.decoder.kinds import MAMBA1, expert_width
 from jaxtron.models.decoder.pattern import layer_kinds
 from jaxtron.models.decoder.state_space import mamba1_rank, mamba2_heads
 from jaxtron.models.decoder.work import decoder_work
@@ -77,6 +77,7 @@ def meaning(model: ModelConfig) -> dict[str, Any]:
         "pattern": pattern,
         "num_layers": pattern,
         "hybrid": pattern,
+        "num_heads": model.num_heads if heads else None,
         "num_kv_heads": model.kv_heads,
         "head_dim": model.head_size,
         "mlp_size": model.mlp_width,
@@ -87,6 +88,7 @@ def meaning(model: ModelConfig) -> dict[str, Any]:
         "attention.scale": [one.scale or one.key**-0.5 for one in heads],
         "moe.expert_size": expert_width(model),
         "moe.bias": model.expert_bias,
+        "mamba.expand": model.mamba.expand if model.layout.count(MAMBA1.symbol) else None,
         "mamba.num_heads": mamba2_heads(model),
         "mamba.norm_groups": model.mamba.norm_groups or model.mamba.num_groups,
         "mamba.dt_rank": mamba1_rank(model),

@@ -4,8 +4,8 @@ from typing import Any
 
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.weights.config_json import ConfigFile
-from jaxtron.weights.families.gpt_neox import MLP, PARALLEL, linear_rows
-from jaxtron.weights.families.llama import PLAIN, norm_rows
+from jaxtron.weights.families.gpt_neox import MLP, PARALLEL
+from jaxtron.weights.families.llama import PLAIN, linear_rows, norm_rows
 from jaxtron.weights.family import HubFamily, Key, Rule
 from jaxtron.weights.orders import by_group
 from jaxtron.weights.rotary import rotary

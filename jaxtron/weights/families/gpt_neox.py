@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.weights.config_json import ConfigFile
-from jaxtron.weights.families.llama import PLAIN, norm_rows
+from jaxtron.weights.families.llama import PLAIN, linear_rows, norm_rows
 from jaxtron.weights.family import HubFamily, Key, Rule
 from jaxtron.weights.orders import neighbours
 from jaxtron.weights.rotary import FRACTION, THETA, rotary
@@ -15,13 +15,6 @@ from jaxtron.weights.table import Tensor, TensorTable
 
 PARALLEL = "(*-)"
 KERNELS, BIASES = (tuple(f"attention.{one}.{what}" for one in ("query", "key", "value")) for what in ("kernel", "bias"))
-
-
-def linear_rows(ours: str, theirs: str, dims: tuple[str, str]) -> tuple[Tensor, Tensor]:
-    """A matrix and its bias, by the letters of inputs and outputs."""
-    inputs, outputs = dims
-    kernel = Tensor(f"{ours}.kernel", " ".join(inputs + outputs), f"{theirs}.weight", f"{outputs} {inputs}")
-    return kernel, Tensor(f"{ours}.bias", " ".join(outputs), f"{theirs}.bias", outputs)
 
 
 def attention_by_head(theirs: str) -> tuple[Tensor, ...]:

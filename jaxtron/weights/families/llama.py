@@ -22,9 +22,17 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def norm_rows(ours: str, theirs: str, dims: str = "E") -> tuple[Tensor, ...]:
+    """A norm's scale and bias."""
     return tuple(
         Tensor(f"{ours}.{own}", dims, f"{theirs}.{name}", dims) for own, name in (("scale", "weight"), ("bias", "bias"))
     )
+
+
+def linear_rows(ours: str, theirs: str, dims: tuple[str, str]) -> tuple[Tensor, Tensor]:
+    """A matrix and its bias, by the letters of inputs and outputs."""
+    inputs, outputs = dims
+    kernel = Tensor(f"{ours}.kernel", " ".join(inputs + outputs), f"{theirs}.weight", f"{outputs} {inputs}")
+    return kernel, Tensor(f"{ours}.bias", " ".join(outputs), f"{theirs}.bias", outputs)
 
 
 def projection(ours: str, theirs: str, heads: str) -> tuple[Tensor, ...]:

@@ -1,8 +1,7 @@
 """OPT, whose learned positions begin with two rows of no token."""
 
 from jaxtron.weights.config_json import ConfigFile
-from jaxtron.weights.families.gpt_neox import linear_rows
-from jaxtron.weights.families.llama import PLAIN, norm_rows
+from jaxtron.weights.families.llama import PLAIN, linear_rows, norm_rows
 from jaxtron.weights.family import HubFamily, Key, Rule
 from jaxtron.weights.orders import after
 from jaxtron.weights.table import Tensor, TensorTable

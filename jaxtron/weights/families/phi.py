@@ -5,7 +5,6 @@ Phi-3 and 4 are Llamas with queries, keys and values in one tensor, and gate and
 
 from dataclasses import replace
 
-from jaxtron.weights.families.gpt_neox import linear_rows
 from jaxtron.weights.families.llama import (
     ATTENTION,
     DOWN,
@@ -14,6 +13,7 @@ from jaxtron.weights.families.llama import (
     RMS_KEYS,
     TENSORS,
     common_keys,
+    linear_rows,
     norm_rows,
     projection,
     read_window,
