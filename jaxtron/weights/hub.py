@@ -15,20 +15,24 @@ from jaxtron.models.same import differences
 from jaxtron.weights.config_json import CONFIG_JSON, WITHOUT_EFFECT, ConfigFile, as_json, read_config_json
 from jaxtron.weights.families.bloom import BLOOM
 from jaxtron.weights.families.cohere import COHERE
+from jaxtron.weights.families.experts.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from jaxtron.weights.families.experts.gpt_oss import GPT_OSS
+from jaxtron.weights.families.experts.mixtral import MIXTRAL
+from jaxtron.weights.families.experts.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from jaxtron.weights.families.falcon import FALCON
 from jaxtron.weights.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxtron.weights.families.gpt2 import GPT2
 from jaxtron.weights.families.gpt_neox import GPT_NEOX, GPTJ
-from jaxtron.weights.families.gpt_oss import GPT_OSS
 from jaxtron.weights.families.granite import GRANITE
 from jaxtron.weights.families.llama import LLAMA, MISTRAL, NEMOTRON, QWEN2, QWEN3
-from jaxtron.weights.families.mixtral import MIXTRAL
 from jaxtron.weights.families.olmo2 import OLMO2
 from jaxtron.weights.families.opt import OPT
 from jaxtron.weights.families.phi import PHI, PHI3
-from jaxtron.weights.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from jaxtron.weights.families.starcoder2 import STARCODER2
+from jaxtron.weights.families.state_space.bamba import BAMBA
+from jaxtron.weights.families.state_space.jamba import JAMBA
 from jaxtron.weights.families.state_space.mamba import MAMBA, MAMBA2
+from jaxtron.weights.families.state_space.nemotron_h import NEMOTRON_H
 from jaxtron.weights.family import HubFamily
 from jaxtron.weights.megatron.arguments import megatron_settings
 from jaxtron.weights.megatron.directory import is_megatron
@@ -59,8 +63,13 @@ FAMILIES: dict[str, HubFamily] = {
     "gpt_oss": GPT_OSS,
     "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v3": DEEPSEEK_V3,
     "mamba": MAMBA,
     "mamba2": MAMBA2,
+    "nemotron_h": NEMOTRON_H,
+    "bamba": BAMBA,
+    "jamba": JAMBA,
 }
 TOKENIZER = "tokenizer.json"
 # files of tokenizers that are read, the first that is there
@@ -165,9 +174,10 @@ def _unsaid(values: Mapping[str, Any], model: ModelConfig) -> list[str]:
         return [str(error.errors()[0]["msg"])]
     except UserError as error:
         return [str(error)]
-    # whether layers are a loop over periods or over kinds is no matter of theirs
+    # whether layers are a loop over periods or over kinds is no matter of theirs, nor how fast a bias learns
     equal = read.layout.layers == model.layout.layers
-    same = {"pattern": equal, "num_layers": equal, "hybrid": equal}
+    same = dict.fromkeys(("pattern", "num_layers", "hybrid", "moe.leading_dense"), equal)
+    same["moe.bias_rate"] = bool(read.moe.bias_rate) == bool(model.moe.bias_rate)
     return [
         f"model.{one.name} {format_value(one.here)} (only {format_value(one.there)})"
         for one in differences(read, model, same=same)

@@ -110,11 +110,15 @@ class WeightReader:
         What `allow` gets and does not refuse may differ: the parameters that are missing whole are given back.
         """
         names = {self._stored(name): one for one in wanted if one.place is not None for name in one.place.tensors}
-        there = self._files.tensors
+        there, further = self._files.tensors, self._table.further
+        beyond = tuple(name.removesuffix(further) for name in there if further and name.endswith(further))
         left = [
             name
             for name in there
-            if name not in names and not name.endswith(self._table.ignored) and not self._is_tied_head(name)
+            if name not in names
+            and not name.endswith(self._table.ignored)
+            and not name.startswith(beyond)
+            and not self._is_tied_head(name)
         ]
         missing = [name for name in names if name not in there]
         without = {one.name for one in wanted if one.place is None}

@@ -2,7 +2,7 @@
 neighbours, positions that begin later, what a Mamba-2 layer multiplies or convolves as one. By the model, and the
 parameter's name in its layer."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.state_space import mamba2_heads
@@ -28,13 +28,25 @@ def by_group(model: ModelConfig, name: str) -> Rows:
 def neighbours(model: ModelConfig, name: str) -> Rows:
     """Of queries or keys, whose rotated pairs are neighbours there, and halves here (GPT-J, Cohere)."""
     heads = model.num_heads if _projection(name) == "query" else model.kv_heads
-    order = _halves(model)
-    return Rows([head * len(order) + place for head in range(heads) for place in order], heads * len(order))
+    order = _halves(model, model.head_size)
+    return Rows(_rows_in_order(range(heads), order), heads * len(order))
 
 
 def neighbours_of_norm(model: ModelConfig, name: str) -> Rows:
     """The same of norms of each head."""
-    return Rows(_halves(model), model.head_size, dim=1)
+    return Rows(_halves(model, model.head_size), model.head_size, dim=1)
+
+
+def neighbours_of_latents(model: ModelConfig, name: str) -> Rows:
+    """Of what latent attention makes of the stream: the latent, then the part of keys that is rotated (DeepSeek)."""
+    order = _after(model.latent.kv_lora_rank, model)
+    return Rows(order, len(order))
+
+
+def neighbours_of_latent_queries(model: ModelConfig, name: str) -> Rows:
+    """Of each head of latent attention the part of queries that is not rotated, then that which is (DeepSeek)."""
+    order = _after(model.latent.qk_nope_head_dim, model)
+    return Rows(_rows_in_order(range(model.num_heads), order), model.num_heads * len(order))
 
 
 def after(count: int) -> Callable[[ModelConfig, str], Rows]:
@@ -75,10 +87,20 @@ def _projection(name: str) -> str:
 
 def _rows(heads: Iterable[int], size: int) -> list[int]:
     """Of these heads, each of so many."""
-    return [head * size + place for head in heads for place in range(size)]
+    return _rows_in_order(heads, range(size))
 
 
-def _halves(model: ModelConfig) -> list[int]:
-    """Where the dimensions of a head are there."""
-    rotated = model.rotary.dimensions(model.head_size)
-    return [*range(0, rotated, 2), *range(1, rotated, 2), *range(rotated, model.head_size)]
+def _rows_in_order(heads: Iterable[int], order: Sequence[int]) -> list[int]:
+    """Of these heads, each in this order."""
+    return [head * len(order) + place for head in heads for place in order]
+
+
+def _halves(model: ModelConfig, size: int) -> list[int]:
+    """Where so many dimensions of a head are there."""
+    rotated = model.rotary.dimensions(size)
+    return [*range(0, rotated, 2), *range(1, rotated, 2), *range(rotated, size)]
+
+
+def _after(plain: int, model: ModelConfig) -> list[int]:
+    """Where those of latent attention's that are rotated are, after so many others."""
+    return [*range(plain), *(plain + place for place in _halves(model, model.latent.qk_rope_head_dim))]

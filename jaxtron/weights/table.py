@@ -50,6 +50,8 @@ class Tensor:
     rows: Callable[[ModelConfig, str], Rows] | None = None
     """Where they lie otherwise than letters can say: of one parameter in one tensor, by the model and the parameter's
     name. `stored` then is what the tensor would be if the parameter's rows were all, in their order."""
+    when: Callable[[ModelConfig], bool] | None = None
+    """Of which models the row is, where the parameter has another name in the files of others (none: of all)."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -128,6 +130,8 @@ class TensorTable:
     """The head's name, which a tied model's file may have too."""
     ignored: tuple[str, ...] = ()
     """Ends of names that are no weights."""
+    further: str = ""
+    """The end of a name that only layers have which predict further tokens; all of such a layer is left out."""
 
     def place(self, model: ModelConfig, name: str, row: int | None = None) -> Place:
         """Those of a parameter by its name here; of one that is stacked, of the layer in this row of those alike."""
@@ -144,7 +148,7 @@ class TensorTable:
             number = sum(map(len, model.layout.layers[:place])) // self.branches_in_one
             rows = [tensor for symbol in model.layout.layers[place] for tensor in self.branches.get(symbol, ())]
             beginning = self.layer.format(number)
-        found = next((tensor for tensor in rows if own in tensor.parameters), None)
+        found = next((row for row in rows if own in row.parameters and (row.when is None or row.when(model))), None)
         if found is None:
             return None
         rows_there = None if found.rows is None else found.rows(model, own)

@@ -295,6 +295,29 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "time_step_min": 0.5,
         },
     ),
+    # one with experts, as from its third generation on
+    "nemotron_h_moe": (
+        "nemotron_h",
+        {
+            **MAMBA,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "mamba_num_heads": 6,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 12,
+            "moe_shared_expert_intermediate_size": 16,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.5,
+            "use_mamba_kernels": False,
+        },
+    ),
     "bamba": (
         "bamba",
         {

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -12,13 +11,10 @@ from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration, TrainConfig
 from jaxtron.run.session import make_trainer
 from jaxtron.run.step import Trainer
-from jaxtron.sharding.parameters import shardings
 from jaxtron.sharding.rules import use
 from jaxtron.typing import PyTree
-from jaxtron.weights.hub import FAMILIES as READ
-from jaxtron.weights.hub import hub_settings
+from jaxtron.weights.hub import FAMILIES, hub_settings
 from jaxtron.weights.load import load_parameters
-from tests.hugging_face.families import FAMILIES, model_of, parameters_of
 from tests.hugging_face.fixtures import FOLDER, Fixture, load, write
 from tests.support.logits import decoded, logits
 
@@ -38,20 +34,8 @@ def trainer_of(model: ModelConfig, fixture: Fixture) -> Trainer:
     return make_trainer(Configuration(model=model, train=train, data=DataConfig(sequence_length=length)))
 
 
-def reshaped(fixture: Fixture) -> tuple[Trainer, PyTree]:
-    """By the mappings of the tests."""
-    model = model_of(fixture)
-    values, trainer = parameters_of(fixture, model), trainer_of(model, fixture)
-    specs = trainer.blueprint.names
-    assert {key: value.shape for key, value in values.items()} == {key: spec.shape for key, spec in specs.items()}
-    tree = jax.tree.unflatten(jax.tree.structure(trainer.blueprint.parameters), [values[key] for key in specs])
-    return trainer, jax.device_put(tree, shardings(trainer.blueprint.parameters))
-
-
 def of_fixture(fixture: Fixture, folder: Path) -> tuple[Trainer, PyTree]:
-    """Its model, as its files are read or by the mappings of the tests."""
-    if fixture.config["model_type"] not in READ:
-        return reshaped(fixture)
+    """Its model, as its files are read."""
     folder = write(folder, fixture.config, fixture.weights)
     config = load_settings(Configuration, None, ["--data.sequence_length", "12"], under=hub_settings(folder))
     trainer = trainer_of(config.model, fixture)
@@ -93,4 +77,4 @@ def test_what_goes_on_from_memory_has_the_logits_of_the_whole(name, rules_for, t
 
 def test_every_family_has_a_fixture():
     found = {load(path.stem).config["model_type"] for path in FOLDER.glob("*.npz")}
-    assert found == FAMILIES.keys() | READ.keys() and not FAMILIES.keys() & READ.keys()
+    assert found == FAMILIES.keys()

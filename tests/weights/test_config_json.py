@@ -128,13 +128,26 @@ DEFAULTS = {
     "position none norm_epsilon 1e-05 initial_std 0.1",
     "mamba2": "tied_head false pattern M num_layers 64 mamba.num_heads 128 mamba.head_dim 64 mamba.num_groups 8 "
     "mamba.state_size 128 vocab_size 32768 hidden_size 4096",
+    "nemotron_h": "tied_head false pattern ME*- num_layers 1 mamba.num_heads 128 num_kv_heads 8 head_dim 128 "
+    "mlp_size 21504 activation squared_relu moe.num_experts 8 moe.expert_size 7688 moe.scores sigmoid",
+    "bamba": "tied_head false pattern M- num_layers 32 mamba.num_heads 128 mamba.head_dim 64 mamba.num_groups 1 "
+    "mamba.state_size 256 position none activation swiglu mlp_size 14336 norm_epsilon 1e-05",
+    "jamba": "tied_head false pattern m-mEm-mE*-mEm-mE num_layers 4 num_kv_heads 8 mamba.state_size 16 "
+    "mamba.dt_rank none mamba.inner_norms true moe.num_experts 16 moe.top_k 2 moe.renormalize false norm_epsilon 1e-06",
+    "deepseek_v2": "tied_head false pattern LE num_layers 32 latent.q_lora_rank 1536 latent.kv_lora_rank 512 "
+    "moe.top_k 6 moe.leading_dense 0 moe.num_experts 64 moe.expert_size 1407 moe.shared_size 2814 moe.groups 1",
+    "deepseek_v3": "tied_head false pattern LE num_layers 61 latent.q_lora_rank 1536 latent.v_head_dim 128 moe.top_k 8 "
+    "moe.leading_dense 3 moe.num_experts 256 moe.shared_size 2048 moe.scores sigmoid moe.groups 8 moe.top_groups 4 "
+    "moe.group_score two_largest moe.renormalize true moe.scaling 2.5 bias false",
     "qwen3": "num_kv_heads 32 qk_norm true head_dim 128 pattern *- mlp_size 22016",
 }
+# what the class has no number for
+GIVEN = {"deepseek_v2": {"num_experts_per_tok": 6}}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_key_that_is_not_there_means_what_the_class_takes(family: str, tmp_path: Path):
-    found: Any = model_of(tmp_path, {"model_type": family}).model_dump(mode="json")
+    found: Any = model_of(tmp_path, {"model_type": family, **GIVEN.get(family, {})}).model_dump(mode="json")
     words = DEFAULTS[family].split()
     for name, value in zip(words[::2], words[1::2], strict=True):
         at = found
@@ -170,6 +183,16 @@ MAMBA = MambaConfig(state_size=8, dt_rank=3)
         ("qwen2_moe", {"mlp_only_layers": [3]}, {"pattern": "*-*E*-*-", "num_layers": 1}),
         ("qwen3_moe", {"num_local_experts": ..., "num_experts": 8}, {"pattern": "*E", "num_layers": 2}),
         ("mamba", {"time_step_rank": "auto"}, {"mamba": MAMBA.model_copy(update={"dt_rank": None})}),
+        ("nemotron_h", {"layers_block_type": ["linear_attention"]}, {"pattern": "M", "num_kv_heads": None}),
+        ("nemotron_h", {"head_dim": ..., "attention_head_dim": 10}, {"head_size": 10}),
+        ("nemotron_h", {"time_step_min": 0.0}, {"pattern": "M-M*-"}),
+        ("bamba", {"attn_layer_indices": None}, {"pattern": "M-", "num_layers": 3, "position": "none"}),
+        ("bamba", {"mamba_d_head": "auto", "attention_bias": True}, {"has_qkv_bias": True, "has_mlp_bias": False}),
+        ("jamba", {"num_experts": 1}, {"pattern": "m-*-", "num_layers": 2}),
+        ("jamba", {"attn_layer_period": 3}, {"pattern": "m-*Em-mE", "num_layers": 1}),
+        ("deepseek_v2", {"topk_method": "greedy"}, {"pattern": "LE", "num_layers": 3, "bias": False}),
+        ("deepseek_v3", {"first_k_dense_replace": 3}, {"pattern": "L-", "num_layers": 3}),
+        ("deepseek_v3", {"attention_bias": True}, {"bias": True, "has_mlp_bias": False, "expert_bias": False}),
         ("gpt2", {"n_inner": None}, {"mlp_size": None, "mlp_width": 128}),
         ("llama", {"num_key_value_heads": None, "head_dim": ...}, {"kv_heads": 4, "head_size": 8}),
     ],
@@ -194,6 +217,20 @@ OLD: list[tuple[str, dict[str, Any]]] = [
     ),
     ("gemma2", {"layer_types": ..., "hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"}),
     ("gemma", {"hidden_act": "gelu", "hidden_activation": None}),
+    ("mamba2", {"norm_before_gate": False, "rms_norm": True}),
+    ("nemotron_h", {"layers_block_type": ..., "hybrid_override_pattern": "M-M*-", "num_hidden_layers": 5}),
+    ("bamba", {"rope_theta": 10000.0, "rope_scaling": None, "attn_rotary_emb": 4}),
+    ("deepseek_v2_lite", {"rope_theta": 10000, "moe_layer_freq": 1, "seq_aux": True, "scoring_func": "softmax"}),
+    (
+        "deepseek_v3",
+        {
+            **{"rope_theta": 1000, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "ep_size": 1},
+            "rope_scaling": {
+                **{"type": "yarn", "factor": 8, "beta_fast": 1.5, "beta_slow": 0.25, "mscale": 1.0},
+                **{"mscale_all_dim": 1.0, "original_max_position_embeddings": 16},
+            },
+        },
+    ),
 ]
 
 
@@ -316,6 +353,32 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mamba2", {"time_step_limit": [0.5, 0.1]}, "[0.5, 0.1]: it must be a number of 0 or more, and a larger one"),
     ("mamba2", {"time_step_limit": 0.1}, "time_step_limit 0.1: it must be two numbers"),
     ("mamba2", {"time_step_min": "x"}, 'time_step_min "x": it must be a number of 0 or more'),
+    ("nemotron_h", {"layers_block_type": ["mlp", "rnn"]}, "a list of linear_attention, full_attention, mlp, moe"),
+    (
+        "nemotron_h",
+        {"layers_block_type": ..., "hybrid_override_pattern": "M|M"},
+        "it must be a string of M, *, - and E",
+    ),
+    ("nemotron_h", {"num_hidden_layers": 4}, "num_hidden_layers 4: layers_block_type has 5 layers"),
+    ("nemotron_h", {"time_step_limit": [0.0, 0.1]}, "the class does not read it and takes time_step_min"),
+    ("nemotron_h", {"moe_latent_size": 8}, "moe_latent_size 8: it is not known here"),
+    ("nemotron_h", {"mlp_hidden_act": "silu"}, "of a nemotron_h gelu, gelu_new, gelu_pytorch_tanh, relu, or relu2 are"),
+    ("nemotron_h", {"attention_head_dim": 8}, "attention_head_dim 8: head_dim says 12"),
+    ("nemotron_h", {"layers_block_type": ["moe"], "mlp_bias": True}, "the MLP beside experts has a bias"),
+    ("bamba", {"attn_layer_indices": [3]}, "it must be a list of numbers of layers, of which there are 3"),
+    ("bamba", {"partial_rotary_factor": 1.0}, "partial_rotary_factor 1.0: only 0.5 is known here"),
+    ("bamba", {"attn_rotary_emb": 8}, "attn_rotary_emb 8: the class does not read it, and rotates half of a head: 4"),
+    ("bamba", {"mamba_proj_bias": True}, "mamba_proj_bias true: only false is known here"),
+    ("jamba", {"expert_layer_offset": 2}, "expert_layer_offset 2: it must be below expert_layer_period, which is 2"),
+    ("jamba", {"mamba_inner_layernorms": False}, "mamba_inner_layernorms false: only true is known here"),
+    ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob true: only false is known here"),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}, '"noaux_tc": greedy and group_limited_greedy are known here'),
+    ("deepseek_v2", {"num_experts_per_tok": None}, "num_experts_per_tok null: it must be a whole number"),
+    ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05: only 1e-06 is known here, which the class takes"),
+    ("deepseek_v3", {"rope_interleave": False}, "rope_interleave false: only true is known here"),
+    ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads 2: all heads have keys of their own"),
+    ("deepseek_v3", {"n_shared_experts": 0}, "n_shared_experts 0: the class has an MLP beside its experts always"),
+    ("deepseek_v3", rope(rope_type="yarn", factor=4.0, mscale_all_dim=1.0), "only both of mscale and mscale_all_dim"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "only false is known here"),
     ("gpt2", {"activation_function": "silu"}, "of a gpt2 gelu, gelu_new, gelu_pytorch_tanh, or relu are known here"),
 ]

@@ -22,9 +22,7 @@ from jaxtron.weights.rows import write_part
 from jaxtron.weights.table import own_shape
 from tests.hugging_face import fixtures
 
-READ = sorted(
-    path.stem for path in fixtures.FOLDER.glob("*.npz") if fixtures.load(path.stem).config["model_type"] in FAMILIES
-)
+READ = sorted(path.stem for path in fixtures.FOLDER.glob("*.npz"))
 FIRST, SECOND = "model-00001-of-00002", "model-00002-of-00002"
 
 
@@ -123,22 +121,58 @@ def test_names_of_old_files(tmp_path: Path):
     assert all(np.array_equal(expected[name], found[name]) for name in expected)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def in_memory(name: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors by the names of transformers 5 in memory, where all experts of a layer are in one."""
+    names = {"block_sparse_moe": "mlp"} | ({"backbone.": "model."} if name == "nemotron_h_moe" else {})
+    for old, new in names.items():
+        weights = {key.replace(old, new): array for key, array in weights.items()}
+    is_gated = name != "nemotron_h_moe"
+    words = ("w1", "w3", "w2") if name == "mixtral" else ("gate_proj", "up_proj", "down_proj")[not is_gated :]
+    for own in {key.partition(".experts.")[0] for key in weights if ".experts." in key}:
+        count = sum(key.startswith(f"{own}.experts.") for key in weights) // len(words)
+        *ups, down = (
+            np.stack([weights.pop(f"{own}.experts.{number}.{word}.weight") for number in range(count)])
+            for word in words
+        )
+        weights[f"{own}.experts.{'gate_up_proj' if is_gated else 'up_proj'}"] = np.concatenate(ups, 1)
+        weights[f"{own}.experts.down_proj"] = down
+    return weights
+
+
+# one of each layout
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral",
+        "qwen2_moe",
+        "nemotron_h_moe",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("deepseek_v3", "jamba")),
+    ],
+)
 def test_experts_of_a_layer_in_one_tensor(name: str, tmp_path: Path):
     fixture = fixtures.load(name)
     expected = read(tmp_path / "each", session_of(fixtures.write(tmp_path / "each", fixture.config, fixture.weights)))
-    weights = {key.replace("block_sparse_moe", "mlp"): array for key, array in fixture.weights.items()}
-    for own in {key.partition(".experts.")[0] for key in weights if ".experts." in key}:
-        count = sum(key.startswith(f"{own}.experts.") for key in weights) // 3
-        gate, up, down = (
-            np.stack([weights.pop(f"{own}.experts.{number}.{word}.weight") for number in range(count)])
-            for word in (("w1", "w3", "w2") if name == "mixtral" else ("gate_proj", "up_proj", "down_proj"))
-        )
-        weights[f"{own}.experts.gate_up_proj"] = np.concatenate([gate, up], 1)
-        weights[f"{own}.experts.down_proj"] = down
+    weights = in_memory(name, fixture.weights)
     found = read(tmp_path / "one", session_of(fixtures.write(tmp_path / "one", fixture.config, weights)))
     assert expected.keys() == found.keys()
     assert all(np.array_equal(expected[name], found[name]) for name in expected)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path):
+    fixture = fixtures.load("deepseek_v3")
+    session = session_of(fixtures.write(tmp_path / "own", fixture.config, fixture.weights))
+    expected = read(tmp_path / "own", session)
+    # as those of the released model, which has one after its last layer
+    further = {
+        key.replace("layers.2.", "layers.3."): array for key, array in fixture.weights.items() if "layers.2." in key
+    }
+    weights = fixture.weights | further | {"model.layers.3.eh_proj.weight": np.ones((32, 64), np.float32)}
+    found = read(fixtures.write(tmp_path / "more", fixture.config, weights), session)
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    # a layer like all others is one too many
+    fixtures.write(tmp_path / "wrong", fixture.config, fixture.weights | further)
+    with pytest.raises(UserError, match=r"has no place for model.layers.3."):
+        read(tmp_path / "wrong", session)
 
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -168,6 +168,14 @@ def set_kinds(file: ConfigFile, kinds: list[str], mlp: str = "-") -> None:
     file.set("num_layers", 1, "layer_types")
 
 
+def set_pattern(file: ConfigFile, layers: list[str], key: str) -> None:
+    """The pattern of these layers, of which there are some, as few of them as repeat."""
+    count = len(layers)
+    size = next(size for size in range(1, count + 1) if count % size == 0 and layers[:size] * (count // size) == layers)
+    file.set("pattern", "".join(layers[:size]), key)
+    file.set("num_layers", count // size, key)
+
+
 def kinds_of_model(model: ModelConfig) -> list[str]:
     """The same of a model's layers."""
     return [SLIDING if branch == ("W",) else FULL for branch in model.layout.layers[::2]]

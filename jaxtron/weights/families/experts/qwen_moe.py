@@ -7,6 +7,7 @@ from typing import Any
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.kinds import expert_width
 from jaxtron.weights.config_json import ConfigFile
+from jaxtron.weights.families.experts.mixtral import NORM, STACKED, STACKED_ROWS, WITHOUT_EFFECT, expert_rows
 from jaxtron.weights.families.llama import (
     ATTENTION,
     FULL,
@@ -18,9 +19,9 @@ from jaxtron.weights.families.llama import (
     TENSORS,
     common_keys,
     kinds_of_qwen,
+    set_pattern,
     write_windows,
 )
-from jaxtron.weights.families.mixtral import NORM, STACKED, STACKED_ROWS, WITHOUT_EFFECT, expert_rows
 from jaxtron.weights.family import HubFamily, Key, Rule
 from jaxtron.weights.rotary import rotary
 from jaxtron.weights.table import Tensor
@@ -68,9 +69,7 @@ def _read_layers(file: ConfigFile, layers: int, *, has_windows: bool) -> None:
         file.set("pattern", pairs[-1], DENSE)
         file.set("moe.leading_dense", first, DENSE)
         return
-    size = next(size for size in range(1, count + 1) if count % size == 0 and pairs[:size] * (count // size) == pairs)
-    file.set("pattern", "".join(pairs[:size]), DENSE)
-    file.set("num_layers", count // size, DENSE)
+    set_pattern(file, pairs, DENSE)
 
 
 def _write_layers(model: ModelConfig, *, has_windows: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.kinds import expert_width
 from jaxtron.weights.config_json import ConfigFile
+from jaxtron.weights.families.experts.mixtral import NORM, WITHOUT_EFFECT
 from jaxtron.weights.families.gemma import write_kinds
 from jaxtron.weights.families.llama import (
     ATTENTION,
@@ -17,7 +18,6 @@ from jaxtron.weights.families.llama import (
     kinds_of_layers,
     set_kinds,
 )
-from jaxtron.weights.families.mixtral import NORM, WITHOUT_EFFECT
 from jaxtron.weights.family import HubFamily, Key, Rule
 from jaxtron.weights.rotary import FRACTION, NEW, OLD, ORIGINAL, THETA, rotary, set_rotary
 from jaxtron.weights.table import Tensor

@@ -16,22 +16,26 @@ STACKED = ".mlp.experts.gate_up_proj"
 NORM = norm_rows("norm", "post_attention_layernorm")
 
 
-def expert_rows(own: str, names: tuple[str, str, str]) -> tuple[Tensor, ...]:
-    """Router and experts, by the names of gate, up and down."""
+def expert_rows(own: str, names: tuple[str, str, str], router: str = "gate") -> tuple[Tensor, ...]:
+    """Router and experts, by the names of gate, up and down, and of the router."""
     gate, up, down = (f"{own}.experts.{{}}.{name}.weight" for name in names)
     return (
-        Tensor("moe.router.kernel", "E N", f"{own}.gate.weight", "N E"),
+        Tensor("moe.router.kernel", "E N", f"{own}.{router}.weight", "N E"),
         Tensor("moe.up", "N E G F", (gate, up), "F E"),
         Tensor("moe.down", "N F E", down, "E F"),
     )
 
 
-# as transformers 5 has them in memory
-STACKED_ROWS = (
-    Tensor("moe.router.kernel", "E N", "mlp.gate.weight", "N E"),
-    Tensor("moe.up", "N E G F", "mlp.experts.gate_up_proj", "N GF E"),
-    Tensor("moe.down", "N F E", "mlp.experts.down_proj", "N E F"),
-)
+def stacked_rows(own: str, router: str = "gate") -> tuple[Tensor, ...]:
+    """The same as transformers 5 has them in memory, all experts in one."""
+    return (
+        Tensor("moe.router.kernel", "E N", f"{own}.{router}.weight", "N E"),
+        Tensor("moe.up", "N E G F", f"{own}.experts.gate_up_proj", "N GF E"),
+        Tensor("moe.down", "N F E", f"{own}.experts.down_proj", "N E F"),
+    )
+
+
+STACKED_ROWS = stacked_rows("mlp")
 
 
 def _read_pattern(file: ConfigFile) -> None:
