@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+# of a text that is none
+NO_TEXT = "has half a character, such as bytes of another encoding or \\ud800 leave; give it as UTF-8"
 BYTES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 FLOPS = ("FLOPs", "kFLOPs", "MFLOPs", "GFLOPs", "TFLOPs", "PFLOPs", "EFLOPs")
 
@@ -10,6 +12,15 @@ def plural(count: int, noun: str, several: str | None = None) -> str:
     """`1 node`, `2 nodes`, `1,024 batches`; `several` is the noun's plural where that does not end in s or es."""
     ending = "es" if noun.endswith(("ch", "sh", "s", "x")) else "s"
     return f"{count:,} {noun if count == 1 else several or noun + ending}"
+
+
+def is_whole_text(text: str) -> bool:
+    """Whether no character of a text is half a one (a surrogate), as bytes of another encoding and JSON leave."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def either(choices: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ import numpy as np
 
 from jaxtron.checkpoint.restore import restore_part
 from jaxtron.convert.adapters_request import AdaptersRequest
+from jaxtron.convert.target import whole_directory
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.run.configuration import Configuration
@@ -39,5 +40,6 @@ def export_adapters(request: AdaptersRequest, trained: Configuration) -> None:
         for (path, leaf), role in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(roles), strict=True)
         if role == "adapter"
     }
-    write_adapters(request.output, arrays, family_of_hub(request.base).tensors, model, lora, str(request.base))
+    with whole_directory("--output", request.output) as made:
+        write_adapters(made, arrays, family_of_hub(request.base).tensors, model, lora, str(request.base))
     print(f"{request.output}: {len(arrays) // 2} kinds of layers of step {restored.step} of {request.run}")

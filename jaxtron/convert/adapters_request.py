@@ -6,6 +6,7 @@ from pathlib import Path
 from jaxtron.command import FlagParser, file_path, natural
 from jaxtron.config import UserError, load
 from jaxtron.convert.request import PROGRAM, check_output
+from jaxtron.convert.target import check_new
 from jaxtron.run.configuration import Configuration, configuration_type
 from jaxtron.weights.hub import hub_settings, is_hub
 
@@ -42,6 +43,8 @@ def adapters_configuration(request: AdaptersRequest) -> Configuration:
     if not path.is_file():
         raise UserError(f"{request.run} has no config.yaml; give the --run.directory of a training")
     check_output(request.output)
+    if not request.output.exists():
+        check_new("--output", request.output)
     config = load(configuration_type([str(path)]), path).resolved()
     if config.train.lora is None:
         raise UserError(f"{path} has no train.lora: the run has no adapters")

@@ -27,7 +27,8 @@ def check_new(flag: str, path: Path) -> None:
 def whole_directory(flag: str, path: Path) -> Iterator[Path]:
     """A directory beside `path` that becomes it at the end of the block, and is removed if that fails.
 
-    A kill leaves it under a name that begins with a dot. `UserError` where it cannot be written.
+    A kill leaves it under a name that begins with a dot. `UserError` where it cannot be written, or something is there
+    that is no empty directory.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,7 @@ def whole_directory(flag: str, path: Path) -> Iterator[Path]:
             yield made
             # as a directory that anyone makes
             made.chmod(0o777 & ~_umask())
-            if path.exists():
+            if path.exists() and not (path.is_dir() and not any(path.iterdir())):
                 raise UserError(f"{flag} {path} was made by another command meanwhile; give a new directory")
             made.rename(path)
         except BaseException:

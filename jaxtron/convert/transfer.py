@@ -93,7 +93,7 @@ def run_configuration(request: TransferRequest) -> Configuration:
         if tokenizer is None:
             raise UserError(
                 f"{request.source} has no tokenizer that is known here: give --data.tokenizer, the model's own in a "
-                "form that is read, or byte if no text will be"
+                "form that is read, or bytes if no text will be"
             )
         under.set("data.tokenizer", str(tokenizer.absolute()), str(tokenizer))
     words = [*request.overrides, "--run.directory", str(request.target)]

@@ -145,7 +145,9 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = FastTokenizer.from_str(content)
         except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{path} is not a Hugging Face tokenizer.json: {error}") from error
+            raise UserError(
+                f"{path} is not a Hugging Face tokenizer.json: {error}; bring back the model's own"
+            ) from error
         padding = self._tokenizer.padding
         declared = _read_declared(path)
         # the file may ask for either; here a document keeps its length

@@ -5,7 +5,7 @@ import sys
 from jaxtron import interrupts  # noqa: F401  (answers Ctrl-C while the rest is imported)
 from jaxtron.command import hand_over, run_command
 from jaxtron.config import UserError
-from jaxtron.evaluate.request import USAGE, parse, read_configuration, read_text, read_token_ids
+from jaxtron.evaluate.request import ALL_USAGE, parse, read_configuration, read_text, read_token_ids
 from jaxtron.evaluate.tasks_request import is_of_tasks, parse_tasks
 from jaxtron.generate.source import read_model
 
@@ -13,7 +13,7 @@ from jaxtron.generate.source import read_model
 def main(argv: list[str]) -> int:
     """Prints the figures of the text, and writes them where asked to."""
     if not argv:
-        print(f"usage: {USAGE}\n\n--help lists the flags.")
+        print(f"usage: {ALL_USAGE}\n\n--help lists the flags.")
         return 2
     if is_of_tasks(argv):
         asked = parse_tasks(argv)

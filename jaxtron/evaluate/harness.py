@@ -108,6 +108,8 @@ class HarnessModel(TemplateLM):
             for number, (logprobs, best, _) in zip(some, scores, strict=True):
                 strings, _, continuation = requests[number]
                 count = len(continuation)
+                if not np.isfinite(logprobs).all():
+                    raise FloatingPointError("its logits are not finite")
                 if count > len(logprobs):
                     raise UserError(
                         f"a continuation of {count:,} tokens is longer than what the model reads, {self.max_length:,}"

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtron.config import UserError
+from jaxtron.config import UserError, shown
 from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.generate.protocol import TokenEngine
+from jaxtron.words import NO_TEXT, is_whole_text
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class LastWords:
 def read_texts(path: Path, limit: int | None = None) -> list[str]:
     """The texts of a file of JSON lines; a `UserError` names the line that is none, or has no two words."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # a line may have other separators in its text
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --last_words {path}: {getattr(error, 'strerror', None) or error}") from None
     texts = []
@@ -52,6 +54,8 @@ def read_texts(path: Path, limit: int | None = None) -> list[str]:
             text = None
         if not isinstance(text, str):
             raise UserError(f'--last_words {path} line {number} is not like {{"text": "..."}}; mend it')
+        if not is_whole_text(text):
+            raise UserError(f"--last_words {path} line {number} {NO_TEXT}")
         if len(text.split()) < 2:
             raise UserError(f"--last_words {path} line {number} has no two words, and no last one to tell; remove it")
         texts.append(text.rstrip())
@@ -61,12 +65,21 @@ def read_texts(path: Path, limit: int | None = None) -> list[str]:
 
 
 def score_last_words(engine: TokenEngine, tokenizer: Tokenizer, texts: Sequence[str]) -> LastWords:
-    """The figures; texts longer than the model's room lose their beginnings."""
+    """The figures; texts longer than the model's room lose their beginnings.
+
+    A `UserError` for a word that is longer, a `FloatingPointError` for a model whose numbers are not finite.
+    """
     pairs = []
     for text in texts:
         whole, context = (tokenizer.encode(part) for part in (text, text.rsplit(None, 1)[0]))
         # one token before the word at least
-        pairs.append((whole[-engine.room - 1 :], max(1, min(len(whole) - len(context), len(whole) - 1))))
+        count = max(1, min(len(whole) - len(context), len(whole) - 1))
+        if count > engine.room:
+            raise UserError(
+                f"the last word {shown(text.rsplit(None, 1)[1])} has {count:,} tokens, and the model reads "
+                f"{engine.room:,}; raise --room, or remove the text"
+            )
+        pairs.append((whole[-engine.room - 1 :], count))
     order = sorted(range(len(pairs)), key=lambda number: -len(pairs[number][0]))
     right, nll = 0, 0.0
     for start in range(0, len(order), engine.rows):
@@ -75,5 +88,5 @@ def score_last_words(engine: TokenEngine, tokenizer: Tokenizer, texts: Sequence[
             nll -= float(logprobs[-count:].sum())
             right += bool(np.array_equal(best[-count:, 0], tokens[-count:]))
     if not math.isfinite(nll):
-        raise UserError("the model's logits are not finite; give a checkpoint that has not diverged, with --step")
+        raise FloatingPointError("its logits are not finite")
     return LastWords(len(pairs), right, nll)

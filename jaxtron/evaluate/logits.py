@@ -78,7 +78,15 @@ def _keep(unfinished: Path, path: Path) -> None:
 
 
 def with_length(config: Configuration, length: int) -> Configuration:
-    """The configuration with sequences as long as the rows; where the mesh splits them, with room to split evenly."""
+    """The configuration with sequences as long as the rows; where the mesh splits them, with room to split evenly.
+
+    A `UserError` where the model has no positions for so many.
+    """
+    longest = getattr(config.model, "max_positions", None)
+    if longest is not None and length > longest:
+        raise UserError(
+            f"--token_ids has rows of {length:,} tokens, and the model has {longest:,} positions: shorten them"
+        )
     context, tensor = (max(1, getattr(config.mesh, axis)) for axis in ("context", "tensor"))
     parts = tensor * context * (2 if context > 1 else 1)
     # what follows a token changes nothing of it

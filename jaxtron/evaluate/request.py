@@ -9,8 +9,9 @@ from jaxtron.command import FlagParser, check_output, file_path, natural, positi
 from jaxtron.config import SettingsSource, UserError, load, settings, split_arguments
 from jaxtron.data.files.file_kind import file_kind
 from jaxtron.data.files.reader import decode_text, read_content
+from jaxtron.evaluate import tasks_request
 from jaxtron.evaluate.detokenize import DETOKENIZERS
-from jaxtron.generate.source import LAYOUT, laid_out
+from jaxtron.generate.source import LAYOUT, SETTINGS, check_taken, laid_out, taken
 from jaxtron.run.configuration import Configuration, configuration_type
 from jaxtron.weights.cache import fetch_weights
 from jaxtron.weights.config_json import CONFIG_JSON
@@ -21,16 +22,9 @@ USAGE = (
     f"{PROGRAM} RUN_OR_WEIGHTS --text FILE [FILE ...] [--flag value ...]\n"
     f"       {PROGRAM} RUN_OR_WEIGHTS --token_ids FILE.json --logits FILE.npy [--flag value ...]"
 )
-# the others are the checkpoint's
-SECTIONS = LAYOUT
-SETTINGS = (
-    "devices",
-    "train.precision",
-    "data.tokenizer",
-    "data.end_of_document",
-    "data.sequence_length",
-    "model.attention.implementation",
-)
+ALL_USAGE = f"{USAGE}\n       {tasks_request.USAGE}"
+# what can be set: as where text is made, any layout, and how long windows are
+TAKEN = (LAYOUT, (*SETTINGS, "data.sequence_length"))
 
 
 @dataclass(frozen=True)
@@ -71,10 +65,7 @@ def parse(argv: list[str]) -> EvaluateRequest:
         raise UserError(f"no run directory; give it first: {PROGRAM} RUN_OR_WEIGHTS --text FILE")
     if len(words) > 1:
         raise UserError(f"unexpected argument {words[1]!r}: one run directory, then flags")
-    known = settings(Configuration)
-    for name, _ in flags:
-        if name in known and name not in SETTINGS and name.partition(".")[0] not in SECTIONS:
-            raise UserError(f"--{name} is the checkpoint's own: leave it out, only {_taken()} can be set")
+    check_taken(flags, *TAKEN)
     _check_purpose(found)
     if found.json is not None:
         check_output("--json", found.json)
@@ -101,7 +92,10 @@ def _check_purpose(found: argparse.Namespace) -> None:
     """`UserError` unless there is a text, or tokens and a place for their logits, and nothing that the other reads."""
     if found.token_ids is None and found.logits is None:
         if not found.text:
-            raise UserError(f"nothing to score: give --text FILE, or --token_ids FILE.json --logits FILE.npy; {USAGE}")
+            raise UserError(
+                "nothing to score: give --text FILE, --token_ids FILE.json --logits FILE.npy, --tasks NAME[,NAME ...], "
+                f"or --last_words FILE.jsonl; {PROGRAM} --help lists the flags"
+            )
         return
     if found.token_ids is None or found.logits is None:
         there, other = (
@@ -193,10 +187,6 @@ def read_text(path: Path) -> str:
         raise UserError(f"--text {path} is {error}; convert it") from None
 
 
-def _taken() -> str:
-    return ", ".join([*(f"--{section}.*" for section in SECTIONS), *(f"--{name}" for name in SETTINGS)])
-
-
 def _parser() -> FlagParser:
     purpose = (
         "Perplexity of a trained model, a run's or one of Hugging Face weights, on a text: of tokens, of words with "
@@ -204,10 +194,11 @@ def _parser() -> FlagParser:
         "logits of rows of tokens."
     )
     further = (
-        f"Of training's settings it takes {_taken()} (python -m jaxtron.train --help). The mesh need not be that of "
-        "the training; by default it is one device, and with --devices all of those."
+        f"Of training's settings it takes {taken(*TAKEN)} (python -m jaxtron.train --help). The mesh need not be that "
+        "of the training; by default it is one device, and with --devices all of those. The flags of --tasks and of "
+        f"--last_words are listed by {PROGRAM} --help --tasks."
     )
-    parser = FlagParser(PROGRAM, purpose, usage=USAGE, further=further, others=settings(Configuration))
+    parser = FlagParser(PROGRAM, purpose, usage=ALL_USAGE, further=further, others=settings(Configuration))
     add = parser.add_argument
     add("--text", nargs="+", action="extend", type=file_path, metavar="FILE", help="UTF-8 text to score")
     add(

@@ -3,11 +3,14 @@
 import json
 from typing import Any
 
+from jaxtron.command import write_whole
 from jaxtron.evaluate.harness import HarnessModel, as_json, check_installed, evaluate_tasks, table
 from jaxtron.evaluate.last_words import read_texts, score_last_words
 from jaxtron.evaluate.tasks_request import TasksRequest
 from jaxtron.generate.opening import SpeakingModel, open_model
 from jaxtron.generate.source import ModelConfiguration
+from jaxtron.generate.write import ROOM, finite_logits
+from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
 from jaxtron.runtime.start import start_runtime
 
 # sequences at a time, where nothing is said
@@ -22,7 +25,11 @@ def run_tasks(request: TasksRequest, configuration: ModelConfiguration) -> None:
         check_installed()
     config = configuration.config
     start_runtime(config.runtime, devices=config.devices)
-    with open_model(request.source, configuration, rows=ROWS) as model:
+    with (
+        out_of_memory_as_user_error(ROOM),
+        open_model(request.source, configuration, rows=ROWS) as model,
+        finite_logits(request.source),
+    ):
         if texts is None:
             results = _run_harness(request, model)
             print(table(results))
@@ -35,7 +42,7 @@ def run_tasks(request: TasksRequest, configuration: ModelConfiguration) -> None:
                 {"texts": found.texts, "accuracy": found.accuracy, "perplexity": found.perplexity}, indent=1
             )
     if request.json is not None:
-        request.json.write_text(figures + "\n", encoding="utf-8")
+        write_whole(request.json, figures + "\n")
 
 
 def _run_harness(request: TasksRequest, model: SpeakingModel) -> dict[str, Any]:

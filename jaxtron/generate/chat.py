@@ -13,6 +13,7 @@ from jaxtron.data.chat.tokens import encode_prompt, tokens_to_insert
 from jaxtron.data.config import ChatConfig
 from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.generate.settings import SamplingSettings
+from jaxtron.words import NO_TEXT, is_whole_text
 
 NO_TEMPLATE = "the model has no chat template; give one with --chat_template FILE, or prompts that are plain text"
 
@@ -55,6 +56,8 @@ class ChatPrompts:
         for name, value in (("role", role), ("content", content)):
             if not isinstance(value, str):
                 raise UserError(f"messages[{number}].{name} must be a text")
+            if not is_whole_text(value):
+                raise UserError(f"messages[{number}].{name} {NO_TEXT}")
         extras = {name: value for name, value in message.items() if name not in ("role", "content")}
         for name in extras:
             if not self._template.reads(name):

@@ -25,6 +25,7 @@ from jaxtron.run.session import Session, make_session
 from jaxtron.sharding.folding import FLAGS
 from jaxtron.typing import PyTree
 from jaxtron.weights.load import load_parameters
+from jaxtron.words import NO_TEXT, is_whole_text
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ class SpeakingModel:
         return settings
 
     def encode(self, text: str) -> Integer[np.ndarray, "P"]:
-        """The ids of a plain text for the model to go on from."""
+        """The ids of a plain text for the model to go on from; a `UserError` for what is no text."""
+        if not is_whole_text(text):
+            raise UserError(f"prompt {NO_TEXT}")
         ids = self.tokenizer.encode(text)
         begun = ids[: len(self.prefix)].tolist() == list(self.prefix)
         return np.concatenate([[] if begun else self.prefix, ids]).astype(np.int32)

@@ -11,6 +11,7 @@ from jaxtron.config import UserError, settings
 from jaxtron.generate.settings import SamplingSettings, read_settings
 from jaxtron.generate.source import ModelSource, add_model_flags, split_source, taken
 from jaxtron.run.configuration import Configuration
+from jaxtron.words import NO_TEXT, is_whole_text
 
 PROGRAM = "python -m jaxtron.generate"
 USAGE = f"{PROGRAM} RUN_OR_WEIGHTS --prompt TEXT [--flag value ...]"
@@ -69,6 +70,10 @@ def _check(request: GenerateRequest) -> None:
         read_settings(request.sampling)
     except UserError as error:
         raise UserError(f"--{error}") from None
+    stops = request.sampling.get("stop", ())
+    for name, texts in (("prompt", request.prompt), ("system", (request.system or "",)), ("stop", stops)):
+        if not all(map(is_whole_text, texts)):
+            raise UserError(f"--{name} {NO_TEXT}")
     if not request.prompt and request.prompts is None and not request.chat:
         raise UserError(f"no prompt; give --prompt TEXT, --prompts FILE.jsonl, or --chat: {USAGE}")
     if request.source.chat_template is not None and not request.chat and request.prompts is None:

@@ -76,7 +76,8 @@ class SamplingSettings:
             _whole("max_new_tokens", self.max_new_tokens, 1, 2**31 - 1)
             if self.min_new_tokens > self.max_new_tokens:
                 raise UserError(
-                    f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}"
+                    f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}; "
+                    "change one of them"
                 )
         if self.seed is not None:
             _whole("seed", self.seed, -(SEEDS // 2), SEEDS - 1)

@@ -94,9 +94,19 @@ def add_model_flags(parser: FlagParser) -> None:
     )
 
 
-def taken() -> str:
+def taken(sections: Sequence[str] = SECTIONS, names: Sequence[str] = SETTINGS) -> str:
     """The settings of training that such a command takes, for its help."""
-    return ", ".join([*(f"--{section}.*" for section in SECTIONS), *(f"--{name}" for name in SETTINGS)])
+    return ", ".join([*(f"--{section}.*" for section in sections), *(f"--{name}" for name in names)])
+
+
+def check_taken(
+    flags: Sequence[tuple[str, Any]], sections: Sequence[str] = SECTIONS, names: Sequence[str] = SETTINGS
+) -> None:
+    """`UserError` for a setting of a line that is not one of these: the trained model has it."""
+    known = settings(Configuration)
+    for name, _ in flags:
+        if name in known and name not in names and name.partition(".")[0] not in sections:
+            raise UserError(f"--{name} is the model's own: leave it out, only {taken(sections, names)} can be set")
 
 
 def split_source(rest: list[str], usage: str) -> tuple[str, tuple[str, ...]]:
@@ -106,10 +116,7 @@ def split_source(rest: list[str], usage: str) -> tuple[str, tuple[str, ...]]:
         raise UserError(f"no directory of a run or of weights; give it first: {usage}")
     if len(words) > 1:
         raise UserError(f"unexpected argument {words[1]!r}: one directory, then flags")
-    known = settings(Configuration)
-    for name, _ in flags:
-        if name in known and name not in SETTINGS and name.partition(".")[0] not in SECTIONS:
-            raise UserError(f"--{name} is the model's own: leave it out, only {taken()} can be set")
+    check_taken(flags)
     rest = list(rest)
     rest.remove(words[0])
     return words[0], tuple(rest)
@@ -163,7 +170,8 @@ def _of_hub(source: ModelSource) -> ModelConfiguration:
     found = next((directory / name for name in TEMPLATES if _has_template(directory / name)), None)
     chat = None if found is None else ChatConfig(template=str(found))
     defaults = _defaults(generation, directory / GENERATION_CONFIG)
-    ids = tuple(end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int))
+    # some files have -1 for none
+    ids = tuple(end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int and end >= 0)
     return ModelConfiguration(None, laid_out(config, source.overrides), room, _template(source, chat), defaults, ids)
 
 

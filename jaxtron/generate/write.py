@@ -20,11 +20,11 @@ from jaxtron.generate.batch import Batch, GrowingSequence, Grown
 from jaxtron.generate.opening import SpeakingModel, open_model
 from jaxtron.generate.request import GenerateRequest
 from jaxtron.generate.settings import SamplingSettings, read_settings
-from jaxtron.generate.source import ModelConfiguration
+from jaxtron.generate.source import ModelConfiguration, ModelSource
 from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
 from jaxtron.runtime.start import start_runtime
 from jaxtron.runtime.together import leaving_together
-from jaxtron.words import plural
+from jaxtron.words import NO_TEXT, is_whole_text, plural
 
 ROOM = "Lower --rows or --room, or raise --mesh.tensor"
 MOST_ROWS = 8
@@ -81,7 +81,7 @@ def write(request: GenerateRequest, configuration: ModelConfiguration) -> None:
         leaving_together(),
         out_of_memory_as_user_error(ROOM),
         open_model(request.source, configuration, rows=rows) as model,
-        finite_logits(request),
+        finite_logits(request.source),
     ):
         if request.is_conversation:
             return talk(model, request)
@@ -91,14 +91,20 @@ def write(request: GenerateRequest, configuration: ModelConfiguration) -> None:
             write_whole(request.json, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def mend_of_diverged(source: ModelSource) -> str:
+    """What to do about a model whose numbers are of no use."""
+    if source.is_hub:
+        return "with --train.precision fp32 it may be of use"
+    return "take an earlier checkpoint with --step"
+
+
 @contextlib.contextmanager
-def finite_logits(request: GenerateRequest) -> Iterator[None]:
+def finite_logits(source: ModelSource) -> Iterator[None]:
     """Turns an engine's complaint about its model's numbers into a line for the user."""
     try:
         yield
     except FloatingPointError as error:
-        mend = "" if request.source.is_hub else "; take an earlier checkpoint with --step"
-        raise UserError(f"the model in {request.source.directory} has diverged: {error}{mend}") from None
+        raise UserError(f"the model in {source.directory} has diverged: {error}; {mend_of_diverged(source)}") from None
 
 
 def read_wanted(request: GenerateRequest) -> Iterator[WantedText]:
@@ -112,7 +118,8 @@ def read_wanted(request: GenerateRequest) -> Iterator[WantedText]:
 
 def _read_file(path: Path, request: GenerateRequest) -> Iterator[WantedText]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # a line may have other separators in its texts
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --prompts {path}: {getattr(error, 'strerror', None) or error}") from None
     found = False
@@ -132,6 +139,8 @@ def _read_line(line: str, where: str, request: GenerateRequest) -> WantedText:
         entry = None
     if not isinstance(entry, dict) or ("prompt" in entry) == ("messages" in entry):
         raise UserError(f'{where} must be an object with "prompt" or "messages"')
+    if not is_whole_text(json.dumps(entry, ensure_ascii=False)):
+        raise UserError(f"{where} {NO_TEXT}")
     sampling = {name: value for name, value in entry.items() if name not in ("prompt", "messages")}
     for name, value in sampling.items():
         if name not in SamplingSettings.__dataclass_fields__:
@@ -235,6 +244,9 @@ def talk(model: SpeakingModel, request: GenerateRequest) -> None:
         except EOFError:
             print()
             return
+        except UnicodeDecodeError:
+            print("not said: the terminal's words are no UTF-8", file=sys.stderr)
+            continue
         if not said.strip():
             continue
         turn = [*messages, {"role": "user", "content": said}]

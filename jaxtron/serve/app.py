@@ -87,6 +87,11 @@ def _bind(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot serve at --host {host} --port {port}: {why}; give another") from None
 
 
+def check_address(request: ServeRequest) -> None:
+    """A `UserError` unless the address can be had, as long before a model is read as afterwards."""
+    _bind(request.host, request.port).close()
+
+
 def make_app(service: Service, request: ServeRequest) -> Any:
     """The ASGI application."""
     check_installed()

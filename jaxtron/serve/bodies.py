@@ -1,6 +1,7 @@
 """Bodies of requests: what may be in them, and the settings that they mean."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from jaxtron.config import UserError
 from jaxtron.generate.settings import MOST_LOGPROBS, read_settings
 from jaxtron.serve.errors import ApiError
+from jaxtron.words import NO_TEXT, is_whole_text
 
 # fields of sampling by the names that they have in a body
 SAMPLING = {
@@ -41,6 +43,8 @@ COMPLETION = COMMON | {"prompt", "echo", "add_special_tokens"}
 CHAT = COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
 MOST_SEQUENCES = 256
 DEFAULT_TOKENS = 16
+# how JSON may have half a character, which is whole beside another
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,9 @@ def read_json(body: bytes) -> dict[str, Any]:
         raise ApiError(400, "the body is not JSON") from None
     if not isinstance(found, dict):
         raise ApiError(400, "the body must be a JSON object")
+    if HALF.search(body) and not is_whole_text(json.dumps(found, ensure_ascii=False)):
+        # no answer could repeat it
+        raise ApiError(400, f"the body {NO_TEXT}")
     # null asks for the default
     return {name: value for name, value in found.items() if value is not None}
 

@@ -8,7 +8,7 @@ from jaxtron.generate.opening import open_model
 from jaxtron.generate.source import ModelConfiguration
 from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
 from jaxtron.runtime.start import start_runtime
-from jaxtron.serve.app import WebServer, check_installed
+from jaxtron.serve.app import WebServer, check_address, check_installed
 from jaxtron.serve.request import ROWS, ServeRequest
 from jaxtron.serve.service import Service
 
@@ -19,6 +19,7 @@ NOTICE = "stopping once the requests are answered; once more ends at once"
 def serve(request: ServeRequest, configuration: ModelConfiguration) -> None:
     """Answers until Ctrl-C or SIGTERM, and then what was asked before."""
     check_installed()
+    check_address(request)
     start_runtime(configuration.config.runtime, devices=configuration.config.devices)
     if jax.process_count() > 1:
         raise UserError("serving is for one process; leave out --runtime.num_processes")

@@ -25,7 +25,7 @@ class Key:
     theirs: str
     ours: str
     default: Any = None
-    """What the family's class takes where the file has no such key; null says nothing here."""
+    """What the family's class takes where the file has no such key; none: the setting's own default."""
     words: Mapping[str, str] | None = None
     """Ours for each of their values (none: they are the same)."""
 
@@ -36,7 +36,8 @@ class Key:
             if not isinstance(value, str) or value not in self.words:
                 file.refuse(self.theirs, f"of a {file.model_type} {either(sorted(self.words))} are known here")
             value = self.words[value]
-        if value is not None:
+        if value is not None or file.has(self.theirs):
+            # null too, which a setting takes only where it can say nothing
             file.set(self.ours, value, self.theirs)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:

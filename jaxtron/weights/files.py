@@ -169,12 +169,17 @@ def _check_index(directory: Path, index: Mapping[str, str], tensors: Mapping[str
 
 
 def _nothing_there(directory: Path) -> UserError:
+    broken = next((name for name in (SINGLE, INDEX) if (directory / name).is_symlink()), None)
+    if broken is not None:
+        return UserError(
+            f"{directory / broken} is a link to a file that is not there; bring it back, or fetch it again"
+        )
     pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
     if pickles:
         return UserError(
             f"{directory} has {pickles[0]} and no safetensors: that is a pickle, which can run code, and is never "
             "opened; load it where you trust it and save it again by save_pretrained(..., safe_serialization=True)"
         )
-    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    others = sorted(path.name for path in directory.glob("*.safetensors") if path.is_file())
     what = f", only {others[0]} without an index" if others else ""
     return UserError(f"{directory} has neither {SINGLE} nor {INDEX}{what}; give a directory of Hugging Face weights")

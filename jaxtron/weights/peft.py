@@ -7,7 +7,7 @@ out the ranks stand side by side, each for its own rows; on the way in each para
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,13 @@ from safetensors.numpy import load_file, save_file
 from jaxtron.config import UserError, shown
 from jaxtron.layers.config import LoraConfig
 from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.weights.files import finite_float32
 from jaxtron.weights.table import BY_KIND, STACKED, Tensor, TensorTable
 
 TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+PICKLE = "adapter_model.bin"
+# NumPy's kinds of types: its own, and bfloat16, which it does not know
+FLOATS = "fV"
 BEGINNING, WEIGHT = "base_model.model.", ".weight"
 A, B = ".lora.a", ".lora.b"
 MOST_NAMES = 3
@@ -273,22 +277,36 @@ def _open(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     for name, values in UNKNOWN.items():
         if settings.get(name, values[0]) not in values:
             raise UserError(f"{directory / SETTINGS} has {name} {shown(settings[name])}, which is not known here")
+    path = directory / TENSORS
+    if not path.is_file():
+        other = f", only {PICKLE}, a pickle, which can run code," if (directory / PICKLE).is_file() else ""
+        raise UserError(f"{directory} has no {TENSORS}{other}: save the adapters again by peft's save_pretrained")
     try:
-        tensors = load_file(directory / TENSORS)
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is no whole file of safetensors: {error}; bring back a good copy") from None
+    return settings, {name: _pair(value, name, path) for name, value in tensors.items()}
+
+
+def _pair(values: np.ndarray, name: str, path: Path) -> np.ndarray:
+    """One of a pair in float32; `UserError` for what is no matrix of finite numbers."""
+    if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in FLOATS:
         raise UserError(
-            f"{directory / TENSORS} is no whole file of safetensors: {error}; bring back a good copy"
-        ) from None
-    return settings, {name: value.astype(np.float32) for name, value in tensors.items()}
+            f"{path} has {name} of shape {list(values.shape)} in {values.dtype}, which is no matrix of an adapter; "
+            "bring back a good copy"
+        )
+    return finite_float32(values, name, path)
 
 
 def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
     """What multiplies a module's product there."""
-    alpha = settings.get("lora_alpha", 8)
-    for end, own in (settings.get("alpha_pattern") or {}).items():
+    alpha, patterns = settings.get("lora_alpha", 8), settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"alpha_pattern is {shown(patterns)}, which is no object of numbers; bring back a good copy")
+    for end, own in patterns.items():
         if f".{module}".endswith(f".{end}"):
             alpha = own
-    if not isinstance(alpha, (int, float)) or alpha <= 0:
+    if type(alpha) not in (int, float) or not 0 < alpha < inf:
         raise UserError(f"lora_alpha is {shown(alpha)}, which is no number above 0; bring back a good copy")
     return alpha / (sqrt(rank) if settings.get("use_rslora") else rank)
 

@@ -21,6 +21,24 @@ from tests.support.equivalence import by_name
 from tests.train.test_initial import configuration, train
 
 
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("config.yaml", "--output config.yaml is a file; give a new directory"),
+        ("config.yaml/new", "--output config.yaml/new: "),
+        ("link", "--output link is there already"),
+        (".", "--output . is not empty"),
+    ],
+)
+def test_adapters_go_to_a_new_directory(output: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("train:\n  lora:\n    rank: 4\n")
+    Path("link").symlink_to("nowhere")
+    ended = run_main(convert.main, ["adapters", ".", "--base", ".", "--output", output])
+    assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1, ended
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "link"]
+
+
 @pytest.mark.slow
 def test_a_run_with_adapters_goes_on_elsewhere_and_its_adapters_go_to_peft_and_back(tmp_path: Path):
     source, run, peft = weights(tmp_path / "dense"), tmp_path / "run", tmp_path / "peft"
@@ -33,8 +51,10 @@ def test_a_run_with_adapters_goes_on_elsewhere_and_its_adapters_go_to_peft_and_b
     assert ended.code == 0 and "checkpoint of step 2 found: continuing" in ended.out, ended
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
+    peft.mkdir()
     ended = run_main(convert.main, ["adapters", run, "--base", source, "--output", peft])
     assert (ended.code, ended.err) == (0, "") and "6 kinds of layers of step 4" in ended.out, ended
+    assert not list(tmp_path.glob(".*"))
     # the model with its adapters merged says what the run says
     ended = run_main(convert.main, ["--from", run, "--to", tmp_path / "merged"])
     assert (ended.code, ended.err) == (0, "") and "adapters merged" in ended.out, ended

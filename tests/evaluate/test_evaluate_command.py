@@ -142,7 +142,7 @@ def one_line(*arguments: object) -> str:
         ("--mesh.data 16", "mesh.data 16 needs 16 devices, there are 8"),
         ("--mesh.tensor 4", "model.num_heads 2 is not a multiple of mesh.tensor 4"),
         ("--mesh.tenor 4", "unknown flag --mesh.tenor; did you mean --mesh.tensor?"),
-        ("--model.num_layers 3", "--model.num_layers is the checkpoint's own: leave it out"),
+        ("--model.num_layers 3", "--model.num_layers is the model's own: leave it out"),
         ("--data.sequence_length 64", "data.sequence_length 64 is longer than model.max_positions 32"),
         ("--data.tokenizer nowhere.json", "no tokenizer nowhere.json"),
         ("--data.tokenizer bytes", "the tokenizer bytes has 257 tokens, more than the model's 32"),

@@ -88,7 +88,7 @@ def test_a_text_under_weights_is_scored_as_under_their_run(tmp_path: Path):
         ("[[1]]", "--step 3", "--step 3 is of a run's checkpoints"),
         ("[[1]]", "--stride 3", "--stride has no effect with --token_ids"),
         ("[[1]]", "--text ids.json", "--text has no effect with --token_ids"),
-        ("[[1]]", "--model.bias true", "--model.bias is the checkpoint's own"),
+        ("[[1]]", "--model.bias true", "--model.bias is the model's own"),
     ],
 )
 def test_tokens_that_are_none(content: str, words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -103,7 +103,7 @@ def test_tokens_that_are_none(content: str, words: str, said: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("llama", "nothing to score: give --text FILE, or --token_ids"),
+        ("llama", "nothing to score: give --text FILE, --token_ids"),
         ("llama --logits out.npy", "--logits needs --token_ids FILE beside it"),
         ("llama --token_ids ids.json", "--token_ids needs --logits FILE.npy beside it"),
         ("llama --token_ids ids.json --logits ids.json", "no earlier result of such a command"),

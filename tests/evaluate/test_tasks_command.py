@@ -46,6 +46,23 @@ def test_a_last_word_is_right_where_each_of_its_tokens_is_the_likeliest() -> Non
     assert found.perplexity == pytest.approx(math.exp(found.nll / 3))
 
 
+def test_a_last_word_longer_than_the_room_or_without_numbers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, engine = CharacterTokenizer(" abcdefghijklmnopqrstuvwxyz"), Alphabet()
+    assert score_last_words(engine, tokenizer, ["xy abcdefg"]).texts == 1
+    with pytest.raises(UserError, match="last word 'abcdefgh' has 9 tokens, and the model reads 8; raise --room"):
+        score_last_words(engine, tokenizer, ["xy abcdefgh"])
+    of_one = engine.score([np.zeros(3, np.int32)])[0]
+    monkeypatch.setattr(engine, "score", lambda sequences: [(np.full(2, np.nan), *of_one[1:])])
+    with pytest.raises(FloatingPointError, match="not finite"):
+        score_last_words(engine, tokenizer, ["xy a"])
+
+
+def test_lines_end_where_json_does(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes('\ufeff{"text": "a\u2028b\x85 c"}\r\n\r\n{"text": "d e"}'.encode())
+    assert read_texts(path) == ["a\u2028b\x85 c", "d e"]
+
+
 def test_last_words_of_a_run_are_a_line_and_a_file(trained: TrainedRun, tmp_path: Path, capfd) -> None:
     texts, out = tmp_path / "texts.jsonl", tmp_path / "out.json"
     texts.write_text('{"text": "the cat sat on a mat"}\n\n{"text": "and then ran off to"}\n')
@@ -79,7 +96,8 @@ def test_bad_lines_are_told_in_one(trained: TrainedRun, tmp_path: Path, flags: l
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[]", '{"texts": "a b"}', '{"text": 3}', '{"text": "one"}', '{"text": ""}', "nul\0"]
+    "line",
+    ['{"text": "a \\ud800"}', "{", "[]", '{"texts": "a b"}', '{"text": 3}', '{"text": "one"}', '{"text": ""}', "nul\0"],
 )
 def test_lines_that_are_no_texts_are_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "texts.jsonl"

@@ -98,6 +98,8 @@ def test_a_models_own_defaults_are_told(llama: Path, tmp_path: Path):
     model = read_model(parse([str(copied), "--prompt", "x"]).source)
     assert model.told_defaults() == "defaults of the model's generation_config.json: temperature 0.6, top_p 0.9"
     assert model.eos_token_ids == (5, 7) and model.settings(top_p=0.5).top_p == 0.5
+    (copied / "generation_config.json").write_text('{"eos_token_id": [-1, 5, true]}')
+    assert read_model(parse([str(copied), "--prompt", "x"]).source).eos_token_ids == (5,)
     (copied / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
     assert read_model(parse([str(copied), "--prompt", "x"]).source).defaults == {"temperature": 0.0}
     for text, message in (("{", "cannot read"), ("[]", "object"), ('{"temperature": "hot"}', "temperature 'hot'")):
@@ -138,6 +140,8 @@ BAD = [
     ("{run} --prompt a --min_new_tokens 5 --max_new_tokens 2", "more than max_new_tokens"),
     ("{run} --prompt a --room 1", "room"),
     ("{run} --prompt Ж", "U+0416"),
+    ("{run} --prompt a\udcff", "--prompt has half a character"),
+    ("{run} --prompt a --chat --system \udcff", "--system has half a character"),
     ("{run} --prompts nowhere.jsonl", "cannot read --prompts"),
     ("{run} --prompt a --rows 0", "above 0"),
     ("{run} --prompt a --step 9", "9"),
@@ -156,6 +160,7 @@ def test_bad_lines(trained: TrainedRun, line: str, message: str):
         ("x", "an object"),
         ("{}", "an object"),
         ('{"prompt": 5}', "a text"),
+        ('{"prompt": "a \\ud800"}', "line 1 has half a character"),
         ('{"prompt": "a", "messages": []}', "an object"),
         ('{"prompt": "a", "temprature": 1}', "'temprature'"),
         ('{"prompt": "a", "top_p": "x"}', "top_p 'x'"),
@@ -167,6 +172,13 @@ def test_bad_lines_of_a_file(trained: TrainedRun, line: str, message: str, tmp_p
     (tmp_path / "p.jsonl").write_text(line + "\n")
     ended = run(trained.directory, "--prompts", tmp_path / "p.jsonl")
     assert ended.code == 2 and message in ended.err and "p.jsonl" in ended.err, ended
+
+
+def test_lines_of_a_file_end_where_json_does(tmp_path: Path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes('\ufeff{"prompt": "a\u2028b\x85"}\r\n\r\n{"prompt": "c"}'.encode())
+    request = parse([str(tmp_path), "--prompts", str(path)])
+    assert [wanted.shown for wanted in writing.read_wanted(request)] == ["a\u2028b\x85", "c"]
 
 
 def test_more_sequences_than_rows_wait_their_turn():
@@ -197,6 +209,9 @@ def test_a_talk_at_the_terminal(monkeypatch, capsys):
     told = capsys.readouterr()
     assert told.out == "> abc\n> > > abc\n> \n" and "would forge a turn" in told.err
     assert engine.num_steps == 6
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    writing.talk(fake_model(engine), request)
+    assert "no UTF-8" in capsys.readouterr().err and engine.num_steps == 6
 
 
 def test_conversations_as_prompts(tmp_path: Path):
@@ -220,6 +235,7 @@ def test_conversations_as_prompts(tmp_path: Path):
         ([], "empty"),
         ([{"role": "tool", "content": "x"}], "no tools"),
         ([{"role": "user"}], r"messages\[0\].content"),
+        ([{"role": "user", "content": "\ud800"}], r"messages\[0\].content has half a character"),
         ([{"role": "user", "content": "x", "name": "y"}], "does not read it"),
     ):
         with pytest.raises(UserError, match=message):

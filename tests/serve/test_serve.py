@@ -1,9 +1,15 @@
 """Answers by OpenAI's protocol over a real socket, from an engine that knows the alphabet."""
 
+from pathlib import Path
+
 import pytest
 
+from jaxtron.config import UserError
+from jaxtron.generate.source import ModelSource
+from jaxtron.serve.request import ServeRequest
+from jaxtron.serve.run import serve
 from tests.serve.conftest import Running, running
-from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine import FakeEngine, fake_model
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
 
@@ -23,6 +29,11 @@ def test_the_end_of_a_text_is_a_token_and_no_text(letters: Running):
     # sixteen tokens where nothing is said, and null says nothing
     _, answer = letters.ask("/v1/completions", {"prompt": "a", "max_tokens": None, "stop": None})
     assert answer["choices"][0]["text"] == "bcdefghijklmnopq"
+
+
+def test_a_character_of_two_halves_is_one(letters: Running):
+    status, answer = letters.ask("/v1/completions", b'{"prompt": "\\ud83d\\ude00a", "max_tokens": 1, "echo": true}')
+    assert (status, answer["choices"][0]["text"]) == (200, "\U0001f600ab")
 
 
 def test_stops_over_tokens_and_several_prompts_and_answers(letters: Running):
@@ -150,6 +161,8 @@ BAD = [
     ("/v1/completions", b"\xff{}", 400, None, "not JSON"),
     ("/v1/completions", b'{"prompt": "a", "temperature": NaN}', 400, None, "not JSON"),
     ("/v1/completions", b"[" * 100_000, 400, None, "not JSON"),
+    ("/v1/completions", b'{"prompt": "a \\ud800"}', 400, None, "half a character"),
+    ("/v1/completions", b'{"\\uDC00": 1}', 400, None, "half a character"),
     ("/v1/completions", {}, 400, "prompt", "missing"),
     ("/v1/completions", {"prompt": ""}, 400, "prompt", "not empty"),
     ("/v1/completions", {"prompt": []}, 400, "prompt", "not empty"),
@@ -211,6 +224,12 @@ def test_a_bad_request_is_one_line_that_names_its_field(letters: Running, path, 
     assert "\n" not in error["message"] and error["type"] == "invalid_request_error"
     # and the server goes on
     assert letters.ask("/health")[0] == 200
+
+
+def test_an_address_that_another_has_is_told_before_a_model_is_read(letters: Running):
+    request = ServeRequest(ModelSource(Path("nowhere")), port=letters.port)
+    with pytest.raises(UserError, match=f"cannot serve at --host 127.0.0.1 --port {letters.port}: .*; give another"):
+        serve(request, fake_model(FakeEngine()).configuration)
 
 
 def test_without_a_template_there_is_no_chat():

@@ -134,6 +134,9 @@ def test_one_pair_of_three_in_one_is_of_each(tmp_path: Path):
         ({"peft_type": "LOHA"}, "", "has peft_type 'LOHA': only LORA is known"),
         ({"use_dora": True}, "", "has use_dora true, which is not known here"),
         ({"bias": "all"}, "", "has bias 'all', which is not known here"),
+        ({"lora_alpha": float("nan")}, "", "lora_alpha is nan, which is no number above 0"),
+        ({"lora_alpha": True}, "", "lora_alpha is true, which is no number above 0"),
+        ({"alpha_pattern": ["x"]}, "", "alpha_pattern is [x], which is no object"),
         ({}, "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight", "lacks base_model.model.model.layers.0.mlp"),
     ],
 )
@@ -144,6 +147,33 @@ def test_what_is_not_understood_is_refused(settings: dict, drop: str, said: str,
     tensors = load_file(tmp_path / TENSORS)
     tensors.pop(drop, None)
     save_file(tensors, tmp_path / TENSORS)
+    with pytest.raises(UserError) as error:
+        read_adapters(tmp_path, shapes(False), table(False), LLAMA, LORA)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (
+            np.float32([[np.nan, 0]]),
+            "has numbers in base_model.model.model.layers.0.mlp.up_proj.lora_A.weight that are not",
+        ),
+        (np.array(1, np.float32), "of shape [] in float32, which is no matrix of an adapter"),
+        (np.zeros((0, 8), np.float32), "of shape [0, 8] in float32, which is no"),
+        (np.ones((3, 8), np.int8), "of shape [3, 8] in int8, which is no"),
+        (None, "has no adapter_model.safetensors, only adapter_model.bin, a pickle"),
+    ],
+    ids=["nan", "scalar", "empty", "int8", "pickle"],
+)
+def test_tensors_that_are_no_adapters(array: np.ndarray | None, said: str, tmp_path: Path):
+    write_adapters(tmp_path, random(False), table(False), LLAMA, LORA, "base")
+    if array is None:
+        (tmp_path / TENSORS).rename(tmp_path / "adapter_model.bin")
+    else:
+        tensors = load_file(tmp_path / TENSORS)
+        tensors["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"] = array
+        save_file(tensors, tmp_path / TENSORS)
     with pytest.raises(UserError) as error:
         read_adapters(tmp_path, shapes(False), table(False), LLAMA, LORA)
     assert said in str(error.value) and "\n" not in str(error.value)
