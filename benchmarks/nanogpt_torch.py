@@ -6,13 +6,10 @@ both; processor time is what it counts of each process, whatever ran beside it.
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -21,6 +18,7 @@ from pydantic import Field
 
 from benchmarks import record
 from benchmarks.train import random_batch
+from benchmarks.turns import OtherProcess, take_cores, take_turns
 from jaxtron.command import configure, run_command
 from jaxtron.config import Config, UserError
 from jaxtron.models.decoder.config import ModelConfig
@@ -30,6 +28,7 @@ from jaxtron.run.state import TrainState
 from jaxtron.runtime.start import start_runtime
 
 OTHER = record.ROOT / "benchmarks" / "plain_gpt.py"
+NEEDS = "PyTorch and NumPy"
 
 
 class TurnsConfig(Config):
@@ -52,43 +51,6 @@ class TurnsBenchmark(Configuration):
 
     benchmark: TurnsConfig = TurnsConfig()
     """What is measured."""
-
-
-class Torch:
-    """PyTorch's process. Used as a context, which leaves none behind; `UserError` where it ends by itself."""
-
-    def __init__(self, python: str, recipe: dict[str, Any], arrays: dict[str, np.ndarray], folder: Path) -> None:
-        (folder / "recipe.json").write_text(json.dumps(recipe))
-        np.savez(folder / "arrays.npz", **arrays)
-        words = [python, str(OTHER), str(folder / "recipe.json"), str(folder / "arrays.npz")]
-        environment = os.environ | {"OMP_NUM_THREADS": str(recipe["threads"])}
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-        try:
-            self._process = subprocess.Popen(words, env=environment, **pipes)
-        except OSError as error:
-            raise UserError(f"--benchmark.torch {python} cannot be started: {error.strerror}") from None
-
-    def __enter__(self) -> "Torch":
-        self.versions = self._answer()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._process.kill()
-        self._process.communicate()
-
-    def take(self, steps: int) -> dict[str, float]:
-        """Seconds, processor seconds and the last loss of so many steps."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{steps}\n")
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.communicate()
-            raise UserError("PyTorch's process ended; --benchmark.torch has to be a Python with PyTorch and NumPy")
-        return json.loads(line)
 
 
 class Ours:
@@ -148,12 +110,7 @@ def main(argv: list[str]) -> int:
     config = configure(TurnsBenchmark, argv, program="python -m benchmarks.nanogpt_torch", purpose=purpose)
     if config is None:
         return 0
-    # both processes: the other inherits them
-    cores = sorted(os.sched_getaffinity(0))[: config.benchmark.threads]
-    if len(cores) < config.benchmark.threads:
-        raise UserError(f"--benchmark.threads {config.benchmark.threads}: this process may use {len(cores)} cores")
-    os.sched_setaffinity(0, cores)
-    os.environ["PJRT_NPROC"] = str(len(cores))
+    take_cores(config.benchmark.threads)
     start_runtime(config.runtime, devices=config.devices, split=config.mesh.split)
     name = next((Path(word).stem for word in argv if word.endswith((".yaml", ".yml"))), "default")
     result = {"benchmark": "nanogpt_torch", "name": name, **measure(config)}
@@ -172,16 +129,14 @@ def measure(config: TurnsBenchmark) -> dict[str, Any]:
     with session.use(), tempfile.TemporaryDirectory() as folder:
         ours = Ours(session)
         arrays = ours.arrays()
-        with Torch(turns.torch, recipe, arrays, Path(folder)) as torch:
+        (Path(folder) / "recipe.json").write_text(json.dumps(recipe))
+        np.savez(Path(folder) / "arrays.npz", **arrays)
+        words = [str(Path(folder) / name) for name in ("recipe.json", "arrays.npz")]
+        with OtherProcess(turns.torch, OTHER, words, turns.threads, needs=NEEDS) as torch:
             sides = {"jaxtron": ours, "torch": torch}
             # of as many steps, to be compared
             first = {name: side.take(turns.steps)["loss"] for name, side in sides.items()}
-            taken: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-            loads = []
-            for _ in range(turns.pairs):
-                loads.append(os.getloadavg()[0])
-                for name, side in sides.items():
-                    taken[name].append(side.take(turns.steps))
+            turned = take_turns(sides, turns.steps, turns.pairs)
             versions = torch.versions
     return {
         **record.circumstances(devices[0].platform, devices[0].device_kind, len(devices)),
@@ -189,16 +144,11 @@ def measure(config: TurnsBenchmark) -> dict[str, Any]:
         "recipe": recipe,
         "pairs": turns.pairs,
         "steps_of_a_turn": turns.steps,
-        "load_average": {"least": min(loads), "most": max(loads)},
+        "load_average": turned.load_average(),
         "losses_after_first_turn": first,
-        "step_milliseconds": {name: milliseconds(turns.steps, each, "seconds") for name, each in taken.items()},
-        "processor_milliseconds": {name: milliseconds(turns.steps, each, "processor") for name, each in taken.items()},
-        "torch_of_jaxtron": {
-            name: ratios(
-                [torch[name] / ours[name] for torch, ours in zip(taken["torch"], taken["jaxtron"], strict=True)]
-            )
-            for name in ("seconds", "processor")
-        },
+        "step_milliseconds": turned.milliseconds("seconds", turns.steps),
+        "processor_milliseconds": turned.milliseconds("processor", turns.steps),
+        "torch_of_jaxtron": {name: turned.ratios("torch", "jaxtron", name) for name in ("seconds", "processor")},
     }
 
 
@@ -236,19 +186,6 @@ def plain_recipe(config: Configuration, threads: int) -> dict[str, Any]:
         "threads": threads,
         **{name: getattr(optimizer, name) for name in ("learning_rate", "beta1", "beta2", "epsilon")},
         **{name: getattr(optimizer, name) for name in ("weight_decay", "clip_norm")},
-    }
-
-
-def milliseconds(steps: int, taken: list[dict[str, float]], name: str) -> dict[str, float]:
-    """Of a step: median, least and most of the turns."""
-    each = [1e3 * one[name] / steps for one in taken]
-    return {"median": round(float(np.median(each)), 2), "min": round(min(each), 2), "max": round(max(each), 2)}
-
-
-def ratios(found: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    return {
-        name: round(float(np.percentile(found, part)), 3) for name, part in (("p25", 25), ("median", 50), ("p75", 75))
     }
 
 

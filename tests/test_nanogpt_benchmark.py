@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import nanogpt_torch
-from benchmarks.nanogpt_torch import Torch, TurnsBenchmark, measure, plain_recipe
+from benchmarks.nanogpt_torch import TurnsBenchmark, measure, plain_recipe
+from benchmarks.turns import OtherProcess
 from jaxtron.config import UserError, load
 
 CONFIG = Path(__file__).parents[1] / "configs" / "shakespeare_char.yaml"
@@ -73,8 +74,11 @@ def test_another_model_than_nanogpts_is_refused(words: str):
 
 
 def test_a_python_without_pytorch_is_told(tmp_path: Path):
+    def other(python: str) -> OtherProcess:
+        return OtherProcess(python, nanogpt_torch.OTHER, [], 1, needs="PyTorch")
+
     with pytest.raises(UserError, match="cannot be started"):
-        Torch(str(tmp_path / "none"), {"threads": 1}, {}, tmp_path)
-    with pytest.raises(UserError, match="a Python with PyTorch"), Torch("false", {"threads": 1}, {}, tmp_path):
+        other(str(tmp_path / "none"))
+    with pytest.raises(UserError, match="a Python with PyTorch"), other("false"):
         pass
     assert nanogpt_torch.OTHER.exists()

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int32, Integer
 
 from jaxtron.config import UserError
@@ -83,8 +83,9 @@ class GenerationEngine:
             self._begin: Any = jax.jit(partial(_begin, self.vocab, room), donate_argnums=(1, 2))
             self._advance: Any = jax.jit(partial(_advance, self.vocab), donate_argnums=1)
             self._score: Any = jax.jit(partial(_score, self.vocab), static_argnames="top")
-        self._logits = jnp.zeros((self.rows, self.vocab), jnp.float32)
-        self._sampling = empty_state(self.rows, room)
+            # as the steps leave them, so that each program is compiled once
+            begun = jnp.zeros((self.rows, self.vocab), jnp.float32), empty_state(self.rows, room)
+            self._logits, self._sampling = jax.device_put(begun, NamedSharding(rules.mesh, PartitionSpec()))
         self._there: dict[int, _Sequence] = {}
         self._begun: list[int] = []
 

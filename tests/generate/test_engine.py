@@ -108,11 +108,19 @@ def test_probabilities_are_those_of_a_score() -> None:
         np.testing.assert_allclose(best[:, 0][len(prompt) - 1 :], [one.top[0][1] for one in row], rtol=1e-4)
 
 
-def test_a_sequence_ends_where_there_is_no_more_room() -> None:
+def test_a_sequence_ends_where_there_is_no_more_room(caplog: pytest.LogCaptureFixture) -> None:
     found = engine()
-    found.begin(2, np.arange(ROOM - 2), GREEDY)
-    assert [len(found.step()) for _ in range(3)] == [1, 1, 0]
-    found.end(2)
+
+    def compiled(row: int) -> int:
+        caplog.clear()
+        found.begin(row, np.arange(ROOM - 2), GREEDY)
+        assert [len(found.step()) for _ in range(3)] == [1, 1, 0]
+        found.end(row)
+        return caplog.text.count("Compiling")
+
+    with jax.log_compiles():
+        # a second one of that length finds every program
+        assert compiled(2) > 0 and compiled(1) == 0
     assert found.free == [0, 1, 2, 3]
     with pytest.raises(UserError, match="does not leave room in 32"):
         found.begin(0, np.zeros(ROOM, np.int32), GREEDY)
