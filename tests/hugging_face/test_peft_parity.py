@@ -1,7 +1,6 @@
-"""A model with adapters that peft made has the logits that it has there; and what we write is given to peft to try."""
+"""A model with adapters that peft made has the logits that it has there."""
 
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -15,10 +14,7 @@ from jaxtron.run.beginning import beginning_settings
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import make_session
 from jaxtron.train.initial import begin
-from jaxtron.weights.hub import FAMILIES
-from jaxtron.weights.peft import write_adapters
 from tests.hugging_face import fixtures
-from tests.support.equivalence import by_name
 from tests.support.logits import logits
 
 
@@ -56,22 +52,8 @@ def test_the_logits_are_those_of_peft(name: str, tmp_path: Path):
     with whole.use():
         found = logits(whole.trainer, merged, fixture.tokens)[..., : expected.shape[-1]]
         np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max())
-    if os.environ.get("ADAPTERS_TO"):
-        _write_for_peft(Path(os.environ["ADAPTERS_TO"]) / name, name, session, state, fixture, found)
 
 
 def _without(flags: list[str]) -> list[str]:
     pairs = zip(flags[::2], flags[1::2], strict=True)
     return [word for pair in pairs if "lora" not in pair[0] and "adapters" not in pair[0] for word in pair]
-
-
-def _write_for_peft(folder, name, session, state, fixture, found) -> None:
-    """What `make_adapters --check` reads."""
-    fixtures.write(folder / "base", fixture.config, fixture.weights)
-    with session.use():
-        specs = session.blueprint.names
-        leaves = zip(specs, by_name(state.model, session.trainer).values(), strict=True)
-        arrays = {key: leaf for key, leaf in leaves if specs[key].role == "adapter"}
-    model, lora = session.config.model, session.config.train.lora
-    write_adapters(folder / "adapters", arrays, FAMILIES[name].tensors, model, lora, "base")
-    np.savez(folder / "logits.npz", tokens=fixture.tokens, logits=found)
