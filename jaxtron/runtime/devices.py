@@ -21,6 +21,9 @@ THREADS_A_DEVICE = 4
 # So that few do: otherwise XLA orders instructions for concurrency, and gathers of one group of devices that run at the
 # same time are taken for one another (parts of a tick in several branches, JAX 0.11.2).
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+# Seconds until XLA ends a process one of whose devices does not come: its own 40 are not enough on a busy machine.
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+SIMULATION_FLAGS = f"{IN_ORDER} {PATIENCE}"
 
 
 def simulate_devices(count: int) -> None:
@@ -42,7 +45,7 @@ def simulate_devices(count: int) -> None:
     jax.config.update("jax_platforms", "cpu")
     if count > 1:
         # the last of a name counts
-        flags = f"{IN_ORDER} {flags.replace(IN_ORDER, '')}"
+        flags = f"{SIMULATION_FLAGS} {flags.replace(SIMULATION_FLAGS, '')}"
         os.environ.setdefault("PJRT_NPROC", str(max(THREADS_A_DEVICE * count, os.cpu_count() or 1)))
     os.environ["XLA_FLAGS"] = flags.strip()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from jaxtron.checkpoint.storage import PIECE_BYTES
@@ -17,7 +18,9 @@ from jaxtron.models.same import differences
 from jaxtron.run.configuration import Configuration
 from jaxtron.train import __main__ as training
 from tests.hugging_face import fixtures
+from tests.support.command_runs import run_here
 from tests.support.commands import Ended, run_main
+from tests.support.compiling import programs
 from tests.support.evaluate_runs import SMALL, figures
 from tests.support.tiny_tokenizer import write_tokenizer
 
@@ -110,6 +113,11 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hub = source(folder / "hub")
     moved("--from", hub, "--to", folder / "run", "--data.sequence_length", 16)
     shutil.copytree(folder / "run", folder / "trained")
+    # of a model that no class of Hugging Face is
+    shutil.copytree(folder / "run", folder / "capped")
+    said = yaml.safe_load((folder / "capped" / "config.yaml").read_text())
+    said["model"].setdefault("attention", {})["soft_cap"] = 30.0
+    (folder / "capped" / "config.yaml").write_text(yaml.safe_dump(said))
     (folder / "text.txt").write_text("a cabbage had a bag. " * 400)
     ended = train(folder, "--train.steps", 2)
     assert ended.code == 0 and "the model is that of step 0" in ended.out, ended
@@ -120,7 +128,8 @@ def train(folder: Path, *flags: object) -> Ended:
     mesh = ("--mesh.pipe", 2, "--mesh.tensor", 2, "--mesh.fsdp", 2, "--train.microbatches", 2)
     words = ("--train.global_batch", 8, "--train.precision", "fp32", "--train.sample_tokens", 0)
     places = ("--run.directory", folder / "trained", "--data.path", folder / "text.txt", "--checkpoint.every", 1)
-    return run_main(training.main, [folder / "trained" / "config.yaml", *mesh, *words, *places, *flags])
+    kept = ("--runtime.compilation_cache", programs())
+    return run_here(*map(str, [folder / "trained" / "config.yaml", *mesh, *words, *places, *kept, *flags]))
 
 
 def test_a_run_is_trained_evaluated_and_goes_on(begun: Path, tmp_path: Path):
@@ -191,6 +200,10 @@ def refused(*words: object) -> str:
         (("--from", "run", "--to", "new", "--step", 7), "no finished checkpoint of step 7 in"),
         (("--from", "run", "--to", "new", "--shard_size", "5 apples"), "must be a size such as 5GB or 500MB"),
         (("--from", "run", "--to", "new", "--family", "gpt2"), "GPT2LMHeadModel of Hugging Face cannot say model."),
+        (
+            ("--from", "capped", "--to", "new"),
+            "cannot say model.attention.soft_cap 30.0 (only none), and no other class",
+        ),
         (("--from", "text.txt", "--to", "new"), "no directory"),
         (("--from", ".", "--to", "new"), "has neither config.yaml nor config.json"),
         (("--from", "nobody/nothing", "--to", "new"), "nor a repository in Hugging Face's cache"),
@@ -207,17 +220,6 @@ def test_what_cannot_be_asked_for(
     before = sorted(begun.iterdir())
     assert said in refused(*words)
     assert sorted(begun.iterdir()) == before
-
-
-def test_what_no_class_can_say_is_told_and_nothing_written(tmp_path: Path):
-    (tmp_path / "text.txt").write_text("a cabbage had a bag. " * 400)
-    places = {"run.directory": "run", "data.path": "text.txt", "data.cache_directory": "tokens"}
-    flags = [word for name, place in places.items() for word in (f"--{name}", str(tmp_path / place))]
-    ended = run_main(training.main, [*SMALL, *flags, "--model.attention.soft_cap", "30", "--train.steps", "1"])
-    assert ended.code == 0, ended
-    said = refused("--from", tmp_path / "run", "--to", tmp_path / "new")
-    assert "cannot say model.attention.soft_cap 30.0 (only none), and no other class" in said
-    assert not (tmp_path / "new").exists()
 
 
 def test_a_run_that_began_with_nothing(tmp_path: Path):

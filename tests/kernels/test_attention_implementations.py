@@ -186,7 +186,14 @@ def test_features(implementation, feature):
     compare(implementation, sizes=(500, 500), **FEATURES[feature])
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (63, 63), (1000, 1000), (1, 500), (63, 500), (500, 63)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *((63, 63), (1, 500), (500, 63)),
+        *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((1, 1), (1000, 1000), (63, 500))),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("implementation", HERE)
 def test_sizes(implementation, sizes):
     compare(implementation, sizes=sizes, **FEATURES["all"])

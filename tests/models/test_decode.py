@@ -55,7 +55,6 @@ QUICK = {
     ("state_space", "one"),
     ("gemma", "tensor 4"),
     ("options neox", "tensor 4"),
-    ("mixed", "pipe 2"),
     ("experts", "data 2, fsdp 2"),
 }
 

@@ -41,7 +41,7 @@ def products(module: hlo.Module) -> Counter[tuple[str, ...]]:
 
 
 # the second is no multiple of 16
-@pytest.mark.parametrize("width", [512, 4 * 31])
+@pytest.mark.parametrize("width", [pytest.param(512, marks=pytest.mark.slow), 4 * 31])
 def test_hopper_multiplies_8_bits_in_layers_and_wide_numbers_in_the_head(width):
     found = products(rehearsed(width=width).module)
     forward, gradient = EIGHT_BITS
@@ -93,6 +93,7 @@ def test_products_of_blocks_are_our_kernel_alone():
     assert any("blocks of 8-bit numbers: mosaic" in line for line in rehearsal.session.choices)
 
 
+@pytest.mark.slow
 def test_blocks_are_gathered_over_tensor_as_8_bits_with_their_scales():
     rehearsal = rehearsed(num_gpus=4, mesh={"tensor": 4}, model={"fp8": {"scaling": "block"}})
     sent = sent_over(rehearsal)

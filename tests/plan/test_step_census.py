@@ -104,7 +104,7 @@ def test_frozen_matrices_are_gathered_where_they_are_used_and_nothing_else() -> 
 
 @pytest.mark.parametrize(
     ("rows", "overlap"),
-    [(ROWS, False), (1, False), pytest.param(ROWS, True, marks=pytest.mark.slow), (1, True)],
+    [(ROWS, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, False), (ROWS, True), (1, True)))],
     ids=["rows", "one row", "halves of rows", "halves of positions"],
 )
 def test_tensor_parallelism_costs_what_megatron_says(rows: int, overlap: bool) -> None:

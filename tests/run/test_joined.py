@@ -47,7 +47,9 @@ def test_what_is_copied_anyway_is_joined(mesh: dict[str, int], train: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("model", "train"), [("gpt", {}), ("gemma", {"trainable": ("!*mlp*",)})], ids=["all", "some frozen"]
+    ("model", "train"),
+    [("gpt", {}), pytest.param("gemma", {"trainable": ("!*mlp*",)}, marks=pytest.mark.slow)],
+    ids=["all", "some frozen"],
 )
 def test_gradients_are_those_of_weights_apart(model: str, train: dict[str, Any]):
     found = []

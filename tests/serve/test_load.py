@@ -121,7 +121,7 @@ def test_time_runs_out():
         assert status == 504 and answer["error"]["code"] == "timeout"
         events = found.events("/v1/completions", STREAM | {"max_tokens": 4000, "ignore_eos": True})
         assert len(events) > 3 and events[-1]["error"]["code"] == "timeout"
-        assert not found.engine.there
+        found.wait(lambda: not found.engine.there)
 
 
 def test_a_key():

@@ -19,14 +19,17 @@ from jaxtron.train.initial import begin
 from jaxtron.weights.load import load_parameters
 from tests.convert.test_upcycle_weights import data_flags, weights
 from tests.hugging_face import fixtures
+from tests.support.command_runs import run_here
 from tests.support.commands import Ended, run_main
+from tests.support.compiling import programs
 
 STEPS = ["--train.steps", 2, "--train.global_batch", 8, "--train.sample_tokens", 0, "--train.validation_batches", 1]
 STEPS += ["--train.precision", "fp32", "--optimizer.warmup_steps", 0]
 
 
 def train(folder: Path, *flags: object) -> Ended:
-    return run_main(training.main, [*data_flags(folder), *STEPS, *flags])
+    kept = ("--runtime.compilation_cache", programs())
+    return run_here(*map(str, [*data_flags(folder), *STEPS, *kept, *flags]))
 
 
 def configuration(*flags: object) -> Configuration:

@@ -14,7 +14,7 @@ import pytest
 
 from jaxtron.config import UserError, load
 from jaxtron.runtime.config import RuntimeConfig
-from jaxtron.runtime.devices import IN_ORDER, expects_gpu, simulate_devices
+from jaxtron.runtime.devices import SIMULATION_FLAGS, expects_gpu, simulate_devices
 from jaxtron.runtime.distributed import initialize_distributed
 from jaxtron.runtime.machine import find_launcher
 from jaxtron.runtime.start import start_runtime
@@ -69,7 +69,7 @@ def free_port() -> int:
 
 def test_simulated_devices_replace_an_inherited_count_and_platform():
     process = start(3, xla_flags="--xla_force_host_platform_device_count=8", platform="cuda")
-    assert finish(process) == (0, f"1 3 3 6 {IN_ORDER}", "")
+    assert finish(process) == (0, f"1 3 3 6 {SIMULATION_FLAGS}", "")
 
 
 def test_simulating_again_is_fine_and_other_counts_are_too_late():
@@ -85,7 +85,7 @@ def test_two_processes_with_two_devices_each():
     address = f"127.0.0.1:{free_port()}"
     coordinates = ["--coordinator_address", address, "--num_processes", "2"]
     processes = [start(2, *coordinates, "--process_id", str(i)) for i in range(2)]
-    assert [finish(process) for process in processes] == [(0, f"2 2 4 10 {IN_ORDER}", "")] * 2
+    assert [finish(process) for process in processes] == [(0, f"2 2 4 10 {SIMULATION_FLAGS}", "")] * 2
 
 
 def test_a_process_that_waits_in_vain_ends_with_one_line():
@@ -182,7 +182,7 @@ def test_platform(monkeypatch: pytest.MonkeyPatch):
 def test_a_valid_flag_reaches_xla_after_the_inherited_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     process = start(2, "--xla_flags=--xla_cpu_enable_fast_math=false", xla_flags="--xla_cpu_use_thunk_runtime=true")
-    expected = f"1 2 2 3 {IN_ORDER} --xla_cpu_use_thunk_runtime=true --xla_cpu_enable_fast_math=false"
+    expected = f"1 2 2 3 {SIMULATION_FLAGS} --xla_cpu_use_thunk_runtime=true --xla_cpu_enable_fast_math=false"
     assert finish(process) == (0, expected, "")
 
 
