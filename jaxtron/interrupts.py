@@ -189,8 +189,8 @@ def _received(number: int) -> None:
     os.dup2(nowhere, 2)
     _state.is_silent = True
     if was_working:
-        # interrupts what the main thread waits for
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        # interrupts what the main thread waits for, by this one: Ctrl-C may be ignored (a script's `&`)
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
         for _ in range(round(GRACE_SECONDS / 0.01)):
             time.sleep(0.01)
             # what held standard error back for a while gives it back

@@ -81,14 +81,16 @@ def test_a_signal_ends_whatever_runs(body: str, number: signal.Signals, code: in
     assert end(process) == (code, "", line)
 
 
-def test_what_was_printed_and_opened_is_kept(tmp_path: Path):
+# where a script's `&` has it ignore Ctrl-C, SIGTERM alone has to be enough
+@pytest.mark.parametrize("shell", ["", 'trap \'\' INT; exec "$0" "$@"'], ids=["", "ignores Ctrl-C"])
+def test_what_was_printed_and_opened_is_kept(shell: str, tmp_path: Path):
     closed = tmp_path / "closed"
     inside = tmp_path / "inside"
     body = f"print('before')\ntry: open({str(inside)!r}, 'w').close(); time.sleep(60)\n"
-    process = start(f"{body}finally: open({str(closed)!r}, 'w').close()")
+    process = start(f"{body}finally: open({str(closed)!r}, 'w').close()", shell=shell)
     wait_for(inside)
-    hit(process)
-    assert end(process) == (130, "before\n", "interrupted\n")
+    hit(process, signal.SIGTERM if shell else signal.SIGINT)
+    assert end(process) == ((143, "before\n", "terminated\n") if shell else (130, "before\n", "interrupted\n"))
     assert closed.exists()
 
 
