@@ -36,6 +36,8 @@ from jaxtron.quiet import import_jax
 
 # what a file system says that takes no more: full, a quota, a file too large
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# what a file system says of a name, whatever is asked of it
+UNREACHABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.EIO, errno.ESTALE)
 # not a negative number
 FLAG = re.compile("--?[A-Za-z]")
 # of a flag; what Python, NumPy and files of indices can hold
@@ -322,7 +324,7 @@ def _run(main: Callable[[list[str]], int | None], words: list[str]) -> int:
         _drop_output()
         return 141
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
+        if error.errno in UNREACHABLE and error.filename is not None:
             # raised even by asking whether there is such a file
             print(f"error: {_shortened(str(error.filename))}: {error.strerror}", file=sys.stderr)
             return 2

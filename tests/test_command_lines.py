@@ -1,5 +1,6 @@
 """Command lines as people type them: the file anywhere, settings that a flag makes useless, help, versions, speed."""
 
+import errno
 import logging
 import os
 import subprocess
@@ -148,6 +149,18 @@ def test_values_that_nothing_can_hold(flags: list[str], message: str):
 def test_a_word_that_nobody_can_read_is_shortened():
     ended = run_main(train, [TINY, "--model.pattern", "x" * 5000])
     assert ended.code == 2 and "model.pattern" in ended.err and len(ended.err) < 600
+
+
+def test_what_may_not_be_read_is_a_line():
+    def main(argv: list[str]) -> int:
+        # as `Path.is_file` does where a folder may not be entered
+        raise PermissionError(errno.EACCES, "Permission denied", *argv)
+
+    ended = run_main(main, ["runs/other/config.yaml"])
+    assert (ended.code, ended.err) == (2, "error: runs/other/config.yaml: Permission denied\n")
+    # of which nobody knows what it was
+    with pytest.raises(PermissionError):
+        run_main(main, [])
 
 
 def test_home_is_expanded_in_every_name_of_a_file(monkeypatch: pytest.MonkeyPatch):

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxtron import interrupts
 from jaxtron.command import FULL
 from jaxtron.config import UserError
 from jaxtron.words import readable_bytes
@@ -35,6 +36,9 @@ def whole_directory(flag: str, path: Path) -> Iterator[Path]:
         made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".unfinished", dir=path.parent))
         try:
             yield made
+            if interrupts.is_ending():
+                # the exception of a signal may be lost on its way
+                raise KeyboardInterrupt
             # as a directory that anyone makes
             made.chmod(0o777 & ~_umask())
             if path.exists() and not (path.is_dir() and not any(path.iterdir())):

@@ -122,9 +122,14 @@ def open_files(directory: Path) -> Iterator[WeightFiles]:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        if file.read(len(POINTER)) == POINTER:
-            return UserError(f"{path} is a pointer of Git LFS and not what it points to; run git lfs pull there")
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(POINTER)) == POINTER
+    except OSError as reason:
+        # of which the library says that there is no such file
+        return UserError(f"cannot read {path}: {reason.strerror}; bring it back, or give yourself the right to")
+    if is_pointer:
+        return UserError(f"{path} is a pointer of Git LFS and not what it points to; run git lfs pull there")
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UserError(f"{path} is no whole file of safetensors: {reason}; bring back a good copy")
 

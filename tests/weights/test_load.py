@@ -1,9 +1,11 @@
 """Parameters from files: on any mesh, of any type, both ways by the same table; and files that are not the model's."""
 
+import errno
 import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import ml_dtypes
@@ -15,6 +17,7 @@ from jaxtron.config import UserError, load
 from jaxtron.pipeline.layer_slots import restore
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import Session, make_session
+from jaxtron.weights import files as weight_files
 from jaxtron.weights.files import INDEX, SINGLE
 from jaxtron.weights.hub import FAMILIES, hub_settings
 from jaxtron.weights.load import load_parameters, partition_of
@@ -299,6 +302,22 @@ def test_files_that_are_not_the_models(what: str, one_device: Session, tmp_path:
     with pytest.raises(UserError) as error:
         read(tmp_path, one_device)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_missing(
+    one_device: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fixture = fixtures.load("llama")
+    fixtures.write(tmp_path, fixture.config, fixture.weights)
+
+    def denied(path: Path, framework: str) -> None:
+        monkeypatch.setattr(Path, "open", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
+        # so says the library
+        raise FileNotFoundError(f"No such file or directory: {path}")
+
+    monkeypatch.setattr(weight_files, "safe_open", denied)
+    with pytest.raises(UserError, match="cannot read .*model.safetensors: Permission denied"):
+        read(tmp_path, one_device)
 
 
 def test_a_tied_head_that_says_something_else(tmp_path: Path):
