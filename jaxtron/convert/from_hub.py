@@ -10,10 +10,11 @@ from jaxtron.checkpoint.parts import PartsWriter, new_checkpoint
 from jaxtron.checkpoint.record import CheckpointRecord
 from jaxtron.config import UserError
 from jaxtron.convert.bare import bare_session
-from jaxtron.convert.carried import KEPT, keep
+from jaxtron.convert.carried import keep
 from jaxtron.convert.target import check_room, whole_directory
 from jaxtron.convert.transfer import TransferRequest
 from jaxtron.data.tokenizers import load_tokenizer
+from jaxtron.generate.origin import KEPT
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CONFIG_FILE, MODEL_ALONE, write_record

@@ -13,12 +13,13 @@ from jaxtron.checkpoint.record import CheckpointRecord, DamageError
 from jaxtron.checkpoint.restore import MOST_TRIES, committed_steps, step_path
 from jaxtron.config import UserError
 from jaxtron.convert.bare import bare_session
-from jaxtron.convert.carried import began_with, give_back
+from jaxtron.convert.carried import give_back
 from jaxtron.convert.from_hub import fields
 from jaxtron.convert.merging import Merging
 from jaxtron.convert.target import check_room, whole_directory
 from jaxtron.convert.transfer import OF_FILES, TransferRequest
 from jaxtron.data.tokenizers import load_tokenizer
+from jaxtron.generate.origin import began_with
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CONFIG_FILE

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from jaxtron.command import FlagParser, file_name, file_path, natural
 from jaxtron.config import UserError, load, settings, split_arguments
-from jaxtron.convert.carried import began_keys, began_with
 from jaxtron.convert.target import check_new
+from jaxtron.generate.origin import began_keys, began_with
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration, configuration_type
 from jaxtron.weights.cache import fetch_weights

@@ -108,7 +108,7 @@ def open_model(source: ModelSource, configuration: ModelConfiguration, *, rows: 
         devices = devices[: math.prod(known)]
     session = make_session(config, devices, trains=False)
     params, tokenizer = _weights(source, configuration, session)
-    prefix = tokenizer.prefix if source.is_hub and isinstance(tokenizer, HuggingFaceTokenizer) else ()
+    prefix = tokenizer.prefix if configuration.is_begun and isinstance(tokenizer, HuggingFaceTokenizer) else ()
     engine = GenerationEngine(session, params, rows=source.rows or rows, room=configuration.room)
     # the engine has copies
     del params

@@ -1,7 +1,7 @@
 """The model that text is made with, a run's or that of Hugging Face weights: its configuration and its own defaults."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from jaxtron.command import FlagParser, file_path, natural, positive
 from jaxtron.config import UserError, load, settings, split_arguments
 from jaxtron.data.config import ChatConfig, DataConfig
+from jaxtron.generate.origin import began_keys, began_with, has_tokenizer
 from jaxtron.generate.settings import SamplingSettings, read_settings
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration, configuration_type
@@ -67,6 +68,8 @@ class ModelConfiguration:
     """Settings that the model's own generation_config.json asks for."""
     eos_token_ids: tuple[int, ...]
     """Tokens that end its text, beside the tokenizer's end of document."""
+    is_begun: bool = False
+    """Whether plain text begins with what the tokenizer's file puts before it, as the model has seen it."""
 
     def settings(self, **given: Any) -> SamplingSettings:
         """Those of a request over the model's own."""
@@ -140,9 +143,15 @@ def _of_run(source: ModelSource) -> ModelConfiguration:
     if not isinstance(trained.model, ModelConfig):
         raise UserError(f"{path} has model.family {trained.model.family}, which makes no text: give a run of a decoder")
     config = load(config_type, path, source.overrides).resolved()
-    chat = trained.data.chat if trained.data.format == "chat" else None
     room = source.room or config.data.sequence_length
-    return ModelConfiguration(trained, laid_out(config, source.overrides), room, _template(source, chat), {}, ())
+    # as what `convert` makes of the run says it
+    began = began_with(source.directory)
+    is_its = began is not None and has_tokenizer(began, config.data.tokenizer)
+    said = _said_beside(began, began_keys(began)) if began is not None and is_its else NOTHING
+    chat = trained.data.chat if trained.data.format == "chat" else said.chat
+    config = laid_out(config, source.overrides)
+    chat = _template(source, chat)
+    return ModelConfiguration(trained, config, room, chat, said.defaults, said.eos_token_ids, is_begun=is_its)
 
 
 def _of_hub(source: ModelSource) -> ModelConfiguration:
@@ -159,20 +168,39 @@ def _of_hub(source: ModelSource) -> ModelConfiguration:
         config = load(Configuration, None, source.overrides, under=under).resolved()
     except UserError as error:
         raise error if str(directory) in str(error) else UserError(f"{directory}: {error}") from None
-    generation = _read_generation(directory)
     if is_megatron(directory):
-        longest, ends = getattr(config.model, "max_positions", None) or MOST_ROOM, None
+        longest, said = getattr(config.model, "max_positions", None) or MOST_ROOM, _said_beside(directory, {})
     else:
         file = read_config_json(directory)
-        longest, ends = _longest(file), file.get("eos_token_id")
+        longest = _longest(file)
+        said = _said_beside(directory, {"eos_token_id": file.get("eos_token_id")})
     room = source.room or min(longest, MOST_ROOM)
-    ends = generation.get("eos_token_id", ends)
+    config = laid_out(config, source.overrides)
+    chat = _template(source, said.chat)
+    return ModelConfiguration(None, config, room, chat, said.defaults, said.eos_token_ids, is_begun=True)
+
+
+@dataclass(frozen=True)
+class SaidBeside:
+    """What files beside weights say of the text that is made with them."""
+
+    chat: ChatConfig | None
+    defaults: dict[str, Any]
+    eos_token_ids: tuple[int, ...]
+
+
+NOTHING = SaidBeside(None, {}, ())
+
+
+def _said_beside(directory: Path, keys: Mapping[str, Any]) -> SaidBeside:
+    """Of a directory whose config.json has these keys."""
+    generation = _read_object(directory / GENERATION_CONFIG)
+    ends = generation.get("eos_token_id", keys.get("eos_token_id"))
     found = next((directory / name for name in TEMPLATES if _has_template(directory / name)), None)
     chat = None if found is None else ChatConfig(template=str(found))
-    defaults = _defaults(generation, directory / GENERATION_CONFIG)
     # some files have -1 for none
     ids = tuple(end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int and end >= 0)
-    return ModelConfiguration(None, laid_out(config, source.overrides), room, _template(source, chat), defaults, ids)
+    return SaidBeside(chat, _defaults(generation, directory / GENERATION_CONFIG), ids)
 
 
 def laid_out(config: Configuration, overrides: Sequence[str]) -> Configuration:
@@ -215,10 +243,6 @@ def _has_template(path: Path) -> bool:
     if path.name != TOKENIZER_CONFIG:
         return path.is_file()
     return "chat_template" in _read_object(path)
-
-
-def _read_generation(directory: Path) -> dict[str, Any]:
-    return _read_object(directory / GENERATION_CONFIG)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

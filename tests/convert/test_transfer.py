@@ -14,6 +14,7 @@ from jaxtron.checkpoint.storage import PIECE_BYTES
 from jaxtron.config import load
 from jaxtron.convert import __main__ as convert
 from jaxtron.convert import to_hub
+from jaxtron.generate.source import ModelSource, read_model
 from jaxtron.models.same import differences
 from jaxtron.run.configuration import Configuration
 from jaxtron.train import __main__ as training
@@ -122,6 +123,20 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ended = train(folder, "--train.steps", 2)
     assert ended.code == 0 and "the model is that of step 0" in ended.out, ended
     return folder
+
+
+def test_text_of_a_run_is_made_as_that_of_its_weights(begun: Path, tmp_path: Path):
+    expected = read_model(ModelSource(begun / "hub"))
+    assert expected.defaults == {"temperature": 0.6} and expected.eos_token_ids == (0, 7) and expected.is_begun
+    moved("--from", begun / "trained", "--to", tmp_path / "back")
+    for run in (begun / "run", begun / "trained", tmp_path / "back"):
+        found = read_model(ModelSource(run))
+        assert (found.defaults, found.eos_token_ids, found.is_begun) == (expected.defaults, (0, 7), True), run
+        assert found.chat is not None and Path(str(found.chat.template)).read_text() == "{{ messages }}"
+    # numbers of another tokenizer's tokens are others
+    other = write_tokenizer(tmp_path / "other", 39)
+    found = read_model(ModelSource(begun / "run", ("--data.tokenizer", str(other))))
+    assert (found.defaults, found.eos_token_ids, found.is_begun, found.chat) == ({}, (), False, None)
 
 
 def train(folder: Path, *flags: object) -> Ended:
