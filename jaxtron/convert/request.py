@@ -8,6 +8,7 @@ from jaxtron.config import SettingsSource, UserError, load, settings, split_argu
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.kinds import MLP, MOE
 from jaxtron.run.configuration import Configuration, configuration_type
+from jaxtron.weights.cache import named_weights
 from jaxtron.weights.config_json import CONFIG_JSON
 from jaxtron.weights.hub import TOKENIZER, hub_settings, is_hub
 
@@ -79,7 +80,7 @@ def parse(argv: list[str]) -> UpcycleRequest:
             raise UserError(f"--{name} is not for this command: {mend}")
     rest.remove(words[0])
     given = {name: value for name, value in vars(found).items() if value is not None}
-    request = UpcycleRequest(**given | {"dense": file_path(words[0]), "overrides": tuple(rest)})
+    request = UpcycleRequest(**given | {"dense": named_weights(words[0]), "overrides": tuple(rest)})
     if request.chosen % request.granularity:
         raise UserError(
             f"--top_k {request.chosen} is not a multiple of --granularity {request.granularity}: a token would not get "

@@ -13,7 +13,7 @@ from jaxtron.evaluate import tasks_request
 from jaxtron.evaluate.detokenize import DETOKENIZERS
 from jaxtron.generate.source import LAYOUT, SETTINGS, check_taken, laid_out, taken
 from jaxtron.run.configuration import Configuration, configuration_type
-from jaxtron.weights.cache import fetch_weights
+from jaxtron.weights.cache import named_weights
 from jaxtron.weights.config_json import CONFIG_JSON
 from jaxtron.weights.hub import hub_settings, is_hub, tokenizer_of
 
@@ -74,18 +74,7 @@ def parse(argv: list[str]) -> EvaluateRequest:
     rest.remove(words[0])
     given = {name: value for name, value in vars(found).items() if value is not None}
     text = tuple(found.text or ())
-    directory = file_path(words[0])
-    # a run that is not there is told by its name
-    directory = directory if directory.is_dir() or directory.is_absolute() else _fetched(directory)
-    return EvaluateRequest(**given | {"run": directory, "text": text, "overrides": tuple(rest)})
-
-
-def _fetched(name: Path) -> Path:
-    """The directory of a repository's name in the cache; what is no such name as it is."""
-    try:
-        return fetch_weights(str(name))
-    except UserError:
-        return name
+    return EvaluateRequest(**given | {"run": named_weights(words[0]), "text": text, "overrides": tuple(rest)})
 
 
 def _check_purpose(found: argparse.Namespace) -> None:

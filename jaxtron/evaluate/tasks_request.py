@@ -40,12 +40,12 @@ def parse_tasks(argv: list[str]) -> TasksRequest:
     """The request of a command line; a `UserError` for what is missing or cannot be."""
     found, rest = _parser().parse_known_args(argv)
     given = {name: value for name, value in vars(found).items() if value is not None}
-    directory, overrides = split_source(rest, USAGE)
+    _, directory, overrides = split_source(rest, USAGE)
     model = {name: given.pop(name) for name in ("rows", "room", "step") if name in given}
     if "chat_template" in given:
         raise UserError("--chat_template has no effect here: tasks are plain text; leave it out")
     names = tuple(name.strip() for word in given.pop("tasks", []) for name in word.split(",") if name.strip())
-    request = TasksRequest(source=ModelSource(file_path(directory), overrides, **model), tasks=names, **given)
+    request = TasksRequest(source=ModelSource(directory, overrides, **model), tasks=names, **given)
     if bool(request.tasks) == (request.last_words is not None):
         raise UserError(f"give --tasks NAME[,NAME ...], or --last_words FILE.jsonl, and not both: {USAGE}")
     for name in ("task_path", "num_fewshot", "add_bos_token"):

@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> GenerateRequest:
     if len(prompts) > 1 and Path(prompts[-1]).is_dir() and not rest_words(rest):
         # `--prompt TEXT RUN_DIRECTORY`
         rest.append(prompts.pop())
-    directory, overrides = split_source(rest, USAGE)
+    _, directory, overrides = split_source(rest, USAGE)
     model = {name: given.pop(name) for name in MODEL_FLAGS if name in given}
     names = [name for name in given if name in SamplingSettings.__dataclass_fields__]
     sampling = {name: given.pop(name) for name in names}
@@ -54,7 +54,7 @@ def parse(argv: list[str]) -> GenerateRequest:
             sampling[name] = tuple(sampling[name])
     sampling["logit_bias"] = _biases(sampling.get("logit_bias", []))
     request = GenerateRequest(
-        source=ModelSource(file_path(directory), overrides, **model), prompt=tuple(prompts), sampling=sampling, **given
+        source=ModelSource(directory, overrides, **model), prompt=tuple(prompts), sampling=sampling, **given
     )
     _check(request)
     return request

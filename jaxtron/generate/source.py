@@ -13,6 +13,7 @@ from jaxtron.generate.origin import began_keys, began_with, has_tokenizer
 from jaxtron.generate.settings import SamplingSettings, read_settings
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration, configuration_type
+from jaxtron.weights.cache import named_weights
 from jaxtron.weights.config_json import CONFIG_JSON, ConfigFile, read_config_json
 from jaxtron.weights.hub import TOKENIZER, hub_settings, is_hub
 from jaxtron.weights.megatron.directory import is_megatron
@@ -112,8 +113,8 @@ def check_taken(
             raise UserError(f"--{name} is the model's own: leave it out, only {taken(sections, names)} can be set")
 
 
-def split_source(rest: list[str], usage: str) -> tuple[str, tuple[str, ...]]:
-    """The directory among a line's words that are no flags of the command, and the settings; `UserError` for others."""
+def split_source(rest: list[str], usage: str) -> tuple[str, Path, tuple[str, ...]]:
+    """The word of a line for its model, the directory that it means, and the settings; `UserError` for other words."""
     words, flags = split_arguments(Configuration, rest)
     if not words:
         raise UserError(f"no directory of a run or of weights; give it first: {usage}")
@@ -122,7 +123,7 @@ def split_source(rest: list[str], usage: str) -> tuple[str, tuple[str, ...]]:
     check_taken(flags)
     rest = list(rest)
     rest.remove(words[0])
-    return words[0], tuple(rest)
+    return words[0], named_weights(words[0]), tuple(rest)
 
 
 def read_model(source: ModelSource) -> ModelConfiguration:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxtron.command import FlagParser, file_path, natural, positive, positive_number
-from jaxtron.config import UserError, settings
+from jaxtron.config import UserError, expand_home, settings
 from jaxtron.generate.source import ModelSource, add_model_flags, split_source, taken
 from jaxtron.run.configuration import Configuration
 
@@ -43,16 +43,16 @@ class ServeRequest:
 def parse(argv: list[str]) -> ServeRequest:
     """The request of a command line; a `UserError` for what is missing or cannot be."""
     found, rest = _parser().parse_known_args(argv)
-    directory, overrides = split_source(rest, USAGE)
+    word, path, overrides = split_source(rest, USAGE)
     given = {name: value for name, value in vars(found).items() if value is not None}
     model = {name: given.pop(name) for name in MODEL_FLAGS if name in given}
-    path = file_path(directory)
     limits = {name: given.pop(flag) for flag, name in _LIMITS.items() if flag in given}
     if given.get("port", 0) > 65535:
         raise UserError(f"--port {given['port']} must be at most 65535; 0 takes a free one")
     if "api_key_file" in given:
         given["api_key"] = _read_key(given.pop("api_key_file"))
-    given.setdefault("name", path.resolve().name)
+    # of a repository its own, for its copy's directory is a number
+    given.setdefault("name", path.resolve().name if Path(expand_home(word)) == path else word)
     return ServeRequest(source=ModelSource(path, overrides, **model), limits=Limits(**limits), **given)
 
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jaxtron.config import UserError
+from jaxtron.config import UserError, expand_home
 from jaxtron.weights.config_json import CONFIG_JSON
 
 # an owner and a name, as meta-llama/Llama-3.1-8B
@@ -25,6 +25,17 @@ def find_weights(name: str) -> Path | None:
     """The directory of a path, or of the newest copy of a repository in the cache; None where there is neither."""
     path = Path(name)
     return path if path.is_dir() else _cached(name)
+
+
+def named_weights(word: str) -> Path:
+    """The directory that a word of a command line means: a path, or a repository's copy in the cache.
+
+    What is neither is a path, which is not there.
+    """
+    if not word:
+        raise UserError("an empty word names no directory; give one of a run, or of Hugging Face weights")
+    name = expand_home(word)
+    return find_weights(name) or Path(name)
 
 
 def fetch_weights(name: str) -> Path:

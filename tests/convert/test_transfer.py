@@ -14,9 +14,14 @@ from jaxtron.checkpoint.storage import PIECE_BYTES
 from jaxtron.config import load
 from jaxtron.convert import __main__ as convert
 from jaxtron.convert import to_hub
+from jaxtron.convert.request import parse as parse_upcycle
+from jaxtron.evaluate.request import parse as parse_evaluate
+from jaxtron.evaluate.tasks_request import parse_tasks
+from jaxtron.generate.request import parse as parse_generate
 from jaxtron.generate.source import ModelSource, read_model
 from jaxtron.models.same import differences
 from jaxtron.run.configuration import Configuration
+from jaxtron.serve.request import parse as parse_serve
 from jaxtron.train import __main__ as training
 from tests.hugging_face import fixtures
 from tests.support.command_runs import run_here
@@ -321,6 +326,16 @@ def test_a_repository_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     moved("--from", "some/model-1.5", "--to", tmp_path / "run", "--data.sequence_length", 16)
     entry = json.loads((tmp_path / "run" / "history.jsonl").read_text())
     assert entry["converted"] == {"weights": str(folder / "snapshots" / "abc"), "given": "some/model-1.5"}
+    copy = folder / "snapshots" / "abc"
+    assert parse_generate(["some/model-1.5", "--prompt", "a"]).source.directory == copy
+    served = parse_serve(["some/model-1.5"])
+    assert (served.source.directory, served.name) == (copy, "some/model-1.5")
+    assert parse_serve([str(copy)]).name == "abc"
+    assert parse_tasks(["some/model-1.5", "--tasks", "x"]).source.directory == copy
+    assert parse_evaluate(["some/model-1.5", "--text", "x"]).run == copy
+    assert parse_upcycle(["some/model-1.5", "--output", "x"]).dense == copy
+    # nobody but `convert` asks the network
+    assert parse_evaluate(["some/other", "--text", "x"]).run == Path("some/other")
     words = ["--checkpoint.initialize_from", "some/model-1.5", "--data.sequence_length", 16, "--print_config"]
     ended = run_main(training.main, words)
     assert ended.code == 0 and "hidden_size: 32\n" in ended.out, ended
