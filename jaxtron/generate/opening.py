@@ -25,7 +25,7 @@ from jaxtron.run.session import Session, make_session
 from jaxtron.sharding.folding import FLAGS
 from jaxtron.typing import PyTree
 from jaxtron.weights.load import load_parameters
-from jaxtron.words import NO_TEXT, is_whole_text
+from jaxtron.words import NO_TEXT, is_whole_text, plural
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class SpeakingModel:
             raise UserError("prompt is empty: the model needs a token to go on from")
         if prompt.min() < 0 or prompt.max() >= self.engine.vocab:
             odd = int(prompt.min() if prompt.min() < 0 else prompt.max())
-            raise UserError(f"prompt has token {odd}, and the model has {self.engine.vocab:,}: give ids from 0 on")
+            raise UserError(f"prompt has token {odd}, and the model knows 0 to {self.engine.vocab - 1:,}")
         if len(prompt) + wanted > self.engine.room:
             raise UserError(
-                f"prompt has {len(prompt):,} tokens, and with {wanted:,} more that is beyond the model's room for "
-                f"{self.engine.room:,}"
+                f"prompt has {plural(len(prompt), 'token')}, and with {wanted:,} more that is beyond the model's room "
+                f"for {self.engine.room:,}"
             )
 
     def stream(

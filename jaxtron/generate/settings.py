@@ -94,7 +94,7 @@ class SamplingSettings:
         if len(set(self.ends)) > MOST_ENDS:
             raise UserError(f"stop_token_ids has {len(set(self.ends))} ids with the model's own: at most {MOST_ENDS}")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError(f"stop {self.stop!r} must be texts that are not empty")
+            raise UserError(f"stop {_listed(self.stop)} must be texts that are not empty")
         if len(self.stop) > MOST_STOPS or any(len(text) > LONGEST_STOP for text in self.stop):
             raise UserError(f"stop must be at most {MOST_STOPS} texts of at most {LONGEST_STOP:,} characters")
         if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MOST_BIASES:
@@ -133,6 +133,10 @@ def read_settings(given: Mapping[str, Any]) -> SamplingSettings:
         object.__setattr__(made, name, value)
     made.__post_init__()
     return made
+
+
+def _listed(stop: Any) -> str:
+    return repr(stop if isinstance(stop, str) else list(stop))
 
 
 def _number(name: str, value: Any, least: float, most: float) -> None:

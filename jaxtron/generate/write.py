@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import secrets
 import sys
 import time
@@ -28,6 +29,8 @@ from jaxtron.words import NO_TEXT, is_whole_text, plural
 
 ROOM = "Lower --rows or --room, or raise --mesh.tensor"
 MOST_ROWS = 8
+# all but line feed and tab
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -173,8 +176,8 @@ def make_all(model: SpeakingModel, request: GenerateRequest, wanted: list[Wanted
         for number in range(request.samples):
             text, sequence = _begin(model, request, one, number)
             if single and is_told:
-                print("" if one.messages else one.shown, end="", flush=True)
-                sequence.grow = _both(sequence.grow, lambda grown: print(grown.text, end="", flush=True))
+                _print_part("" if one.messages else one.shown)
+                sequence.grow = _both(sequence.grow, lambda grown: _print_part(grown.text))
             batch.add(sequence)
             made.append(text)
     told = 0
@@ -226,7 +229,12 @@ def _is_done(text: MadeText) -> bool:
 
 def _print_one(text: MadeText, number: int, count: int) -> None:
     print(f"--- {number} of {count}")
-    print(f"{'' if text.wanted.messages else text.wanted.shown}{text.text}", flush=True)
+    _print_part(f"{'' if text.wanted.messages else text.wanted.shown}{text.text}\n")
+
+
+def _print_part(text: str) -> None:
+    """Some text; to a terminal without what could steer it, such as escape."""
+    print(CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def talk(model: SpeakingModel, request: GenerateRequest) -> None:
@@ -261,7 +269,7 @@ def talk(model: SpeakingModel, request: GenerateRequest) -> None:
 
         def grow(grown: Grown, answer: list[Grown] = answer) -> None:
             answer.append(grown)
-            print(grown.text, end="", flush=True)
+            _print_part(grown.text)
 
         batch = Batch(model.engine)
         batch.add(GrowingSequence(prompt, settings, model.stream(prompt, settings, goes_on=False), grow))

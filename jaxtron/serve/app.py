@@ -83,7 +83,8 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host.strip("[]"), port), family=family, backlog=1024)
     except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or error
+        # without the address once more
+        why = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         raise UserError(f"cannot serve at --host {host} --port {port}: {why}; give another") from None
 
 

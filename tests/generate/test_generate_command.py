@@ -214,6 +214,13 @@ def test_a_talk_at_the_terminal(monkeypatch, capsys):
     assert "no UTF-8" in capsys.readouterr().err and engine.num_steps == 6
 
 
+def test_an_answer_cannot_steer_the_terminal(monkeypatch, capsys):
+    for is_terminal, shown in ((False, "a\x1b[2J\tb\u200d\x9b\n"), (True, "a\ufffd[2J\tb\u200d\ufffd\n")):
+        monkeypatch.setattr("sys.stdout.isatty", lambda is_terminal=is_terminal: is_terminal)
+        writing._print_part("a\x1b[2J\tb\u200d\x9b\n")
+        assert capsys.readouterr().out == shown
+
+
 def test_conversations_as_prompts(tmp_path: Path):
     chat = ChatPrompts(ChatConfig(), ByteTokenizer())
     ids = chat.encode([{"role": "user", "content": "hi"}])
