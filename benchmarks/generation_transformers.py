@@ -4,6 +4,7 @@ One small Llama with random weights, which transformers writes and `generate`'s 
 likely tokens, float32, a cache of keys and values on both sides. Two processes on the same cores take turns.
 """
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -100,7 +101,8 @@ def measure(speed: SpeedConfig) -> dict[str, Any]:
         words = [folder, json.dumps(settings)]
         with OtherProcess(speed.torch, OTHER, words, speed.threads, needs=NEEDS) as theirs:
             source = ModelSource(Path(folder), ("--data.tokenizer", "bytes", "--train.precision", "fp32"))
-            with open_model(source, read_model(source), rows=speed.rows) as model:
+            # standard output is the JSON's
+            with contextlib.redirect_stdout(sys.stderr), open_model(source, read_model(source), rows=speed.rows) as model:
                 sides = {"jaxtron": EngineSide(model, prompts), "transformers": theirs}
                 # what is compiled is compiled here
                 first = {name: side.take(speed.tokens)["tokens"] for name, side in sides.items()}
@@ -139,7 +141,7 @@ def main(argv: list[str]) -> int:
     result = {"benchmark": "generation_transformers", "name": f"rows-{speed.rows}", **measure(speed)}
     print(json.dumps(result, indent=1))
     if speed.output:
-        name = f"generation-transformers-rows-{speed.rows}-threads-{speed.threads}"
+        name = f"generation-transformers-width-{speed.width}-rows-{speed.rows}-threads-{speed.threads}"
         record.write(record.destination(speed.output, name, jax.devices()[0].device_kind), result)
     return 0
 

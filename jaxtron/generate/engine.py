@@ -77,12 +77,14 @@ class GenerationEngine:
             self.rows = math.ceil(rows / parts) * parts
             self._local = self.rows // parts
             own, specs = PartitionSpec(rules.manual), manual_specs(session.blueprint.parameters)
-            self._model = jax.jit(region(partial(_module, session), (specs,), own))(params)
+            model = jax.jit(region(partial(_module, session), (specs,), own))(params)
             start = region(lambda model: model.start(self._local, room), (own,), own)
-            self._memory: DecoderMemory = jax.jit(start)(self._model)
-            self._begin: Any = jax.jit(partial(_begin, self.vocab, room), donate_argnums=(1, 2))
-            self._advance: Any = jax.jit(partial(_advance, self.vocab), donate_argnums=1)
-            self._score: Any = jax.jit(partial(_score, self.vocab), static_argnames="top")
+            self._memory: DecoderMemory = jax.jit(start)(model)
+            # a list is passed on sooner than the arrays of a module are found, which each token would wait for
+            self._model, structure = jax.tree.flatten(model)
+            self._begin: Any = jax.jit(_of_module(structure, partial(_begin, self.vocab, room)), donate_argnums=(1, 2))
+            self._advance: Any = jax.jit(_of_module(structure, partial(_advance, self.vocab)), donate_argnums=1)
+            self._score: Any = jax.jit(_of_module(structure, partial(_score, self.vocab)), static_argnames="top")
             # as the steps leave them, so that each program is compiled once
             begun = jnp.zeros((self.rows, self.vocab), jnp.float32), empty_state(self.rows, room)
             self._logits, self._sampling = jax.device_put(begun, NamedSharding(rules.mesh, PartitionSpec()))
@@ -202,6 +204,15 @@ def _module(session: Session, params: PyTree) -> Steps:
     trainer = session.trainer
     module = trainer.blueprint.module(trainer.parts.join(trainer.working(params)))
     return Steps(module, trainer.stages.partitions[0])
+
+
+def _of_module(structure: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a module as one of its arrays."""
+
+    def run(leaves: list[Array], *given: Any, **named: Any) -> Any:
+        return function(jax.tree.unflatten(structure, leaves), *given, **named)
+
+    return run
 
 
 _choose = jax.jit(choose, static_argnums=2, donate_argnums=1)
