@@ -102,7 +102,10 @@ def measure(speed: SpeedConfig) -> dict[str, Any]:
         with OtherProcess(speed.torch, OTHER, words, speed.threads, needs=NEEDS) as theirs:
             source = ModelSource(Path(folder), ("--data.tokenizer", "bytes", "--train.precision", "fp32"))
             # standard output is the JSON's
-            with contextlib.redirect_stdout(sys.stderr), open_model(source, read_model(source), rows=speed.rows) as model:
+            with (
+                contextlib.redirect_stdout(sys.stderr),
+                open_model(source, read_model(source), rows=speed.rows) as model,
+            ):
                 sides = {"jaxtron": EngineSide(model, prompts), "transformers": theirs}
                 # what is compiled is compiled here
                 first = {name: side.take(speed.tokens)["tokens"] for name, side in sides.items()}
