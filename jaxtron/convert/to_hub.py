@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 import ml_dtypes
@@ -31,7 +32,7 @@ from jaxtron.weights.config_json import CONFIG_JSON
 from jaxtron.weights.hub import SaidModel
 from jaxtron.weights.load import partition_of
 from jaxtron.weights.rows import write_part
-from jaxtron.weights.shards import make_shards
+from jaxtron.weights.shards import DTYPES, make_shards
 from jaxtron.weights.table import TensorTable, own_shape
 from jaxtron.words import plural, readable_bytes
 
@@ -88,21 +89,21 @@ def _write(
     own = {name: spec for name, spec in specs.items() if spec.role != "adapter"}
     lora = trained.train.lora
     merging = None if lora is None else Merging(stored, specs, named, lora.scale)
-    shapes = _shapes(session, own, table, model)
+    shapes, wide = _shapes(session, own, table, model)
+    dtypes = {name: "fp32" if name in wide else dtype for name in shapes}
     with whole_directory("--to", request.target) as made:
-        itemsize = 4 if dtype == "fp32" else 2
-        num_bytes = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()) * itemsize
+        num_bytes = sum(prod(shape) * DTYPES[dtypes[name]][0].itemsize for name, shape in shapes.items())
         check_room(f"--to {request.target}", made, num_bytes)
         print(
             f"writing {plural(len(shapes), 'tensor')}, {readable_bytes(num_bytes)}, of step {step} of {request.source}"
         )
-        shards = make_shards(made, shapes, dtype, request.shard_bytes)
+        shards = make_shards(made, shapes, dtypes, request.shard_bytes)
         for name in own:
             fill = _Filler(session, table, model, name, shards.tensors)
             pair = None if merging is None else merging.pair(name)
             for starts, part in stored.parts(named[name]):
                 part = part if pair is None else pair.added_to(starts, part)
-                _check_numbers(name, part, dtype, path)
+                _check_numbers(name, part, dtypes[fill.tensors[0]], path)
                 fill(starts, part)
         shards.close()
         values = dict(said.values)
@@ -113,7 +114,7 @@ def _write(
         (made / CONFIG_JSON).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     kind = said.family.architecture
     told = "" if merging is None else ", adapters merged"
-    print(f"{num_bytes // itemsize:,} parameters of a {kind} in {request.target}, {dtype}{told}")
+    print(f"{sum(map(prod, shapes.values())):,} parameters of a {kind} in {request.target}, {dtype}{told}")
 
 
 def _names_there(session: Session, record: CheckpointRecord, path: Path) -> dict[str, str]:
@@ -129,9 +130,9 @@ def _names_there(session: Session, record: CheckpointRecord, path: Path) -> dict
 
 def _shapes(
     session: Session, specs: Mapping[str, ParameterSpec], table: TensorTable, model: ModelConfig
-) -> dict[str, tuple[int, ...]]:
-    """Of all tensors by name, those of parameters with these."""
-    found = {}
+) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Of all tensors by name, those of parameters with these; and the names of those that are float32 always."""
+    found, wide = {}, set()
     for name, spec in specs.items():
         partition = partition_of(name, session.trainer.partitions)
         shape = spec.shape if partition is None else spec.shape[1:]
@@ -139,7 +140,8 @@ def _shapes(
             place = table.place(model, name, row)
             stored = place.stored_shape(own_shape(place.tensor, model, shape))
             found |= dict.fromkeys(place.tensors, stored)
-    return found
+            wide |= set(place.tensors) if place.tensor.is_wide else set()
+    return found, wide
 
 
 class _Filler:
@@ -152,6 +154,8 @@ class _Filler:
         shape = session.blueprint.names[name].shape
         self._is_stacked = partition_of(name, session.trainer.partitions) is not None
         self._shape = shape[1:] if self._is_stacked else shape
+        # of one parameter they are alike
+        self.tensors = table.place(model, name, 0 if self._is_stacked else None).tensors
 
     def __call__(self, starts: tuple[int, ...], part: np.ndarray) -> None:
         """A piece that begins there."""

@@ -29,7 +29,7 @@ ALIGNED = 8
 
 @dataclass(frozen=True)
 class WeightShards:
-    """Tensors of one type in a directory, by name as arrays in its files; `close` when they are written."""
+    """Tensors in a directory, by name as arrays in its files; `close` when they are written."""
 
     tensors: Mapping[str, np.ndarray]
     num_bytes: int
@@ -43,12 +43,14 @@ class WeightShards:
                 os.fsync(file.fileno())
 
 
-def make_shards(directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, shard_bytes: int) -> WeightShards:
-    """Makes the files of these tensors, a name of `DTYPES` their type, of so many bytes at most where a tensor alone is
+def make_shards(
+    directory: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], shard_bytes: int
+) -> WeightShards:
+    """Makes the files of these tensors, names of `DTYPES` their types, of so many bytes at most where a tensor alone is
     not larger; and their index where there are several. An `OSError` where the disk has no room for all."""
-    numpy_type, stored_type = DTYPES[dtype]
+    types = {name: DTYPES[dtypes[name]] for name in shapes}
     names = sorted(shapes, key=_natural)
-    sizes = {name: TYPES[stored_type] * prod(shapes[name]) for name in names}
+    sizes = {name: TYPES[types[name][1]] * prod(shapes[name]) for name in names}
     shards: list[list[str]] = [[]]
     for name in names:
         if shards[-1] and sum(sizes[one] for one in shards[-1]) + sizes[name] > shard_bytes:
@@ -63,9 +65,10 @@ def make_shards(directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: s
     for path, shard in zip(paths, shards, strict=True):
         head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name in shard:
+        # each then begins at a multiple of its numbers' size
+        for name in sorted(shard, key=lambda one: -TYPES[types[one][1]]):
             place = [end, end + sizes[name]]
-            head[name] = {"dtype": stored_type, "shape": list(shapes[name]), "data_offsets": place}
+            head[name] = {"dtype": types[name][1], "shape": list(shapes[name]), "data_offsets": place}
             end += sizes[name]
         text = json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % ALIGNED)
@@ -79,7 +82,7 @@ def make_shards(directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: s
         for name in shard:
             first, last = head[name]["data_offsets"]
             numbers = files[path][8 + len(text) + first : 8 + len(text) + last]
-            tensors[name] = np.asarray(numbers).view(numpy_type).reshape(shapes[name])
+            tensors[name] = np.asarray(numbers).view(types[name][0]).reshape(shapes[name])
     if len(shards) > 1:
         index = {name: path.name for path, shard in zip(paths, shards, strict=True) for name in shard}
         total = {"total_parameters": sum(map(prod, shapes.values())), "total_size": sum(sizes.values())}

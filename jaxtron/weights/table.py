@@ -50,6 +50,8 @@ class Tensor:
     rows: Callable[[ModelConfig, str], Rows] | None = None
     """Where they lie otherwise than letters can say: of one parameter in one tensor, by the model and the parameter's
     name. `stored` then is what the tensor would be if the parameter's rows were all, in their order."""
+    is_wide: bool = False
+    """Whether files have it in float32 also where all else has 16 bits."""
     when: Callable[[ModelConfig], bool] | None = None
     """Of which models the row is, where the parameter has another name in the files of others (none: of all)."""
 

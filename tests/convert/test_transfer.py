@@ -46,6 +46,8 @@ SHORT = {
     "mamba2",
     "deepseek_v3",
 }
+# what files have in float32 whatever the rest is
+WIDE = "e_score_correction_bias"
 PARTS = ("model-00001-of-00002", "model-00002-of-00002")
 
 
@@ -53,7 +55,8 @@ def source(folder: Path, name: str = "llama", dtype: type = np.float32) -> Path:
     """A directory as it is downloaded, in two files, with a tokenizer and what its generation begins with."""
     fixture = fixtures.load(name)
     config = fixture.config | {"dtype": np.dtype(dtype).name, "eos_token_id": [0, 7]}
-    fixtures.write(folder, config, {key: array.astype(dtype) for key, array in fixture.weights.items()}, PARTS)
+    weights = {key: array if key.endswith(WIDE) else array.astype(dtype) for key, array in fixture.weights.items()}
+    fixtures.write(folder, config, weights, PARTS)
     write_tokenizer(folder)
     (folder / "generation_config.json").write_text('{"temperature": 0.6}')
     (folder / "chat_template.jinja").write_text("{{ messages }}")

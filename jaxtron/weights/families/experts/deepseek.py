@@ -31,7 +31,7 @@ QUERIES = Tensor(
     "self_attn.q_b_proj.weight",
     "HD R",
     neighbours_of_latent_queries,
-    _has_latent_queries,
+    when=_has_latent_queries,
 )
 ATTENTION = (
     *norm_rows("norm", "input_layernorm"),
@@ -49,7 +49,7 @@ ATTENTION = (
 )
 BESIDE = (
     *norm_rows("norm", "post_attention_layernorm"),
-    Tensor("moe.router.bias", "N", "mlp.gate.e_score_correction_bias", "N"),
+    Tensor("moe.router.bias", "N", "mlp.gate.e_score_correction_bias", "N", is_wide=True),
     Tensor(
         "moe.shared.up.kernel",
         "E G F",

@@ -162,7 +162,7 @@ def _table(beginning: str, experts: tuple[Tensor, ...]) -> TensorTable:
             "E": (
                 *NORM,
                 Tensor("moe.router.kernel", "E N", f"{MIXER}.gate.weight", "N E"),
-                Tensor("moe.router.bias", "N", f"{MIXER}.gate.e_score_correction_bias", "N"),
+                Tensor("moe.router.bias", "N", f"{MIXER}.gate.e_score_correction_bias", "N", is_wide=True),
                 *experts,
                 Tensor("moe.shared.up.kernel", "E F", f"{MIXER}.shared_experts.up_proj.weight", "F E"),
                 Tensor("moe.shared.down.kernel", "F E", f"{MIXER}.shared_experts.down_proj.weight", "E F"),
