@@ -54,6 +54,9 @@ class _Answer:
 class HarnessModel(TemplateLM):
     """A model as the harness sees it. `add_bos_token` puts the tokenizer's before every text."""
 
+    is_asked = False
+    """Whether a task came as far as the model."""
+
     def __init__(self, engine: TokenEngine, tokenizer: Tokenizer, *, add_bos_token: bool = False) -> None:
         super().__init__()
         self._engine, self._tokenizer = engine, tokenizer
@@ -98,6 +101,7 @@ class HarnessModel(TemplateLM):
 
         Contexts are cut from the left where both are too long.
         """
+        self.is_asked = True
         whole = [np.asarray((context + continuation)[-self.max_length - 1 :]) for _, context, continuation in requests]
         # those of about the same length together, the longest first: what does not fit shows at once
         order = sorted(range(len(whole)), key=lambda number: (-len(whole[number]), whole[number].tolist()))
@@ -137,6 +141,7 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """What follows each prompt, up to the first of its stops."""
+        self.is_asked = True
         engine, hidden = self._engine, hidden_tokens(self._tokenizer)
         waiting, rows = list(range(len(requests))), dict[int, _Answer]()
         texts = [""] * len(requests)
@@ -192,7 +197,7 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """The harness's results of tasks by name; `task_path` is a directory of further ones, in YAML.
 
-    `UserError` for tasks that are not known.
+    `UserError` for tasks that are not known, or whose data cannot be had.
     """
     manager = TaskManager(include_path=None if task_path is None else str(task_path))
     unknown = [name for name in tasks if not manager.match_tasks([name])]
@@ -201,15 +206,27 @@ def evaluate_tasks(
         raise UserError(
             f"--tasks {unknown[0]}: no such task in lm-evaluation-harness{where}; lm_eval ls tasks lists them"
         )
-    found = simple_evaluate(
-        model=model,
-        tasks=list(tasks),
-        task_manager=manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        bootstrap_iters=0,
-        log_samples=False,
-    )
+    try:
+        found = simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        # of many kinds, by what is wrong with a task's data or its file; what is ours comes later
+        if model.is_asked:
+            raise
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise UserError(
+            f"--tasks {' '.join(tasks)}: the harness cannot make them of their files and data: {reason[0]}; without "
+            "internet only tasks of local files work"
+        ) from None
     assert found is not None
     return dict(found)
 

@@ -13,6 +13,7 @@ from jaxtron.data.tokenizers import ByteTokenizer
 from jaxtron.generate.engine import GenerationEngine
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import make_session
+from tests.support.fake_engine import FakeEngine
 from tests.support.logits import logits
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
@@ -137,3 +138,11 @@ def test_log_likelihoods_are_those_of_a_plain_loop() -> None:
 def test_a_task_that_is_not_there_is_told(folder: Path) -> None:
     with pytest.raises(UserError, match="--tasks jx_nothing: no such task in lm-evaluation-harness nor in"):
         evaluate_tasks(object.__new__(HarnessModel), ["jx_nothing"], task_path=folder)
+
+
+def test_a_task_without_its_data_is_told(tmp_path: Path) -> None:
+    task = TASKS["choice"].replace("FOLDER", str(tmp_path))
+    (tmp_path / "gone.yaml").write_text(f"task: jx_gone\n{task}")
+    asked = HarnessModel(FakeEngine(), ByteTokenizer())
+    with pytest.raises(UserError, match=r"--tasks jx_gone: .* of their files and data: .*choice\.jsonl"):
+        evaluate_tasks(asked, ["jx_gone"], task_path=tmp_path)
