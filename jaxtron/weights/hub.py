@@ -176,7 +176,7 @@ def _unsaid(values: Mapping[str, Any], model: ModelConfig) -> list[str]:
         return [str(error)]
     # whether layers are a loop over periods or over kinds is no matter of theirs, nor how fast a bias learns
     equal = read.layout.layers == model.layout.layers
-    same = dict.fromkeys(("pattern", "num_layers", "hybrid", "moe.leading_dense"), equal)
+    same = {"pattern": equal, "num_layers": equal, "hybrid": equal, "moe.leading_dense": equal}
     same["moe.bias_rate"] = bool(read.moe.bias_rate) == bool(model.moe.bias_rate)
     return [
         f"model.{one.name} {format_value(one.here)} (only {format_value(one.there)})"

@@ -17,6 +17,9 @@ import peft
 import torch
 import transformers
 
+# with their cache these do not cut steps to the bounds that they cut them to in whole sequences
+STEPS_WITHOUT_BOUNDS = ("mamba2", "nemotron_h")
+
 
 def try_directory(directory: Path, count: int) -> None:
     """Loads it as any user does, and writes what there is to see."""
@@ -32,7 +35,11 @@ def try_directory(directory: Path, count: int) -> None:
         logits = model.eval()(input_ids=tokens).logits.float().numpy()
         model.generation_config = transformers.GenerationConfig(pad_token_id=0)
         text = model.generate(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, do_sample=False
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=count,
+            do_sample=False,
+            use_cache=model.config.model_type not in STEPS_WITHOUT_BOUNDS,
         )
     np.savez(f"{directory}.npz", wrong=json.dumps(wrong), logits=logits, text=text[:, tokens.shape[1] :].numpy())
 
