@@ -112,9 +112,9 @@ def weighed(batch: Any) -> Any:
     )
 
 
-def assert_same(found: Found, expected: Found) -> None:
+def assert_same(found: Found, expected: Found, tolerance: float = TOLERANCE) -> None:
     """Losses, metrics of layers in the model's order, and every gradient."""
     assert found.reported.keys() == expected.reported.keys()
     for name, value in expected.reported.items():
         np.testing.assert_allclose(found.reported[name], value, rtol=TOLERANCE, err_msg=name)
-    assert_equal(found.gradients, expected.gradients)
+    assert_equal(found.gradients, expected.gradients, tolerance)

@@ -60,7 +60,7 @@ CASES += [(subject, layout) for subject in OPTION_SUBJECTS for layout in OF_OPTI
 )
 def test_the_step_is_plain_differentiation_and_communicates_as_laid_out(subject: Subject, layout: Layout):
     found = step(subject, layout)
-    assert_same(found, reference(subject))
+    assert_same(found, reference(subject), subject.tolerance)
     Communication(found, layout.mesh).check()
 
 

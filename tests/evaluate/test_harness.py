@@ -9,17 +9,26 @@ import numpy as np
 import pytest
 
 from jaxtron.config import UserError, load
-from jaxtron.data.tokenizers import ByteTokenizer
+from jaxtron.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
 from jaxtron.generate.engine import GenerationEngine
+from jaxtron.generate.opening import SpeakingModel
+from jaxtron.generate.source import ModelConfiguration
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import make_session
+from tests.serve.conftest import serving
 from tests.support.fake_engine import FakeEngine
 from tests.support.logits import logits
+from tests.support.tiny_tokenizer import write_tokenizer
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
+from lm_eval import simple_evaluate  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
 from jaxtron.evaluate.harness import HarnessModel, evaluate_tasks  # noqa: E402
 
 ROOM = 64
+# windows of long texts begin elsewhere by the harness's own adapter of servers
+SERVED = ["jx_choice", "jx_answer"]
 FLAGS = (
     "--model.num_layers 2 --model.hidden_size 32 --model.num_heads 4 --model.vocab_size 257 --model.initial_std 0.3 "
     "--model.position rotary --train.precision fp32 --data.sequence_length 64 --train.global_batch 8"
@@ -80,11 +89,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def model(mesh: str = "", count: int = 1) -> HarnessModel:
+def engine_of(mesh: str = "", count: int = 1) -> GenerationEngine:
     config = load(Configuration, None, f"{FLAGS} --mesh.data 1 {mesh}".split()).resolved()
     session = make_session(config, jax.devices()[:count], trains=False)
-    engine = GenerationEngine(session, session.initial_state().params, rows=4, room=ROOM)
-    return HarnessModel(engine, ByteTokenizer())
+    return GenerationEngine(session, session.initial_state().params, rows=4, room=ROOM)
+
+
+def model(mesh: str = "", count: int = 1) -> HarnessModel:
+    return HarnessModel(engine_of(mesh, count), ByteTokenizer())
 
 
 def scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -133,6 +145,29 @@ def test_log_likelihoods_are_those_of_a_plain_loop() -> None:
     pairs = [(row["question"], choice) for row in QUESTIONS for choice in row["choices"]]
     found = model()._loglikelihood_tokens([(pair, *map(list, map(str.encode, pair))) for pair in pairs])
     np.testing.assert_allclose([value for value, _ in found], plain(pairs), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_server_gives_the_harness_the_same_numbers(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tenacity", reason="needs lm-eval[api]")
+    tokenizer, engine = HuggingFaceTokenizer(write_tokenizer(tmp_path)), engine_of()
+    here = scores(evaluate_tasks(HarnessModel(engine, tokenizer), SERVED, task_path=folder))
+    configuration = ModelConfiguration(None, Configuration(), engine.room, None, {}, ())
+    with serving(SpeakingModel(engine, tokenizer, configuration, (), frozenset())) as (service, port):
+        arguments = {
+            "base_url": f"http://127.0.0.1:{port}/v1/completions",
+            "model": service.name,
+            "tokenizer_backend": "remote",
+            "max_length": ROOM,
+            "num_concurrent": 4,
+        }
+        manager = TaskManager(include_path=str(folder))
+        there = simple_evaluate("local-completions", arguments, tasks=SERVED, task_manager=manager, bootstrap_iters=0)
+    assert there is not None
+    found = scores(there)
+    assert found.keys() == here.keys() == set(SERVED)
+    for task, values in here.items():
+        assert values == pytest.approx(found[task], rel=1e-5), task
 
 
 def test_a_task_that_is_not_there_is_told(folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from jaxtron.generate.opening import SpeakingModel
 from jaxtron.generate.source import ModelSource
 from jaxtron.serve.app import WebServer
 from jaxtron.serve.request import Limits, ServeRequest
@@ -66,23 +67,37 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(engine: FakeEngine, *, chat: bool = True, key: str | None = None, **limits: Any) -> Iterator[Running]:
+def running(
+    engine: FakeEngine,
+    *,
+    chat: bool = True,
+    key: str | None = None,
+    **limits: Any,
+) -> Iterator[Running]:
     """A server until the block ends; then it has to end by itself, with nothing left."""
+    with serving(fake_model(engine, chat=chat), key=key, **limits) as (service, port):
+        yield Running(engine, service, port, {} if key is None else {"Authorization": f"Bearer {key}"})
+    assert not engine.there
+
+
+@contextlib.contextmanager
+def serving(model: SpeakingModel, *, key: str | None = None, **limits: Any) -> Iterator[tuple[Service, int]]:
+    """A service of a model and its port, until the block ends; then it has to end by itself."""
     request = ServeRequest(
         ModelSource(Path("nowhere")), port=0, name="letters", api_key=key, limits=replace(Limits(), **limits)
     )
-    service = Service(fake_model(engine, chat=chat), request.name, request.limits)
+    service = Service(model, request.name, request.limits)
     server = WebServer(service, request)
     worker = threading.Thread(target=service.worker.run, daemon=True)
     worker.start()
     server.start()
     try:
-        yield Running(engine, service, server.port, {} if key is None else {"Authorization": f"Bearer {key}"})
+        yield service, server.port
     finally:
         service.worker.drain()
         worker.join(10)
         server.stop()
-    assert not worker.is_alive() and not engine.there
+    assert not worker.is_alive()
 
 
 @pytest.fixture(scope="module")
