@@ -96,6 +96,11 @@ def run_configuration(request: TransferRequest) -> Configuration:
                 "form that is read, or bytes if no text will be"
             )
         under.set("data.tokenizer", str(tokenizer.absolute()), str(tokenizer))
+    try:
+        load(Configuration, None, None, under=under)
+    except UserError as error:
+        # what does not fit together has no place of its own
+        raise error if str(request.source) in str(error) else UserError(f"{request.source}: {error}") from None
     words = [*request.overrides, "--run.directory", str(request.target)]
     return load(Configuration, None, words, under=under).resolved()
 

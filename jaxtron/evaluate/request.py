@@ -109,7 +109,11 @@ def read_configuration(request: EvaluateRequest) -> tuple[Configuration, Configu
             "weights"
         )
     config_type = Configuration if file is None else configuration_type([str(file)])
-    trained = load(config_type, file, under=under).resolved()
+    try:
+        trained = load(config_type, file, under=under).resolved()
+    except UserError as error:
+        # what does not fit together has no place of its own
+        raise error if str(request.run) in str(error) else UserError(f"{path}: {error}") from None
     if request.token_ids is not None and "train.precision" not in dict(split_arguments(Configuration, words)[1]):
         # as exact as the weights
         words += ["--train.precision", "fp32"]

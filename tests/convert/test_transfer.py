@@ -299,7 +299,7 @@ def test_a_checkpoint_that_is_damaged_or_replaced(begun: Path, tmp_path: Path, m
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("what", ["missing", "cut", "shape"])
+@pytest.mark.parametrize("what", ["missing", "cut", "shape", "heads"])
 def test_files_that_are_not_whole_become_no_run(what: str, tmp_path: Path):
     hub = source(tmp_path / "hub")
     if what == "cut":
@@ -307,13 +307,18 @@ def test_files_that_are_not_whole_become_no_run(what: str, tmp_path: Path):
         path.write_bytes(path.read_bytes()[:-10])
     else:
         config = json.loads((hub / "config.json").read_text())
-        changes = {"num_hidden_layers": 3} if what == "missing" else {"intermediate_size": 48}
+        changes = {
+            "missing": {"num_hidden_layers": 3},
+            "shape": {"intermediate_size": 48},
+            "heads": {"num_key_value_heads": 3},
+        }[what]
         (hub / "config.json").write_text(json.dumps(config | changes))
     said = refused("--from", hub, "--to", tmp_path / "run", "--data.sequence_length", 16)
     expected = {
         "missing": "needs model.layers.2.",
         "cut": "is no whole file",
         "shape": "and config.json beside it makes",
+        "heads": f"{hub}: model.num_heads 4 is not a multiple of model.num_kv_heads 3",
     }
     assert expected[what] in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hub"]
