@@ -45,7 +45,7 @@ TEXTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "data.cache_directory": (TRAIN, ("", "text.txt", "text.txt/out", "/dev/null/out", LONG)),
     "checkpoint.initialize_from": (TRAIN, ("", "nowhere", "text.txt", "/dev/null", "text.txt/out", LONG)),
     "checkpoint.allow_missing": (TRAIN, ("", "head.*", LONG)),
-    "checkpoint.allow_unused": ((*TRAIN, "--checkpoint.initialize_from", "nowhere"), ("", "head.*", LONG)),
+    "checkpoint.allow_unused": (TRAIN, ("", "head.*", LONG)),
     "checkpoint.initialize_adapters": (TRAIN, ("", "nowhere", "text.txt", LONG)),
     "train.trainable": (TRAIN, ("!", "!*", "head.*", "embedding", "stack.periods.layers.7.*", LONG)),
     "train.lora.targets": ((*TRAIN, "--train.lora.rank", "2"), ("", "q_proj", "head.*", "attention", LONG)),
