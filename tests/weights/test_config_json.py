@@ -290,7 +290,7 @@ def rope(**values: Any) -> dict[str, Any]:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", {"model_type": "bert"}, 'has model_type "bert": known here are bloom, cohere'),
+    ("llama", {"model_type": "bert"}, 'has model_type "bert": known here are bamba, bloom'),
     ("llama", {"model_type": ...}, "has no model_type: known here are"),
     ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "only weights of LlamaForCausalLM are read"),
     ("llama", {"clip_qkv": 8.0, "logit_scale": 2}, "clip_qkv 8.0: that key of a llama is not known here (and 1 more)"),
