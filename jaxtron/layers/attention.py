@@ -100,7 +100,7 @@ class Attention(nnx.Module):
         self, halves: Sequence[Float[Array, "B S E"]], inputs: LayerInputs
     ) -> tuple[Float[Array, "B S E"], ...]:
         """The same for a sequence whose positions are split (`sharding.halves`): only the core sees it whole."""
-        projected = zip(*(self._project(x) for x in halves), strict=True)
+        projected = zip(*map(self._project, halves, inputs.halves("positions")), strict=True)
         query, key, value = (join(first, second, "positions") for first, second in projected)
         attended = self.core(*self._turn(query, key, inputs), value, *self._per_head(), inputs)
         parts = zip(halve(attended, "positions"), halves, inputs.halves("positions"), strict=True)
@@ -110,14 +110,16 @@ class Attention(nnx.Module):
         self, attended: Float[Array, "B S H D"], x: Float[Array, "B S E"], inputs: LayerInputs
     ) -> Float[Array, "B S E"]:
         """From the heads back to the stream, of which `x` is the layer's input."""
-        y = self.output(self._gated(attended, x), "batch", "seq", "embed")
+        y = self.output(self._gated(attended, x, inputs), "batch", "seq", "embed", inputs=inputs)
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 
-    def _gated(self, attended: Float[Array, "B S H D"], x: Float[Array, "B S E"]) -> Float[Array, "B S H D"]:
+    def _gated(
+        self, attended: Float[Array, "B S H D"], x: Float[Array, "B S E"], inputs: LayerInputs
+    ) -> Float[Array, "B S H D"]:
         """Times the sigmoid of the gate, where there is one; the backward keeps both alone."""
         if self.gate is None:
             return attended
-        gate = self.gate(whole_sequence(x, self.output.scaling), *HEADS)
+        gate = self.gate(whole_sequence(x, self.output.scaling), *HEADS, inputs=inputs)
         return checkpoint_inputs(lambda x, gate: x * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(x.dtype))(
             attended, gate
         )
@@ -135,13 +137,13 @@ class Attention(nnx.Module):
         """The same for what follows positions of which this is the memory, which has room for it."""
         assert isinstance(self.core, Core)
         attended, memory = self.core.advance(*self._heads(x, inputs), *self._per_head(), memory, inputs)
-        return self.output(self._gated(attended, x), "batch", "full_seq", "embed"), memory
+        return self.output(self._gated(attended, x, inputs), "batch", "full_seq", "embed", inputs=inputs), memory
 
     def _heads(
         self, x: Float[Array, "B S E"], inputs: LayerInputs
     ) -> tuple[Float[Array, "B S H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
         """Queries, keys and values."""
-        query, key, value = self._project(x)
+        query, key, value = self._project(x, inputs)
         return *self._turn(query, key, inputs), value
 
     def _turn(
@@ -161,11 +163,11 @@ class Attention(nnx.Module):
         return slopes, None if self.sinks is None else constrain(self.sinks[...], "heads")
 
     def _project(
-        self, x: Float[Array, "B S E"]
+        self, x: Float[Array, "B S E"], inputs: LayerInputs
     ) -> tuple[Float[Array, "B S H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
         own, x = x, whole_sequence(x, self.output.scaling)
         if not current().splits("kv_heads", self.num_kv_heads):
-            return self._project_shared(x, own)
+            return self._project_shared(x, own, inputs)
         groups = self.num_groups
         logical = ("batch", "full_seq", "kv_heads", "group", "head_dim")
         kernel = self._join("kernel") if self.joined_kernel is None else self.joined_kernel[...]
@@ -179,9 +181,9 @@ class Attention(nnx.Module):
         query = query.reshape(*query.shape[:2], self.num_kv_heads * groups, query.shape[-1])
         key, value = key.squeeze(3), value.squeeze(3)
         return (
-            self.query.adapted(query, own, "batch", "full_seq", "heads", "head_dim"),
-            self.key.adapted(key, own, "batch", "full_seq", "kv_heads", "head_dim"),
-            self.value.adapted(value, own, "batch", "full_seq", "kv_heads", "head_dim"),
+            self.query.adapted(query, own, "batch", "full_seq", "heads", "head_dim", inputs=inputs),
+            self.key.adapted(key, own, "batch", "full_seq", "kv_heads", "head_dim", inputs=inputs),
+            self.value.adapted(value, own, "batch", "full_seq", "kv_heads", "head_dim", inputs=inputs),
         )
 
     def _join(self, name: str) -> Array:
@@ -241,13 +243,13 @@ class Attention(nnx.Module):
         return ("kernel",) if self.query.bias is None else ("kernel", "bias")
 
     def _project_shared(
-        self, x: Float[Array, "B S E"], own: Float[Array, "B S E"]
+        self, x: Float[Array, "B S E"], own: Float[Array, "B S E"], inputs: LayerInputs
     ) -> tuple[Float[Array, "B S H D"], Float[Array, "B S H D"], Float[Array, "B S H D"]]:
         """Fewer key/value heads than tensor parts: all are computed everywhere, and each part takes what it needs."""
-        query = self.query(x, "batch", "full_seq", "heads", "head_dim", own=own)
+        query = self.query(x, "batch", "full_seq", "heads", "head_dim", inputs=inputs, own=own)
         heads = []
         for layer in (self.key, self.value):
-            shared = layer(x, "batch", "full_seq", None, "head_dim", own=own)
+            shared = layer(x, "batch", "full_seq", None, "head_dim", inputs=inputs, own=own)
             rows, length, num_heads, head_dim = shared.shape
             # plain shapes: inside `jnp.repeat` axes are of another kind, which `pipeline/split.py` would cut into
             copies = jnp.broadcast_to(shared[:, :, :, None], (rows, length, num_heads, self.num_groups, head_dim))

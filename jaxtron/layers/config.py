@@ -64,6 +64,8 @@ class LoraConfig(Config):
     """The scale is alpha / rank (none: alpha is the rank, and the scale 1)."""
     rslora: bool = False
     """The scale is alpha / sqrt(rank), which keeps high ranks from learning slowly (rsLoRA, 2312.03732)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Part of an adapter's input that is dropped in training, drawn for each adapter alone (peft's lora_dropout)."""
     targets: tuple[str, ...] = ("attention.*", "mlp.*")
     """Linear layers that have adapters: patterns of their names, or of the ends of these, as attention.query, mlp.*."""
 

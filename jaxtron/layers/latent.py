@@ -66,7 +66,7 @@ class LatentAttention(nnx.Module):
         # on one tensor part a sequence that is not named as split is multiplied as one matrix
         part = "seq" if current().parts("tensor") > 1 else "full_seq"
         attended = self.core(*self._heads(x, inputs, part), None, None, inputs)
-        y = self.output(attended, "batch", "seq", "embed")
+        y = self.output(attended, "batch", "seq", "embed", inputs=inputs)
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 
     def start(self, rows: int, room: int, most: int, dtype: DTypeLike) -> KeyValues:
@@ -82,7 +82,7 @@ class LatentAttention(nnx.Module):
         """As `Attention.advance`."""
         assert isinstance(self.core, Core)
         attended, memory = self.core.advance(*self._heads(x, inputs, "full_seq"), None, None, memory, inputs)
-        return self.output(attended, "batch", "full_seq", "embed"), memory
+        return self.output(attended, "batch", "full_seq", "embed", inputs=inputs), memory
 
     def _heads(
         self, x: Float[Array, "B S E"], inputs: LayerInputs, part: str
@@ -90,10 +90,10 @@ class LatentAttention(nnx.Module):
         """Queries, keys and values; latents are made of positions that lie as `part` says."""
         queries = x = constrain(x, "batch", part, "embed")
         if self.query_down is not None and self.query_norm is not None:
-            queries = self.query_norm(self.query_down(x, "batch", part, "latent"))
-        query = self.query(constrain(queries, *LATENT), *HEADS)
-        down = self.down(x, "batch", part, "latent")
-        both = self.up(constrain(self.norm(down[..., : self.rank]), *LATENT), *HEADS)
+            queries = self.query_norm(self.query_down(x, "batch", part, "latent", inputs=inputs))
+        query = self.query(constrain(queries, *LATENT), *HEADS, inputs=inputs)
+        down = self.down(x, "batch", part, "latent", inputs=inputs)
+        both = self.up(constrain(self.norm(down[..., : self.rank]), *LATENT), *HEADS, inputs=inputs)
         shared = constrain(down[..., self.rank :], *LATENT)[:, :, None]
         turned = query[..., self.plain :]
         if self.rotated is not None:

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from jaxtron.layers import fp8, fp8_blocks
 from jaxtron.layers.config import LoraConfig, Scaling
+from jaxtron.layers.inputs import LayerInputs, dropout
 from jaxtron.layers.saved import save_for_backward
 from jaxtron.sharding.layout import spec_axes
 from jaxtron.sharding.parameters import parameter
@@ -55,28 +56,38 @@ class Linear(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B S *inputs"], *logical: str | None, own: Float[Array, "B S *inputs"] | None = None
+        self,
+        x: Float[Array, "B S *inputs"],
+        *logical: str | None,
+        inputs: LayerInputs,
+        own: Float[Array, "B S *inputs"] | None = None,
     ) -> Float[Array, "B S *outputs"]:
         """The product laid out as `logical` names: partial sums over a split input are reduced on the way there.
 
-        `own` is the same input where its sequence was not gathered yet, for an adapter (none: `x`).
+        An adapter drops by the keys of the layer's `inputs`, and reads `own`: `x` where its sequence was not
+        gathered yet (none: `x` itself).
         """
         y = project(x, self.kernel[...], logical, self.scaling)
         y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
-        return self.adapted(y, x if own is None else own, *logical)
+        return self.adapted(y, x if own is None else own, *logical, inputs=inputs)
 
     def adapted(
-        self, y: Float[Array, "B S *outputs"], x: Float[Array, "B S *inputs"], *logical: str | None
+        self,
+        y: Float[Array, "B S *outputs"],
+        x: Float[Array, "B S *inputs"],
+        *logical: str | None,
+        inputs: LayerInputs,
     ) -> Float[Array, "B S *outputs"]:
         """`y`, which the weights made of `x`, with what the adapter makes of it."""
         # the sum is kept for the backward, which then needs neither summand
-        return y if self.lora is None else save_for_backward(y + self.lora(x, *logical))
+        return y if self.lora is None else save_for_backward(y + self.lora(x, *logical, inputs=inputs))
 
-    def adapter(self, config: LoraConfig, rngs: nnx.Rngs) -> "Adapter":
-        """A new adapter for a layer like this one, which may be one of a stack."""
+    def adapter(self, config: LoraConfig, site: int, rngs: nnx.Rngs) -> "Adapter":
+        """A new adapter for a layer like this one, which may be one of a stack; `site` tells it from others of the same
+        branch of a layer, for what it drops."""
         spec = self.kernel.get_metadata("spec")
         sizes = tuple(zip(spec.axes, spec.shape, strict=True))
-        return Adapter(dict(sizes[: self.num_inputs]), dict(sizes[self.num_inputs :]), config, rngs)
+        return Adapter(dict(sizes[: self.num_inputs]), dict(sizes[self.num_inputs :]), config, site, rngs)
 
     def merged(self) -> Float[Array, "..."]:
         """Its weights, or those of a stack of such layers, with what the adapter adds to them, in float32."""
@@ -93,11 +104,15 @@ class Adapter(nnx.Module):
     """What is learned beside weights that stay: `scale * (x @ a) @ b` of a low rank, 0 before the first step.
 
     `a` is drawn as peft and PyTorch do (Kaiming's uniform with a = sqrt(5)), `b` is zeros. Where outputs are several
-    matrices side by side (gate and up), each has its own pair, as it has in peft.
+    matrices side by side (gate and up), each has its own pair, as it has in peft. With a dropout each pair reads what
+    that leaves of `x`, drawn for it alone.
     """
 
-    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], config: LoraConfig, rngs: nnx.Rngs) -> None:
-        self.scale, self.num_inputs = config.scale, len(inputs)
+    def __init__(
+        self, inputs: dict[str, int], outputs: dict[str, int], config: LoraConfig, site: int, rngs: nnx.Rngs
+    ) -> None:
+        self.scale, self.num_inputs, self.inputs = config.scale, len(inputs), tuple(inputs)
+        self.dropout, self.site = config.dropout, site
         rank = {"rank": config.rank}
         beside = {name: size for name, size in outputs.items() if name == "gate"}
         others = {name: size for name, size in outputs.items() if name not in beside}
@@ -109,28 +124,46 @@ class Adapter(nnx.Module):
         self.a = parameter(rngs, draw, tuple(down.values()), axes=tuple(down), role="adapter")
         self.b = parameter(rngs, initializers.zeros, tuple(up.values()), axes=tuple(up), role="adapter")
 
-    def __call__(self, x: Float[Array, "B S *inputs"], *logical: str | None) -> Float[Array, "B S *outputs"]:
+    def __call__(
+        self, x: Float[Array, "B S *inputs"], *logical: str | None, inputs: LayerInputs
+    ) -> Float[Array, "B S *outputs"]:
         """Its summand of the layer's outputs, laid out as they are.
 
         On several tensor parts what is narrow travels: each makes it of its own positions, or reduces it to them.
         """
-        batch, sequence, *outputs = logical
-        given, parts, beside = jax.typeof(x).sharding.spec, current().parts("tensor"), (None,) * self.are_several
+        given, parts = jax.typeof(x).sharding.spec, current().parts("tensor")
         if parts == 1:
             # a split by name alone
             x = jax.sharding.reshard(x, PartitionSpec(given[0], None, *given[2:]))
-            narrow = project(x, self.a[...], (batch, sequence, *beside, "rank"))
-        else:
-            # input that is split along its width is reduced to where the outputs' positions are
-            is_split = spec_axes(given)[1] != ()
-            narrow = project(x, self.a[...], (batch, "seq" if is_split else sequence, *beside, "rank"))
-            narrow = constrain(narrow, batch, sequence, *beside, "rank")
-        narrow = narrow * self.scale
+        # input that is split along its width is reduced to where the outputs' positions are
+        is_split = parts > 1 and spec_axes(given)[1] != ()
+        inputs = inputs.fold(self.site)
         if not self.are_several:
-            return project(narrow, self.b[...], logical)
-        own = (batch, sequence, *outputs[1:])
-        made = [project(narrow[:, :, number], self.b[...][number], own) for number in range(narrow.shape[2])]
-        return jnp.stack(made, 2)
+            return project(self._narrow(x, self.a[...], logical, is_split, inputs), self.b[...], logical)
+        pairs, own = range(self.b[...].shape[0]), (*logical[:2], *logical[3:])
+        if self.dropout and inputs.keys is not None:
+            each = [self._narrow(x, self.a[..., pair, :], own, is_split, inputs.fold(pair)) for pair in pairs]
+        else:
+            both = self._narrow(x, self.a[...], logical, is_split, inputs, beside=(None,))
+            each = [both[:, :, pair] for pair in pairs]
+        return jnp.stack([project(narrow, self.b[pair], own) for narrow, pair in zip(each, pairs, strict=True)], 2)
+
+    def _narrow(
+        self,
+        x: Float[Array, "B S *inputs"],
+        a: Float[Array, "*inputs_and_gates R"],
+        logical: tuple[str | None, ...],
+        is_split: bool,
+        inputs: LayerInputs,
+        beside: tuple[None, ...] = (),
+    ) -> Float[Array, "B S *gates R"]:
+        """`scale * x @ a` of what dropout leaves, where the outputs' positions are."""
+        batch, sequence, *_ = logical
+        x = dropout(x, self.dropout, inputs, batch, "seq" if is_split else "full_seq", *self.inputs)
+        narrow = project(x, a, (batch, "seq" if is_split else sequence, *beside, "rank"))
+        if current().parts("tensor") > 1:
+            narrow = constrain(narrow, batch, sequence, *beside, "rank")
+        return narrow * self.scale
 
     def product(self, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
         """`scale * a @ b` of one layer: what it adds to the weights."""

@@ -65,11 +65,11 @@ class Mlp(nnx.Module):
         self.down = Linear({"mlp": mlp}, {"embed": embed}, bias=bias, std=output_std, rngs=rngs, scaling=scaling)
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
-        return self.leave(self.enter(x), inputs)
+        return self.leave(self.enter(x, inputs), inputs)
 
-    def enter(self, x: Float[Array, "B S E"]) -> Float[Array, "B S *gates F"]:
+    def enter(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S *gates F"]:
         """What goes into the activation."""
-        return self.up(whole_sequence(x, self.up.scaling), *self.entered, own=x)
+        return self.up(whole_sequence(x, self.up.scaling), *self.entered, inputs=inputs, own=x)
 
     @property
     def entered(self) -> tuple[str, ...]:
@@ -82,5 +82,5 @@ class Mlp(nnx.Module):
             hidden = checkpoint_inputs(lambda pair: gated(self.activation, pair[:, :, 0], pair[:, :, 1]))(hidden)
         else:
             hidden = checkpoint_inputs(FUNCTIONS[self.activation])(hidden)
-        y = self.down(hidden, "batch", "seq", "embed")
+        y = self.down(hidden, "batch", "seq", "embed", inputs=inputs)
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")

@@ -1,6 +1,7 @@
 """Low-rank adapters of a model's linear layers (LoRA): which have them, and a model with and without."""
 
 import functools
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -11,7 +12,7 @@ from flax import nnx
 
 from jaxtron.config import UserError, shown
 from jaxtron.layers.config import LoraConfig
-from jaxtron.layers.linear import Linear
+from jaxtron.layers.linear import Adapter, Linear
 from jaxtron.models.stacked import stacked
 from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding.blueprint import Blueprint
@@ -38,7 +39,7 @@ def add_adapters(module: nnx.Module, config: LoraConfig, partitions: Mapping[str
     for name, layer in layers.items():
         if is_target(name, config.targets):
             partition = _partition_of(name, partitions)
-            make = functools.partial(layer.adapter, config)
+            make = functools.partial(layer.adapter, config, _site(name))
             layer.lora = make(rngs) if partition is None else stacked(make, partition, rngs)
 
 
@@ -85,6 +86,17 @@ def with_adapters(params: PyTree, like: PyTree) -> PyTree:
         name: part if name not in params and name == LORA else with_adapters(params[name], part)
         for name, part in like.items()
     }
+
+
+def drops(module: nnx.Module) -> bool:
+    """Whether a step of the module draws what its adapters drop."""
+    return any(isinstance(layer, Adapter) and layer.dropout > 0 for _, layer in nnx.iter_modules(module))
+
+
+def _site(name: str) -> int:
+    """A number for an adapter that others of its branch have not: of the name of its layer there, the same on every
+    mesh."""
+    return zlib.crc32(name.rpartition(".")[2].encode()) >> 1
 
 
 def _linear_layers(module: nnx.Module) -> Iterator[tuple[str, Linear]]:

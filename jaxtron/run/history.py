@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from jaxtron.command import write_whole
 from jaxtron.config import UserError, dump, format_value, gather
@@ -47,7 +47,7 @@ CHANGES: dict[str, dict[str, str]] = {
         FIXED: "trainable lora",
         FREE: "steps global_batch microbatches batch_ramp precision gradient_sums loss_scale.initial "
         "loss_scale.minimum loss_scale.growth loss_scale.backoff loss_scale.window loss_scale.hysteresis "
-        "validate_every validation_batches sample_tokens",
+        "validate_every validation_batches sample_tokens lora.dropout",
     },
     "optimizer": {
         FIXED: "name",
@@ -107,18 +107,23 @@ def changes(recorded: Mapping[str, Any], config: Configuration) -> list[Change]:
     family = recorded.get("model", {}).get("family", DECODER)
     if family != config.model.family:
         return [Change("model.family", family, config.model.family)]
-    found = _differences(recorded, config.model_dump(mode="json"), type(config)().model_dump(mode="json"))
+    found = _differences(recorded, config, type(config)().model_dump(mode="json"))
     meant = _same_meaning(recorded, config)
     known = [replace(change, kind=kind_of(change.name, type(config.model))) for change in found]
     return [change for change in known if change.kind != HERE and change.name not in meant]
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], default: Any, prefix: str = "") -> Iterator[Change]:
-    for key, value in new.items():
+def _differences(old: Mapping[str, Any], new: Any, default: Any, prefix: str = "") -> Iterator[Change]:
+    """Between a record and settings, or a dict among them."""
+    for key, value in (new.model_dump(mode="json") if isinstance(new, BaseModel) else new).items():
         usual = default.get(key) if isinstance(default, dict) else None
         before = old.get(key, usual)
         if isinstance(value, dict) and isinstance(before, dict):
-            yield from _differences(before, value, usual, f"{prefix}{key}.")
+            section = getattr(new, key) if isinstance(new, BaseModel) else value
+            if usual is None and isinstance(section, BaseModel):
+                # a section that is not there by default has defaults of its own
+                usual = type(section).model_construct().model_dump(mode="json")
+            yield from _differences(before, section, usual, f"{prefix}{key}.")
         elif before != value:
             yield Change(prefix + key, before, value)
 

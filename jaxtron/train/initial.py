@@ -17,7 +17,7 @@ from jaxtron.pipeline.layer_slots import arrange
 from jaxtron.pipeline.model import merge
 from jaxtron.run.beginning import beginning_of, check_beginning
 from jaxtron.run.restored import has_model_alone, restore_model
-from jaxtron.run.session import RunSession, make_session
+from jaxtron.run.session import Session, make_session
 from jaxtron.run.state import TrainState, divided
 from jaxtron.sharding.parameters import ParameterSpec, fit
 from jaxtron.typing import Array, PyTree
@@ -26,7 +26,7 @@ from jaxtron.weights.load import load_parameters, partition_of
 from jaxtron.weights.peft import read_adapters
 
 
-def begin(session: RunSession, tokenizer: str, own: Path | None = None) -> tuple[TrainState, dict[str, Any]]:
+def begin(session: Session, tokenizer: str, own: Path | None = None) -> tuple[TrainState, dict[str, Any]]:
     """The state before the first step, and what the history says of where its model comes from.
 
     With `checkpoint.initialize_from` the parameters are those of that directory, on this mesh; all else is new.
@@ -78,9 +78,7 @@ def _named(params: PyTree) -> list[tuple[str, Array | None]]:
     return list(zip(names, jax.tree.leaves(params, is_leaf=lambda node: node is None), strict=True))
 
 
-def _of_run(
-    session: RunSession, directory: Path, tokenizer: str, allowed: Allowance | None = None
-) -> tuple[PyTree, int]:
+def _of_run(session: Session, directory: Path, tokenizer: str, allowed: Allowance | None = None) -> tuple[PyTree, int]:
     """The parameters of a run's newest checkpoint, and its step, whatever was trained of them there; with `allowed`
     those are None that may be missing, and are.
 
@@ -92,10 +90,12 @@ def _of_run(
         # a command that began to train it may have been killed before its first checkpoint
         alone = trained.train.model_copy(update={"trainable": ("*",), "lora": None})
         trained = trained.model_copy(update={"train": alone})
-    if trained.train.lora not in (None, config.train.lora):
+    own, here = trained.train.lora, config.train.lora
+    # what is dropped of their inputs in training is no part of them
+    if own is not None and (here is None or own.model_copy(update={"dropout": here.dropout}) != here):
         raise UserError(
-            f"checkpoint.initialize_from {directory} has adapters (train.lora {format_value(trained.train.lora)}), and "
-            f"here train.lora is {format_value(config.train.lora)}: give the same, to go on with those"
+            f"checkpoint.initialize_from {directory} has adapters (train.lora {format_value(own)}), and "
+            f"here train.lora is {format_value(here)}: give the same, to go on with those"
         )
     train = config.train.model_copy(update={name: getattr(trained.train, name) for name in ("trainable", "lora")})
     source = make_session(config.model_copy(update={"train": train}), list(session.mesh.devices.flat))
@@ -114,7 +114,7 @@ def _of_run(
         return found, restored.step
 
 
-def _with_stored(session: RunSession, params: PyTree, base: Path, directory: Path) -> PyTree:
+def _with_stored(session: Session, params: PyTree, base: Path, directory: Path) -> PyTree:
     """The parameters with the adapters of a directory that peft saved, for the weights of `base`."""
     config, partitions = session.config, session.trainer.partitions
     if not is_hub(base):

@@ -144,7 +144,7 @@ def write_adapters(
         },
         "fan_in_fan_out": fan_in_fan_out,
         "bias": "none",
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "use_dora": False,
         "inference_mode": True,
         "modules_to_save": None,

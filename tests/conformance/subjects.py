@@ -241,4 +241,6 @@ with wave_known():
 OPTION_SUBJECTS = tuple(make_subject("decoder", settings, name=name) for name, settings in OPTIONS.items())
 SUBJECTS = FAMILY_SUBJECTS + KIND_SUBJECTS + OPTION_SUBJECTS
 # every linear layer of every kind has an adapter
-ADAPTED = replace(FAMILY_SUBJECTS[0], name="decoder with adapters", lora={"rank": 3, "alpha": 5, "targets": ("*",)})
+ADAPTED = replace(
+    FAMILY_SUBJECTS[0], name="decoder with adapters", lora={"rank": 3, "alpha": 5, "dropout": 0.1, "targets": ("*",)}
+)

@@ -29,8 +29,9 @@ class Wave(nnx.Module):
         self.down = Linear({"mlp": width}, {"embed": config.hidden_size}, bias=False, std=config.output_std, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
-        waves = jnp.sin(self.up(constrain(x, "batch", "full_seq", "embed"), "batch", "full_seq", "mlp"))
-        return self.down(waves, "batch", "seq", "embed")
+        x = constrain(x, "batch", "full_seq", "embed")
+        waves = jnp.sin(self.up(x, "batch", "full_seq", "mlp", inputs=inputs))
+        return self.down(waves, "batch", "seq", "embed", inputs=inputs)
 
 
 def width_of(settings: DecoderSettings) -> int:

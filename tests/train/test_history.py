@@ -22,6 +22,17 @@ def changed(old: tuple[str, ...], new: tuple[str, ...]) -> list[str]:
     return [str(change) for change in changes(config(*old).model_dump(mode="json"), config(*new))]
 
 
+def test_what_adapters_drop_may_change_and_an_older_record_had_no_dropout():
+    flags = ("--train.lora.rank", "4")
+    recorded = config(*flags).model_dump(mode="json")
+    del recorded["train"]["lora"]["dropout"]
+    assert changes(recorded, config(*flags)) == []
+    (found,) = changes(recorded, config(*flags, "--train.lora.dropout", "0.1"))
+    assert (str(found), found.kind) == ("train.lora.dropout 0.0 -> 0.1", "free")
+    (found,) = changes(recorded, config("--train.lora.rank", "8"))
+    assert (found.name, found.kind) == ("train.lora.rank", "fixed")
+
+
 @pytest.mark.parametrize(
     ("flags", "kind", "said"),
     [

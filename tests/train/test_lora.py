@@ -30,6 +30,7 @@ from tests.support.equivalence import (
 
 LLAMA, GPT = changed(MODELS["llama"], num_layers=1), changed(MODELS["gpt"], num_layers=1)
 LORA = {"rank": 3, "alpha": 6.0}
+DROPPED = {**LORA, "dropout": 0.2}
 TENSOR = {"tensor": 4, "fsdp": 2}
 
 
@@ -114,6 +115,42 @@ def test_new_adapters_change_nothing(precision):
             np.testing.assert_array_equal(leaf, by_name(state.model, adapted)[name])
 
 
+@functools.cache
+def dropped(*mesh, **flags):
+    """Loss and gradients of adapters with dropout on a mesh."""
+    with use(rules_for(dict(mesh))):
+        trainer = make_trainer(LLAMA, lora=DROPPED, **flags)
+        params = make_params(trainer)
+        loss, gradients = step_of(trainer, params, 32)
+        batch = jax.device_put(make_batch(), batch_sharding())
+        sums, _ = jax.jit(trainer.evaluate)(params, batch)
+        return loss, by_name(gradients, trainer), float(sums["loss"])
+
+
+@pytest.mark.parametrize(
+    "mesh", [CUBE, pytest.param(TENSOR, marks=pytest.mark.slow), pytest.param({"context": 4}, marks=pytest.mark.slow)]
+)
+def test_what_is_dropped_is_the_same_on_every_mesh(mesh):
+    expected_loss, expected, expected_score = dropped(*ONE_DEVICE.items())
+    loss, gradients, score = dropped(*mesh.items(), microbatches=2)
+    assert loss == pytest.approx(expected_loss, rel=TOLERANCE)
+    assert_equal(gradients, expected)
+    assert score == pytest.approx(expected_score, rel=TOLERANCE)
+
+
+def test_dropout_is_of_training_alone():
+    loss, gradients, score = dropped(*ONE_DEVICE.items())
+    plain_loss, plain = by_chain_rule("llama")
+    with use(rules_for(ONE_DEVICE, "none")):
+        trainer = make_trainer(LLAMA, lora=LORA)
+        sums, _ = jax.jit(trainer.evaluate)(make_params(trainer), jax.device_put(make_batch(), batch_sharding()))
+    assert score == float(sums["loss"])
+    assert abs(loss - plain_loss) > 1e-4 * plain_loss
+    # each adapter reads another input
+    for name, gradient in plain.items():
+        assert np.abs(gradients[name] - gradient).max() > 0.01 * np.abs(gradient).max(), name
+
+
 def test_adapters_alone_are_trained_and_what_is_named_beside_them():
     found = take_steps(LLAMA, {"data": 2}, "optimizer", (0, 0), precision="bf16", lora=LORA, trainable=("head.*",))
     first, last = found.states[0], found.states[-1]
@@ -156,6 +193,7 @@ def test_first_values_and_scales():
         ),
         (["--train.lora.rank", "0"], "train.lora.rank"),
         (["--train.lora.alpha", "2"], "train.lora.rank"),
+        (["--train.lora.rank", "4", "--train.lora.dropout", "1"], "train.lora.dropout"),
         (
             ["--train.lora.rank", "4", "--train.lora.targets", "[]"],
             "train.lora.targets has no pattern, or an empty one",

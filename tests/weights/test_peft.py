@@ -52,7 +52,11 @@ def table(gpt2: bool):
 @pytest.mark.parametrize("gpt2", [False, True], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_what_is_written_is_read_again(gpt2: bool, rslora: bool, tmp_path: Path):
-    model, arrays, lora = GPT2 if gpt2 else LLAMA, random(gpt2), LORA.model_copy(update={"rslora": rslora})
+    model, arrays, lora = (
+        GPT2 if gpt2 else LLAMA,
+        random(gpt2),
+        LORA.model_copy(update={"rslora": rslora, "dropout": 0.1}),
+    )
     write_adapters(tmp_path, arrays, table(gpt2), model, lora, "base")
     found = read_adapters(tmp_path, shapes(gpt2), table(gpt2), model, lora)
     for name, array in arrays.items():

@@ -62,7 +62,7 @@ class Moe(nnx.Module):
         shape = (x.shape[0], x.shape[1] // current().parts("tensor"))
         exchange = make_exchange(self.config, shape, self.kernel_shape, x.dtype)
         # what all tokens go through is multiplied while tokens travel to experts and back
-        beside = None if self.shared is None else self.shared.enter(x)
+        beside = None if self.shared is None else self.shared.enter(x, inputs)
         names = () if self.shared is None else self.shared.entered
         run = functools.partial(mix, x, routing.weights, routing.chosen, self._experts(), beside)
         y, beside = run(exchange, functools.partial(activate, self.activation), names)

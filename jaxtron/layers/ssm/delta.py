@@ -86,7 +86,7 @@ class GatedDeltaNet(nnx.Module):
             for part, (kernel, names) in zip(convolved, self._taps(), strict=True)
         ]
         y: Any = scan(self._recurrence(), self._scanned(b, a, *through), segments)
-        y = self.output(self.norm(y, z), "batch", "seq", "embed")
+        y = self.output(self.norm(y, z), "batch", "seq", "embed", inputs=inputs)
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 
     def advance(
@@ -107,7 +107,7 @@ class GatedDeltaNet(nnx.Module):
         arrays = (q, k, v, *(without_padding(steps, inputs.growth) for steps in (g, beta)))
         y, state = advance(recurrence, arrays, constrain(state, *recurrence.state))
         # few positions need not split
-        y = self.output(self.norm(y, z), "batch", "full_seq", "embed")
+        y = self.output(self.norm(y, z), "batch", "full_seq", "embed", inputs=inputs)
         return y, remembered(wide, num_before, state, inputs.growth)
 
     def _recurrence(self) -> Recurrence:

@@ -69,10 +69,10 @@ class Mamba1(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S E"], inputs: LayerInputs) -> Float[Array, "B S E"]:
         segments = None if inputs.segments is None else constrain(inputs.segments, "batch", "full_seq")
-        x, z = self._project(x)
+        x, z = self._project(x, inputs)
         through: Any = convolve(x, self.conv.kernel[...], self.conv.bias[...], segments, ("channels",))
-        y: Any = scan(self._recurrence(), self._scanned(through), segments)
-        y = self.output(_gated(y, z), "batch", "seq", "embed")
+        y: Any = scan(self._recurrence(), self._scanned(through, inputs), segments)
+        y = self.output(_gated(y, z), "batch", "seq", "embed", inputs=inputs)
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 
     def advance(
@@ -82,30 +82,35 @@ class Mamba1(nnx.Module):
 
         For generation: the sequence is one document, whole on each device.
         """
-        x, z = self._project(x)
+        x, z = self._project(x, inputs)
         num_before = self.config.conv_width - 1
         wide = with_before(memory, (x,), num_before)
-        x, dt, *others = self._scanned(convolve_plainly(wide[0], self.conv.kernel[...], self.conv.bias[...]))
+        x, dt, *others = self._scanned(convolve_plainly(wide[0], self.conv.kernel[...], self.conv.bias[...]), inputs)
         arrays = (x, without_padding(dt, inputs.growth), *others)
         shape = (x.shape[0], self.config.state_size, x.shape[2])
         state = jnp.zeros(shape, jnp.float32) if memory is None else memory.state
         recurrence = self._recurrence()
         y, state = advance(recurrence, arrays, constrain(state, *recurrence.state))
         # few positions need not split
-        y = self.output(_gated(y, z), "batch", "full_seq", "embed")
+        y = self.output(_gated(y, z), "batch", "full_seq", "embed", inputs=inputs)
         return y, remembered(wide, num_before, state, inputs.growth)
 
     def _recurrence(self) -> Recurrence:
         return selective_scan(select_backend(self.config.implementation, current().device_kind).implementation)
 
-    def _project(self, x: Float[Array, "B S E"]) -> tuple[Float[Array, "B S C"], Float[Array, "B S C"]]:
+    def _project(
+        self, x: Float[Array, "B S E"], inputs: LayerInputs
+    ) -> tuple[Float[Array, "B S C"], Float[Array, "B S C"]]:
         """What is convolved, and the gate."""
-        both = self.input(constrain(x, "batch", "full_seq", "embed"), "batch", "full_seq", "gate", "channels")
+        x = constrain(x, "batch", "full_seq", "embed")
+        both = self.input(x, "batch", "full_seq", "gate", "channels", inputs=inputs)
         return both[:, :, 0], both[:, :, 1]
 
-    def _scanned(self, x: Float[Array, "B S C"]) -> tuple[Array, Array, Array, Array, Array, Array]:
+    def _scanned(
+        self, x: Float[Array, "B S C"], inputs: LayerInputs
+    ) -> tuple[Array, Array, Array, Array, Array, Array]:
         """What a scan reads: x, steps, A, B, C and D."""
-        found = self.x_proj(x, "batch", "full_seq", "latent")
+        found = self.x_proj(x, "batch", "full_seq", "latent", inputs=inputs)
         steps, B, C = jnp.split(found, (self.rank, self.rank + self.config.state_size), -1)
         if self.dt_norm is not None and self.B_norm is not None and self.C_norm is not None:
             steps, B, C = self.dt_norm(steps), self.B_norm(B), self.C_norm(C)

@@ -88,7 +88,9 @@ class Mamba2(nnx.Module):
             for part, (kernel, bias, names) in zip(convolved, self._taps(), strict=True)
         ]
         arrays, implementation = self._scanned(dt, *through)
-        y = self.output(self.norm(scan(duality(implementation), arrays, segments), z), "batch", "seq", "embed")
+        y = self.output(
+            self.norm(scan(duality(implementation), arrays, segments), z), "batch", "seq", "embed", inputs=inputs
+        )
         return dropout(y, self.dropout, inputs, "batch", "seq", "embed")
 
     def advance(
@@ -108,7 +110,7 @@ class Mamba2(nnx.Module):
         state = constrain(state, "batch", "heads", "state", "head_dim")
         y, state = advance(duality(implementation), arrays, state)
         # few positions need not split
-        y = self.output(self.norm(y, z), "batch", "full_seq", "embed")
+        y = self.output(self.norm(y, z), "batch", "full_seq", "embed", inputs=inputs)
         return y, remembered(wide, num_before, state, inputs.growth)
 
     def _scanned(self, dt: Float[Array, "B S H"], *convolved: Array) -> tuple[_Scanned, StateSpaceDuality]:

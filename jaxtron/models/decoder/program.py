@@ -17,6 +17,7 @@ from jaxtron.layers.inputs import LayerInputs, row_keys
 from jaxtron.layers.moe.router import LOAD, evened
 from jaxtron.layers.moe.sizes import exchange_lines
 from jaxtron.layers.ssm.mamba2 import select_scan
+from jaxtron.models.adapters import drops
 from jaxtron.models.decoder import recompute
 from jaxtron.models.decoder.attention_backends import attention_backends
 from jaxtron.models.decoder.config import ModelConfig
@@ -40,7 +41,7 @@ def model(parts: Parts[Decoder], key: Key[Array, ""] | None) -> Model:
     """Embedding, layers of the pattern, norm and loss."""
     decoder = parts.abstract
     config = decoder.config
-    key = key if config.is_random else None
+    key = key if config.is_random or drops(decoder) else None
 
     def keys(microbatch: Microbatch[TokenBatch]) -> Key[Array, "B"] | None:
         return None if key is None else row_keys(key, microbatch.rows)
