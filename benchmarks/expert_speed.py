@@ -23,7 +23,7 @@ from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.cost import model_flops_per_token
 from jaxtron.models.decoder.kinds import MLP, MOE
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.session import Session, make_session
+from jaxtron.run.session import RunSession, make_session
 from jaxtron.runtime.start import start_runtime
 
 
@@ -84,7 +84,9 @@ def dense_model(model: ModelConfig) -> ModelConfig:
     return ModelConfig.model_validate(settings)
 
 
-def paired_steps(sides: dict[str, Session], config: TrainBenchmark) -> tuple[dict[str, list[float]], dict[str, float]]:
+def paired_steps(
+    sides: dict[str, RunSession], config: TrainBenchmark
+) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds of each step of each side, by turns on the same batches, and the last losses."""
     run: Configuration = next(iter(sides.values())).config
     data = open_data(run.data, seed=run.seed, train_samples=run.train_samples())

@@ -23,7 +23,7 @@ from jaxtron.command import configure, run_command
 from jaxtron.config import Config, UserError
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.session import Session, make_session
+from jaxtron.run.session import RunSession, make_session
 from jaxtron.run.state import TrainState
 from jaxtron.runtime.start import start_runtime
 
@@ -56,7 +56,7 @@ class TurnsBenchmark(Configuration):
 class Ours:
     """Our compiled step on one batch."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: RunSession) -> None:
         self.state, self._batch = session.initial_state(), random_batch(session)
         self._vocabulary = session.config.model.vocab_size
         self._step = session.lower_step(self.state, self._batch).compile()

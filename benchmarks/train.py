@@ -28,7 +28,7 @@ from jaxtron.models.decoder.cost import model_flops_per_token
 from jaxtron.plan.compiled.deviceless import memory
 from jaxtron.run.attention import attention_lines
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.session import Session, make_session
+from jaxtron.run.session import RunSession, make_session
 from jaxtron.run.state import TrainState
 from jaxtron.runtime.start import start_runtime
 
@@ -121,7 +121,7 @@ def measure(config: TrainBenchmark, name: str, planning: "Planning | None" = Non
     }
 
 
-def random_batch(session: Session) -> TokenBatch:
+def random_batch(session: RunSession) -> TokenBatch:
     """A global batch of the configuration's shape; every target weighs 1."""
     config, batches = session.config, session.batches
     size, length = config.train.global_batch, config.data.sequence_length

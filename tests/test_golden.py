@@ -14,7 +14,7 @@ from jaxtron.config import load
 from jaxtron.plan.layout import layout_text
 from jaxtron.run.attention import select_attention
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.session import Session
+from jaxtron.run.session import RunSession
 from jaxtron.sharding.config import MeshConfig
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import make_rules
@@ -29,7 +29,7 @@ def describe(path: Path) -> str:
     # the recipe's own batches and stages do not matter
     rules = make_rules(build_mesh(MESH, jax.devices()), config.sharding)
     attention = select_attention(config, 1, jax.devices()[0].device_kind)
-    session = Session(config, rules, attention)
+    session = RunSession(config, rules, attention)
     with session.use():
         layout = layout_text(session.blueprint)
     settings = yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=100)

@@ -7,11 +7,11 @@ import jax
 
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.session import Session, make_session
+from jaxtron.run.session import RunSession, make_session
 from jaxtron.runtime.start import start_compiler
 
 
-def bare_session(config: Configuration) -> Session:
+def bare_session(config: Configuration) -> RunSession:
     """A session on one CPU device that nothing is run in; it starts JAX, so call it once."""
     start_compiler(config.runtime)
     kept = {name: getattr(config, name) for name in ("seed", "data", "train")}

@@ -18,7 +18,7 @@ from jaxtron.generate.origin import KEPT
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CONFIG_FILE, MODEL_ALONE, write_record
-from jaxtron.run.session import Session
+from jaxtron.run.session import RunSession
 from jaxtron.run.state import divided
 from jaxtron.weights.load import WeightReader, open_weights, partition_of, wanted_rows
 from jaxtron.words import plural, readable_bytes
@@ -71,7 +71,7 @@ def fields(state: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _write_parameters(session: Session, reader: WeightReader, writer: PartsWriter, field_of: dict[str, str]) -> None:
+def _write_parameters(session: RunSession, reader: WeightReader, writer: PartsWriter, field_of: dict[str, str]) -> None:
     """All of them, row by row."""
     for name, spec in session.blueprint.names.items():
         partition = partition_of(name, session.trainer.partitions)

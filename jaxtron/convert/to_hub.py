@@ -25,7 +25,7 @@ from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CONFIG_FILE
 from jaxtron.run.restored import check_trained_settings, diverged
-from jaxtron.run.session import Session
+from jaxtron.run.session import RunSession
 from jaxtron.run.state import divided
 from jaxtron.sharding.parameters import ParameterSpec
 from jaxtron.weights.config_json import CONFIG_JSON
@@ -77,7 +77,7 @@ def _step(request: TransferRequest) -> int:
 
 
 def _write(
-    request: TransferRequest, trained: Configuration, session: Session, said: SaidModel, dtype: str, step: int
+    request: TransferRequest, trained: Configuration, session: RunSession, said: SaidModel, dtype: str, step: int
 ) -> None:
     path = step_path(request.source / "checkpoints", step)
     record, stored = open_parts(path)
@@ -117,7 +117,7 @@ def _write(
     print(f"{sum(map(prod, shapes.values())):,} parameters of a {kind} in {request.target}, {dtype}{told}")
 
 
-def _names_there(session: Session, record: CheckpointRecord, path: Path) -> dict[str, str]:
+def _names_there(session: RunSession, record: CheckpointRecord, path: Path) -> dict[str, str]:
     """The checkpoint's names of the parameters; `UserError` where it is of another model."""
     with session.use():
         abstract = divided(session.blueprint, session.blueprint.abstract)
@@ -129,7 +129,7 @@ def _names_there(session: Session, record: CheckpointRecord, path: Path) -> dict
 
 
 def _shapes(
-    session: Session, specs: Mapping[str, ParameterSpec], table: TensorTable, model: ModelConfig
+    session: RunSession, specs: Mapping[str, ParameterSpec], table: TensorTable, model: ModelConfig
 ) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """Of all tensors by name, those of parameters with these; and the names of those that are float32 always."""
     found, wide = {}, set()
@@ -148,7 +148,7 @@ class _Filler:
     """Puts pieces of a parameter, as checkpoints have it, where the file's tensors lie."""
 
     def __init__(
-        self, session: Session, table: TensorTable, model: ModelConfig, name: str, tensors: Mapping[str, np.ndarray]
+        self, session: RunSession, table: TensorTable, model: ModelConfig, name: str, tensors: Mapping[str, np.ndarray]
     ) -> None:
         self._table, self._model, self._name, self._tensors = table, model, name, tensors
         shape = session.blueprint.names[name].shape

@@ -19,7 +19,7 @@ from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CONFIG_FILE, changes, write_record
 from jaxtron.run.metrics import MetricsTally
 from jaxtron.run.restored import restore_model
-from jaxtron.run.session import Session, make_session
+from jaxtron.run.session import RunSession, make_session
 from jaxtron.run.sizes import check_state_fits
 from jaxtron.run.state import divided
 from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
@@ -56,7 +56,7 @@ def upcycle(request: UpcycleRequest, dense: Configuration, mixture: Configuratio
                 _tell(request, origin, run.session)
 
 
-def _dense(source: Session, request: UpcycleRequest, dense: Configuration) -> tuple[PyTree, dict[str, Any]]:
+def _dense(source: RunSession, request: UpcycleRequest, dense: Configuration) -> tuple[PyTree, dict[str, Any]]:
     """The dense model's parameters, and what the history says of where they come from; inside `source.use()`."""
     where = str(request.dense.absolute())
     if not request.is_hub:
@@ -74,7 +74,7 @@ def how(request: UpcycleRequest) -> dict[str, Any]:
     return {name: getattr(request, name) for name in names} | {"top_k": request.chosen}
 
 
-def upcycled(source: Session, dense: PyTree, target: Session, initial: PyTree, request: UpcycleRequest) -> PyTree:
+def upcycled(source: RunSession, dense: PyTree, target: RunSession, initial: PyTree, request: UpcycleRequest) -> PyTree:
     """The mixture's parameters of the dense model's and of its own initial ones, of which the router is taken."""
     model = target.config.model
     assert isinstance(model, ModelConfig)
@@ -180,7 +180,7 @@ def _at(tree: PyTree, names: tuple[str, ...]) -> PyTree:
     return tree
 
 
-def _tell(request: UpcycleRequest, origin: dict[str, Any], session: Session) -> None:
+def _tell(request: UpcycleRequest, origin: dict[str, Any], session: RunSession) -> None:
     """Lines for the user: what was made, how near it is, and how to go on."""
     whole = session.blueprint.num_parameters
     what = f"step {origin['step']} of {request.dense}" if "step" in origin else str(request.dense)

@@ -24,7 +24,7 @@ from jaxtron.pipeline import executor
 from jaxtron.pipeline.model import HeadOutput, Model, Outer, Stream
 from jaxtron.pipeline.partition import forward_only
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.session import Session
+from jaxtron.run.session import RunSession
 from jaxtron.run.step import Trainer, batch_spec
 from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
 from jaxtron.runtime.start import start_runtime
@@ -112,7 +112,7 @@ def batches_of_logits(
         yield start, in_order[: num_rows - start, :length]
 
 
-def _globalized(session: Session, tokens: Int[np.ndarray, "B S"]) -> Any:
+def _globalized(session: RunSession, tokens: Int[np.ndarray, "B S"]) -> Any:
     """The rows where the mesh has them, as a batch that weighs nothing."""
     rows = session.batches.local_rows(len(tokens))
     own = tokens[rows]

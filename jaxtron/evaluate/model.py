@@ -17,7 +17,7 @@ from jaxtron.evaluate.request import EvaluateRequest
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.restored import diverged, restore_model, tokenizer_of
-from jaxtron.run.session import Session, make_session
+from jaxtron.run.session import RunSession, make_session
 from jaxtron.run.sizes import check_batch_fits, check_state_fits
 from jaxtron.sharding.folding import BATCH_FLAGS, FLAGS
 from jaxtron.typing import PyTree
@@ -30,7 +30,7 @@ WINDOWS_PER_PART = 8
 class EvaluatedModel:
     """A trained model on a mesh; made by `open_model`, used inside it."""
 
-    session: Session
+    session: RunSession
     params: PyTree
     tokenizer: Tokenizer | None
     """None where no text is scored."""
@@ -98,7 +98,7 @@ def open_model(request: EvaluateRequest, trained: Configuration, config: Configu
 
 
 def _restored(
-    session: Session, request: EvaluateRequest, trained: Configuration
+    session: RunSession, request: EvaluateRequest, trained: Configuration
 ) -> tuple[PyTree, Path, int | None, dict[str, Any]]:
     """Parameters, where they are from, their step, and what was saved beside them."""
     if not request.is_hub:

@@ -22,7 +22,7 @@ from jaxtron.generate.sampling import NO_TOKEN, choose, empty_state, features_of
 from jaxtron.generate.settings import SamplingSettings
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.decode import DecoderMemory, Steps, insert
-from jaxtron.run.session import Session
+from jaxtron.run.session import RunSession
 from jaxtron.sharding.collectives import largest, vary
 from jaxtron.sharding.folding import BATCH_FLAGS
 from jaxtron.sharding.parameters import manual_specs
@@ -59,7 +59,7 @@ class GenerationEngine:
     products; those that were given need not stay. `UserError` for a model or a mesh that cannot.
     """
 
-    def __init__(self, session: Session, params: PyTree, *, rows: int, room: int) -> None:
+    def __init__(self, session: RunSession, params: PyTree, *, rows: int, room: int) -> None:
         config = session.config.model
         if not isinstance(config, ModelConfig):
             raise UserError(f"model.family {config.family} does not generate text; give a decoder")
@@ -200,7 +200,7 @@ class GenerationEngine:
         return tokens, counts
 
 
-def _module(session: Session, params: PyTree) -> Steps:
+def _module(session: RunSession, params: PyTree) -> Steps:
     trainer = session.trainer
     module = trainer.blueprint.module(trainer.parts.join(trainer.working(params)))
     return Steps(module, trainer.stages.partitions[0])

@@ -21,7 +21,7 @@ from jaxtron.generate.source import ModelConfiguration, ModelSource
 from jaxtron.generate.streaming import AnswerStream, hidden_tokens
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.restored import check_vocabulary, restore_model, tokenizer_of
-from jaxtron.run.session import Session, make_session
+from jaxtron.run.session import RunSession, make_session
 from jaxtron.sharding.folding import FLAGS
 from jaxtron.typing import PyTree
 from jaxtron.weights.load import load_parameters
@@ -115,7 +115,7 @@ def open_model(source: ModelSource, configuration: ModelConfiguration, *, rows: 
     yield SpeakingModel(engine, tokenizer, configuration, prefix, hidden_tokens(tokenizer))
 
 
-def _weights(source: ModelSource, configuration: ModelConfiguration, session: Session) -> tuple[PyTree, Tokenizer]:
+def _weights(source: ModelSource, configuration: ModelConfiguration, session: RunSession) -> tuple[PyTree, Tokenizer]:
     config, trained = configuration.config, configuration.trained
     with session.use():
         if trained is not None:

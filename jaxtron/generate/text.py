@@ -4,12 +4,12 @@ import numpy as np
 from jaxtyping import Int32, Integer
 
 from jaxtron.generate.sample import sample
-from jaxtron.run.session import Session
+from jaxtron.run.session import RunSession
 from jaxtron.typing import PyTree
 
 
 def continue_tokens(
-    session: Session, params: PyTree, prompt: Integer[np.ndarray, "P"], *, num_tokens: int, vocab: int
+    session: RunSession, params: PyTree, prompt: Integer[np.ndarray, "P"], *, num_tokens: int, vocab: int
 ) -> Int32[np.ndarray, "N"]:
     """`num_tokens` tokens after the prompt, all below `vocab`; drawn with the seed of the run.
 

@@ -17,7 +17,7 @@ from jaxtron.data.dataset import open_data
 from jaxtron.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CONFIG_FILE, FIXED, changes, is_model_alone, listed, recorded_settings
-from jaxtron.run.session import Session
+from jaxtron.run.session import RunSession
 from jaxtron.run.sizes import check_state_fits
 from jaxtron.run.state import divided, merged
 from jaxtron.typing import PyTree
@@ -34,7 +34,7 @@ class RestoredModel:
 
 
 def restore_model(
-    session: Session, run: Path, trained: Configuration, step: int | None, allowed: Allowance | None = None
+    session: RunSession, run: Path, trained: Configuration, step: int | None, allowed: Allowance | None = None
 ) -> RestoredModel:
     """The parameters of a run's checkpoint (`step` none: the newest) on a session's mesh, inside its `use()`.
 

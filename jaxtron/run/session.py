@@ -31,7 +31,7 @@ from jaxtron.typing import Array, Device, PyTree
 
 
 @dataclass(frozen=True, eq=False)
-class Session:
+class RunSession:
     """What a resolved configuration becomes on a mesh; made by `make_session`.
 
     Its methods enter its rules by themselves; what else builds or runs the model does so inside `use()`.
@@ -122,7 +122,7 @@ class Session:
         return jax.jit(partial(self.trainer.evaluate, num_microbatches=None if self.trains else 1))
 
 
-def make_session(config: Configuration, devices: Sequence[Device], *, trains: bool = True) -> Session:
+def make_session(config: Configuration, devices: Sequence[Device], *, trains: bool = True) -> RunSession:
     """The session of a configuration on these devices; a `UserError` where it does not fit them.
 
     One that does not train only evaluates: batches are of any size that the batch axes divide, each a microbatch.
@@ -136,7 +136,7 @@ def make_session(config: Configuration, devices: Sequence[Device], *, trains: bo
     attention = select_attention(config, sizes["context"], devices[0].device_kind)
     rules = make_rules(build_mesh(config.mesh, devices), config.sharding, config.context)
     choices = _choices(config, rules) if trains else ()
-    return Session(config, rules, attention, choices, trains)
+    return RunSession(config, rules, attention, choices, trains)
 
 
 def _choices(config: Configuration, rules: Rules) -> tuple[str, ...]:

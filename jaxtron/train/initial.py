@@ -17,7 +17,7 @@ from jaxtron.pipeline.layer_slots import arrange
 from jaxtron.pipeline.model import merge
 from jaxtron.run.beginning import beginning_of, check_beginning
 from jaxtron.run.restored import has_model_alone, restore_model
-from jaxtron.run.session import Session, make_session
+from jaxtron.run.session import RunSession, make_session
 from jaxtron.run.state import TrainState, divided
 from jaxtron.sharding.parameters import ParameterSpec, fit
 from jaxtron.typing import Array, PyTree
@@ -26,7 +26,7 @@ from jaxtron.weights.load import load_parameters, partition_of
 from jaxtron.weights.peft import read_adapters
 
 
-def begin(session: Session, tokenizer: str, own: Path | None = None) -> tuple[TrainState, dict[str, Any]]:
+def begin(session: RunSession, tokenizer: str, own: Path | None = None) -> tuple[TrainState, dict[str, Any]]:
     """The state before the first step, and what the history says of where its model comes from.
 
     With `checkpoint.initialize_from` the parameters are those of that directory, on this mesh; all else is new.
@@ -78,7 +78,9 @@ def _named(params: PyTree) -> list[tuple[str, Array | None]]:
     return list(zip(names, jax.tree.leaves(params, is_leaf=lambda node: node is None), strict=True))
 
 
-def _of_run(session: Session, directory: Path, tokenizer: str, allowed: Allowance | None = None) -> tuple[PyTree, int]:
+def _of_run(
+    session: RunSession, directory: Path, tokenizer: str, allowed: Allowance | None = None
+) -> tuple[PyTree, int]:
     """The parameters of a run's newest checkpoint, and its step, whatever was trained of them there; with `allowed`
     those are None that may be missing, and are.
 
@@ -114,7 +116,7 @@ def _of_run(session: Session, directory: Path, tokenizer: str, allowed: Allowanc
         return found, restored.step
 
 
-def _with_stored(session: Session, params: PyTree, base: Path, directory: Path) -> PyTree:
+def _with_stored(session: RunSession, params: PyTree, base: Path, directory: Path) -> PyTree:
     """The parameters with the adapters of a directory that peft saved, for the weights of `base`."""
     config, partitions = session.config, session.trainer.partitions
     if not is_hub(base):

@@ -21,7 +21,7 @@ from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import Continuation, changes, check_changes, listed, recorded_settings
 from jaxtron.run.metrics import MetricsTally
 from jaxtron.run.restored import has_model_alone
-from jaxtron.run.session import Session, make_session
+from jaxtron.run.session import RunSession, make_session
 from jaxtron.run.sizes import check_batch_fits, check_state_fits
 from jaxtron.run.state import TrainState
 from jaxtron.train.divergence import check_state
@@ -34,7 +34,7 @@ from jaxtron.train.trackers import import_tracker
 class Run:
     """Everything a training loop needs; made by `open_run`."""
 
-    session: Session
+    session: RunSession
     directory: Path
     data: Data
     checkpoints: Checkpoints

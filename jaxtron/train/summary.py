@@ -8,7 +8,7 @@ from jaxtyping import Int32, Integer
 from rich.console import Console
 
 from jaxtron.run.metrics import ARRAYS_FILE, read_metrics
-from jaxtron.run.session import Session
+from jaxtron.run.session import RunSession
 from jaxtron.train.divergence import diverged
 from jaxtron.train.loop import TrainOutcome
 from jaxtron.train.plots import plot_load, plot_losses
@@ -31,7 +31,7 @@ class Sampler(Protocol):
     """What draws `num_tokens` tokens after a prompt, all below `vocab`; a `FloatingPointError` where it cannot."""
 
     def __call__(
-        self, session: Session, params: PyTree, prompt: Integer[np.ndarray, "P"], *, num_tokens: int, vocab: int
+        self, session: RunSession, params: PyTree, prompt: Integer[np.ndarray, "P"], *, num_tokens: int, vocab: int
     ) -> Int32[np.ndarray, "N"]:
         """Draw them."""
         ...

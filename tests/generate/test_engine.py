@@ -10,7 +10,7 @@ from jaxtron.config import UserError, load
 from jaxtron.generate.engine import ChosenToken, GenerationEngine
 from jaxtron.generate.settings import SamplingSettings
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.session import Session, make_session
+from jaxtron.run.session import RunSession, make_session
 from tests.support.logits import logits
 
 ROOM, VOCAB = 32, 50
@@ -29,7 +29,7 @@ QUICK = {"--mesh.pipe 2 --mesh.data 2"}
 PROMPTS = [np.random.default_rng(number).integers(0, VOCAB, length) for number, length in enumerate((9, 1, 4, 17, 4))]
 
 
-def session(mesh: str) -> Session:
+def session(mesh: str) -> RunSession:
     flags = f"{FLAGS} {mesh}".split()
     if "--mesh.data" not in flags:
         flags += ["--mesh.data", "1"]

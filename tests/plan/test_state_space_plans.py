@@ -22,7 +22,7 @@ from jaxtron.plan.memory_use import MemoryUse, StageActivations
 from jaxtron.plan.plan import make_plan
 from jaxtron.run.batches import abstract_batch
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.session import Session, make_session
+from jaxtron.run.session import RunSession, make_session
 from jaxtron.sharding.folding import FLAGS
 from tests.support.scan_bounds import BOUNDS
 
@@ -102,7 +102,7 @@ SMALL = (
 SHAPED = ("master_weights", "optimizer", "weights", "gradients", "activations", "messages")
 
 
-def traced(flags: str) -> tuple[Session, MemoryUse, MemoryUse]:
+def traced(flags: str) -> tuple[RunSession, MemoryUse, MemoryUse]:
     """A run on 8 devices, with its memory as traced and by formula."""
     config = load(Configuration, CONFIGS / "mamba_tiny.yaml", (SMALL + flags).split()).resolved()
     session = make_session(config, jax.devices()[:8])

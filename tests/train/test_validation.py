@@ -9,7 +9,7 @@ import pytest
 
 from jaxtron.config import load
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.session import Session
+from jaxtron.run.session import RunSession
 from jaxtron.train.setup import open_run
 from jaxtron.train.validation import validate
 from tests.support.command_runs import small
@@ -43,7 +43,7 @@ def validated(folder: Path, words: str) -> tuple[float, list[int], float]:
     """The loss of the initial state by these settings, the samples that were read, and the sum of their weights."""
     flags = [*small(folder), "--model.num_layers", "4", "--train.global_batch", "16", *words.split()]
     with open_run(load(Configuration, None, flags), "run") as run:
-        source, weights, evaluate = Read(run.data.validation), [], Session.evaluate
+        source, weights, evaluate = Read(run.data.validation), [], RunSession.evaluate
 
         def watched(session, params, batch):
             sums, counts = evaluate(session, params, batch)
@@ -52,7 +52,7 @@ def validated(folder: Path, words: str) -> tuple[float, list[int], float]:
 
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, validation=source))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Session, "evaluate", watched)
+            patch.setattr(RunSession, "evaluate", watched)
             loss = validate(run, run.state)
         assert sum(weights) == sum(float(source[index].weights.sum()) for index in set(source.samples))
         return loss, source.samples, sum(weights)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from jaxtron.config import UserError, load
 from jaxtron.pipeline.layer_slots import restore
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.session import Session, make_session
+from jaxtron.run.session import RunSession, make_session
 from jaxtron.weights import files as weight_files
 from jaxtron.weights.files import INDEX, SINGLE
 from jaxtron.weights.hub import FAMILIES, hub_settings
@@ -29,14 +29,14 @@ READ = sorted(path.stem for path in fixtures.FOLDER.glob("*.npz"))
 FIRST, SECOND = "model-00001-of-00002", "model-00002-of-00002"
 
 
-def session_of(folder: Path, *flags: str, devices: int = 1) -> Session:
+def session_of(folder: Path, *flags: str, devices: int = 1) -> RunSession:
     """Of a directory's model, on some of the simulated devices."""
     words = ["--data.sequence_length", "16", "--train.global_batch", "16", *flags]
     config = load(Configuration, None, words, under=hub_settings(folder))
     return make_session(config, jax.devices()[:devices], trains=False)
 
 
-def read(folder: Path, session: Session) -> dict[str, np.ndarray]:
+def read(folder: Path, session: RunSession) -> dict[str, np.ndarray]:
     """The parameters by name, layers in the model's order, without padding."""
     with session.use():
         model, specs, partitions = session.config.model, session.blueprint.names, session.trainer.partitions
@@ -287,14 +287,14 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.fixture(scope="module")
-def one_device(tmp_path_factory: pytest.TempPathFactory) -> Session:
+def one_device(tmp_path_factory: pytest.TempPathFactory) -> RunSession:
     """Of Llama's fixture."""
     fixture = fixtures.load("llama")
     return session_of(fixtures.write(tmp_path_factory.mktemp("llama"), fixture.config, {"": np.zeros(1)}))
 
 
 @pytest.mark.parametrize("what", DAMAGED)
-def test_files_that_are_not_the_models(what: str, one_device: Session, tmp_path: Path):
+def test_files_that_are_not_the_models(what: str, one_device: RunSession, tmp_path: Path):
     damage, said = DAMAGED[what]
     fixture = fixtures.load("llama")
     # another file holds each second tensor
@@ -305,7 +305,7 @@ def test_files_that_are_not_the_models(what: str, one_device: Session, tmp_path:
 
 
 def test_a_file_that_may_not_be_read_is_not_called_missing(
-    one_device: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_device: RunSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     fixture = fixtures.load("llama")
     fixtures.write(tmp_path, fixture.config, fixture.weights)
@@ -330,7 +330,7 @@ def test_a_tied_head_that_says_something_else(tmp_path: Path):
         read(folder, session_of(folder))
 
 
-def test_files_may_be_links_as_in_the_hubs_cache(one_device: Session, tmp_path: Path):
+def test_files_may_be_links_as_in_the_hubs_cache(one_device: RunSession, tmp_path: Path):
     fixture = fixtures.load("llama")
     folder = fixtures.write(tmp_path / "snapshot", fixture.config, fixture.weights, (FIRST, SECOND))
     for path in folder.glob("*.safetensors"):

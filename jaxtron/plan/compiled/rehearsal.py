@@ -16,7 +16,7 @@ from jaxtron.quiet import collect_stderr
 from jaxtron.run.attention import attention_lines
 from jaxtron.run.batches import abstract_batch
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.session import Session, make_session
+from jaxtron.run.session import RunSession, make_session
 from jaxtron.runtime.xla_flags import gpu_options, refused_option
 
 # Without a GPU there is nothing to tune on, and trying costs half of the compilation. Everything else is as in a run.
@@ -33,7 +33,7 @@ class Rehearsal:
     and compiling.
     """
 
-    session: Session
+    session: RunSession
     attention: tuple[str, ...]
     choices: tuple[str, ...]
     gpu: Gpu
