@@ -23,6 +23,8 @@ def initialize_distributed(config: RuntimeConfig) -> None:
     if launcher is None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # it would take SIGTERM for itself: how a run's processes stop is `common_stop.py`
+    jax.config.update("jax_enable_preemption_service", False)
     # JAX ends a process that waited in vain with a C++ stack trace: be earlier, and clear
     watchdog = threading.Timer(config.connect_seconds, _give_up, (config, launcher))
     watchdog.daemon = True
@@ -49,6 +51,7 @@ def _initialize(config: RuntimeConfig) -> None:
     together = join(
         coordinator,
         process,
+        count,
         heartbeat_seconds=config.heartbeat_seconds,
         connect_seconds=config.connect_seconds,
     )

@@ -22,6 +22,7 @@ import jax
 
 from jaxtron import interrupts
 from jaxtron.config import UserError
+from jaxtron.runtime.common_stop import CommonStop
 
 GREETING = b"jaxtron "
 BEAT, LEFT, GONE = b"beat\n", b"left\n", b"gone "
@@ -34,14 +35,17 @@ ADVICE = "see its own output; the same command continues from the last checkpoin
 
 
 class Together:
-    """This process among the others; `address` is where JAX's client finds the service.
+    """This process among the others; `address` is where JAX's client finds the service, `stop` where they agree to end.
 
     Process 0 listens on the coordinator's port, for its service on the machine's inside, `service`; the others connect.
     """
 
-    def __init__(self, coordinator: str, process: int, *, heartbeat_seconds: float, connect_seconds: float) -> None:
+    def __init__(
+        self, coordinator: str, process: int, num_processes: int, *, heartbeat_seconds: float, connect_seconds: float
+    ) -> None:
         host, _, port = coordinator.rpartition(":")
         self.process = process
+        self.stop = CommonStop(process, num_processes, self._send)
         self.seconds = heartbeat_seconds
         self._patience = connect_seconds
         self._coordinator = host.strip("[]"), int(port)
@@ -139,6 +143,8 @@ class Together:
             while line := await asyncio.wait_for(reader.readline(), SILENCE_PART * self.seconds):
                 if line == LEFT:
                     self._has_left.add(other)
+                elif self.stop.hear(other, line):
+                    continue
                 elif line.startswith(GONE):
                     await self._end(line.removeprefix(GONE).decode().strip())
         except TimeoutError:
@@ -169,14 +175,23 @@ class Together:
 _together: list[Together] = []
 
 
-def join(coordinator: str, process: int, *, heartbeat_seconds: float, connect_seconds: float) -> Together:
+def join(
+    coordinator: str, process: int, num_processes: int, *, heartbeat_seconds: float, connect_seconds: float
+) -> Together:
     """Begins to watch and be watched; a `UserError` where process 0 cannot have the port."""
     _together.append(
-        Together(coordinator, process, heartbeat_seconds=heartbeat_seconds, connect_seconds=connect_seconds)
+        Together(
+            coordinator, process, num_processes, heartbeat_seconds=heartbeat_seconds, connect_seconds=connect_seconds
+        )
     )
     # before JAX's own, which waits for the others
     atexit.register(_together[0].leave)
     return _together[0]
+
+
+def common_stop() -> CommonStop | None:
+    """Where the processes agree on the last step; None where this one is alone."""
+    return _together[0].stop if _together else None
 
 
 @contextmanager

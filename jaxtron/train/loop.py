@@ -1,12 +1,9 @@
 """The training loop: batch, step, hooks."""
 
-import os
-import signal
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import jax
-from jax.experimental import multihost_utils
 
 from jaxtron.checkpoint.processes import gather_texts
 from jaxtron.data.loader import Loader
@@ -15,6 +12,7 @@ from jaxtron.interrupts import StopRequest, finish_first
 from jaxtron.run.history import Recorder
 from jaxtron.run.metrics import MetricsTally, MetricsWriter
 from jaxtron.run.state import TrainState
+from jaxtron.runtime.together import common_stop
 from jaxtron.train.divergence import Watch, check_state
 from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
 from jaxtron.train.progress import TrainProgress
@@ -138,28 +136,28 @@ def _metrics_log(run: Run, throughput: Throughput, stack: ExitStack) -> MetricsL
 class _Stop:
     """Makes a SIGTERM or the first Ctrl-C a request that the loop honours after its step.
 
-    With several processes a SIGTERM is heard by JAX's preemption service, which tells the others.
+    With several processes it becomes one of all of them.
     """
 
     def __init__(self, stack: ExitStack) -> None:
-        self._is_alone = jax.process_count() == 1
+        self._common = common_stop()
         self._stack = stack
         self._request: StopRequest | None = None
 
     def begin(self) -> None:
         """From here on there is something to finish: before the first step of a run nothing is lost by stopping."""
         if self._request is None:
-            tell = (lambda: None) if self._is_alone else (lambda: os.kill(os.getpid(), signal.SIGTERM))
+            tell = (lambda: None) if self._common is None else self._common.ask
             notice = "stopping after this step; once more to stop at once"
             self._request = self._stack.enter_context(finish_first(notice, tell))
 
     def is_due(self, step: int) -> bool:
         """Whether the run ends after this step; the same on every process, all of which ask after each step."""
-        return self._is_made if self._is_alone else multihost_utils.reached_preemption_sync_point(step)
+        return self._is_made if self._common is None else self._common.reached(step)
 
     def was_asked(self) -> bool:
         """Whether any process was asked while the loop ended; all of them call this once."""
-        return self._is_made if self._is_alone else "asked" in gather_texts("asked" if self._is_made else "")
+        return self._is_made if self._common is None else "asked" in gather_texts("asked" if self._is_made else "")
 
     @property
     def _is_made(self) -> bool:
