@@ -1,30 +1,23 @@
 """A schedule drawn: its table as text with its figures, and its timeline as a PNG."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from rich.color import ColorSystem
 from rich.style import Style
 
 from jaxtron.command import write_whole
-from jaxtron.pipeline.schedules.figures import Figures, Slot, Span, figures, flight, slots, timeline
+from jaxtron.pictures.timeline import timeline
+from jaxtron.pipeline.schedules.figures import Figures, Slot, figures, flight, slots
 from jaxtron.pipeline.schedules.schedule import Entry, Schedule, Work
 from jaxtron.words import plural, readable_bytes
 
-COLORS: dict[Slot, str] = {"forward": "#4c78a8", "backward": "#54a24b", "weight": "#eeca3b"}
 _STYLES: dict[Slot, Style] = {
     "forward": Style(color="blue"),
     "backward": Style(color="green"),
     "weight": Style(color="yellow"),
 }
 _PLAIN = Style()
-# more bars than these have no room for their numbers
-_MOST_LABELS = 1500
 
 
 def schedule_text(
@@ -57,52 +50,8 @@ def schedule_text(
 
 
 def draw_schedule(schedule: Schedule, path: Path, *, seconds: Mapping[Slot, Sequence[float]] | None = None) -> None:
-    """Draws the timeline into `path`, replacing it whole: a row a stage, bars as long as their slots take.
-
-    `seconds` are those of each slot by virtual stage; without them a forward through a whole stage takes 1.
-    """
-    spans = timeline(schedule, durations=seconds)
-    end = max(stage_spans[-1].end for stage_spans in spans if stage_spans)
-    busiest = max(sum(span.end - span.start for span in stage_spans) for stage_spans in spans)
-    width = 0.25 * (figures(schedule).makespan if seconds else end) * schedule.num_chunks
-    size = (min(40.0, max(8.0, width)), 1.6 + 0.4 * schedule.num_stages)
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    labelled = sum(map(len, spans)) <= _MOST_LABELS
-    for stage, stage_spans in enumerate(spans):
-        _draw_stage(axes, stage, stage_spans, schedule.num_chunks, labelled)
-    axes.set(
-        title=f"{schedule.name}: {plural(schedule.num_microbatches, 'microbatch')}, bubble {end / busiest - 1:.1%}",
-        xlabel="seconds, predicted" if seconds else "time (forwards of one microbatch through a stage)",
-        ylabel="stage",
-        xlim=(0, end),
-        ylim=(schedule.num_stages - 0.5, -0.5),
-        yticks=range(schedule.num_stages),
-    )
-    names: list[Slot] = ["forward", "backward", "weight"] if schedule.split else ["forward", "backward"]
-    handles = [Patch(color=COLORS[name], label=name) for name in names]
-    figure.legend(handles=handles, loc="outside lower right", ncols=len(names), frameon=False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    write_whole(path, image.getvalue())
-
-
-def _draw_stage(axes: Axes, stage: int, spans: list[Span], num_chunks: int, labelled: bool) -> None:
-    for slot, color in COLORS.items():
-        for chunk in range(num_chunks):
-            bars = [
-                (span.start, span.end - span.start) for span in spans if (span.slot, span.work.chunk) == (slot, chunk)
-            ]
-            # later chunks are paler
-            alpha = 1 - 0.5 * chunk / num_chunks
-            axes.broken_barh(
-                bars, (stage - 0.45, 0.9), facecolor=color, alpha=alpha, edgecolor="white", linewidth=0.4 * labelled
-            )
-    if labelled:
-        for span in spans:
-            middle = (span.start + span.end) / 2
-            axes.text(middle, stage, str(span.work.microbatch), ha="center", va="center", fontsize=6)
+    """Draws the timeline into `path`, a PNG, replacing it whole; `seconds` are as `pictures.timeline` takes them."""
+    write_whole(path, timeline(schedule, seconds).png())
 
 
 def _table(schedule: Schedule, width: int, color: bool) -> list[str]:
