@@ -1,6 +1,6 @@
 """Writes `golden_processors.json` beside this file: scores as transformers' processors leave them.
 
-    pip install torch transformers
+    pip install torch==2.14.1 transformers==5.24.0
     python -m tests.generate.make_golden
 
 The suite reads the file alone.

@@ -1,6 +1,6 @@
 """Writes the fixtures beside this file: small random models of Hugging Face transformers, and their logits.
 
-    pip install torch transformers safetensors
+    pip install torch==2.14.1 transformers==5.24.0 safetensors==0.8.0
     python -m tests.hugging_face.make [NAME ...]
 
 The suite reads the fixtures alone. Weights are small multiples of `STEP`, so that they are kept in a byte each, under
@@ -338,7 +338,7 @@ LARGE = {"gpt_oss": "gate_up_proj"}
 DELTA_NET = "qwen3_next_delta_net"
 
 
-def randomize(model: torch.nn.Module, large: str | None) -> None:
+def randomize(model: torch.nn.Module, large: str | None = None) -> None:
     """Every parameter and every buffer that a file holds, in multiples of `STEP`."""
     generator = np.random.default_rng(0)
     for name, array in model.state_dict().items():

@@ -1,6 +1,6 @@
 """Writes adapters that peft made, and the logits of models with them, beside this file.
 
-pip install torch transformers peft safetensors
+pip install torch==2.14.1 transformers==5.24.0 peft==0.21.2 safetensors==0.8.0
 python -m tests.hugging_face.make_adapters [NAME ...]
 """
 

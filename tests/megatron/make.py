@@ -1,6 +1,6 @@
 """Writes the fixtures beside this file: checkpoints of small random models as Megatron-LM itself writes them.
 
-    pip install torch megatron-core einops packaging pydantic regex psutil
+    pip install torch==2.14.1 megatron-core==0.19.2 einops packaging pydantic regex psutil
     python -m tests.megatron.make [NAME ...]
 
 Each is an archive of three things: `torch_dist` and `torch`, the same model in both formats by the processes of its
