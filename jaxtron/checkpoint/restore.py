@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from jaxtron.checkpoint import record as records
@@ -28,6 +29,8 @@ Check = Callable[[dict[str, Any]], None]
 Choose = Callable[[Signature, Signature], Collection[str]]
 # what else than the model differs, by the first part of an array's name
 _PARTS = {"optimizer": "optimizer", "loss_scale": "train.precision", "updates": "version of Jaxtron"}
+# a part that begins anew where a checkpoint has none, or another
+OPTIONAL = "health"
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ def restore_newest(
 
     `abstract_state` has a `jax.ShapeDtypeStruct` with a sharding, of any mesh, for each array. All processes call this.
     `check` sees what was saved beside the arrays before these are read, and may refuse it. `on_disk` is the signature
-    without padding, where arrays have some: it is zeros. A `UserError` if every checkpoint is damaged, or the newest
-    whole one is of another model or optimizer.
+    without padding, where arrays have some: it is zeros. What is `OPTIONAL` is zeros where it is not there as here. A
+    `UserError` if every checkpoint is damaged, or the newest whole one is of another model or optimizer.
     """
     found, skipped = _newest_whole(directory)
     if found is not None:
@@ -83,8 +86,17 @@ def restore_newest(
         path = step_path(directory, step)
         _tell(skipped)
         check(record.extra)
-        _check_model(path, record, on_disk or signature(abstract_state))
-        return Restored(step, read_arrays(path, abstract_state, record.arrays), record.extra, skipped)
+        wanted = on_disk or signature(abstract_state)
+        stored, rest, wanted = _without_other_optional(record.arrays, abstract_state, wanted)
+        _check_model(path, stored, wanted)
+        state = jax.tree.map(
+            lambda like, leaf: (
+                jax.device_put(np.zeros(like.shape, like.dtype), like.sharding) if leaf is None else leaf
+            ),
+            abstract_state,
+            read_arrays(path, rest, stored),
+        )
+        return Restored(step, state, record.extra, skipped)
     if committed_steps(directory):
         raise UserError(
             f"every checkpoint in {directory} is damaged ({_reasons(skipped)}); "
@@ -204,13 +216,28 @@ def _tell(skipped: tuple[Skipped, ...]) -> None:
         logger.warning("checkpoint %s is not used: %s", one.path, one.reason)
 
 
-def _check_model(path: Path, record: CheckpointRecord, wanted: Signature) -> None:
-    difference = first_difference(record.arrays, wanted)
+def _without_other_optional(
+    stored: Signature, abstract_state: PyTree, wanted: Signature
+) -> tuple[Signature, PyTree, Signature]:
+    """The same, all three without what is `OPTIONAL` where that differs."""
+    there, here = (
+        {name: array for name, array in one.items() if name.startswith(f"{OPTIONAL}.")} for one in (stored, wanted)
+    )
+    if there == here:
+        return stored, abstract_state, wanted
+    rest = jax.tree.map_with_path(lambda path, leaf: None if name_of(path) in here else leaf, abstract_state)
+    stored, wanted = (
+        {name: array for name, array in one.items() if name not in own}
+        for one, own in ((stored, there), (wanted, here))
+    )
+    return stored, rest, wanted
+
+
+def _check_model(path: Path, stored: Signature, wanted: Signature) -> None:
+    difference = first_difference(stored, wanted)
     if difference:
         differing = {
-            name.partition(".")[0]
-            for name in record.arrays.keys() | wanted.keys()
-            if record.arrays.get(name) != wanted.get(name)
+            name.partition(".")[0] for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name)
         }
         what = "model" if differing - _PARTS.keys() else " and ".join(_PARTS[part] for part in sorted(differing))
         raise UserError(

@@ -125,6 +125,46 @@ class LossScaleConfig(Config):
         return self
 
 
+class HealthConfig(Config):
+    """Steps that are bad, which are not applied: a loss or gradient that is not finite, or far above the last ones."""
+
+    on_bad: Literal["stop", "skip", "rewind"] = "stop"
+    """stop: the run ends with an error; skip: it goes on with the next batch; rewind: it goes back to the newest
+    checkpoint and leaves out the batches from there to the bad one"""
+    gradient_spike: float | None = Field(default=None, gt=1)
+    """a gradient norm above so many times the median of the last good steps is bad (none: any finite one is good)"""
+    loss_spike: float | None = Field(default=None, gt=1)
+    """a loss above so many times the median of the last good steps is bad (none: any finite one is good)"""
+    window: int = Field(default=100, ge=1, le=10_000)
+    """good steps that the medians are of; nothing is a spike before there were so many"""
+    patience: int = Field(default=10, ge=1)
+    """skip: bad steps in a row, rewind: returns to the same checkpoint, after which the run ends all the same"""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether steps are guarded; otherwise a step that is not finite is noticed after it was applied."""
+        return self.on_bad != "stop" or self.gradient_spike is not None or self.loss_spike is not None
+
+    @model_validator(mode="after")
+    def _check(self) -> "HealthConfig":
+        fields = type(self).model_fields
+        if self.window != fields["window"].default and self.gradient_spike is None and self.loss_spike is None:
+            raise NoEffect(
+                "train.health.window",
+                self.window,
+                {"train.health.gradient_spike": None, "train.health.loss_spike": None},
+                "leave it out, or give one of them",
+            )
+        if self.patience != fields["patience"].default and self.on_bad == "stop":
+            raise NoEffect(
+                "train.health.patience",
+                self.patience,
+                {"train.health.on_bad": self.on_bad},
+                "leave it out, or choose skip or rewind",
+            )
+        return self
+
+
 class BatchRampConfig(Config):
     """From `start` to the global batch, `increment` at a time, over `samples`."""
 

@@ -19,7 +19,7 @@ from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.families import DECODER, family_named, family_of
 from jaxtron.models.family import Family
 from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
-from jaxtron.optim.config import BatchRampConfig, LossScaleConfig, OptimizerConfig
+from jaxtron.optim.config import BatchRampConfig, HealthConfig, LossScaleConfig, OptimizerConfig
 from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.partition import StagePlan, one_stage_plan, stage_plan
 from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
@@ -54,6 +54,8 @@ class TrainConfig(Config):
     GPUs, bf16 or fp16), xla a sum after a product in the step's precision; auto takes what the devices have."""
     loss_scale: LossScaleConfig = LossScaleConfig()
     """Dynamic loss scale, only with fp16."""
+    health: HealthConfig = HealthConfig()
+    """What becomes of steps whose loss or gradient is not finite, or a spike."""
     validate_every: int = Field(default=100, ge=0)
     """Steps between validations; the last step is always validated (0: only then)."""
     validation_batches: int | None = Field(default=16, ge=1)

@@ -47,6 +47,7 @@ CHANGES: dict[str, dict[str, str]] = {
         FIXED: "trainable lora",
         FREE: "steps global_batch microbatches batch_ramp precision gradient_sums loss_scale.initial "
         "loss_scale.minimum loss_scale.growth loss_scale.backoff loss_scale.window loss_scale.hysteresis "
+        "health.on_bad health.gradient_spike health.loss_spike health.window health.patience "
         "validate_every validation_batches sample_tokens lora.dropout",
     },
     "optimizer": {

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a logged step, and `arrays.jsonl` beside it; docs/metrics.md says what they mean."""
+"""`metrics.jsonl`: one JSON object a logged step, `arrays.jsonl` beside it, and `events.jsonl`: docs/metrics.md."""
 
 import errno
 import json
@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from jaxtyping import Bool, Num
 from jaxtron.command import write_whole
 from jaxtron.config import UserError
 
-ARRAYS_FILE = "arrays.jsonl"
+ARRAYS_FILE, EVENTS_FILE = "arrays.jsonl", "events.jsonl"
 
 
 @dataclass
@@ -65,12 +66,29 @@ class MetricsWriter:
         self._arrays.close()
 
 
-class _JsonLines:
-    """A file of one JSON object a step, whose lines after `resume_step` are dropped."""
+class Events:
+    """`events.jsonl` of a run: one JSON object for whatever happened to it, appended and never taken back."""
 
-    def __init__(self, path: Path, resume_step: int):
+    def __init__(self, directory: Path):
+        self._lines = _JsonLines(directory / EVENTS_FILE)
+
+    def write(self, event: str, step: int, **about: Any) -> None:
+        """Append an event after this step, with its time and what it concerns."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._lines.append(step, {"time": now, "event": event, **about})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._lines.close()
+
+
+class _JsonLines:
+    """A file of one JSON object a step, whose lines after `resume_step` are dropped (none: no line is)."""
+
+    def __init__(self, path: Path, resume_step: int | None = None):
         self.path = path
-        drop_steps_after(path, resume_step)
+        if resume_step is not None:
+            drop_steps_after(path, resume_step)
         self._file: FileIO | None = None
 
     def append(self, step: int, values: Mapping[str, Any]) -> None:

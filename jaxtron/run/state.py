@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 
+from jaxtron.optim.guard import Health
 from jaxtron.optim.loss_scale import LossScale
 from jaxtron.pipeline.model import merge
 from jaxtron.roles import Status
@@ -19,7 +20,7 @@ MODEL: dict[str, Status] = {"params": "trained", "frozen": "frozen", "buffers": 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("step", "updates", "params", "frozen", "buffers", "optimizer", "loss_scale"),
+    data_fields=("step", "updates", "params", "frozen", "buffers", "optimizer", "loss_scale", "health"),
     meta_fields=(),
 )
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class TrainState:
     step: Int[Array, ""]
     """Steps done."""
     updates: Int[Array, ""]
-    """Those that were not skipped for an overflow: where the learning rate's schedule is."""
+    """Those that were applied: where the learning rate's schedule is."""
     params: PyTree
     """Those that are trained: float32 master weights."""
     frozen: PyTree
@@ -43,6 +44,8 @@ class TrainState:
     """Its state, of what is trained."""
     loss_scale: LossScale | None
     """With fp16 only."""
+    health: Health | None = None
+    """Where steps are guarded."""
 
     @property
     def model(self) -> PyTree:

@@ -15,6 +15,7 @@ from jaxtron.kernels.weight_sums.spec import WeightSums
 from jaxtron.models.joined import JoinedParts, joined_parts
 from jaxtron.models.program import Microbatch, Parts, Program
 from jaxtron.optim.config import OptimizerConfig
+from jaxtron.optim.guard import after_step, initial_health, is_good
 from jaxtron.optim.loss_scale import initial_loss_scale, update_loss_scale
 from jaxtron.optim.optimizer import clip_by_global_norm, descend, make_optimizer
 from jaxtron.optim.schedule import learning_rate_schedule
@@ -82,7 +83,10 @@ class Trainer:
         return jax.eval_shape(self._around, self.blueprint.abstract)
 
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        """One optimizer step on a global batch. With fp16, a step whose gradients overflow changes only the scale."""
+        """One optimizer step on a global batch; one that is not applied changes only the loss scale or the guard.
+
+        With fp16 that is a step whose gradients overflow, and with `train.health` one that is bad.
+        """
         scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
         reported, gradients = self.loss_and_gradients(state.model, batch, state.step, scale)
         gradients, norm = clip_by_global_norm(gradients, self.optimizer.clip_norm)
@@ -96,14 +100,26 @@ class Trainer:
         if self.program.update_buffers is not None:
             changed["buffers"] = updated_buffers(self.program, self.parts, self.partitions, state.buffers, reported)
         metrics = {**reported, "gradient_norm": norm, "learning_rate": learning_rate}
-        if state.loss_scale is None:
-            return replace(state, step=state.step + 1, **changed), metrics
-        finite = jnp.isfinite(norm)
-        kept = {name: getattr(state, name) for name in changed}
-        changed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
-        loss_scale = update_loss_scale(state.loss_scale, finite, self.config.loss_scale)
-        done = replace(state, step=state.step + 1, loss_scale=loss_scale, **changed)
-        return done, metrics | {"loss_scale": scale, "skipped_steps": done.step - done.updates}
+        applied = None
+        if state.loss_scale is not None:
+            applied = jnp.isfinite(norm)
+            changed_scale = update_loss_scale(state.loss_scale, applied, self.config.loss_scale)
+            metrics["loss_scale"] = scale
+            state = replace(state, loss_scale=changed_scale)
+        if state.health is not None:
+            good = is_good(state.health, reported["loss"], norm, self.config.health)
+            health = after_step(state.health, good, reported["loss"], norm)
+            if applied is not None:
+                # an overflow is the loss scale's to handle
+                health = jax.tree.map(lambda new, old: jnp.where(applied, new, old), health, state.health)
+            applied = good if applied is None else applied & good
+            metrics["bad_steps"] = health.bad
+            state = replace(state, health=health)
+        if applied is not None:
+            kept = {name: getattr(state, name) for name in changed}
+            changed = jax.tree.map(lambda new, old: jnp.where(applied, new, old), changed, kept)
+            metrics["skipped_steps"] = state.step + 1 - changed["updates"]
+        return replace(state, step=state.step + 1, **changed), metrics
 
     def loss_and_gradients(
         self, params: PyTree, batch: Any, step: Int[Array, ""], scale: Scalar
@@ -204,7 +220,10 @@ class Trainer:
         loss_scale = initial_loss_scale(self.config.loss_scale) if self.config.precision == "fp16" else None
         fields = divided(self.blueprint, params)
         optimizer = self._rule().init(fields["params"])
-        return TrainState(jnp.int32(0), jnp.int32(0), **fields, optimizer=optimizer, loss_scale=loss_scale)
+        health = initial_health(self.config.health) if self.config.health.is_on else None
+        return TrainState(
+            jnp.int32(0), jnp.int32(0), **fields, optimizer=optimizer, loss_scale=loss_scale, health=health
+        )
 
 
 def counts(batch: Any) -> dict[str, Float[Array, ""]]:

@@ -1,5 +1,6 @@
 """What happens between steps: callables with an `every`, and the two that every run has."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ class StepInfo:
     """A finished step, counted from 1: its metrics, still on the device, and the state it left.
 
     A hook may add to `metrics` (validation adds `validation_loss`); hooks after it see that. `tokens` are those of the
-    step.
+    step, and `samples` its samples' numbers in the order of the data, from the first to before the second.
     """
 
     step: int
@@ -31,6 +32,7 @@ class StepInfo:
     state: PyTree
     metrics: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
+    samples: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class MetricsLog:
         arrays = {name: value for name, value in fetched.items() if value.ndim}
         measured = {name: value.item() for name, value in fetched.items() if not value.ndim} | summarize(arrays)
         tally, rate = self.tally(), self._throughput.measure()
-        measured["loss"] = tally.loss_sum / tally.steps
+        measured["loss"] = tally.loss_sum / tally.steps if tally.steps else float("nan")
         tally.steps, tally.loss_sum = 0, 0.0
         measured |= {"tokens_per_second": rate.tokens_per_second, "step_seconds": rate.step_seconds}
         if self._utilization is not None:
@@ -115,12 +117,16 @@ class MetricsLog:
         self._progress.update(info.step, figures)
 
     def tally(self) -> MetricsTally:
-        """The tally up to this step, whose losses are waited for."""
+        """The tally up to this step, whose losses are waited for; those that are not finite are of no step applied."""
         losses, self._losses = jax.device_get(self._losses), []
-        for loss in losses:
-            self._tally.loss_sum += float(loss)
-        self._tally.steps += len(losses)
+        for loss in filter(math.isfinite, map(float, losses)):
+            self._tally.loss_sum += loss
+            self._tally.steps += 1
         return self._tally
+
+    def message(self, text: str) -> None:
+        """Show a line between those of the steps."""
+        self._progress.message(text)
 
     def close(self) -> None:
         """Close the file, the trackers and the progress."""

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -10,13 +11,13 @@ from jaxtron.data.loader import Loader
 from jaxtron.gpus import peak_flops
 from jaxtron.interrupts import StopRequest, finish_first
 from jaxtron.run.history import Recorder
-from jaxtron.run.metrics import MetricsTally, MetricsWriter
+from jaxtron.run.metrics import Events, MetricsTally, MetricsWriter
 from jaxtron.run.state import TrainState
 from jaxtron.runtime.together import common_stop
-from jaxtron.train.divergence import Watch, check_state
+from jaxtron.train.divergence import Rewind, Watch, check_state, diverged
 from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
 from jaxtron.train.progress import TrainProgress
-from jaxtron.train.setup import Run
+from jaxtron.train.setup import Run, go_back
 from jaxtron.train.throughput import Throughput
 from jaxtron.train.trackers import make_trackers
 from jaxtron.train.validation import check_loss, validate
@@ -36,25 +37,76 @@ class TrainOutcome:
 
 
 def train(run: Run) -> TrainOutcome:
-    """Steps from the run's own to the last; a SIGTERM or Ctrl-C ends it after the current step, with a checkpoint."""
-    total = run.config.train.steps
+    """Steps from the run's own to the last; a SIGTERM or Ctrl-C ends it after the current step, with a checkpoint.
+
+    With `train.health.on_bad` rewind the run goes back to its newest checkpoint after a bad step, and leaves out the
+    data from there to that step's.
+    """
+    total, health = run.config.train.steps, run.config.train.health
     outcome = TrainOutcome(run.state, run.step)
     if run.step >= total:
         return outcome
-    throughput = Throughput()
     with ExitStack() as stack:
         stop = _Stop(stack)
+        events = Events(run.directory) if jax.process_index() == 0 else None
+        if events is not None:
+            stack.callback(events.close)
+        returns = 0
+        while True:
+            begun = run.step
+            try:
+                _steps(run, outcome, stop, events, is_first=returns == 0)
+                break
+            except Rewind as rewind:
+                # its memory is needed
+                jax.tree.map(lambda array: array.delete(), outcome.state)
+                run = go_back(run, rewind.position)
+                returns = returns + 1 if run.step == begun else 1
+                if returns > health.patience:
+                    what = f"step {rewind.step} was not applied, and going back to step {run.step} has not helped"
+                    raise diverged(
+                        run.checkpoints, run.step, f"{what} {returns} times (train.health.patience {health.patience})"
+                    ) from None
+                outcome.state, outcome.step = run.state, run.step
+                if events is not None:
+                    events.write("rewind", rewind.step, to_step=run.step, position=run.position)
+                    print(f"back to step {run.step}, and on with sample {run.position:,}", flush=True)
+        run.checkpoints.wait()
+        outcome.stopped = outcome.stopped or stop.was_asked()
+        if events is not None:
+            events.write("stopped" if outcome.stopped else "complete", outcome.step)
+    return outcome
+
+
+def _steps(run: Run, outcome: TrainOutcome, stop: "_Stop", events: Events | None, *, is_first: bool) -> None:
+    """Steps from the run's own on, into the outcome; `is_first` of a command."""
+    config, total = run.config, run.config.train.steps
+    throughput = Throughput()
+    with ExitStack() as stack:
         loader = stack.enter_context(run.train_loader())
-        loss_scale = None if run.state.loss_scale is None else run.config.train.loss_scale
-        watch = Watch(run.checkpoints, every=run.config.run.log_every, loss_scale=loss_scale)
         log = _metrics_log(run, throughput, stack) if jax.process_index() == 0 else None
-        saver = Saver(run, loader, watch, log)
-        hooks = [Hook(watch), *_hooks(run, saver, log, outcome, stack)]
+
+        def tell(event: str, step: int, line: str, about: dict[str, Any]) -> None:
+            if log is not None and events is not None:
+                log.message(line)
+                events.write(event, step, **about)
+
+        watch = Watch(
+            run.checkpoints,
+            every=config.run.log_every,
+            loss_scale=None if run.state.loss_scale is None else config.train.loss_scale,
+            health=config.train.health,
+            state=run.state.health,
+            tell=tell,
+        )
+        saver = Saver(run, loader, watch, log, events)
+        hooks = [Hook(watch), *_hooks(run, saver, log, outcome, stack, is_first=is_first)]
         for number in range(run.step + 1, total + 1):
             batch = next(loader)
             outcome.state, metrics = run.session.step(outcome.state, run.session.batches.globalize(batch))
             outcome.step = number
-            info = StepInfo(number, total, outcome.state, metrics, batch.size * run.config.data.sequence_length)
+            tokens = batch.size * config.data.sequence_length
+            info = StepInfo(number, total, outcome.state, metrics, tokens, (batch.start, batch.end))
             throughput.finish_step(info.tokens, metrics)
             stop.begin()
             run_hooks(hooks, info, throughput)
@@ -62,9 +114,6 @@ def train(run: Run) -> TrainOutcome:
                 saver.save(info)
                 outcome.stopped = True
                 break
-        run.checkpoints.wait()
-        outcome.stopped = outcome.stopped or stop.was_asked()
-    return outcome
 
 
 class Saver:
@@ -73,7 +122,10 @@ class Saver:
     Calls other than the hook's are for a run that is to stop at once: they do not wait for a loss.
     """
 
-    def __init__(self, run: Run, loader: Loader, watch: Watch, log: MetricsLog | None) -> None:
+    def __init__(
+        self, run: Run, loader: Loader, watch: Watch, log: MetricsLog | None, events: Events | None = None
+    ) -> None:
+        self._events = events
         self._run = run
         self._loader = loader
         self._watch = watch
@@ -92,9 +144,13 @@ class Saver:
         # of the processes without a log nothing but their arrays is stored
         tally = MetricsTally() if self._log is None else self._log.tally()
         self._run.save(info.step, info.state, self._loader.position, tally)
+        if self._events is not None:
+            self._events.write("checkpoint", info.step, position=self._loader.position)
 
 
-def _hooks(run: Run, saver: Saver, log: MetricsLog | None, outcome: TrainOutcome, stack: ExitStack) -> list[Hook]:
+def _hooks(
+    run: Run, saver: Saver, log: MetricsLog | None, outcome: TrainOutcome, stack: ExitStack, *, is_first: bool
+) -> list[Hook]:
     config, total = run.config, run.config.train.steps
 
     def validation(info: StepInfo) -> None:
@@ -106,7 +162,9 @@ def _hooks(run: Run, saver: Saver, log: MetricsLog | None, outcome: TrainOutcome
     hooks = [Hook(validation, every=every, excluded=True)]
     if log is not None:
         found, notes = run.continuation.changes, run.data.notes
-        hooks.append(Hook(Recorder(run.directory, config, found, first_step=run.step, notes=notes, origin=run.origin)))
+        if is_first:
+            record = Recorder(run.directory, config, found, first_step=run.step, notes=notes, origin=run.origin)
+            hooks.append(Hook(record))
         hooks.append(Hook(log))
         if config.run.profile_steps is not None:
             profiler = Profiler(run.directory / "profile", config.run.profile_steps)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jaxtron.checkpoint.manager import Checkpoints
-from jaxtron.checkpoint.restore import committed_steps
+from jaxtron.checkpoint.restore import committed_steps, restore_newest
 from jaxtron.config import UserError
 from jaxtron.data.dataset import Data, open_data
 from jaxtron.data.loader import Loader
@@ -145,6 +145,28 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
             origin=origin,
             tally=MetricsTally() if restored is None else MetricsTally.of(restored.extra, config.data.sequence_length),
         )
+
+
+def go_back(run: Run, position: int) -> Run:
+    """The run as its newest checkpoint has it (none: its first state), to go on with the data from `position` on."""
+    session, config = run.session, run.config
+    run.checkpoints.wait()
+    with session.use():
+        abstract, order = session.abstract_state(), session.layer_order
+        own = run.directory if has_model_alone(run.checkpoints.directory) else None
+        restored = None
+        if own is None:
+            check = partial(check_record, config=config, data=run.data, directory=run.directory)
+            restored = restore_newest(
+                run.checkpoints.directory, order.abstract(abstract), check, order.on_disk(abstract)
+            )
+        if restored is None:
+            state, _ = begin(session, run.data.tokenizer.fingerprint, own)
+            return replace(run, state=state, step=0, position=position, tally=MetricsTally())
+        state = order.in_stage_order(restored.state, abstract)
+        check_state(run.checkpoints, restored.step, state)
+        tally = MetricsTally.of(restored.extra, config.data.sequence_length)
+        return replace(run, state=state, step=restored.step, position=position, tally=tally)
 
 
 def _for_family(config: Configuration, data: Data) -> Data:

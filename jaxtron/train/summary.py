@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int32, Integer
 from rich.console import Console
 
-from jaxtron.run.metrics import ARRAYS_FILE, read_metrics
+from jaxtron.run.metrics import ARRAYS_FILE, EVENTS_FILE, read_metrics
 from jaxtron.run.session import RunSession
 from jaxtron.train.divergence import diverged
 from jaxtron.train.loop import TrainOutcome
@@ -20,6 +20,7 @@ FILES = {
     "configuration": "config.yaml",
     "metrics": "metrics.jsonl",
     "arrays": ARRAYS_FILE,
+    "events": EVENTS_FILE,
     "loss curve": "loss.png",
     "expert load": "load.png",
     "checkpoints": "checkpoints",
@@ -53,8 +54,11 @@ def finish(run: Run, outcome: TrainOutcome, sampler: Sampler) -> None:
         plot_losses(metrics, run.directory / FILES["loss curve"], run.directory.name)
         plot_load(run.directory / ARRAYS_FILE, run.directory / FILES["expert load"], run.directory.name)
     rows = [("steps", f"{outcome.step} of {max(outcome.step, run.config.train.steps)}")]
-    if records and records[-1].get("skipped_steps"):
-        rows.append(("skipped steps", f"{records[-1]['skipped_steps']:,.0f} (their gradients overflowed float16)"))
+    skipped, bad = ((records[-1] if records else {}).get(name, 0) for name in ("skipped_steps", "bad_steps"))
+    if skipped > bad:
+        rows.append(("skipped steps", f"{skipped - bad:,.0f} (their gradients overflowed float16)"))
+    if bad:
+        rows.append(("bad steps", f"{bad:,.0f} (not applied: {run.directory / FILES['events']})"))
     if records:
         rows.append(("training loss", f"{records[-1]['loss']:.4f}"))
         rows.append(("speed", f"{records[-1]['tokens_per_second']:,.0f} tokens/s"))

@@ -22,7 +22,7 @@ def memory_use(trainer: Trainer, batch: Any, compiled: deviceless.Memory, gpu: G
     state = trainer.abstract_state()
     working, buffers = resident(trainer, batch)
     master, frozen = _at_rest(state.params), _at_rest((state.frozen, state.buffers))
-    optimizer = _at_rest((state.optimizer, state.step, state.updates, state.loss_scale))
+    optimizer = _at_rest((state.optimizer, state.step, state.updates, state.loss_scale, state.health))
     kept = _in_region([(held.residuals, held.deferred) for held in buffers.stacks])
     messages = _in_region((buffers.inputs, buffers.cotangents, buffers.sent))
     weights = _copies(state.model, trainer.parts.join(working))
