@@ -1,5 +1,5 @@
 """Ctrl-C and SIGTERM, at any moment of a command: it ends at once with one line, or after a piece of work that it asks
-to finish first.
+to finish first. SIGUSR1, by which clusters announce a time limit, is as SIGTERM.
 
 Python answers a signal only between two of the main thread's instructions, with an exception that imports, callbacks
 and C++ lose or print. Here a thread answers, whatever the main thread does: it says so, lets the main thread close its
@@ -15,8 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGUSR1: "terminated by SIGUSR1"}
+# of a command that another process's loss ends, or that waited for others in vain: trying again may help (sysexits.h)
+TRY_AGAIN = 75
+# a launcher and what stands between it and us may both pass a signal on: no second one, but the same
+SAME_SECONDS = 0.1
 # how long the main thread may take to close what is open
 GRACE_SECONDS = 2.0
 FLUSH_SECONDS = 0.2
@@ -27,15 +31,21 @@ class StopRequest:
 
     def __init__(self, notice: str, then: Callable[[], None]) -> None:
         self.is_made = False
+        self._made_at = 0.0
         self._notice = notice
         self._then = then
 
     def make(self, number: int) -> None:
         """Remember the signal; Ctrl-C is answered with the notice."""
         self.is_made = True
+        self._made_at = time.monotonic()
         if number == signal.SIGINT:
             _write(self._notice)
         self._then()
+
+    def is_answer_to(self, number: int) -> bool:
+        """Whether a signal is the one that was heard a moment ago, sent twice; Ctrl-C is pressed twice on purpose."""
+        return self.is_made and number != signal.SIGINT and time.monotonic() < self._made_at + SAME_SECONDS
 
 
 class _State:
@@ -125,7 +135,10 @@ def is_ending() -> bool:
 
 
 def exit_code() -> int:
-    """What a command returns that a signal ends: 130 after Ctrl-C, 143 after SIGTERM. Says it, where nobody has."""
+    """What a command returns that a signal ends: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1.
+
+    Says it, where nobody has.
+    """
     if _state.ended_by is None:
         _write(WORDS[signal.SIGINT])
         return 128 + signal.SIGINT
@@ -177,6 +190,8 @@ def _received(number: int) -> None:
     if _state.request is not None and not _state.request.is_made:
         _state.request.make(number)
         return
+    if _state.request is not None and _state.request.is_answer_to(number):
+        return
     word = WORDS[signal.Signals(number)]
     was_working, _state.ended_by = _state.is_working, number
     # first of all, for they would tell of the loss of this one
@@ -218,6 +233,7 @@ def _forget() -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     _state.is_watching = False
 
 

@@ -58,7 +58,12 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "line"), [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "terminated\n")]
+    ("number", "code", "line"),
+    [
+        (signal.SIGINT, 130, "interrupted\n"),
+        (signal.SIGTERM, 143, "terminated\n"),
+        (signal.SIGUSR1, 138, "terminated by SIGUSR1\n"),
+    ],
 )
 @pytest.mark.parametrize(
     "body",
@@ -113,6 +118,25 @@ def test_the_first_is_a_request_and_the_second_is_not():
     assert process.stdout.readline() == "asked\n"
     hit(process)
     assert end(process) == (130, "", "after this\ninterrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_one_that_comes_twice_at_once_is_one(number: signal.Signals):
+    body = """
+    with interrupts.finish_first("after this") as request:
+        print("inside", flush=True)
+        while not request.is_made: time.sleep(0.001)
+        print("asked", flush=True)
+        time.sleep(0.5)
+    return 7
+    """
+    process = start(body)
+    assert process.stdout is not None and process.stdout.readline() == "inside\n"
+    # as a launcher and its wrapper both pass it on
+    hit(process, number)
+    assert process.stdout.readline() == "asked\n"
+    hit(process, number)
+    assert end(process) == (7, "", "")
 
 
 def test_after_the_work_too():

@@ -1,5 +1,6 @@
 """The run's other processes, joined before JAX starts its devices."""
 
+import importlib.util
 import os
 import sys
 import threading
@@ -7,6 +8,7 @@ import threading
 import jax
 
 from jaxtron.config import UserError
+from jaxtron.interrupts import TRY_AGAIN
 from jaxtron.runtime.clusters import detect_cluster
 from jaxtron.runtime.config import RuntimeConfig
 from jaxtron.runtime.machine import find_launcher
@@ -22,6 +24,12 @@ def initialize_distributed(config: RuntimeConfig) -> None:
     launcher = "the coordinator settings" if explicit else find_launcher() if config.launcher == "auto" else None
     if launcher is None:
         return
+    if launcher == "Kubernetes" and importlib.util.find_spec("kubernetes") is None:
+        raise UserError(
+            "Kubernetes started this process, and JAX asks it for the others by the package kubernetes, which is not "
+            "installed: pip install 'jaxtron[kubernetes]', give --runtime.coordinator_address and its siblings, or "
+            "run alone with --runtime.launcher none"
+        )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # it would take SIGTERM for itself: how a run's processes stop is `common_stop.py`
     jax.config.update("jax_enable_preemption_service", False)
@@ -75,4 +83,4 @@ def _give_up(config: RuntimeConfig, launcher: str) -> None:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(2)
+    os._exit(TRY_AGAIN)

@@ -26,6 +26,7 @@ from jaxtron.runtime.common_stop import CommonStop
 
 GREETING = b"jaxtron "
 BEAT, LEFT, GONE = b"beat\n", b"left\n", b"gone "
+FAILED = "ended with an error"
 # parts of `heartbeat_seconds`: between two beats, and without one until a process counts as gone
 BEAT_PART, SILENCE_PART = 0.1, 0.8
 # how long an error waits for the loss of another process that may have caused it, and a word to be on its way
@@ -90,7 +91,7 @@ class Together:
             else:
                 traceback.print_exception(error)
             first = str(error).strip().splitlines()[:1]
-            self.tell(f"ended with an error: {first[0] if first else type(error).__name__}")
+            self.tell(f"{FAILED}: {first[0] if first else type(error).__name__}")
             sys.stderr.flush()
             interrupts.leave(2 if isinstance(error, UserError) else 1)
 
@@ -169,7 +170,8 @@ class Together:
         await asyncio.sleep(SEND_SECONDS)
         if self._is_told.acquire(blocking=False):
             interrupts.say(f"error: {what}; {ADVICE}")
-            interrupts.leave(2)
+            # an error of another process would come again, a loss need not
+            interrupts.leave(2 if FAILED in what else interrupts.TRY_AGAIN)
 
 
 _together: list[Together] = []

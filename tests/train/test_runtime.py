@@ -92,7 +92,7 @@ def test_a_process_that_waits_in_vain_ends_with_one_line():
     address = f"127.0.0.1:{free_port()}"
     coordinates = ["--coordinator_address", address, "--num_processes", "2", "--connect_seconds", "1"]
     code, _, error = finish(start(None, *coordinates, "--process_id", "0"))
-    assert code == 2 and f"did not all reach {address} within 1 s" in error
+    assert code == 75 and f"did not all reach {address} within 1 s" in error
 
 
 def test_a_port_in_use_is_one_line():
@@ -166,6 +166,14 @@ def test_slurm_gives_the_coordinates(monkeypatch: pytest.MonkeyPatch):
     assert seen["coordinator"].startswith("n1:") and seen["process"] == 1 and seen["heartbeat_seconds"] == 40
     assert seen["arguments"] == ("127.0.0.1:5", 2, 1, [1]) and seen["initialization_timeout"] > 5
     assert seen["heartbeat_timeout_seconds"] > 40 and seen["coordinator_bind_address"] is None
+
+
+def test_kubernetes_without_its_package_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'jaxtron\[kubernetes\]'"):
+        initialize_distributed(RuntimeConfig())
 
 
 def test_platform(monkeypatch: pytest.MonkeyPatch):
