@@ -187,3 +187,19 @@ def test_a_step_is_made_of_what_it_was_made_of(name: str) -> None:
     session = rehearsal.session
     assert session.blueprint.num_parameters == pytest.approx(1e9 * case.billions, rel=0.01)
     assert session.config.data.sequence_length == case.length
+
+
+@pytest.mark.slow
+def test_a_guarded_step_reads_and_writes_no_weight_once_more() -> None:
+    """`train.health`: what is kept of a bad step is chosen as the new state is written."""
+    size = "--model.num_layers 4 --model.hidden_size 512 --model.num_heads 8 --model.vocab_size 1024 --mesh.data 8"
+    guard = "--train.health.on_bad skip --train.health.gradient_spike 10"
+    moved = []
+    for flags in (size, f"{size} {guard}"):
+        config = load(Configuration, CONFIGS / "gpt2_355m.yaml", f"{flags} --train.global_batch 64".split()).resolved()
+        rehearsal, machine = rehearse(config, gpu="h100", num_gpus=8), machine_named("h100")
+        bound = step_bound(rehearsal, machine, 1e12)
+        moved.append(sum(kernels.read + kernels.written for kernels in bound.classes.values()))
+        weights = 4 * rehearsal.session.blueprint.num_parameters
+    # histories of norms, and scalars
+    assert moved[1] - moved[0] < 0.01 * weights, (moved, weights)
