@@ -16,6 +16,7 @@ VERBS = {
     "generate": "text that a trained model makes, from prompts or in a conversation",
     "serve": "a trained model at an address, by OpenAI's protocol",
     "convert": "a trained dense model becomes a mixture of experts",
+    "runs": "the runs of a directory, what one did, and how several differ",
     "plan": "compile and weigh a run, or show its layout, without the machines it is for",
 }
 

@@ -23,6 +23,11 @@ def is_whole_text(text: str) -> bool:
     return True
 
 
+def printable(text: str) -> str:
+    """The text with what could steer a terminal, such as escape, shown as a replacement character."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+
+
 def either(choices: Sequence[str]) -> str:
     """`a`, `a or b`, `a, b, or c`."""
     if len(choices) < 3:

@@ -31,7 +31,7 @@ FLOORS = [
     {"checkpoint", "preprocess", "weights"},
     {"run", "curate"},
     {"train", "plan", "generate"},
-    {"convert", "evaluate", "serve"},
+    {"convert", "evaluate", "runs", "serve"},
     {"__main__"},
 ]
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}

@@ -14,7 +14,8 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 
-from jaxtron.checkpoint.names import Signature, parts, signature
+from jaxtron.checkpoint.names import parts, signature
+from jaxtron.checkpoint.record import Signature
 from jaxtron.pipeline.layer_slots import arrange, restore
 from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding.blueprint import Blueprint

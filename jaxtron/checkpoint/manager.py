@@ -18,10 +18,10 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jaxtron.checkpoint.config import CheckpointConfig
-from jaxtron.checkpoint.names import Signature, plain, signature
+from jaxtron.checkpoint.names import plain, signature
 from jaxtron.checkpoint.processes import gather_texts
 from jaxtron.checkpoint.quiet import UNCOMMITTED, forget_failed_writes, quiet_saves
-from jaxtron.checkpoint.record import CheckpointRecord
+from jaxtron.checkpoint.record import CheckpointRecord, Signature
 from jaxtron.checkpoint.restore import Check, Restored, committed_steps, restore_newest, step_path
 from jaxtron.checkpoint.storage import RecordingHandler, save_arguments
 from jaxtron.config import UserError

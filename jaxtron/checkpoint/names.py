@@ -12,11 +12,10 @@ from jax.sharding import SingleDeviceSharding
 from jax.tree_util import KeyPath, keystr
 from jaxtyping import Array, PyTree
 
+from jaxtron.checkpoint.record import Signature
+
 # arrays in the type that a step computes in, which may be another for the one that reads them
 CAST = "frozen."
-
-# name -> (dtype, shape), as stored in a checkpoint's record
-Signature = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def parts(path: KeyPath) -> tuple[str, ...]:

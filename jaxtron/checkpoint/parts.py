@@ -18,9 +18,8 @@ import tensorstore
 from jaxtyping import PyTree
 
 from jaxtron.checkpoint import record as records
-from jaxtron.checkpoint.names import Signature
 from jaxtron.checkpoint.quiet import quiet_saves
-from jaxtron.checkpoint.record import CheckpointRecord, DamageError
+from jaxtron.checkpoint.record import CheckpointRecord, DamageError, Signature
 from jaxtron.checkpoint.restore import step_path
 from jaxtron.checkpoint.storage import PIECE_BYTES
 

@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxtron.checkpoint.names import Signature
-
 RECORD_FILE = "jaxtron.json"
 # Orbax writes these two after the record; restoring reads neither
 _UNRECORDED = (RECORD_FILE, "_CHECKPOINT_METADATA", "commit_success.txt")
 _CHUNK_BYTES = 1 << 22
 _NUM_THREADS = 8
 
+# name -> (dtype, shape), as stored
+Signature = dict[str, tuple[str, tuple[int, ...]]]
 # relative path -> (bytes, crc32)
 Checksums = dict[str, tuple[int, int]]
 

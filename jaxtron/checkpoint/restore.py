@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxtron.checkpoint import record as records
-from jaxtron.checkpoint.names import Signature, first_difference, name_of, signature
+from jaxtron.checkpoint.names import first_difference, name_of, signature
 from jaxtron.checkpoint.processes import gather_texts
-from jaxtron.checkpoint.record import CheckpointRecord, DamageError
+from jaxtron.checkpoint.record import CheckpointRecord, DamageError, Signature
 from jaxtron.checkpoint.storage import read_arrays
 from jaxtron.config import UserError
 

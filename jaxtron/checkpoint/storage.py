@@ -12,8 +12,8 @@ from jaxtyping import PyTree
 from orbax.checkpoint.future import ChainedFuture, Future
 
 from jaxtron.checkpoint import record as records
-from jaxtron.checkpoint.names import Signature, from_plain, name_of, nest, plain, plain_abstract, signature, unnest
-from jaxtron.checkpoint.record import CheckpointRecord
+from jaxtron.checkpoint.names import from_plain, name_of, nest, plain, plain_abstract, signature, unnest
+from jaxtron.checkpoint.record import CheckpointRecord, Signature
 
 # Orbax's name for the directory into which one process writes
 _PROCESS_DIRECTORY = "ocdbt.process_{}"

@@ -3,17 +3,22 @@
 import re
 
 import yaml
+from yaml.constructor import SafeConstructor
 
 
 class YamlLoader(yaml.SafeLoader):
     """YAML 1.2's scalars: `1e-4` is a number, and `no` and `1:30` are text."""
 
 
+class FastYamlLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """The same by the parser in C, where PyYAML has one: files take a tenth of the time, errors tell less."""
+
+
 class Dumper(yaml.SafeDumper):
     """The same scalars, so that what is written reads back."""
 
 
-for _yaml in (YamlLoader, Dumper):
+for _yaml in (YamlLoader, FastYamlLoader, Dumper):
     _yaml.yaml_implicit_resolvers = {}
     _number = "-+0123456789."
     for _tag, _pattern, _first in (
@@ -25,9 +30,10 @@ for _yaml in (YamlLoader, Dumper):
         _yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
-def _read_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+def _read_int(loader: SafeConstructor, node: yaml.ScalarNode) -> int:
     # not PyYAML's own, which takes 010 for 8
     return int(loader.construct_scalar(node).replace("_", ""))
 
 
-YamlLoader.add_constructor("tag:yaml.org,2002:int", _read_int)
+for _yaml in (YamlLoader, FastYamlLoader):
+    _yaml.add_constructor("tag:yaml.org,2002:int", _read_int)

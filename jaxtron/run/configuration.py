@@ -33,7 +33,7 @@ from jaxtron.words import either
 # a thousand times the largest models and batches there are
 PARAMETERS_MOST, TOKENS_MOST = 10**15, 10**12
 # what a run's directory has of its settings
-CONFIG_FILE, HISTORY_FILE = "config.yaml", "history.jsonl"
+CONFIG_FILE, HISTORY_FILE, LOCK_FILE = "config.yaml", "history.jsonl", "lock"
 
 
 class TrainConfig(Config):

@@ -4,6 +4,7 @@ Every checkpoint carries the settings of the command that wrote it. A command th
 compared with those.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -278,6 +279,18 @@ def write_record(
     }
     write_whole(path, earlier + json.dumps(entry) + "\n", advice=advice)
     write_whole(directory / CONFIG_FILE, dump(config), advice=advice)
+
+
+def write_end(directory: Path, ended: str, step: int, reason: str) -> None:
+    """Adds a line to the `history.jsonl` of a run on how a command ended; nothing where there is none, or no room."""
+    path = directory / HISTORY_FILE
+    if not path.is_file():
+        return
+    entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "ended": ended, "reason": reason}
+    earlier = path.read_text(encoding="utf-8", errors="replace")
+    with contextlib.suppress(UserError):
+        # what ended the command is the error to tell
+        write_whole(path, earlier + json.dumps(entry) + "\n")
 
 
 def _version(package: str) -> str | None:

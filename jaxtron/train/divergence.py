@@ -25,17 +25,25 @@ ADVICE = "lower --optimizer.learning_rate or raise --optimizer.warmup_steps"
 MOST_OVERFLOWS = 20
 
 
-def diverged(checkpoints: Checkpoints, after: int, what: str, advice: str = ADVICE) -> UserError:
+class Diverged(UserError):
+    """The error of a training that diverged after a step: the next one, or the state that it left."""
+
+    def __init__(self, message: str, after: int) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+def diverged(checkpoints: Checkpoints, after: int, what: str, advice: str = ADVICE) -> Diverged:
     """The error for a state that step `after` left: what is wrong with it, and which checkpoint to go back to."""
     checkpoints.wait()
     *_, newest = (None, *(step for step in checkpoints.steps() if step < after))
     if after not in checkpoints.steps():
         since = "no checkpoint was saved" if newest is None else f"the checkpoint of step {newest} is kept"
-        return UserError(f"{what}; {advice} ({since})")
+        return Diverged(f"{what}; {advice} ({since})", after)
     way = "there is no earlier one, choose another --run.directory"
     if newest is not None:
         way = f"delete {step_path(checkpoints.directory, after)} to go back to that of step {newest}"
-    return UserError(f"{what}: the checkpoint of step {after} has diverged; {way}, and {advice}")
+    return Diverged(f"{what}: the checkpoint of step {after} has diverged; {way}, and {advice}", after)
 
 
 def _figures(step: int, loss: float, norm: float) -> str:

@@ -1,14 +1,18 @@
 """A run from its configuration to its summary, once JAX may be imported."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import jax
 
 from jaxtron.run.attention import attention_lines
 from jaxtron.run.configuration import Configuration
+from jaxtron.run.history import write_end
 from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
 from jaxtron.runtime.start import start_runtime
 from jaxtron.runtime.together import leaving_together
+from jaxtron.train.divergence import Diverged
 from jaxtron.train.loop import train
 from jaxtron.train.setup import Run, open_run
 from jaxtron.train.summary import Sampler, finish
@@ -25,15 +29,28 @@ def run(config: Configuration, name: str, sampler: Sampler) -> int:
     with leaving_together(), room(), open_run(config, name) as run, leaving_together(), room():
         if jax.process_index() == 0:
             announce(run)
-        outcome = train(run)
+        with _divergence_on_record(run):
+            outcome = train(run)
         if outcome.stopped:
             if jax.process_index() == 0:
                 last = outcome.step == config.train.steps
                 then = "the last, which is saved" if last else "the same command continues from its checkpoint"
                 print(f"stopped after step {outcome.step}{',' if last else ';'} {then}")
             return 130
-        finish(run, outcome, sampler)
+        with _divergence_on_record(run):
+            finish(run, outcome, sampler)
     return 0
+
+
+@contextmanager
+def _divergence_on_record(run: Run) -> Iterator[None]:
+    """A training that diverges says so in the run's history, for who looks at its directory later."""
+    try:
+        yield
+    except Diverged as error:
+        if jax.process_index() == 0:
+            write_end(run.directory, "diverged", error.after, str(error))
+        raise
 
 
 def room_advice(config: Configuration) -> str:

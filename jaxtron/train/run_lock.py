@@ -14,8 +14,8 @@ import jax
 
 from jaxtron.checkpoint.processes import gather_texts
 from jaxtron.config import UserError
+from jaxtron.run.configuration import LOCK_FILE
 
-LOCK_FILE = "lock"
 # what file systems without locks answer
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 

@@ -15,6 +15,7 @@ from jaxtron.train.plots import plot_load, plot_losses
 from jaxtron.train.setup import Run
 from jaxtron.train.validation import validate
 from jaxtron.typing import PyTree
+from jaxtron.words import printable
 
 FILES = {
     "configuration": "config.yaml",
@@ -76,11 +77,6 @@ def finish(run: Run, outcome: TrainOutcome, sampler: Sampler) -> None:
     console.print("\nRun", style="bold")
     for what, value in rows:
         console.print(f"{what:<17}{value}")
-
-
-def printable(text: str) -> str:
-    """The text with what could steer a terminal, such as escape, shown as a replacement character."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
 
 
 def sample_text(run: Run, outcome: TrainOutcome, sampler: Sampler) -> str:

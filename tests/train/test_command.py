@@ -9,7 +9,7 @@ import pytest
 
 from jaxtron.config import load, settings
 from jaxtron.run.configuration import Configuration
-from jaxtron.train.summary import printable
+from jaxtron.words import printable
 from tests.support.command_runs import FinishedRun, contents, history, records, run_here
 
 

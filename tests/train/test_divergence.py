@@ -45,6 +45,9 @@ def test_the_last_update_counts_too(tmp_path: Path):
     assert_one_line(ended, f"{ADVICE} (no checkpoint was saved)")
     assert re.match("error: the validation loss is (nan|inf) after step 2; ", ended.err)
     assert not list(tmp_path.glob("run/checkpoints/*"))
+    began, last = map(json.loads, (tmp_path / "run" / "history.jsonl").read_text().splitlines())
+    assert began["step"] == 0 and (last["step"], last["ended"]) == (2, "diverged")
+    assert last["reason"] == ended.err.removeprefix("error: ").rstrip()
 
 
 @pytest.fixture(scope="module")
@@ -209,3 +212,6 @@ def test_a_run_whose_every_step_is_skipped(tmp_path: Path):
     assert [line["skipped_steps"] for line in lines] == list(range(1, 22))
     assert "loss 5." in ended.out and "skipped 1 " in ended.out
     assert not list(tmp_path.glob("run/checkpoints/*"))
+    began, last = map(json.loads, (tmp_path / "run" / "history.jsonl").read_text().splitlines())
+    assert began["step"] == 0 and (last["step"], last["ended"]) == (2, "diverged")
+    assert last["reason"] == ended.err.removeprefix("error: ").rstrip()
