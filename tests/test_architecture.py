@@ -32,6 +32,7 @@ FLOORS = [
     {"run", "curate"},
     {"train", "plan", "generate"},
     {"convert", "evaluate", "runs", "serve"},
+    {"api"},
     {"__main__"},
 ]
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}

@@ -7,7 +7,7 @@ lists as tuples.
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -36,10 +36,12 @@ def gather(
     path: Path | None,
     overrides: Sequence[str] = (),
     under: SettingsSource | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> SettingsSource:
     """File and flags as plain values with their origins, before validation; raises `UserError` if they do not read.
 
-    `under` are settings from elsewhere, which both lie over; they stay as they are.
+    `under` are settings from elsewhere, which both lie over; they stay as they are. `values`, plain ones by dotted name
+    or of whole sections, lie over all.
     """
     if path is not None:
         source = read_file(path, under=under)
@@ -56,6 +58,8 @@ def gather(
             value = _as_list(source.get(name)) + _as_list(value)
         seen.add(name)
         source.set(name, value, f"--{name}")
+    for name, value in (values or {}).items():
+        source.set(name, value, f"{name}=")
     for name, setting in known.items():
         value = source.get(name)
         adapted = _adapt(value, setting)
@@ -111,15 +115,16 @@ def load(
     overrides: Sequence[str] | None = (),
     *,
     under: SettingsSource | None = None,
+    values: Mapping[str, Any] | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> ConfigType:
     """The configuration of a YAML file (none: the defaults) with dotted flags on top, and below it other settings.
 
     Raises `UserError`, one line, for whatever is wrong with either, naming the setting, its value and its origin.
     `overrides` None: a file that no flags go with. A setting that a higher layer makes useless is left out, and `tell`
-    gets a line for each.
+    gets a line for each. `under` and `values` are as in `gather`.
     """
-    source = gather(config_type, path, overrides or (), under)
+    source = gather(config_type, path, overrides or (), under, values)
     while True:
         try:
             # as JSON: strict about numbers and text, while lists become tuples and text becomes paths and enums

@@ -77,7 +77,8 @@ class GenerationEngine:
             self.rows = math.ceil(rows / parts) * parts
             self._local = self.rows // parts
             own, specs = PartitionSpec(rules.manual), manual_specs(session.blueprint.parameters)
-            model = jax.jit(region(partial(_module, session), (specs,), own))(params)
+            self._make: Any = jax.jit(region(partial(_module, session), (specs,), own))
+            model = self._make(params)
             start = region(lambda model: model.start(self._local, room), (own,), own)
             self._memory: DecoderMemory = jax.jit(start)(model)
             # a list is passed on sooner than the arrays of a module are found, which each token would wait for
@@ -90,6 +91,11 @@ class GenerationEngine:
             self._logits, self._sampling = jax.device_put(begun, NamedSharding(rules.mesh, PartitionSpec()))
         self._there: dict[int, _Sequence] = {}
         self._begun: list[int] = []
+
+    def renew(self, params: PyTree) -> None:
+        """Takes other values of the parameters, with nothing compiled anew; sequences go on with them."""
+        with self._session.use():
+            self._model = jax.tree.leaves(self._make(params))
 
     @property
     def free(self) -> list[int]:

@@ -38,15 +38,15 @@ def show_plan(config: Configuration, request: PlanRequest) -> None:
     if request.gpu is None:
         known = ", ".join(GPUS)
         raise UserError(f"say for which GPU: --gpu {known} or a target's file; or --layout, --schedule")
-    _check_formula(config)
+    check_formula(config)
     earlier = None if request.compare is None else read_plan(request.compare)
     machine = _machine(request)
-    num_gpus, fitted = request.num_gpus(_known(config)), None
+    num_gpus, fitted = request.num_gpus(known_gpus(config)), None
     if request.calibrate is not None:
         fitted = request.calibrate.with_name("machine.yaml")
         check_output("machine.yaml beside --calibrate", fitted)
     start_compiler(config.runtime)
-    config = _fill(config, num_gpus)
+    config = filled(config, num_gpus)
     node_size = min(request.node_size, num_gpus)
     if request.calibrate is not None:
         # before the compiler is kept waiting for
@@ -81,7 +81,7 @@ def show_layout(config: Configuration, request: PlanRequest) -> None:
 
 def show_schedule(config: Configuration, request: PlanRequest) -> None:
     """The schedule drawn, without devices: simulated ones tell the bytes of a layer."""
-    sizes = config.mesh.shape(config.devices or _known(config))
+    sizes = config.mesh.shape(config.devices or known_gpus(config))
     config.check_mesh(sizes)
     table, stages = config.schedule(sizes["pipe"]), config.stage_plan(sizes["pipe"])
     # where sequences are split, two parts of one stand for all
@@ -119,8 +119,8 @@ def show_search(config: Configuration, request: PlanRequest) -> None:
     """Layouts for the GPUs, ranked by formula and the best of them compiled."""
     if request.gpu is None:
         raise UserError(f"say for which GPU: --gpu {', '.join(GPUS)}")
-    _check_formula(config)
-    machine, num_gpus = _machine(request), request.num_gpus(_known(config))
+    check_formula(config)
+    machine, num_gpus = _machine(request), request.num_gpus(known_gpus(config))
     start_compiler(config.runtime)
     # a layer split by tensor is traced on as many devices, and on twice as many where sequences are split too
     widest = max(request.node_size, config.mesh.tensor)
@@ -147,7 +147,7 @@ SHOW: dict[str, Callable[[Configuration, PlanRequest], None]] = {
 }
 
 
-def _check_formula(config: Configuration) -> None:
+def check_formula(config: Configuration) -> None:
     """`UserError` for models whose time no formula knows."""
     if config.family.work is None:
         raise UserError(
@@ -156,21 +156,21 @@ def _check_formula(config: Configuration) -> None:
         )
 
 
-def _known(config: Configuration) -> int:
+def known_gpus(config: Configuration) -> int:
     """Devices that the mesh asks for, axes left open counting as one."""
     return math.prod(size for size in (getattr(config.mesh, axis) for axis in FLAGS) if size != -1)
 
 
-def _fill(config: Configuration, num_gpus: int) -> Configuration:
+def filled(config: Configuration, num_gpus: int, tell: Callable[[str], None] = print) -> Configuration:
     """The configuration with as many replicas of its mesh as the GPUs hold; the batch grows with them."""
-    known = _known(config)
+    known = known_gpus(config)
     is_open = -1 in (getattr(config.mesh, axis) for axis in FLAGS)
     if is_open or num_gpus <= known or num_gpus % known:
         return config
     mesh = config.mesh.model_copy(update={"data": config.mesh.data * num_gpus // known})
     train = config.train.model_copy(update={"global_batch": config.train.global_batch * num_gpus // known})
-    print(f"{num_gpus:,} GPUs hold {num_gpus // known:,} of this mesh: --mesh.data {mesh.data}", end=" ")
-    print(f"--train.global_batch {train.global_batch}")
+    flags = f"--mesh.data {mesh.data} --train.global_batch {train.global_batch}"
+    tell(f"{num_gpus:,} GPUs hold {num_gpus // known:,} of this mesh: {flags}")
     return config.model_copy(update={"mesh": mesh, "train": train})
 
 

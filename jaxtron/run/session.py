@@ -26,7 +26,7 @@ from jaxtron.run.trainable import freeze
 from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.sharding.halves import split_of_size
 from jaxtron.sharding.mesh import build_mesh
-from jaxtron.sharding.rules import Rules, current, make_rules, use
+from jaxtron.sharding.rules import Rules, Tables, current, make_rules, use
 from jaxtron.typing import Array, Device, PyTree
 
 
@@ -122,10 +122,13 @@ class RunSession:
         return jax.jit(partial(self.trainer.evaluate, num_microbatches=None if self.trains else 1))
 
 
-def make_session(config: Configuration, devices: Sequence[Device], *, trains: bool = True) -> RunSession:
+def make_session(
+    config: Configuration, devices: Sequence[Device], *, trains: bool = True, tables: Tables | None = None
+) -> RunSession:
     """The session of a configuration on these devices; a `UserError` where it does not fit them.
 
     One that does not train only evaluates: batches are of any size that the batch axes divide, each a microbatch.
+    `tables` are the two of sharding (none: the house's).
     """
     config = config.resolved()
     sizes = config.mesh.shape(len(devices))
@@ -134,7 +137,7 @@ def make_session(config: Configuration, devices: Sequence[Device], *, trains: bo
     else:
         config.check_model(sizes)
     attention = select_attention(config, sizes["context"], devices[0].device_kind)
-    rules = make_rules(build_mesh(config.mesh, devices), config.sharding, config.context)
+    rules = make_rules(build_mesh(config.mesh, devices), config.sharding, config.context, tables)
     choices = _choices(config, rules) if trains else ()
     return RunSession(config, rules, attention, choices, trains)
 

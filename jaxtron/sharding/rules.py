@@ -7,7 +7,8 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
@@ -247,8 +248,18 @@ class Rules:
                 )
 
 
-def make_rules(folding: Folding, config: ShardingConfig, context: ContextConfig | None = None) -> Rules:
-    """The tables for a mesh, edited for the ZeRO level (Rajbhandari et al., 1910.02054).
+@dataclass(frozen=True)
+class Tables:
+    """The two tables before a mesh: what a caller edits, by default the house's."""
+
+    parameters: Table = field(default_factory=lambda: MappingProxyType(dict(PARAMETERS)))
+    activations: Table = field(default_factory=lambda: MappingProxyType(dict(ACTIVATIONS)))
+
+
+def make_rules(
+    folding: Folding, config: ShardingConfig, context: ContextConfig | None = None, tables: Tables | None = None
+) -> Rules:
+    """The tables (none: the house's) on a mesh, with what the ZeRO level shares (Rajbhandari et al., 1910.02054).
 
     Of what is in no stack the stages of a pipeline share the state on every level: all have the same of it.
     """
@@ -259,10 +270,11 @@ def make_rules(folding: Folding, config: ShardingConfig, context: ContextConfig 
     if folding.size(folding.axes("fsdp")) == 1:
         early += experts if config.zero == "optimizer" else ()
     outer = ("pipe",) if folding.size(folding.axes("pipe")) > 1 else ()
+    tables = tables or Tables()
     return Rules(
         folding=folding,
-        parameters=PARAMETERS,
-        activations=ACTIVATIONS,
+        parameters=tables.parameters,
+        activations=tables.activations,
         shared={"embed": ("fsdp", *shared), "expert_embed": experts},
         outer=outer,
         gather_once=frozenset((*early, *outer)),
@@ -286,11 +298,14 @@ def use(rules: Rules) -> Iterator[Rules]:
 
 
 def current() -> Rules:
-    """The rules of the enclosing `use`; a `RuntimeError` outside of one."""
+    """The rules of the enclosing `use`; a `UserError` outside of one."""
     try:
         return _RULES.get()
     except LookupError:
-        raise RuntimeError("no mesh here: build and run models inside `with jaxtron.sharding.use(rules):`") from None
+        raise UserError(
+            "no mesh here: a model is built and called inside `with session.use():` of a jaxtron.Session, whose own "
+            "methods need no `with`"
+        ) from None
 
 
 def spec(*logical: str | None) -> PartitionSpec:

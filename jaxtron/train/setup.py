@@ -93,7 +93,7 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
         print("reading the data", flush=True)
     data = open_data(config.data, seed=config.seed, train_samples=config.train_samples())
     check_vocabulary(config, data)
-    data = _for_family(config, data)
+    data = for_family(config, data)
     with session.use(), contextlib.ExitStack() as stack:
         abstract = session.abstract_state()
         check_state_fits(config.family.sizes(config.model), abstract, what="training state")
@@ -169,7 +169,7 @@ def go_back(run: Run, position: int) -> Run:
         return replace(run, state=state, step=restored.step, position=position, tally=tally)
 
 
-def _for_family(config: Configuration, data: Data) -> Data:
+def for_family(config: Configuration, data: Data) -> Data:
     """The data with samples as the model's family reads them."""
     read = program_of(config.model).source
     parts = {name: read(config.model, getattr(data, name), data.tokenizer) for name in ("train", "validation", "test")}

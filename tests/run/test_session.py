@@ -36,7 +36,7 @@ def test_methods_enter_the_rules_of_their_own_session() -> None:
         assert int(state.step) == 1
         losses.append(float(metrics["loss"]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    with pytest.raises(RuntimeError, match="no mesh here"):
+    with pytest.raises(UserError, match="no mesh here"):
         current()
 
 

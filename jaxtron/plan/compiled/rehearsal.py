@@ -18,6 +18,7 @@ from jaxtron.run.batches import abstract_batch
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import RunSession, make_session
 from jaxtron.runtime.xla_flags import gpu_options, refused_option
+from jaxtron.sharding.rules import Tables
 
 # Without a GPU there is nothing to tune on, and trying costs half of the compilation. Everything else is as in a run.
 COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
@@ -48,12 +49,17 @@ class Rehearsal:
     seconds: float
 
 
-def rehearse(config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: int = 8) -> Rehearsal:
-    """Traces and compiles the configuration's step for `num_gpus` GPUs of that name, on a machine without any."""
+def rehearse(
+    config: Configuration, *, gpu: str, num_gpus: int, gpus_per_node: int = 8, tables: Tables | None = None
+) -> Rehearsal:
+    """Traces and compiles the configuration's step for `num_gpus` GPUs of that name, on a machine without any.
+
+    `tables` are the two of sharding (none: the house's).
+    """
     began = time.perf_counter()
     # what does not fit is refused before the compiler's devices are made
     config.resolved().check_mesh(config.mesh.shape(num_gpus, more=MORE))
-    session = make_session(config, gpu_devices(gpu, num_gpus, gpus_per_node))
+    session = make_session(config, gpu_devices(gpu, num_gpus, gpus_per_node), tables=tables)
     with session.use():
         trainer, batch = session.trainer, abstract_batch(session.config)
         lowered = session.lower_step(trainer.abstract_state(), batch)
