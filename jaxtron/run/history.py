@@ -65,7 +65,7 @@ CHANGES: dict[str, dict[str, str]] = {
         FREE: "every keep asynchronous",
         HERE: "resume initialize_from initialize_adapters allow_missing allow_unused",
     },
-    "run": {FREE: "log_every print_seconds trackers wandb_project profile_steps", HERE: "directory"},
+    "run": {FREE: "log_every print_seconds trackers wandb_project profile_steps", HERE: "directory max_minutes"},
     "runtime": {
         FREE: "connect_seconds heartbeat_seconds xla_preset xla_flags compilation_cache",
         HERE: "launcher coordinator_address num_processes process_id",

@@ -8,6 +8,9 @@ from jaxtron.config import Config, FileName, NoEffect, UserError
 
 TrackerName = Literal["tensorboard", "wandb"]
 
+# a thousand years or so
+MOST_MINUTES = 5e8
+
 
 class RunConfig(Config):
     """Where a run lies, and what it records and prints."""
@@ -22,6 +25,9 @@ class RunConfig(Config):
     """also log to these: tensorboard, wandb"""
     wandb_project: str = "jaxtron"
     """project at Weights & Biases"""
+    max_minutes: float | None = Field(default=None, gt=0, le=MOST_MINUTES)
+    """the run saves and stops after the first step that ends later than so many minutes after the command began, with
+    exit code 130, and the same command continues (none: it goes on to train.steps)"""
     profile_steps: tuple[int, int] | None = None
     """first and last step of a jax.profiler trace in <run>/profile; none: no trace"""
 

@@ -1,5 +1,7 @@
 """The training loop: batch, step, hooks."""
 
+import math
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +19,14 @@ from jaxtron.runtime.together import common_stop
 from jaxtron.train.divergence import Rewind, Watch, check_state, diverged
 from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
 from jaxtron.train.progress import TrainProgress
+from jaxtron.train.run_lock import STOP_FILE
 from jaxtron.train.setup import Run, go_back
 from jaxtron.train.throughput import Throughput
 from jaxtron.train.trackers import make_trackers
 from jaxtron.train.validation import check_loss, validate
+
+# between two looks for a file
+LOOK_SECONDS = 1.0
 
 
 @dataclass
@@ -28,17 +34,20 @@ class TrainOutcome:
     """Where a loop ended: the last state, the step it is of, and whether a signal asked for the stop.
 
     `validation_loss` is that of the last state, None where the loop did not measure it or there are no such data.
+    `reason` is why it stopped where no signal asked for it.
     """
 
     state: TrainState
     step: int
     stopped: bool = False
+    reason: str = ""
     validation_loss: float | None = None
 
 
-def train(run: Run) -> TrainOutcome:
+def train(run: Run, begun: float | None = None) -> TrainOutcome:
     """Steps from the run's own to the last; a SIGTERM or Ctrl-C ends it after the current step, with a checkpoint.
 
+    So do `run.max_minutes` after the moment `begun` (of `time.monotonic`; none: now), and a file in the directory.
     With `train.health.on_bad` rewind the run goes back to its newest checkpoint after a bad step, and leaves out the
     data from there to that step's.
     """
@@ -47,7 +56,7 @@ def train(run: Run) -> TrainOutcome:
     if run.step >= total:
         return outcome
     with ExitStack() as stack:
-        stop = _Stop(stack)
+        stop = _Stop(stack, run, time.monotonic() if begun is None else begun)
         events = Events(run.directory) if jax.process_index() == 0 else None
         if events is not None:
             stack.callback(events.close)
@@ -74,7 +83,9 @@ def train(run: Run) -> TrainOutcome:
         run.checkpoints.wait()
         outcome.stopped = outcome.stopped or stop.was_asked()
         if events is not None:
-            events.write("stopped" if outcome.stopped else "complete", outcome.step)
+            about = {"why": stop.reason or "a signal"} if outcome.stopped else {}
+            events.write("stopped" if outcome.stopped else "complete", outcome.step, **about)
+        outcome.reason = stop.reason
     return outcome
 
 
@@ -192,15 +203,21 @@ def _metrics_log(run: Run, throughput: Throughput, stack: ExitStack) -> MetricsL
 
 
 class _Stop:
-    """Makes a SIGTERM or the first Ctrl-C a request that the loop honours after its step.
+    """Ends the loop after a step, with a checkpoint: a signal asks for it, the time is over, or a file is there.
 
     With several processes it becomes one of all of them.
     """
 
-    def __init__(self, stack: ExitStack) -> None:
+    def __init__(self, stack: ExitStack, run: Run, begun: float) -> None:
         self._common = common_stop()
         self._stack = stack
         self._request: StopRequest | None = None
+        minutes = run.config.run.max_minutes
+        self._deadline = math.inf if minutes is None else begun + 60 * minutes
+        # the first process's to see
+        self._file = run.directory / STOP_FILE if jax.process_index() == 0 else None
+        self._next_look = 0.0
+        self.reason = ""
 
     def begin(self) -> None:
         """From here on there is something to finish: before the first step of a run nothing is lost by stopping."""
@@ -211,11 +228,26 @@ class _Stop:
 
     def is_due(self, step: int) -> bool:
         """Whether the run ends after this step; the same on every process, all of which ask after each step."""
-        return self._is_made if self._common is None else self._common.reached(step)
+        if not self.reason:
+            self.reason = self._found()
+            if self.reason and self._common is not None:
+                self._common.ask()
+        return bool(self.reason) or self._is_made if self._common is None else self._common.reached(step)
 
     def was_asked(self) -> bool:
-        """Whether any process was asked while the loop ended; all of them call this once."""
+        """Whether a signal asked any process while the loop ended; all of them call this once."""
         return self._is_made if self._common is None else "asked" in gather_texts("asked" if self._is_made else "")
+
+    def _found(self) -> str:
+        now = time.monotonic()
+        if now >= self._deadline:
+            return "run.max_minutes are over"
+        if self._file is not None and now >= self._next_look:
+            # a file system far away takes its time
+            self._next_look = now + LOOK_SECONDS
+            if self._file.exists():
+                return f"{self._file} is there"
+        return ""
 
     @property
     def _is_made(self) -> bool:

@@ -1,5 +1,6 @@
 """A run from its configuration to its summary, once JAX may be imported."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,10 +20,11 @@ from jaxtron.train.summary import Sampler, finish
 
 
 def run(config: Configuration, name: str, sampler: Sampler) -> int:
-    """Trains to the last step; 130 if a signal ended the run early, with a checkpoint.
+    """Trains to the last step; 130 if a signal, the time or a file ended the run early, with a checkpoint.
 
     `name` names its directory; the sampler draws the text that a run ends with.
     """
+    begun = time.monotonic()
     start_runtime(config.runtime, devices=config.devices, split=config.mesh.split)
     room = partial(out_of_memory_as_user_error, room_advice(config))
     # an error is told before the run is closed, which may need the others
@@ -30,12 +32,13 @@ def run(config: Configuration, name: str, sampler: Sampler) -> int:
         if jax.process_index() == 0:
             announce(run)
         with _divergence_on_record(run):
-            outcome = train(run)
+            outcome = train(run, begun)
         if outcome.stopped:
             if jax.process_index() == 0:
                 last = outcome.step == config.train.steps
                 then = "the last, which is saved" if last else "the same command continues from its checkpoint"
-                print(f"stopped after step {outcome.step}{',' if last else ';'} {then}")
+                why = f", for {outcome.reason}" if outcome.reason else ""
+                print(f"stopped after step {outcome.step}{why}{',' if last else ';'} {then}")
             return 130
         with _divergence_on_record(run):
             finish(run, outcome, sampler)

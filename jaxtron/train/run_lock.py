@@ -16,6 +16,8 @@ from jaxtron.checkpoint.processes import gather_texts
 from jaxtron.config import UserError
 from jaxtron.run.configuration import LOCK_FILE
 
+# whoever makes it asks the run to save and stop
+STOP_FILE = "stop"
 # what file systems without locks answer
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -32,6 +34,7 @@ def run_lock(directory: Path) -> Iterator[None]:
     lock, refusal = None, ""
     if jax.process_index() == 0:
         try:
+            check_stop_file(directory)
             lock = _acquire(directory)
         except UserError as error:
             refusal = str(error)
@@ -45,6 +48,12 @@ def run_lock(directory: Path) -> Iterator[None]:
             # removed while it is held: whoever waits for this file finds that it is no longer the directory's
             (directory / LOCK_FILE).unlink(missing_ok=True)
             os.close(lock)
+
+
+def check_stop_file(directory: Path) -> None:
+    """`UserError` where a file asks for the run's stop: it would end after its first step."""
+    if (directory / STOP_FILE).exists():
+        raise UserError(f"{directory / STOP_FILE} asks the run to stop: remove it to go on")
 
 
 def _acquire(directory: Path) -> int:

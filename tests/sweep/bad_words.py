@@ -375,6 +375,8 @@ LINES: tuple[tuple[str, str], ...] = (
     ("train tiny.yaml --mesh.pipe 2", "mesh.pipe"),
     ("train tiny.yaml --run.profile_steps 5 3", "run.profile_steps"),
     ("train tiny.yaml --run.profile_steps 2 9", "run.profile_steps"),
+    ("train tiny.yaml --run.max_minutes 0", "run.max_minutes"),
+    ("train tiny.yaml --run.max_minutes 1h", "run.max_minutes"),
     ("train tiny.yaml --run.trackers wandb wandb", "run.trackers"),
     ("train tiny.yaml --runtime.process_id 0", "runtime.process_id"),
     ("train tiny.yaml --runtime.xla_preset latency", "runtime.xla_preset"),
