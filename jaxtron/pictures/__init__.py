@@ -6,9 +6,9 @@ file; none opens a window or touches pyplot.
 
 from jaxtron.pictures.memory import memory
 from jaxtron.pictures.mesh import mesh
-from jaxtron.pictures.picture import Picture
+from jaxtron.pictures.picture import COLORS, Picture
 from jaxtron.pictures.sharding import sharding
 from jaxtron.pictures.timeline import timeline
 from jaxtron.pictures.traffic import Flow, traffic
 
-__all__ = ["Flow", "Picture", "memory", "mesh", "sharding", "timeline", "traffic"]
+__all__ = ["COLORS", "Flow", "Picture", "memory", "mesh", "sharding", "timeline", "traffic"]

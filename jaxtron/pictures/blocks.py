@@ -19,8 +19,8 @@ Block = tuple[int, ...]
 class ArrayBlocks:
     """An array of `shape`, cut along its dimensions into `parts`, each of the shape `part`; the last may be padding.
 
-    `axes` are the mesh axes that cut each dimension, outermost first. `devices` has, by a block's place along every
-    dimension, the numbers of the devices that hold it, which are its replicas.
+    `axes` are the mesh axes of several parts that cut each dimension, outermost first. `devices` has, by a block's
+    place along every dimension, the numbers of the devices that hold it, which are its replicas.
     """
 
     shape: tuple[int, ...]
@@ -108,7 +108,8 @@ def _spec_axes(spec: Iterable[Any], num_dims: int, sizes: Mapping[str, int]) -> 
             if axis in itertools.chain(*found) or own.count(axis) > 1:
                 raise UserError(f"spec names the mesh axis {axis!r} twice, and an axis cuts one dimension once")
         found.append(own)
-    return tuple(found)
+    # an axis of one part cuts nothing
+    return tuple(tuple(axis for axis in own if sizes[axis] > 1) for own in found)
 
 
 def _place(places: Mapping[str, np.ndarray], sizes: Mapping[str, int], axes: tuple[str, ...], count: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from matplotlib import pyplot
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex
 
@@ -97,6 +98,49 @@ def test_padding_is_marked():
 def test_a_mesh_without_devices_will_do():
     mesh = AbstractMesh((2, 2, 2), tuple(SMALL))
     assert array_blocks((8, 8), ("data",), mesh) == array_blocks((8, 8), ("data",), SMALL)
+
+
+def test_a_mesh_of_some_devices_has_their_numbers():
+    """Not the first ones, and not in order (jax-ml/jax#16193, where the last core alone is not drawn)."""
+    devices = np.array(jax.devices())[[7, 5]]
+    mesh = Mesh(devices, ("data",))
+    picture = pictures.sharding((4, 4), PartitionSpec("data"), mesh)
+    texts = [text.get_text() for part in picture.subfigs for axes in part.axes for text in axes.texts]
+    assert texts == ["7", "5", "7", "5"]
+
+
+def test_the_type_of_a_traced_array_will_do():
+    """Shapes and specs are all that is looked at, so a tracer is drawn as an array is (jax-ml/jax#23936), of any size
+    (google-deepmind/treescope#70)."""
+    drawn_as = []
+
+    @jax.jit
+    def look(x):
+        kind = jax.typeof(x)
+        drawn_as.append(array_blocks(x.shape, kind.sharding.spec, kind.sharding.mesh))
+        return x
+
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    x = jax.ShapeDtypeStruct((2**20, 2**14), "float32", sharding=NamedSharding(mesh, PartitionSpec("b", "a")))
+    look.lower(x)
+    assert drawn_as == [array_blocks(x.shape, ("b", "a"), {"a": 2, "b": 4})]
+
+
+def test_several_axes_on_one_dimension_cut_it_together():
+    """Five rows over eight devices are one each, however many axes these are (pytorch/pytorch#160835)."""
+    flat = array_blocks((5, 1), ("a",), {"a": 8})
+    folded = array_blocks((5, 1), (("a", "b"),), {"a": 2, "b": 4})
+    assert flat.devices == folded.devices and flat.part == folded.part == (1, 1)
+
+
+def test_axes_of_one_part_are_not_named():
+    assert array_blocks((8,), (("pipe", "data", "fsdp"),), {"pipe": 1, "data": 2, "fsdp": 1}).axes == (("data",),)
+
+
+def test_pyplot_keeps_no_picture():
+    """One that it keeps is shown twice and never goes away."""
+    pictures.sharding((4, 4), ("data",), SMALL).png()
+    assert pyplot.get_fignums() == []
 
 
 def test_a_picture_shows_and_saves_itself(tmp_path):
