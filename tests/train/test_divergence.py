@@ -213,5 +213,5 @@ def test_a_run_whose_every_step_is_skipped(tmp_path: Path):
     assert "loss 5." in ended.out and "skipped 1 " in ended.out
     assert not list(tmp_path.glob("run/checkpoints/*"))
     began, last = map(json.loads, (tmp_path / "run" / "history.jsonl").read_text().splitlines())
-    assert began["step"] == 0 and (last["step"], last["ended"]) == (2, "diverged")
+    assert began["step"] == 0 and (last["step"], last["ended"]) == (22, "diverged")
     assert last["reason"] == ended.err.removeprefix("error: ").rstrip()
