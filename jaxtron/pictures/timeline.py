@@ -70,9 +70,7 @@ def timeline(
     axes.set_title(
         f"{name}: {total}{plural(schedule.num_microbatches, 'microbatch')}, {bubble}", fontsize=10, color=INK
     )
-    axes.set_xlabel(
-        "seconds, predicted" if seconds else "time, in forwards of one microbatch through a stage", color=MUTED
-    )
+    axes.set_xlabel("seconds" if seconds else "time, in forwards of one microbatch through a stage", color=MUTED)
     every = max(1, math.ceil(schedule.num_stages / 32))
     axes.set(ylabel="stage", xlim=(begin, stop), ylim=(schedule.num_stages - 0.5, -0.5))
     axes.set_yticks(range(0, schedule.num_stages, every))

@@ -51,7 +51,8 @@ def schedule_text(
 
 def draw_schedule(schedule: Schedule, path: Path, *, seconds: Mapping[Slot, Sequence[float]] | None = None) -> None:
     """Draws the timeline into `path`, a PNG, replacing it whole; `seconds` are as `pictures.timeline` takes them."""
-    write_whole(path, timeline(schedule, seconds).png())
+    title = f"{schedule.name}, predicted" if seconds else ""
+    write_whole(path, timeline(schedule, seconds, title=title).png())
 
 
 def _table(schedule: Schedule, width: int, color: bool) -> list[str]:
