@@ -17,6 +17,7 @@ VERBS = {
     "serve": "a trained model at an address, by OpenAI's protocol",
     "convert": "a trained dense model becomes a mixture of experts",
     "runs": "the runs of a directory, what one did, and how several differ",
+    "doctor": "check this machine, and several together, before a run",
     "plan": "compile and weigh a run, or show its layout, without the machines it is for",
 }
 
