@@ -15,7 +15,7 @@ CUDA ?= cuda13
 # and a machine without a registry: a folder that `make wheels` made elsewhere; WHEELS= asks the registry all the same
 WHEELS ?= $(patsubst %/python,%,$(wildcard wheels/python))
 
-.PHONY: help train test test-all test-quarter test-oldest check gpu wheels clean
+.PHONY: help train test test-all test-quarter test-oldest check gpu wheels docs clean
 
 help: ## this list
 	@awk -F ': .*## ' '/^[a-z-]+: .*## /{printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -61,6 +61,9 @@ wheels: ## for `make gpu` on a machine without a registry: what that one lacks (
 	@tools/setup .venv
 	@.venv/bin/python tools/wheels $(ARGS)
 
+docs: ## build the documentation site in build/site; a warning is an error
+	@tools/docs
+
 clean: ## remove the environments and caches (runs/ stays)
-	@rm -rf .venv .venv-oldest .venv-offline build ./*.egg-info .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-oldest .venv-offline .venv-docs build ./*.egg-info .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

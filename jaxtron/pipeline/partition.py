@@ -76,7 +76,7 @@ class Partition:
 
     @cached_property
     def chunk_lengths(self) -> tuple[tuple[int, ...], ...]:
-        """Layers by [stage][chunk]."""
+        """Layers by `[stage][chunk]`."""
         lengths = [[0] * self.num_chunks for _ in range(self.num_stages)]
         for virtual, length in enumerate(self.lengths):
             stage, chunk = self._place(virtual)
