@@ -45,6 +45,8 @@ WHOLE = re.compile("[0-9]{1,4000}")
 LARGEST = 2**63 - 1
 # of an error line
 LONGEST_WORD = 160
+# how a page begins that a command wrote, by which a later one knows that it may replace the file
+PAGE = "<!doctype html>\n<!-- a page of jaxtron -->"
 
 
 HELP = ("-h", "--help")
@@ -218,7 +220,7 @@ def check_output(flag: str, path: Path) -> None:
 
 
 def _is_earlier_result(path: Path) -> bool:
-    """Whether a file looks like what a command writes under such a name: a figure, a program, a table, an object."""
+    """Whether a file looks like what a command writes under such a name: figure, page, program, table or object."""
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -226,7 +228,7 @@ def _is_earlier_result(path: Path) -> bool:
                 return isinstance(json.loads(head + file.read()), dict)
     except (OSError, ValueError, RecursionError):
         return False
-    return head.startswith((b"\x89PNG", b"\x93NUMPY", b"HloModule", b"gpu:")) or path.suffix == ".csv"
+    return head.startswith((b"\x89PNG", b"\x93NUMPY", b"HloModule", b"gpu:", PAGE.encode())) or path.suffix == ".csv"
 
 
 def _wrapped(text: str) -> str:

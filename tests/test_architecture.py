@@ -44,7 +44,7 @@ INNER_FLOORS = {
         {"compiled", "formula"},
         {"plan"},
         {"search"},
-        {"report", "compare", "schedule", "request", "traffic"},
+        {"html", "report", "compare", "schedule", "request", "traffic"},
         {"show"},
         {"__main__"},
     ],

@@ -1,5 +1,8 @@
 """The planner's own flags, beside those of the configuration."""
 
+import os
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +45,7 @@ GPUS_MOST = 2**20
 KIND_OF = {
     "png": ("plan", "schedule"),
     "csv": ("schedule",),
+    "html": ("plan", "search"),
     "json": ("plan", "search"),
     "hlo": ("plan",),
     "compare": ("plan",),
@@ -54,20 +58,28 @@ KIND_OF = {
     "gpus_per_node": ("plan", "search"),
     "top": ("search",),
 }
+# flags of files that are written
+OUTPUTS = ("png", "csv", "html", "json", "hlo")
+PAGE_ENDINGS = (".html", ".htm")
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What to show (plan, layout, schedule or search), for which GPUs, the files, and the configuration's words."""
+    """What to show (plan, layout, schedule or search), for which GPUs, the files, and the configuration's words.
+
+    `command` is what was typed, as a shell takes it.
+    """
 
     kind: str
     words: list[str]
+    command: str = ""
     gpu: str | None = None
     gpus: int | None = None
     nodes: int | None = None
     gpus_per_node: int | None = None
     png: Path | None = None
     csv: Path | None = None
+    html: Path | None = None
     json: Path | None = None
     hlo: Path | None = None
     compare: Path | None = None
@@ -117,10 +129,20 @@ def parse(argv: list[str]) -> PlanRequest:
             place = " or ".join("a plan" if other == "plan" else f"--{other}" for other in KIND_OF[name])
             here = "in a plan" if kind == "plan" else f"with --{kind}"
             raise UserError(f"--{name.replace('_', '-')} {value} has no effect {here}, only with {place}")
-    for name in ("png", "csv", "json", "hlo"):
-        if name in given:
-            check_output(f"--{name}", given[name])
-    return PlanRequest(kind, words, **given)
+    _check_outputs({f"--{name}": given[name] for name in OUTPUTS if name in given})
+    return PlanRequest(kind, words, f"{PROGRAM} {shlex.join(argv)}", **given)
+
+
+def _check_outputs(paths: Mapping[str, Path]) -> None:
+    """`UserError` unless each of these files can be written, no two are one, and a page has a page's name."""
+    flags: dict[str, str] = {}
+    for flag, path in paths.items():
+        if flag == "--html" and path.suffix.lower() not in PAGE_ENDINGS:
+            raise UserError(f"--html {path}: browsers open files whose names end in .html; give {path.stem}.html")
+        check_output(flag, path)
+        other = flags.setdefault(os.path.realpath(path), flag)
+        if other != flag:
+            raise UserError(f"{other} and {flag} {path}: both would write this file; give them two names")
 
 
 def program_of(kind: str) -> str:
@@ -157,6 +179,7 @@ def _parser(config_type: type[Configuration], program: str, *kinds: str) -> Flag
         help="a budget of tokens, such as 300e9: how many days it takes",
     )
     add("--top", type=positive, metavar="N", help="layouts that are compiled beside the configuration's own (none: 3)")
+    add("--html", type=file_path, metavar="FILE", help="write a page to look at in a browser (docs/report.md)")
     add("--json", type=file_path, metavar="FILE", help="write all figures")
     add("--hlo", type=file_path, metavar="FILE", help="write the compiled program")
     add("--compare", type=file_path, metavar="FILE", help="tell what changed against a plan that --json wrote")

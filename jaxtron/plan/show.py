@@ -16,6 +16,8 @@ from jaxtron.plan.compare import changes_text, read_plan
 from jaxtron.plan.compiled.rehearsal import rehearse
 from jaxtron.plan.formula.activations import layer_bytes
 from jaxtron.plan.formula.calibrate import calibrate, measured_seconds, write_machine
+from jaxtron.plan.html.page import write_plan_page, write_search_page
+from jaxtron.plan.html.parts import PageParts, page_parts
 from jaxtron.plan.layout import layout_text
 from jaxtron.plan.machine import Machine, machine_named, read_machine
 from jaxtron.plan.plan import Plan, make_plan, profile_of
@@ -58,17 +60,20 @@ def show_plan(config: Configuration, request: PlanRequest) -> None:
         machine = calibrate(request.calibrate, config, sizes, machine, gpus_per_node=node_size, profile=profile)
         write_machine(machine, fitted)
     plan = make_plan(rehearsal, machine, _title(request))
-    print(plan_text(plan, request.tokens))
+    text = plan_text(plan, request.tokens)
     if earlier is not None:
-        print()
-        print(changes_text(earlier, plan))
+        text = f"{text}\n\n{changes_text(earlier, plan)}"
+    print(text)
+    if request.html is not None:
+        told = {"command": request.command, "text": text, "tokens": request.tokens}
+        write_plan_page(plan, page_parts(rehearsal, plan), request.html, **told)
     if request.json is not None:
         write_plan(plan, request.json)
     if request.hlo is not None:
         write_hlo(rehearsal, request.hlo)
     if request.png is not None:
         draw_schedule(config.schedule(plan.mesh["pipe"]), request.png, seconds=plan.prediction.slot_seconds)
-    _tell_written(request.json, request.hlo, request.png, fitted)
+    _tell_written(request.html, request.json, request.hlo, request.png, fitted)
 
 
 def show_layout(config: Configuration, request: PlanRequest) -> None:
@@ -126,17 +131,25 @@ def show_search(config: Configuration, request: PlanRequest) -> None:
     widest = max(request.node_size, config.mesh.tensor)
     simulate_devices(max(8, widest * (1 + splits_sequences(config))))
     found = search(config, machine, num_gpus=num_gpus, gpus_per_node=min(request.node_size, num_gpus))
+    kept: list[tuple[Plan, PageParts]] = []
 
     def compiled(config: Configuration) -> Plan:
         assert request.gpu is not None
         rehearsal = rehearse(config, gpu=request.gpu, num_gpus=num_gpus, gpus_per_node=found.gpus_per_node)
-        return make_plan(rehearsal, machine, _title(request))
+        plan = make_plan(rehearsal, machine, _title(request))
+        kept.append((plan, page_parts(rehearsal, plan)))
+        return plan
 
     found = compile_best(found, request.top or 3, compiled)
-    print(ranking_text(found, _title(request), request.tokens))
+    text = ranking_text(found, _title(request), request.tokens)
+    print(text)
+    if request.html is not None:
+        parts = next((parts for plan, parts in kept if plan is found.best.plan), None)
+        told = {"command": request.command, "text": text, "tokens": request.tokens}
+        write_search_page(found, parts, request.html, title=_title(request), **told)
     if request.json is not None:
         write_ranking(found, _title(request), request.json)
-    _tell_written(request.json)
+    _tell_written(request.html, request.json)
 
 
 SHOW: dict[str, Callable[[Configuration, PlanRequest], None]] = {
