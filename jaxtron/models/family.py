@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 from jaxtron.config import Config, UserError
 from jaxtron.models.work.model import ModelWork
 from jaxtron.models.work.shapes import Shapes
+from jaxtron.roles import Role
 from jaxtron.sharding.config import ContextConfig
 
 
@@ -63,6 +64,9 @@ class Family(Generic[ConfigT]):
     """(config, length) -> parameters, exactly those that are made."""
     flops_per_token: Callable[[ConfigT, int], float]
     """(config, length) -> FLOPs of a token's forward and backward, without what is recomputed."""
+    passes: Callable[[ConfigT, str, Role, tuple[str, ...]], float] = lambda config, name, role, axes: role == "kernel"
+    """(config, name, role and axes of a parameter) -> how many products of a token each of its numbers is in, in the
+    mean: 1 of a matrix, less of experts, 0 of what is looked up or added."""
     kinds: Callable[[ConfigT], tuple[tuple[str, ...], ...]] = lambda config: ()
     """Of each stack the kind of each layer, by which its parameters are apart under the stack's path, where they are of
     several (none, or an empty one: all are alike)."""

@@ -7,12 +7,27 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from jaxtron.config import UserError, shown
+from jaxtron.models.family import Family, FamilyConfig
 from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.typing import DTypeLike
 
 MOST_HINTS = 3
 WITHOUT = "!"
 ALL = ("*",)
+
+
+def flops_per_token(family: Family, model: FamilyConfig, length: int, blueprint: Blueprint) -> float:
+    """FLOPs of one token's forward and backward, as the papers count them, of what the blueprint trains.
+
+    Of weights that are frozen a third is missing, their gradients; an adapter's numbers count like a weight's.
+    """
+    found = family.flops_per_token(model, length)
+    for name, spec in blueprint.names.items():
+        if spec.role == "adapter":
+            found += 6 * spec.count
+        elif spec.status == "frozen":
+            found -= 2 * family.passes(model, name, spec.role, spec.axes) * spec.count
+    return found
 
 
 def freeze(blueprint: Blueprint, patterns: Sequence[str], dtype: DTypeLike) -> Blueprint:

@@ -15,6 +15,7 @@ from jaxtron.interrupts import StopRequest, finish_first
 from jaxtron.run.history import Recorder
 from jaxtron.run.metrics import Events, MetricsTally, MetricsWriter
 from jaxtron.run.state import TrainState
+from jaxtron.run.trainable import flops_per_token
 from jaxtron.runtime.together import common_stop
 from jaxtron.train.divergence import Rewind, Watch, check_state, diverged
 from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
@@ -188,7 +189,8 @@ def _hooks(
 def _metrics_log(run: Run, throughput: Throughput, stack: ExitStack) -> MetricsLog:
     config = run.config
     peak = peak_flops(jax.devices()[0].device_kind)
-    flops = config.family.flops_per_token(config.model, config.data.sequence_length)
+    blueprint = run.session.trainer.blueprint
+    flops = flops_per_token(config.family, config.model, config.data.sequence_length, blueprint)
     log = MetricsLog(
         MetricsWriter(run.directory / "metrics.jsonl", resume_step=run.step),
         TrainProgress(config.train.steps, shown=True, first_step=run.step, print_seconds=config.run.print_seconds),

@@ -3,6 +3,7 @@
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.kinds import KINDS, LayerKind, norm_parameters
 from jaxtron.models.decoder.pattern import Branch
+from jaxtron.roles import Role
 
 
 def num_parameters(config: ModelConfig, sequence_length: int) -> int:
@@ -73,6 +74,15 @@ def model_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     head = 2 * config.hidden_size * config.padded_vocab
     layers = sum(sum(_forward_flops(config, kind, sequence_length).values()) for kind in config.kinds)
     return 3.0 * (layers + head)
+
+
+def passes(config: ModelConfig, name: str, role: Role, axes: tuple[str, ...]) -> float:
+    """How many products of a token each number of this parameter is in, in the mean; a table is the head's or none."""
+    if role == "embedding":
+        return float(config.tied_head or name.startswith("head."))
+    if role not in ("kernel", "router"):
+        return 0.0
+    return config.moe.top_k / config.moe.num_experts if "expert" in axes else 1.0
 
 
 def padding_flops_per_token(config: ModelConfig) -> float:

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtron.config import UserError
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.cost import model_flops_per_token, num_parameters, padding_flops_per_token
+from jaxtron.models.decoder.cost import model_flops_per_token, num_parameters, padding_flops_per_token, passes
 from jaxtron.models.decoder.kinds import MAMBA1, expert_width
 from jaxtron.models.decoder.pattern import layer_kinds
 from jaxtron.models.decoder.state_space import mamba1_rank, mamba2_heads
@@ -102,6 +102,7 @@ FAMILY = Family(
     kinds=lambda model: (layer_kinds(model.layout),),
     num_parameters=num_parameters,
     flops_per_token=model_flops_per_token,
+    passes=passes,
     check=check,
     leading=lambda model: len(model.layout.leading),
     cuts=cuts,

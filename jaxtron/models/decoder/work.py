@@ -140,6 +140,7 @@ def _alike(model: ModelConfig, shapes: Shapes, layers: tuple[Branch, ...]) -> St
         beside=_most(model, shapes, layers, lambda work: work.beside),
         transposed=_transposed(model, shapes, layers, in_loop=False),
         transposed_in_loop=_transposed(model, shapes, layers, in_loop=True),
+        recomputed=model.recomputed,
     )
 
 

@@ -31,6 +31,8 @@ class StackWork:
     """Of a layer's experts, split by `expert` and `expert_tensor` and whole over `expert_data`."""
     expert_kept: float = 0.0
     """Bytes that a layer keeps of its experts' rows, which depend on how many devices share them."""
+    recomputed: frozenset[str] = frozenset()
+    """Modules whose forward runs again in the backward, by the names that parameters have them under; `layer`: all."""
 
 
 @dataclass(frozen=True)

@@ -2,35 +2,29 @@
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from jaxtron.gpus import Gpu
 from jaxtron.layers.loss import GPU_CHUNK_ELEMENTS
-from jaxtron.models.program import make_parts
 from jaxtron.models.work.profile import JAXTRON
 from jaxtron.models.work.shapes import FLOAT
 from jaxtron.pipeline.lowering import lower
 from jaxtron.pipeline.schedules.named import make_schedule
 from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.plan.formula.activations import Kept, RowBytes, row_bytes
+from jaxtron.plan.formula.parameters import Parameter, abstract_rules, parameters_of
 from jaxtron.plan.formula.workload import shapes_of, work_of
 from jaxtron.plan.memory_use import NCCL_BUFFERS, MemoryUse, reserved
-from jaxtron.roles import Role, Status
 from jaxtron.run.attention import select_attention
 from jaxtron.run.batches import batch_row_bytes
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.dtypes import DTYPES
-from jaxtron.run.trainable import freeze
-from jaxtron.sharding.config import MeshConfig, ShardingConfig
 from jaxtron.sharding.folding import FLAGS
-from jaxtron.sharding.mesh import abstract_mesh, build_mesh
 from jaxtron.sharding.parameters import working_dtype
-from jaxtron.sharding.rules import Rules, make_rules, use
-from jaxtron.typing import PyTree
+from jaxtron.sharding.rules import Rules
 
 COUNTER = 4
 # What compiled steps hold at their peak beside the classes that shapes explain and beside the layers, measured as in
@@ -46,17 +40,6 @@ class BufferSlots(NamedTuple):
     deferred: tuple[int, ...]
     activations: int
     gradients: int
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """An array of the model's, whole; one of a stack or kind, by number, has a row's shape without the leading axis."""
-
-    axes: tuple[str, ...]
-    shape: tuple[int, ...]
-    role: Role
-    stack: int | None
-    status: Status
 
 
 class StateBytes(NamedTuple):
@@ -84,7 +67,7 @@ class Estimator:
 
     def __init__(self, config: Configuration) -> None:
         self.config = config.resolved()
-        self._parameters = _parameters(self.config)
+        self._parameters = parameters_of(self.config)
         self._chunks: dict[tuple, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._row_bytes: dict[tuple, RowBytes] = {}
         self._states: dict[tuple, StateBytes] = {}
@@ -138,7 +121,7 @@ class Estimator:
         # where they lie changes no bytes
         key = (*(sizes[flag] for flag in FLAGS), mesh.expert, mesh.expert_tensor, config.sharding.zero, rows)
         if key not in self._states:
-            self._states[key] = self._added(_rules(mesh, config.sharding), rows)
+            self._states[key] = self._added(abstract_rules(mesh, config.sharding), rows)
         return self._states[key]
 
     def _added(self, rules: Rules, rows: tuple[int, ...]) -> StateBytes:
@@ -258,30 +241,6 @@ def _temporaries(
 def _groups(sizes: dict[str, int]) -> int:
     """Sets of GPUs that communicate: along every choice of the axes there are."""
     return 2 ** sum(part > 1 for part in sizes.values()) - 1
-
-
-def _parameters(config: Configuration) -> tuple[Parameter, ...]:
-    """All arrays of the model, from its blueprint on one device."""
-    with use(make_rules(build_mesh(MeshConfig(data=1), jax.devices()[:1]), ShardingConfig())):
-        dtype = DTYPES[config.train.precision]
-        parts = make_parts(config.model, dtype, lora=config.train.lora)
-        blueprint = freeze(parts.blueprint, config.train.trainable, dtype)
-    split, kinds = parts.split(blueprint.parameters), config.family.kinds(config.model)
-    alike: list[PyTree] = []
-    for number, specs in enumerate(split.stacks):
-        own = kinds[number] if kinds else ()
-        alike += [specs[kind] for kind in dict.fromkeys(own)] or [specs]
-    owners = ((None, split.outer), *enumerate(alike))
-    return tuple(
-        Parameter(spec.axes[spec.is_stacked :], spec.shape[spec.is_stacked :], spec.role, stack, spec.status)
-        for stack, specs in owners
-        for spec in jax.tree.leaves(specs)
-    )
-
-
-def _rules(mesh: MeshConfig, config: ShardingConfig) -> Rules:
-    """Of a mesh without devices, no axis open: rules read nothing but its sizes."""
-    return make_rules(abstract_mesh(mesh, math.prod(getattr(mesh, flag) for flag in FLAGS)), config)
 
 
 def _state(parameter: Parameter, rules: Rules, count: int, dtype: jnp.dtype) -> StateBytes:

@@ -48,7 +48,9 @@ def once(config: Configuration, shapes: Shapes, work: ModelWork, layers: Sequenc
     tables = ()
     experts = _experts_once(config, shapes, work, layers)
     rest = work.outer_parameters / shapes.gathered
-    if shares > 1:
+    if not rest:
+        tables = ()
+    elif shares > 1:
         tables = (
             CollectiveWork("reduce_scatter", 4 * rest, "pipe"),
             CollectiveWork("all_gather", shapes.width * rest, "pipe"),

@@ -16,6 +16,7 @@ from jaxtron.pipeline.schedules.schedule import Schedule
 from jaxtron.plan.formula import pieces
 from jaxtron.plan.formula.pieces import OPTIMIZER_BYTES, Once
 from jaxtron.plan.formula.timer import SlotCost, Timer
+from jaxtron.plan.formula.trained import model_flops_per_token, trained_work
 from jaxtron.plan.formula.workload import shapes_of, work_of
 from jaxtron.plan.machine import Machine
 from jaxtron.run.configuration import Configuration
@@ -69,7 +70,7 @@ def predict(
     shapes = shapes_of(config, sizes, profile, gpu_named(machine.gpu).device_kind)
     folded = config.mesh.refined(sizes)
     timer = Timer(machine, folded, gpus_per_node, profile, config.sharding.zero)
-    work = work_of(config, shapes)
+    work = trained_work(config, sizes, shapes, work_of(config, shapes))
     table, walked = _walk(config, sizes["pipe"])
     plan = config.stage_plan(sizes["pipe"])
     costs, flops = _slot_costs(work, table, plan, timer)
@@ -103,7 +104,7 @@ def _prediction(
     num_gpus = math.prod(sizes[axis] for axis in FLAGS)
     tokens = config.train.global_batch * config.data.sequence_length
     seconds, peak = breakdown.total, machine.datasheet.peak_flops
-    model_flops = config.family.flops_per_token(config.model, config.data.sequence_length) * tokens / num_gpus
+    model_flops = model_flops_per_token(config) * tokens / num_gpus
     hardware_flops = flops * config.train.microbatches / sizes["pipe"]
     return Prediction(
         step_seconds=seconds,
