@@ -109,8 +109,8 @@ class HarnessModel(TemplateLM):
         for start in range(0, len(order), self._engine.rows):
             some = order[start : start + self._engine.rows]
             scores = self._engine.score([whole[number] for number in some], top=1)
-            for number, (logprobs, best, _) in zip(some, scores, strict=True):
-                strings, _, continuation = requests[number]
+            for number, (logprobs, best, _values) in zip(some, scores, strict=True):
+                strings, continuation = requests[number][0], requests[number][2]
                 count = len(continuation)
                 if not np.isfinite(logprobs).all():
                     raise FloatingPointError("its logits are not finite")

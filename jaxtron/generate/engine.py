@@ -276,7 +276,8 @@ def _score(
     def local(model: Steps, tokens: Array, targets: Array, counts: Array) -> tuple[tuple[Array, ...], tuple[()]]:
         return model.score(tokens, targets, counts, vocab, top), ()
 
-    return _by_row(local, (model,), tokens, targets, counts)[0]
+    logprobs, best, values = _by_row(local, (model,), tokens, targets, counts)[0]
+    return logprobs, best, values
 
 
 def _by_row(

@@ -20,6 +20,7 @@ from jaxtron.generate.settings import SamplingSettings
 from jaxtron.generate.source import ModelConfiguration, ModelSource
 from jaxtron.generate.streaming import AnswerStream, hidden_tokens
 from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.run.configuration import Configuration
 from jaxtron.run.restored import check_vocabulary, restore_model, tokenizer_of
 from jaxtron.run.session import RunSession, make_session
 from jaxtron.sharding.folding import FLAGS
@@ -106,13 +107,20 @@ def open_model(source: ModelSource, configuration: ModelConfiguration, *, rows: 
     if -1 not in known and config.devices is None and jax.process_count() == 1:
         # too few devices are an error below
         devices = devices[: math.prod(known)]
-    session = make_session(config, devices, trains=False)
+    session = make_session(of_any_length(config, len(devices)), devices, trains=False)
     params, tokenizer = _weights(source, configuration, session)
     prefix = tokenizer.prefix if configuration.is_begun and isinstance(tokenizer, HuggingFaceTokenizer) else ()
     engine = GenerationEngine(session, params, rows=source.rows or rows, room=configuration.room)
     # the engine has copies
     del params
     yield SpeakingModel(engine, tokenizer, configuration, prefix, hidden_tokens(tokenizer))
+
+
+def of_any_length(config: Configuration, num_devices: int) -> Configuration:
+    """The configuration with sequences that split over mesh.tensor: of text nothing is as long as a training's."""
+    tensor, length = config.mesh.shape(num_devices)["tensor"], config.data.sequence_length
+    data = config.data.model_copy(update={"sequence_length": max(tensor, length - length % tensor)})
+    return config.model_copy(update={"data": data})
 
 
 def _weights(source: ModelSource, configuration: ModelConfiguration, session: RunSession) -> tuple[PyTree, Tokenizer]:

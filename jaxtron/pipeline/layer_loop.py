@@ -4,7 +4,7 @@ The loops are written out instead of differentiating a scan: so residuals go str
 weights are not among them, and gradients are added in float32 where they are summed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -262,7 +262,7 @@ class LayerLoop:
         cotangent, accumulators, deferred = carry
         slot = work.first + index
         again = (_as_buffers_lie(work, residuals), self._given(slot, shared))
-        outputs: list[Array | Summands]
+        outputs: Sequence[Array | Summands]
         if prepared.split is None:
             outputs = (prepared.opened.run if prepared.opened else partial(_pull, prepared))(cotangent, again)
             wanted = [True] * len(self._is_deferred())
@@ -316,7 +316,7 @@ class LayerLoop:
         return open_backward(function, inputs, again, num_gradients, self.weight_sums)
 
     def _add_some(
-        self, accumulators: PyTree, parts: list[Array | Summands], is_given: list[bool], slot: Array | int
+        self, accumulators: PyTree, parts: Sequence[Array | Summands], is_given: list[bool], slot: Array | int
     ) -> PyTree:
         """The accumulators with `parts` added at the slot to those leaves for which there is one."""
         leaves, treedef = jax.tree.flatten(accumulators)

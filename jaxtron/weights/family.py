@@ -98,6 +98,8 @@ class HubFamily:
             key.read(file)
         for rule in self.further:
             rule.read(file)
+        if self.positions is not None and file.get(self.positions) is not None:
+            file.whole(self.positions, 0)
         file.check_only(self.only)
         for name in self.without_effect.split():
             file.get(name)

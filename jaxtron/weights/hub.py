@@ -160,7 +160,9 @@ def config_of(model: ModelConfig, *, began: Mapping[str, Any], positions: int, n
     missing = lacking[found]
     more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
     others = "" if name is not None else ", and no other class that is known here says all of it"
-    raise UserError(f"{FAMILIES[found].architecture} of Hugging Face cannot say {missing[0]}{more}{others}")
+    setting, _, only = missing[0].partition(" (only ")
+    mend = f"; a run that is trained with --{setting.split()[0]} {only[:-1]} is written" if only else ""
+    raise UserError(f"{FAMILIES[found].architecture} of Hugging Face cannot say {missing[0]}{more}{others}{mend}")
 
 
 def _unsaid(values: Mapping[str, Any], model: ModelConfig) -> list[str]:

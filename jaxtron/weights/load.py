@@ -103,6 +103,12 @@ class WeightReader:
         self._files, self._table, self._model = files, table, model
         # the model without a head has names that begin later
         self._has_base = any(name.startswith(table.base) for name in files.tensors)
+        # what is tied is stored once, by either name
+        self._other_names: dict[str, str] = {}
+        if model.tied_head and table.head in files.tensors:
+            embedding = self._stored(table.place(model, "embedding.table").tensors[0])
+            if embedding not in files.tensors:
+                self._other_names[embedding] = table.head
 
     def check(self, wanted: list[WantedRow], allow: Allow | None = None) -> set[str]:
         """`UserError` unless the files have just the tensors that are wanted, in their shapes.
@@ -153,7 +159,8 @@ class WeightReader:
         return without
 
     def _stored(self, name: str) -> str:
-        return name if self._has_base else name.removeprefix(self._table.base)
+        name = name if self._has_base else name.removeprefix(self._table.base)
+        return self._other_names.get(name, name)
 
     def _is_tied_head(self, name: str) -> bool:
         """Whether a tensor is a tied model's head, which says what the embedding says; `UserError` if it does not."""

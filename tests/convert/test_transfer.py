@@ -225,7 +225,8 @@ def refused(*words: object) -> str:
         (("--from", "run", "--to", "new", "--family", "gpt2"), "GPT2LMHeadModel of Hugging Face cannot say model."),
         (
             ("--from", "capped", "--to", "new"),
-            "cannot say model.attention.soft_cap 30.0 (only none), and no other class",
+            "cannot say model.attention.soft_cap 30.0 (only none), and no other class that is known here says all of "
+            "it; a run that is trained with --model.attention.soft_cap none is written",
         ),
         (("--from", "text.txt", "--to", "new"), "no directory"),
         (("--from", ".", "--to", "new"), "has neither config.yaml nor config.json"),

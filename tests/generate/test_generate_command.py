@@ -10,16 +10,18 @@ import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
-from jaxtron.config import UserError
+from jaxtron.config import UserError, load
 from jaxtron.data.config import ChatConfig
 from jaxtron.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
 from jaxtron.generate import __main__ as generate
 from jaxtron.generate import write as writing
 from jaxtron.generate.batch import Batch, GrowingSequence
 from jaxtron.generate.chat import ChatPrompts
+from jaxtron.generate.opening import of_any_length
 from jaxtron.generate.request import parse
 from jaxtron.generate.settings import SamplingSettings
 from jaxtron.generate.source import read_model
+from jaxtron.run.configuration import Configuration
 from tests.hugging_face import fixtures
 from tests.support.commands import Ended, run_main
 from tests.support.evaluate_runs import TrainedRun, train
@@ -76,6 +78,12 @@ def test_texts_of_a_run(trained: TrainedRun, tmp_path: Path):
     # alone and on another mesh it is the same
     alone = run(trained.directory, "--prompt", "on a ma", *flags, "--mesh.tensor", 2)
     assert alone.code == 0 and alone.out == f"on a ma{texts[2]['text']}\n", alone
+
+
+def test_sequences_of_a_training_need_not_split_over_tensor():
+    for length, tensor, here in ((31, 2, 30), (3, 4, 4), (32, 4, 32)):
+        config = load(Configuration, None, ["--data.sequence_length", str(length), "--mesh.tensor", str(tensor)])
+        assert of_any_length(config, 2 * tensor).data.sequence_length == here
 
 
 def test_prompts_of_a_file_with_settings_of_their_own(trained: TrainedRun, tmp_path: Path):

@@ -298,6 +298,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder true: only false is known here"),
     ("llama", {"mlp_bias": "yes"}, 'mlp_bias "yes": it must be true or false'),
     ("llama", {"hidden_act": "gelu_new"}, 'hidden_act "gelu_new": of a llama gelu, silu, or swish are known'),
+    ("llama", {"max_position_embeddings": "x"}, 'max_position_embeddings "x": it must be a whole number up to'),
     ("llama", {"hidden_size": "32"}, "model.hidden_size: expected int >= 1, got '32' ("),
     ("llama", {"hidden_size": 0}, "config.json hidden_size)"),
     ("llama", {"vocab_size": 10**12}, "config.json vocab_size)"),

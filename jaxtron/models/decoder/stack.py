@@ -200,7 +200,8 @@ def run_layers(layers: Iterable[Layer], x: Float[Array, "B S E"], inputs: LayerI
         halves = halve(x, split)
         for number, layer in enumerate(layers):
             halves = layer.side_by_side(halves, inputs.fold(number), split)
-        return BranchOutput(join(*halves, split), None, {})
+        first, second = halves
+        return BranchOutput(join(first, second, split), None, {})
     outputs: list[BranchOutput] = []
     for number, layer in enumerate(layers):
         found = layer(x, inputs.fold(number))

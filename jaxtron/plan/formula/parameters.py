@@ -3,7 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -55,7 +55,9 @@ def parameters_of(config: Configuration) -> tuple[Parameter, ...]:
 def traced(config: Configuration) -> Traced:
     """What is known of them by tracing the model on one device; once for all layouts of it."""
     train = config.train
-    return _traced(config.model, train.lora, train.trainable, train.precision, config.data.sequence_length)
+    # settings are frozen, and so hashed
+    adapted: Any = (config.model, train.lora)
+    return _traced(*adapted, train.trainable, train.precision, config.data.sequence_length)
 
 
 @functools.lru_cache(maxsize=16)
