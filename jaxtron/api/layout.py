@@ -111,7 +111,7 @@ def layout_of(session: RunSession, pattern: str) -> LayoutTable:
         wanted = [name for name in specs if matches(name, pattern)]
         parts = {name: rules.part(specs[name].layout) for name in wanted}
     if not wanted:
-        raise UserError(f"no parameter matches {pattern!r}{_near(pattern, list(specs))}")
+        raise UserError(f"no parameter matches {pattern!r}{_near_part(pattern, list(specs))}")
     placed = tuple(_placed(rows[name], parts[name], specs[name].layout.spec, str(specs[name].dtype)) for name in wanted)
     return LayoutTable(session.sizes, placed)
 
@@ -145,6 +145,14 @@ def _placed(row: ParameterRow, part: tuple[int, ...], spec: PartitionSpec, dtype
         bytes=row.bytes,
         replicas=row.replicas,
     )
+
+
+def _near_part(pattern: str, names: list[str]) -> str:
+    """What a pattern may have meant, by the parts of names."""
+    parts = list(dict.fromkeys(part for name in names for part in name.split(".") if not part.isdecimal()))
+    last = pattern.replace("/", ".").strip(".").split(".")[-1]
+    near = difflib.get_close_matches(last, parts, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; names have the parts {', '.join(parts)}"
 
 
 def _near(name: str, known: list[str]) -> str:

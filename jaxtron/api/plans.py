@@ -4,11 +4,17 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxtron.api.devices import start_planning
 from jaxtron.api.html import html_lines, html_table
 from jaxtron.api.settings import Source, load
 from jaxtron.api.tables import Edits, check_used, edited
 from jaxtron.config import UserError, expand_home
 from jaxtron.gpus import GPUS
+from jaxtron.pictures.memory import memory
+from jaxtron.pictures.mesh import mesh
+from jaxtron.pictures.picture import Picture
+from jaxtron.pictures.timeline import timeline
+from jaxtron.pictures.traffic import traffic
 from jaxtron.plan.compare import changes_text
 from jaxtron.plan.compiled.communication import CommunicationRow
 from jaxtron.plan.compiled.rehearsal import Rehearsal
@@ -23,9 +29,8 @@ from jaxtron.plan.search.ranking import ranking_text
 from jaxtron.plan.search.search import Candidate, SearchResult, compile_best
 from jaxtron.plan.search.search import search as search_by_formula
 from jaxtron.plan.show import check_formula, filled, known_gpus
+from jaxtron.plan.traffic import axis_sizes, flows
 from jaxtron.run.configuration import Configuration
-from jaxtron.runtime.devices import simulate_devices
-from jaxtron.runtime.start import start_compiler
 from jaxtron.words import plural, readable_bytes, readable_seconds
 
 TITLE = "the configuration"
@@ -70,6 +75,22 @@ class StepPlan:
         """The compiled, scheduled, partitioned program."""
         return self.rehearsal.hlo
 
+    def draw(self, what: str = "memory") -> Picture:
+        """A picture: `memory` of a GPU, the pipeline's `timeline`, `traffic` between GPUs, the `mesh` on nodes.
+
+        Raises `UserError` for another name.
+        """
+        plan, node = self.plan, self.plan.gpus_per_node
+        if what == "memory":
+            return memory(self.memory.classes, self.memory.capacity)
+        if what == "timeline":
+            return timeline(self.config.schedule(plan.mesh["pipe"]), plan.prediction.slot_seconds)
+        if what == "traffic":
+            return traffic(axis_sizes(plan), flows(plan), gpus_per_node=node)
+        if what == "mesh":
+            return mesh(plan.mesh, gpus_per_node=node)
+        raise UserError(f"draw({what!r}): give memory, timeline, traffic or mesh")
+
     def compare(self, other: "StepPlan") -> str:
         """What changed in this plan against another, as text."""
         return changes_text(other.plan.json(), self.plan)
@@ -89,12 +110,12 @@ class StepPlan:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        plan, memory = self.plan, self.memory
+        plan, use = self.plan, self.memory
         head, mesh, *rest = plan_text(plan).split("\n\n")[0].split("\n")
-        classes = [(name, size) for name, size in memory.classes.items() if size]
-        share = [(name, readable_bytes(size), f"{size / memory.capacity:.1%}") for name, size in classes]
-        verdict = "fits" if memory.fits else "does not fit"
-        title = f"memory of a GPU: {verdict}, {readable_bytes(memory.total)} of {readable_bytes(memory.capacity)}"
+        classes = [(name, size) for name, size in use.classes.items() if size]
+        share = [(name, readable_bytes(size), f"{size / use.capacity:.1%}") for name, size in classes]
+        verdict = "fits" if use.fits else "does not fit"
+        title = f"memory of a GPU: {verdict}, {readable_bytes(use.total)} of {readable_bytes(use.capacity)}"
         sent = [
             (
                 row.key.kind,
@@ -208,7 +229,7 @@ def rehearse(
     """
     config, request, num_gpus = _request(config, gpu, nodes, gpus, gpus_per_node, machine)
     constants = _machine(request)
-    start_compiler(config.runtime)
+    start_planning(config)
     config = filled(config, num_gpus, lambda line: None)
     node_size = min(request.node_size, num_gpus)
     tables = edited(config, parameters, activations)
@@ -237,9 +258,9 @@ def search(
         raise UserError(f"top {top!r}: give how many layouts are compiled, 0 for none")
     config, request, num_gpus = _request(config, gpu, nodes, gpus, gpus_per_node, machine)
     constants = _machine(request)
-    start_compiler(config.runtime)
     # a layer split by tensor is traced on as many devices, and on twice as many where sequences are split too
-    simulate_devices(max(8, max(request.node_size, config.mesh.tensor) * (1 + splits_sequences(config))))
+    widest = max(request.node_size, config.mesh.tensor)
+    start_planning(config, devices=max(8, widest * (1 + splits_sequences(config))))
     node_size = min(request.node_size, num_gpus)
     found = search_by_formula(config, constants, num_gpus=num_gpus, gpus_per_node=node_size)
 

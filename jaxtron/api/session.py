@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxtron.api.batches import check_batch, check_rows, fill_rows, placed_batch, token_batch
 from jaxtron.api.devices import devices_for, start
+from jaxtron.api.drawing import drawn
 from jaxtron.api.html import html_lines
 from jaxtron.api.layout import LayoutTable, layout_of, mesh_text
 from jaxtron.api.settings import Source, load
@@ -25,6 +26,8 @@ from jaxtron.data.dataset import Data, open_data
 from jaxtron.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtron.models.families import program_of
 from jaxtron.optim.batch_ramp import batch_size
+from jaxtron.pictures.picture import Picture
+from jaxtron.pictures.sharding import sharding
 from jaxtron.run.attention import attention_lines
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import write_record
@@ -32,8 +35,10 @@ from jaxtron.run.metrics import MetricsTally
 from jaxtron.run.session import RunSession, make_session
 from jaxtron.run.sizes import check_batch_fits, check_state_fits
 from jaxtron.run.state import TrainState
+from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
 from jaxtron.sharding.rules import Rules
 from jaxtron.train.initial import begin
+from jaxtron.train.run import room_advice
 from jaxtron.train.setup import check_vocabulary, for_family
 from jaxtron.typing import Array, Device
 from jaxtron.words import readable_count
@@ -108,6 +113,17 @@ class Session:
         `UserError` where nothing matches.
         """
         return layout_of(self.run, pattern)
+
+    def draw(self, what: str | Sequence[str] | Array, *, title: str = "") -> Picture:
+        """A picture of an array's blocks on the mesh: what has one colour is one block, and its devices are replicas.
+
+        `what` is a parameter's name or a pattern for one, `"mlp/up/kernel"`; an array, such as `batch.tokens`; or the
+        logical axes of an activation, `("batch", "seq", "embed")`, of a microbatch on all devices. It shows itself in a
+        notebook, and `save` writes it. Raises `UserError` for a pattern of several parameters, axes that no activation
+        has, or an array that lies elsewhere.
+        """
+        shape, spec, dims, name = drawn(self.run, what)
+        return sharding(shape, spec, self.mesh, dims=dims, title=title or name)
 
     def initial_state(self) -> TrainState:
         """The state before the first step, on the devices: parameters, optimizer, step 0; drawn with `seed`.
@@ -184,7 +200,8 @@ class Session:
         """
         self._check_state(state)
         check_batch(self.run, batch)
-        return self.run.step(state, batch)
+        with out_of_memory_as_user_error(room_advice(self.config)):
+            return self.run.step(state, batch)
 
     def loss(self, state: TrainState, batch: Any) -> float:
         """The mean loss of a batch, in nats a token, without dropout; the state stays. Raises as `step` does."""
@@ -241,8 +258,9 @@ class Session:
             checkpoints.wait()
         finally:
             checkpoints.close()
-        notes = {"data": [], **self._origin}
-        write_record(target, self.config, [], step=step, notes=notes, advice="choose another directory")
+        if jax.process_index() == 0:
+            notes = {"data": [], **self._origin}
+            write_record(target, self.config, [], step=step, notes=notes, advice="choose another directory")
         return target
 
     @functools.cached_property

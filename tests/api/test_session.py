@@ -67,6 +67,15 @@ def test_layouts_are_tables(session: jx.Session):
     assert session.layout("*/query/kernel") == session.layout(row.name) == one
 
 
+def test_pictures_of_what_lies_where(session: jx.Session):
+    title = session.draw("mlp/up/kernel").get_suptitle()
+    assert "mlp.up.kernel: 1 x 32 x" in title and "8 blocks" in title and "each on 1 device" in title
+    batch = session.batch(TEXT)
+    assert "4 blocks of 2 x 32, each on 2 devices" in session.draw(batch.tokens).get_suptitle()
+    # rows over data and fsdp, positions over tensor, width whole
+    assert "8 blocks of 1 x 16 x 32, each on 1 device" in session.draw(("batch", "seq", "embed")).get_suptitle()
+
+
 def on_device(session: jx.Session) -> list:
     """Parts of all parameters on all devices, copies counted."""
     with session.use():
@@ -132,8 +141,12 @@ BAD: list[tuple[Callable[[jx.Session], object], str]] = [
     (lambda s: s.batch(ROWS, weights=ROWS), r"weights has shape \(8, 33\), and tokens are rows of \(8, 32\)"),
     (lambda s: s.batch(ROWS, weights=ROWS[:, 1:] - np.inf), "weights are finite numbers"),
     (lambda s: s.batch(""), "the text is empty"),
-    (lambda s: s.layout("qery"), "no parameter matches 'qery'"),
+    (lambda s: s.layout("qery"), "no parameter matches 'qery'; did you mean 'query'"),
     (lambda s: s.layout("mlp")["stack.query"], "no parameter 'stack.query' in this layout"),
+    (lambda s: s.layout("nobody"), "no parameter matches 'nobody'; names have the parts embedding, positions, table"),
+    (lambda s: s.draw("query"), "'query' matches 2 parameters, .*: draw one of them"),
+    (lambda s: s.draw(("batch", "sequ")), "draw knows no activation's axis 'sequ'; did you mean 'seq'"),
+    (lambda s: s.draw(jax.numpy.zeros(3)), "the array lies elsewhere than the session's mesh"),
     (lambda s: s.batches(-1), r"batches\(-1\): give a whole number of batches"),
     (
         lambda s: jx.Session(configuration(data=3, tensor=5)),
