@@ -1,16 +1,25 @@
 """The documentation: every relative link and anchor is right, and the site builds without a warning."""
 
+import contextlib
+import functools
+import importlib
 import importlib.machinery
 import importlib.util
+import io
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from jaxtron.__main__ import VERBS
+from jaxtron.command import run_command
+from jaxtron.config import settings
+from jaxtron.run.configuration import Configuration
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*(ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIBUTING", "CHANGELOG"))]
@@ -176,3 +185,80 @@ def test_the_site_builds_without_a_warning_and_asks_nobody_for_anything():
         # links are for readers; what a browser fetches by itself is not
         fetched = re.findall(r'(?:src="|<link[^>]*href="|url\(|@import ")(?:https?:)?//[^")]+', path.read_text())
         assert not fetched, f"{path}: {fetched}"
+
+
+def cells_of_ours() -> Iterator[tuple[str, str]]:
+    """Code of the second column of docs/coming_from.md, after its introduction, and the table's row."""
+    for line in (ROOT / "docs" / "coming_from.md").read_text().split("\n"):
+        cells = re.split(r"(?<!\\)\|", line)
+        if line.startswith("| ") and len(cells) > 3 and not cells[1].startswith("---"):
+            for code in re.findall(r"`([^`]+)`", cells[2]):
+                yield code, line
+
+
+def wrong_names(cells: Iterable[tuple[str, str]]) -> list[str]:
+    """What the cells name that is not: settings, values of settings with choices, verbs and their flags, files."""
+    known, wrong = settings(Configuration), []
+    for code, row in cells:
+        verb, *words = code.split()
+        verb = words.pop(1) if verb == "python" else verb
+        verb = verb.removeprefix("jaxtron.")
+        for number, word in enumerate(code.split()):
+            if not word.startswith("--"):
+                continue
+            setting, following = known.get(word[2:]), code.split()[number + 1 : number + 2]
+            if setting is None and (verb not in VERBS or word not in help_of(verb)):
+                wrong.append(f"no flag {word}: {row}")
+            elif setting is not None and setting.name in CHOICES and following:
+                if not re.search(rf"(^|\W){re.escape(following[0])}(\W|$)", setting.type_text + " FILE.csv"):
+                    wrong.append(f"{word} cannot be {following[0]}: {row}")
+        if re.fullmatch(r"[\w/]+/\w+(\.py|\.yaml)", code) and not (ROOT / code).exists():
+            wrong.append(f"no file {code}: {row}")
+        if re.match(r"[a-z]+ ", code) and not code.startswith("python ") and verb not in VERBS:
+            wrong.append(f"no verb {verb}: {row}")
+    return wrong
+
+
+# settings whose values are few, and told by their type
+CHOICES = {name for name, setting in settings(Configuration).items() if re.match(r"\w+ \| \w+ \|", setting.type_text)}
+
+
+FURTHER_HELP = {
+    "plan": [["--schedule", "--help"]],
+    "evaluate": [["--tasks", "--help"]],
+    "convert": [["upcycle", "--help"]],
+}
+
+
+@functools.cache
+def help_of(verb: str) -> str:
+    """All that a verb says of its flags."""
+    main = importlib.import_module(f"jaxtron.{verb}.__main__").main
+    lines = [["--help"], *FURTHER_HELP.get(verb, [])]
+    shown = io.StringIO()
+    for words in lines:
+        # argparse ends the program
+        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+            run_command(main, words)
+    return shown.getvalue()
+
+
+def test_what_others_come_to_is_there():
+    cells = list(cells_of_ours())
+    assert len(cells) > 250
+    wrong = wrong_names(cells)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_what_is_not_there_is_noticed():
+    cells = [
+        "--mesh.tenser 2",
+        "--context.method rings",
+        "plan --gpus_each 3",
+        "jaxtron/none.py",
+        "planned --gpu a",
+        "--x",
+    ]
+    assert len(wrong_names((cell, "row") for cell in cells)) == len(cells) + 1
+    good = ["--mesh.tensor 2", "--context.method ring", "plan --gpu h100", "jaxtron/sharding/rules.py", "nothing"]
+    assert wrong_names((cell, "row") for cell in good) == []
