@@ -15,7 +15,7 @@ VERBS = {
     "evaluate": "perplexity of a trained model on a text",
     "generate": "text that a trained model makes, from prompts or in a conversation",
     "serve": "a trained model at an address, by OpenAI's protocol",
-    "convert": "a trained dense model becomes a mixture of experts",
+    "convert": "Hugging Face weights to a run and back, adapters, a dense model to a mixture of experts",
     "runs": "the runs of a directory, what one did, and how several differ",
     "doctor": "check this machine, and several together, before a run",
     "plan": "compile and weigh a run, or show its layout, without the machines it is for",

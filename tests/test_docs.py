@@ -77,6 +77,19 @@ def test_links_and_anchors_are_right():
     assert sum(len(LINK.findall(page.read_text())) for page in PAGES) > 100
 
 
+def test_every_page_is_reached_from_the_readme():
+    found, ways = set(), [ROOT / "README.md"]
+    while ways:
+        page = ways.pop()
+        found.add(page)
+        places = (target.partition("#")[0] for line in prose(page.read_text()) for target in LINK.findall(line))
+        pages = {(page.parent / place).resolve() for place in places if place.endswith(".md") and ":" not in place}
+        ways += pages - found
+    lost = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    lost -= {path.relative_to(ROOT).as_posix() for path in found}
+    assert not lost, f"no link leads to {sorted(lost)}"
+
+
 def test_a_wrong_link_is_noticed(tmp_path: Path):
     (tmp_path / "other.md").write_text("# The `first`, *one*\n\n# Again\n\n# Again\n")
     good = "[a](other.md#the-first-one) [b](other.md#again-1) [`c`](#own) `[d](nowhere)`\n\n    [e](nowhere)\n\n# Own\n"
