@@ -32,7 +32,6 @@ if importlib.util.find_spec("jaxtron") is None:
 
 # %%
 import jaxtron as jx
-from jaxtron import pictures
 
 jx.simulate(8)
 
@@ -65,12 +64,10 @@ session
 session.layout("stack")
 
 # %%
-up = session.layout()["stack.periods.layers.1.mlp.up.kernel"]
-pictures.sharding(up.shape, up.spec, session.mesh, title="mlp.up", dims=up.axes)
+session.draw("mlp/up/kernel", title="mlp.up")
 
 # %%
-down = session.layout()["stack.periods.layers.1.mlp.down.kernel"]
-pictures.sharding(down.shape, down.spec, session.mesh, title="mlp.down", dims=down.axes)
+session.draw("mlp/down/kernel", title="mlp.down")
 
 # %% [markdown]
 # (`data` splits them too: that is ZeRO, which shares the *master* weights and the optimizer's state of copies. It gathers
@@ -89,11 +86,10 @@ inside = rules.activation_spec("batch", "full_seq", "embed")
 between, inside
 
 # %%
-shape = (8, 256, 512)
-pictures.sharding(shape, between, session.mesh, title="between layers", dims=("batch", "seq", "embed"))
+session.draw(("batch", "seq", "embed"), title="between layers")
 
 # %%
-pictures.sharding(shape, inside, session.mesh, title="inside a layer", dims=("batch", "full_seq", "embed"))
+session.draw(("batch", "full_seq", "embed"), title="inside a layer")
 
 # %% [markdown]
 # The array has three dimensions, so each part of the batch is a plane. Between the layers each of the eight devices has
@@ -226,9 +222,7 @@ for row in plan.collectives:
     )
 
 # %%
-from jaxtron.plan.traffic import axis_sizes, flows
-
-pictures.traffic(axis_sizes(plan.plan), flows(plan.plan), title="who sends to whom")
+plan.draw("traffic")
 
 # %% [markdown]
 # The two blocks are the two groups of `tensor`; the cells outside of them are ZeRO's traffic between the groups, along

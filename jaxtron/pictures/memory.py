@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from jaxtron.config import UserError
-from jaxtron.pictures.picture import COLORS, INK, MUTED, PALE, Picture
+from jaxtron.pictures.picture import COLORS, INK, MORE, MUTED, PALE, Picture
 from jaxtron.words import readable_bytes
 
 GIB = 2**30
@@ -87,7 +87,8 @@ def _share(share: float) -> str:
 
 
 def _color(place: int) -> str:
-    return COLORS[place % len(COLORS)]
+    every = (*COLORS, *MORE)
+    return every[place % len(every)]
 
 
 def _beside(axes: Axes, row: int, begun: float, ended: float, end: float, text: str, ink: str = INK) -> None:

@@ -18,6 +18,8 @@ from jaxtron.words import either
 
 # Told apart also by who does not tell red from green (Okabe and Ito, 2008); black text reads on all but the last two.
 COLORS = ("#56b4e9", "#e69f00", "#009e73", "#f0e442", "#cc79a7", "#d0d0d0", "#0072b2", "#d55e00")
+# for what has more kinds: of Tol's muted colours those that are not alike
+MORE = ("#882255", "#999933", "#332288", "#117733")
 INK, MUTED, PALE = "#222222", "#666666", "#ececec"
 FORMATS = ("png", "svg", "pdf")
 DPI = 110
