@@ -45,6 +45,8 @@ WHOLE = re.compile("[0-9]{1,4000}")
 LARGEST = 2**63 - 1
 # of an error line
 LONGEST_WORD = 160
+# bytes of the name of a file that is written: file systems take 255, with the ending that it has until it is whole
+LONGEST_NAME = 255 - len(".new")
 # how a page begins that a command wrote, by which a later one knows that it may replace the file
 PAGE = "<!doctype html>\n<!-- a page of jaxtron -->"
 
@@ -206,6 +208,10 @@ def check_output(flag: str, path: Path) -> None:
     A file that is there is replaced only if it may be an earlier result: by its content, JSON by being one object.
     """
     folder = path.parent
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise UserError(
+            f"{flag} {path.name[:40]}...: a file's name has at most {LONGEST_NAME} bytes; give a shorter one"
+        )
     if os.path.isdir(path):
         reason = f"{path} is a folder"
     elif os.path.isfile(path) and os.path.getsize(path) and not _is_earlier_result(path):

@@ -79,6 +79,12 @@ function color(name) {
   return known.get(name);
 }
 
+// the same in every bar of a step's time
+const PART_SHADES = {
+  products: "c0", "passes over memory": "c1", "tensor parallelism": "c2", "fsdp gathers": "c3", "context parallelism": "c4",
+  "expert exchange": "c5", "pipeline messages": "c6", bubble: "c10", "gradients, weights": "c8", optimizer: "c9",
+};
+const partShade = (name) => PART_SHADES[name] || "c7";
 const kindColor = (place) => `c${place % 11}`;
 
 function repaint() {

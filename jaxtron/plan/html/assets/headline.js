@@ -3,7 +3,9 @@ function headline() {
   const { step, memory } = PLAN;
   const nodes = Math.ceil(PLAN.num_gpus / PLAN.gpus_per_node);
   const gpu = PLAN.gpu.toUpperCase();
+  const best = DATA.search ? "The fastest layout that was compiled: " : "";
   document.getElementById("subtitle").textContent =
+    best +
     `${billions(PLAN.parameters_total)} parameters on ${count(PLAN.num_gpus)} ${gpu} (${plural(nodes, "node")}); ` +
     `${PLAN.schedule}; compiled with JAX ${PLAN.jax_version}`;
   const card = (label, value, unit, note, kind) =>
@@ -29,16 +31,14 @@ function headline() {
       card("Memory of a GPU", held, heldUnit, `${fits}: ${percent(memory.total / memory.capacity, 0)} of ${bytes(memory.capacity)}`, memory.fits ? "" : "bad"),
     ),
   );
-  stepTime();
 }
 
 function stepTime() {
   const { step, bound } = PLAN;
   const shown = step.parts.filter(([, time]) => time > 1e-6 * step.seconds);
-  const shades = new Map(step.parts.map(([name], place) => [name, name === "bubble" ? "c10" : kindColor(place % 10)]));
-  const parts = shown.map(([name, time]) => [name, time, shades.get(name), `${seconds(time)}, ${percent(time / step.seconds)}`]);
+  const parts = shown.map(([name, time]) => [name, time, partShade(name), `${seconds(time)}, ${percent(time / step.seconds)}`]);
   const told = parts.map(([name, , , text]) => `${name} ${text}`).join("; ");
-  const mark = (name) => el("span", { class: "key" }, el("span", { class: "swatch", style: `background:var(--${shades.get(name)})` }), name);
+  const mark = (name) => el("span", { class: "key" }, el("span", { class: "swatch", style: `background:var(--${partShade(name)})` }), name);
   const predicted = table(
     "Predicted step by what takes the time",
     [

@@ -31,10 +31,12 @@ function mesh() {
   const layout = (width) => {
     const inNode = Math.min(node, grid.devices);
     const nodes = Math.ceil(shown / node);
-    const most = nodes > 200 ? 7 : nodes > 60 ? 9 : nodes > 8 ? 13 : 22;
-    const cell = Math.max(3, Math.min(most, Math.floor((width - 12) / inNode)));
+    const largest = nodes > 200 ? 7 : nodes > 60 ? 9 : nodes > 8 ? 13 : 22;
+    const cell = Math.max(3, Math.min(largest, Math.floor((width - 12) / inNode)));
     const wide = inNode * cell + Math.max(6, cell);
-    const columns = Math.max(1, Math.min(nodes, Math.floor((width + cell) / wide)));
+    const most = Math.max(1, Math.min(nodes, Math.floor((width + cell) / wide)));
+    // rows alike
+    const columns = Math.ceil(nodes / Math.ceil(nodes / most));
     return { cell, wide, columns, high: cell + Math.max(5, cell * 0.6), rows: Math.ceil(nodes / columns) };
   };
   const place = (device, found) => {

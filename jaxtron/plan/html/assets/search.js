@@ -73,7 +73,7 @@ function search() {
     list.choose(row);
     const button = el("button", { type: "button" }, "Copy the flags");
     button.addEventListener("click", () => copy(row.flags, button));
-    const parts = found.part_names.map((name, place) => [name, row.parts[place], name === "bubble" ? "c10" : kindColor(place), `${seconds(row.parts[place])}, ${percent(row.parts[place] / row.seconds)}`]).filter(([, time]) => time > 0);
+    const parts = found.part_names.map((name, place) => [name, row.parts[place], partShade(name), `${seconds(row.parts[place])}, ${percent(row.parts[place] / row.seconds)}`]).filter(([, time]) => time > 0);
     box.replaceChildren(
       el("h3", {}, `${row.mesh}${row.own ? " – the configuration's own layout" : ""}`),
       el("p", { class: "small", style: "white-space:pre-line" }, tell(row).split("\n").slice(1).join("\n")),
@@ -117,7 +117,6 @@ function search() {
     { name: "MFU", value: (row) => row.mfu, text: (row) => percent(row.mfu), right: true },
     { name: "memory", value: (row) => row.bytes, text: (row) => bytes(row.bytes), right: true },
     { name: "by", value: (row) => `${kindText[row.kind]}${row.own ? ", own" : ""}${row.kind === "formula" && !row.fits ? ", memory?" : ""}` },
-    { name: "flags", value: (row) => row.flags, text: (row) => row.flags, mono: true, wide: true },
   ], rows, {
     search: "Search layouts, such as: tensor 4 1f1b", noun: "layout", pick: (row) => pick(row),
     changed: (left) => rows.forEach((row) => points.get(row.number)?.classList.toggle("faint", !left.has(row))),
@@ -131,7 +130,7 @@ function search() {
     found.own_problem ? el("p", {}, `The configuration's own layout does not run here: ${found.own_problem}`) : null,
     keys([["nvlink", "by formula"], ["good", "compiled"], ["bad", "compiled, does not fit"], ["own", "ring: the configuration's own"]]),
     picture, box, list,
-    el("p", { class: "muted small" }, "memory?: above the device's by less than the estimate can be wrong." +
+    el("p", { class: "muted small" }, "Rows: of a microbatch on a device. memory?: above the device's by less than the estimate can be wrong." +
       (found.left_out ? ` ${count(found.left_out)} slower layouts are left out here; --json writes all.` : "")));
   if (rows.length) pick(rows.find((row) => row.kind === "compiled") || inOrder[0] || rows[0]);
   page.search = { rows, pick, picked: () => picked };
