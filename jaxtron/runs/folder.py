@@ -143,16 +143,25 @@ def _state(run: RunFolder, is_model_alone: bool) -> tuple[str, str]:
         return DAMAGED, "; ".join(run.problems)
     last, planned = run.losses.last, planned_steps(run.settings)
     ended = run.history[-1] if run.history else {}
-    if ended.get("ended") == DIVERGED or last is not None and last.loss is None and not last.is_finite:
-        return DIVERGED, str(ended.get("reason") or "its last line has no finite loss")
+    if ended.get("ended") == DIVERGED:
+        return DIVERGED, str(ended.get("reason"))
     newest = run.checkpoints[-1] if run.checkpoints else None
     if last is None and (is_model_alone or newest == 0):
         return NEW, "a model that came from elsewhere, not trained yet"
     if planned is not None and (run.step if newest is None else newest) is not None:
         if (newest if newest is not None else run.step or 0) >= planned:
             return COMPLETE, "" if newest is not None else "without a checkpoint"
+    if last is not None and last.loss is None and not last.is_finite and not _passes_over_bad_steps(run.settings):
+        # of a version that wrote no such line in its history
+        return DIVERGED, "its last line has no finite loss"
     saved = "nothing is saved" if newest is None else f"continues from step {newest}"
     return STOPPED, f"{saved}; {owner} was killed" if owner else saved
+
+
+def _passes_over_bad_steps(settings: Tree | None) -> bool:
+    """Whether a loss that is not finite ends no run (`train.health.on_bad`)."""
+    health = None if settings is None else settings["train"].get("health")
+    return isinstance(health, dict) and health.get("on_bad", "stop") != "stop"
 
 
 def _is_locked(directory: Path) -> tuple[bool, str]:

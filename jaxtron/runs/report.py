@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -258,9 +259,18 @@ def _draw(runs: Sequence[RunFolder], names: Sequence[str], by: str, path: Path) 
     importlib.import_module("jaxtron.runs.picture").write_picture(runs, names, by, path)
 
 
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON does not have, which a file may hold all the same."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _write(path: Path, content: dict[str, Any]) -> bool:
     """Writes JSON; True if that was to the standard output, which has nothing else then."""
-    text = json.dumps(content, indent=1, allow_nan=False, default=str) + "\n"
+    text = json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
     if path == STANDARD_OUTPUT:
         print(text, end="")
         return True

@@ -69,6 +69,11 @@ def test_each_state_by_what_lies_there(tmp_path: Path):
     null = make(tmp_path / "null", steps=20, checkpoint=20)
     with (null / "metrics.jsonl").open("a") as file:
         file.write(line(30, None, finite=False))
+    # bad steps that were passed over
+    for name, flags in (("skipped", ["--train.health.on_bad", "skip"]), ("done", [])):
+        run = make(tmp_path / name, *flags, steps=30, checkpoint=40 if name == "done" else 20)
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(line(40, None, finite=False))
     make(tmp_path / "new", checkpoint=0, steps=0)
     for name in ("metrics.jsonl", "history.jsonl"):
         (make(tmp_path / f"no_{name[:-6]}") / name).unlink()
@@ -89,6 +94,8 @@ def test_each_state_by_what_lies_there(tmp_path: Path):
         "killed": "stopped",
         "diverged": "diverged",
         "null": "diverged",
+        "skipped": "stopped",
+        "done": "complete",
         "new": "new",
         "no_metrics": "complete",
         "no_history": "complete",
@@ -260,6 +267,8 @@ def test_bad_lines_are_told_in_one(words: list[str], message: str, tmp_path: Pat
         ("metrics.jsonl", None),
         ("history.jsonl", b'[1]\n{"changes": 3, "devices": [], "time": 5, "step": null}\n{"changes": {"a": 1}}\n'),
         ("history.jsonl", None),
+        ("history.jsonl", b'{"time": "soon", "changes": {"seed": [NaN, Infinity]}, "step": -Infinity}\n'),
+        ("config.yaml", b"model: {dropout: .inf, norm: .nan}\ndata: {}\ntrain: {steps: 1e3}\noptimizer: {}\n"),
         ("lock", b"\x1b[2J"),
         ("lock", None),
         ("checkpoints/step_00000040/jaxtron.json", b"00000000\n[]\n"),
@@ -281,6 +290,7 @@ def test_files_in_any_state_are_no_error(name: str, content: bytes | None, tmp_p
         assert ended.code == 0, (words, ended.err)
         assert "\x1b" not in ended.out
     assert json.loads(runs("compare", run, other, "--json", "-").out)["runs"][1]["state"] == "complete"
+    assert json.loads(runs("show", run, "--json", "-").out)["state"] in ("complete", "damaged", "stopped")
 
 
 def test_a_link_to_itself_ends(tmp_path: Path):
