@@ -10,7 +10,8 @@ from jaxtron.words import readable_bytes
 
 BLOCK = 2**22
 WRITTEN, SECONDS = 2**26, 1.0
-SLOW = 50e6
+# bytes a second; and seconds that a checkpoint may take all the same
+SLOW, SHORT = 50e6, 60.0
 FEW_FILES = 10_000
 
 
@@ -41,7 +42,7 @@ def check_place(name: str, directory: Path, needed: int = 0) -> Iterator[Finding
         yield fault("disk", f"{name} {directory}: cannot write: {error.strerror}", f"make room, or change --{name}")
         return
     text = f"{name} {directory}: {readable_bytes(free)} free, {readable_bytes(rate)}/s"
-    if rate < SLOW:
+    if rate < SLOW and (not needed or needed / rate > SHORT):
         wait = f": a checkpoint takes {needed / rate:,.0f} s" if needed else ""
         yield doubt("disk", f"{text}{wait}", "write to a faster disk, or save less often (checkpoint.every)")
     else:

@@ -62,7 +62,7 @@ def check_machine(config: Configuration | None, request: DoctorRequest, around: 
         ("variables", lambda: check_variables(around)),
     ]
     if config is not None:
-        checks.append(("settings", lambda: check_settings(config)))
+        checks.append(("settings", lambda: check_settings(config, around)))
         for place in places_of(config, request.name):
             checks.append(("disk", lambda place=place: check_place(place.setting, place.directory, place.needed)))
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 from jaxtron.config import UserError, expand_home
 from jaxtron.data.files.storage import cache_root
 from jaxtron.doctor.finding import Finding, fault, good
+from jaxtron.doctor.surroundings import Surroundings
 from jaxtron.run.configuration import Configuration
 from jaxtron.train.early import check_early
 
@@ -23,8 +24,12 @@ class WrittenPlace:
     needed: int
 
 
-def check_settings(config: Configuration) -> Iterator[Finding]:
+def check_settings(config: Configuration, around: Surroundings) -> Iterator[Finding]:
     """Whether a training with these settings would begin: its mesh, its data, what it begins with."""
+    if "SLURM_JOB_ID" in around.environment:
+        # one process a machine looks, where more will train: devices are not known
+        runtime = config.runtime.model_copy(update={"coordinator_address": "a training's:1"})
+        config = config.model_copy(update={"runtime": runtime})
     try:
         check_early(config)
     except UserError as error:

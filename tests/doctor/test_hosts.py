@@ -198,6 +198,13 @@ def test_the_command(tmp_path: Path):
     assert told["ok"] is True and {finding["check"] for finding in told["findings"]} >= {"settings", "disk", "jax"}
 
 
+def test_one_process_a_machine_of_slurm_does_not_know_the_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    flags = ["--devices", 1, "--mesh.data", 2, "--run.directory", tmp_path / "run", "--data.cache_directory", tmp_path]
+    assert "mesh.data 2 needs 2 devices" in run_main(main, flags).out
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert run_main(main, flags).code == 0
+
+
 @pytest.mark.parametrize(
     ("words", "code", "line"),
     [
