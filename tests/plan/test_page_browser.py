@@ -1,5 +1,6 @@
 """The page of a plan in a real browser, without a window: what it draws and how it answers pointer and keys."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
@@ -293,6 +294,39 @@ def test_violent_zooming_on_a_sharp_screen_loses_nothing(opened):
         shown.page.keyboard.press(key)
     assert shown.page.evaluate("page.timeline.range()") == [0, shown.page.evaluate("page.timeline.end")]
     assert canvas.evaluate("canvas => canvas.width / canvas.clientWidth") == pytest.approx(2, abs=0.01)
+
+
+@pytest.mark.parametrize("case", ["one device", "a million", "does not fit", "no node is full"])
+def test_extreme_plans(case: str, browser: Any, tmp_path: Path):
+    plan, parts = made_up_plan(schedule="zero_bubble", microbatches=3)
+    if case == "one device":
+        plan = dataclasses.replace(plan, num_gpus=1, communication=[], mesh=dict.fromkeys(plan.mesh, 1))
+        parts = dataclasses.replace(parts, sizes=dict.fromkeys(parts.sizes, 1), axes=())
+    elif case == "a million":
+        plan = dataclasses.replace(plan, num_gpus=2**20)
+        parts = dataclasses.replace(parts, sizes={"pipe": 4, "data": 2**15, "tensor": 8})
+    elif case == "does not fit":
+        memory = dataclasses.replace(plan.memory, activations=90 * 2**30)
+        plan = dataclasses.replace(plan, memory=memory, hint="--mesh.tensor 8")
+    else:
+        plan = dataclasses.replace(plan, gpus_per_node=7)
+    path = tmp_path / "report.html"
+    write_plan_page(plan, parts, path, command="", text="")
+    shown = Opened(browser, path)
+    assert not shown.wrong and not shown.page.evaluate("page.errors")
+    mesh = shown.page.inner_text("#mesh")
+    assert {"one device": "1 device in", "a million": "1,048,576 devices"}.get(case, "32 devices") in mesh
+    if case == "a million":
+        assert "too many devices for a matrix" in shown.page.inner_text("#traffic")
+        assert "The first 16,384 devices are drawn" in mesh
+    elif case == "one device":
+        assert shown.page.locator("#traffic").count() == 0
+    elif case == "does not fit":
+        text = shown.page.inner_text("#memory")
+        assert "136 GiB do not fit: 57 GiB more" in text and "Change first: --mesh.tensor 8" in text
+    else:
+        assert shown.page.evaluate("page.traffic.total()[1]") > 8 * 3 * PIPE
+    shown.context.close()
 
 
 @pytest.mark.parametrize("width", [360, 760, 2000])
