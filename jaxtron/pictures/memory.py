@@ -32,10 +32,11 @@ def memory(classes: Mapping[str, Any], capacity: Any = None, *, title: str = "")
     for name, own in classes.items():
         for what, size in own.items():
             _check(f"{name} {what}".strip(), size)
-    found: dict[str, dict[str, float]] = {
-        str(name): {what: float(size) for what, size in own.items() if size} for name, own in classes.items()
-    }
-    return _compared(found, capacity, title) if all(several) else _falling(found[""], capacity, title)
+    # in the order given, also where only one has bytes of a kind
+    names = list(dict.fromkeys(what for own in classes.values() for what in own))
+    found = {str(label): {name: float(own[name]) for name in names if own.get(name)} for label, own in classes.items()}
+    used = [name for name in names if any(name in own for own in found.values())]
+    return _compared(found, used, capacity, title) if all(several) else _falling(found[""], capacity, title)
 
 
 def _check(name: str, size: object, least: float = 0) -> None:
@@ -60,8 +61,7 @@ def _falling(own: dict[str, float], capacity: float | None, title: str) -> Pictu
     return picture
 
 
-def _compared(found: dict[str, dict[str, float]], capacity: float | None, title: str) -> Picture:
-    names = list(dict.fromkeys(what for own in found.values() for what in own))
+def _compared(found: dict[str, dict[str, float]], names: list[str], capacity: float | None, title: str) -> Picture:
     totals = [sum(own.values()) for own in found.values()]
     end = max(*totals, capacity or 0.0, 1.0)
     picture = Picture(9.5, 1.6 + 0.45 * len(found))

@@ -36,6 +36,9 @@ def test_memories_compared():
     assert axes.get_title() == "9 GiB of 8 GiB, 1 of 2 do not fit"
     ends = [patch.get_x() + patch.get_width() for patch in axes.patches if patch.get_width()]
     assert 3 in ends and 9 in ends
+    # kinds keep the order that they are given in, one without bytes has its place where another has some
+    picture = pictures.memory({"a": {"weights": 0, "optimizer": GIB, "nothing": 0}, "b": {"weights": GIB}})
+    assert [text.get_text() for text in picture.legends[0].get_texts()] == ["weights", "optimizer"]
 
 
 def bars(picture: pictures.Picture) -> np.ndarray:
