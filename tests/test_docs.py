@@ -120,6 +120,7 @@ def test_links_out_of_the_pages_become_copies(builder: ModuleType, tmp_path: Pat
     (root / "configs").mkdir()
     (root / "configs" / "a.yaml").write_text("seed: 1\n")
     (root / "README.md").write_text("[a](docs/deep/b.md#x) [c](configs/a.yaml)\n\n    [d](nowhere.md)\nwords:\n- one\n")
+    (root / "CHANGELOG.md").write_text("| a | `\\|` and \\| |\n")
     (root / "docs" / "deep" / "b.md").write_text(
         "[up](../../README.md) [a](../../configs/a.yaml) [w](https://e.org/)\n"
     )
@@ -136,6 +137,7 @@ def test_links_out_of_the_pages_become_copies(builder: ModuleType, tmp_path: Pat
     ).read_text() == "[up](../index.md) [a](../files/configs/a.yaml.txt) [w](https://e.org/)\n"
     assert (pages / "files" / "configs" / "a.yaml.txt").read_text() == "seed: 1\n"
     assert (pages / "notebooks" / "01_a.md").read_text() == "[up](../index.md) [b](02_b.md)\n"
+    assert (pages / "changelog.md").read_text() == "| a | `|` and \\| |\n"
     (root / "README.md").write_text("[a](gone.md)\n")
     with pytest.raises(SystemExit, match="README.md has a link to gone.md, which is not there; mend it"):
         builder.prepare(root, tmp_path / "built")
@@ -193,6 +195,7 @@ def test_the_site_builds_without_a_warning_and_asks_nobody_for_anything():
         "reference/sharding.html",
         "decisions/0005-pipelines.html",
     } <= names
+    assert 'id="jaxtron.api.session.Session.initial_state"' in (site / "reference" / "jaxtron.html").read_text()
     assert "make_rules" in (site / "reference" / "sharding.html").read_text()
     for path in (*site.rglob("*.html"), *site.rglob("*.css")):
         # links are for readers; what a browser fetches by itself is not
