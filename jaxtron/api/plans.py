@@ -19,6 +19,8 @@ from jaxtron.plan.compare import changes_text
 from jaxtron.plan.compiled.communication import CommunicationRow
 from jaxtron.plan.compiled.rehearsal import Rehearsal
 from jaxtron.plan.compiled.rehearsal import rehearse as compile_step
+from jaxtron.plan.html.page import write_plan_page
+from jaxtron.plan.html.parts import page_parts
 from jaxtron.plan.machine import Machine, machine_named, read_machine
 from jaxtron.plan.memory_use import MemoryUse
 from jaxtron.plan.plan import Plan, make_plan
@@ -96,10 +98,15 @@ class StepPlan:
         return changes_text(other.plan.json(), self.plan)
 
     def save(self, path: str | Path) -> Path:
-        """Writes all figures as JSON, or with a name that ends in .hlo the program."""
+        """Writes all figures as JSON; with a name that ends in .html a page for a browser, in .hlo the program."""
         path = Path(expand_home(str(path)))
         if path.suffix == ".hlo":
             write_hlo(self.rehearsal, path)
+        elif path.suffix == ".html":
+            found = self.plan
+            where = f"gpu={found.gpu!r}, gpus={found.num_gpus}, gpus_per_node={found.gpus_per_node}"
+            command = f"jaxtron.rehearse(config, {where}).save({str(path)!r})"
+            write_plan_page(found, page_parts(self.rehearsal, found), path, command=command, text=str(self))
         else:
             write_plan(self.plan, path)
         return path

@@ -30,6 +30,10 @@ def test_a_plan_shows_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
         assert row.key.kind in html
     assert json.loads(plan.save(tmp_path / "plan.json").read_text())["memory"]["total"] == plan.memory.total
     assert plan.save(tmp_path / "step.hlo").read_text() == plan.hlo
+    page = plan.save(tmp_path / "plan.html").read_text()
+    assert (
+        page.startswith("<!doctype html>") and "jaxtron.rehearse(config, gpu='h100', gpus=2, gpus_per_node=2)" in page
+    )
     assert plan.compare(plan) == "changes: none"
     for what in ("memory", "timeline", "traffic", "mesh"):
         assert plan.draw(what).get_axes(), what
