@@ -125,7 +125,7 @@ def _draw_plane(
     blocks = [(*plane, *((row, column)[2 - min(rank, 2) :])) for row, column in places]
     corners = np.array([(0, 0), (cell_width, 0), (cell_width, cell_height), (0, cell_height)])
     cells = [corners + (column * cell_width, row * cell_height) for row, column in places]
-    edge = {"edgecolors": "white", "linewidths": 1.2} if len(places) <= 64 else {"antialiased": False}
+    edge: dict[str, Any] = {"edgecolors": "white", "linewidths": 1.2} if len(places) <= 64 else {"antialiased": False}
     axes.add_collection(PolyCollection(cells, facecolors=[fills[block] for block in blocks], **edge))
     for block, cell in zip(blocks if len(blocks) <= MOST_NUMBERS else (), cells, strict=False):
         text = numbers_text(found.devices[block], most)
@@ -142,7 +142,7 @@ def _draw_plane(
 
 def _hatch(axes: Axes, found: ArrayBlocks, down: int | None, across: int | None, height: float) -> None:
     """Marks what lies behind the array's end."""
-    own = {"facecolor": "none", "edgecolor": INK, "hatch": "////", "linewidth": 0.0}
+    own: dict[str, Any] = {"facecolor": "none", "edgecolor": INK, "hatch": "////", "linewidth": 0.0}
     if across is not None:
         kept = found.shape[across] / (found.part[across] * found.parts[across])
         if kept < 1:

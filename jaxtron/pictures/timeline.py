@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -104,7 +105,9 @@ def _draw(axes: Axes, spans: Sequence[Sequence[Span]], num_chunks: int, labelled
         for chunk in range(num_chunks)
     }
     fills = [shades[span.slot, span.work.chunk] for _, span in bars]
-    edge = {"edgecolors": "white", "linewidths": 0.4} if labelled else {"edgecolors": "none", "antialiased": False}
+    edge: dict[str, Any] = (
+        {"edgecolors": "white", "linewidths": 0.4} if labelled else {"edgecolors": "none", "antialiased": False}
+    )
     axes.add_collection(PolyCollection(list(corners), facecolors=fills, **edge))
 
 

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import Bool, Float64
 from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.ticker import MaxNLocator
 
 from jaxtron.config import UserError
 from jaxtron.pictures.grid import axes_text, mesh_sizes
@@ -25,7 +26,8 @@ _SHADES = {"NVLink": "Blues", "network": "Oranges"}
 class Flow:
     """Communication of a step among devices that differ along `axes`: each sends `bytes` in all.
 
-    To whom: "ring", to the next of its group, as gathers, scatters and reductions pass data on; "all", to each of the
+    To whom: "ring", to the next of its group, as gathers, scatters and reductions pass data on, over nodes in several
+    rings so that each device has its share of the network; "all", to each of the
     group alike (all-to-all); "neighbours", half to the next and half to the one before (pipeline messages). With
     `group` only so many neighbours along the one axis form a group.
     """
@@ -67,7 +69,7 @@ def traffic_matrix(
     found, between = np.zeros((rows, rows)), 0.0
     total = 0.0
     for flow in flows:
-        for senders, receivers, size in _pairs(flow, sizes, count):
+        for senders, receivers, size in _pairs(flow, sizes, count, gpus_per_node):
             np.add.at(found, (senders // each, receivers // each), size)
             total += size * len(senders)
             between += size * np.count_nonzero(senders // gpus_per_node != receivers // gpus_per_node)
@@ -82,9 +84,9 @@ def traffic(
     """Bytes of a step from each device (rows) to each (columns): blue over NVLink, orange over the network.
 
     Shades are logarithmic. Lines are the ends of nodes. Of many devices a row is a node, or several. Which device sends
-    to which is an assumption where a collective has its way: rings in the mesh's order, as NCCL's are inside and
-    between nodes. `mesh` is a JAX mesh or sizes by axis, outermost first; devices fill nodes in its order. Raises
-    `UserError` for flows along axes that the mesh does not have.
+    to which is an assumption where a collective has its way: rings in the mesh's order, as many as devices in a node.
+    `mesh` is a JAX mesh or sizes by axis, outermost first; devices fill nodes in its order. Raises `UserError` for
+    flows along axes that the mesh does not have.
     """
     sizes = mesh_sizes(mesh)
     found = traffic_matrix(sizes, flows, gpus_per_node=gpus_per_node, most_rows=most_rows)
@@ -117,8 +119,8 @@ def traffic(
     what = _row_text(found.devices, gpus_per_node)
     axes.set(xlabel=f"receiving {what}", ylabel=f"sending {what}", xlim=(-0.5, rows - 0.5), ylim=(rows - 0.5, -0.5))
     axes.tick_params(labelsize=8, colors=INK)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     head = f"{title}, {axes_text(sizes)}" if title else axes_text(sizes)
     count = math.prod(sizes.values())
     sums = f"a GPU sends {readable_bytes(found.nvlink / count)} over NVLink, {readable_bytes(found.network / count)}"
@@ -134,7 +136,9 @@ def _row_text(devices: int, gpus_per_node: int) -> str:
     return "node" if devices == gpus_per_node else f"{plural(devices // gpus_per_node, 'node')} each"
 
 
-def _pairs(flow: Flow, sizes: Mapping[str, int], count: int) -> list[tuple[np.ndarray, np.ndarray, float]]:
+def _pairs(
+    flow: Flow, sizes: Mapping[str, int], count: int, gpus_per_node: int
+) -> list[tuple[np.ndarray, np.ndarray, float]]:
     """Senders and receivers by number, and the bytes of each pair."""
     _check(flow, sizes)
     axes = [axis for axis in flow.axes if sizes[axis] > 1]
@@ -157,7 +161,15 @@ def _pairs(flow: Flow, sizes: Mapping[str, int], count: int) -> list[tuple[np.nd
         return [(*shifted(by), flow.bytes / (size - 1)) for by in range(1, size)]
     if flow.pattern == "neighbours":
         return [(*shifted(by), flow.bytes / 2) for by in (1, -1)]
-    return [(*shifted(1), flow.bytes)]
+    # as many rings as a group has devices in a node, each leaving nodes at another one
+    local = int(np.count_nonzero(groups[0] // gpus_per_node == groups[0, 0] // gpus_per_node))
+    in_nodes = groups.reshape(len(groups), -1, local) if size % local == 0 else groups[:, None]
+    rings = in_nodes.shape[-1] if in_nodes.shape[1] > 1 else 1
+    found = []
+    for ring in range(rings):
+        order = np.roll(in_nodes, -ring, axis=2).reshape(len(groups), size)
+        found.append((order.ravel(), np.roll(order, -1, axis=1).ravel(), flow.bytes / rings))
+    return found
 
 
 def _check(flow: Flow, sizes: Mapping[str, int]) -> None:

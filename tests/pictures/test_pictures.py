@@ -89,6 +89,15 @@ def test_traffic_sums_to_what_each_sends():
     assert found.inside[0].tolist() == [True, True, *[False] * 6]
 
 
+def test_rings_over_nodes_share_the_network():
+    found = traffic_matrix({"fsdp": 8}, [Flow(("fsdp",), 12.0)], gpus_per_node=4)
+    # three of four steps of a ring are inside a node, and each device is once the one that leaves it
+    outside = np.where(found.inside, 0, found.bytes)
+    assert outside.sum(1).tolist() == outside.sum(0).tolist() == [3.0] * 8
+    assert found.bytes.sum(1).tolist() == found.bytes.sum(0).tolist() == [12.0] * 8
+    assert found.bytes[0, 1] == 9 and found.bytes[3, 0] == 9 and found.bytes[3, 4] == 3
+
+
 def test_traffic_of_many_devices_is_by_node():
     flows = [Flow(("tensor",), 5.0), Flow(("pipe",), 2.0, "neighbours"), Flow(("data",), 1.0)]
     found = traffic_matrix(LARGE, flows)
