@@ -127,7 +127,8 @@ def test_bad_input_is_one_line(arguments: str, message: str):
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
-OWN = {"gpu", "nodes", "gpus", "gpus-per-node", "tokens", "json", "machine"}
+OWN = {"gpu", "nodes", "gpus", "gpus-per-node", "tokens", "html", "json", "machine"}
+VALUES = dict.fromkeys(("nodes", "gpus", "gpus-per-node", "tokens", "top"), "1") | {"html": "a.html"}
 MODES = {
     "": {*OWN, "hlo", "compare", "calibrate", "png", "layout", "schedule", "search"},
     "--layout": set(),
@@ -146,7 +147,7 @@ def test_help_shows_the_flags_that_the_mode_takes_and_no_others(mode: str):
     for flag in MODES[""] | MODES["--schedule"] | MODES["--search"]:
         if flag in ("layout", "schedule", "search"):
             continue
-        line = f"{mode} --{flag} {1 if flag in ('nodes', 'gpus', 'gpus-per-node', 'tokens', 'top') else 'a'}".split()
+        line = f"{mode} --{flag} {VALUES.get(flag, 'a')}".split()
         if flag in MODES[mode]:
             assert parse(line).kind == (mode.removeprefix("--") or "plan")
         else:

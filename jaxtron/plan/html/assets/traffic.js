@@ -258,7 +258,7 @@ function matrix(rows) {
       el("div", { class: "tools" }, choice, back, first, title, el("span", { class: "grow" }), keys([["nvlink", "NVLink, inside a node"], ["network", "network, between nodes"]])),
       el("div", { class: "beside" }, el("div", {}, picture, readout), largest),
       el("p", { class: "muted small" },
-        "Bytes of a step, darker for more (by orders of magnitude). Gathers, scatters and reductions go round a ring in the mesh's order, all-to-alls to all alike, " +
+        "Bytes of a step, stronger for more (by orders of magnitude). Gathers, scatters and reductions go round a ring in the mesh's order, all-to-alls to all alike, " +
         "messages of a pipeline to the stages beside it; the library that runs them may choose other ways." + (unknown ? ` ${bytes(unknown)} of a device match no axes and are left out.` : ""))));
   page.traffic = { cells: () => [...cells.values()], look, enter, under, view: () => view, total: () => {
     let [inside, between] = [0, 0];
