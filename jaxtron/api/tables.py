@@ -13,9 +13,9 @@ from jaxtron.sharding.rules import ACTIVATIONS, PARAMETERS, Tables
 from jaxtron.words import either
 
 Edits = Mapping[str, str | Sequence[str]]
-# Axes that may be split by tensor or by nothing. Others are cut by code of the layers' own (the embedding and the loss
-# by vocab), or by flags whose collectives the step makes itself.
-FREE = {"parameters": ("heads", "kv_heads", "mlp"), "activations": ("seq", "heads", "kv_heads", "mlp", "vocab")}
+# Axes that may be split by tensor or by nothing. Others are cut by code of the layers' own (embedding and loss cut
+# vocab and seq), or by flags whose collectives the step makes itself.
+FREE = {"parameters": ("heads", "kv_heads", "mlp"), "activations": ("heads", "kv_heads", "mlp")}
 EDITABLE = ("tensor",)
 # kinds of layers in which an edit is only another layout
 PLAIN = frozenset("*W-")

@@ -1,11 +1,15 @@
 """What every configuration is made of, and the errors of a user."""
 
 import enum
+import html
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Self, TypeVar
 
+import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from jaxtron.config.yaml_text import Dumper
 
 
 class UserError(ValueError):
@@ -44,6 +48,11 @@ class Config(BaseModel):
     def resolved(self) -> Self:
         """The same with defaults that follow from other settings filled in."""
         return self
+
+    def _repr_html_(self) -> str:
+        """What was set, as YAML; all else has its default."""
+        given = self.model_dump(mode="json", exclude_unset=True)
+        return f"<pre>{html.escape(yaml.dump(given, Dumper=Dumper, sort_keys=False, allow_unicode=True))}</pre>"
 
 
 ConfigType = TypeVar("ConfigType", bound=Config)

@@ -65,6 +65,8 @@ def test_settings_over_a_file_a_mapping_and_a_configuration(tmp_path):
     given = {"model": {"num_layers": 2}}
     assert load(given, model={"num_layers": 3}).model.num_layers == 3 and given == {"model": {"num_layers": 2}}
     assert load(config, seed=8).seed == 8 and config.seed == 3
+    # a notebook shows what was set, not all that there is
+    assert "num_heads: 4" in config._repr_html_() and "dropout" not in config._repr_html_()
     assert load(data={"path": tmp_path / "text.txt"}).data.path == str(tmp_path / "text.txt")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("seed: 9\n")

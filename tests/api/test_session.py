@@ -175,9 +175,9 @@ def test_edited_tables_move_arrays_and_change_no_number():
     edited = jx.Session(
         configuration(data=1, tensor=2),
         parameters=house.rules.parameters | {"mlp": ()},
-        activations={"seq": ()},
+        activations={"mlp": (), "heads": "tensor"},
     )
-    assert edited.rules.parameters["mlp"] == () and edited.rules.activations["seq"] == ()
+    assert edited.rules.parameters["mlp"] == () == edited.rules.activations["mlp"]
     up, before = (one.layout("mlp/up/kernel").parameters[0] for one in (edited, house))
     assert up.split[-1] == () and before.split[-1] == ("tensor",) and up.bytes == 2 * before.bytes
     losses = []
@@ -192,6 +192,7 @@ EDITS = [
     ({"parameters": {"mlp": ("tensr",)}}, r"names the flag 'tensr', and the mesh has no such: did you mean 'tensor'"),
     ({"parameters": {"mlp": "fsdp"}}, r"parameters\['mlp'\] cannot be split by 'fsdp' in a table, only by 'tensor'"),
     ({"parameters": {"vocab": ()}}, r"parameters\['vocab'\] is cut by the layers themselves"),
+    ({"activations": {"seq": ()}}, r"activations\['seq'\] is cut by the layers themselves and stays as it is"),
     ({"activations": {"batch": ()}}, r"activations\['batch'\] is cut by the layers themselves"),
     ({"activations": {"sequence": ()}}, r"activations\['sequence'\]: no activation has this logical axis"),
 ]
@@ -207,7 +208,7 @@ def test_edits_that_cannot_be_are_one_line(place: int):
 def test_tables_of_other_layers_stay():
     model = {"pattern": "M-", "num_kv_heads": None, "mamba": {"num_groups": 1}}
     with pytest.raises(jx.UserError, match="can be edited for decoders of attention and MLPs"):
-        jx.Session(jx.load(SETTINGS, model=model, mesh={"data": 1, "tensor": 2}), activations={"seq": ()})
+        jx.Session(jx.load(SETTINGS, model=model, mesh={"data": 1, "tensor": 2}), activations={"mlp": ()})
 
 
 def test_outside_of_a_mesh_is_one_clear_error(session: jx.Session):
