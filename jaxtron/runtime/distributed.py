@@ -41,9 +41,11 @@ def initialize_distributed(config: RuntimeConfig) -> None:
         _initialize(config)
     except (RuntimeError, ValueError, ImportError) as error:
         where = f" at {config.coordinator_address}" if explicit else ""
-        raise UserError(
-            f"cannot join the processes of {launcher}{where}: {str(error).splitlines()[0]} (was JAX used before?)"
-        ) from error
+        why = str(error).splitlines()[0]
+        if error.__cause__ is not None:
+            # JAX's clusters try again, and then say that alone
+            why += f" ({' '.join(str(error.__cause__).split())[:300]})"
+        raise UserError(f"cannot join the processes of {launcher}{where}: {why} (was JAX used before?)") from error
     finally:
         watchdog.cancel()
 

@@ -176,6 +176,16 @@ def test_kubernetes_without_its_package_is_one_line(monkeypatch: pytest.MonkeyPa
         initialize_distributed(RuntimeConfig())
 
 
+def test_the_cause_of_what_a_cluster_tries_again_is_told(monkeypatch: pytest.MonkeyPatch):
+    def detect(seconds: int):
+        raise RuntimeError("Retry failed with all attempts exhausted") from ValueError("403\nForbidden")
+
+    monkeypatch.setattr("jaxtron.runtime.distributed.detect_cluster", detect)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"of Open MPI: Retry failed with all attempts exhausted \(403 Forbidden\)"):
+        initialize_distributed(RuntimeConfig())
+
+
 def test_platform(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("jaxtron.runtime.devices.jax", SimpleNamespace(config=SimpleNamespace(jax_platforms=None)))
     assert expects_gpu({"JAX_PLATFORMS": "cuda,cpu"})
