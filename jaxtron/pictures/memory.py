@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 
 from jaxtron.config import UserError
 from jaxtron.pictures.picture import COLORS, INK, MORE, MUTED, PALE, Picture
@@ -76,8 +77,8 @@ def _compared(found: dict[str, dict[str, float]], names: list[str], capacity: fl
             begun += size
         _beside(axes, row, 0.0, begun, end, readable_bytes(begun))
     axes.set_yticks(range(len(found)), list(found))
-    handles = [axes.barh(0, 0, color=_color(place)) for place in range(len(names))]
-    picture.legend(handles, names, loc="outside right upper", frameon=False, fontsize=8)
+    handles = [Patch(color=_color(place), label=name) for place, name in enumerate(names)]
+    picture.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
     _finish(axes, len(found), end, capacity, title, totals)
     return picture
 

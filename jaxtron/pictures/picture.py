@@ -72,7 +72,8 @@ def colors(count: int) -> list[str]:
 
 def paler(color: str, share: float) -> str:
     """A colour mixed with so much white."""
-    return to_hex([1 - (1 - part) * (1 - share) for part in to_rgb(color)])
+    red, green, blue = (1 - (1 - part) * (1 - share) for part in to_rgb(color))
+    return to_hex((red, green, blue))
 
 
 def ink_on(color: str) -> str:

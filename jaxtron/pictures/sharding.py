@@ -40,12 +40,14 @@ def sharding(
     columns = len(shown) if len(shown) < 4 else 2 if len(shown) == 4 else 3
     rows = -(-len(shown) // columns)
     side = _PLANE if columns == 1 else 2.3
-    grid = device_grid(sizes)
+    # as wide as high beside the planes of a matrix or more
+    grid = device_grid(sizes, aspect=1.4 if _rank(found) < 2 else 1.0)
     mesh_width = 3.4
     picture = Picture(
         1.0 + side * columns + mesh_width, 1.5 + max(side * rows * (0.55 if _rank(found) < 2 else 1), 2.2)
     )
-    left, right = picture.subfigures(1, 2, width_ratios=(side * columns + 0.6, mesh_width))
+    halves: Any = picture.subfigures(1, 2, width_ratios=(side * columns + 0.6, mesh_width))
+    left, right = halves
     boxes = list(left.subplots(rows, columns, squeeze=False).flat)
     for place, (box, plane) in enumerate(zip(boxes, shown, strict=False)):
         label = _plane_text(found, plane, dims)
@@ -129,8 +131,8 @@ def _draw_plane(
     axes.add_collection(PolyCollection(cells, facecolors=[fills[block] for block in blocks], **edge))
     for block, cell in zip(blocks if len(blocks) <= MOST_NUMBERS else (), cells, strict=False):
         text = numbers_text(found.devices[block], most)
-        middle = cell.mean(0)
-        axes.text(*middle, text, ha="center", va="center", fontsize=7.5, color=ink_on(fills[block]))
+        across_cell, down_cell = cell.mean(0)
+        axes.text(across_cell, down_cell, text, ha="center", va="center", fontsize=7.5, color=ink_on(fills[block]))
     _hatch(axes, found, down, across, height)
     bare(axes, xlim=(-0.01, 1.01), ylim=(height + 0.01, -0.01), aspect="equal")
     axes.set_title(label, fontsize=8, color=INK)
