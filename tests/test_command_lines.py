@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "gpt_tiny.yaml"
 # what takes longer to import than a refused setting may take to be refused
 HEAVY = ("jax", "flax", "optax", "orbax", "grain", "matplotlib", "tokenizers", "pyarrow")
-VERBS = ("train", "plan", "evaluate", "generate", "serve", "preprocess", "convert upcycle")
+VERBS = ("train", "plan", "evaluate", "generate", "serve", "preprocess", "convert upcycle", "doctor")
 
 
 def write(folder: Path, text: str, name: str = "run.yaml") -> Path:

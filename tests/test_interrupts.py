@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-VERBS = ("jaxtron.train", "jaxtron.plan", "jaxtron.evaluate", "jaxtron.convert", "jaxtron.preprocess", "jaxtron")
+VERBS = (
+    "jaxtron.train",
+    "jaxtron.plan",
+    "jaxtron.doctor",
+    "jaxtron.evaluate",
+    "jaxtron.convert",
+    "jaxtron.preprocess",
+    "jaxtron",
+)
 COMMAND = """
 import ctypes, os, signal, subprocess, sys, time
 from jaxtron import interrupts

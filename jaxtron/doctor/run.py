@@ -103,7 +103,7 @@ def coordinates(config: RuntimeConfig, wait: float, around: Surroundings) -> Coo
     if launcher is None:
         return None
     try:
-        found = detect_cluster(config.connect_seconds)
+        found = detect_cluster(max(1, round(wait)))
     except (RuntimeError, ValueError, ImportError, OSError, KeyError) as error:
         why = " ".join(str(error).split())[:200] or type(error).__name__
         return fault("hosts", f"{launcher} does not say who the others are: {why}", "see docs/clusters.md")
