@@ -6,6 +6,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import io
+import json
 import os
 import re
 import subprocess
@@ -128,6 +129,9 @@ def test_links_out_of_the_pages_become_copies(builder: ModuleType, tmp_path: Pat
     (root / "notebooks").mkdir()
     (root / "notebooks" / "01_a.py").write_text("# %% [markdown]\n# [up](../README.md) [b](02_b.ipynb)\n")
     (root / "notebooks" / "02_b.py").write_text("# %%\nx = 1\n")
+    (root / "build" / "notebooks").mkdir(parents=True)
+    drawn = {"cell_type": "code", "source": "f()", "outputs": [{"data": {"image/png": "aGk="}}]}
+    (root / "build" / "notebooks" / "02_b.ipynb").write_text(json.dumps({"cells": [drawn]}))
     builder.prepare(root, tmp_path / "built")
     pages = tmp_path / "built" / "pages"
     text = (pages / "index.md").read_text()
@@ -137,6 +141,7 @@ def test_links_out_of_the_pages_become_copies(builder: ModuleType, tmp_path: Pat
     ).read_text() == "[up](../index.md) [a](../files/configs/a.yaml.txt) [w](https://e.org/)\n"
     assert (pages / "files" / "configs" / "a.yaml.txt").read_text() == "seed: 1\n"
     assert (pages / "notebooks" / "01_a.md").read_text() == "[up](../index.md) [b](02_b.md)\n"
+    assert "![output](02_b_1.png)" in (pages / "notebooks" / "02_b.md").read_text()
     assert (pages / "changelog.md").read_text() == "| a | `|` and \\| |\n"
     (root / "README.md").write_text("[a](gone.md)\n")
     with pytest.raises(SystemExit, match="README.md has a link to gone.md, which is not there; mend it"):
@@ -144,8 +149,8 @@ def test_links_out_of_the_pages_become_copies(builder: ModuleType, tmp_path: Pat
 
 
 def test_notebooks_are_pages(builder: ModuleType, tmp_path: Path):
-    source = "# ---\n# jupyter: x\n# ---\n\n# %% [markdown]\n# # Title\n#\n# Words.\n\n# %%\nx = 1\n\nx\n"
-    assert builder.percent_text(source) == "# Title\n\nWords.\n\n```python\nx = 1\n\nx\n```\n"
+    source = "# ---\n# jupyter: x\n# ---\n\n# %% [markdown]\n# # Title\n#\n# Words $p - 1$.\n\n# %%\nx = 1\n\nx\n"
+    assert builder.percent_text(source) == "# Title\n\nWords <i>p - 1</i>.\n\n```python\nx = 1\n\nx\n```\n"
     outputs = [{"data": {"image/png": "aGk="}}, {"text": ["a\n", "b\n"]}, {"data": {"text/html": "<b>c</b>"}}]
     cells = [{"cell_type": "markdown", "source": ["# T"]}, {"cell_type": "code", "source": "f()", "outputs": outputs}]
     text = builder.executed_text({"cells": cells}, "one", tmp_path)
