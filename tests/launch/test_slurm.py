@@ -92,9 +92,21 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         assert result.returncode == 0, result
         yield cluster
     finally:
-        for command in ("scancel --signal=KILL --full --user=root", "scancel --user=root", "scontrol shutdown"):
-            subprocess.run(command.split(), env=cluster.environment, capture_output=True)
-            time.sleep(1)
+        end_of(cluster)
+
+
+def end_of(cluster: Slurm) -> None:
+    """Ends all jobs, and Slurm once none of them has a process any more."""
+
+    def ask(command: str) -> str:
+        return subprocess.run(command.split(), env=cluster.environment, capture_output=True, text=True).stdout
+
+    ask("scancel --signal=KILL --full --user=root")
+    ask("scancel --user=root")
+    deadline = time.monotonic() + 60
+    while ask("squeue -h").strip() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    ask("scontrol shutdown")
 
 
 def flags(folder: Path, run: str, *, steps: int = ENDLESS) -> list[str]:
