@@ -88,3 +88,10 @@ def test_make_takes_a_quarter_and_asks_for_one():
     assert "-m 'slow and not gpu' --quarter 2" in make("QUARTER=2").stdout
     for words in ((), ("QUARTER=4",)):
         assert make(*words).returncode and "make test-quarter QUARTER=0, 1, 2 or 3" in make(*words).stderr
+
+
+def test_files_of_folders_that_are_no_packages_have_names_of_their_own():
+    """Otherwise pytest refuses one of two, in runs of the whole suite alone."""
+    found = [path for path in ROOT.glob("tests/**/test_*.py") if not (path.parent / "__init__.py").exists()]
+    names = [path.name for path in found]
+    assert not {name for name in names if names.count(name) > 1}

@@ -14,6 +14,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 def test_a_plan_shows_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     config = jx.load(SMALL, mesh={"data": 1, "tensor": 2})
     plan = jx.rehearse(config, gpu="h100", gpus=2)

@@ -41,6 +41,7 @@ def test_what_a_run_prints(finished: FinishedRun):
         "validation loss": f"{last['validation_loss']:.4f}",
         "configuration": f"{directory}/config.yaml",
         "metrics": f"{directory}/metrics.jsonl",
+        "events": f"{directory}/events.jsonl",
         "loss curve": f"{directory}/loss.png",
         "checkpoints": f"{directory}/checkpoints",
     }

@@ -150,8 +150,8 @@ def test_launchers(environment: dict[str, str], launcher: str | None):
 def test_slurm_gives_the_coordinates(monkeypatch: pytest.MonkeyPatch):
     seen = {}
 
-    def join(coordinator: str, process: int, **settings: float) -> SimpleNamespace:
-        seen.update(coordinator=coordinator, process=process, **settings)
+    def join(coordinator: str, process: int, num_processes: int, **settings: float) -> SimpleNamespace:
+        seen.update(coordinator=coordinator, process=process, num_processes=num_processes, **settings)
         return SimpleNamespace(address="127.0.0.1:5")
 
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: seen.update(arguments=a, **k))
@@ -163,7 +163,8 @@ def test_slurm_gives_the_coordinates(monkeypatch: pytest.MonkeyPatch):
     assert not seen
     start_runtime(RuntimeConfig(connect_seconds=5, heartbeat_seconds=40))
     # JAX reaches process 0 by what tells of its loss, and its own heartbeats come later than ours
-    assert seen["coordinator"].startswith("n1:") and seen["process"] == 1 and seen["heartbeat_seconds"] == 40
+    assert seen["coordinator"].startswith("n1:") and seen["process"] == 1 and seen["num_processes"] == 2
+    assert seen["heartbeat_seconds"] == 40
     assert seen["arguments"] == ("127.0.0.1:5", 2, 1, [1]) and seen["initialization_timeout"] > 5
     assert seen["heartbeat_timeout_seconds"] > 40 and seen["coordinator_bind_address"] is None
 

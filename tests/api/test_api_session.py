@@ -83,6 +83,7 @@ def on_device(session: jx.Session) -> list:
     return [np.empty((8, *shape.sharding.shard_shape(shape.shape)), shape.dtype) for shape in shapes]
 
 
+@pytest.mark.slow
 def test_a_training_by_hand_and_its_text(session: jx.Session, tmp_path: Path):
     state, batch = session.initial_state(), session.batch(TEXT)
     first = session.loss(state, batch)
@@ -170,6 +171,7 @@ def test_bad_input_is_one_line(session: jx.Session, place: int):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_edited_tables_move_arrays_and_change_no_number():
     house = jx.Session(configuration(data=1, tensor=2))
     edited = jx.Session(
