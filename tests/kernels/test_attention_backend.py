@@ -83,6 +83,19 @@ def test_kernels_drop_where_pieces_start_at_whole_calls():
         select("mosaic", shapes(), AttentionSpec(dropout_rate=0.1, q_offset=24), HOPPER)
 
 
+def test_a_bias_by_distance_is_for_plain_jax_alone(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "features", mosaic.features)
+    spec = AttentionSpec(causal=False, distance_bias=jnp.zeros((8, 257)))
+    assert select("auto", shapes(), spec, HOPPER).reason == (
+        f"attention: materialized (short sequences, and no kernel for {HOPPER} that knows biases by distance)"
+    )
+    long = select("auto", shapes(**LONG), spec, HOPPER)
+    assert long.implementation is chunked and "not mosaic: it knows no bias by distance (T5)" in long.reason
+    for name in ("mosaic", "cudnn"):
+        with pytest.raises(UserError, match=f"implementation {name} cannot: .*no bias by distance .T5.; use auto"):
+            select(name, shapes(), spec, HOPPER)
+
+
 REFUSED_BY_CUDNN = {
     "soft cap": AttentionSpec(logits_soft_cap=30.0),
     "slopes": AttentionSpec(alibi_slopes=jnp.ones(8)),
@@ -234,6 +247,7 @@ BAD = {
     "window": ({}, {"window": 0}, "window 0 must be at least 1"),
     "soft cap": ({}, {"logits_soft_cap": -1.0}, "logits_soft_cap -1.0 must be above 0"),
     "slopes": ({}, {"alibi_slopes": jnp.ones(3)}, r"slopes are \(3,\) and must be \(8,\)"),
+    "distances": ({}, {"distance_bias": jnp.ones((3, 9))}, r"distance_bias is \(3, 9\) and must be \(8, distances\)"),
     "segments": ({}, {"q_segment_ids": SEGMENTS}, "given together"),
 }
 

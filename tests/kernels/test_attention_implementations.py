@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxtron.config import UserError
 from jaxtron.kernels.attention import chunked, reference
-from jaxtron.kernels.attention.attention import attention
+from jaxtron.kernels.attention.attention import attention, missing_feature
 from jaxtron.kernels.attention.backend import IMPLEMENTATIONS
 from jaxtron.kernels.attention.dropout import kept as kept_of
 from jaxtron.kernels.attention.spec import AttentionSpec
@@ -46,6 +46,9 @@ FEATURES = {
     "soft_cap": {"logits_soft_cap": 2.0},
     "slopes": {"slopes": True},
     "full_slopes": {"causal": False, "slopes": True},
+    # far less than the sequences, so that most distances read its ends
+    "distances": {"distances": 41},
+    "full_distances": {"causal": False, "distances": 40, "logits_soft_cap": 2.0, "slopes": True, "segments": True},
     "segments": {"segments": True},
     "full_segments": {"causal": False, "segments": True},
     "sinks": {"sinks": True},
@@ -53,6 +56,7 @@ FEATURES = {
     "later_queries": {"q_offset": 90, "kv_offset": 30},
     # the first 40 queries come before every key
     "later_keys": {"q_offset": 60, "kv_offset": 100, "sinks": True},
+    "later_distances": {"causal": False, "distances": 301, "q_offset": 60, "kv_offset": 100, "sinks": True},
     "all": {
         "window": 200,
         "logits_soft_cap": 2.0,
@@ -89,6 +93,7 @@ def make_case(
     segments=False,
     slopes=False,
     sinks=False,
+    distances=0,
     dropout=0.0,
     **spec,
 ):
@@ -106,6 +111,8 @@ def make_case(
     }
     if sinks:
         inputs["sinks"] = normal(num_heads).astype(jnp.float32)
+    if distances:
+        inputs["distance_bias"] = normal(num_heads, distances).astype(jnp.float32)
     if segments:
         spec["q_segment_ids"], spec["kv_segment_ids"] = documents(queries, rows, 0), documents(keys, rows, 1)
     if slopes:
@@ -119,6 +126,7 @@ def make_case(
 
 def attend(implementation, inputs, spec):
     heads = (inputs[name] for name in "qkv")
+    spec = dataclasses.replace(spec, distance_bias=inputs.get("distance_bias"))
     return attention(*heads, spec, IMPLEMENTATIONS[implementation], sinks=inputs.get("sinks"))
 
 
@@ -167,7 +175,9 @@ def check(got, want, unit):
 def compare(implementation, dtype="float32", **case):
     inputs, spec, cotangents = make_case(dtype=dtype, **case)
     module = IMPLEMENTATIONS[implementation]
-    why = module.unsupported_reason(inputs["q"], inputs["k"], inputs["v"], spec, DEVICE_KIND)
+    asked = dataclasses.replace(spec, distance_bias=inputs.get("distance_bias"))
+    why = module.unsupported_reason(inputs["q"], inputs["k"], inputs["v"], asked, DEVICE_KIND)
+    why = why or missing_feature(module, asked, needs_log_sum_exp=True)
     if why is not None:
         pytest.skip(f"{implementation} refuses: {why}")
     got = run(implementation, inputs, spec, cotangents)
@@ -340,6 +350,9 @@ def definition(inputs, spec):
             scores = spec.logits_soft_cap * np.tanh(scores / spec.logits_soft_cap)
         if spec.alibi_slopes is not None:
             scores = scores - float(spec.alibi_slopes[head]) * distance
+        if "distance_bias" in inputs:
+            table = np.asarray(inputs["distance_bias"][head], np.float64)
+            scores = scores + table[np.clip(len(table) // 2 - distance, 0, len(table) - 1)]
         weights = np.exp(scores[seen])
         sink = np.exp(float(inputs["sinks"][head])) if "sinks" in inputs else 0.0
         kept = mask[row, head, i, seen] if spec.dropout_rate else np.ones(seen.sum())
@@ -356,7 +369,7 @@ def test_the_reference_is_the_definition(feature):
     check({name: got[name] for name in ("out", "lse")}, definition(inputs, spec), UNITS["float32"])
 
 
-@pytest.mark.parametrize("feature", ["causal", "full_window", "all"])
+@pytest.mark.parametrize("feature", ["causal", "full_window", "later_distances", "all"])
 def test_gradients_of_the_reference_are_differences_of_its_values(feature):
     """Along random directions: every row attends to something, for the log-sum-exp to have a derivative."""
     case = {**FEATURES[feature], "segments": False, "q_offset": 60, "kv_offset": 45}
@@ -497,7 +510,10 @@ EIGHT = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices: 
 @pytest.mark.parametrize("implementation", HERE)
 def test_shard_map_over_batch_and_heads(implementation, manual):
     """Manual batch, and heads manual or Explicit: the numbers of one device, and no collective."""
-    case = {**FEATURES["all"], "sinks": False}
+    by_distance = not missing_feature(
+        IMPLEMENTATIONS[implementation], AttentionSpec(distance_bias=jnp.zeros((8, 1))), needs_log_sum_exp=True
+    )
+    case = {**FEATURES["all"], "sinks": False, "distances": 41 * by_distance}
     inputs, spec, cotangents = make_case((300, 300), heads=(8, 4), **case)
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
     whole, heads = PartitionSpec("data", None, "tensor", None), PartitionSpec("data", "tensor", None)
@@ -512,8 +528,9 @@ def test_shard_map_over_batch_and_heads(implementation, manual):
         return gradients(implementation, inputs, known.with_arrays(of_spec), cotangents)
 
     lies = {"q_segment_ids": per_row, "kv_segment_ids": per_row, "alibi_slopes": per_head, "dropout_seeds": heads}
-    specs = ({"q": whole, "k": whole, "v": whole}, (whole, heads), lies)
-    outputs = {"out": whole, "lse": heads, "dq": whole, "dk": whole, "dv": whole}
+    names = dict.fromkeys(inputs, whole) | ({"distance_bias": per_head} if by_distance else {})
+    specs = (names, (whole, heads), lies)
+    outputs = {"out": whole, "lse": heads, **{f"d{name}": spec for name, spec in names.items()}}
     arrays = (inputs, cotangents, of_spec)
     with jax.set_mesh(mesh):
         placed = place(mesh, specs, arrays)
@@ -522,6 +539,10 @@ def test_shard_map_over_batch_and_heads(implementation, manual):
         compiled = mapped.lower(*placed).compile(OPTIONS)
         got = compiled(*placed)
     lines = [line for line in compiled.as_text().splitlines() if any(f" {name}" in line for name in COLLECTIVES)]
+    # of a table that rows share, gradients are summed over them, heads by themselves
+    summed = [line for line in lines if by_distance and " all-reduce(" in line]
+    assert len(summed) <= 1 and all("f32[2,41]" in line or "f32[8,41]" in line for line in summed), summed
+    lines = [line for line in lines if line not in summed]
     # JAX 0.10 gathers what enters and leaves any region on CPUs: those name nothing inside it
     assert not [line for line in lines if '/shard_map"' not in line]
     assert not lines or jax.__version_info__ < (0, 11)

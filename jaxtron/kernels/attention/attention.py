@@ -21,6 +21,7 @@ MISSING: dict[Feature, str] = {
     "segments": "it knows no segments (packed documents)",
     "soft_cap": "it knows no soft cap",
     "alibi": "it knows no slopes (ALiBi)",
+    "distance_bias": "it knows no bias by distance (T5)",
     "deterministic": "its backward adds up in any order",
     "dropout": "it drops no probabilities",
     "log_sum_exp": "it returns no log-sum-exp, which sinks and context parallelism need",
@@ -62,8 +63,9 @@ class Implementation(Protocol):
         dout: Float[Array, "B S H V"],
         spec: AttentionSpec,
         /,
-    ) -> tuple[Float[Array, "B S H D"], Float[Array, "B T K D"], Float[Array, "B T K V"]]:
-        """Gradients of queries, keys and values.
+    ) -> tuple[Array, ...]:
+        """Gradients of queries [B, S, H, D], keys [B, T, K, D] and values [B, T, K, V]; where the spec has a
+        `distance_bias`, also of that, in float32 [H, N].
 
         `delta` is rowsum(dout * out) less the gradient of the log-sum-exp, float32 [B, H, S]; none without that
         feature.
@@ -92,6 +94,8 @@ def attention(
     missing = missing_feature(implementation, spec, needs_log_sum_exp=sinks is not None)
     if missing is not None:
         raise UserError(f"this implementation of attention cannot: {missing}")
+    if spec.distance_bias is not None:
+        spec = dataclasses.replace(spec, distance_bias=spec.distance_bias.astype(jnp.float32))
     known, arrays = spec.split()
     # here, where it is differentiated, and not in the implementations: gradients are summed over what did not vary
     q, k, v, arrays, sinks = vary_alike((q, k, v, arrays, sinks))
@@ -129,13 +133,17 @@ def _forward(
 
 def _backward(
     implementation: Implementation, known: AttentionSpec, residuals: tuple, cotangents: tuple[Array, Array | None]
-) -> tuple[Array, Array, Array, None]:
+) -> tuple[Array, Array, Array, dict[str, Array | None]]:
     q, k, v, out, statistics, arrays = residuals
     dout, dlse = cotangents
     delta = None
     if out is not None and dlse is not None:
         delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), -1).swapaxes(1, 2) - dlse
-    return *implementation.backward(q, k, v, statistics, delta, dout, known.with_arrays(arrays)), None
+    dq, dk, dv, *others = implementation.backward(q, k, v, statistics, delta, dout, known.with_arrays(arrays))
+    found: dict[str, Array | None] = dict.fromkeys(arrays)
+    if "distance_bias" in arrays:
+        (found["distance_bias"],) = others
+    return dq, dk, dv, found
 
 
 _attend.defvjp(_forward, _backward)

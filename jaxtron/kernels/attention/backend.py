@@ -51,5 +51,7 @@ def select_backend(
     )
     if name != "auto" or found.name != "materialized":
         return found
-    drops = " that drops probabilities" if spec.dropout_rate else ""
-    return replace(found, reason=f"attention: materialized (short sequences, and no kernel for {device_kind}{drops})")
+    asked = ["drops probabilities"] if spec.dropout_rate else []
+    asked += ["knows biases by distance"] if spec.distance_bias is not None else []
+    that = f" that {' and '.join(asked)}" if asked else ""
+    return replace(found, reason=f"attention: materialized (short sequences, and no kernel for {device_kind}{that})")

@@ -10,14 +10,15 @@ region, the axes over which they vary.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
+from jax import lax, vjp
 
+from jaxtron.kernels import toeplitz
 from jaxtron.kernels.attention.dropout import survives
-from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads
+from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads, distance_line
 from jaxtron.kernels.dropout import drop
 from jaxtron.kernels.varying import vary_alike
 from jaxtron.typing import Array, Bool, Float, Int, UInt32
@@ -29,7 +30,7 @@ LOWEST = -1e38
 
 
 features: frozenset[Feature] = frozenset(
-    {"segments", "soft_cap", "alibi", "offsets", "deterministic", "dropout", "log_sum_exp"}
+    {"segments", "soft_cap", "alibi", "distance_bias", "offsets", "deterministic", "dropout", "log_sum_exp"}
 )
 
 
@@ -139,8 +140,9 @@ def backward(
     delta: Float[Array, "B H S"],
     dout: Float[Array, "B S H V"],
     spec: AttentionSpec,
-) -> tuple[Float[Array, "B S H D"], Float[Array, "B T K D"], Float[Array, "B T K V"]]:
-    """Gradients of queries, keys, values in their types, given `delta = sum(dout * out) - dlse`."""
+) -> tuple[Array, ...]:
+    """Gradients of queries, keys, values in their types, and of a bias by distance, given `delta = sum(dout * out) -
+    dlse`."""
     q, k, v, lse, delta, dout, spec = vary_alike((q, k, v, lse, delta, dout, spec))
     tiles = cut(q.shape[1], k.shape[1])
     queries, keys, values = tiles.pad_queries(_group(q, k)), tiles.pad_keys(k), tiles.pad_keys(v)
@@ -152,27 +154,32 @@ def backward(
     scoring = _Scoring.of(q, k, spec, tiles)
     first, last = _bounds(scoring.needed().T)
 
-    def block(dquery: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
+    def block(sums: tuple[Array, Array | None], j: Array) -> tuple[tuple[Array, Array | None], tuple[Array, Array]]:
         key, value = tiles.take_keys(keys, j), tiles.take_keys(values, j)
 
-        def tile(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            dquery, dkey, dvalue = carry
+        def tile(i: Array, carry: tuple) -> tuple:
+            dquery, dline, dkey, dvalue = carry
             query, dout = (tiles.take_queries(x, i) for x in (queries, douts))
             lse, delta = (tiles.take_queries(x, i, 3) for x in (lses, deltas))
             rows = _Rows(query, dout, lse, delta)
-            part, dkey_part, dvalue_part = _tile_gradients(rows, key, value, scoring, i, j)
+            part, dkey_part, dvalue_part, dscores = _tile_gradients(rows, key, value, scoring, i, j)
             part = part + tiles.take_queries(dquery, i)
             dquery = lax.dynamic_update_slice_in_dim(dquery, part, i * tiles.query_block, 1)
-            return dquery, dkey + dkey_part, dvalue + dvalue_part
+            if dline is not None:
+                dline = scoring.add_diagonals(dline, dscores, i, j)
+            return dquery, dline, dkey + dkey_part, dvalue + dvalue_part
 
         zeros = jnp.zeros_like(key, jnp.float32), jnp.zeros_like(value, jnp.float32)
-        dquery, dkey, dvalue = lax.fori_loop(first[j], last[j], tile, (dquery, *zeros))
-        return dquery, (dkey.astype(k.dtype), dvalue.astype(v.dtype))
+        dquery, dline, dkey, dvalue = lax.fori_loop(first[j], last[j], tile, (*sums, *zeros))
+        return (dquery, dline), (dkey.astype(k.dtype), dvalue.astype(v.dtype))
 
-    dquery, (dkey, dvalue) = lax.scan(block, jnp.zeros_like(queries, jnp.float32), jnp.arange(tiles.num_keys))
+    sums = jnp.zeros_like(queries, jnp.float32), None if scoring.line is None else jnp.zeros_like(scoring.line)
+    (dquery, dline), (dkey, dvalue) = lax.scan(block, sums, jnp.arange(tiles.num_keys))
     dquery = _merge(dquery[:, : tiles.queries].astype(q.dtype), 2)
     dkey, dvalue = (_merge(jnp.moveaxis(gradient, 0, 1), 1)[:, : tiles.keys] for gradient in (dkey, dvalue))
-    return dquery, dkey, dvalue
+    if dline is None:
+        return dquery, dkey, dvalue
+    return dquery, dkey, dvalue, *vjp(lambda table: _line(table, k, spec, tiles), spec.distance_bias)[1](dline)
 
 
 class _Rows(NamedTuple):
@@ -186,18 +193,19 @@ class _Rows(NamedTuple):
 
 def _tile_gradients(
     rows: _Rows, key: Array, value: Array, scoring: "_Scoring", i: Array, j: Array
-) -> tuple[Array, Array, Array]:
-    """One tile's part of the gradients of its queries, keys and values, in float32."""
+) -> tuple[Array, Array, Array, Array]:
+    """One tile's part of the gradients of its queries, keys and values, and its scores' gradients, in float32."""
     scores, slope = scoring.scores(rows.query, key, i, j)
     attends = scoring.attends(i, j)
     weights = jnp.where(attends, jnp.exp(scores - rows.lse[..., None]), 0)
     dvalue = _product("bkgst,bskgv->btkv", scoring.dropped(weights, i, j).astype(rows.dout.dtype), rows.dout)
     dweights = scoring.dropped(_product("bskgv,btkv->bkgst", rows.dout, value), i, j)
-    # of q . k: through the softmax, the cap and the scale
-    dproduct = jnp.where(attends, weights * (dweights - rows.delta[..., None]) * slope, 0).astype(key.dtype)
+    dscores = jnp.where(attends, weights * (dweights - rows.delta[..., None]), 0)
+    # of q . k: through the cap and the scale
+    dproduct = (dscores * slope).astype(key.dtype)
     dquery = _product("bkgst,btkd->bskgd", dproduct, key)
     dkey = _product("bkgst,bskgd->btkd", dproduct, rows.query)
-    return dquery, dkey, dvalue
+    return dquery, dkey, dvalue, dscores
 
 
 @dataclass(frozen=True)
@@ -210,6 +218,8 @@ class _Scoring:
     q_segments: Int[Array, "B S"] | None
     kv_segments: Int[Array, "B T"] | None
     slopes: Float[Array, "K G"] | None
+    line: Float[Array, "K G L"] | None
+    """The bias of each distance between a query and a key, padding included, in order."""
     seeds: UInt32[Array, "B K G 2"] | None
 
     @classmethod
@@ -222,6 +232,7 @@ class _Scoring:
             None if q_segments is None else tiles.pad_queries(q_segments),
             None if kv_segments is None else tiles.pad_keys(kv_segments),
             None if spec.alibi_slopes is None else spec.alibi_slopes.astype(jnp.float32).reshape(k.shape[2], -1),
+            None if spec.distance_bias is None else _line(spec.distance_bias, k, spec, tiles),
             None if spec.dropout_seeds is None else spec.dropout_seeds.reshape(q.shape[0], k.shape[2], -1, 2),
         )
 
@@ -242,7 +253,24 @@ class _Scoring:
             queries, keys = self.positions(i, j)
             distance = (keys + self.spec.kv_offset) - (queries + self.spec.q_offset)
             scores = scores + self.slopes[:, :, None, None] * distance
+        if self.line is not None:
+            length = self.tiles.query_block + self.tiles.key_block - 1
+            own = lax.dynamic_slice_in_dim(self.line, self._first_diagonal(i, j), length, 2)
+            scores = scores + toeplitz.matrix(own, self.tiles.query_block)
         return scores, derivative
+
+    def add_diagonals(
+        self, dline: Float[Array, "K G L"], dscores: Float[Array, "B K G S T"], i: Array, j: Array
+    ) -> Float[Array, "K G L"]:
+        """The bias' gradients by distance with those of tile (i, j)."""
+        found = toeplitz.diagonals(dscores.sum(0))
+        start = self._first_diagonal(i, j)
+        found = found + lax.dynamic_slice_in_dim(dline, start, found.shape[2], 2)
+        return lax.dynamic_update_slice_in_dim(dline, found, start, 2)
+
+    def _first_diagonal(self, i: Array, j: Array) -> Array:
+        """Where the line has the distance between the last query and the first key of tile (i, j)."""
+        return j * self.tiles.key_block + (self.tiles.num_queries - 1 - i) * self.tiles.query_block
 
     def dropped(self, x: Float[Array, "B K G S T"], i: Array, j: Array) -> Float[Array, "B K G S T"]:
         """Weights of tile (i, j), or their gradients, without those that are dropped."""
@@ -288,6 +316,13 @@ class _Scoring:
             meets = (lowest_q[:, :, None] <= highest_kv[:, None, :]) & (lowest_kv[:, None, :] <= highest_q[:, :, None])
             needed &= meets.any(0)
         return needed
+
+
+def _line(table: Float[Array, "H N"], k: Array, spec: AttentionSpec, tiles: Tiles) -> Float[Array, "K G L"]:
+    """Of all distances between positions of whole tiles, by the key/value head."""
+    sizes = tiles.num_queries * tiles.query_block, tiles.num_keys * tiles.key_block
+    line = distance_line(replace(spec, distance_bias=table), *sizes)
+    return line.reshape(k.shape[2], -1, line.shape[1])
 
 
 def _extremes(segments: Int[Array, "B S"], block: int) -> tuple[Int[Array, "B I"], Int[Array, "B I"]]:

@@ -6,6 +6,7 @@ sequence.
 
 import functools
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,12 +14,12 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxtron.kernels.attention.dropout import kept
-from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads, alibi_bias, allowed
+from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads, alibi_bias, allowed, distance_bias
 from jaxtron.kernels.dropout import drop
 from jaxtron.typing import Array, DTypeLike, Float
 
 features: frozenset[Feature] = frozenset(
-    {"segments", "alibi", "offsets", "deterministic", "dropout", "explicit_sharding"}
+    {"segments", "alibi", "distance_bias", "offsets", "deterministic", "dropout", "explicit_sharding"}
 )
 
 
@@ -33,9 +34,8 @@ def forward(
     """The output, and the probabilities in the values' type, negative where they were dropped."""
     queries, keys = q.shape[1], k.shape[1]
     logits = _product(_scaled(q, k, spec), k, jnp.float32)
-    bias = alibi_bias(spec, queries, keys)
-    if bias is not None:
-        logits = logits + _by_group(bias, 0, k)
+    for bias in (alibi_bias(spec, queries, keys), distance_bias(spec, queries, keys)):
+        logits = logits if bias is None else logits + _by_group(bias, 0, k)
     attends = allowed(spec, queries, keys)[:, None, None]
     logits = jnp.where(attends, logits, jnp.finfo(jnp.float32).min)
     probabilities = jax.nn.softmax(logits, -1).astype(v.dtype)
@@ -57,8 +57,8 @@ def backward(
     delta: None,
     dout: Float[Array, "B S H V"],
     spec: AttentionSpec,
-) -> tuple[Float[Array, "B S H D"], Float[Array, "B T K D"], Float[Array, "B T K V"]]:
-    """Gradients of queries, keys and values; `statistics` are the forward's probabilities."""
+) -> tuple[Array, ...]:
+    """Gradients of queries, keys, values, and of a bias by distance; `statistics` are the forward's probabilities."""
     probabilities = weights = statistics
     mask = None
     if spec.dropout_rate:
@@ -73,7 +73,16 @@ def backward(
     dlogits = probabilities * (pulled - jnp.sum(pulled * probabilities, -1, keepdims=True))
     product = functools.partial(_product, dtype=q.dtype)
     dscaled, dk = jax.vjp(product, _scaled(q, k, spec), k)[1](dlogits.astype(q.dtype))
-    return _by_head(dscaled * _scale(q, spec), q), dk, dv
+    found = _by_head(dscaled * _scale(q, spec), q), dk, dv
+    if spec.distance_bias is None:
+        return found
+
+    def bias(table: Array) -> Float[Array, "K G S T"]:
+        matrix = distance_bias(replace(spec, distance_bias=table), q.shape[1], k.shape[1])
+        assert matrix is not None
+        return _by_group(matrix, 0, k)
+
+    return *found, *jax.vjp(bias, spec.distance_bias)[1](dlogits.sum(0))
 
 
 def _scale(q: Array, spec: AttentionSpec) -> Array:

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxtron.kernels.attention.dropout import kept
-from jaxtron.kernels.attention.spec import AttentionSpec, Feature, Heads, alibi_bias, allowed
+from jaxtron.kernels.attention.spec import (
+    AttentionSpec,
+    Feature,
+    Heads,
+    alibi_bias,
+    allowed,
+    distance_bias,
+    distances,
+)
 from jaxtron.kernels.dropout import drop
 from jaxtron.typing import Array, Float
 
@@ -16,7 +24,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 features: frozenset[Feature] = frozenset(
-    {"segments", "soft_cap", "alibi", "offsets", "deterministic", "dropout", "log_sum_exp"}
+    {"segments", "soft_cap", "alibi", "distance_bias", "offsets", "deterministic", "dropout", "log_sum_exp"}
 )
 
 
@@ -47,8 +55,8 @@ def backward(
     delta: Float[Array, "B H S"],
     dout: Float[Array, "B S H V"],
     spec: AttentionSpec,
-) -> tuple[Float[Array, "B S H D"], Float[Array, "B T K D"], Float[Array, "B T K V"]]:
-    """Gradients of queries, keys, values, given `delta = sum(dout * out) - dlse`."""
+) -> tuple[Array, ...]:
+    """Gradients of queries, keys, values, and of a bias by distance, given `delta = sum(dout * out) - dlse`."""
     q32, k32, v32 = _per_query_head(q, k, v)
     dout = dout.astype(jnp.float32)
     attends = allowed(spec, q.shape[1], k.shape[1])[:, None]
@@ -56,11 +64,21 @@ def backward(
     weights = jnp.where(attends, jnp.exp(scores - jnp.where(lse == -jnp.inf, 0, lse)[..., None]), 0)
     dvalue = jnp.einsum("bhst,bshv->bthv", _dropped(weights, spec), dout, precision=HIGHEST)
     dweights = _dropped(jnp.einsum("bshv,bthv->bhst", dout, v32, precision=HIGHEST), spec)
-    # of q . k: through the softmax, the cap and the scale
-    dproduct = jnp.where(attends, weights * (dweights - delta[..., None]) * slope, 0)
+    dscores = jnp.where(attends, weights * (dweights - delta[..., None]), 0)
+    # of q . k: through the cap and the scale
+    dproduct = dscores * slope
     dquery = jnp.einsum("bhst,bthd->bshd", dproduct, k32, precision=HIGHEST)
     dkey = jnp.einsum("bhst,bshd->bthd", dproduct, q32, precision=HIGHEST)
-    return dquery.astype(q.dtype), _per_kv_head(dkey, k), _per_kv_head(dvalue, v)
+    found = dquery.astype(q.dtype), _per_kv_head(dkey, k), _per_kv_head(dvalue, v)
+    return found if spec.distance_bias is None else (*found, _by_distance(dscores, spec))
+
+
+def _by_distance(dscores: Float[Array, "B H S T"], spec: AttentionSpec) -> Float[Array, "H N"]:
+    """Sums over all pairs of a query and a key that read the same number of the table."""
+    assert spec.distance_bias is not None
+    known = spec.distance_bias.shape[1]
+    place = jnp.clip(known // 2 - distances(spec, *dscores.shape[2:]), 0, known - 1)
+    return jnp.einsum("bhst,stn->hn", dscores, jax.nn.one_hot(place, known), precision=HIGHEST)
 
 
 def _scores(q: Array, k: Array, spec: AttentionSpec) -> tuple[Array, Array | float]:
@@ -71,8 +89,9 @@ def _scores(q: Array, k: Array, spec: AttentionSpec) -> tuple[Array, Array | flo
     if spec.logits_soft_cap is not None:
         turned = jnp.tanh(scores / spec.logits_soft_cap)
         scores, derivative = spec.logits_soft_cap * turned, factor * (1 - turned**2)
-    bias = alibi_bias(spec, q.shape[1], k.shape[1])
-    return scores if bias is None else scores + bias, derivative
+    for bias in (alibi_bias(spec, q.shape[1], k.shape[1]), distance_bias(spec, q.shape[1], k.shape[1])):
+        scores = scores if bias is None else scores + bias
+    return scores, derivative
 
 
 def _dropped(x: Float[Array, "B H S T"], spec: AttentionSpec) -> Float[Array, "B H S T"]:

@@ -14,14 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtron.config import UserError
+from jaxtron.kernels import toeplitz
 from jaxtron.typing import Array, Bool, Float, Int, UInt32
 
 # what an implementation may be able to do beside plain attention, causal or not, with a window or not; the last: run
 # where heads are split over an Explicit axis of the mesh, and not inside a manual region alone
 Feature = Literal[
-    "segments", "soft_cap", "alibi", "offsets", "deterministic", "dropout", "log_sum_exp", "explicit_sharding"
+    "segments",
+    "soft_cap",
+    "alibi",
+    "distance_bias",
+    "offsets",
+    "deterministic",
+    "dropout",
+    "log_sum_exp",
+    "explicit_sharding",
 ]
-ARRAYS = ("q_segment_ids", "kv_segment_ids", "alibi_slopes", "dropout_seeds")
+ARRAYS = ("q_segment_ids", "kv_segment_ids", "alibi_slopes", "distance_bias", "dropout_seeds")
 OFFSETS = ("q_offset", "kv_offset")
 # queries, keys or values, or what stands for their shape and type
 Heads = Array | jax.ShapeDtypeStruct
@@ -30,13 +39,15 @@ Heads = Array | jax.ShapeDtypeStruct
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[*OFFSETS, *ARRAYS],
-    meta_fields=["causal", "window", "logits_scale", "logits_soft_cap", "dropout_rate", "deterministic"],
+    meta_fields=["causal", "window", "logits_scale", "logits_soft_cap", "dropout_rate", "deterministic", "crosses"],
 )
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What every implementation of attention honours or refuses; a pytree of its arrays, which get no gradient.
+    """What every implementation of attention honours or refuses; a pytree of its arrays, which get no gradient, but for
+    `distance_bias`.
 
-    A logit is `q . k * scale`, then `soft_cap * tanh(logit / soft_cap)`, then plus `slope * (key - query position)`.
+    A logit is `q . k * scale`, then `soft_cap * tanh(logit / soft_cap)`, then plus `slope * (key - query position)` and
+    the bias of that distance.
     """
 
     causal: bool = True
@@ -51,6 +62,8 @@ class AttentionSpec:
     """Part of the probabilities that is dropped where there are `dropout_seeds`."""
     deterministic: bool = False
     """Gradients have the same bits in every run."""
+    crosses: bool = False
+    """Keys are of another sequence than queries, of which each query may see all (cross-attention)."""
     q_offset: "Int[Array, ''] | int" = 0
     """Position of the first query; may be traced (ring attention's is)."""
     kv_offset: "Int[Array, ''] | int" = 0
@@ -61,6 +74,9 @@ class AttentionSpec:
     """Document of each key."""
     alibi_slopes: "Float[Array, 'H'] | None" = None
     """ALiBi's slope of each query head (2108.12409); none: no bias."""
+    distance_bias: "Float[Array, 'H N'] | None" = None
+    """What each query head adds where a key is so far from a query: number N // 2 at the same position, those after it
+    at later keys; beyond the ends of the table as at them (T5, 1910.10683, section 2.1). It gets a gradient."""
     dropout_seeds: "UInt32[Array, 'B H 2'] | None" = None
     """Two random words for each row and query head, which say with positions what is dropped (`dropout.py`); none:
     nothing is."""
@@ -70,6 +86,8 @@ class AttentionSpec:
             raise UserError(f"attention window {self.window} must be at least 1 (1: each position sees itself)")
         if self.logits_soft_cap is not None and self.logits_soft_cap <= 0:
             raise UserError(f"attention logits_soft_cap {self.logits_soft_cap} must be above 0, or none")
+        if self.crosses and (self.causal or self.window is not None):
+            raise UserError("attention to another sequence has no order: causal must be false, and the window none")
 
     def scale(self, head_dim: int) -> float:
         """Factor of q . k for queries of `head_dim`."""
@@ -82,6 +100,7 @@ class AttentionSpec:
             "segments": self.q_segment_ids is not None or self.kv_segment_ids is not None,
             "soft_cap": self.logits_soft_cap is not None,
             "alibi": self.alibi_slopes is not None,
+            "distance_bias": self.distance_bias is not None,
             # traced ones too: their values are unknown here
             "offsets": not all(isinstance(offset, int) and offset == 0 for offset in (self.q_offset, self.kv_offset)),
             "deterministic": self.deterministic,
@@ -113,6 +132,20 @@ def alibi_bias(spec: AttentionSpec, num_queries: int, num_keys: int) -> Float[Ar
         return None
     distance = distances(spec, num_queries, num_keys).astype(jnp.float32)
     return -spec.alibi_slopes.astype(jnp.float32)[:, None, None] * distance
+
+
+def distance_bias(spec: AttentionSpec, num_queries: int, num_keys: int) -> Float[Array, "H S T"] | None:
+    """The summand of every logit by distance, in float32; none without a table."""
+    if spec.distance_bias is None:
+        return None
+    return toeplitz.matrix(distance_line(spec, num_queries, num_keys), num_queries)
+
+
+def distance_line(spec: AttentionSpec, num_queries: int, num_keys: int) -> Float[Array, "H L"]:
+    """The same by diagonal: from the last query and the first key to the first query and the last key."""
+    assert spec.distance_bias is not None
+    first = spec.kv_offset - spec.q_offset - (num_queries - 1)
+    return toeplitz.line(spec.distance_bias.astype(jnp.float32), first, num_queries + num_keys - 1)
 
 
 def allowed(spec: AttentionSpec, num_queries: int, num_keys: int) -> Bool[Array, "#B S T"]:
@@ -162,5 +195,8 @@ def check_shapes(q: Array, k: Array, v: Array, spec: AttentionSpec, sinks: Array
     for name, (array, shape) in wanted.items():
         if array is not None and array.shape != shape:
             raise UserError(f"attention's {name} are {array.shape} and must be {shape}")
+    table = spec.distance_bias
+    if table is not None and (table.ndim != 2 or table.shape[0] != heads or table.shape[1] < 1):
+        raise UserError(f"attention's distance_bias is {table.shape} and must be ({heads}, distances)")
     if (spec.q_segment_ids is None) != (spec.kv_segment_ids is None):
         raise UserError("attention's q_segment_ids and kv_segment_ids must be given together, or neither")
