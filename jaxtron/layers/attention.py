@@ -39,11 +39,12 @@ AXES = {
     **dict.fromkeys(("statistics", "delta", "dropout_seeds"), ("batch", "heads")),
     **dict.fromkeys(("q_segment_ids", "kv_segment_ids"), ("batch", "full_seq")),
     "alibi_slopes": ("heads",),
+    "distance_bias": ("heads",),
 }
 
 
 class Attention(nnx.Module):
-    """Causal self-attention: projections to heads, the core (`Core`), and the projection back.
+    """Self-attention: projections to heads, the core (`Core`), and the projection back.
 
     Queries and keys/values are stored apart, so that a checkpoint does not depend on the mesh; where key/value heads
     are split like query heads, the weights are joined by group and one product serves all three. A step joins them once
@@ -70,6 +71,7 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
         scaling: Scaling = "none",
         gate: bool = False,
+        query_std: float | None = None,
     ) -> None:
         self.num_groups, self.num_kv_heads, self.head_dim = num_heads // num_kv_heads, num_kv_heads, head_dim
         self.joined_kernel: nnx.Param | None = nnx.data(None)
@@ -82,7 +84,9 @@ class Attention(nnx.Module):
         heads, kv_heads = {"heads": num_heads}, {"kv_heads": num_kv_heads}
         dims = {"head_dim": head_dim}
         given: Any = {"std": std, "rngs": rngs, "scaling": scaling}
-        self.query = Linear({"embed": embed}, {**heads, **dims}, bias=qkv_bias, **given)
+        # of scores that are not scaled, queries are drawn small instead
+        of_query = given if query_std is None else {**given, "std": query_std}
+        self.query = Linear({"embed": embed}, {**heads, **dims}, bias=qkv_bias, **of_query)
         self.key = Linear({"embed": embed}, {**kv_heads, **dims}, bias=qkv_bias, **given)
         self.value = Linear({"embed": embed}, {**kv_heads, **dims}, bias=qkv_bias, **given)
         self.output = Linear(
@@ -275,12 +279,13 @@ class Core:
         inputs: LayerInputs,
     ) -> Float[Array, "B S H V"]:
         query, key, value = (constrain(x, *HEADS) for x in (query, key, value))
-        segments = None if inputs.segments is None else constrain(inputs.segments, "batch", "full_seq")
+        crosses = self.spec.crosses
         given = replace(
             self.spec,
-            alibi_slopes=None if slopes is None else constrain(slopes, "heads"),
-            q_segment_ids=segments,
-            kv_segment_ids=segments,
+            alibi_slopes=_constrained(slopes, "heads"),
+            distance_bias=None if crosses else _constrained(inputs.distance_bias, "heads"),
+            q_segment_ids=_constrained(inputs.segments, "batch", "full_seq"),
+            kv_segment_ids=_constrained(inputs.memory_segments if crosses else inputs.segments, "batch", "full_seq"),
             dropout_seeds=self._seeds(query, inputs),
         )
         attended = attention(query, key, value, given, Sharded(self.implementation), sinks=sinks)[0]
@@ -370,7 +375,7 @@ class Sharded:
         delta: Any,
         dout: Float[Array, "B S H V"],
         spec: AttentionSpec,
-    ) -> tuple[Float[Array, "B S H D"], Float[Array, "B T K D"], Float[Array, "B T K V"]]:
+    ) -> tuple[Array, ...]:
         """As `Implementation.backward`."""
         if "explicit_sharding" in self.features:
             return self.implementation.backward(q, k, v, statistics, delta, dout, spec)
@@ -379,15 +384,24 @@ class Sharded:
         def local(
             q: Array, k: Array, v: Array, dout: Array, statistics: PyTree = None, delta: Any = None,
             **arrays: Array,
-        ) -> tuple[Array, Array, Array]:  # fmt: skip
+        ) -> tuple[Array, ...]:  # fmt: skip
             own, rules = known.with_arrays(arrays), current()
             given = (q, k, v, statistics, delta, dout, own)
             if rules.parts("context") == 1:
-                return self.implementation.backward(*given)
-            return context_parallel.backward(*given, self.implementation, rules.context, rules.parts("context"))
+                found = self.implementation.backward(*given)
+            else:
+                found = context_parallel.backward(*given, self.implementation, rules.context, rules.parts("context"))
+            # a table is one for all rows, of which each device has some
+            return *found[:3], *(jax.lax.psum(table, over) for table in found[3:])
 
+        # rows that are split inside of what is differentiated alone: those of the step's region are its own
+        over = tuple(axis for axis in current().batch if axis not in manual_axes())
         named = {"q": q, "k": k, "v": v, "statistics": statistics, "delta": delta, "dout": dout, **arrays}
-        return _over_heads(local, named, ("q", "k", "v"))
+        return _over_heads(local, named, ("q", "k", "v", *(("distance_bias",) if "distance_bias" in arrays else ())))
+
+
+def _constrained(array: Array | None, *logical: str) -> Array | None:
+    return None if array is None else constrain(array, *logical)
 
 
 def _over_heads(local: Callable[..., PyTree], arrays: dict[str, PyTree], results: tuple[str, ...]) -> PyTree:

@@ -29,8 +29,8 @@ ATTENDS = "attends."
 
 def forward(
     q: Float[Array, "B S H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K V"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K V"],
     spec: AttentionSpec,
     run: Implementation,
     config: ContextConfig,
@@ -38,9 +38,10 @@ def forward(
 ) -> tuple[Float[Array, "B S H V"], Float[Array, "B H S"]]:
     """Output and log-sum-exp of this device's positions over the whole sequence (ring: 2310.01889; heads: 2309.14509).
 
-    `spec` has this device's segment ids in both fields, and no offsets.
+    `spec` has this device's segment ids in both fields, and no offsets. Keys of another sequence than the queries'
+    (`spec.crosses`) lie on the devices as these do, in pieces of their own length and with segment ids of their own.
     """
-    way = _way(config, size, spec, q.shape[1])
+    way = _way(config, size, spec, q.shape[1], k.shape[1])
     if config.method == "all_gather":
         return _forward_gathered(way, q, k, v, run)
     q, k, v = (way.to_heads(x) for x in (q, k, v))
@@ -50,8 +51,8 @@ def forward(
 
 def backward(
     q: Float[Array, "B S H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K V"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K V"],
     lse: Float[Array, "B H S"],
     delta: Float[Array, "B H S"],
     dout: Float[Array, "B S H V"],
@@ -59,30 +60,35 @@ def backward(
     run: Implementation,
     config: ContextConfig,
     size: int,
-) -> tuple[Float[Array, "B S H D"], Float[Array, "B S K D"], Float[Array, "B S K V"]]:
-    """Gradients of this device's queries, keys and values; sums over blocks are in float32, on the way too."""
-    way = _way(config, size, spec, q.shape[1])
+) -> tuple[Array, ...]:
+    """Gradients of this device's queries, keys and values; sums over blocks are in float32, on the way too.
+
+    Where there is a bias by distance, also what this device's pairs add to its gradient, of all heads.
+    """
+    way = _way(config, size, spec, q.shape[1], k.shape[1])
     if config.method == "all_gather":
         return _backward_gathered(way, q, k, v, lse, delta, dout, run)
     lse, delta = (_last(way.to_heads(_first(x))) for x in (lse, delta))
     query, key, value, cotangent = (way.to_heads(x) for x in (q, k, v, dout))
-    parts = _backward_ring(way, query, key, value, lse, delta, cotangent, run)
+    *parts, dtable = _backward_ring(way, query, key, value, lse, delta, cotangent, run)
     # complete, so that the way back needs no more than their own precision
     dq, dk, dv = (way.to_sequence(part.astype(q.dtype)) for part in parts)
-    return dq, dk, dv
+    return (dq, dk, dv) if dtable is None else (dq, dk, dv, _among_all_heads(way, dtable, q.shape[2]))
 
 
 @dataclass(frozen=True)
 class _Way:
     """Who sends what to whom: `inner` neighbours share heads out, `outer` groups of them are a ring of blocks.
 
-    `half` is the length of a device's piece; a ring member's block is `inner` of them.
+    `half` is the length of a device's piece of queries, `kv_half` of one of keys; a ring member's block is `inner` of
+    them.
     """
 
     config: ContextConfig
     size: int
     spec: AttentionSpec
     half: int
+    kv_half: int
     on_cpu: bool
 
     @property
@@ -112,12 +118,21 @@ class _Way:
 
     @property
     def block(self) -> int:
-        """Positions of a block of the ring."""
+        """Queries of a block of the ring."""
         return self.half * self.inner
 
+    @property
+    def kv_block(self) -> int:
+        """Keys of a block of the ring."""
+        return self.kv_half * self.inner
+
     def starts(self, member: Array | int) -> tuple[Array | int, Array | int]:
-        """First positions of a member's two blocks."""
+        """First positions of a member's two blocks of queries."""
         return member * self.block, (2 * self.outer - 1 - member) * self.block
+
+    def kv_starts(self, member: Array | int) -> tuple[Array | int, Array | int]:
+        """Those of its two blocks of keys."""
+        return member * self.kv_block, (2 * self.outer - 1 - member) * self.kv_block
 
     def pass_on(self, *arrays: Array) -> tuple[Array, ...]:
         """What the previous member of the ring holds."""
@@ -139,14 +154,14 @@ class _Way:
             return x
         x = self._exchange(x, split=2, join=1)
         # from every neighbour's two pieces to the two blocks
-        pieces = x.reshape(x.shape[0], self.inner, 2, self.half, *x.shape[2:])
+        pieces = x.reshape(x.shape[0], self.inner, 2, -1, *x.shape[2:])
         return jnp.swapaxes(pieces, 1, 2).reshape(x.shape)
 
     def to_sequence(self, x: Float[Array, "B T I D"]) -> Float[Array, "B S H D"]:
         """The inverse of `to_heads`."""
         if self.inner == 1:
             return x
-        pieces = jnp.swapaxes(x.reshape(x.shape[0], 2, self.inner, self.half, *x.shape[2:]), 1, 2)
+        pieces = jnp.swapaxes(x.reshape(x.shape[0], 2, self.inner, -1, *x.shape[2:]), 1, 2)
         return self._exchange(pieces.reshape(x.shape), split=1, join=2)
 
     def _exchange(self, x: Array, *, split: int, join: int) -> Array:
@@ -157,29 +172,35 @@ class _Way:
     def in_order(self, x: Array) -> Array:
         """The whole sequence of everybody's two pieces, in order."""
         whole = jax.lax.all_gather(x, self.axes, axis=1, tiled=True)
-        pieces = whole.reshape(x.shape[0], self.outer, self.inner, 2, self.half, *x.shape[2:])
+        pieces = whole.reshape(x.shape[0], self.outer, self.inner, 2, -1, *x.shape[2:])
         ordered = jnp.concatenate([pieces[:, :, :, 0], pieces[:, ::-1, :, 1]], 1)
         return ordered.reshape(whole.shape)
 
     def out_of_order(self, x: Array) -> Array:
         """Sums over all devices of a whole sequence, each keeping its two pieces: `in_order` transposed, inner 1."""
-        pieces = x.reshape(x.shape[0], 2, self.size, self.half, *x.shape[2:])
+        pieces = x.reshape(x.shape[0], 2, self.size, -1, *x.shape[2:])
         mixed = jnp.stack([pieces[:, 0], pieces[:, 1, ::-1]], 2).reshape(x.shape)
         return jax.lax.psum_scatter(mixed, self.axes, scatter_dimension=1, tiled=True)
 
 
-def _way(config: ContextConfig, size: int, spec: AttentionSpec, length: int) -> _Way:
-    way = _Way(config, size, spec, length // 2, on_cpu=current().mesh.devices.flat[0].platform == "cpu")
+def _way(config: ContextConfig, size: int, spec: AttentionSpec, queries: int, keys: int) -> _Way:
+    assert queries == keys or spec.crosses, "a sequence is as long as itself"
+    on_cpu = current().mesh.devices.flat[0].platform == "cpu"
+    way = _Way(config, size, spec, queries // 2, keys // 2, on_cpu)
     if way.inner > 1:
         spec = replace(
             spec,
             alibi_slopes=_own_heads(way, spec.alibi_slopes, 0),
+            distance_bias=_own_heads(way, spec.distance_bias, 0),
             dropout_seeds=_own_heads(way, spec.dropout_seeds, 1),
         )
     if spec.q_segment_ids is None:
         return replace(way, spec=spec)
-    segments = way.in_order(spec.q_segment_ids)
-    return replace(way, spec=replace(spec, q_segment_ids=segments, kv_segment_ids=segments))
+    segments = kv_segments = way.in_order(spec.q_segment_ids)
+    if spec.crosses:
+        assert spec.kv_segment_ids is not None
+        kv_segments = way.in_order(spec.kv_segment_ids)
+    return replace(way, spec=replace(spec, q_segment_ids=segments, kv_segment_ids=kv_segments))
 
 
 def _own_heads(way: _Way, array: Array | None, axis: int) -> Array | None:
@@ -188,6 +209,14 @@ def _own_heads(way: _Way, array: Array | None, axis: int) -> Array | None:
         return None
     heads = array.shape[axis] // way.inner
     return jax.lax.dynamic_slice_in_dim(array, way.rank % way.inner * heads, heads, axis)
+
+
+def _among_all_heads(way: _Way, gradient: Float[Array, "I N"], heads: int) -> Float[Array, "H N"]:
+    """The transpose of `_own_heads`: zeros of the heads that others have."""
+    if way.inner == 1:
+        return gradient
+    zeros = vary(jnp.zeros((heads, *gradient.shape[1:]), gradient.dtype))
+    return jax.lax.dynamic_update_slice_in_dim(zeros, gradient, way.rank % way.inner * gradient.shape[0], 0)
 
 
 class _Block(NamedTuple):
@@ -205,18 +234,21 @@ def _pairs(spec: AttentionSpec) -> tuple[tuple[int, int], ...]:
 
 def _blocks(way: _Way, source: Array) -> list[_Block]:
     """What this member computes with the blocks of member `source`."""
-    ours, theirs = way.starts(way.member), way.starts(source)
-    return [_Block(i, j, _between(way.spec, ours[i], theirs[j], way.block, way.block)) for i, j in _pairs(way.spec)]
+    ours, theirs = way.starts(way.member), way.kv_starts(source)
+    return [_Block(i, j, _between(way.spec, ours[i], theirs[j], way.block, way.kv_block)) for i, j in _pairs(way.spec)]
 
 
 def _ring_name(way: _Way) -> AbstractContextManager:
     """How blocks of the ring are named."""
     members = range(way.outer)
-    starts = [way.starts(member) for member in members]
+    starts, kv_starts = ([of(member) for member in members] for of in (way.starts, way.kv_starts))
     distances = Counter(
-        int(starts[one][i]) - int(starts[other][j]) for one in members for other in members for i, j in _pairs(way.spec)
+        int(starts[one][i]) - int(kv_starts[other][j])
+        for one in members
+        for other in members
+        for i, j in _pairs(way.spec)
     )
-    return _named(way, distances, way.block, way.block)
+    return _named(way, distances, way.block, way.kv_block)
 
 
 def _row_name(way: _Way, length: int) -> AbstractContextManager:
@@ -281,34 +313,32 @@ def _forward_ring(way: _Way, q: Array, k: Array, v: Array, run: Implementation) 
 
 def _backward_ring(
     way: _Way, q: Array, k: Array, v: Array, lse: Array, delta: Array, dout: Array, run: Implementation
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array | None]:
     queries, cotangents = _halves(q, 1), _halves(dout, 1)
     normalizers, deltas = _halves(lse, 2), _halves(delta, 2)
 
-    def compute(source: Array, k: Array, v: Array) -> tuple[list[Array], list[Array], list[Array]]:
-        """Float32 gradients by half: of the queries, of this block's keys, of its values."""
+    def own(source: Array, k: Array, v: Array) -> tuple[Array, Array, Array, Array | None]:
+        """Float32 gradients of the queries, of this block's keys, of its values, and of a bias by distance."""
         keys, values = _halves(k, 1), _halves(v, 1)
         dq, dk, dv = ([vary(jnp.zeros(x.shape, jnp.float32)) for x in halves] for halves in (queries, keys, values))
+        dtable: Array | None = None
         for i, j, spec in _blocks(way, source):
             with _ring_name(way):
                 parts = run.backward(queries[i], keys[j], values[j], normalizers[i], deltas[i], cotangents[i], spec)
-            for sums, index, part in zip((dq, dk, dv), (i, j, j), parts, strict=True):
+            for sums, index, part in zip((dq, dk, dv), (i, j, j), parts[:3], strict=True):
                 sums[index] = sums[index] + part.astype(jnp.float32)
-        return dq, dk, dv
+            dtable = _sum_of_tables(dtable, parts)
+        return jnp.concatenate(dq, 1), jnp.concatenate(dk, 1), jnp.concatenate(dv, 1), dtable
 
-    def own(source: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-        dq, dk, dv = (jnp.concatenate(part, 1) for part in compute(source, k, v))
-        return dq, dk, dv
-
-    def add(sums: tuple[Array, Array, Array], source: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-        dq, dk, dv = own(source, k, v)
-        return sums[0] + dq, sums[1] + dk, sums[2] + dv
+    def add(sums: tuple, source: Array, k: Array, v: Array) -> tuple[Array, Array, Array, Array | None]:
+        dq, dk, dv, dtable = own(source, k, v)
+        return sums[0] + dq, sums[1] + dk, sums[2] + dv, None if dtable is None else sums[3] + dtable
 
     def step(carry: tuple, number: Array) -> tuple[tuple, None]:
-        k, v, dq, dk, dv = carry
+        k, v, dq, dk, dv, dtable = carry
         # sums for the block that is here now arrive, and the next block, while this member's own part is computed
         *following, dk, dv = way.pass_on(k, v, dk, dv)
-        return (*following, *add((dq, dk, dv), (way.member - number) % way.outer, k, v)), None
+        return (*following, *add((dq, dk, dv, dtable), (way.member - number) % way.outer, k, v)), None
 
     k, v = vary(k), vary(v)
     if way.outer == 1:
@@ -318,12 +348,19 @@ def _backward_ring(
     carry = (*following, *own(way.member, k, v))
     if way.outer > 2:
         carry, _ = jax.lax.scan(step, carry, jnp.arange(1, way.outer - 1))
-    k, v, dq, dk, dv = carry
+    k, v, dq, dk, dv, dtable = carry
     dk, dv = way.pass_on(dk, dv)
-    dq, dk, dv = add((dq, dk, dv), (way.member + 1) % way.outer, k, v)
+    dq, dk, dv, dtable = add((dq, dk, dv, dtable), (way.member + 1) % way.outer, k, v)
     # home, to whose block it is, complete
     dk, dv = way.pass_on(dk.astype(k.dtype), dv.astype(v.dtype))
-    return dq, dk, dv
+    return dq, dk, dv, dtable
+
+
+def _sum_of_tables(sums: Array | None, gradients: tuple[Array, ...]) -> Array | None:
+    """With what an implementation's backward says of a bias by distance; none where there is none."""
+    if len(gradients) == 3:
+        return None
+    return gradients[3] if sums is None else sums + gradients[3]
 
 
 def _forward_gathered(way: _Way, q: Array, k: Array, v: Array, run: Implementation) -> Pair:
@@ -337,7 +374,7 @@ def _forward_gathered(way: _Way, q: Array, k: Array, v: Array, run: Implementati
 
 def _backward_gathered(
     way: _Way, q: Array, k: Array, v: Array, lse: Array, delta: Array, dout: Array, run: Implementation
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     k, v = way.in_order(k), way.in_order(v)
     halves = zip(_halves(q, 1), _halves(lse, 2), _halves(delta, 2), _halves(dout, 1), strict=True)
     masks = _rows(way, k.shape[1])
@@ -349,7 +386,12 @@ def _backward_gathered(
     dq = jnp.concatenate([parts[0] for parts in found], 1)
     first, second = ([part.astype(jnp.float32) for part in parts] for parts in found)
     dk, dv = (way.out_of_order(first[index] + second[index]) for index in (1, 2))
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+    return (
+        dq,
+        dk.astype(k.dtype),
+        dv.astype(v.dtype),
+        *(one + other for one, other in zip(first[3:], second[3:], strict=True)),
+    )
 
 
 def _rows(way: _Way, length: int) -> list[AttentionSpec]:

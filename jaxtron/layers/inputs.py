@@ -43,6 +43,11 @@ class LayerInputs:
     """Empty where positions are others."""
     keys: Key[Array, "B"] | None = None
     segments: Int[Array, "B S"] | None = None
+    memory_segments: Int[Array, "B T"] | None = None
+    """Of a sequence that the layers attend to beside their own (cross-attention), those by number that may be seen by
+    the same of `segments`."""
+    distance_bias: Float[Array, "H N"] | None = None
+    """What self-attention adds by distance, as `AttentionSpec` has it; none: nothing. It has a gradient."""
     row_weights: Float[Array, "B"] | None = None
     """A row's share of the step's loss, for losses of layers; none: they are not asked for."""
     load: Float[Array, "layers N"] | None = None
@@ -64,7 +69,9 @@ class LayerInputs:
 
             # tables of all rows alike have no axis of rows
             rotary = {key: (own(tables[0], 3), own(tables[1], 3)) for key, tables in self.rotary.items()}
-            given = {name: own(getattr(self, name), 1) for name in ("keys", "segments", "row_weights")}
+            given = {
+                name: own(getattr(self, name), 1) for name in ("keys", "segments", "memory_segments", "row_weights")
+            }
             return dataclasses.replace(self, rotary=rotary, **given)
 
         return rows(0), rows(1)

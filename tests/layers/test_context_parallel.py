@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,8 @@ SPECS = {
     "window": AttentionSpec(window=11),
     "slopes": AttentionSpec(alibi_slopes=jnp.linspace(0.1, 0.9, HEADS)),
     "soft cap": AttentionSpec(logits_soft_cap=2.0),
+    # of less distances than there are
+    "distances": AttentionSpec(causal=False, distance_bias=jnp.sin(jnp.arange(HEADS * 21.0)).reshape(HEADS, 21)),
 }
 SEGMENTS = jnp.asarray(np.repeat([[0, 1, 2, 3], [0, 0, 1, 1]], LENGTH // 4, 1), jnp.int32)
 
@@ -60,40 +63,62 @@ def split(config: ContextConfig, size: int, spec: AttentionSpec, arrays, module=
     """The same on devices that each have a part, put together again by position."""
     rules = make_rules(build_mesh(MeshConfig(data=1, context=size), jax.devices()[:size]), ShardingConfig(), config)
 
+    segments = {name: getattr(spec, name) for name in ("q_segment_ids", "kv_segment_ids")}
+
     def local(segments, *arrays):
         q, k, v, dout = (part(config, size, x, 1) for x in arrays)
-        own = spec if segments is None else with_segments(part(config, size, segments, 1))
-        # as a layer calls it, with its own derivative
-        (out, lse), pull = jax.vjp(lambda q, k, v: attention(q, k, v, own, Sharded(module)), q, k, v)
-        gradients = pull((dout, jnp.zeros_like(lse)))
-        place = positions(config, size, q.shape[1])
-        return tuple(x[None] for x in (place, out, jnp.swapaxes(lse, 1, 2), *gradients))
+        own = replace(spec, **{name: x if x is None else part(config, size, x, 1) for name, x in segments.items()})
 
-    def with_segments(segments):
-        return AttentionSpec(causal=spec.causal, window=spec.window, q_segment_ids=segments, kv_segment_ids=segments)
+        def attend(q, k, v, table):
+            return attention(q, k, v, replace(own, distance_bias=table), Sharded(module))
+
+        # as a layer calls it, with its own derivative
+        (out, lse), pull = jax.vjp(attend, q, k, v, spec.distance_bias)
+        *gradients, dtable = pull((dout, jnp.zeros_like(lse)))
+        places = (positions(config, size, x.shape[1])[None] for x in (q, k))
+        shared = () if dtable is None else (jax.lax.psum(dtable, "context")[None],)
+        return *places, *(x[None] for x in (out, jnp.swapaxes(lse, 1, 2), *gradients)), *shared
 
     specs = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec("context")}
     run = jax.shard_map(local, **specs, axis_names=set(FLAGS), check_vma=False)
     with use(rules):
-        place, *parts = jax.jit(run)(spec.q_segment_ids, *arrays)
-    order = np.argsort(np.asarray(place).reshape(-1))
-    # [device, row, position, ...] to [row, position, ...]
-    out, lse, *gradients = (
-        np.moveaxis(np.asarray(x), 0, 1).reshape(ROWS, LENGTH, *x.shape[3:])[:, order] for x in parts
-    )
-    return out, np.swapaxes(lse, 1, 2), *gradients
+        q_place, kv_place, *parts = jax.jit(run)(segments, *arrays)
+
+    def joined(x, place):
+        """[device, row, position, ...] as [row, position, ...]."""
+        order = np.argsort(np.asarray(place).reshape(-1))
+        return np.moveaxis(np.asarray(x), 0, 1).reshape(ROWS, -1, *x.shape[3:])[:, order]
+
+    places = (q_place, q_place, q_place, kv_place, kv_place)
+    out, lse, *gradients = (joined(x, place) for x, place in zip(parts[:5], places, strict=True))
+    return out, np.swapaxes(lse, 1, 2), *gradients, *(np.asarray(table)[0] for table in parts[5:])
 
 
 def assert_equal(found, expected):
-    for name, one, other in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+    names = ("out", "lse", "dq", "dk", "dv", "dtable")[: len(expected)]
+    for name, one, other in zip(names, found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("spec", [spec if spec == "causal" else pytest.param(spec, marks=SLOW) for spec in SPECS])
+@pytest.mark.parametrize(
+    "spec",
+    [spec if spec in ("causal", "distances") else pytest.param(spec, marks=SLOW) for spec in SPECS],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_parts_of_a_sequence_equal_the_whole(method: str, spec: str):
     arrays = inputs()
     assert_equal(split(METHODS[method], 4, SPECS[spec], arrays), whole(SPECS[spec], *arrays))
+
+
+@pytest.mark.parametrize("method", ["ring", *(pytest.param(name, marks=SLOW) for name in METHODS if name != "ring")])
+def test_another_sequence_lies_on_the_devices_too(method: str):
+    """Cross-attention: three times as many keys as queries, padding behind both."""
+    q, _, _, dout = inputs()
+    k, v = (jax.random.normal(jax.random.key(key), (ROWS, 3 * LENGTH, KV_HEADS, DIM)) for key in (5, 6))
+    text = {"q_segment_ids": jnp.arange(LENGTH) < LENGTH - 9, "kv_segment_ids": jnp.arange(3 * LENGTH) < LENGTH + 5}
+    segments = {name: jnp.broadcast_to(x.astype(jnp.int32), (ROWS, *x.shape)) for name, x in text.items()}
+    spec = AttentionSpec(causal=False, crosses=True, **segments)
+    assert_equal(split(METHODS[method], 4, spec, (q, k, v, dout)), whole(spec, q, k, v, dout))
 
 
 @pytest.mark.slow
