@@ -13,7 +13,7 @@ import yaml
 from jaxtron.config import load
 from jaxtron.plan.layout import layout_text
 from jaxtron.run.attention import select_attention
-from jaxtron.run.configuration import Configuration
+from jaxtron.run.configuration import configuration_type
 from jaxtron.run.session import RunSession
 from jaxtron.sharding.config import MeshConfig
 from jaxtron.sharding.mesh import build_mesh
@@ -25,7 +25,7 @@ MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 
 
 def describe(path: Path) -> str:
-    config = load(Configuration, path).resolved()
+    config = load(configuration_type([str(path)]), path).resolved()
     # the recipe's own batches and stages do not matter
     rules = make_rules(build_mesh(MESH, jax.devices()), config.sharding)
     attention = select_attention(config, 1, jax.devices()[0].device_kind)

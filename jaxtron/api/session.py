@@ -22,7 +22,7 @@ from jaxtron.api.text import Speaker, sampling
 from jaxtron.checkpoint.manager import Checkpoints
 from jaxtron.config import UserError
 from jaxtron.data.batch import TokenBatch
-from jaxtron.data.dataset import Data, open_data
+from jaxtron.data.dataset import Data
 from jaxtron.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtron.models.families import program_of
 from jaxtron.optim.batch_ramp import batch_size
@@ -39,7 +39,7 @@ from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
 from jaxtron.sharding.rules import Rules
 from jaxtron.train.initial import begin
 from jaxtron.train.run import room_advice
-from jaxtron.train.setup import check_vocabulary, for_family
+from jaxtron.train.setup import open_samples
 from jaxtron.typing import Array, Device
 from jaxtron.words import readable_count
 
@@ -266,9 +266,7 @@ class Session:
     @functools.cached_property
     def data(self) -> Data:
         """The configuration's data, read and tokenized when first asked for."""
-        data = open_data(self.config.data, seed=self.config.seed, train_samples=self.config.train_samples())
-        check_vocabulary(self.config, data)
-        return for_family(self.config, data)
+        return open_samples(self.config)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,17 @@ def open_data(config: DataConfig, *, seed: int, train_samples: int | None = None
     )
 
 
+def wrapped(data: Data, wrap: Callable[[Source], Source]) -> Data:
+    """The same with samples made of each of its own."""
+    parts = {name: wrap(getattr(data, name)) for name in ("train", "validation", "test")}
+    return replace(data, **parts)
+
+
+def needs_tokens(config: DataConfig) -> bool:
+    """Whether the settings name Megatron's files, and not text."""
+    return _format(config) == "tokens"
+
+
 def _format(config: DataConfig) -> str:
     if config.format != "auto":
         return config.format
@@ -114,7 +126,7 @@ def _open_text(config: DataConfig, seed: int, _samples: int | None) -> Data:
 
 def _open_tokens(config: DataConfig, seed: int, samples: int | None) -> Data:
     """Megatron's files, samples and order."""
-    tokenizer = _tokenizer(config)
+    tokenizer = load_data_tokenizer(config)
     blends = {"train": config.train, "validation": config.validation, "test": config.test}
     sources: dict[str, Source] = {}
     identity = ""
@@ -185,7 +197,7 @@ def _has_sample(prefix: str, split: str, part: str, config: DataConfig, cache_di
 
 
 def _open_chat(config: DataConfig, seed: int, _samples: int | None) -> Data:
-    tokenizer = _tokenizer(config)
+    tokenizer = load_data_tokenizer(config)
     talks = Conversations(
         find_files(read_data_path(config.path, "data.path").files(), cache=cache_root(config.cache_directory)),
         sequence_length=config.sequence_length,
@@ -208,7 +220,8 @@ def _open_chat(config: DataConfig, seed: int, _samples: int | None) -> Data:
     )
 
 
-def _tokenizer(config: DataConfig) -> Tokenizer:
+def load_data_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer that the settings name, which must have a vocabulary of its own."""
     tokenizer = load_tokenizer(config.tokenizer, end_of_document=config.end_of_document)
     if tokenizer is None:
         raise UserError("data.tokenizer characters makes its vocabulary from text: give the tokenizer of these tokens")

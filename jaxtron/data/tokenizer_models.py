@@ -64,6 +64,11 @@ class SentencePieceTokenizer:
             ids["eos_token"] = self.end_of_document
         return {role: model.id_to_piece(token) for role, token in ids.items() if token >= 0}
 
+    @property
+    def pieces(self) -> list[str]:
+        """How each id is spelled in the vocabulary."""
+        return [self._processor.id_to_piece(token) for token in range(self.vocab_size)]
+
     def token_id(self, text: str) -> int | None:
         token = self._processor.piece_to_id(text)
         return token if self._processor.id_to_piece(token) == text else None

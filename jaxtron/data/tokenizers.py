@@ -73,6 +73,16 @@ class Tokenizer(Protocol):
         ...
 
 
+@runtime_checkable
+class HasPieces(Protocol):
+    """A tokenizer whose vocabulary shows which tokens continue a word (`masked/words.py`)."""
+
+    @property
+    def pieces(self) -> list[str]:
+        """How each id is spelled in the vocabulary; nothing where it has no token."""
+        ...
+
+
 class ByteTokenizer:
     """The UTF-8 bytes of the text, and 256 for the end of a document."""
 
@@ -174,6 +184,11 @@ class HuggingFaceTokenizer:
         self._meaningful = frozenset(ids.values()) - {self.end_of_document}
         digest = hashlib.sha256(content.encode()).hexdigest()
         self.fingerprint = f"tokenizer.json:{digest}:{self.end_of_document}"
+
+    @property
+    def pieces(self) -> list[str]:
+        """How each id is spelled in the vocabulary; nothing where it has no token."""
+        return [self._tokenizer.id_to_token(token) or "" for token in range(self.vocab_size)]
 
     def _find_prefix(self) -> tuple[int, ...]:
         """Ids that the file puts before a text that is given to a model, such as that of `<s>`."""

@@ -13,7 +13,7 @@ from jaxtron.models.family import Family, FamilyConfig
 
 # a line a family: its package
 DECODER = "decoder"
-FAMILIES = {DECODER: "jaxtron.models.decoder"}
+FAMILIES = {DECODER: "jaxtron.models.decoder", "bert": "jaxtron.models.bert"}
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from flax import nnx
 
 from jaxtron.config import UserError
 from jaxtron.data.batch import SEQUENCE, batch_fields, normalizers
+from jaxtron.data.dataset import Data
 from jaxtron.data.source import Source
 from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.kernels.attention.attention import Implementation
@@ -118,6 +119,9 @@ class Program(Generic[BatchT, ModuleT]):
     """(config, data.sequence_length) -> sizes of the axes that the batch's fields name."""
     source: Callable[[Any, Source, Tokenizer], Source] = lambda config, source, tokenizer: source
     """Samples of `batch` made of the data's own, which are of `TokenBatch`."""
+    open_data: Callable[..., Data] | None = None
+    """(config, data's settings, seed=, train_samples=) -> data whose samples are of `batch`, which the family opens
+    itself (`data/masked/sentences.py`); none: `data.dataset.open_data`, with samples that `source` makes."""
     attention: Callable[..., Mapping[str, Backend[Implementation]]] = lambda config, dtype, **devices: {}
     """(config, dtype, device_kind=, parts=, length=, packed=) -> the backends of its kinds of attention by name."""
     choices: Callable[[Any, DTypeLike, int, int], tuple[str, ...]] = lambda config, dtype, rows, length: ()

@@ -12,7 +12,7 @@ import jax
 from jaxtron.checkpoint.manager import Checkpoints
 from jaxtron.checkpoint.restore import committed_steps, restore_newest
 from jaxtron.config import UserError
-from jaxtron.data.dataset import Data, open_data
+from jaxtron.data.dataset import Data, open_data, wrapped
 from jaxtron.data.loader import Loader
 from jaxtron.models.families import program_of
 from jaxtron.optim.batch_ramp import batch_size, check_batch_ramp
@@ -91,9 +91,7 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
     check_batch_fits("train.global_batch", config.train.global_batch, config)
     if jax.process_index() == 0:
         print("reading the data", flush=True)
-    data = open_data(config.data, seed=config.seed, train_samples=config.train_samples())
-    check_vocabulary(config, data)
-    data = for_family(config, data)
+    data = open_samples(config)
     with session.use(), contextlib.ExitStack() as stack:
         abstract = session.abstract_state()
         check_state_fits(config.family.sizes(config.model), abstract, what="training state")
@@ -169,11 +167,16 @@ def go_back(run: Run, position: int) -> Run:
         return replace(run, state=state, step=restored.step, position=position, tally=tally)
 
 
-def for_family(config: Configuration, data: Data) -> Data:
-    """The data with samples as the model's family reads them."""
-    read = program_of(config.model).source
-    parts = {name: read(config.model, getattr(data, name), data.tokenizer) for name in ("train", "validation", "test")}
-    return replace(data, **parts)
+def open_samples(config: Configuration) -> Data:
+    """The data as the model's family reads it, opened by that where it opens its own; `UserError` for bad input."""
+    program, given = program_of(config.model), {"seed": config.seed, "train_samples": config.train_samples()}
+    if program.open_data is not None:
+        data = program.open_data(config.model, config.data, **given)
+        check_vocabulary(config, data)
+        return data
+    data = open_data(config.data, **given)
+    check_vocabulary(config, data)
+    return wrapped(data, lambda source: program.source(config.model, source, data.tokenizer))
 
 
 def check_vocabulary(config: Configuration, data: Data) -> None:

@@ -58,6 +58,14 @@ DECODER: dict[str, Any] = {
     "vocab_multiple": 64,
 }
 
+ENCODER: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "vocab_size": VOCAB + 4,
+    "vocab_multiple": 64,
+}
+
 
 def settings_of(*symbols: str) -> dict[str, Any]:
     """Of a decoder whose period has one layer of each of these kinds."""
@@ -71,6 +79,8 @@ def settings_of(*symbols: str) -> dict[str, Any]:
 FAMILIES: dict[str, dict[str, Any]] = {
     "decoder": {**settings_of(*KINDS), "position": "rotary", "dropout": 0.1},
     "tests.toy_family": {"vocab_size": VOCAB, "encoder_layers": 4, "decoder_layers": 4},
+    # tokens of text, and four special ones
+    "bert": {**ENCODER, "norm_placement": "post", "dropout": 0.1},
 }
 # decoders with the options that the one above has not, each once, by name
 OPTIONS: dict[str, dict[str, Any]] = {

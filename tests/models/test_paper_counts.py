@@ -19,7 +19,7 @@ from jaxtron.models.decoder.cost import (
 )
 from jaxtron.models.program import make_parts
 from jaxtron.plan.formula.memory_model import Estimator
-from jaxtron.run.configuration import Configuration
+from jaxtron.run.configuration import Configuration, configuration_type
 from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.sharding.folding import FLAGS
 from jaxtron.sharding.mesh import abstract_mesh
@@ -37,6 +37,13 @@ GPT2 = {
     "gpt2_355m": (24, 1024, 16, 1, 64, "0.355"),
     "gpt2_2.5b": (54, 1920, 20, 2, 128, "2.5"),
     "gpt2_8.3b": (72, 3072, 24, 8, 512, "8.3"),
+}
+
+# 1909.08053, Table 4: layers, hidden size, heads, all GPUs, billions of parameters; and of Sec. 4.2 the steps
+BERT = {
+    "bert_336m": (24, 1024, 16, 128, "0.336", 2_000_000),
+    "bert_1.3b": (24, 2048, 32, 256, "1.3", 2_000_000),
+    "bert_3.9b": (48, 2560, 40, 512, "3.9", 1_500_000),
 }
 
 # 2104.04473, Table 1: layers, hidden size, heads, tensor and pipeline sizes, GPUs, batch, billions of parameters;
@@ -159,7 +166,8 @@ A100, H100 = 312e12, 989e12
 
 @functools.cache
 def configuration(name: str, *flags: str) -> Configuration:
-    return load(Configuration, ROOT / "configs" / f"{name}.yaml", flags).resolved()
+    path = ROOT / "configs" / f"{name}.yaml"
+    return load(configuration_type([str(path)]), path, flags).resolved()
 
 
 def sizes(config: Configuration) -> dict[str, int]:
@@ -169,7 +177,7 @@ def sizes(config: Configuration) -> dict[str, int]:
 
 def count(name: str) -> int:
     config = configuration(name)
-    return num_parameters(config.model, config.data.sequence_length)
+    return config.family.num_parameters(config.model, config.data.sequence_length)
 
 
 def flops_per_step(name: str) -> tuple[float, float]:
@@ -196,9 +204,9 @@ def specs_on(config: Configuration, plan: Blueprint) -> list:
 
 
 def test_every_configuration_of_a_paper_is_tested_here():
-    tiny = {"gpt_tiny", "moe_tiny", "mamba_tiny", "hybrid_tiny"}
+    tiny = {"bert_tiny", "gpt_tiny", "moe_tiny", "mamba_tiny", "hybrid_tiny"}
     others = tiny | {"gpt_1b", "shakespeare_char", "llama3_8b_128k", "wikitext2"}
-    assert {*GPT2, *PTDP, *SELECTIVE, *LAYOUTS, *MIXTURES, *STATE_SPACE, *MAMBA} == {*NAMES} - others
+    assert {*GPT2, *PTDP, *SELECTIVE, *LAYOUTS, *MIXTURES, *STATE_SPACE, *MAMBA, *BERT} == {*NAMES} - others
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -228,6 +236,20 @@ def test_megatron_lm_tables(name):
     assert (config.train.global_batch, config.data.sequence_length, config.model.padded_vocab) == (512, 1024, 51200)
     # to as many digits as are printed; 355,788,800 is printed as 355M
     assert abs(count(name) / 1e9 - float(billions)) < (0.001 if "0.355" == billions else 0.05)
+
+
+@pytest.mark.parametrize("name", BERT)
+def test_berts_of_megatron_lm(name):
+    layers, hidden, heads, gpus, billions, steps = BERT[name]
+    config = configuration(name)
+    assert shape(name) == (layers, hidden, heads) and hidden == 64 * heads
+    assert math.prod(sizes(config).values()) == gpus
+    train = config.train
+    assert (train.steps, train.global_batch, train.precision, config.model.padded_vocab) == (steps, 1024, "fp16", 30720)
+    assert (config.optimizer.learning_rate, config.optimizer.warmup_steps) == (1e-4, 10_000)
+    assert config.optimizer.decay_steps in (None, 2_000_000) and config.model.pairs == "order"
+    # to as many digits as are printed: 336,429,058 and 3,869,588,482; the second is 1,281,001,474
+    assert abs(count(name) / 1e9 - float(billions)) < (0.0005 if billions == "0.336" else 0.05)
 
 
 @pytest.mark.parametrize("name", PTDP)

@@ -12,8 +12,9 @@ from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.kinds import KINDS, LayerKind
 from jaxtron.models.decoder.layers import BUILDERS
 from jaxtron.models.decoder.pattern import parse
-from jaxtron.models.decoder.settings import DecoderSettings, check_multiple
+from jaxtron.models.decoder.settings import DecoderSettings
 from jaxtron.models.decoder.work import LAYER_WORK, LayerWork, RegionWork
+from jaxtron.models.fits import check_multiple
 from jaxtron.models.work.blocks import linear
 from jaxtron.models.work.shapes import Shapes
 from jaxtron.sharding.rules import constrain

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Shaped
@@ -17,6 +17,7 @@ from jaxtron.data.megatron.gpt_index import count_epochs
 from jaxtron.data.megatron.index_cache import cached_blend, cached_gpt_index, lengths_digest
 from jaxtron.data.megatron.indexed import IndexedReader
 from jaxtron.data.megatron.splits import split_ranges
+from jaxtron.data.source import Source
 from jaxtron.words import plural
 
 SPLITS = ("train", "validation", "test")
@@ -34,6 +35,16 @@ class Reader(Protocol):
     def __len__(self) -> int: ...
 
     def get_parts(self, parts: Sequence[tuple[int, int, int | None]]) -> list[Shaped[np.ndarray, "T"]]: ...
+
+
+@runtime_checkable
+class OrderedSource(Source, Protocol):
+    """A source whose samples are in the order of training."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for sources of the same samples in the same order."""
+        ...
 
 
 class GPTSource:
@@ -137,7 +148,7 @@ class BlendedSource:
 
     def __init__(
         self,
-        sources: Sequence[GPTSource],
+        sources: Sequence[OrderedSource],
         *,
         weights: Sequence[float] | None,
         samples: int | None,
@@ -172,7 +183,7 @@ class BlendedSource:
     def __len__(self) -> int:
         return len(self.blend)
 
-    def __getitem__(self, index: int) -> TokenBatch:
+    def __getitem__(self, index: int) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in a blend")
         return self._sources[self.blend.datasets[index]][int(self.blend.samples[index])]

@@ -10,7 +10,8 @@ from jaxtron.config import NoEffect, UserError, format_value
 from jaxtron.layers.config import CENTERED, RotaryConfig
 from jaxtron.models.decoder.kinds import KINDS, LayerKind
 from jaxtron.models.decoder.pattern import Pattern, dense_first, hybrid_pattern, parse
-from jaxtron.models.decoder.settings import DecoderSettings, check_multiple
+from jaxtron.models.decoder.settings import DecoderSettings
+from jaxtron.models.fits import check_multiple
 from jaxtron.sharding.config import ContextConfig
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from jaxtron.config import NoEffect, UserError
 from jaxtron.layers.config import GATED, LatentConfig
 from jaxtron.layers.ssm.config import DeltaConfig
-from jaxtron.models.decoder.settings import DecoderSettings, check_multiple
+from jaxtron.models.decoder.settings import DecoderSettings
 from jaxtron.models.decoder.state_space import (
     check_delta,
     check_mamba1,
@@ -27,6 +27,7 @@ from jaxtron.models.decoder.state_space import (
     validate_mamba1,
     validate_mamba2,
 )
+from jaxtron.models.fits import check_heads, check_multiple
 from jaxtron.sharding.config import ContextConfig
 from jaxtron.words import plural
 
@@ -148,24 +149,7 @@ def _validate_attention(settings: DecoderSettings) -> None:
 
 def _check_attention(settings: DecoderSettings, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
     kv_heads = max(settings.kv_heads, sizes["tensor"])
-    _check_heads(settings, {"num_heads": settings.num_heads, "num_kv_heads": kv_heads}, sizes, context)
-
-
-def _check_heads(
-    settings: DecoderSettings, heads: Mapping[str, int], sizes: Mapping[str, int], context: ContextConfig
-) -> None:
-    """`UserError` where numbers of heads, by their setting, do not split over a mesh of these sizes."""
-    tensor, parts = sizes["tensor"], sizes["context"]
-    check_multiple("model.num_heads", settings.num_heads, tensor)
-    if parts == 1:
-        return
-    inner = context.groups(parts)[0]
-    for name, count in heads.items():
-        if count % (inner * tensor):
-            raise UserError(
-                f"context.method {context.method} splits heads {inner} ways beside mesh.tensor {tensor}, "
-                f"and model.{name} {count} is not a multiple of {inner * tensor}; use context.method ring"
-            )
+    check_heads({"num_heads": settings.num_heads, "num_kv_heads": kv_heads}, sizes, context)
 
 
 def _latent_heads(settings: DecoderSettings) -> HeadSizes:
@@ -208,7 +192,7 @@ def _validate_latent(settings: DecoderSettings) -> None:
 
 
 def _check_latent(settings: DecoderSettings, sizes: Mapping[str, int], length: int, context: ContextConfig) -> None:
-    _check_heads(settings, {"num_heads": settings.num_heads}, sizes, context)
+    check_heads({"num_heads": settings.num_heads}, sizes, context)
 
 
 def _mlp_parameters(settings: DecoderSettings, tensor: int) -> int:

@@ -4,7 +4,6 @@ import math
 
 from pydantic import Field
 
-from jaxtron.config import UserError
 from jaxtron.layers.config import (
     CENTERED,
     GATED,
@@ -170,9 +169,3 @@ class DecoderSettings(FamilyConfig):
     def padded_vocab(self) -> int:
         """Rows of the embedding table."""
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
-
-
-def check_multiple(name: str, size: int, tensor: int) -> None:
-    """`UserError` unless `size`, called `name`, splits into `mesh.tensor` parts."""
-    if size % tensor:
-        raise UserError(f"{name} {size} is not a multiple of mesh.tensor {tensor}; change one of them")

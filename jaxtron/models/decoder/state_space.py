@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 
 from jaxtron.config import NoEffect, UserError
-from jaxtron.models.decoder.settings import DecoderSettings, check_multiple
+from jaxtron.models.decoder.settings import DecoderSettings
+from jaxtron.models.fits import check_multiple
 from jaxtron.sharding.config import ContextConfig
 
 # in messages, before their number

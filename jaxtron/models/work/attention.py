@@ -15,7 +15,7 @@ SCORES = 2.5
 
 @dataclass(frozen=True)
 class AttentionShapes:
-    """Causal self-attention of a device; `window` is in tokens, none where all earlier ones are seen."""
+    """Self-attention of a device; `window` is in tokens, none where all earlier ones are seen, or all there are."""
 
     hidden: int
     heads: float
@@ -31,6 +31,8 @@ class AttentionShapes:
     """What is attended to is multiplied by a gate, which is one more projection."""
     dropout: bool = False
     """Of the probabilities."""
+    causal: bool = True
+    """Whether only earlier tokens are seen."""
 
 
 # scores, softmax, dropout and the mix of values
@@ -121,9 +123,9 @@ def _fused(shapes: Shapes, layer: AttentionShapes) -> SlotWork:
     stream = 2 * queries * (d + v) * shapes.width
     # of the formulas' four products of the backward two sum over values or make them, and the scores are made again
     backward = 3 * d + 2 * v
-    if layer.window is not None:
-        # of a window as many scores a query as it is long: the formulas count no more either
-        inside = 2.0 * queries * min(layer.window, s)
+    if layer.window is not None or not layer.causal:
+        # of a window as many scores a query as it is long, else the whole square: the formulas count no more either
+        inside = 2.0 * queries * min(layer.window or s, s)
         return SlotWork(
             forward=PhaseWork(fused=(FusedKernel(inside * (d + v)),), stream=stream, kernels=1),
             backward=PhaseWork(

@@ -1,0 +1,176 @@
+"""BERT's samples: of sentences, and of text that is there as windows; and which ids its special tokens have."""
+
+import functools
+import json
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Integer
+
+from jaxtron.config import UserError
+from jaxtron.data.batch import TokenBatch
+from jaxtron.data.config import DataConfig
+from jaxtron.data.dataset import Data, wrapped
+from jaxtron.data.dataset import open_data as open_windows
+from jaxtron.data.masked.bert import (
+    SPECIAL_TOKENS,
+    BertSource,
+    BertVocabulary,
+    make_bert_sample,
+    make_pair,
+    truncate_pair,
+)
+from jaxtron.data.masked.next_sentence import NextSentenceSource
+from jaxtron.data.masked.ngrams import Masking
+from jaxtron.data.masked.sentences import SentenceRows, SentenceSamples, open_sentences
+from jaxtron.data.masked.words import continuations
+from jaxtron.data.source import Source
+from jaxtron.data.tokenizers import HasPieces, Tokenizer
+from jaxtron.models.bert.batch import BertBatch, from_sample
+from jaxtron.models.bert.config import BertConfig
+
+NAMES = ("[CLS]", "[SEP]", "[MASK]", "[PAD]")
+
+
+def vocabulary_of(config: BertConfig, tokenizer: Tokenizer | None) -> BertVocabulary:
+    """The special tokens that the tokenizer has by name; one that has none gets the last ids of the model's vocabulary.
+
+    Without a tokenizer the model's vocabulary is all that is known. `UserError` where some are there and others not,
+    or where no ids are left.
+    """
+    found = [None if tokenizer is None else tokenizer.token_id(name) for name in NAMES]
+    missing = [name for name, number in zip(NAMES, found, strict=True) if number is None]
+    first = config.vocab_size - len(NAMES)
+    text = first if tokenizer is None else tokenizer.vocab_size
+    if len(missing) == len(NAMES):
+        if text > first:
+            raise UserError(
+                f"the tokenizer's {text} tokens leave no ids of model.vocab_size {config.vocab_size} for "
+                f"{', '.join(NAMES)}, which it has not; set --model.vocab_size {text + len(NAMES)}"
+            )
+        found = list(range(first, config.vocab_size))
+    elif missing:
+        raise UserError(
+            f"the tokenizer has no token {missing[0]}, which BERT needs; give one that has {', '.join(NAMES)}"
+        )
+    classify, separate, mask, pad = (number for number in found if number is not None)
+    continues = None
+    if config.masking.whole_words and isinstance(tokenizer, HasPieces):
+        special = {tokenizer.token_id(name) for name in tokenizer.special_texts}
+        try:
+            continues = continuations(tokenizer.pieces, special={number for number in special if number is not None})
+        except UserError as error:
+            raise UserError(f"{error}: --model.masking.whole_words false") from None
+    return BertVocabulary(classify=classify, separate=separate, mask=mask, pad=pad, size=text, continues=continues)
+
+
+def masking_of(config: BertConfig) -> Masking:
+    """What of a sample is masked."""
+    return Masking(probability=config.masking.probability, max_ngram=config.masking.max_ngram)
+
+
+@dataclass(frozen=True)
+class MaskedTexts:
+    """Samples of `data/masked` as this family reads them."""
+
+    source: BertSource | NextSentenceSource
+    config: BertConfig
+    tokens: int
+    """What ids are below."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a sample, special ones and padding among them."""
+        return self.source.sequence_length
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> BertBatch:
+        sample = self.source[index]
+        if sample.targets.min() < 0 or sample.targets.max() >= self.tokens:
+            wrong = sample.targets[(sample.targets < 0) | (sample.targets >= self.tokens)][0]
+            raise UserError(
+                f"the data has the id {wrong}, but ids here are 0 to {self.tokens - 1}; give the tokenizer that made "
+                "it, or make it again"
+            )
+        return from_sample(sample, has_pair=self.config.pairs != "none")
+
+
+@dataclass(frozen=True)
+class WindowsAsPairs:
+    """Windows of a text as masked pairs: what each has of tokens that weigh, cut in two at a random place.
+
+    Sample i draws from `RandomState(i)`.
+    """
+
+    source: Source
+    config: BertConfig
+    vocabulary: BertVocabulary
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a sample, special ones and padding among them."""
+        return self.source.sequence_length
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> BertBatch:
+        rng = np.random.RandomState(index % 2**32)
+        room = self.sequence_length - SPECIAL_TOKENS
+        text = self._text(index)
+        has_pair = self.config.pairs != "none" and len(text) > 1
+        a, b, is_swapped = text, None, False
+        if has_pair:
+            a, b, is_swapped = make_pair(np.split(text, np.arange(1, len(text))), rng)
+            if self.config.pairs == "next" and is_swapped:
+                # in its place some other text follows
+                a, b = b, self._text(int(rng.randint(len(self))))
+        a, b = truncate_pair(a, b, room, rng)
+        sample = make_bert_sample(
+            a,
+            b,
+            is_swapped=is_swapped,
+            sequence_length=self.sequence_length,
+            target_length=room,
+            vocabulary=self.vocabulary,
+            masking=masking_of(self.config),
+            rng=rng,
+        )
+        return from_sample(sample, has_pair=has_pair)
+
+    def _text(self, index: int) -> Integer[np.ndarray, "T"]:
+        sample: TokenBatch = self.source[index]
+        return sample.tokens[sample.weights > 0]
+
+
+def samples_of_text(config: BertConfig, source: Source, tokenizer: Tokenizer | None) -> Source:
+    """Windows of text as this family reads them."""
+    return WindowsAsPairs(source, config, vocabulary_of(config, tokenizer))
+
+
+def open_data(config: BertConfig, data: DataConfig, *, seed: int, train_samples: int | None) -> Data:
+    """Masked pairs of sentences from Megatron's files or from text; counted tokens (mock) as windows."""
+    if data.format == "mock":
+        found = open_windows(data, seed=seed, train_samples=train_samples)
+        return wrapped(found, lambda source: samples_of_text(config, source, found.tokenizer))
+    samples = SentenceSamples(
+        family=config.family,
+        max_length=data.sequence_length - SPECIAL_TOKENS,
+        min_sentences=1 if config.pairs == "none" else 2,
+        short_probability=config.masking.short_probability,
+        make=functools.partial(_make, config, data.sequence_length, seed),
+        identity=json.dumps([config.pairs, config.masking.model_dump(mode="json"), config.vocab_size]),
+    )
+    return open_sentences(data, samples, seed=seed, train_samples=train_samples)
+
+
+def _make(config: BertConfig, length: int, seed: int, found: SentenceRows, tokenizer: Tokenizer) -> Source:
+    vocabulary = vocabulary_of(config, tokenizer)
+    given = {"sequence_length": length, "vocabulary": vocabulary, "seed": seed, "masking": masking_of(config)}
+    if config.pairs == "next":
+        source = NextSentenceSource(found.reader, found.rows, found.documents, **given)
+    else:
+        source = BertSource(found.reader, found.rows, pairs=config.pairs == "order", **given)
+    return MaskedTexts(source, config, config.vocab_size)
