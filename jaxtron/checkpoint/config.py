@@ -12,6 +12,10 @@ class CheckpointConfig(Config):
     """steps between checkpoints; 0 writes one at the end only"""
     keep: int = Field(default=2, ge=1)
     """newest checkpoints to keep; 2 leaves one to fall back on if the last is lost"""
+    keep_every: int | None = Field(default=None, ge=1)
+    """checkpoints of steps that are a multiple of this are kept for good, a multiple of every itself (none: no such)"""
+    keep_best: int = Field(default=0, ge=0)
+    """checkpoints of least validation loss that are kept too, of all that were saved where it was measured"""
     asynchronous: bool = True
     """write files in the background while training goes on"""
     resume: bool = True
@@ -37,6 +41,15 @@ class CheckpointConfig(Config):
                 self.initialize_adapters,
                 {"checkpoint.initialize_from": None},
                 "give the directory of the model's own weights",
+            )
+        for name in ("keep_every", "keep_best"):
+            if getattr(self, name) and self.every == 0:
+                mend = "only the last is written; leave it out, or set --checkpoint.every"
+                raise NoEffect(f"checkpoint.{name}", getattr(self, name), {"checkpoint.every": 0}, mend)
+        if self.keep_every is not None and self.keep_every % self.every:
+            raise UserError(
+                f"checkpoint.keep_every {self.keep_every} is not a multiple of checkpoint.every {self.every}, so some "
+                f"that it names are never written; set it to {-(-self.keep_every // self.every) * self.every}"
             )
         for name in ("allow_missing", "allow_unused"):
             patterns = getattr(self, name)

@@ -18,11 +18,12 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jaxtron.checkpoint.config import CheckpointConfig
+from jaxtron.checkpoint.keeping import LOSS, kept_steps, losses_of
 from jaxtron.checkpoint.names import plain, signature
 from jaxtron.checkpoint.processes import gather_texts
 from jaxtron.checkpoint.quiet import UNCOMMITTED, forget_failed_writes, quiet_saves
 from jaxtron.checkpoint.record import CheckpointRecord, Signature
-from jaxtron.checkpoint.restore import Check, Restored, committed_steps, restore_newest, step_path
+from jaxtron.checkpoint.restore import Check, Restored, restore_newest, step_path
 from jaxtron.checkpoint.storage import RecordingHandler, save_arguments
 from jaxtron.config import UserError
 from jaxtron.words import readable_bytes
@@ -50,7 +51,9 @@ class Checkpoints:
         self._quiet.enter_context(quiet_saves())
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
-        self._good = set(committed_steps(self.directory))
+        # by step, with the loss that decides what is kept
+        self._good = losses_of(self.directory, config)
+        self._removed: list[int] = []
 
     def steps(self) -> list[int]:
         """The steps with a finished checkpoint that is not known to be damaged, oldest first."""
@@ -65,7 +68,8 @@ class Checkpoints:
 
         `on_disk` where arrays have padding, which is not saved: the signature without it.
         Returns when the arrays may be donated, and before the files are written if `asynchronous`. An earlier save that
-        failed in the background is a `UserError` here. All processes call this; the first one's `extra` is stored.
+        failed in the background is a `UserError` here. All processes call this; the first one's `extra` is stored, its
+        `validation_loss` the same on all.
         """
         # a copy: the record is written in the background
         extra = json.loads(json.dumps(extra))
@@ -78,7 +82,7 @@ class Checkpoints:
                 self._clear_way(step)
             self._check_room(state)
             self._orbax.save(step_path(self.directory, step), args=arguments)
-        self._saving = (step, self._background.submit(self._finish, step))
+        self._saving = (step, self._background.submit(self._finish, step, extra.get(LOSS)))
         if not self.config.asynchronous:
             self.wait()
 
@@ -97,10 +101,23 @@ class Checkpoints:
                     "turn it on, or choose another --run.directory"
                 )
             return None
+        return self.go_back(abstract_state, check, on_disk)
+
+    def go_back(
+        self, abstract_state: PyTree, check: Check = lambda _: None, on_disk: Signature | None = None
+    ) -> Restored | None:
+        """Restore the newest whole checkpoint of this very run, whatever `resume` says; else as `restore`."""
+        self.wait()
         restored = restore_newest(self.directory, abstract_state, check, on_disk)
         if restored:
-            self._good = {step for step in self._good if step <= restored.step}
+            # newer ones are damaged: they are no reason to delete this one, and are written again
+            self._good = {step: loss for step, loss in self._good.items() if step <= restored.step}
         return restored
+
+    def take_removed(self) -> list[int]:
+        """The steps whose checkpoints were deleted since the last call, for they are not to be kept."""
+        removed, self._removed = self._removed, []
+        return removed
 
     def wait(self) -> None:
         """Block until what was saved is on disk; a `UserError` if writing it failed."""
@@ -119,14 +136,16 @@ class Checkpoints:
             self._orbax.close()
             self._quiet.close()
 
-    def _finish(self, step: int) -> None:
-        """In the background: wait for the commit, then delete the oldest."""
+    def _finish(self, step: int, loss: float | None) -> None:
+        """In the background: wait for the commit, then delete what is not to be kept."""
         self._orbax.wait_until_finished()
-        good = sorted({*self._good, step})
-        self._good = set(good[-self.config.keep :])
-        if jax.process_index() == 0:
-            for old in good[: -self.config.keep]:
+        good = {**self._good, step: loss}
+        kept = kept_steps(good, self.config)
+        self._good = {found: good[found] for found in good if found in kept}
+        for old in sorted(good.keys() - kept):
+            if jax.process_index() == 0:
                 _delete(step_path(self.directory, old))
+            self._removed.append(old)
 
     def _clear_way(self, step: int) -> None:
         """Delete what a killed run left half done, and move a damaged checkpoint of this step aside."""

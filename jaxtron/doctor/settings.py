@@ -49,7 +49,10 @@ def places_of(config: Configuration, name: str) -> list[WrittenPlace]:
     """Where the run of that name would write."""
     parameters = _or_zero(lambda: config.family.num_parameters(config.model, config.data.sequence_length))
     # one more is written before the oldest is removed
-    needed = (config.checkpoint.keep + 1) * BYTES_A_PARAMETER * parameters
+    kept = config.checkpoint.keep + config.checkpoint.keep_best
+    if config.checkpoint.keep_every is not None:
+        kept += config.train.steps // config.checkpoint.keep_every
+    needed = (kept + 1) * BYTES_A_PARAMETER * parameters
     places = [
         WrittenPlace("run.directory", Path(expand_home(config.run.directory or f"runs/{name}")), needed),
         WrittenPlace("data.cache_directory", cache_root(config.data.cache_directory), 0),

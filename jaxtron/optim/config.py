@@ -139,6 +139,12 @@ class HealthConfig(Config):
     """good steps that the medians are of; nothing is a spike before there were so many"""
     patience: int = Field(default=10, ge=1)
     """skip: bad steps in a row, rewind: returns to the same checkpoint, after which the run ends all the same"""
+    replay_every: int | None = Field(default=None, ge=1)
+    """every so many steps the step is computed twice more from the same state: bits that differ are a device that
+    computes wrong, which is named; that costs two steps of so many (none: never)"""
+    compare_every: int | None = Field(default=None, ge=1)
+    """every so many steps, and before a checkpoint, parts of the state that several devices have are compared bit by
+    bit, and the device that differs from the others is named (none: never)"""
 
     @property
     def is_on(self) -> bool:

@@ -14,7 +14,7 @@ from jaxtron.checkpoint.config import CheckpointConfig
 from jaxtron.config import FILE_ENDINGS, Config, NoEffect, UserError, format_value, read_file
 from jaxtron.data.config import DataConfig
 from jaxtron.kernels.weight_sums.config import Implementation
-from jaxtron.layers.config import Fp8Config, LoraConfig
+from jaxtron.layers.config import AttentionConfig, Fp8Config, LoraConfig
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.families import DECODER, family_named, family_of
 from jaxtron.models.family import Family
@@ -160,11 +160,23 @@ class Configuration(Config):
         if self.checkpoint.initialize_adapters is not None and self.train.lora is None:
             name, mend = "checkpoint.initialize_adapters", "give --train.lora.rank and what else its file says"
             raise NoEffect(name, self.checkpoint.initialize_adapters, {"train.lora": None}, mend)
+        if self.checkpoint.keep_best:
+            self._check_best()
         tokens = self.train.sample_tokens
         # by value: a saved configuration names every field
         if not self.family.continues_text and tokens not in (0, TrainConfig().sample_tokens):
             raise NoEffect("train.sample_tokens", tokens, family, "it generates no text; leave it out")
         return self
+
+    def _check_best(self) -> None:
+        """`UserError` where checkpoints are written whose validation loss nobody measures."""
+        every, validate_every = self.checkpoint.every, self.train.validate_every
+        if validate_every == 0 or every % validate_every:
+            raise UserError(
+                f"checkpoint.keep_best {self.checkpoint.keep_best} wants the validation loss of every checkpoint: "
+                f"checkpoint.every {every} must be a multiple of train.validate_every {validate_every}; set "
+                f"--train.validate_every {every}"
+            )
 
     def _check_sizes(self) -> None:
         """`UserError` for products whose bytes a 64-bit number cannot count, far beyond every machine."""
@@ -194,7 +206,11 @@ class Configuration(Config):
 
     def resolved(self) -> "Configuration":
         """The same with defaults that follow from other settings filled in."""
-        return self.model_copy(update={"model": self.family.resolve(self.model, self.data.sequence_length)})
+        model = self.family.resolve(self.model, self.data.sequence_length)
+        attention = getattr(model, "attention", None)
+        if self.runtime.deterministic and isinstance(attention, AttentionConfig):
+            model = model.model_copy(update={"attention": attention.model_copy(update={"deterministic": True})})
+        return self.model_copy(update={"model": model})
 
     def train_samples(self) -> int:
         """Samples of the whole run, growing batches included."""

@@ -49,6 +49,7 @@ CHANGES: dict[str, dict[str, str]] = {
         FREE: "steps global_batch microbatches batch_ramp precision gradient_sums loss_scale.initial "
         "loss_scale.minimum loss_scale.growth loss_scale.backoff loss_scale.window loss_scale.hysteresis "
         "health.on_bad health.gradient_spike health.loss_spike health.window health.patience "
+        "health.replay_every health.compare_every "
         "validate_every validation_batches sample_tokens lora.dropout",
     },
     "optimizer": {
@@ -62,12 +63,12 @@ CHANGES: dict[str, dict[str, str]] = {
     "pipeline": {FREE: "schedule chunks stage_layers overlap embedding_weight loss_weight"},
     "sharding": {FREE: "zero overlap_tensor"},
     "checkpoint": {
-        FREE: "every keep asynchronous",
+        FREE: "every keep keep_every keep_best asynchronous",
         HERE: "resume initialize_from initialize_adapters allow_missing allow_unused",
     },
     "run": {FREE: "log_every print_seconds trackers wandb_project profile_steps", HERE: "directory max_minutes"},
     "runtime": {
-        FREE: "connect_seconds heartbeat_seconds xla_preset xla_flags compilation_cache",
+        FREE: "connect_seconds heartbeat_seconds xla_preset xla_flags deterministic compilation_cache",
         HERE: "launcher coordinator_address num_processes process_id",
     },
 }

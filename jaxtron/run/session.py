@@ -24,10 +24,11 @@ from jaxtron.run.state import TrainState
 from jaxtron.run.step import Scalar, Trainer, batch_sharding, jit_step
 from jaxtron.run.trainable import freeze
 from jaxtron.sharding.blueprint import Blueprint
+from jaxtron.sharding.checksums import by_device
 from jaxtron.sharding.halves import split_of_size
 from jaxtron.sharding.mesh import build_mesh
 from jaxtron.sharding.rules import Rules, Tables, current, make_rules, use
-from jaxtron.typing import Array, Device, PyTree
+from jaxtron.typing import Array, Device, PyTree, UInt32
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +109,16 @@ class RunSession:
         with self.use():
             return self._step.lower(state, batch)
 
+    def checksums(self, state: TrainState, batch: Any) -> UInt32[Array, "D 3"]:
+        """`Trainer.checksums`, compiled; `state` stays as it is, and no second one is made."""
+        with self.use():
+            return self._checksums(state, batch)
+
+    def state_checksums(self, state: TrainState) -> UInt32[Array, "D N"]:
+        """A checksum of every array of a state, in tree order, for each device's part of it."""
+        with self.use():
+            return self._state_checksums(state)
+
     def evaluate(self, params: PyTree, batch: Any) -> tuple[dict[str, Scalar], dict[str, Scalar]]:
         """`Trainer.evaluate`, compiled; where the session does not train, a batch is one microbatch."""
         with self.use():
@@ -116,6 +127,14 @@ class RunSession:
     @cached_property
     def _step(self) -> Any:
         return jit_step(self.trainer)
+
+    @cached_property
+    def _checksums(self) -> Any:
+        return jax.jit(self.trainer.checksums)
+
+    @cached_property
+    def _state_checksums(self) -> Any:
+        return jax.jit(by_device)
 
     @cached_property
     def _evaluate(self) -> Any:

@@ -29,12 +29,13 @@ from jaxtron.run.dtypes import DTYPES
 from jaxtron.run.model_buffers import updated_buffers
 from jaxtron.run.state import TrainState, divided
 from jaxtron.sharding.blueprint import Blueprint
+from jaxtron.sharding.checksums import by_device, device_rows, inside_region
 from jaxtron.sharding.collectives import all_reduce, vary
 from jaxtron.sharding.context import part
 from jaxtron.sharding.parameters import manual_specs, reduce_gradients
 from jaxtron.sharding.regions import region
 from jaxtron.sharding.rules import current
-from jaxtron.typing import Array, Float, Int, Key, PyTree
+from jaxtron.typing import Array, Float, Int, Key, PyTree, UInt32
 
 BatchT = TypeVar("BatchT")
 Scalar = Float[Array, ""]
@@ -87,8 +88,40 @@ class Trainer:
 
         With fp16 that is a step whose gradients overflow, and with `train.health` one that is bad.
         """
-        scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
-        reported, gradients = self.loss_and_gradients(state.model, batch, state.step, scale)
+        reported, gradients = self.loss_and_gradients(state.model, batch, state.step, self._scale(state))
+        return self._update(state, reported, gradients)
+
+    def checksums(self, state: TrainState, batch: Any) -> UInt32[Array, "D 3"]:
+        """Checksums of what `step` makes on each device: its parts of loss and gradients, and the new state.
+
+        The first two are of what no other device has touched yet, but those that share its layers. Two calls give the
+        same bits, on devices that compute what they should and operations that do not add up in any order.
+        """
+
+        def local(
+            params: PyTree, batch: Any, step_key: Key[Array, ""], scale: Scalar
+        ) -> tuple[tuple[dict[str, Array], PyTree], UInt32[Array, "1 P 2"]]:
+            result = self._local_result(params, batch, step_key, scale)
+            return self._over_devices(result, scale), inside_region([result.sums, result.gradients])
+
+        before = self._in_region(local, PartitionSpec(current().manual))
+        (reported, gradients), own = before(state.model, batch, self._key(state.step), self._scale(state))
+        after = by_device(self._update(state, reported, gradients))
+        # of its many arrays one sum, for the names are of no interest
+        whole = (after * (2 * jnp.arange(after.shape[1], dtype=jnp.uint32) + 1)).sum(1, dtype=jnp.uint32)
+        return jnp.concatenate([device_rows(own), whole[:, None]], axis=1)
+
+    def _scale(self, state: TrainState) -> Scalar:
+        return state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
+
+    def _key(self, step: Int[Array, ""]) -> Key[Array, ""]:
+        return jax.random.fold_in(jax.random.key(self.seed), step)
+
+    def _update(
+        self, state: TrainState, reported: dict[str, Array], gradients: PyTree
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """The step from its gradients on."""
+        scale = self._scale(state)
         gradients, norm = clip_by_global_norm(gradients, self.optimizer.clip_norm)
         directions, optimizer = self._rule().update(gradients, state.optimizer, state.params)
         learning_rate = learning_rate_schedule(self.optimizer, self.config.steps)(state.updates)
@@ -131,14 +164,17 @@ class Trainer:
         multiplies the loss before the backward and is divided out. Metrics of layers have a row for each, in the
         model's order.
         """
+        return self._in_region(self._local_gradients)(params, batch, self._key(step), scale)
+
+    def _in_region(self, local: Callable[..., Any], *more: PartitionSpec) -> Callable[..., Any]:
+        """A function of parameters, batch, key and scale that gives what `loss_and_gradients` does, and more."""
         specs, gradients = manual_specs(self.blueprint.parameters), manual_specs(self.blueprint.trained)
-        step_key = jax.random.fold_in(jax.random.key(self.seed), step)
-        run = region(
-            self._local_gradients,
+        given = (PartitionSpec(), gradients)
+        return region(
+            local,
             in_specs=(specs, batch_spec(), PartitionSpec(), PartitionSpec()),
-            out_specs=(PartitionSpec(), gradients),
+            out_specs=(given, *more) if more else given,
         )
-        return run(params, batch, step_key, scale)
 
     def evaluate(
         self, params: PyTree, batch: Any, num_microbatches: int | None = None
@@ -162,12 +198,19 @@ class Trainer:
         self, params: PyTree, batch: Any, step_key: Key[Array, ""], scale: Scalar
     ) -> tuple[dict[str, Array], PyTree]:
         """This device's part of `loss_and_gradients`."""
+        return self._over_devices(self._local_result(params, batch, step_key, scale), scale)
+
+    def _local_result(self, params: PyTree, batch: Any, step_key: Key[Array, ""], scale: Scalar) -> executor.Result:
+        """What this device computes of a step, before any of it is summed over the devices."""
         # what nothing counts weighs nothing
         factors = {name: jnp.where(count > 0, scale / count, 0.0) for name, count in counts(batch).items()}
         microbatches = self.microbatches(weigh(batch, factors), loss_scale=scale)
         table, model = self.schedule(microbatches.rows.shape[0]), self.program.model(self.joined, step_key)
         trained, others = self.trained_and_others(params)
-        result = executor.run(table, self.stages, model, trained, microbatches, others, self.weight_sums)
+        return executor.run(table, self.stages, model, trained, microbatches, others, self.weight_sums)
+
+    def _over_devices(self, result: executor.Result, scale: Scalar) -> tuple[dict[str, Array], PyTree]:
+        """The sums over the devices: what is reported, and gradients as they lie at rest."""
         assert result.gradients is not None, "a table without backwards"
         gradients = self.joined.part_weights(self.joined.join(result.gradients))
         gradients = reduce_gradients(gradients, self.blueprint.trained)

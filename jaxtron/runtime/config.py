@@ -32,6 +32,9 @@ class RuntimeConfig(Config):
     loops), collective_matmul (tensor-parallel products in overlapped parts), none"""
     xla_flags: str = ""
     """further XLA flags, '--xla_a=1 --xla_b=2'; they win over the preset's"""
+    deterministic: bool = False
+    """the same bits from every run on the same mesh and machines: sets model.attention.deterministic, and on GPUs XLA's
+    deterministic operations without autotuning, and NCCL without reductions in the switch; slower there"""
     compilation_cache: FileName | None = None
     """directory where compiled programs are kept for later runs; none: not kept"""
 

@@ -7,6 +7,7 @@ import jax
 from jaxtron.gpus import set_pool_fraction
 from jaxtron.runtime.compilation_cache import set_compilation_cache
 from jaxtron.runtime.config import RuntimeConfig
+from jaxtron.runtime.determinism import set_reductions
 from jaxtron.runtime.devices import expects_gpu, prepare_without_driver, simulate_devices
 from jaxtron.runtime.distributed import initialize_distributed
 from jaxtron.runtime.machine import has_driver
@@ -23,7 +24,10 @@ def start_runtime(config: RuntimeConfig, *, devices: int | None = None, split: C
         simulate_devices(devices)
     if not has_driver():
         prepare_without_driver()
-    set_xla_flags(config, gpu=devices is None and expects_gpu(), split=split)
+    gpu = devices is None and expects_gpu()
+    set_xla_flags(config, gpu=gpu, split=split)
+    if gpu:
+        set_reductions(config)
     set_pool_fraction()
     set_compilation_cache(config.compilation_cache)
     initialize_distributed(config)

@@ -15,6 +15,7 @@ import jax
 from jaxtron.config import UserError
 from jaxtron.gpus import pool_fraction
 from jaxtron.runtime.config import Preset, RuntimeConfig
+from jaxtron.runtime.determinism import deterministic_flags
 
 JAXLIB = importlib.metadata.version("jaxlib")
 
@@ -111,6 +112,7 @@ def gpu_flags(
     """
     given = {_name(word): word.partition("=")[2] for word in [*inherited.split(), *shlex.split(config.xla_flags)]}
     before = [flag for flag in preset_flags(config.xla_preset, version, split) if _name(flag) not in given]
+    before += deterministic_flags(config, given)
     after = [config.xla_flags.strip()]
     wrong = _nearest(WRONG_PASSES, version)
     if wrong and _DISABLE_PASSES in given:

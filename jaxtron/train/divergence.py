@@ -57,12 +57,27 @@ def check_state(checkpoints: Checkpoints, step: int, state: PyTree) -> None:
         raise diverged(checkpoints, step, f"{name} has numbers that are not finite after step {step}")
 
 
-class Rewind(Exception):
-    """The run is to go back to its newest checkpoint, and on from there with the data after a bad step's."""
+class Corrupted(UserError):
+    """The error of a training on a device that computed something else than the others, or than the first time."""
 
-    def __init__(self, step: int, position: int) -> None:
+
+def corrupted(checkpoints: Checkpoints, after: int, what: str) -> Corrupted:
+    """The error for what a device did wrong; the state of step `after` is the last that is not known to be wrong."""
+    checkpoints.wait()
+    newest = max((step for step in checkpoints.steps() if step <= after), default=None)
+    since = "no checkpoint was saved" if newest is None else f"the checkpoint of step {newest} is kept"
+    return Corrupted(f"{what}; have that host looked at, and give the same command again without it ({since})")
+
+
+class Rewind(Exception):
+    """The run is to go back to its newest checkpoint, and on from there with the data from `position` on.
+
+    That is after a bad step's; None: as the checkpoint has it, for the data were not at fault.
+    """
+
+    def __init__(self, step: int, position: int | None, why: str) -> None:
         super().__init__(f"back from step {step}")
-        self.step, self.position = step, position
+        self.step, self.position, self.why = step, position, why
 
 
 class Watch:
@@ -119,7 +134,8 @@ class Watch:
                 # both are of the state before the step's update
                 raise diverged(self._checkpoints, info.step - 1, _figures(info.step, loss, norm))
         if position is not None and self._health is not None and self._health.on_bad == "rewind":
-            raise Rewind(unseen[-1][0].step, position)
+            step = unseen[-1][0].step
+            raise Rewind(step, position, f"step {step} was not applied")
 
     def _judge(self, health: HealthConfig, info: StepInfo, loss: float, norm: float) -> None:
         what = f"{_figures(info.step, loss, norm)}: not applied"

@@ -17,8 +17,11 @@ from jaxtron.run.metrics import Events, MetricsTally, MetricsWriter
 from jaxtron.run.state import TrainState
 from jaxtron.run.trainable import flops_per_token
 from jaxtron.runtime.together import common_stop
-from jaxtron.train.divergence import Rewind, Watch, check_state, diverged
+from jaxtron.train.divergence import Rewind, Tell, Watch, check_state, diverged
 from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
+from jaxtron.train.integrity.places import Places
+from jaxtron.train.integrity.replay import Replay, check_replay
+from jaxtron.train.integrity.replicas import Replicas
 from jaxtron.train.progress import TrainProgress
 from jaxtron.train.run_lock import STOP_FILE
 from jaxtron.train.setup import Run, go_back
@@ -73,7 +76,7 @@ def train(run: Run, begun: float | None = None) -> TrainOutcome:
                 run = go_back(run, rewind.position)
                 returns = returns + 1 if run.step == begun else 1
                 if returns > health.patience:
-                    what = f"step {rewind.step} was not applied, and going back to step {run.step} has not helped"
+                    what = f"{rewind.why}, and going back to step {run.step} has not helped"
                     raise diverged(
                         run.checkpoints, run.step, f"{what} {returns} times (train.health.patience {health.patience})"
                     ) from None
@@ -84,6 +87,7 @@ def train(run: Run, begun: float | None = None) -> TrainOutcome:
         run.checkpoints.wait()
         outcome.stopped = outcome.stopped or stop.was_asked()
         if events is not None:
+            tell_removed(run, events, outcome.step)
             about = {"why": stop.reason or "a signal"} if outcome.stopped else {}
             events.write("stopped" if outcome.stopped else "complete", outcome.step, **about)
         outcome.reason = stop.reason
@@ -111,11 +115,18 @@ def _steps(run: Run, outcome: TrainOutcome, stop: "_Stop", events: Events | None
             state=run.state.health,
             tell=tell,
         )
-        saver = Saver(run, loader, watch, log, events)
+        replay, replicas = _checks(run, tell)
+        saver = Saver(run, loader, watch, log, events, replicas)
         hooks = [Hook(watch), *_hooks(run, saver, log, outcome, stack, is_first=is_first)]
+        if replicas is not None:
+            hooks.insert(1, Hook(replicas, excluded=True))
         for number in range(run.step + 1, total + 1):
             batch = next(loader)
-            outcome.state, metrics = run.session.step(outcome.state, run.session.batches.globalize(batch))
+            arrays = run.session.batches.globalize(batch)
+            if replay is not None and replay.is_due(number):
+                with throughput.excluded(outcome.state):
+                    replay(number, outcome.state, arrays)
+            outcome.state, metrics = run.session.step(outcome.state, arrays)
             outcome.step = number
             tokens = batch.size * config.data.sequence_length
             info = StepInfo(number, total, outcome.state, metrics, tokens, (batch.start, batch.end))
@@ -135,9 +146,15 @@ class Saver:
     """
 
     def __init__(
-        self, run: Run, loader: Loader, watch: Watch, log: MetricsLog | None, events: Events | None = None
+        self,
+        run: Run,
+        loader: Loader,
+        watch: Watch,
+        log: MetricsLog | None,
+        events: Events | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
-        self._events = events
+        self._events, self._replicas = events, replicas
         self._run = run
         self._loader = loader
         self._watch = watch
@@ -152,12 +169,36 @@ class Saver:
     def save(self, info: StepInfo) -> None:
         """The same, with a loss that would take long to compile left out."""
         self._watch.check()
+        if self._replicas is not None:
+            self._replicas.check(info)
         check_state(self._run.checkpoints, info.step, info.state)
         # of the processes without a log nothing but their arrays is stored
         tally = MetricsTally() if self._log is None else self._log.tally()
-        self._run.save(info.step, info.state, self._loader.position, tally)
+        position, loss = self._loader.position, info.metrics.get("validation_loss")
+        self._run.save(info.step, info.state, position, tally, loss)
         if self._events is not None:
-            self._events.write("checkpoint", info.step, position=self._loader.position)
+            about = {} if loss is None else {"validation_loss": loss}
+            self._events.write("checkpoint", info.step, position=position, **about)
+            tell_removed(self._run, self._events, info.step)
+
+
+def _checks(run: Run, tell: Tell) -> tuple[Replay | None, Replicas | None]:
+    """What looks for devices that compute wrong, where it was asked for."""
+    health = run.config.train.health
+    if health.replay_every is None and health.compare_every is None:
+        return None, None
+    if health.replay_every is not None and not run.config.runtime.deterministic:
+        check_replay(run.session.mesh.devices.flat[0].platform, health.replay_every)
+    given = (run.session, run.checkpoints, Places.of(run.session.mesh), health, tell)
+    replay = None if health.replay_every is None else Replay(*given)
+    return replay, None if health.compare_every is None else Replicas(*given)
+
+
+def tell_removed(run: Run, events: Events, step: int) -> None:
+    """An event of the checkpoints that were deleted since the last one, for newer or better ones took their place."""
+    removed = run.checkpoints.take_removed()
+    if removed:
+        events.write("checkpoints_removed", step, steps=removed)
 
 
 def _hooks(

@@ -10,6 +10,7 @@ import jax
 from jaxtron.run.attention import attention_lines
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import write_end
+from jaxtron.runtime.determinism import determinism_line
 from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
 from jaxtron.runtime.start import start_runtime
 from jaxtron.runtime.together import leaving_together
@@ -73,6 +74,8 @@ def announce(run: Run) -> None:
     counts = f"{whole:,} parameters" + (f", {trained:,} of them trained," if trained < whole else "")
     print(f"{counts} on {where}, run in {run.directory}")
     for line in (*attention_lines(session.attention), *session.choices):
+        print(line)
+    if line := determinism_line(run.config.runtime, session.mesh.devices.flat[0].platform):
         print(line)
     for line in run.data.notes:
         print(line)

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
+from jaxtron.checkpoint.keeping import LOSS
 from jaxtron.checkpoint.manager import Checkpoints
-from jaxtron.checkpoint.restore import committed_steps, restore_newest
+from jaxtron.checkpoint.restore import committed_steps
 from jaxtron.config import UserError
 from jaxtron.data.dataset import Data, open_data, wrapped
 from jaxtron.data.loader import Loader
@@ -51,9 +52,17 @@ class Run:
         """The settings, resolved."""
         return self.session.config
 
-    def save(self, step: int, state: TrainState, position: int, tally: MetricsTally) -> None:
-        """Save a checkpoint of the state after this step, with the position of the data after it."""
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        position: int,
+        tally: MetricsTally,
+        validation_loss: float | None = None,
+    ) -> None:
+        """Save a checkpoint of the state after this step, with the position of the data after it, and its loss."""
         extra = {
+            LOSS: validation_loss,
             "position": position,
             "tally": asdict(tally),
             "data": self.data.fingerprint,
@@ -92,6 +101,11 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
     if jax.process_index() == 0:
         print("reading the data", flush=True)
     data = open_samples(config)
+    if config.checkpoint.keep_best and not len(data.validation):
+        raise UserError(
+            f"checkpoint.keep_best {config.checkpoint.keep_best}: the data have nothing to validate on, so no "
+            "checkpoint is the best; leave it out, or give data.validation_fraction or data.validation"
+        )
     with session.use(), contextlib.ExitStack() as stack:
         abstract = session.abstract_state()
         check_state_fits(config.family.sizes(config.model), abstract, what="training state")
@@ -145,8 +159,11 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
         )
 
 
-def go_back(run: Run, position: int) -> Run:
-    """The run as its newest checkpoint has it (none: its first state), to go on with the data from `position` on."""
+def go_back(run: Run, position: int | None) -> Run:
+    """The run as its newest checkpoint has it (none: its first state), to go on with the data from `position` on.
+
+    None: from the checkpoint's own.
+    """
     session, config = run.session, run.config
     run.checkpoints.wait()
     with session.use():
@@ -155,12 +172,11 @@ def go_back(run: Run, position: int) -> Run:
         restored = None
         if own is None:
             check = partial(check_record, config=config, data=run.data, directory=run.directory)
-            restored = restore_newest(
-                run.checkpoints.directory, order.abstract(abstract), check, order.on_disk(abstract)
-            )
+            restored = run.checkpoints.go_back(order.abstract(abstract), check, order.on_disk(abstract))
         if restored is None:
             state, _ = begin(session, run.data.tokenizer.fingerprint, own)
-            return replace(run, state=state, step=0, position=position, tally=MetricsTally())
+            return replace(run, state=state, step=0, position=position or 0, tally=MetricsTally())
+        position = restored.extra["position"] if position is None else position
         state = order.in_stage_order(restored.state, abstract)
         check_state(run.checkpoints, restored.step, state)
         tally = MetricsTally.of(restored.extra, config.data.sequence_length)

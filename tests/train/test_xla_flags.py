@@ -12,6 +12,7 @@ from jaxtron.config import UserError
 from jaxtron.plan.__main__ import main as plan
 from jaxtron.plan.compiled.deviceless import gpu_devices
 from jaxtron.runtime.config import RuntimeConfig
+from jaxtron.runtime.determinism import set_reductions
 from jaxtron.runtime.xla_flags import (
     FSDP_FLAGS,
     JAXLIB,
@@ -170,3 +171,31 @@ def test_plan_with_a_preset_and_with_an_unknown_flag():
     assert ended.code == 0 and "memory of a GPU" in ended.out, ended
     ended = run_main(plan, [*TINY.split(), "--gpu", "h100", "--runtime.xla_flags=--xla_gpu_no_such_flag=1"])
     assert ended.code == 2 and ended.err.startswith("error: the compiler of JAX"), ended
+
+
+def test_a_deterministic_run_has_the_flag_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    flag = "--xla_gpu_deterministic_ops"
+    before, after = gpu_flags(RuntimeConfig(deterministic=True))
+    assert before.split().count(f"{flag}=true") == 1 and flag not in after
+    assert flag not in gpu_flags(RuntimeConfig())[0]
+    # said already
+    assert flag not in gpu_flags(RuntimeConfig(deterministic=True), f"{flag}=true")[0]
+    assert gpu_options(RuntimeConfig(deterministic=True), "")["xla_gpu_deterministic_ops"] is True
+    with pytest.raises(UserError, match=f"{flag}=false is given: leave one of them out"):
+        gpu_flags(RuntimeConfig(deterministic=True, xla_flags=f"{flag}=false"))
+    # this jaxlib knows it
+    monkeypatch.setenv("XLA_FLAGS", "")
+    set_xla_flags(RuntimeConfig(deterministic=True, xla_preset="none"), gpu=True, cache_directory=tmp_path)
+    assert f"{flag}=true" in os.environ["XLA_FLAGS"].split()
+
+
+def test_a_deterministic_run_reduces_outside_of_the_switch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
+    set_reductions(RuntimeConfig())
+    assert "NCCL_NVLS_ENABLE" not in os.environ
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    set_reductions(RuntimeConfig(deterministic=True))
+    assert os.environ["NCCL_NVLS_ENABLE"] == "1"
+    monkeypatch.delenv("NCCL_NVLS_ENABLE")
+    set_reductions(RuntimeConfig(deterministic=True))
+    assert os.environ["NCCL_NVLS_ENABLE"] == "0"
