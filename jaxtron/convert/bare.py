@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 
-from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import RunSession, make_session
 from jaxtron.runtime.start import start_compiler
@@ -22,7 +21,6 @@ def bare_session(config: Configuration) -> RunSession:
 
 def bare_model(model: Any) -> Any:
     """The model with the defaults of all that is how it runs, such as kernels that this machine may lack."""
-    assert isinstance(model, ModelConfig)
     tree = model.model_dump(mode="json")
     for name in model.FREE.split():
         *folders, last = name.split(".")

@@ -15,7 +15,6 @@ from jaxtron.convert.target import check_room, whole_directory
 from jaxtron.convert.transfer import TransferRequest
 from jaxtron.data.tokenizers import load_tokenizer
 from jaxtron.generate.origin import KEPT
-from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CONFIG_FILE, MODEL_ALONE, write_record
 from jaxtron.run.session import RunSession
@@ -36,7 +35,6 @@ def write_run(request: TransferRequest, config: Configuration) -> None:
         )
     session = bare_session(config)
     model = session.config.model
-    assert isinstance(model, ModelConfig)
     with open_weights(request.source) as (files, table):
         reader = WeightReader(files, table, model)
         reader.check(list(wanted_rows(session.blueprint, table, model, session.trainer.partitions)))

@@ -21,7 +21,7 @@ from jaxtron.convert.target import check_room, whole_directory
 from jaxtron.convert.transfer import OF_FILES, TransferRequest
 from jaxtron.data.tokenizers import load_tokenizer
 from jaxtron.generate.origin import began_with
-from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.family import FamilyConfig
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CONFIG_FILE
 from jaxtron.run.restored import check_trained_settings, diverged
@@ -84,7 +84,6 @@ def _write(
     check_trained_settings(record.extra, trained, request.source / CONFIG_FILE)
     named = _names_there(session, record, path)
     model, table = session.config.model, said.family.tensors
-    assert isinstance(model, ModelConfig)
     specs = session.blueprint.names
     own = {name: spec for name, spec in specs.items() if spec.role != "adapter"}
     lora = trained.train.lora
@@ -112,7 +111,7 @@ def _write(
         names = {ours: theirs for theirs, ours in OF_FILES.items()}
         values |= {"torch_dtype": names[dtype]}
         (made / CONFIG_JSON).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    kind = said.family.architecture
+    kind = said.values["architectures"][0]
     told = "" if merging is None else ", adapters merged"
     print(f"{sum(map(prod, shapes.values())):,} parameters of a {kind} in {request.target}, {dtype}{told}")
 
@@ -129,7 +128,7 @@ def _names_there(session: RunSession, record: CheckpointRecord, path: Path) -> d
 
 
 def _shapes(
-    session: RunSession, specs: Mapping[str, ParameterSpec], table: TensorTable, model: ModelConfig
+    session: RunSession, specs: Mapping[str, ParameterSpec], table: TensorTable, model: FamilyConfig
 ) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """Of all tensors by name, those of parameters with these; and the names of those that are float32 always."""
     found, wide = {}, set()
@@ -148,7 +147,7 @@ class _Filler:
     """Puts pieces of a parameter, as checkpoints have it, where the file's tensors lie."""
 
     def __init__(
-        self, session: RunSession, table: TensorTable, model: ModelConfig, name: str, tensors: Mapping[str, np.ndarray]
+        self, session: RunSession, table: TensorTable, model: FamilyConfig, name: str, tensors: Mapping[str, np.ndarray]
     ) -> None:
         self._table, self._model, self._name, self._tensors = table, model, name, tensors
         shape = session.blueprint.names[name].shape

@@ -9,8 +9,8 @@ from jaxtron.command import FlagParser, file_name, file_path, natural
 from jaxtron.config import UserError, load, settings, split_arguments
 from jaxtron.convert.target import check_new
 from jaxtron.generate.origin import began_keys, began_with
-from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.run.configuration import Configuration, configuration_type
+from jaxtron.models.families import DECODER
+from jaxtron.run.configuration import Configuration, configuration_of, configuration_type
 from jaxtron.weights.cache import fetch_weights
 from jaxtron.weights.hub import FAMILIES, SaidModel, config_of, hub_settings, is_hub, tokenizer_of
 
@@ -96,13 +96,14 @@ def run_configuration(request: TransferRequest) -> Configuration:
                 "form that is read, or bytes if no text will be"
             )
         under.set("data.tokenizer", str(tokenizer.absolute()), str(tokenizer))
+    config_type = configuration_of(under.tree["model"].get("family", DECODER))
     try:
-        load(Configuration, None, None, under=under)
+        load(config_type, None, None, under=under)
     except UserError as error:
         # what does not fit together has no place of its own
         raise error if str(request.source) in str(error) else UserError(f"{request.source}: {error}") from None
     words = [*request.overrides, "--run.directory", str(request.target)]
-    return load(Configuration, None, words, under=under).resolved()
+    return load(config_type, None, words, under=under).resolved()
 
 
 def export_configuration(request: TransferRequest) -> tuple[Configuration, SaidModel, str]:
@@ -111,8 +112,6 @@ def export_configuration(request: TransferRequest) -> tuple[Configuration, SaidM
     path = request.source / "config.yaml"
     config_type = configuration_type([str(path)])
     trained = load(config_type, path, None).resolved()
-    if not isinstance(trained.model, ModelConfig):
-        raise UserError(f"{path} has model.family {trained.model.family}: only a decoder can be one of Hugging Face's")
     began = began_keys(began_with(request.source))
     length = trained.data.sequence_length
     try:

@@ -12,6 +12,7 @@ from jaxtron.data.config import ChatConfig, DataConfig
 from jaxtron.generate.origin import began_keys, began_with, has_tokenizer
 from jaxtron.generate.settings import SamplingSettings, read_settings
 from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.families import DECODER
 from jaxtron.run.configuration import Configuration, configuration_type
 from jaxtron.weights.cache import named_weights
 from jaxtron.weights.config_json import CONFIG_JSON, ConfigFile, read_config_json
@@ -160,6 +161,8 @@ def _of_hub(source: ModelSource) -> ModelConfiguration:
     if source.step is not None:
         raise UserError(f"--step {source.step} is of a run's checkpoints, and {directory} has weights of others")
     under = hub_settings(directory)
+    if (family := under.tree["model"].get("family", DECODER)) != DECODER:
+        raise UserError(f"{directory} is of model.family {family}, which makes no text: give weights of a decoder")
     _, flags = split_arguments(Configuration, source.overrides)
     if "data.tokenizer" not in dict(flags) and "data" not in under.tree:
         others = [path.name for path in sorted(directory.glob("*.model"))]

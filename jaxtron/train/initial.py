@@ -43,7 +43,6 @@ def begin(session: RunSession, tokenizer: str, own: Path | None = None) -> tuple
     check_beginning(session.config)
     where, allowed = str(directory.absolute()), Allowance.of(session.config.checkpoint)
     if is_hub(directory):
-        assert isinstance(model, ModelConfig), "`check_beginning` refuses other families"
         known = list(session.blueprint.names)
         allow = None if allowed is None else partial(allowed.check, directory, known=known)
         with session.use():

@@ -1,4 +1,4 @@
-"""What is known of a family of Hugging Face decoders: its keys as settings, its tensors as parameters, both ways.
+"""What is known of a family of Hugging Face models: its keys as settings, its tensors as parameters, both ways.
 
 A family is a file in `families/`: a `HubFamily` of keys, rules and a table. What reads keys has beside it what writes
 them, and neither is trusted: what is written is read again and compared (`hub.config_of`).
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.families import DECODER
 from jaxtron.weights.config_json import ConfigFile
 from jaxtron.weights.table import TensorTable
 from jaxtron.words import either
@@ -40,7 +40,7 @@ class Key:
             # null too, which a setting takes only where it can say nothing
             file.set(self.ours, value, self.theirs)
 
-    def write(self, model: ModelConfig) -> dict[str, Any]:
+    def write(self, model: Any) -> dict[str, Any]:
         """The key as a model's setting says it; without words for the value none."""
         value: Any = model
         for part in FOLLOWING.get(self.ours, self.ours).split("."):
@@ -55,7 +55,7 @@ class Rule:
     """Keys that are not settings one by one: what reads them, and the keys that say the same of a model."""
 
     read: Callable[[ConfigFile], None]
-    write: Callable[[ModelConfig], dict[str, Any]]
+    write: Callable[[Any], dict[str, Any]]
     """What no key says is left out, for reading tells."""
 
 
@@ -64,7 +64,7 @@ class HubFamily:
     """A value of `model_type`."""
 
     architecture: str
-    """The class whose weights are read, the decoder with its head."""
+    """The class whose weights are read, the model with its heads."""
     keys: tuple[Key, ...]
     tensors: TensorTable
     constants: Mapping[str, Any] = field(default_factory=dict)
@@ -78,6 +78,10 @@ class HubFamily:
     positions: str | None = "max_position_embeddings"
     """The key of the longest sequence, where it changes nothing of what it computes either."""
 
+    classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Where weights of several are read, each with the settings that it has; the first is `architecture`."""
+    family: str = DECODER
+    """`model.family` of its models."""
     others: Mapping[str, TensorTable] = field(default_factory=dict)
     """Tables of files that lie otherwise, by the end of a name that only these have."""
 
@@ -89,9 +93,14 @@ class HubFamily:
 
     def read(self, file: ConfigFile) -> None:
         """Sets all settings that a file says; `UserError` for what is not understood."""
-        given = file.get("architectures")
-        if given is not None and given != [self.architecture]:
-            file.refuse("architectures", f"only weights of {self.architecture} are read for a {file.model_type}")
+        given, classes = file.get("architectures"), self.classes or {self.architecture: {}}
+        name = self.architecture if given is None else given[0] if isinstance(given, list) and len(given) == 1 else None
+        if not isinstance(name, str) or name not in classes:
+            file.refuse("architectures", f"only weights of {either([*classes])} are read for a {file.model_type}")
+        for setting, value in classes[name].items():
+            file.set(setting, value, "architectures")
+        if self.family != DECODER:
+            file.set("family", self.family, "model_type")
         for name, value in self.constants.items():
             file.set(name, value, "model_type")
         for key in self.keys:
@@ -105,14 +114,20 @@ class HubFamily:
             file.get(name)
         file.check_all_read()
 
-    def write(self, model: ModelConfig) -> dict[str, Any]:
+    def write(self, model: Any) -> dict[str, Any]:
         """The keys of a file that says a model's settings, as far as this family has keys for them."""
-        found: dict[str, Any] = {"architectures": [self.architecture]}
+        own = (
+            name
+            for name, known in self.classes.items()
+            if all(getattr(model, setting) == value for setting, value in known.items())
+        )
+        found: dict[str, Any] = {"architectures": [next(own, self.architecture)]}
         for key in self.keys:
             found |= key.write(model)
             if key.ours == LAYERS:
                 # the pattern may be spelled out
-                found[key.theirs] = model.num_branches // self.tensors.branches_in_one
+                count = model.num_branches if self.family == DECODER else 2 * model.num_layers
+                found[key.theirs] = count // self.tensors.branches_in_one
         for rule in self.further:
             found |= rule.write(model)
         return found

@@ -11,8 +11,11 @@ from pydantic import ValidationError
 from jaxtron.config import SettingsSource, UserError, format_value
 from jaxtron.data.config import DataConfig
 from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.families import family_named
+from jaxtron.models.family import FamilyConfig
 from jaxtron.models.same import differences
 from jaxtron.weights.config_json import CONFIG_JSON, WITHOUT_EFFECT, ConfigFile, as_json, read_config_json
+from jaxtron.weights.families.bert import BERT, MEGATRON_BERT
 from jaxtron.weights.families.bloom import BLOOM
 from jaxtron.weights.families.cohere import COHERE
 from jaxtron.weights.families.experts.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
@@ -70,6 +73,8 @@ FAMILIES: dict[str, HubFamily] = {
     "nemotron_h": NEMOTRON_H,
     "bamba": BAMBA,
     "jamba": JAMBA,
+    "bert": BERT,
+    "megatron-bert": MEGATRON_BERT,
 }
 TOKENIZER = "tokenizer.json"
 # files of tokenizers that are read, the first that is there
@@ -135,7 +140,7 @@ class SaidModel:
     values: Mapping[str, Any]
 
 
-def config_of(model: ModelConfig, *, began: Mapping[str, Any], positions: int, name: str | None = None) -> SaidModel:
+def config_of(model: FamilyConfig, *, began: Mapping[str, Any], positions: int, name: str | None = None) -> SaidModel:
     """What a `config.json` says of a resolved model: of the family `name`, else of the first that says all of it.
 
     `began` is the file that its run began with, or empty: its family comes first, and its keys that change nothing
@@ -144,7 +149,15 @@ def config_of(model: ModelConfig, *, began: Mapping[str, Any], positions: int, n
     """
     own = began.get("model_type")
     first = [own] if isinstance(own, str) and own in FAMILIES else []
-    names = [name] if name is not None else list(dict.fromkeys([*first, *FAMILIES]))
+    alike = [each for each, family in FAMILIES.items() if family.family == model.family]
+    if name is not None and name not in alike:
+        raise UserError(
+            f"{FAMILIES[name].architecture} of Hugging Face is no class of model.family {model.family}; "
+            f"{'leave --family out' if alike else 'none that is known here is'}"
+        )
+    if not alike:
+        raise UserError(f"model.family {model.family} is none of Hugging Face's that are known here")
+    names = [name] if name is not None else list(dict.fromkeys([*(each for each in first if each in alike), *alike]))
     kept = {key: value for key, value in began.items() if key in WITHOUT_EFFECT - SAID_ANEW}
     lacking: dict[str, list[str]] = {}
     for found in names:
@@ -165,21 +178,24 @@ def config_of(model: ModelConfig, *, began: Mapping[str, Any], positions: int, n
     raise UserError(f"{FAMILIES[found].architecture} of Hugging Face cannot say {missing[0]}{more}{others}{mend}")
 
 
-def _unsaid(values: Mapping[str, Any], model: ModelConfig) -> list[str]:
+def _unsaid(values: Mapping[str, Any], model: FamilyConfig) -> list[str]:
     """Settings of a model that a `config.json` says otherwise."""
     # as the file will have it
     file = ConfigFile(Path(CONFIG_JSON), json.loads(json.dumps(values)))
     try:
         _family(file).read(file)
-        read = ModelConfig.model_validate_json(json.dumps(file.settings.tree["model"]), strict=True)
+        settings = family_named(model.family).config
+        read = settings.model_validate_json(json.dumps(file.settings.tree["model"]), strict=True)
     except ValidationError as error:
         return [str(error.errors()[0]["msg"])]
     except UserError as error:
         return [str(error)]
-    # whether layers are a loop over periods or over kinds is no matter of theirs, nor how fast a bias learns
-    equal = read.layout.layers == model.layout.layers
-    same = {"pattern": equal, "num_layers": equal, "hybrid": equal, "moe.leading_dense": equal}
-    same["moe.bias_rate"] = bool(read.moe.bias_rate) == bool(model.moe.bias_rate)
+    same: dict[str, bool] = {}
+    if isinstance(read, ModelConfig) and isinstance(model, ModelConfig):
+        # whether layers are a loop over periods or over kinds is no matter of theirs, nor how fast a bias learns
+        equal = read.layout.layers == model.layout.layers
+        same = {"pattern": equal, "num_layers": equal, "hybrid": equal, "moe.leading_dense": equal}
+        same["moe.bias_rate"] = bool(read.moe.bias_rate) == bool(model.moe.bias_rate)
     return [
         f"model.{one.name} {format_value(one.here)} (only {format_value(one.there)})"
         for one in differences(read, model, same=same)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxtron.config import UserError
-from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.family import FamilyConfig
 from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding.blueprint import Blueprint
 from jaxtron.sharding.parameters import ParameterSpec, shardings
@@ -28,7 +28,7 @@ Allow = Callable[[list[str], list[str]], None]
 
 def load_parameters(
     directory: Path,
-    model: ModelConfig,
+    model: FamilyConfig,
     blueprint: Blueprint,
     partitions: Mapping[str, Partition],
     allow: Allow | None = None,
@@ -85,7 +85,7 @@ def partition_of(name: str, partitions: Mapping[str, Partition]) -> Partition | 
 
 
 def wanted_rows(
-    blueprint: Blueprint, table: TensorTable, model: ModelConfig, partitions: Mapping[str, Partition]
+    blueprint: Blueprint, table: TensorTable, model: FamilyConfig, partitions: Mapping[str, Partition]
 ) -> Iterator[WantedRow]:
     """All that the model has, of all layers."""
     for name, spec in blueprint.names.items():
@@ -99,14 +99,15 @@ def wanted_rows(
 class WeightReader:
     """Parameters of a directory's files by a family's table."""
 
-    def __init__(self, files: WeightFiles, table: TensorTable, model: ModelConfig) -> None:
+    def __init__(self, files: WeightFiles, table: TensorTable, model: FamilyConfig) -> None:
         self._files, self._table, self._model = files, table, model
         # the model without a head has names that begin later
         self._has_base = any(name.startswith(table.base) for name in files.tensors)
         # what is tied is stored once, by either name
         self._other_names: dict[str, str] = {}
-        if model.tied_head and table.head in files.tensors:
-            embedding = self._stored(table.place(model, "embedding.table").tensors[0])
+        self._is_tied = bool(getattr(model, "tied_head", False))
+        if self._is_tied and table.head in files.tensors:
+            embedding = self._stored(table.place(model, table.embedding).tensors[0])
             if embedding not in files.tensors:
                 self._other_names[embedding] = table.head
 
@@ -164,9 +165,9 @@ class WeightReader:
 
     def _is_tied_head(self, name: str) -> bool:
         """Whether a tensor is a tied model's head, which says what the embedding says; `UserError` if it does not."""
-        if name != self._table.head or not self._model.tied_head:
+        if name != self._table.head or not self._is_tied:
             return False
-        table = self._stored(self._table.place(self._model, "embedding.table").tensors[0])
+        table = self._stored(self._table.place(self._model, self._table.embedding).tensors[0])
         if table in self._files.tensors and not np.array_equal(self._files.read(name), self._files.read(table)):
             raise UserError(
                 f"{self._files.directory} has a {name} that is not {table}, and its {self._files.says_tied}"

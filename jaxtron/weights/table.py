@@ -5,11 +5,14 @@ a split of the rows into heads.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.pattern import layer_kinds
+from jaxtron.models.families import family_of
+from jaxtron.models.family import FamilyConfig
 
 # rows of a table of tokens, of which files have no padding
 VOCABULARY = "V"
@@ -47,12 +50,12 @@ class Tensor:
     """The tensor's name, in its layer too."""
     stored: str
     """Its dimensions, a word each."""
-    rows: Callable[[ModelConfig, str], Rows] | None = None
+    rows: Callable[[Any, str], Rows] | None = None
     """Where they lie otherwise than letters can say: of one parameter in one tensor, by the model and the parameter's
     name. `stored` then is what the tensor would be if the parameter's rows were all, in their order."""
     is_wide: bool = False
     """Whether files have it in float32 also where all else has 16 bits."""
-    when: Callable[[ModelConfig], bool] | None = None
+    when: Callable[[Any], bool] | None = None
     """Of which models the row is, where the parameter has another name in the files of others (none: of all)."""
 
     @property
@@ -130,40 +133,70 @@ class TensorTable:
     """What begins the names of all but the head; files of the model without a head leave it out."""
     head: str = "lm_head.weight"
     """The head's name, which a tied model's file may have too."""
+    embedding: str = "embedding.table"
+    """The parameter that a tied model's head is."""
     ignored: tuple[str, ...] = ()
     """Ends of names that are no weights."""
     further: str = ""
     """The end of a name that only layers have which predict further tokens; all of such a layer is left out."""
 
-    def place(self, model: ModelConfig, name: str, row: int | None = None) -> Place:
+    def place(self, model: FamilyConfig, name: str, row: int | None = None) -> Place:
         """Those of a parameter by its name here; of one that is stacked, of the layer in this row of those alike."""
         found = self.find(model, name, row)
         assert found is not None, f"the table has no row for {name}"
         return found
 
-    def find(self, model: ModelConfig, name: str, row: int | None = None) -> Place | None:
+    def find(self, model: FamilyConfig, name: str, row: int | None = None) -> Place | None:
         """The same; None where the family's files have no such parameter."""
-        place, own = _layer_of(model, name, row)
-        if place is None:
-            rows, beginning = self.outer, ""
-        else:
-            number = sum(map(len, model.layout.layers[:place])) // self.branches_in_one
-            rows = [tensor for symbol in model.layout.layers[place] for tensor in self.branches.get(symbol, ())]
-            beginning = self.layer.format(number)
+        rows, beginning, own = self.rows_of(model, name, row)
         found = next((row for row in rows if own in row.parameters and (row.when is None or row.when(model))), None)
         if found is None:
             return None
         rows_there = None if found.rows is None else found.rows(model, own)
-        experts = range(model.moe.num_experts if EXPERT in found.tensors[0] else 1)
+        experts = range(1)
+        if EXPERT in found.tensors[0]:
+            assert isinstance(model, ModelConfig)
+            experts = range(model.moe.num_experts)
         names = [beginning + theirs.replace(EXPERT, str(number)) for number in experts for theirs in found.tensors]
         return Place(found, own, tuple(names), rows_there)
 
+    def rows_of(self, model: FamilyConfig, name: str, row: int | None) -> tuple[Sequence[Tensor], str, str]:
+        """Rows among which a parameter's is, what begins the names of its tensors, and its own name among them."""
+        assert isinstance(model, ModelConfig)
+        place, own = _layer_of(model, name, row)
+        if place is None:
+            return self.outer, "", own
+        number = sum(map(len, model.layout.layers[:place])) // self.branches_in_one
+        rows = [tensor for symbol in model.layout.layers[place] for tensor in self.branches.get(symbol, ())]
+        return rows, self.layer.format(number), own
 
-def own_shape(tensor: Tensor, model: ModelConfig, shape: Sequence[int]) -> tuple[int, ...]:
+
+@dataclass(frozen=True)
+class StackTable(TensorTable):
+    """A table of a family whose stacks have layers that are alike.
+
+    Of `branches` the keys are the stacks' paths with dots, and `layers` has what begins the names of a stack's layers.
+    """
+
+    layers: Mapping[str, str] = field(default_factory=dict)
+    """By the stack's path with dots, with the layer's number as {}."""
+
+    def rows_of(self, model: FamilyConfig, name: str, row: int | None) -> tuple[Sequence[Tensor], str, str]:
+        """As a decoder's."""
+        path = next((path for path in self.branches if name.startswith(f"{path}.")), None)
+        if path is None:
+            return self.outer, "", name
+        assert row is not None
+        return self.branches[path], self.layers[path].format(row), name.removeprefix(f"{path}.")
+
+
+def own_shape(tensor: Tensor, model: FamilyConfig, shape: Sequence[int]) -> tuple[int, ...]:
     """The shape of a parameter without the padding of the vocabulary, which no file has."""
-    letters = tensor.dims.split()
+    letters, known = tensor.dims.split(), family_of(model).vocabulary
+    assert known is not None or VOCABULARY not in letters
     return tuple(
-        model.vocab_size if letter == VOCABULARY else size for letter, size in zip(letters, shape, strict=True)
+        getattr(model, known) if known is not None and letter == VOCABULARY else size
+        for letter, size in zip(letters, shape, strict=True)
     )
 
 

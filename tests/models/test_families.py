@@ -15,6 +15,7 @@ from jaxtron.train.__main__ import main as train
 from tests.support.commands import run_main
 
 TOY = "tests.toy_family"
+KNOWN = ", ".join(FAMILIES)
 WHOLE = "model.family own.model: "
 BARE = "from jaxtron.models.family import Family, FamilyConfig\n"
 MADE = "FAMILY = Family(config={}, program='', stacks=dict, num_parameters=int, flops_per_token=float)\n"
@@ -34,10 +35,10 @@ def test_both_halves_of_a_family_agree(name: str):
     ("name", "message"),
     [
         ("decodr", "no model.family 'decodr'; did you mean decoder?"),
-        ("mamba", "no model.family 'mamba'; it is one of decoder, or the dotted name of a package with a module fam"),
+        ("mamba", f"no model.family 'mamba'; it is one of {KNOWN}, or the dotted name of a package with a module fam"),
         (".decoder", "no model.family '.decoder'; did you mean decoder?"),
-        ("own/model", "no model.family 'own/model'; it is one of decoder, or the dotted name of a package"),
-        ("json", "model.family json: No module named 'json.family'; it is one of decoder, or the dotted name of"),
+        ("own/model", f"no model.family 'own/model'; it is one of {KNOWN}, or the dotted name of a package"),
+        ("json", f"model.family json: No module named 'json.family'; it is one of {KNOWN}, or the dotted name of"),
         ("own.nothing", "model.family own.nothing: No module named 'own'"),
     ],
 )

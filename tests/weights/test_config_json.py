@@ -10,7 +10,8 @@ from jaxtron.config import UserError, format_value, load
 from jaxtron.layers.config import RotaryConfig, RotaryScaling
 from jaxtron.layers.ssm.config import MambaConfig
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.run.configuration import Configuration
+from jaxtron.models.families import DECODER
+from jaxtron.run.configuration import configuration_of
 from jaxtron.weights.hub import FAMILIES, config_of, hub_settings, is_hub
 from tests.hugging_face import fixtures
 
@@ -23,10 +24,12 @@ LLAMA3 = {
 }
 
 
-def model_of(folder: Path, config: dict[str, Any]) -> ModelConfig:
+def model_of(folder: Path, config: dict[str, Any]) -> Any:
     """The settings of a config.json; sequences are no longer than GPT-2's positions in the fixtures."""
     (folder / "config.json").write_text(json.dumps(config))
-    return load(Configuration, None, ["--data.sequence_length", "16"], under=hub_settings(folder)).model
+    under = hub_settings(folder)
+    config_type = configuration_of(under.tree["model"].get("family", DECODER))
+    return load(config_type, None, ["--data.sequence_length", "16"], under=under).model
 
 
 def fixture_config(name: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +98,8 @@ def test_llama_3_1_as_it_is_on_the_hub(tmp_path: Path):
 
 
 DEFAULTS = {
+    "bert": "vocab_size 30522 norm_epsilon 1e-12 norm_placement post pairs next dropout 0.1 activation gelu",
+    "megatron-bert": "max_positions 512 norm_epsilon 1e-12 norm_placement pre pairs next token_types 2",
     "gpt2": "tied_head true max_positions 1024 norm_epsilon 1e-05 activation gelu_tanh num_heads 12",
     "llama": "tied_head false num_kv_heads none norm_epsilon 1e-06 rotary.base 10000.0 pattern *- activation swiglu",
     "mistral": "tied_head false num_kv_heads 8 norm_epsilon 1e-06 pattern W- attention.window 4096",
@@ -290,7 +295,7 @@ def rope(**values: Any) -> dict[str, Any]:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", {"model_type": "bert"}, 'has model_type "bert": known here are bamba, bloom'),
+    ("llama", {"model_type": "clip"}, 'has model_type "clip": known here are bamba, bert'),
     ("llama", {"model_type": ...}, "has no model_type: known here are"),
     ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "only weights of LlamaForCausalLM are read"),
     ("llama", {"clip_qkv": 8.0, "logit_scale": 2}, "clip_qkv 8.0: that key of a llama is not known here (and 1 more)"),

@@ -1,6 +1,7 @@
 """What a configuration knows of BERT."""
 
 from dataclasses import replace
+from typing import Any
 
 from jaxtron.models.bert.config import BertConfig
 from jaxtron.models.encoder.cost import (
@@ -91,6 +92,16 @@ def _at_once(work: SlotWork) -> PhaseWork:
     return work.forward + work.backward + work.weight
 
 
+def meaning(config: BertConfig) -> dict[str, Any]:
+    """A default spelled out is the same model, and so is one that was told other things of pairs and masks."""
+    return {
+        "head_dim": config.head_size,
+        "mlp_size": config.mlp_width,
+        "pairs": config.pairs != "none",
+        "masking": None,
+    }
+
+
 FAMILY = Family(
     config=BertConfig,
     program="jaxtron.models.bert.program",
@@ -102,6 +113,7 @@ FAMILY = Family(
     resolve=resolve,
     evaluated=evaluated,
     sizes=sizes,
+    meaning=meaning,
     vocabulary="vocab_size",
     work=work,
     recompute=recompute_levels,

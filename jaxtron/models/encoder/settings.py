@@ -111,6 +111,11 @@ class EncoderSettings(FamilyConfig):
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
 
     @property
+    def tied_head(self) -> bool:
+        """The output head is the embedding table."""
+        return True
+
+    @property
     def output_std(self) -> float:
         """Initial standard deviation of projections back to the residual stream (1909.08053, Sec. 4.2)."""
         return self.initial_std / math.sqrt(2 * self.num_layers)
