@@ -65,7 +65,7 @@ def test_special_tokens_are_the_tokenizers_or_the_last_ids(word_pieces):
     words["model"]["vocab"].pop("[MASK]")
     words["added_tokens"] = [token for token in words["added_tokens"] if token["content"] != "[MASK]"]
     word_pieces.write_text(json.dumps(words))
-    with pytest.raises(UserError, match=r"the tokenizer has no token \[MASK\], which BERT needs"):
+    with pytest.raises(UserError, match=r"the tokenizer has no token \[MASK\], which encoders need"):
         vocabulary_of(config(), load_tokenizer(str(word_pieces)))
 
 

@@ -1,4 +1,4 @@
-"""BERT's samples: of sentences, and of text that is there as windows; and which ids its special tokens have."""
+"""BERT's samples: of sentences, and of text that is there as windows."""
 
 import functools
 import json
@@ -23,45 +23,16 @@ from jaxtron.data.masked.bert import (
 from jaxtron.data.masked.next_sentence import NextSentenceSource
 from jaxtron.data.masked.ngrams import Masking
 from jaxtron.data.masked.sentences import SentenceRows, SentenceSamples, open_sentences
-from jaxtron.data.masked.words import continuations
 from jaxtron.data.source import Source
-from jaxtron.data.tokenizers import HasPieces, Tokenizer
+from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.models.bert.batch import BertBatch, from_sample
 from jaxtron.models.bert.config import BertConfig
-
-NAMES = ("[CLS]", "[SEP]", "[MASK]", "[PAD]")
+from jaxtron.models.encoder.special_tokens import special_tokens
 
 
 def vocabulary_of(config: BertConfig, tokenizer: Tokenizer | None) -> BertVocabulary:
-    """The special tokens that the tokenizer has by name; one that has none gets the last ids of the model's vocabulary.
-
-    Without a tokenizer the model's vocabulary is all that is known. `UserError` where some are there and others not,
-    or where no ids are left.
-    """
-    found = [None if tokenizer is None else tokenizer.token_id(name) for name in NAMES]
-    missing = [name for name, number in zip(NAMES, found, strict=True) if number is None]
-    first = config.vocab_size - len(NAMES)
-    text = first if tokenizer is None else tokenizer.vocab_size
-    if len(missing) == len(NAMES):
-        if text > first:
-            raise UserError(
-                f"the tokenizer's {text} tokens leave no ids of model.vocab_size {config.vocab_size} for "
-                f"{', '.join(NAMES)}, which it has not; set --model.vocab_size {text + len(NAMES)}"
-            )
-        found = list(range(first, config.vocab_size))
-    elif missing:
-        raise UserError(
-            f"the tokenizer has no token {missing[0]}, which BERT needs; give one that has {', '.join(NAMES)}"
-        )
-    classify, separate, mask, pad = (number for number in found if number is not None)
-    continues = None
-    if config.masking.whole_words and isinstance(tokenizer, HasPieces):
-        special = {tokenizer.token_id(name) for name in tokenizer.special_texts}
-        try:
-            continues = continuations(tokenizer.pieces, special={number for number in special if number is not None})
-        except UserError as error:
-            raise UserError(f"{error}: --model.masking.whole_words false") from None
-    return BertVocabulary(classify=classify, separate=separate, mask=mask, pad=pad, size=text, continues=continues)
+    """The special tokens that the tokenizer has by name, or the last ids of the model's vocabulary."""
+    return special_tokens(config.vocab_size, tokenizer, whole_words=config.masking.whole_words)
 
 
 def masking_of(config: BertConfig) -> Masking:
