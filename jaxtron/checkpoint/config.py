@@ -16,6 +16,15 @@ class CheckpointConfig(Config):
     """checkpoints of steps that are a multiple of this are kept for good, a multiple of every itself (none: no such)"""
     keep_best: int = Field(default=0, ge=0)
     """checkpoints of least validation loss that are kept too, of all that were saved where it was measured"""
+    memory_every: int = Field(default=0, ge=0)
+    """steps between copies of the state in the hosts' memory, each host's beside a copy of another host's part; a run
+    that is started again goes on from the newest whole one (0: none)"""
+    memory_directory: FileName = "/dev/shm"
+    """where these copies lie: a file system in memory, which is there for as long as the host is"""
+    local_every: int = Field(default=0, ge=0)
+    """steps between copies in local_directory (0: none)"""
+    local_directory: FileName | None = None
+    """directory on a disk of each host's own, for copies more often than run.directory, far away, takes checkpoints"""
     asynchronous: bool = True
     """write files in the background while training goes on"""
     resume: bool = True
@@ -51,6 +60,17 @@ class CheckpointConfig(Config):
                 f"checkpoint.keep_every {self.keep_every} is not a multiple of checkpoint.every {self.every}, so some "
                 f"that it names are never written; set it to {-(-self.keep_every // self.every) * self.every}"
             )
+        if (self.local_directory is None) != (self.local_every == 0):
+            name, other = ("every", "directory") if self.local_every else ("directory", "every")
+            raise NoEffect(
+                f"checkpoint.local_{name}",
+                getattr(self, f"local_{name}"),
+                {f"checkpoint.local_{other}": getattr(self, f"local_{other}")},
+                f"leave it out, or give --checkpoint.local_{other} too",
+            )
+        if self.memory_every == 0 and self.memory_directory != type(self).model_fields["memory_directory"].default:
+            mend = "leave it out, or give --checkpoint.memory_every"
+            raise NoEffect("checkpoint.memory_directory", self.memory_directory, {"checkpoint.memory_every": 0}, mend)
         for name in ("allow_missing", "allow_unused"):
             patterns = getattr(self, name)
             if patterns and self.initialize_from is None:

@@ -63,8 +63,8 @@ CHANGES: dict[str, dict[str, str]] = {
     "pipeline": {FREE: "schedule chunks stage_layers overlap embedding_weight loss_weight"},
     "sharding": {FREE: "zero overlap_tensor"},
     "checkpoint": {
-        FREE: "every keep keep_every keep_best asynchronous",
-        HERE: "resume initialize_from initialize_adapters allow_missing allow_unused",
+        FREE: "every keep keep_every keep_best memory_every local_every asynchronous",
+        HERE: "memory_directory local_directory resume initialize_from initialize_adapters allow_missing allow_unused",
     },
     "run": {FREE: "log_every print_seconds trackers wandb_project profile_steps", HERE: "directory max_minutes"},
     "runtime": {
@@ -193,9 +193,12 @@ class Continuation:
             return cls(is_recorded=False)
         return cls(tuple(changes(recorded, config)), _learning_rates(recorded, config, step))
 
-    def text(self, step: int, total: int) -> str:
-        """Lines for the user: that the run goes on or need not, and with what."""
-        begin = f"checkpoint of step {step} found"
+    def text(self, step: int, total: int, place: str = "") -> str:
+        """Lines for the user: that the run goes on or need not, and with what.
+
+        `place` is where a copy was found that is newer than the checkpoints.
+        """
+        begin = f"copy of step {step} in {place} found" if place else f"checkpoint of step {step} found"
         if step > total:
             return (
                 f"{begin}, beyond train.steps {total}: nothing to train; to go on, give more, such as --train.steps "

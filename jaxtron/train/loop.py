@@ -4,11 +4,13 @@ import math
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 
 from jaxtron.checkpoint.processes import gather_texts
+from jaxtron.checkpoint.tiers.copies import Copies
 from jaxtron.data.loader import Loader
 from jaxtron.gpus import peak_flops
 from jaxtron.interrupts import StopRequest, finish_first
@@ -38,7 +40,8 @@ class TrainOutcome:
     """Where a loop ended: the last state, the step it is of, and whether a signal asked for the stop.
 
     `validation_loss` is that of the last state, None where the loop did not measure it or there are no such data.
-    `reason` is why it stopped where no signal asked for it.
+    `reason` is why it stopped where no signal asked for it; `copies` how many were made and the seconds they took, of
+    `seconds` in which steps were taken after the first, which compiles.
     """
 
     state: TrainState
@@ -46,6 +49,12 @@ class TrainOutcome:
     stopped: bool = False
     reason: str = ""
     validation_loss: float | None = None
+    copies: tuple[int, float] | None = None
+    seconds: float = 0.0
+
+    def count_seconds(self, since: float) -> None:
+        """Add the time until now."""
+        self.seconds += time.perf_counter() - since
 
 
 def train(run: Run, begun: float | None = None) -> TrainOutcome:
@@ -85,6 +94,10 @@ def train(run: Run, begun: float | None = None) -> TrainOutcome:
                     events.write("rewind", rewind.step, to_step=run.step, position=run.position)
                     print(f"back to step {run.step}, and on with sample {run.position:,}", flush=True)
         run.checkpoints.wait()
+        if run.copies is not None:
+            outcome.copies = run.copies.count, run.copies.seconds
+            # what they are copies of is a checkpoint now
+            run.copies.close(remove=True)
         outcome.stopped = outcome.stopped or stop.was_asked()
         if events is not None:
             tell_removed(run, events, outcome.step)
@@ -120,6 +133,10 @@ def _steps(run: Run, outcome: TrainOutcome, stop: "_Stop", events: Events | None
         hooks = [Hook(watch), *_hooks(run, saver, log, outcome, stack, is_first=is_first)]
         if replicas is not None:
             hooks.insert(1, Hook(replicas, excluded=True))
+        if run.copies is not None:
+            hooks.append(Hook(partial(copy, run, run.copies, saver, tell)))
+        if run.tier and events is not None:
+            events.write("restored", run.step, tier=run.tier)
         for number in range(run.step + 1, total + 1):
             batch = next(loader)
             arrays = run.session.batches.globalize(batch)
@@ -131,6 +148,8 @@ def _steps(run: Run, outcome: TrainOutcome, stop: "_Stop", events: Events | None
             tokens = batch.size * config.data.sequence_length
             info = StepInfo(number, total, outcome.state, metrics, tokens, (batch.start, batch.end))
             throughput.finish_step(info.tokens, metrics)
+            if number == run.step + 1:
+                stack.callback(outcome.count_seconds, time.perf_counter())
             stop.begin()
             run_hooks(hooks, info, throughput)
             if stop.is_due(number) and number < total:
@@ -168,18 +187,40 @@ class Saver:
 
     def save(self, info: StepInfo) -> None:
         """The same, with a loss that would take long to compile left out."""
-        self._watch.check()
-        if self._replicas is not None:
-            self._replicas.check(info)
+        self.check(info)
         check_state(self._run.checkpoints, info.step, info.state)
-        # of the processes without a log nothing but their arrays is stored
-        tally = MetricsTally() if self._log is None else self._log.tally()
+        tally = self.tally()
         position, loss = self._loader.position, info.metrics.get("validation_loss")
         self._run.save(info.step, info.state, position, tally, loss)
         if self._events is not None:
             about = {} if loss is None else {"validation_loss": loss}
             self._events.write("checkpoint", info.step, position=position, **about)
             tell_removed(self._run, self._events, info.step)
+
+    def check(self, info: StepInfo) -> None:
+        """Whether there is anything against keeping this state: `UserError` or `Rewind`."""
+        self._watch.check()
+        if self._replicas is not None:
+            self._replicas.check(info)
+
+    def tally(self) -> MetricsTally:
+        """What the next line of metrics adds up so far; of processes without a log nothing but arrays is stored."""
+        return MetricsTally() if self._log is None else self._log.tally()
+
+    @property
+    def position(self) -> int:
+        """That of the data after the last step."""
+        return self._loader.position
+
+
+def copy(run: Run, copies: Copies, saver: Saver, tell: Tell, info: StepInfo) -> None:
+    """A hook: copies the state beside its checkpoints, where it is time to; the last one is saved anyway."""
+    if not copies.is_due(info.step) or info.step == info.total_steps:
+        return
+    saver.check(info)
+    copies.save(info.step, info.state, run.extra(saver.position, saver.tally()))
+    for step, why in copies.take_problems():
+        tell("copy_failed", step, f"no copy of step {step} in {why}; the run goes on without it", {"why": why})
 
 
 def _checks(run: Run, tell: Tell) -> tuple[Replay | None, Replicas | None]:

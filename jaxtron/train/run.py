@@ -86,7 +86,8 @@ def announce(run: Run) -> None:
             f"does not reach {optimizer.learning_rate:g}"
         )
     # one of step 0 was made of another run's
-    if run.checkpoints.latest_step() is not None:
-        print(run.continuation.text(run.step, run.config.train.steps))
+    if run.checkpoints.latest_step() is not None or run.tier:
+        place = {"": "", "memory": "the hosts' memory", "local": "the hosts' own directory"}[run.tier]
+        print(run.continuation.text(run.step, run.config.train.steps, place))
     if run.step < run.config.train.steps:
         print("compiling the step", flush=True)

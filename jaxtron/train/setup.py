@@ -11,7 +11,8 @@ import jax
 
 from jaxtron.checkpoint.keeping import LOSS
 from jaxtron.checkpoint.manager import Checkpoints
-from jaxtron.checkpoint.restore import committed_steps
+from jaxtron.checkpoint.restore import Check, committed_steps
+from jaxtron.checkpoint.tiers.copies import Copies, FoundCopy
 from jaxtron.config import UserError
 from jaxtron.data.dataset import Data, open_data, wrapped
 from jaxtron.data.loader import Loader
@@ -44,6 +45,10 @@ class Run:
     position: int
     continuation: Continuation
     tally: MetricsTally
+    copies: Copies | None = None
+    """Of the state, beside its checkpoints; None where there are none."""
+    tier: str = ""
+    """Where the state was found, `memory` or `local`, if not in a checkpoint."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """What the history says of where the model of its first step comes from, if it was not drawn."""
 
@@ -61,8 +66,13 @@ class Run:
         validation_loss: float | None = None,
     ) -> None:
         """Save a checkpoint of the state after this step, with the position of the data after it, and its loss."""
-        extra = {
-            LOSS: validation_loss,
+        extra = self.extra(position, tally) | {LOSS: validation_loss}
+        order = self.session.layer_order
+        self.checkpoints.save(step, order.in_model_order(state), extra, order.on_disk(state))
+
+    def extra(self, position: int, tally: MetricsTally) -> dict[str, Any]:
+        """What a state is saved with, so that a command may go on from it."""
+        return {
             "position": position,
             "tally": asdict(tally),
             "data": self.data.fingerprint,
@@ -70,8 +80,6 @@ class Run:
             "seed": self.config.seed,
             "settings": self.config.model_dump(mode="json"),
         }
-        order = self.session.layer_order
-        self.checkpoints.save(step, order.in_model_order(state), extra, order.on_disk(state))
 
     def train_loader(self) -> Loader:
         """Batches from the run's position on."""
@@ -109,7 +117,6 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
     with session.use(), contextlib.ExitStack() as stack:
         abstract = session.abstract_state()
         check_state_fits(config.family.sizes(config.model), abstract, what="training state")
-        order = session.layer_order
         directory = Path(config.run.directory or f"runs/{name}")
         if not directory.exists():
             stack.callback(_remove_empty, directory / "checkpoints", directory)
@@ -126,10 +133,13 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
         stack.callback(checkpoints.close)
         check = partial(check_record, config=config, data=data, directory=directory)
         origin: dict[str, Any] = {}
-        own = directory if config.checkpoint.resume and has_model_alone(checkpoints.directory) else None
-        restored = None
-        if own is None:
-            restored = checkpoints.restore(order.abstract(abstract), check, order.on_disk(abstract))
+        copies = None
+        if not is_complete and (config.checkpoint.memory_every or config.checkpoint.local_every):
+            copies = Copies(config.checkpoint, directory, session.mesh, abstract, repr(session.trainer.partitions))
+            stack.callback(copies.close)
+        resumes = config.checkpoint.resume
+        own = directory if resumes and has_model_alone(checkpoints.directory) else None
+        restored = restore_state(session, checkpoints, copies, check, resumes=resumes, is_model_alone=own is not None)
         if restored is None:
             (state, origin), step, position, continuation = (
                 begin(session, data.tokenizer.fingerprint, own),
@@ -138,9 +148,7 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
                 Continuation(),
             )
         else:
-            state = order.in_stage_order(restored.state, abstract)
-            check_state(checkpoints, restored.step, state)
-            step, position = restored.step, restored.extra["position"]
+            state, step, position = restored.state, restored.step, restored.extra["position"]
             continuation = Continuation.of(restored.extra, config, directory, step=step)
         if is_complete and step < config.train.steps:
             # the newest was damaged
@@ -154,6 +162,8 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
             step=step,
             position=position,
             continuation=continuation,
+            copies=copies,
+            tier="" if restored is None else restored.tier,
             origin=origin,
             tally=MetricsTally() if restored is None else MetricsTally.of(restored.extra, config.data.sequence_length),
         )
@@ -167,20 +177,51 @@ def go_back(run: Run, position: int | None) -> Run:
     session, config = run.session, run.config
     run.checkpoints.wait()
     with session.use():
-        abstract, order = session.abstract_state(), session.layer_order
         own = run.directory if has_model_alone(run.checkpoints.directory) else None
-        restored = None
-        if own is None:
-            check = partial(check_record, config=config, data=run.data, directory=run.directory)
-            restored = run.checkpoints.go_back(order.abstract(abstract), check, order.on_disk(abstract))
+        check = partial(check_record, config=config, data=run.data, directory=run.directory)
+        restored = restore_state(session, run.checkpoints, run.copies, check, is_model_alone=own is not None)
         if restored is None:
             state, _ = begin(session, run.data.tokenizer.fingerprint, own)
-            return replace(run, state=state, step=0, position=position or 0, tally=MetricsTally())
-        position = restored.extra["position"] if position is None else position
-        state = order.in_stage_order(restored.state, abstract)
-        check_state(run.checkpoints, restored.step, state)
-        tally = MetricsTally.of(restored.extra, config.data.sequence_length)
-        return replace(run, state=state, step=restored.step, position=position, tally=tally)
+            return replace(run, state=state, step=0, position=position or 0, tally=MetricsTally(), tier="")
+    return replace(
+        run,
+        state=restored.state,
+        step=restored.step,
+        position=restored.extra["position"] if position is None else position,
+        tally=MetricsTally.of(restored.extra, config.data.sequence_length),
+        tier=restored.tier,
+    )
+
+
+def restore_state(
+    session: RunSession,
+    checkpoints: Checkpoints,
+    copies: Copies | None,
+    check: Check,
+    *,
+    resumes: bool = True,
+    is_model_alone: bool,
+) -> FoundCopy | None:
+    """The newest state of all places, finite and as `abstract_state`; None where a run begins.
+
+    A model alone, of which nothing was trained yet, is no state, but there may be copies that are newer. Copies of
+    later steps than what is found are removed. Where the run does not resume, a `UserError` if there are checkpoints.
+    """
+    abstract, order, newest = session.abstract_state(), session.layer_order, checkpoints.latest_step() or 0
+    found = copies.restore(newer_than=newest, check=check) if copies is not None and resumes else None
+    if found is None and not is_model_alone:
+        restore = checkpoints.go_back if resumes else checkpoints.restore
+        saved = restore(order.abstract(abstract), check, order.on_disk(abstract))
+        if saved is not None and copies is not None and saved.step < newest:
+            # the newest was damaged
+            found = copies.restore(newer_than=saved.step, check=check)
+        if saved is not None and found is None:
+            found = FoundCopy("", saved.step, order.in_stage_order(saved.state, abstract), saved.extra)
+    if found is not None:
+        check_state(checkpoints, found.step, found.state)
+    if copies is not None:
+        copies.drop_after(0 if found is None else found.step)
+    return found
 
 
 def open_samples(config: Configuration) -> Data:

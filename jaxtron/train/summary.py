@@ -63,6 +63,9 @@ def finish(run: Run, outcome: TrainOutcome, sampler: Sampler) -> None:
     if records:
         rows.append(("training loss", f"{records[-1]['loss']:.4f}"))
         rows.append(("speed", f"{records[-1]['tokens_per_second']:,.0f} tokens/s"))
+    if outcome.copies is not None and outcome.seconds > 0:
+        count, seconds = outcome.copies
+        rows.append(("copies", f"{count:,} ({seconds / outcome.seconds:.2%} of the time)"))
     if validation_loss is not None:
         rows.append(("validation loss", f"{validation_loss:.4f}"))
     if test_loss is not None:
