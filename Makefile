@@ -15,7 +15,7 @@ CUDA ?= cuda13
 # and a machine without a registry: a folder that `make wheels` made elsewhere; WHEELS= asks the registry all the same
 WHEELS ?= $(patsubst %/python,%,$(wildcard wheels/python))
 
-.PHONY: help train test test-all test-quarter test-oldest check gpu wheels docs clean
+.PHONY: help train test test-all test-quarter test-oldest check fuzz soak grid audit gpu wheels docs clean
 
 help: ## this list
 	@awk -F ': .*## ' '/^[a-z-]+: .*## /{printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,22 @@ check: ## format, lint, types, then the suite
 	@.venv/bin/pyright
 	@.venv/bin/python -m pytest -q $(PARALLEL) $(ARGS)
 
+fuzz: ## damaged inputs by the thousand, each refused in a line (ARGS="--cases 1000 --seed 3")
+	@tools/setup .venv test
+	@.venv/bin/python -m tests.faults fuzz $(ARGS)
+
+soak: ## runs that are killed by the thousand and end as undisturbed ones (ARGS="--minutes 10")
+	@tools/setup .venv test
+	@.venv/bin/python -m tests.faults soak $(ARGS)
+
+grid: ## generated layouts of every family, each equal to one device (ARGS="--minutes 10"; goes on with its log)
+	@tools/setup .venv test
+	@.venv/bin/python -m tests.faults grid $(ARGS)
+
+audit: ## known weaknesses of the installed packages, by a list and, where there is a network, by pip-audit
+	@tools/setup .venv test
+	@tools/audit .venv/bin/python
+
 gpu: ## test the kernels and benchmark on this machine's NVIDIA GPUs (CUDA=cuda12, ARGS="--minutes 30")
 ifeq ($(WHEELS),)
 	@tools/setup .venv $(CUDA) pytest pytest-xdist beartype
@@ -65,5 +81,5 @@ docs: ## build the documentation site in build/site; a warning is an error
 	@tools/docs
 
 clean: ## remove the environments and caches (runs/ stays)
-	@rm -rf .venv .venv-oldest .venv-offline .venv-docs build ./*.egg-info .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-oldest .venv-offline .venv-docs .venv-audit build ./*.egg-info .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

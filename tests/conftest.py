@@ -1,7 +1,6 @@
 """Eight simulated CPU devices for every test, and Jaxtron's annotations checked in it (`support/checking.py`)."""
 
 import gc
-import os
 from collections.abc import Callable
 
 import pytest
@@ -15,16 +14,7 @@ gc.disable()
 # before anything imports jaxtron
 checking.install()
 
-os.environ["JAX_PLATFORMS"] = os.environ.get("JAXTRON_TEST_PLATFORM", "cpu")
-# the second as `simulate_devices` has it
-FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_cpu_enable_concurrency_optimized_scheduler=false"]
-if os.environ["JAX_PLATFORMS"] == "cpu":
-    # a GPU's programs are tested as they are used
-    FLAGS += [compiling.QUICK]
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
-# as `simulate_devices` has it: eight devices that wait for each other want more threads than a small machine has cores
-os.environ.setdefault("PJRT_NPROC", "32")
-os.environ.update(compiling.KEEP_SECONDS)
+compiling.eight_devices()
 
 
 def pytest_collection_finish() -> None:

@@ -58,8 +58,38 @@ def read(directory: Path) -> CheckpointRecord:
         raise DamageError(f"{RECORD_FILE} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise DamageError(f"{RECORD_FILE} is garbage") from error
+    if not _is_record(content):
+        raise DamageError(f"{RECORD_FILE} is not what a checkpoint says")
     arrays = {name: (dtype, tuple(shape)) for name, (dtype, shape) in content["arrays"].items()}
     return CheckpointRecord(content["step"], content["extra"], arrays, as_checksums(content["files"]))
+
+
+def _is_record(content: Any) -> bool:
+    """Whether a value of JSON has what a record has; a checksum that is right does not tell who wrote it."""
+    if not isinstance(content, dict) or not {"step", "extra", "arrays", "files"} <= content.keys():
+        return False
+    arrays, files = content["arrays"], content["files"]
+    if not all(isinstance(part, dict) for part in (content["extra"], arrays, files)) or not _are_counts(
+        [content["step"]]
+    ):
+        return False
+    of_array = (isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) for one in arrays.values())
+    of_file = (isinstance(one, list) and len(one) == 2 and _are_counts(one) for one in files.values())
+    return (
+        all(of_array)
+        and all(isinstance(one[1], list) and _are_counts(one[1]) for one in arrays.values())
+        and all(of_file)
+        and all(map(_is_inside, files))
+    )
+
+
+def _are_counts(values: list[Any]) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
+
+
+def _is_inside(path: str) -> bool:
+    """Whether a relative path is below the directory that it is in, by its words alone."""
+    return bool(path) and not path.startswith("/") and "\0" not in path and not {".", ".."} & set(path.split("/"))
 
 
 def as_checksums(read: dict[str, list[int]]) -> Checksums:

@@ -105,5 +105,5 @@ def _parse_text(text: str, setting: Setting | None) -> Any:
         return text
     try:
         return yaml.load(text, YamlLoader)
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text

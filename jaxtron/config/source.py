@@ -89,6 +89,9 @@ def read_file(path: Path, chain: tuple[Path, ...] = (), under: SettingsSource | 
         raise UserError(f"{path} line {lines['extends']}: extends takes one file name, not {format_value(parent)}")
     source.layer += 1
     for key, value in tree.items():
+        if str(key) not in lines:
+            # written in another way than Python says it, such as 1_000 or !!binary
+            raise UserError(f"{path}: {shown(key)} is no name of a setting")
         source.set(str(key), value, f"{path} line {lines[str(key)]}")
     source.origins |= {name: f"{path} line {line}" for name, line in lines.items() if name != "extends"}
     return source

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from jaxtron.config import UserError
+from jaxtron.config.json_text import each_once
 from jaxtron.plan.memory_use import MemoryUse
 from jaxtron.plan.plan import FORMAT, Plan
 from jaxtron.plan.table import aligned
@@ -56,7 +57,7 @@ class _SavedPlan(BaseModel):
 def read_plan(path: Path) -> dict[str, Any]:
     """A plan that `--json` wrote; a `UserError` for anything else."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(), object_pairs_hook=each_once)
     except OSError as error:
         raise UserError(f"cannot read the plan {path}: {error.strerror}") from None
     except (ValueError, RecursionError):

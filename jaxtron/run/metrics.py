@@ -99,8 +99,11 @@ class _JsonLines:
 
     def _append(self, line: bytes) -> None:
         try:
-            # only now: a run that takes no step leaves no file
-            self._file = self._file or FileIO(self.path, "a")
+            if self._file is None:
+                # a line that was cut short stays, on its own
+                line = line if _ends_well(self.path) else b"\n" + line
+                # only now: a run that takes no step leaves no file
+                self._file = FileIO(self.path, "a")
             start = self._file.tell()
             # unbuffered: what does not fit the disk is not tried again while closing
             if self._file.write(line) < len(line):
@@ -116,6 +119,15 @@ class _JsonLines:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+
+
+def _ends_well(path: Path) -> bool:
+    """Whether a file, if it is there, ends with the end of a line."""
+    if not path.exists() or not path.stat().st_size:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def read_metrics(path: Path) -> list[dict]:

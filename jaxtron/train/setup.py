@@ -248,6 +248,11 @@ def check_vocabulary(config: Configuration, data: Data) -> None:
 
 def check_record(extra: dict[str, Any], config: Configuration, data: Data, directory: Path) -> None:
     """`UserError` unless what a checkpoint of the directory was trained with is what this configuration trains."""
+    if type(extra.get("position")) is not int or not isinstance(extra.get("data"), str):
+        raise UserError(
+            f"the newest checkpoint in {directory} has a record that no training wrote, without its position or data; "
+            "bring back a good copy, or choose another --run.directory"
+        )
     recorded = recorded_settings(extra, directory)
     found = [] if recorded is None else changes(recorded, config)
     check_changes(found, str(directory))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxtron.config import SettingsSource, UserError
+from jaxtron.config.json_text import each_once
 
 CONFIG_JSON = "config.json"
 # keys that change nothing of what a decoder computes of a text: names, tokens, training and generation of before
@@ -112,7 +113,7 @@ def read_config_json(directory: Path) -> ConfigFile:
     """The file in a directory of weights; `UserError` where there is none or it is no JSON object."""
     path = directory / CONFIG_JSON
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=each_once)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -126,11 +127,3 @@ def as_json(value: Any) -> str:
     """A value as the file has it, a long one by its beginning."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
-        raise ValueError(f"the key {twice!r} is there twice")
-    return found

@@ -13,11 +13,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxtron.config import UserError, shown
+from jaxtron.config.json_text import each_once
 from jaxtron.words import plural
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 POINTER = b"version https://git-lfs"
+# letters of what a library says
+MOST_REASON = 160
 # safetensors' names of the types that are read, and their bytes
 TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -130,7 +133,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
         return UserError(f"cannot read {path}: {reason.strerror}; bring it back, or give yourself the right to")
     if is_pointer:
         return UserError(f"{path} is a pointer of Git LFS and not what it points to; run git lfs pull there")
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = str(error).splitlines()[0][:MOST_REASON] if str(error) else type(error).__name__
     return UserError(f"{path} is no whole file of safetensors: {reason}; bring back a good copy")
 
 
@@ -144,7 +147,7 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     if not path.is_file():
         raise _nothing_there(directory)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=each_once)
         index = found["weight_map"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         index = None

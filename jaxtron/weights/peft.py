@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxtron.config import UserError, shown
+from jaxtron.config.json_text import each_once
 from jaxtron.layers.config import LoraConfig
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.weights.files import finite_float32
+from jaxtron.weights.files import MOST_REASON, finite_float32
 from jaxtron.weights.table import BY_KIND, STACKED, Tensor, TensorTable
 
 TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -263,7 +264,7 @@ def _outputs(tensor: Tensor) -> list[str]:
 def _open(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Settings and tensors; `UserError` where one is missing, or not understood."""
     try:
-        settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
+        settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"), object_pairs_hook=each_once)
     except OSError as error:
         raise UserError(
             f"cannot read {directory / SETTINGS}: {error.strerror}; give a directory that peft saved"
@@ -284,7 +285,8 @@ def _open(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is no whole file of safetensors: {error}; bring back a good copy") from None
+        reason = str(error).splitlines()[0][:MOST_REASON]
+        raise UserError(f"{path} is no whole file of safetensors: {reason}; bring back a good copy") from None
     return settings, {name: _pair(value, name, path) for name, value in tensors.items()}
 
 

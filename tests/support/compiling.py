@@ -7,6 +7,7 @@ that compute the same then differ in their last bits, and drop another token whe
 
 import atexit
 import functools
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +15,20 @@ from pathlib import Path
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # JAX keeps what took a second; read from the environment, by processes that a test starts too
 KEEP_SECONDS = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+
+
+def eight_devices() -> None:
+    """Sets the environment in which JAX, not yet started, has eight simulated devices (a GPU's platform: its own)."""
+    os.environ["JAX_PLATFORMS"] = os.environ.get("JAXTRON_TEST_PLATFORM", "cpu")
+    # the second as `simulate_devices` has it
+    flags = ["--xla_force_host_platform_device_count=8", "--xla_cpu_enable_concurrency_optimized_scheduler=false"]
+    if os.environ["JAX_PLATFORMS"] == "cpu":
+        # a GPU's programs are tested as they are used
+        flags += [QUICK]
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+    # as `simulate_devices` has it: eight devices that wait for each other want more threads than a small machine has
+    os.environ.setdefault("PJRT_NPROC", "32")
+    os.environ.update(KEEP_SECONDS)
 
 
 @functools.cache

@@ -5,9 +5,8 @@ import re
 from collections.abc import Iterator
 from typing import Literal, get_args, get_origin
 
-from sweep_cases import Case
-
 from jaxtron.config import Config, Setting, settings
+from tests.sweep.sweep_cases import Case
 
 BOUND = re.compile(r"(>=|>|<=|<) (\S+?)(?:,|$)")
 LONG = "x" * 5000

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from sweep_cases import Case
+from tests.sweep.sweep_cases import Case
 
 LONG = "x" * 5000
 # what a flag that wants a whole number above 0 must refuse

@@ -3,8 +3,9 @@
 import shutil
 
 import pytest
-from sweep_cases import snapshot
-from workplace import write_workplace
+
+from tests.sweep.sweep_cases import snapshot
+from tests.sweep.workplace import write_workplace
 
 
 @pytest.fixture(scope="session")

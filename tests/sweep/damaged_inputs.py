@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bad_words import PIPE
-from damage import byte_damages, json_damages, lines_damages, text_damages, yaml_damages
+from tests.sweep.bad_words import PIPE
+from tests.sweep.damage import byte_damages, json_damages, lines_damages, text_damages, yaml_damages
 
 Damages = Iterator[tuple[str, bytes]]
 Damage = Callable[..., Damages]

@@ -5,13 +5,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from damage import byte_damages
-from damaged_inputs import INPUTS, Input
-from sweep_cases import Result, error_faults, run_in, shortlist
-from workplace import write_workplace
 
 from jaxtron.train.__main__ import main as train
 from tests.support.commands import run_main
+from tests.sweep.damage import byte_damages
+from tests.sweep.damaged_inputs import INPUTS, Input
+from tests.sweep.sweep_cases import Result, error_faults, run_in, shortlist
+from tests.sweep.workplace import write_workplace
 
 # of these files several in a row are one
 REPEATABLE = (".gz", ".zst")

@@ -1,13 +1,13 @@
 """Bad command lines by the hundred: each is one line of error that names what is wrong, and leaves nothing behind."""
 
 import pytest
-from bad_settings import setting_cases
-from bad_words import CURATE, TEXTS, TRAIN, flag_cases, line_cases, text_cases
-from sweep_cases import Case, error_faults, run_in, shortlist
 
 from jaxtron.config import settings
 from jaxtron.curate.config import Curation
 from jaxtron.run.configuration import Configuration
+from tests.sweep.bad_settings import setting_cases
+from tests.sweep.bad_words import CURATE, TEXTS, TRAIN, flag_cases, line_cases, text_cases
+from tests.sweep.sweep_cases import Case, error_faults, run_in, shortlist
 
 CASES = [
     *setting_cases(Configuration, TRAIN, label="train"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtron.config import UserError, expand_home
+from jaxtron.data.chat.sandbox import Refusal, make_environment, spending
 from jaxtron.data.config import ChatConfig
 from jaxtron.data.files.reader import read_document
 from jaxtron.data.tokenizers import Tokenizer
@@ -16,8 +17,6 @@ from jaxtron.data.tokenizers import Tokenizer
 try:
     import jinja2
     import jinja2.nodes
-    import jinja2.sandbox
-    import jinja2.utils
 except ImportError:
     jinja2 = None
 
@@ -57,10 +56,6 @@ class Piece:
 
     text: str
     is_answer: bool
-
-
-class Refusal(ValueError):
-    """A template does not write this conversation, and says why."""
 
 
 @runtime_checkable
@@ -162,7 +157,7 @@ class JinjaTemplate:
         if jinja2 is None:
             raise UserError('a Jinja chat template needs the package jinja2: pip install "jaxtron[chat]"')
         self.source = source
-        environment = _environment()
+        environment = make_environment({"generation": _mark})
         marked, num_tags = _GENERATION.subn(_as_call, source)
         try:
             parsed = environment.parse(marked)
@@ -238,7 +233,8 @@ class JinjaTemplate:
         # transformers gives these two names to every template
         names = {"tools": None, "documents": None, **self._variables, **conversation.extras}
         try:
-            return self._template.render(names, messages=turns, add_generation_prompt=prompting)
+            with spending():
+                return self._template.render(names, messages=turns, add_generation_prompt=prompting)
         except Refusal:
             raise
         except jinja2.UndefinedError as error:
@@ -291,36 +287,6 @@ def _declared_template(path: Path, content: str) -> str:
     return found
 
 
-def _environment():
-    """Hugging Face's: its filters and tags, but to write what has no value is an error."""
-    assert jinja2 is not None
-    absent = jinja2.utils.missing
-
-    class Missing(jinja2.Undefined):
-        """False and empty where it is tested, as in `{% if tools %}`."""
-
-        __slots__ = ()
-        __str__ = jinja2.StrictUndefined.__str__
-
-        def __iter__(self):
-            # turns lack keys that others have; a name that nobody gave is a slip
-            if self._undefined_obj is absent:
-                self._fail_with_undefined_error()
-            return iter(())
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], undefined=Missing
-    )
-    environment.globals |= {"raise_exception": _refuse, "generation": _mark}
-    environment.filters["tojson"] = _to_json
-    return environment
-
-
-def _refuse(message: str) -> None:
-    """What templates call when a conversation is not as they want it."""
-    raise Refusal(message)
-
-
 def _mark(caller) -> str:
     return f"{_BEGIN}{caller()}{_END}"
 
@@ -329,8 +295,3 @@ def _as_call(tag: re.Match) -> str:
     """`{% generation %}` and its end as the tags of a call, with their control of white space."""
     before, end, after = tag.groups()
     return f"{{%{before} {'endcall' if end else 'call generation()'} {after}%}}"
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """JSON as it is: Jinja's own filter writes it for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
