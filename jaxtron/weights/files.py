@@ -19,6 +19,7 @@ from jaxtron.words import plural
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 POINTER = b"version https://git-lfs"
+LONGEST_NAME = 256
 # letters of what a library says
 MOST_REASON = 160
 # safetensors' names of the types that are read, and their bytes
@@ -155,6 +156,8 @@ def _read_index(directory: Path) -> dict[str, str] | None:
         raise UserError(f"{path} is not JSON with a weight_map of tensors; bring back the model's own")
     for name, file in index.items():
         is_plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
+        # longer than any that a folder can have
+        is_plain = is_plain and len(file.encode(errors="replace")) < LONGEST_NAME
         if not is_plain:
             raise UserError(
                 f"{path} says that {shown(name)} is in {shown(file)}: that is no name of a .safetensors file in "

@@ -45,7 +45,7 @@ from tests.support.compiling import QUICK
 KILLS, SEED = 1000, 20
 STEPS, EVERY = 24, 2
 # of one to go on with steps that are saved, and to notice a loss
-MOST_SECONDS = 240.0
+MOST_SECONDS = 900.0
 # the command again may help (sysexits.h), ended by a signal, and by a loss that JAX tells first
 NOTICED = (interrupts.TRY_AGAIN,)
 COMMITTED = re.compile(r"step_(\d{8})")
@@ -135,10 +135,10 @@ class Soak:
                 continue
             wrong += found
             break
-        digest, lines = self._digest(directory), records(directory)
-        wrong += [] if digest == expected else ["weights are not those of the undisturbed run"]
-        wrong += [] if lines == metrics else ["metrics are not those of the undisturbed run"]
-        shutil.rmtree(directory)
+        if not wrong:
+            wrong += [] if self._digest(directory) == expected else ["weights are not those of the undisturbed run"]
+            wrong += [] if records(directory) == metrics else ["metrics are not those of the undisturbed run"]
+        shutil.rmtree(directory, ignore_errors=True)
         yield {"run": number, "layout": str(layout), "kills": kills, "wrong": wrong, "ended": True}
 
     def _expected(self, layout: Layout) -> tuple[str, list[dict[str, Any]], float]:

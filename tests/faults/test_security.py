@@ -35,6 +35,7 @@ BY_NAME = {
     "jaxtron/data/files/decompress.py",
     "jaxtron/data/tokenizer_models.py",
     "jaxtron/models/families.py",
+    "jaxtron/plan/compiled/deviceless.py",
     "jaxtron/preprocess/inputs.py",
     "jaxtron/train/trackers.py",
     "jaxtron/weights/cache.py",
@@ -135,7 +136,7 @@ def test_names_in_an_index_do_not_lead_out(name: str, tmp_path: Path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     written = f"{name}.safetensors".replace("\\", "\\\\").replace("\0", "\\u0000")
     (tmp_path / "inside" / INDEX).write_text(f'{{"weight_map": {{"a": "{written}"}}}}')
-    with pytest.raises(UserError, match="that is no name of a .safetensors file in|lacks a{40}"):
+    with pytest.raises(UserError, match="that is no name of a .safetensors file in"):
         with open_files(tmp_path / "inside"):
             pass
 
@@ -179,7 +180,7 @@ ESCAPES = (
     "{{ cycler.__init__.__globals__.os }}",
     "{{ (messages | attr('__class__')).__subclasses__() }}",
     "{{ '{0.__class__}'.format(messages) }}",
-    "{{ messages | map(attribute='__class__') | list }}",
+    "{{ messages | map(attribute='__class__') | first }}",
     "{% include '/etc/passwd' %}",
     "{% from 'os' import system %}",
     "{{ messages.append(1) }}",
@@ -207,7 +208,7 @@ TOO_MUCH = {
     "{{ '{:{}}'.format(1, 10**9) }}": "width",
     "{{ '%999999999d' | format(1) }}": "width",
     "{{ messages[0].content | int ** 9 }}{{ (2**60000) * (2**60000) }}": "bits",
-    "{{ 2 ** 10 ** 9 }}": "bits",
+    "{{ 2 ** (10 ** 9) }}": "bits",
 }
 
 

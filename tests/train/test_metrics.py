@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxtron.run.metrics import MetricsWriter, drop_steps_after, read_metrics, summarize
+from jaxtron.run.metrics import Events, MetricsWriter, drop_steps_after, read_metrics, summarize
 
 
 def write_steps(path, steps, resume_step=0):
@@ -63,6 +63,18 @@ def test_line_cut_short_by_a_kill_is_dropped(tmp_path, cut):
     write_steps(path, [4, 5], resume_step=10)
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4, 5]
     assert len(path.read_text().splitlines()) == 5
+
+
+def test_an_event_after_half_a_line_has_a_line_of_its_own(tmp_path):
+    path = tmp_path / "events.jsonl"
+    for cut in ("", '{"step": 1, "ev', '{"step": 1, "event": "a"}\n'):
+        path.write_text(cut)
+        events = Events(tmp_path)
+        events.write("checkpoint", 2)
+        events.write("stopped", 3)
+        events.close()
+        lines = path.read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines[-2:]] == [2, 3] and len(lines) == 2 + bool(cut)
 
 
 def test_file_with_nothing_to_drop_is_left_alone(tmp_path):
