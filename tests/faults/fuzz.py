@@ -31,7 +31,7 @@ from tests.sweep.sweep_cases import STARTED, Result, WorkStarted, error_faults, 
 
 CASES, SEED = 10_000, 20
 REFUSED, ACCEPTED, FINDING = "refused", "accepted", "finding"
-BATCH = 500
+BATCH = 2000
 HANG_SECONDS = 900.0
 MOST_BYTES = 600 << 20
 
@@ -101,8 +101,8 @@ class Bench:
     def _read(self, read: Any) -> tuple[Result, Any]:
         """How a command, or a function as one, ended, and what the function gave."""
         before, defects, ended, given = snapshot(self.folder), [], STARTED, []
-        words = read if isinstance(read, tuple) else ()
-        main = jaxtron if words else lambda _: given.append(read())
+        words, function = (read, None) if isinstance(read, tuple) else ((), read)
+        main = jaxtron if function is None else lambda _: given.append(function())
         with warnings.catch_warnings(record=True) as warned, nothing_starts(), contextlib.chdir(self.folder):
             warnings.simplefilter("always")
             try:
@@ -181,7 +181,7 @@ def run(log: Path, *, seed: int, numbers: list[int], minutes: float) -> None:
     """All cases that the log has not, in workers that come one after the other; one that dies is the case's verdict."""
     end = time.monotonic() + 60 * minutes
     log.parent.mkdir(parents=True, exist_ok=True)
-    while time.monotonic() < end and (left := [number for number in numbers if number not in finished(log)]):
+    while time.monotonic() < end and (left := sorted(set(numbers) - finished(log).keys())):
         part = left[:BATCH]
         words = [sys.executable, "-m", "tests.faults", "fuzz", "--log", str(log), "--seed", str(seed)]
         worker = subprocess.Popen([*words, "--worker", json.dumps(part)])
@@ -195,7 +195,7 @@ def run(log: Path, *, seed: int, numbers: list[int], minutes: float) -> None:
                 worker.wait()
         hung = time.monotonic() - moved > HANG_SECONDS
         if worker.returncode and (hung or time.monotonic() < end):
-            first = next((number for number in part if number not in finished(log)), None)
+            first = min(set(part) - finished(log).keys(), default=None)
             if first is not None:
                 why = "hung" if hung else f"its process ended with {worker.returncode}"
                 name = TARGETS[first % len(TARGETS)].name
@@ -236,6 +236,7 @@ def main(arguments: list[str]) -> int:
         return 0
     numbers = [n for n in range(given.cases) if given.only in (None, TARGETS[n % len(TARGETS)].name)]
     run(given.log, seed=given.seed, numbers=numbers, minutes=given.minutes)
-    lines = [line for number, line in sorted(finished(given.log).items()) if number in set(numbers)]
+    wanted = set(numbers)
+    lines = [line for number, line in sorted(finished(given.log).items()) if number in wanted]
     print(summary(lines))
     return int(len(lines) < len(numbers) or any(line["verdict"] == FINDING for line in lines))

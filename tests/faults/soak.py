@@ -373,11 +373,7 @@ def _lost(directory: Path, saved: int) -> list[str]:
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     told = [event["step"] for event in map(json.loads, lines) if event["event"] == "checkpoint"]
     newest = max(told, default=0)
-    return (
-        [f"saves of step {newest} and before were told, and step {saved} is the newest"]
-        if saved < newest - EVERY
-        else []
-    )
+    return [f"saves up to step {newest} were told, and step {saved} is the newest"] if saved < newest - EVERY else []
 
 
 def summary(lines: list[dict[str, Any]]) -> str:
