@@ -89,10 +89,7 @@ def read_file(path: Path, chain: tuple[Path, ...] = (), under: SettingsSource | 
         raise UserError(f"{path} line {lines['extends']}: extends takes one file name, not {format_value(parent)}")
     source.layer += 1
     for key, value in tree.items():
-        if str(key) not in lines:
-            # written in another way than Python says it, such as 1_000 or !!binary
-            raise UserError(f"{path}: {shown(key)} is no name of a setting")
-        source.set(str(key), value, f"{path} line {lines[str(key)]}")
+        source.set(key, value, f"{path} line {lines[key]}")
     source.origins |= {name: f"{path} line {line}" for name, line in lines.items() if name != "extends"}
     return source
 
@@ -125,6 +122,10 @@ def _read_yaml(path: Path) -> tuple[Tree, dict[str, int]]:
         raise UserError(f"{path}: not a YAML text file: {str(error).splitlines()[0]}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected settings such as `seed: 1`, got {shown(tree)}")
+    # no text, or of a mapping that is merged into this one
+    others = [key for key in tree if key not in lines]
+    if others:
+        raise UserError(f"{path}: {shown(others[0])} is no name of a setting")
     return tree, lines
 
 

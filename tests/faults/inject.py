@@ -1,6 +1,7 @@
 """Faults on purpose, one small tool each: of processes, disks, files, numbers, networks and clocks."""
 
 import contextlib
+import math
 import os
 import random
 import resource
@@ -105,7 +106,7 @@ def _flipped(array: Any, place: int, bit: int, is_wanted: Any = True) -> Any:
     """An array of float32 with a bit of one number flipped, if it is wanted; the same shape and sharding."""
     words = jax.lax.bitcast_convert_type(array, jnp.uint32)
     # of a mask and no index: an array that is split stays where it is
-    strides = [int(size) for size in jnp.cumprod(jnp.array([1, *array.shape[:0:-1]]))[::-1]] if array.ndim else []
+    strides = [math.prod(array.shape[dim + 1 :]) for dim in range(array.ndim)]
     flat = sum(
         (jax.lax.broadcasted_iota(jnp.uint32, array.shape, dim) * stride for dim, stride in enumerate(strides)),
         jnp.zeros(array.shape, jnp.uint32),

@@ -1,12 +1,13 @@
-"""A run that is killed, stopped and damaged, and started again each time, ends as one that was left alone."""
+"""A run that is killed, stopped and damaged, and started again each time, ends as one that was left alone.
+
+Kills at any moment, of several processes too: `tests/faults/test_soak.py`.
+"""
 
 import random
 import signal
 import subprocess
 import time
 from pathlib import Path
-
-import pytest
 
 from jaxtron.runtime.machine import has_driver
 from tests.support.command_runs import Ended, end, records, small, start
@@ -81,16 +82,3 @@ def test_a_killed_damaged_and_stopped_run_ends_as_an_undisturbed_one(tmp_path: P
     assert finished.code == 0 and finished.err == ""
     assert f"checkpoint of step {step} found: continuing" in finished.out
     assert records(directory) == expected
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_any_moment_ends_as_an_undisturbed_one(tmp_path: Path):
-    common, expected = undisturbed_run(tmp_path)
-    command = [*small(tmp_path), *common]
-    for _ in range(10):
-        process = start(*command, cache=tmp_path)
-        time.sleep(random.uniform(3, 12))
-        process.kill()
-        assert end(process).code in (-signal.SIGKILL, 0)
-    assert end(start(*command, cache=tmp_path)).code == 0
-    assert records(tmp_path / "run") == expected

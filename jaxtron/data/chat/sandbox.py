@@ -35,7 +35,7 @@ WIDE = ("center", "ljust", "rjust", "zfill", "expandtabs")
 # of a format: a width of many digits, or one that is an argument
 WIDTHS = re.compile(r"%[^a-zA-Z%]*(?:\d{6}|\*)|\{[^{}]*(?:\d{6}|\{)")
 # filters whose numbers are values
-FREE = ("default", "d")
+FREE = ("default", "d", "int", "float", "sum")
 _rendering = threading.local()
 
 
