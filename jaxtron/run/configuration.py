@@ -24,7 +24,7 @@ from jaxtron.pipeline.config import PipelineConfig
 from jaxtron.pipeline.partition import StagePlan, one_stage_plan, stage_plan
 from jaxtron.pipeline.schedules.named import SCHEDULES, make_schedule
 from jaxtron.pipeline.schedules.schedule import Schedule
-from jaxtron.run.run_config import RunConfig
+from jaxtron.run.run_config import RunConfig, WatchdogConfig
 from jaxtron.runtime.config import RuntimeConfig
 from jaxtron.sharding.config import ContextConfig, MeshConfig, ShardingConfig
 from jaxtron.sharding.folding import BATCH_FLAGS
@@ -56,6 +56,8 @@ class TrainConfig(Config):
     """Dynamic loss scale, only with fp16."""
     health: HealthConfig = HealthConfig()
     """What becomes of steps whose loss or gradient is not finite, or a spike."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """When a run that hangs is ended."""
     validate_every: int = Field(default=100, ge=0)
     """Steps between validations; the last step is always validated (0: only then)."""
     validation_batches: int | None = Field(default=16, ge=1)

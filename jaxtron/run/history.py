@@ -50,6 +50,7 @@ CHANGES: dict[str, dict[str, str]] = {
         "loss_scale.minimum loss_scale.growth loss_scale.backoff loss_scale.window loss_scale.hysteresis "
         "health.on_bad health.gradient_spike health.loss_spike health.window health.patience "
         "health.replay_every health.compare_every "
+        "watchdog.factor watchdog.floor_seconds "
         "validate_every validation_batches sample_tokens lora.dropout",
     },
     "optimizer": {

@@ -12,6 +12,21 @@ TrackerName = Literal["tensorboard", "wandb"]
 MOST_MINUTES = 5e8
 
 
+class WatchdogConfig(Config):
+    """When a step that does not come ends the run, with the stacks of every process and exit code 75, "try again"."""
+
+    factor: float | None = Field(default=20.0, ge=2)
+    """a step may take so many times the median of the last hundred; none: as long as it likes"""
+    floor_seconds: float = Field(default=600.0, gt=0)
+    """and in any case so many seconds, the first steps of a command six times as many"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "WatchdogConfig":
+        if self.factor is None and self.floor_seconds != type(self).model_fields["floor_seconds"].default:
+            raise NoEffect("train.watchdog.floor_seconds", self.floor_seconds, {"train.watchdog.factor": None})
+        return self
+
+
 class RunConfig(Config):
     """Where a run lies, and what it records and prints."""
 

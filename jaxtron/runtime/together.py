@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from asyncio import StreamReader, StreamWriter
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -25,7 +25,7 @@ from jaxtron.config import UserError
 from jaxtron.runtime.common_stop import CommonStop
 
 GREETING = b"jaxtron "
-BEAT, LEFT, GONE = b"beat\n", b"left\n", b"gone "
+BEAT, LEFT, GONE, NOTE = b"beat\n", b"left\n", b"gone ", b"note "
 FAILED = "ended with an error"
 # parts of `heartbeat_seconds`: between two beats, and without one until a process counts as gone
 BEAT_PART, SILENCE_PART = 0.1, 0.8
@@ -57,6 +57,7 @@ class Together:
         self._tasks: set[asyncio.Task] = set()
         self._is_leaving = False
         self._is_told = threading.Lock()
+        self._hearers: dict[str, Callable[[int, str], None]] = {}
         # sockets are made here, so that their errors are raised here
         if process == 0:
             self.service = self.address = f"127.0.0.1:{_free_port()}"
@@ -74,6 +75,14 @@ class Together:
         """This process has done its part; from here on nobody misses it."""
         self._is_leaving = True
         self._send(LEFT)
+
+    def note(self, topic: str, text: str) -> None:
+        """A line of text on a topic to process 0, or from it to all others; from any thread, and without an answer."""
+        self._send(NOTE + f"{topic} {' '.join(text.split())}\n".encode())
+
+    def on_note(self, topic: str, hear: Callable[[int, str], None]) -> None:
+        """Calls `hear` with the process and the text of each note on a topic, in a thread that must not wait."""
+        self._hearers[topic] = hear
 
     def tell(self, what: str) -> None:
         """The others end, for this process does: `what` became of it. That they do is no news to it then."""
@@ -146,6 +155,10 @@ class Together:
                     self._has_left.add(other)
                 elif self.stop.hear(other, line):
                     continue
+                elif line.startswith(NOTE):
+                    topic, _, text = line.removeprefix(NOTE).decode().strip().partition(" ")
+                    if topic in self._hearers:
+                        self._hearers[topic](other, text)
                 elif line.startswith(GONE):
                     await self._end(line.removeprefix(GONE).decode().strip())
         except TimeoutError:
@@ -194,6 +207,11 @@ def join(
 def common_stop() -> CommonStop | None:
     """Where the processes agree on the last step; None where this one is alone."""
     return _together[0].stop if _together else None
+
+
+def channel() -> Together | None:
+    """This process among the others; None where it is alone."""
+    return _together[0] if _together else None
 
 
 @contextmanager

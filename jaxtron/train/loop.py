@@ -30,6 +30,7 @@ from jaxtron.train.setup import Run, go_back
 from jaxtron.train.throughput import Throughput
 from jaxtron.train.trackers import make_trackers
 from jaxtron.train.validation import check_loss, validate
+from jaxtron.train.watch.watcher import Watcher
 
 # between two looks for a file
 LOOK_SECONDS = 1.0
@@ -110,16 +111,19 @@ def train(run: Run, begun: float | None = None) -> TrainOutcome:
 def _steps(run: Run, outcome: TrainOutcome, stop: "_Stop", events: Events | None, *, is_first: bool) -> None:
     """Steps from the run's own on, into the outcome; `is_first` of a command."""
     config, total = run.config, run.config.train.steps
-    throughput = Throughput()
+    log: MetricsLog | None = None
+
+    def tell(event: str, step: int, line: str, about: dict[str, Any]) -> None:
+        if log is not None and events is not None:
+            log.message(line)
+            events.write(event, step, **about)
+
+    watcher = Watcher(config, run.directory, run.step, tell)
+    throughput = Throughput(excused=watcher.paused)
     with ExitStack() as stack:
         loader = stack.enter_context(run.train_loader())
         log = _metrics_log(run, throughput, stack) if jax.process_index() == 0 else None
-
-        def tell(event: str, step: int, line: str, about: dict[str, Any]) -> None:
-            if log is not None and events is not None:
-                log.message(line)
-                events.write(event, step, **about)
-
+        stack.enter_context(watcher.watching())
         watch = Watch(
             run.checkpoints,
             every=config.run.log_every,
@@ -138,22 +142,26 @@ def _steps(run: Run, outcome: TrainOutcome, stop: "_Stop", events: Events | None
         if run.tier and events is not None:
             events.write("restored", run.step, tier=run.tier)
         for number in range(run.step + 1, total + 1):
-            batch = next(loader)
+            with watcher.input():
+                batch = next(loader)
             arrays = run.session.batches.globalize(batch)
             if replay is not None and replay.is_due(number):
                 with throughput.excluded(outcome.state):
                     replay(number, outcome.state, arrays)
-            outcome.state, metrics = run.session.step(outcome.state, arrays)
+            with watcher.dispatch(batch.size):
+                outcome.state, metrics = run.session.step(outcome.state, arrays)
             outcome.step = number
             tokens = batch.size * config.data.sequence_length
             info = StepInfo(number, total, outcome.state, metrics, tokens, (batch.start, batch.end))
+            watcher(info)
             throughput.finish_step(info.tokens, metrics)
             if number == run.step + 1:
                 stack.callback(outcome.count_seconds, time.perf_counter())
             stop.begin()
             run_hooks(hooks, info, throughput)
             if stop.is_due(number) and number < total:
-                saver.save(info)
+                with watcher.paused():
+                    saver.save(info)
                 outcome.stopped = True
                 break
 

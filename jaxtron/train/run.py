@@ -18,6 +18,7 @@ from jaxtron.train.divergence import Diverged
 from jaxtron.train.loop import train
 from jaxtron.train.setup import Run, open_run
 from jaxtron.train.summary import Sampler, finish
+from jaxtron.train.watch.stacks import show_on_signal
 
 
 def run(config: Configuration, name: str, sampler: Sampler) -> int:
@@ -26,6 +27,7 @@ def run(config: Configuration, name: str, sampler: Sampler) -> int:
     `name` names its directory; the sampler draws the text that a run ends with.
     """
     begun = time.monotonic()
+    show_on_signal()
     start_runtime(config.runtime, devices=config.devices, split=config.mesh.split)
     room = partial(out_of_memory_as_user_error, room_advice(config))
     # an error is told before the run is closed, which may need the others

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import jax
@@ -33,11 +33,16 @@ class Throughput:
     """Times steps in windows, without the first step, which compiles, and without what runs in `excluded`.
 
     Steps are dispatched ahead of the device, so the clock is read only where results are ready: call `measure` after
-    fetching the window's last metrics.
+    fetching the window's last metrics. `excused` is entered around all that is excluded, for others who measure.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        excused: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
         self._clock = clock
+        self._excused = excused
         self._window_start = clock()
         self._steps, self._tokens, self._excluded_seconds = 0, 0, 0.0
         self._first: Rate | None = None
@@ -58,7 +63,8 @@ class Throughput:
         jax.block_until_ready(outputs)
         start = self._clock()
         try:
-            yield
+            with self._excused():
+                yield
         finally:
             self._excluded_seconds += self._clock() - start
 
