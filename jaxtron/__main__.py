@@ -12,6 +12,7 @@ VERBS = {
     "curate": "take duplicates, evaluation tasks and poor text out of a corpus",
     "preprocess": "text to token files, in parallel; merge and inspect them, prove the order of samples",
     "train": "train a model",
+    "launch": "start a training on several hosts, and again when one is lost",
     "evaluate": "perplexity of a trained model on a text",
     "generate": "text that a trained model makes, from prompts or in a conversation",
     "serve": "a trained model at an address, by OpenAI's protocol",

@@ -31,7 +31,7 @@ FLOORS = [
     {"checkpoint", "preprocess", "weights"},
     {"run", "curate"},
     {"train", "plan", "generate"},
-    {"convert", "doctor", "evaluate", "runs", "serve"},
+    {"convert", "doctor", "evaluate", "launch", "runs", "serve"},
     {"api"},
     {"__main__"},
 ]

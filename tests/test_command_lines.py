@@ -26,6 +26,7 @@ TINY = ROOT / "configs" / "gpt_tiny.yaml"
 # what takes longer to import than a refused setting may take to be refused
 HEAVY = ("jax", "flax", "optax", "orbax", "grain", "matplotlib", "tokenizers", "pyarrow")
 VERBS = ("train", "plan", "evaluate", "generate", "serve", "preprocess", "convert upcycle", "doctor")
+VERBS += ("launch --nodes 1 -- python -m jaxtron.train",)
 
 
 def write(folder: Path, text: str, name: str = "run.yaml") -> Path:

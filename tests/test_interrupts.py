@@ -14,6 +14,7 @@ VERBS = (
     "jaxtron.train",
     "jaxtron.plan",
     "jaxtron.doctor",
+    "jaxtron.launch",
     "jaxtron.evaluate",
     "jaxtron.convert",
     "jaxtron.preprocess",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jaxtron.launch.codes import exit_code, worst
 
-# between the wish for stacks (`runtime/stacks.py`) and the end
+# between the wish for stacks (SIGUSR2: `train/watch/stacks.py`) and the end
 STACKS_SECONDS = 1.0
 # of a process that is killed: then the machine itself is in trouble
 DEATH_SECONDS = 30.0

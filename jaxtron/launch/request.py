@@ -15,8 +15,8 @@ PURPOSE = (
 )
 FURTHER = (
     "The settings are those of a run on MAX hosts. With fewer the data axis is filled with what there is (or the axis "
-    "that is -1), and train.microbatches grows, so that the global batch stays. docs/faults.md says what becomes of "
-    "each fault."
+    "that is -1), and train.microbatches grows, so that the global batch stays. docs/clusters.md says what becomes "
+    "of each fault."
 )
 MODULE = "jaxtron.train"
 

@@ -1,15 +1,18 @@
 """A supervisor from its configuration to the exit code of the run."""
 
 import os
+import re
 import socket
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from jaxtron.config import UserError
 from jaxtron.interrupts import TRY_AGAIN, StopRequest, finish_first
 from jaxtron.launch.children import Children, visible_gpus
+from jaxtron.launch.codes import SAVED
 from jaxtron.launch.fitting import Fitting
 from jaxtron.launch.leader import Leader
 from jaxtron.launch.member import LifeSign, Lineup
@@ -22,6 +25,8 @@ from jaxtron.runtime.machine import has_driver
 SIGNS, LINEUP = "jaxtron/sign/", "jaxtron/lineup/"
 # between two looks at the processes and the line-up
 TICK_SECONDS = 0.5
+# where JAX puts its coordinator under Slurm
+SLURM_FIRST_PORT, SLURM_PORTS = 65535 - 2**12 + 1, 2**12
 # for others to read that all is over, before the service ends
 FAREWELL_SECONDS = 10.0
 
@@ -84,8 +89,9 @@ def _meet(rendezvous: Rendezvous, supervisor: Supervisor, leader: Leader | None,
                 _farewell(rendezvous, supervisor, leader)
             else:
                 rendezvous.exchange({f"{SIGNS}{sign.member}": supervisor.sign().text()}, [])
-            if lineup.over is not None and lineup.note and (leader is not None or code not in (0, 130)):
-                say(f"{'error: ' if code not in (0, 130) else ''}{lineup.note}; exit code {code}")
+            is_well = code == 0 or code in SAVED
+            if lineup.over is not None and lineup.note and (leader is not None or not is_well):
+                say(f"{'' if is_well else 'error: '}{lineup.note}; exit code {code}")
             return code
         time.sleep(TICK_SECONDS)
 
@@ -116,9 +122,21 @@ def _meeting_place(request: LaunchRequest) -> tuple[str, int]:
         return request.rendezvous
     if request.most == 1:
         return "127.0.0.1", free_port()
+    if (found := slurm_first_node(os.environ)) is not None:
+        return found
     raise UserError(
         "--rendezvous is missing: a port of the first host that all reach, such as --rendezvous node001:29400"
     )
+
+
+def slurm_first_node(environment: Mapping[str, str]) -> tuple[str, int] | None:
+    """The first node of a step of Slurm, and a port by the job's number; None outside of Slurm."""
+    nodes, job = environment.get("SLURM_STEP_NODELIST", ""), environment.get("SLURM_JOB_ID", "")
+    # n[001-004,007] or n1,n2
+    found = re.match(r"([^,\[\s]+)(?:\[(\d+))?", nodes)
+    if found is None or not job.isdecimal():
+        return None
+    return found[1] + (found[2] or ""), SLURM_FIRST_PORT + int(job) % SLURM_PORTS
 
 
 def _devices(request: LaunchRequest, config: Configuration, gpus: list[str]) -> int:

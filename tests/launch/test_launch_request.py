@@ -9,6 +9,7 @@ from jaxtron.launch.__main__ import main
 from jaxtron.launch.children import visible_gpus
 from jaxtron.launch.fitting import Fitting
 from jaxtron.launch.request import parse
+from jaxtron.launch.run import slurm_first_node
 from jaxtron.run.configuration import Configuration
 from tests.support.commands import run_main
 
@@ -99,6 +100,16 @@ def test_a_pipeline_keeps_a_number_of_microbatches_that_its_schedule_runs():
         words = made.flags(hosts)
         count = int(words[-1]) if words else 4
         assert count % 2 == 0 and (24 // hosts) // count <= 2
+
+
+@pytest.mark.parametrize(
+    ("nodes", "found"),
+    [("n[001-004,007]", "n001"), ("a,b", "a"), ("gpu7", "gpu7"), ("rack1-n[9-10],other", "rack1-n9")],
+)
+def test_under_slurm_its_first_node_is_where_supervisors_meet(nodes: str, found: str):
+    environment = {"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "4097"}
+    assert slurm_first_node(environment) == (found, 61441)
+    assert slurm_first_node({"SLURM_JOB_ID": "4097"}) is None
 
 
 def test_the_gpus_of_a_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
