@@ -216,8 +216,12 @@ class Watcher:
                 time.sleep(COLLECT_SECONDS)
             events = Events(self._directory)
             done = 0 if self._rule is None else self._rule.done
-            events.write("hang", done, why=why, processes=[self._hangs[number] for number in sorted(self._hangs)])
+            answers = [self._hangs[number] for number in sorted(self._hangs)]
+            silent = [number for number in range(jax.process_count()) if number not in self._hangs]
+            events.write("hang", done, why=why, processes=answers, silent=silent)
             events.close()
+            if silent:
+                interrupts.say(f"watchdog: no answer from process {', '.join(map(str, silent))}")
         if self._channel is not None:
             self._channel.tell(f"ended a run that hangs: {why}")
         sys.stderr.flush()
