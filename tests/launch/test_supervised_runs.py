@@ -17,7 +17,7 @@ from tests.support.command_runs import free_port, history, records, run_here, sm
 from tests.support.compiling import QUICK
 
 pytestmark = pytest.mark.slow
-PATIENCE = 400
+PATIENCE = 600
 # what a run of any length has in common with others
 COMMON = (
     *("--optimizer.schedule", "constant", "--train.sample_tokens", "0", "--train.validate_every", "0"),
