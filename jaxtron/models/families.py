@@ -13,7 +13,7 @@ from jaxtron.models.family import Family, FamilyConfig
 
 # a line a family: its package
 DECODER = "decoder"
-FAMILIES = {DECODER: "jaxtron.models.decoder", "bert": "jaxtron.models.bert"}
+FAMILIES = {DECODER: "jaxtron.models.decoder", "bert": "jaxtron.models.bert", "bert_task": "jaxtron.models.bert.task"}
 
 
 @functools.cache

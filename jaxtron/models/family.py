@@ -100,5 +100,7 @@ class Family(Generic[ConfigT]):
     """What mesh.expert and mesh.expert_tensor split (none: no experts)."""
     no_experts: str = "leave it out"
     """What to do where these are asked for and there are no experts."""
+    reads_files: bool = False
+    """Whether its program opens files in forms of its own (`Program.open_data`), which only that can look at."""
     continues_text: bool = False
     """Whether its program can tell what follows a text (`Program.predict`), so that text can be generated."""

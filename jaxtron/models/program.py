@@ -134,6 +134,9 @@ class Program(Generic[BatchT, ModuleT]):
     for each layer in the model's order. What is reported is of the global batch, the same on every device and mesh;
     metrics that were made with the batch's weights have the loss scale of fp16 in them.
     """
+    figures: Callable[[Any, Mapping[str, float], Mapping[str, float]], dict[str, float]] = lambda *_: {}
+    """(config, sums of the head over a validation, counts of their normalizers) -> what is told of it beside the loss,
+    by name: scores of a task."""
     predict: Callable[[Parts[ModuleT], Outer, Stream, Int[Array, ""]], Float[Array, "V"]] | None = None
     """(parts, outer parameters, what left the layers, place) -> logits of what follows that place in the first row."""
     logits: Callable[[Parts[ModuleT], Outer, Stream], Float[Array, "B S V"]] | None = None

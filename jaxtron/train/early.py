@@ -20,5 +20,6 @@ def check_early(config: Configuration) -> None:
     if config.run.profile_steps is not None and config.run.profile_steps[1] > train.steps:
         first, last = config.run.profile_steps
         raise UserError(f"run.profile_steps {first} {last} ends after train.steps {train.steps}; end it earlier")
-    check_there(config.data)
+    if not config.family.reads_files:
+        check_there(config.data)
     check_beginning(config)

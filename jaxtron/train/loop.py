@@ -3,7 +3,7 @@
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -40,16 +40,16 @@ LOOK_SECONDS = 1.0
 class TrainOutcome:
     """Where a loop ended: the last state, the step it is of, and whether a signal asked for the stop.
 
-    `validation_loss` is that of the last state, None where the loop did not measure it or there are no such data.
-    `reason` is why it stopped where no signal asked for it; `copies` how many were made and the seconds they took, of
-    `seconds` in which steps were taken after the first, which compiles.
+    `validation` has the figures of the last state by name, none where the loop did not measure them or there are no
+    such data. `reason` is why it stopped where no signal asked for it; `copies` how many were made and the seconds they
+    took, of `seconds` in which steps were taken after the first, which compiles.
     """
 
     state: TrainState
     step: int
     stopped: bool = False
     reason: str = ""
-    validation_loss: float | None = None
+    validation: dict[str, float] = field(default_factory=dict)
     copies: tuple[int, float] | None = None
     seconds: float = 0.0
 
@@ -256,9 +256,9 @@ def _hooks(
     config, total = run.config, run.config.train.steps
 
     def validation(info: StepInfo) -> None:
-        loss = validate(run, info.state)
-        if loss is not None:
-            outcome.validation_loss = info.metrics["validation_loss"] = loss
+        found = validate(run, info.state)
+        outcome.validation = found or outcome.validation
+        info.metrics.update(found)
 
     every = config.train.validate_every or total
     hooks = [Hook(validation, every=every, excluded=True)]

@@ -42,10 +42,7 @@ class Sampler(Protocol):
 def finish(run: Run, outcome: TrainOutcome, sampler: Sampler) -> None:
     """Draw the pictures and print the summary (process 0); every process takes part in validating and sampling."""
     text = sample_text(run, outcome, sampler)
-    validation_loss = outcome.validation_loss
-    if validation_loss is None:
-        validation_loss = validate(run, outcome.state)
-    test_loss = validate(run, outcome.state, "test")
+    found = (outcome.validation or validate(run, outcome.state)) | validate(run, outcome.state, "test")
     if jax.process_index() != 0:
         return
     metrics = run.directory / "metrics.jsonl"
@@ -66,10 +63,7 @@ def finish(run: Run, outcome: TrainOutcome, sampler: Sampler) -> None:
     if outcome.copies is not None and outcome.seconds > 0:
         count, seconds = outcome.copies
         rows.append(("copies", f"{count:,} ({seconds / outcome.seconds:.2%} of the time)"))
-    if validation_loss is not None:
-        rows.append(("validation loss", f"{validation_loss:.4f}"))
-    if test_loss is not None:
-        rows.append(("test loss", f"{test_loss:.4f}"))
+    rows += [(name.replace("_", " "), f"{value:.4f}") for name, value in found.items()]
     for what, name in FILES.items():
         if (run.directory / name).exists():
             rows.append((what, str(run.directory / name)))

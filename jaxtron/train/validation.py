@@ -12,23 +12,26 @@ from jaxtron.train.setup import Run
 from jaxtron.typing import Array
 
 
-def validate(run: Run, state: TrainState, part: Literal["validation", "test"] = "validation") -> float | None:
-    """Mean negative log-likelihood, in nats a token, over batches of a part of the data; None where it has no tokens.
+def validate(run: Run, state: TrainState, part: Literal["validation", "test"] = "validation") -> dict[str, float]:
+    """Over batches of a part of the data, by names that begin with it, as `validation_loss`: the mean negative
+    log-likelihood, in nats a token, and what else the model's family tells (`Program.figures`); empty where it has no
+    tokens.
 
     What is read follows from train.global_batch and train.validation_batches alone: it is the same on every mesh, in
     any number of microbatches and processes. A `UserError` where the loss is not finite.
     """
     source = run.data.validation if part == "validation" else run.data.test
-    return _loss(run, state, source, run.config.train.validation_batches, f"{part} loss")
+    found = _figures(run, state, source, run.config.train.validation_batches, f"{part} loss")
+    return {f"{part}_{name}": value for name, value in found.items()}
 
 
 def check_loss(run: Run, state: TrainState) -> None:
     """`UserError` if the state gives a loss that is not finite on a batch of the validation data, or of training's."""
     source = run.data.validation if len(run.data.validation) else run.data.train
-    _loss(run, state, source, 1, "loss")
+    _figures(run, state, source, 1, "loss")
 
 
-def _loss(run: Run, state: TrainState, source: Source, max_batches: int | None, name: str) -> float | None:
+def _figures(run: Run, state: TrainState, source: Source, max_batches: int | None, name: str) -> dict[str, float]:
     batches = validation_batches(
         source,
         batch_size=run.config.train.global_batch,
@@ -38,12 +41,13 @@ def _loss(run: Run, state: TrainState, source: Source, max_batches: int | None, 
     found = [run.session.evaluate(state.model, run.session.batches.globalize(batch)) for batch in batches]
     sums, counts = (_totals(part) for part in zip(*found, strict=True)) if found else ({}, {})
     if not any(counts.values()):
-        return None
-    loss = run.session.trainer.program.loss(sums, counts)
+        return {}
+    program = run.session.trainer.program
+    loss = program.loss(sums, counts)
     if not math.isfinite(loss):
         step = int(state.step)
         raise diverged(run.checkpoints, step, f"the {name} is {loss} after step {step}")
-    return loss
+    return {"loss": loss, **program.figures(run.config.model, sums, counts)}
 
 
 def _totals(found: Sequence[dict[str, Array]]) -> dict[str, float]:

@@ -81,6 +81,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "tests.toy_family": {"vocab_size": VOCAB, "encoder_layers": 4, "decoder_layers": 4},
     # tokens of text, and four special ones
     "bert": {**ENCODER, "norm_placement": "post", "dropout": 0.1},
+    # several texts in each row
+    "bert_task": {**ENCODER, "task": "choose", "choices": 3, "dropout": 0.1, "attention_dropout": 0.1},
 }
 # decoders with the options that the one above has not, each once, by name
 OPTIONS: dict[str, dict[str, Any]] = {

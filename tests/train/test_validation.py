@@ -53,7 +53,7 @@ def validated(folder: Path, words: str) -> tuple[float, list[int], float]:
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, validation=source))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(RunSession, "evaluate", watched)
-            loss = validate(run, run.state)
+            loss = validate(run, run.state)["validation_loss"]
         assert sum(weights) == sum(float(source[index].weights.sum()) for index in set(source.samples))
         return loss, source.samples, sum(weights)
 

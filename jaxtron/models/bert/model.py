@@ -17,8 +17,8 @@ from jaxtron.sharding.rules import constrain, current, spec
 from jaxtron.typing import Array, Float, Int
 
 
-class Bert(nnx.Module):
-    """What is before and after the layers, and these; `program.py` puts them together."""
+class BertEncoder(nnx.Module):
+    """The layers, what is before them, and the norm after them: of all models that have heads on them."""
 
     def __init__(self, config: BertConfig, context: BuildContext, rngs: nnx.Rngs) -> None:
         self.config, self.dtype = config, context.dtype
@@ -33,13 +33,20 @@ class Bert(nnx.Module):
         self.embedding = EncoderEmbedding(config, rngs)
         self.encoder = EncoderLayers(config, core, partition, rngs)
         self.final_norm = make_norm(config, rngs) if config.norm_placement == "pre" else None
-        self.masked = MaskedHead(config, rngs)
-        self.pooler = Pooler(config, rngs) if config.pairs != "none" else None
-        self.pairs = PairHead(config, 2, rngs) if config.pairs != "none" else None
 
     def normed(self, x: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
         """What the heads read, from the last layer's output."""
         return x if self.final_norm is None else self.final_norm(x)
+
+
+class Bert(BertEncoder):
+    """What is before and after the layers, and these; `program.py` puts them together."""
+
+    def __init__(self, config: BertConfig, context: BuildContext, rngs: nnx.Rngs) -> None:
+        super().__init__(config, context, rngs)
+        self.masked = MaskedHead(config, rngs)
+        self.pooler = Pooler(config, rngs) if config.pairs != "none" else None
+        self.pairs = ChoiceHead(config, 2, rngs) if config.pairs != "none" else None
 
     def predict_masked(
         self, x: Float[Array, "B S E"], targets: Int[Array, "B S"], weights: Float[Array, "B S"]
@@ -75,12 +82,14 @@ class Pooler(nnx.Module):
         return jnp.tanh(self.dense(first, "batch", "full_seq", "latent", inputs=LayerInputs()))[:, 0]
 
 
-class PairHead(nnx.Module):
+class ChoiceHead(nnx.Module):
     """Logits of a few choices, from what is known of a row."""
 
     def __init__(self, config: BertConfig, choices: int, rngs: nnx.Rngs) -> None:
         inputs = {"embed": config.hidden_size}
-        self.dense = Linear(inputs, {"choice": choices}, bias=True, std=config.initial_std, rngs=rngs)
+        # of a choice among texts the softmax ignores what all have
+        has_bias = choices > 1
+        self.dense = Linear(inputs, {"choice": choices}, bias=has_bias, std=config.initial_std, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B E"]) -> Float[Array, "B choices"]:
         return self.dense(x[:, None], "batch", "full_seq", None, inputs=LayerInputs())[:, 0].astype(jnp.float32)

@@ -1,0 +1,177 @@
+"""Tasks of texts on a BERT: examples of files, what is wrong with a row, and a small set learned to an accuracy."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxtron.config import NoEffect, UserError
+from jaxtron.data.config import DataConfig
+from jaxtron.data.dataset import Data
+from jaxtron.data.masked.bert import BertVocabulary
+from jaxtron.models.bert.task.config import BertTaskConfig
+from jaxtron.models.bert.task.data import make_row, open_data
+from jaxtron.models.bert.task.program import figures
+from jaxtron.run.metrics import read_metrics
+from jaxtron.train.__main__ import main as train
+
+LENGTH = 24
+CLS, SEP, PAD = 257, 258, 260
+SMALL = {"family": "bert_task", "num_layers": 1, "hidden_size": 32, "num_heads": 2, "vocab_size": 261}
+
+
+def config(**changes: Any) -> BertTaskConfig:
+    return BertTaskConfig.model_validate(SMALL | changes)
+
+
+def read(file: Path, model: BertTaskConfig, **data: Any) -> Data:
+    given = {"path": str(file), "sequence_length": LENGTH, "cache_directory": str(file.parent / "cache")} | data
+    return open_data(model, DataConfig.model_validate(given), seed=3, train_samples=None)
+
+
+def text_of(ids: np.ndarray) -> str:
+    return "".join({CLS: "^", SEP: "|", PAD: ""}.get(number, chr(number % 256)) for number in ids.tolist())
+
+
+@pytest.mark.parametrize("form", ["tsv", "jsonl"])
+def test_examples_are_rows_of_a_file(form: str, tmp_path: Path):
+    golds = ("yes", "no")
+    rows = [
+        {"id": str(number), "a": f"is {number}", "b": f"was {number}", "gold": golds[number % 2]}
+        for number in range(20)
+    ]
+    path = tmp_path / f"pairs.{form}"
+    lines = ["\t".join(rows[0])] + ["\t".join(row.values()) for row in rows]
+    path.write_text("\n".join(lines if form == "tsv" else map(json.dumps, rows)) + "\n")
+    data = read(path, config(columns=("a", "b", "gold"), labels=("no", "yes")), validation_fraction=0.25)
+    assert (len(data.train), len(data.validation)) == (15, 5)
+    found = [part[number] for part in (data.train, data.validation) for number in range(len(part))]
+    texts = {text_of(one.tokens[0]): int(one.label) for one in found}
+    assert texts == {f"^is {number}|was {number}|": 1 - number % 2 for number in range(20)}
+    one = found[0]
+    size = len(text_of(one.tokens[0]))
+    assert one.segments[0].tolist() == [1] * size + [0] * (LENGTH - size) and one.weights == 1
+    second = text_of(one.tokens[0]).index("|") + 1
+    assert one.token_types[0].tolist() == [0] * second + [1] * (size - second) + [0] * (LENGTH - size)
+    # one text alone, and files for each part
+    one_text = config(columns=("a", "gold"), labels=("no", "yes"))
+    alone = read(path, one_text, path="python:stdlib", train=str(path), validation=str(path))
+    assert text_of(alone.train[3].tokens[0]) == "^is 3|" and len(alone.validation) == 20
+    assert alone.fingerprint != data.fingerprint
+
+
+def test_answers_are_texts_of_their_own(tmp_path: Path):
+    path = tmp_path / "race.jsonl"
+    rows = [
+        {"article": "It rains.", "question": "What?", "options": ["sun", "rain"], "answer": "B"},
+        {"article": "It rains.", "question": "A _ fell", "options": ["rain", "sun"], "answer": 0},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    data = read(path, config(task="choose", choices=2), validation_fraction=0)
+    found = {tuple(map(text_of, data.train[number].tokens)): int(data.train[number].label) for number in range(2)}
+    assert found == {
+        ("^It rains.|What? sun|", "^It rains.|What? rain|"): 1,
+        ("^It rains.|A rain fell|", "^It rains.|A sun fell|"): 0,
+    }
+
+
+def test_of_parts_too_long_the_longer_is_cut():
+    vocabulary = BertVocabulary(classify=CLS, separate=SEP, mask=259, pad=PAD, size=257)
+
+    def ids(text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def cut(a: str, b: str | None) -> str:
+        return text_of(make_row(ids(a), None if b is None else ids(b), 13, vocabulary)[0])
+
+    assert cut("a" * 30, "bb") == f"^{'a' * 8}|bb|"
+    assert cut("aa", "b" * 30) == f"^aa|{'b' * 8}|"
+    assert cut("a" * 30, "b" * 30) == f"^{'a' * 5}|{'b' * 5}|"
+    assert cut("a" * 30, None) == f"^{'a' * 11}|"
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "message"),
+    [
+        ("a\tb\tlabel\nx\ty\n", {}, "line 2 has 2 columns and its header 3"),
+        ("a\tb\tlabel\nx\ty\t0\n", {}, "line 2 has no column sentence1, only a, b, label; name the columns"),
+        (
+            "a\tb\tlabel\nx\ty\tmaybe\n",
+            {"columns": ("a", "b", "label")},
+            "the class 'maybe' in label: classes are 0, 1",
+        ),
+        ('{"a": 1, "label": 0}\n', {"columns": ("a", "label")}, "line 1 has no text in a"),
+        ('{"a": "x", "label": 0}\n[]\n', {"columns": ("a", "label")}, "line 2 is no JSON object"),
+        ('{"a": "x", "label": 0}\n{\n', {"columns": ("a", "label")}, "line 2 is not JSON"),
+        ("a\tlabel\n", {"columns": ("a", "label")}, "data.path has no example"),
+        (
+            '{"article": "x", "question": "y", "options": ["a"], "answer": "A"}\n',
+            {"task": "choose", "choices": 2},
+            "line 1 has 1 answers, and model.choices is 2",
+        ),
+        (
+            '{"article": "x", "question": "y", "options": ["a", "b"], "answer": "C"}\n',
+            {"task": "choose", "choices": 2},
+            "line 1 has 'C' in answer: it is a letter from A to B, or a number from 0",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_row_is_told(text: str, changes: dict, message: str, tmp_path: Path):
+    (tmp_path / "rows.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "rows.txt", config(**changes))
+
+
+def test_settings_that_mean_nothing_are_refused(tmp_path: Path):
+    (tmp_path / "rows.tsv").write_text("sentence1\tsentence2\tlabel\na\tb\t0\n")
+    with pytest.raises(NoEffect, match="data.reset_attention"):
+        read(tmp_path / "rows.tsv", config(), reset_attention=True)
+    with pytest.raises(UserError, match="model.family bert_task reads examples: give --data.path FILE"):
+        read(tmp_path / "rows.tsv", config(), path="python:stdlib")
+    for changes, message in (
+        ({"task": "choose", "labels": ("a", "b")}, "model.labels"),
+        ({"choices": 3}, "model.choices"),
+        ({"labels": ("a", "a")}, "must be two classes or more, each once"),
+        ({"columns": ("a", "b", "c", "d")}, "must be 2 or 3 different names for model.task classify"),
+        ({"task": "choose", "columns": ("a", "b")}, "must be 4 different names for model.task choose"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(**changes)
+
+
+def test_f1_is_of_the_second_class():
+    sums = {"accuracy": 6.0, "wanted": 5.0, "told": 3.0, "hits": 2.0}
+    assert figures(config(), sums, {"examples": 10.0}) == {"accuracy": 0.6, "f1": 2 * 2 / (5 + 3)}
+    assert figures(config(), {**sums, "wanted": 0.0, "told": 0.0, "hits": 0.0}, {"examples": 10.0})["f1"] == 0
+    assert figures(config(labels=("a", "b", "c")), sums, {"examples": 10.0}) == {"accuracy": 0.6}
+
+
+def write_words(path: Path, count: int, seed: int) -> Path:
+    """Pairs whose second text has the first letter of the first, or not."""
+    random = np.random.default_rng(seed)
+    rows = ["sentence1\tsentence2\tlabel"]
+    for _ in range(count):
+        letter, others = random.choice([*"abcd"], 2, replace=False)
+        label = int(random.integers(2))
+        rows.append(f"{letter}\t{letter if label else others}\t{label}")
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+WORDS = """
+--model.family bert_task --model.num_layers 2 --model.hidden_size 32 --model.num_heads 2 --model.vocab_size 261
+--model.initial_std 0.1 --data.sequence_length 8 --train.global_batch 32 --train.steps 150 --train.validate_every 0
+--train.validation_batches none --train.precision fp32 --optimizer.learning_rate 3e-3 --optimizer.warmup_steps 10
+--checkpoint.every 150 --devices 1
+"""
+
+
+def test_a_small_set_is_learned(tmp_path: Path, monkeypatch):
+    """Whether two letters are the same, which no token by itself tells."""
+    monkeypatch.chdir(tmp_path)
+    files = [str(write_words(tmp_path / f"{count}.tsv", count, seed=count)) for count in (400, 64)]
+    train([*WORDS.split(), "--data.train", files[0], "--data.validation", files[1], "--run.directory", "run"])
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["validation_accuracy"] > 0.95 and last["validation_f1"] > 0.95
