@@ -79,6 +79,7 @@ def test_what_a_step_brings_to_the_devices_unasked_is_refused(rules_for: Callabl
                 add(x, host)
 
 
+@pytest.mark.slow
 def test_a_tracer_that_outlives_its_step_is_refused():
     kept = []
     with jax.checking_leaks(), pytest.raises(Exception, match="Leaked"):

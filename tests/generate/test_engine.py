@@ -88,6 +88,7 @@ def test_text_is_that_of_whole_forwards_whatever_else_is_in_the_batch(mesh: str)
     assert len(set(alone())) == len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_draws_do_not_depend_on_the_batch() -> None:
     settings = [SamplingSettings(temperature=1.5, top_k=20, seed=number) for number in range(len(PROMPTS))]
     together = made(engine(), PROMPTS, settings, 5)

@@ -50,6 +50,7 @@ def test_a_ring_sends_each_block_on_and_sums_home() -> None:
     assert sent("ring", "collective_permute") == LAYERS * (blocks + sums)
 
 
+@pytest.mark.slow
 def test_a_ring_travels_beside_attention() -> None:
     moves = [entry for entry in step("ring").collectives if entry.kind == "collective_permute" and len(entry.loops) > 1]
     assert moves and all(entry.asynchronous and entry.beside > 0 for entry in moves)

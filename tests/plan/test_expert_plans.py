@@ -36,7 +36,7 @@ from jaxtron.plan.search.candidates import layouts
 from jaxtron.plan.search.ranking import ranking_text
 from jaxtron.plan.search.search import search
 from jaxtron.run.batches import abstract_batch
-from jaxtron.run.configuration import Configuration
+from jaxtron.run.configuration import Configuration, configuration_type
 from jaxtron.run.session import make_session
 from jaxtron.sharding.folding import FLAGS, refine
 from jaxtron.sharding.rules import Rules, use
@@ -192,7 +192,9 @@ def mixtures() -> list[str]:
     """The configurations with experts; the small one for any machine is none of a GPU's."""
     texts = {path: path.read_text() for path in CONFIGS.glob("*.yaml")}
     configs = {
-        path.stem: load(Configuration, path) for path, text in texts.items() if "moe:" in text or "extends:" in text
+        path.stem: load(configuration_type([str(path)]), path)
+        for path, text in texts.items()
+        if "moe:" in text or "extends:" in text
     }
     return [name for name, one in configs.items() if one.family.experts(one.model) is not None and name != "moe_tiny"]
 

@@ -83,6 +83,7 @@ def test_layers_are_gathered_over_tensor_as_8_bits():
     assert sent["all-gather", "bf16"] == 3 and sent["reduce-scatter", "bf16"] == 6, sent
 
 
+@pytest.mark.slow
 def test_products_of_blocks_are_our_kernel_alone():
     rehearsal = rehearsed(model={"fp8": {"scaling": "block"}})
     # logits and the two gradients of the head

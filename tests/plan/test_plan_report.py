@@ -160,6 +160,7 @@ def test_the_compiled_overlap_reaches_the_prediction() -> None:
     assert plan.prediction.step_seconds < exposed.prediction.step_seconds
 
 
+@pytest.mark.slow
 def test_surprises_of_a_clean_step_are_its_copies() -> None:
     assert not [found for found in diagnostics(step("optimizer")) if "whole on" not in found.what]
     found = diagnostics(dataclasses.replace(step(), gpu=dataclasses.replace(gpu_named("h100"), memory_bytes=2**20)))

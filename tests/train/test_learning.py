@@ -35,6 +35,7 @@ def train_tokenizer(text: Path, path: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
+@pytest.mark.slow
 def test_settings_that_the_other_tests_leave_alone(tmp_path: Path):
     folder = tmp_path / "texts"
     folder.mkdir()

@@ -118,6 +118,7 @@ def test_loss_and_every_gradient_equal_one_device_in_more_cases(case: Case):
     assert_as_one_device(case)
 
 
+@pytest.mark.slow
 def test_a_table_of_ones_own(tmp_path: Path):
     # no generator makes this: microbatches out of order, pairs of different ones, a tick in which all are idle
     def entry(forward=None, backward=None) -> Entry:

@@ -81,6 +81,7 @@ def test_a_run_continues_bit_for_bit_on_the_same_stages(undisturbed: Path, tmp_p
     assert_same(values(tmp_path, *INTERLEAVED)[1], values(undisturbed, *INTERLEAVED)[1])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_the_same_state_on_other_stages_and_without_any(trained: Path, tmp_path: Path):
     _, saved, _ = values(trained, *INTERLEAVED, *NO_DROPOUT)
     shutil.copytree(trained / "run", tmp_path / "run")

@@ -9,6 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from jaxtron.runtime.machine import has_driver
 from tests.support.command_runs import Ended, end, records, small, start
 
@@ -61,6 +63,7 @@ def undisturbed_run(folder: Path) -> tuple[list[str], list[dict]]:
     return common, records(folder / "undisturbed")
 
 
+@pytest.mark.slow
 def test_a_killed_damaged_and_stopped_run_ends_as_an_undisturbed_one(tmp_path: Path):
     common, expected = undisturbed_run(tmp_path)
     directory = tmp_path / "run"
