@@ -74,7 +74,8 @@ class Hosts:
         return history(self.folder / "run")
 
     def last_step(self) -> int:
-        return max((line["step"] for line in records(self.folder / "run")), default=0)
+        is_logged = (self.folder / "run" / "metrics.jsonl").exists()
+        return max((line["step"] for line in records(self.folder / "run")), default=0) if is_logged else 0
 
     def end(self) -> list[int]:
         """Asks the first to stop; the exit codes of those that live."""

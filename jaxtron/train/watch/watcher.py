@@ -142,13 +142,13 @@ class Watcher:
                 self._times.setdefault(step, {})[0] = mine
                 self._name_slow()
             else:
-                self._channel.note(TIMES, json.dumps({"step": step, **mine}))
+                self._channel.note(TIMES, json.dumps({"after": step, **mine}))
         self._steps, self._began = 0, now
         self._spent = dict.fromkeys(self._spent, 0.0)
 
     def _hear_times(self, other: int, text: str) -> None:
         found = json.loads(text)
-        self._times.setdefault(found.pop("step"), {})[other] = found
+        self._times.setdefault(found.pop("after"), {})[other] = found
 
     def _name_slow(self) -> None:
         """In process 0: one line for each step whose times have all come and tell of a slow host."""
