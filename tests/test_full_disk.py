@@ -94,9 +94,9 @@ def test_a_trace_that_does_not_fit(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(jax.profiler, "start_trace", start)
     monkeypatch.setattr(jax.profiler, "stop_trace", stop)
     profiler = Profiler(tmp_path / "profile", (2, 3))
-    profiler(StepInfo(1, 9, state=None))
+    profiler.after(StepInfo(1, 9, state=None))
     with pytest.raises(UserError, match=f"the trace of run.profile_steps cannot be written to .*profile: {FULL}"):
-        profiler(StepInfo(3, 9, state=None))
+        profiler.after(StepInfo(3, 9, state=None))
     profiler.close()
     assert not list(tmp_path.rglob("*.pb"))
 

@@ -1,6 +1,8 @@
 """`python -m jaxtron.train CONFIG.yaml [--setting value ...]`: train a model, or continue a run."""
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from jaxtron import interrupts  # noqa: F401  (answers Ctrl-C while the rest is imported)
 from jaxtron.command import configure, hand_over, run_command
@@ -18,8 +20,11 @@ USAGE = f"""usage: {PROGRAM} CONFIG.yaml [--name value ...]
 --print_config prints the configuration that would run."""
 
 
-def main(argv: list[str]) -> int:
-    """Trains as the command line asks; 130 if a signal ended the run early, with a checkpoint."""
+def main(argv: list[str], hooks: Sequence[Any] = ()) -> int:
+    """Trains as the command line asks; 130 if a signal ended the run early, with a checkpoint.
+
+    `hooks` are a program's own, of `jaxtron.train.hooks.RunHook`: docs/runs.md.
+    """
     if not argv:
         print(USAGE)
         return 2
@@ -32,7 +37,7 @@ def main(argv: list[str]) -> int:
         print("starting JAX", flush=True)
     path, _ = take_file(config_type, argv)
     sampler = hand_over("jaxtron.generate.text").continue_tokens
-    return hand_over("jaxtron.train.run").run(config, path.stem if path else "train", sampler)
+    return hand_over("jaxtron.train.run").run(config, path.stem if path else "train", sampler, hooks)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
-"""What happens between steps: callables with an `every`, and the two that every run has."""
+"""What happens beside steps: hooks, and those that every run has."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxtron.config import UserError
-from jaxtron.run.metrics import MetricsTally, MetricsWriter, summarize
+from jaxtron.run.configuration import Configuration
+from jaxtron.run.metrics import Events, MetricsTally, MetricsWriter, summarize
 from jaxtron.train.progress import TrainProgress
 from jaxtron.train.throughput import Throughput
 from jaxtron.train.trackers import Tracker
@@ -36,32 +38,137 @@ class StepInfo:
 
 
 @dataclass(frozen=True)
-class Hook:
-    """Something to call after every `every`-th step, and after the last one.
+class RunStart:
+    """What a hook is told before a command's first step: the run's directory, settings, and steps so far."""
 
-    `excluded` keeps its time out of the throughput: validation, checkpoints.
+    directory: Path
+    config: Configuration
+    step: int
+
+
+@dataclass(frozen=True)
+class RunEvent:
+    """Something that happened to a run after a step: as `events.jsonl` has it, and the line for its user, if any."""
+
+    name: str
+    step: int
+    about: Mapping[str, Any]
+    line: str = ""
+
+
+class RunHook:
+    """Something beside the loop; whatever method a class has of its own is called, and the others do nothing.
+
+    `start` comes once a command, before its first step; `after` follows every `every`-th step, and with `at_end` the
+    last one; `event` whatever happens in between, returns to a checkpoint among it; `close` the end, however it comes.
+    Every process has its own. An error of any of them ends the run. `excluded` keeps the time of `after` out of the
+    throughput: validation, checkpoints.
     """
+
+    every: int = 1
+    at_end: bool = True
+    excluded: bool = False
+
+    def is_due(self, info: StepInfo) -> bool:
+        """Whether to call `after` for this step."""
+        return info.step % self.every == 0 or (self.at_end and info.step == info.total_steps)
+
+    def start(self, run: RunStart) -> None:
+        """The command is about to take its first step."""
+
+    def after(self, info: StepInfo) -> None:
+        """A step is done; its metrics are arrays that may not be computed yet."""
+
+    def event(self, event: RunEvent) -> None:
+        """Something happened."""
+
+    def close(self) -> None:
+        """The run ended: complete, stopped, or by an error."""
+
+
+@dataclass(frozen=True)
+class Hook(RunHook):
+    """A function as a hook: to call after steps."""
 
     function: Callable[[StepInfo], None]
     every: int = 1
     at_end: bool = True
     excluded: bool = False
 
-    def is_due(self, info: StepInfo) -> bool:
-        """Whether to call it after this step."""
-        return info.step % self.every == 0 or (self.at_end and info.step == info.total_steps)
+    def after(self, info: StepInfo) -> None:
+        """Call it."""
+        self.function(info)
 
 
-def run_hooks(hooks: Iterable[Hook], info: StepInfo, throughput: Throughput) -> None:
-    """Call the hooks that are due, in order."""
+def run_hooks(hooks: Iterable[RunHook], info: StepInfo, throughput: Throughput) -> None:
+    """Call the hooks that are due after a step, in order."""
     for hook in hooks:
         if hook.is_due(info):
             with throughput.excluded(info.metrics) if hook.excluded else nullcontext():
-                hook.function(info)
+                hook.after(info)
 
 
-class MetricsLog:
-    """Writes logged steps to `metrics.jsonl`, the trackers and the progress; call it on process 0, after every step.
+class HookList:
+    """Hooks of a command, and those that are added for some of its steps; all hear of its events, in order."""
+
+    def __init__(self, hooks: Iterable[RunHook] = ()) -> None:
+        self._hooks = list(hooks)
+
+    def start(self, run: RunStart) -> None:
+        """Tell all that the first step comes."""
+        for hook in self._hooks:
+            hook.start(run)
+
+    def after(self, info: StepInfo, throughput: Throughput) -> None:
+        """Tell those that are due of a step."""
+        run_hooks(self._hooks, info, throughput)
+
+    def event(self, name: str, step: int, line: str = "", about: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Tell all of an event."""
+        for hook in self._hooks:
+            hook.event(RunEvent(name, step, about, line))
+
+    @contextmanager
+    def joined_by(self, hooks: Iterable[RunHook]) -> Iterator[None]:
+        """In the block these come before the others; they are closed with it."""
+        more = list(hooks)
+        self._hooks[:0] = more
+        try:
+            yield
+        finally:
+            del self._hooks[: len(more)]
+            HookList(more).close()
+
+    def close(self) -> None:
+        """Close all, also where one fails; the first of such errors is raised."""
+        with ExitStack() as stack:
+            for hook in self._hooks:
+                stack.callback(hook.close)
+
+
+class EventsLog(RunHook):
+    """Writes `events.jsonl`, on process 0."""
+
+    def __init__(self) -> None:
+        self._events: Events | None = None
+
+    def start(self, run: RunStart) -> None:
+        """The first event makes the file."""
+        self._events = Events(run.directory)
+
+    def event(self, event: RunEvent) -> None:
+        """A line."""
+        assert self._events is not None, "events come after the start"
+        self._events.write(event.name, event.step, **event.about)
+
+    def close(self) -> None:
+        """Close the file, if it was begun."""
+        if self._events is not None:
+            self._events.close()
+
+
+class MetricsLog(RunHook):
+    """Writes logged steps to `metrics.jsonl`, the trackers and the progress; on process 0, after every step.
 
     A step is logged every `every`-th time, at the end, and where validation was measured; its loss is the mean since
     the last line. Of a metric that is an array, such as one by layer, the line has the mean and the extremes, and the
@@ -91,7 +198,7 @@ class MetricsLog:
         self._losses: list[Any] = []
         self.last: dict[str, float | int | str] = {}
 
-    def __call__(self, info: StepInfo) -> None:
+    def after(self, info: StepInfo) -> None:
         """Log the step if it is due, and show it in any case."""
         self._tally.tokens += info.tokens
         self._losses.append(info.metrics["loss"])
@@ -124,9 +231,10 @@ class MetricsLog:
             self._tally.steps += 1
         return self._tally
 
-    def message(self, text: str) -> None:
-        """Show a line between those of the steps."""
-        self._progress.message(text)
+    def event(self, event: RunEvent) -> None:
+        """Show its line between those of the steps."""
+        if event.line:
+            self._progress.message(event.line)
 
     def close(self) -> None:
         """Close the file, the trackers and the progress."""
@@ -148,8 +256,8 @@ def _peak_memory() -> dict[str, int]:
     return {"peak_memory_bytes": max(peaks)} if peaks else {}
 
 
-class Profiler:
-    """Traces a range of steps with `jax.profiler` into `directory`; call it after every step."""
+class Profiler(RunHook):
+    """Traces a range of steps with `jax.profiler` into `directory`."""
 
     def __init__(self, directory: Path, steps: tuple[int, int]):
         self._directory = directory
@@ -157,7 +265,7 @@ class Profiler:
         self._is_tracing = False
         self._earlier: set[Path] = set()
 
-    def __call__(self, info: StepInfo) -> None:
+    def after(self, info: StepInfo) -> None:
         """Begin the trace before the first step of the range, end it after the last."""
         if not self._is_tracing and self._first - 1 <= info.step < self._last:
             jax.block_until_ready(info.metrics)

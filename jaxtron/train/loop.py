@@ -4,8 +4,6 @@ import math
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import jax
 
@@ -15,12 +13,12 @@ from jaxtron.data.loader import Loader
 from jaxtron.gpus import peak_flops
 from jaxtron.interrupts import StopRequest, finish_first
 from jaxtron.run.history import Recorder
-from jaxtron.run.metrics import Events, MetricsTally, MetricsWriter
+from jaxtron.run.metrics import MetricsTally, MetricsWriter
 from jaxtron.run.state import TrainState
 from jaxtron.run.trainable import flops_per_token
 from jaxtron.runtime.together import common_stop
 from jaxtron.train.divergence import Rewind, Tell, Watch, check_state, diverged
-from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, run_hooks
+from jaxtron.train.hooks import Hook, HookList, MetricsLog, Profiler, RunHook, RunStart, StepInfo
 from jaxtron.train.integrity.places import Places
 from jaxtron.train.integrity.replay import Replay, check_replay
 from jaxtron.train.integrity.replicas import Replicas
@@ -58,27 +56,28 @@ class TrainOutcome:
         self.seconds += time.perf_counter() - since
 
 
-def train(run: Run, begun: float | None = None) -> TrainOutcome:
+def train(run: Run, begun: float | None = None, hooks: HookList | None = None) -> TrainOutcome:
     """Steps from the run's own to the last; a SIGTERM or Ctrl-C ends it after the current step, with a checkpoint.
 
     So do `run.max_minutes` after the moment `begun` (of `time.monotonic`; none: now), and a file in the directory.
     With `train.health.on_bad` rewind the run goes back to its newest checkpoint after a bad step, and leaves out the
-    data from there to that step's.
+    data from there to that step's. `hooks` are told of all of it, but for a complete end, and not closed.
     """
+    hooks = HookList() if hooks is None else hooks
     total, health = run.config.train.steps, run.config.train.health
     outcome = TrainOutcome(run.state, run.step)
     if run.step >= total:
         return outcome
     with ExitStack() as stack:
         stop = _Stop(stack, run, time.monotonic() if begun is None else begun)
-        events = Events(run.directory) if jax.process_index() == 0 else None
-        if events is not None:
-            stack.callback(events.close)
+        hooks.start(RunStart(run.directory, run.config, run.step))
+        if run.tier:
+            hooks.event("restored", run.step, about={"tier": run.tier})
         returns = 0
         while True:
             begun = run.step
             try:
-                _steps(run, outcome, stop, events, is_first=returns == 0)
+                _steps(run, outcome, stop, hooks, is_first=returns == 0)
                 break
             except Rewind as rewind:
                 # its memory is needed
@@ -91,56 +90,49 @@ def train(run: Run, begun: float | None = None) -> TrainOutcome:
                         run.checkpoints, run.step, f"{what} {returns} times (train.health.patience {health.patience})"
                     ) from None
                 outcome.state, outcome.step = run.state, run.step
-                if events is not None:
-                    events.write("rewind", rewind.step, to_step=run.step, position=run.position)
-                    print(f"back to step {run.step}, and on with sample {run.position:,}", flush=True)
+                line = f"back to step {run.step}, and on with sample {run.position:,}"
+                about = {"to_step": run.step, "position": run.position} | ({"tier": run.tier} if run.tier else {})
+                hooks.event("rewind", rewind.step, line, about)
+                if jax.process_index() == 0:
+                    print(line, flush=True)
         run.checkpoints.wait()
         if run.copies is not None:
             outcome.copies = run.copies.count, run.copies.seconds
             # what they are copies of is a checkpoint now
             run.copies.close(remove=True)
         outcome.stopped = outcome.stopped or stop.was_asked()
-        if events is not None:
-            tell_removed(run, events, outcome.step)
-            about = {"why": stop.reason or "a signal"} if outcome.stopped else {}
-            events.write("stopped" if outcome.stopped else "complete", outcome.step, **about)
+        tell_removed(run, hooks, outcome.step)
+        if outcome.stopped:
+            hooks.event("stopped", outcome.step, about={"why": stop.reason or "a signal"})
         outcome.reason = stop.reason
     return outcome
 
 
-def _steps(run: Run, outcome: TrainOutcome, stop: "_Stop", events: Events | None, *, is_first: bool) -> None:
+def _steps(run: Run, outcome: TrainOutcome, stop: "_Stop", hooks: HookList, *, is_first: bool) -> None:
     """Steps from the run's own on, into the outcome; `is_first` of a command."""
     config, total = run.config, run.config.train.steps
-    log: MetricsLog | None = None
-
-    def tell(event: str, step: int, line: str, about: dict[str, Any]) -> None:
-        if log is not None and events is not None:
-            log.message(line)
-            events.write(event, step, **about)
-
-    watcher = Watcher(config, run.directory, run.step, tell)
+    watcher = Watcher(config, run.directory, run.step, hooks.event)
     throughput = Throughput(excused=watcher.paused)
     with ExitStack() as stack:
         loader = stack.enter_context(run.train_loader())
-        log = _metrics_log(run, throughput, stack) if jax.process_index() == 0 else None
-        stack.enter_context(watcher.watching())
+        replay, replicas = _checks(run, hooks.event)
         watch = Watch(
             run.checkpoints,
             every=config.run.log_every,
             loss_scale=None if run.state.loss_scale is None else config.train.loss_scale,
             health=config.train.health,
             state=run.state.health,
-            tell=tell,
+            tell=hooks.event,
         )
-        replay, replicas = _checks(run, tell)
-        saver = Saver(run, loader, watch, log, events, replicas)
-        hooks = [Hook(watch), *_hooks(run, saver, log, outcome, stack, is_first=is_first)]
+        log = _metrics_log(run, throughput) if jax.process_index() == 0 else None
+        saver = Saver(run, loader, watch, log, hooks, replicas)
+        own = [Hook(watch), *_hooks(run, saver, log, outcome, is_first=is_first)]
         if replicas is not None:
-            hooks.insert(1, Hook(replicas, excluded=True))
+            own.insert(1, Hook(replicas, excluded=True))
         if run.copies is not None:
-            hooks.append(Hook(partial(copy, run, run.copies, saver, tell)))
-        if run.tier and events is not None:
-            events.write("restored", run.step, tier=run.tier)
+            own.append(Copier(run, run.copies, saver, hooks))
+        stack.enter_context(hooks.joined_by(own))
+        stack.enter_context(watcher.watching())
         for number in range(run.step + 1, total + 1):
             with watcher.input():
                 batch = next(loader)
@@ -158,7 +150,7 @@ def _steps(run: Run, outcome: TrainOutcome, stop: "_Stop", events: Events | None
             if number == run.step + 1:
                 stack.callback(outcome.count_seconds, time.perf_counter())
             stop.begin()
-            run_hooks(hooks, info, throughput)
+            hooks.after(info, throughput)
             if stop.is_due(number) and number < total:
                 with watcher.paused():
                     saver.save(info)
@@ -166,8 +158,8 @@ def _steps(run: Run, outcome: TrainOutcome, stop: "_Stop", events: Events | None
                 break
 
 
-class Saver:
-    """Saves a checkpoint; a state that is not finite, or whose loss is not, is an error, so that none is resumed from.
+class Saver(RunHook):
+    """Saves checkpoints; a state that is not finite, or whose loss is not, is an error, so that none is resumed from.
 
     Calls other than the hook's are for a run that is to stop at once: they do not wait for a loss.
     """
@@ -178,16 +170,17 @@ class Saver:
         loader: Loader,
         watch: Watch,
         log: MetricsLog | None,
-        events: Events | None = None,
+        hooks: HookList,
         replicas: Replicas | None = None,
     ) -> None:
-        self._events, self._replicas = events, replicas
+        self.every, self.excluded = run.config.checkpoint.every or run.config.train.steps, True
+        self._hooks, self._replicas = hooks, replicas
         self._run = run
         self._loader = loader
         self._watch = watch
         self._log = log
 
-    def __call__(self, info: StepInfo) -> None:
+    def after(self, info: StepInfo) -> None:
         """Save the state that the step left, and the position of the data after it."""
         if "validation_loss" not in info.metrics:
             check_loss(self._run, info.state)
@@ -200,10 +193,9 @@ class Saver:
         tally = self.tally()
         position, loss = self._loader.position, info.metrics.get("validation_loss")
         self._run.save(info.step, info.state, position, tally, loss)
-        if self._events is not None:
-            about = {} if loss is None else {"validation_loss": loss}
-            self._events.write("checkpoint", info.step, position=position, **about)
-            tell_removed(self._run, self._events, info.step)
+        about = {"position": position} | ({} if loss is None else {"validation_loss": loss})
+        self._hooks.event("checkpoint", info.step, about=about)
+        tell_removed(self._run, self._hooks, info.step)
 
     def check(self, info: StepInfo) -> None:
         """Whether there is anything against keeping this state: `UserError` or `Rewind`."""
@@ -221,14 +213,25 @@ class Saver:
         return self._loader.position
 
 
-def copy(run: Run, copies: Copies, saver: Saver, tell: Tell, info: StepInfo) -> None:
-    """A hook: copies the state beside its checkpoints, where it is time to; the last one is saved anyway."""
-    if not copies.is_due(info.step) or info.step == info.total_steps:
-        return
-    saver.check(info)
-    copies.save(info.step, info.state, run.extra(saver.position, saver.tally()))
-    for step, why in copies.take_problems():
-        tell("copy_failed", step, f"no copy of step {step} in {why}; the run goes on without it", {"why": why})
+class Copier(RunHook):
+    """Copies the state beside its checkpoints, where it is time to; the last one is saved anyway."""
+
+    excluded = True
+
+    def __init__(self, run: Run, copies: Copies, saver: Saver, hooks: HookList) -> None:
+        self._run, self._copies, self._saver, self._hooks = run, copies, saver, hooks
+
+    def is_due(self, info: StepInfo) -> bool:
+        """Whether there is a place that gets a copy after this step."""
+        return self._copies.is_due(info.step) and info.step < info.total_steps
+
+    def after(self, info: StepInfo) -> None:
+        """Copy it, unless there is anything against it, and tell of earlier ones that could not be written."""
+        self._saver.check(info)
+        self._copies.save(info.step, info.state, self._run.extra(self._saver.position, self._saver.tally()))
+        for step, why in self._copies.take_problems():
+            line = f"no copy of step {step} in {why}; the run goes on without it"
+            self._hooks.event("copy_failed", step, line, {"why": why})
 
 
 def _checks(run: Run, tell: Tell) -> tuple[Replay | None, Replicas | None]:
@@ -243,16 +246,14 @@ def _checks(run: Run, tell: Tell) -> tuple[Replay | None, Replicas | None]:
     return replay, None if health.compare_every is None else Replicas(*given)
 
 
-def tell_removed(run: Run, events: Events, step: int) -> None:
+def tell_removed(run: Run, hooks: HookList, step: int) -> None:
     """An event of the checkpoints that were deleted since the last one, for newer or better ones took their place."""
     removed = run.checkpoints.take_removed()
     if removed:
-        events.write("checkpoints_removed", step, steps=removed)
+        hooks.event("checkpoints_removed", step, about={"steps": removed})
 
 
-def _hooks(
-    run: Run, saver: Saver, log: MetricsLog | None, outcome: TrainOutcome, stack: ExitStack, *, is_first: bool
-) -> list[Hook]:
+def _hooks(run: Run, saver: Saver, log: MetricsLog | None, outcome: TrainOutcome, *, is_first: bool) -> list[RunHook]:
     config, total = run.config, run.config.train.steps
 
     def validation(info: StepInfo) -> None:
@@ -261,27 +262,24 @@ def _hooks(
         info.metrics.update(found)
 
     every = config.train.validate_every or total
-    hooks = [Hook(validation, every=every, excluded=True)]
+    hooks: list[RunHook] = [Hook(validation, every=every, excluded=True)]
     if log is not None:
         found, notes = run.continuation.changes, run.data.notes
         if is_first:
             record = Recorder(run.directory, config, found, first_step=run.step, notes=notes, origin=run.origin)
             hooks.append(Hook(record))
-        hooks.append(Hook(log))
+        hooks.append(log)
         if config.run.profile_steps is not None:
-            profiler = Profiler(run.directory / "profile", config.run.profile_steps)
-            stack.callback(profiler.close)
-            hooks.append(Hook(profiler))
-    hooks.append(Hook(saver, every=config.checkpoint.every or total, excluded=True))
-    return hooks
+            hooks.append(Profiler(run.directory / "profile", config.run.profile_steps))
+    return [*hooks, saver]
 
 
-def _metrics_log(run: Run, throughput: Throughput, stack: ExitStack) -> MetricsLog:
+def _metrics_log(run: Run, throughput: Throughput) -> MetricsLog:
     config = run.config
     peak = peak_flops(jax.devices()[0].device_kind)
     blueprint = run.session.trainer.blueprint
     flops = flops_per_token(config.family, config.model, config.data.sequence_length, blueprint)
-    log = MetricsLog(
+    return MetricsLog(
         MetricsWriter(run.directory / "metrics.jsonl", resume_step=run.step),
         TrainProgress(config.train.steps, shown=True, first_step=run.step, print_seconds=config.run.print_seconds),
         throughput,
@@ -290,8 +288,6 @@ def _metrics_log(run: Run, throughput: Throughput, stack: ExitStack) -> MetricsL
         utilization=None if peak is None else lambda rate: rate * flops / (peak * jax.device_count()),
         tally=run.tally,
     )
-    stack.callback(log.close)
-    return log
 
 
 class _Stop:

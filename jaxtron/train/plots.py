@@ -13,10 +13,11 @@ from matplotlib.ticker import MaxNLocator
 
 from jaxtron.command import write_whole
 from jaxtron.layers.moe.router import LOAD
-from jaxtron.run.metrics import read_metrics
+from jaxtron.run.metrics import ARRAYS_FILE, read_metrics
+from jaxtron.train.hooks import RunEvent, RunHook, RunStart
 
 CURVES = (("loss", "training", "#1f77b4", None), ("validation_loss", "validation", "#d62728", "o"))
-
+LOSS_FILE, LOAD_FILE = "loss.png", "load.png"
 
 # logged steps at the end of a run whose load is drawn
 LAST_STEPS = 10
@@ -41,6 +42,21 @@ def plot_losses(metrics_path: Path, image_path: Path, title: str) -> None:
     if axes.lines:
         axes.legend()
     _write(figure, image_path)
+
+
+class Pictures(RunHook):
+    """Draws both in the directory of a run that is complete, on process 0, where a command took steps."""
+
+    def start(self, run: RunStart) -> None:
+        """Remember the directory."""
+        self._directory = run.directory
+
+    def event(self, event: RunEvent) -> None:
+        """Draw them, where it is the end."""
+        if event.name == "complete":
+            metrics, name = self._directory / "metrics.jsonl", self._directory.name
+            plot_losses(metrics, self._directory / LOSS_FILE, name)
+            plot_load(self._directory / ARRAYS_FILE, self._directory / LOAD_FILE, name)
 
 
 class ExpertLoad(NamedTuple):

@@ -1,7 +1,8 @@
 """A run from its configuration to its summary, once JAX may be imported."""
 
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,27 +16,38 @@ from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
 from jaxtron.runtime.start import start_runtime
 from jaxtron.runtime.together import leaving_together
 from jaxtron.train.divergence import Diverged
+from jaxtron.train.hooks import EventsLog, HookList, RunHook
 from jaxtron.train.loop import train
+from jaxtron.train.plots import Pictures
 from jaxtron.train.setup import Run, open_run
 from jaxtron.train.summary import Sampler, finish
 from jaxtron.train.watch.stacks import show_on_signal
 
 
-def run(config: Configuration, name: str, sampler: Sampler) -> int:
+def run(config: Configuration, name: str, sampler: Sampler, own_hooks: Sequence[RunHook] = ()) -> int:
     """Trains to the last step; 130 if a signal, the time or a file ended the run early, with a checkpoint.
 
-    `name` names its directory; the sampler draws the text that a run ends with.
+    `name` names its directory; the sampler draws the text that a run ends with. `own_hooks` come after the run's.
     """
     begun = time.monotonic()
     show_on_signal()
     start_runtime(config.runtime, devices=config.devices, split=config.mesh.split)
     room = partial(out_of_memory_as_user_error, room_advice(config))
     # an error is told before the run is closed, which may need the others
-    with leaving_together(), room(), open_run(config, name) as run, leaving_together(), room():
+    with (
+        leaving_together(),
+        room(),
+        open_run(config, name) as run,
+        leaving_together(),
+        room(),
+        contextlib.ExitStack() as closing,
+    ):
         if jax.process_index() == 0:
             announce(run)
+        recording = [EventsLog(), Pictures()] if jax.process_index() == 0 else []
+        hooks = closing.enter_context(contextlib.closing(HookList([*recording, *own_hooks])))
         with _divergence_on_record(run):
-            outcome = train(run, begun)
+            outcome = train(run, begun, hooks)
         if outcome.stopped:
             if jax.process_index() == 0:
                 last = outcome.step == config.train.steps
@@ -44,7 +56,7 @@ def run(config: Configuration, name: str, sampler: Sampler) -> int:
                 print(f"stopped after step {outcome.step}{why}{',' if last else ';'} {then}")
             return 130
         with _divergence_on_record(run):
-            finish(run, outcome, sampler)
+            finish(run, outcome, sampler, hooks)
     return 0
 
 

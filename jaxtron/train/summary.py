@@ -1,5 +1,7 @@
 """What a run ends with: losses, a sample of text, and where everything is."""
 
+from collections import Counter
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -10,8 +12,9 @@ from rich.console import Console
 from jaxtron.run.metrics import ARRAYS_FILE, EVENTS_FILE, read_metrics
 from jaxtron.run.session import RunSession
 from jaxtron.train.divergence import diverged
+from jaxtron.train.hooks import HookList
 from jaxtron.train.loop import TrainOutcome
-from jaxtron.train.plots import plot_load, plot_losses
+from jaxtron.train.plots import LOAD_FILE, LOSS_FILE
 from jaxtron.train.setup import Run
 from jaxtron.train.validation import validate
 from jaxtron.typing import PyTree
@@ -22,8 +25,8 @@ FILES = {
     "metrics": "metrics.jsonl",
     "arrays": ARRAYS_FILE,
     "events": EVENTS_FILE,
-    "loss curve": "loss.png",
-    "expert load": "load.png",
+    "loss curve": LOSS_FILE,
+    "expert load": LOAD_FILE,
     "checkpoints": "checkpoints",
 }
 
@@ -39,18 +42,20 @@ class Sampler(Protocol):
         ...
 
 
-def finish(run: Run, outcome: TrainOutcome, sampler: Sampler) -> None:
-    """Draw the pictures and print the summary (process 0); every process takes part in validating and sampling."""
+def finish(run: Run, outcome: TrainOutcome, sampler: Sampler, hooks: HookList) -> None:
+    """Tell the hooks that the run is complete, and print the summary (process 0).
+
+    Every process takes part in validating and sampling.
+    """
     text = sample_text(run, outcome, sampler)
     found = (outcome.validation or validate(run, outcome.state)) | validate(run, outcome.state, "test")
+    if outcome.step > run.step:
+        # a command that took no step leaves the run as it is
+        hooks.event("complete", outcome.step)
     if jax.process_index() != 0:
         return
     metrics = run.directory / "metrics.jsonl"
     records = read_metrics(metrics) if metrics.exists() else []
-    # a command that took no step leaves the run as it is
-    if records and outcome.step > run.step:
-        plot_losses(metrics, run.directory / FILES["loss curve"], run.directory.name)
-        plot_load(run.directory / ARRAYS_FILE, run.directory / FILES["expert load"], run.directory.name)
     rows = [("steps", f"{outcome.step} of {max(outcome.step, run.config.train.steps)}")]
     skipped, bad = ((records[-1] if records else {}).get(name, 0) for name in ("skipped_steps", "bad_steps"))
     if skipped > bad:
@@ -66,7 +71,7 @@ def finish(run: Run, outcome: TrainOutcome, sampler: Sampler) -> None:
     rows += [(name.replace("_", " "), f"{value:.4f}") for name, value in found.items()]
     for what, name in FILES.items():
         if (run.directory / name).exists():
-            rows.append((what, str(run.directory / name)))
+            rows.append((what, f"{run.directory / name}{_events(run.directory) if name == EVENTS_FILE else ''}"))
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if text:
         console.print("\nSample", style="bold")
@@ -74,6 +79,12 @@ def finish(run: Run, outcome: TrainOutcome, sampler: Sampler) -> None:
     console.print("\nRun", style="bold")
     for what, value in rows:
         console.print(f"{what:<17}{value}")
+
+
+def _events(directory: Path) -> str:
+    """How many of each, over all commands of the run."""
+    counts = Counter(record["event"] for record in read_metrics(directory / EVENTS_FILE) if "event" in record)
+    return f" ({', '.join(f'{count:,} {event}' for event, count in counts.items())})" if counts else ""
 
 
 def sample_text(run: Run, outcome: TrainOutcome, sampler: Sampler) -> str:

@@ -32,6 +32,7 @@ def test_what_a_run_prints(finished: FinishedRun):
         rf"starting JAX\nreading the data\n[\d,]+ parameters on 8 cpu \(data 8\), run in {directory}\n", ended.out
     )
     last = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
+    saved = (directory / "events.jsonl").read_text().count('"checkpoint"')
     sample, summary = re.search("\nSample\n(.*)\nRun\n(.*)", ended.out, re.DOTALL).groups()
     assert len(sample.encode()) > 40
     assert dict(re.split("  +", line) for line in summary.splitlines()) == {
@@ -41,7 +42,7 @@ def test_what_a_run_prints(finished: FinishedRun):
         "validation loss": f"{last['validation_loss']:.4f}",
         "configuration": f"{directory}/config.yaml",
         "metrics": f"{directory}/metrics.jsonl",
-        "events": f"{directory}/events.jsonl",
+        "events": f"{directory}/events.jsonl ({saved} checkpoint, 1 complete)",
         "loss curve": f"{directory}/loss.png",
         "checkpoints": f"{directory}/checkpoints",
     }

@@ -4,16 +4,33 @@ import io
 import json
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from jaxtron.config import UserError
 from jaxtron.run.metrics import MetricsTally, MetricsWriter, read_metrics
-from jaxtron.train.hooks import Hook, MetricsLog, Profiler, StepInfo, _peak_memory, run_hooks
+from jaxtron.train.__main__ import main
+from jaxtron.train.hooks import (
+    Hook,
+    HookList,
+    MetricsLog,
+    Profiler,
+    RunEvent,
+    RunHook,
+    RunStart,
+    StepInfo,
+    _peak_memory,
+    run_hooks,
+)
 from jaxtron.train.progress import TrainProgress
 from jaxtron.train.throughput import Throughput
+from tests.support.command_runs import own_programs, small
+from tests.support.commands import Ended, run_main
 
 
 def run_loop(hooks, total_steps, throughput=None):
@@ -23,6 +40,73 @@ def run_loop(hooks, total_steps, throughput=None):
         info = StepInfo(step, total_steps, state=None, metrics=metrics, tokens=768)
         throughput.finish_step(768, metrics)
         run_hooks(hooks, info, throughput)
+
+
+class Witness(RunHook):
+    """Remembers what it was told."""
+
+    every, at_end = 2, False
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def start(self, run: RunStart) -> None:
+        self.told.append(("start", run.directory.name, run.config.train.steps, run.step))
+
+    def after(self, info: StepInfo) -> None:
+        self.told.append(("after", info.step))
+
+    def event(self, event: RunEvent) -> None:
+        self.told.append((event.name, event.step))
+
+    def close(self) -> None:
+        self.told.append("close")
+
+
+def run_with(hook: RunHook, *flags: str) -> Ended:
+    with own_programs():
+        return run_main(lambda words: main(words, [hook]), flags)
+
+
+def test_a_hook_of_ones_own_is_told_of_the_run(tmp_path: Path):
+    flags = [*small(tmp_path), "--train.steps", "5", "--train.sample_tokens", "0", "--checkpoint.every", "3"]
+    whole = Witness()
+    assert run_with(whole, *flags).code == 0
+    saved = [("checkpoint", 3), ("after", 4), ("checkpoint", 5), ("complete", 5), "close"]
+    assert whole.told == [("start", "run", 5, 0), ("after", 2), *saved]
+    # nothing to do is nothing to tell
+    again = Witness()
+    assert run_with(again, *flags).code == 0 and again.told == ["close"]
+
+    class Failing(Witness):
+        def after(self, info: StepInfo) -> None:
+            super().after(info)
+            raise UserError("enough")
+
+    failing = Failing()
+    ended = run_with(failing, *flags, "--train.steps", "8")
+    assert ended.code == 2 and "enough" in ended.err
+    assert failing.told == [("start", "run", 8, 5), ("checkpoint", 6), ("after", 6), "close"]
+
+
+def test_all_are_closed_where_one_fails():
+    told = []
+
+    class Closing(RunHook):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def close(self) -> None:
+            told.append(self.name)
+            if self.name == "b":
+                raise UserError("no room")
+
+    hooks = HookList([Closing("c"), Closing("d")])
+    with pytest.raises(UserError, match="no room"), hooks.joined_by([Closing("a"), Closing("b")]):
+        pass
+    assert sorted(told) == ["a", "b"]
+    hooks.close()
+    assert sorted(told) == ["a", "b", "c", "d"]
 
 
 def test_hooks_run_when_due_and_at_the_end():
@@ -67,7 +151,7 @@ def test_metrics_log_writes_logged_steps_and_those_with_validation(tmp_path):
         utilization=lambda tokens_per_second: tokens_per_second / 1e12,
     )
     validate = Hook(lambda info: info.metrics.update(validation_loss=1.5), every=6, at_end=False, excluded=True)
-    run_loop([validate, Hook(log)], 11, throughput)
+    run_loop([validate, log], 11, throughput)
     log.close()
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == [4, 6, 8, 11]
@@ -102,7 +186,7 @@ def test_metrics_by_layer_are_summarized_for_the_line_and_the_trackers(tmp_path)
     for step in (1, 2):
         load = jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3) * step
         throughput.finish_step(768, None)
-        log(StepInfo(step, 2, None, {"loss": jnp.float32(1), "router/load": load}))
+        log.after(StepInfo(step, 2, None, {"loss": jnp.float32(1), "router/load": load}))
     log.close()
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
     summary = {"router/load_mean": 5.0, "router/load_min": 0.0, "router/load_max": 10.0}
@@ -120,7 +204,7 @@ def test_metrics_log_goes_on_where_an_interrupted_one_ended(tmp_path):
     def run(log: MetricsLog, first: int, last: int) -> MetricsTally:
         for step in range(first, last + 1):
             log._throughput.finish_step(768, None)
-            log(StepInfo(step, 6, None, {"loss": jnp.float32(1 / step)}, tokens=768))
+            log.after(StepInfo(step, 6, None, {"loss": jnp.float32(1 / step)}, tokens=768))
         log.close()
         return log.tally()
 
@@ -152,7 +236,7 @@ def test_peak_memory_is_that_of_the_fullest_device(monkeypatch):
 def test_first_logged_step_has_a_speed_too(tmp_path):
     throughput = Throughput()
     log = MetricsLog(MetricsWriter(tmp_path / "metrics.jsonl"), TrainProgress(1, shown=False), throughput, every=10)
-    run_loop([Hook(log)], 1, throughput)
+    run_loop([log], 1, throughput)
     log.close()
     (record,) = read_metrics(tmp_path / "metrics.jsonl")
     assert record["tokens_per_second"] > 0 and "mfu" not in record
@@ -164,19 +248,19 @@ def test_profiler_traces_the_steps_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop after", step)))
     profiler = Profiler(tmp_path / "profile", (3, 5))
     for step in range(1, 11):
-        profiler(StepInfo(step, 10, state=None))
+        profiler.after(StepInfo(step, 10, state=None))
     profiler.close()
     assert calls == [("start before", 3), ("stop after", 5)]
 
 
 def test_profiler_writes_a_trace(tmp_path):
     profiler = Profiler(tmp_path / "profile", (2, 2))
-    run_loop([Hook(profiler)], 2)
+    run_loop([profiler], 2)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_trace_of_a_run_that_stops_inside_the_range_is_ended(tmp_path):
     profiler = Profiler(tmp_path / "profile", (2, 9))
-    run_loop([Hook(profiler)], 3)
+    run_loop([profiler], 3)
     profiler.close()
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
