@@ -90,7 +90,7 @@ def test_memory_stays_what_it_is(tmp_path: Path):
     environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
     ended = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=3000)
     told = json.loads(ended.stdout.splitlines()[-1])
-    assert told["code"] == 0 and ended.stderr == "", ended
+    assert told["code"] == 0, ended
     warm = [size for step, size in told["memory"] if WARM < step <= WARM + 1000]
     late = [size for step, size in told["memory"] if step > STEPS - 1000]
     assert max(late) < 1.01 * max(warm), (max(warm), max(late))

@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from tests.support.command_runs import Ended, end, free_port, records, run_here,
 ENDLESS = 100_000
 
 
-def start_two(*flags: str, cache: Path) -> list[subprocess.Popen[str]]:
-    """Two processes with four simulated devices each."""
+def start_two(*flags: str, cache: Path, each: Sequence[Sequence[str]] = ((), ())) -> list[subprocess.Popen[str]]:
+    """Two processes with four simulated devices each; `each` has flags of one alone."""
     address = f"127.0.0.1:{free_port()}"
     common = ["--devices", "4", "--runtime.coordinator_address", address, "--runtime.num_processes", "2"]
-    return [start(*flags, *common, "--runtime.process_id", str(number), cache=cache) for number in range(2)]
+    return [
+        start(*flags, *common, *each[number], "--runtime.process_id", str(number), cache=cache) for number in range(2)
+    ]
 
 
 def is_silent(ended: Ended) -> bool:
