@@ -182,8 +182,13 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(_read(path).splitlines(), start=1):
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            word, rank = line.split()
+            token = base64.b64decode(word, validate=True)
+            if token in ranks:
+                raise UserError(f"{path} is damaged: line {number} has {token!r} again; copy or download it again")
+            ranks[token] = int(rank)
+        except UserError:
+            raise
         except ValueError:
             raise UserError(
                 f"{path} line {number} is {line[:40]!r}, not the base64 of a token and its rank; give a tiktoken file"

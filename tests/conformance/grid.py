@@ -1,11 +1,12 @@
 """`make grid`: generated layouts of every family and kind of layer, each step held to plain differentiation.
 
-A case is a function of the seed and its number alone: mesh, order of its flags, experts' flags, ZeRO, schedule,
-microbatches, method of context and what is recomputed. The log has a line a case; with the same file the cases that it
-has are not run again, so that the grid can be run in pieces.
+A case is a function of the seed, its number and the subjects that there are: mesh, order of its flags, experts' flags,
+ZeRO, schedule, microbatches, method of context and what is recomputed. The log has a line a case; with the same file the
+cases that it has are not run again, so that the grid can be run in pieces.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import random
@@ -150,11 +151,16 @@ def run(log: Path, *, seed: int, cases: int, minutes: float) -> Iterator[dict[st
     """Runs the cases that the log does not have, and writes a line of each, until the time is over."""
     end, known = time.monotonic() + 60 * minutes, finished(log)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with wave_known(), log.open("a") as file:
+    known_kinds = contextlib.nullcontext() if WAVE.symbol in KINDS else wave_known()
+    with known_kinds, log.open("a") as file:
         for number in range(cases):
-            if number in known or time.monotonic() >= end:
+            if time.monotonic() >= end:
+                return
+            case = generated(seed, number)
+            # with a new family the same number is another case
+            if known.get(number, {}).get("what") == str(case):
                 continue
-            line = outcome_of(generated(seed, number))
+            line = outcome_of(case)
             file.write(json.dumps(line) + "\n")
             file.flush()
             yield line

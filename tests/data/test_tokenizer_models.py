@@ -114,6 +114,7 @@ def test_files_that_are_no_tokenizer(tmp_path):
         ("YQ== 0\nYg== 1\n", "damaged: it has no rank for the byte 0x00"),
         (EVERY_BYTE + "dG8= 255\n", "damaged: b'to' has the rank 255, which b'\\\\xff' has"),
         (EVERY_BYTE + "dG8= -1\n", "damaged: b'to' has the rank -1;"),
+        (EVERY_BYTE + "YQ== 300\n", "damaged: line 257 has b'a' again"),
     ):
         (tmp_path / "r.tiktoken").write_text(content)
         with pytest.raises(UserError, match=message):

@@ -212,7 +212,7 @@ KNOWN: dict[str, tuple[tuple[change.Mutation, ...], rules.Rule | None]] = {
     "curated documents": ((change.lines_changed,), rules.documents),
     "tasks": ((change.lines_changed,), rules.documents),
     "configuration of a run": ((change.yaml_changed, change.text_changed), rules.configuration),
-    "tokenizer.json": ((change.json_changed, change.json_changed), rules.json_object),
+    "tokenizer.json": ((change.json_changed, change.json_changed), rules.any_json),
     "SentencePiece": ((change.protobuf_changed, change.protobuf_changed), None),
     "ranks": ((change.ranks_changed, change.ranks_changed), rules.ranks),
     "index": ((change.index_changed,) * 3, pair),
@@ -260,7 +260,7 @@ TARGETS: tuple[Target | Flags, ...] = (
         "hub/tokenizer.json",
         (*TOKENIZE, "hub/tokenizer.json"),
         JSON,
-        rules.json_object,
+        rules.any_json,
         HUB_FILES,
     ),
     Target(
@@ -304,7 +304,7 @@ TARGETS: tuple[Target | Flags, ...] = (
     Target(
         "forged record",
         "checkpoints/step_00000002/jaxtron.json",
-        readers.checkpoint,
+        partial(readers.checkpoint, is_forged=True),
         (record_changed,),
         None,
         ("checkpoint",),
