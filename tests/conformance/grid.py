@@ -1,8 +1,8 @@
 """`make grid`: generated layouts of every family and kind of layer, each step held to plain differentiation.
 
 A case is a function of the seed, its number and the subjects that there are: mesh, order of its flags, experts' flags,
-ZeRO, schedule, microbatches, method of context and what is recomputed. The log has a line a case; with the same file the
-cases that it has are not run again, so that the grid can be run in pieces.
+ZeRO, schedule, microbatches, method of context and what is recomputed. The log has a line a case; with the same file
+the cases that it has are not run again, so that the grid can be run in pieces.
 """
 
 import argparse
