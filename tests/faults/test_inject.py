@@ -123,7 +123,11 @@ RUN = ("--train.sample_tokens", "0", "--train.validation_batches", "1", "--check
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [(inject.not_a_number, "gradient"), (inject.flip(30), "gradient"), (inject.spike(1e6), "gradient")],
+    [
+        pytest.param(inject.not_a_number, "gradient", marks=pytest.mark.slow),
+        (inject.flip(30), "gradient"),
+        pytest.param(inject.spike(1e6), "gradient", marks=pytest.mark.slow),
+    ],
     ids=["NaN", "bit", "spike"],
 )
 def test_what_is_planted_in_a_step_is_left_out(change, word: str, tmp_path: Path):
