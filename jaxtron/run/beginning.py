@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic_core import PydanticUndefined
 
 from jaxtron.config import SettingsSource, UserError, expand_home, load, read_file
+from jaxtron.models.families import DECODER
 from jaxtron.models.same import differences
 from jaxtron.run.configuration import Configuration
 from jaxtron.weights.cache import NOWHERE, find_weights
@@ -62,6 +63,13 @@ def check_beginning(config: Configuration, directory: Path | None = None) -> Non
         # shapes tell
         return
     under = beginning_settings(directory)
+    family = under.tree.get("model", {}).get("family", DECODER)
+    if family != config.model.family:
+        raise UserError(
+            f"{directory}, which the run begins with, is of model.family {family}, and here it is "
+            f"{config.model.family}: name what of it is not here, and what is new, by --checkpoint.allow_unused and "
+            "--checkpoint.allow_missing"
+        )
     words = ["--data.sequence_length", str(config.data.sequence_length)]
     there = load(type(config), None, words, under=under).resolved().model
     found = list(map(str, differences(there, config.resolved().model)))

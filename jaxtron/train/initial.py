@@ -16,6 +16,7 @@ from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.pipeline.layer_slots import arrange
 from jaxtron.pipeline.model import merge
 from jaxtron.run.beginning import beginning_of, check_beginning
+from jaxtron.run.configuration import configuration_type
 from jaxtron.run.restored import has_model_alone, restore_model
 from jaxtron.run.session import RunSession, make_session
 from jaxtron.run.state import TrainState, divided
@@ -86,7 +87,9 @@ def _of_run(
     Adapters are not among them, unless those there are as here. A `UserError` where they are others.
     """
     config = session.config
-    trained = load(type(config), directory / "config.yaml").resolved()
+    path = directory / "config.yaml"
+    # a family may begin with another's layers
+    trained = load(configuration_type([str(path)]), path).resolved()
     if has_model_alone(directory / "checkpoints"):
         # a command that began to train it may have been killed before its first checkpoint
         alone = trained.train.model_copy(update={"trainable": ("*",), "lora": None})

@@ -77,8 +77,10 @@ def finish(run: Run, outcome: TrainOutcome, sampler: Sampler, hooks: HookList) -
         console.print("\nSample", style="bold")
         console.print(printable(text))
     console.print("\nRun", style="bold")
+    # names of scores may be longer than those that every run has
+    width = max(17, 2 + max(len(what) for what, _ in rows))
     for what, value in rows:
-        console.print(f"{what:<17}{value}")
+        console.print(f"{what:<{width}}{value}")
 
 
 def _events(directory: Path) -> str:

@@ -16,6 +16,7 @@ from jaxtron.models.bert.task.data import make_row, open_data
 from jaxtron.models.bert.task.program import figures
 from jaxtron.run.metrics import read_metrics
 from jaxtron.train.__main__ import main as train
+from tests.support.commands import run_main
 
 LENGTH = 24
 CLS, SEP, PAD = 257, 258, 260
@@ -175,3 +176,30 @@ def test_a_small_set_is_learned(tmp_path: Path, monkeypatch):
     train([*WORDS.split(), "--data.train", files[0], "--data.validation", files[1], "--run.directory", "run"])
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["validation_accuracy"] > 0.95 and last["validation_f1"] > 0.95
+
+
+BEGINS = "--checkpoint.allow_missing choice.* --checkpoint.allow_unused masked.* pairs.*"
+
+
+def test_a_family_that_begins_with_another_says_what_may_differ(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("model:\n  family: bert\n  num_layers: 2\n")
+    ended = run_main(train, [*WORDS.split(), "--data.path", "x.tsv", "--checkpoint.initialize_from", "run"])
+    assert "is of model.family bert, and here it is bert_task: name what of it is not here" in ended.err
+
+
+@pytest.mark.slow
+def test_a_task_begins_with_a_pretrained_model(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("\n".join(f"a line {number}" for number in range(300)))
+    words = WORDS.replace("bert_task", "bert").replace("steps 150", "steps 2").replace("every 150", "every 2")
+    train([*words.split(), "--data.path", "text.txt", "--data.cache_directory", "cache", "--run.directory", "bert"])
+    file = str(write_words(tmp_path / "pairs.tsv", 64, seed=1))
+    words = WORDS.replace("steps 150", "steps 1").replace("every 150", "every 1")
+    capsys.readouterr()
+    given = ["--checkpoint.initialize_from", "bert", *BEGINS.split(), "--data.path", file, "--run.directory", "task"]
+    train([*words.split(), *given])
+    told = capsys.readouterr().out
+    assert "the model is that of step 2 of bert" in told
+    assert "drawn, not there: choice.dense.bias, choice.dense.kernel" in told
