@@ -24,7 +24,7 @@ from jaxtron.train.watch import watcher
 folder, port = Path(sys.argv[1]), sys.argv[2]
 flags = ["--train.watchdog.floor_seconds", "3", "--train.watchdog.factor", "2", "--run.log_every", "2"]
 config = load(Configuration, None, flags)
-watcher.LOOK_SECONDS = watcher.COLLECT_SECONDS = 0.2
+watcher.LOOK_SECONDS = watcher.COLLECT_SECONDS = watcher.LEAST_SECONDS = 0.2
 told = []
 
 def make(process):
@@ -48,9 +48,9 @@ def steps(loop, reading, until):
         loop(StepInfo(number, 100, None, {"loss": SimpleNamespace(is_ready=lambda: True)}))
 
 with loops[0].watching(), loops[1].watching():
-    other = threading.Thread(target=steps, args=(loops[1], 0.2, 4))
+    other = threading.Thread(target=steps, args=(loops[1], 0.2, 6))
     other.start()
-    steps(loops[0], 0.02, 4)
+    steps(loops[0], 0.1, 6)
     other.join()
     # what came after the last look is seen at the next
     time.sleep(0.3)
@@ -67,13 +67,13 @@ def test_slow_ones_are_named_and_a_hang_ends_all(tmp_path: Path):
     )
     assert ended.returncode == 75, ended
     lines = ended.stdout.splitlines()
-    assert [line.split()[:2] for line in lines] == [["stragglers", "2"], ["stragglers", "4"]], ended.stdout
+    assert [line.split()[:2] for line in lines] == [["stragglers", "4"], ["stragglers", "6"]], ended.stdout
     assert all("slower than the others: " in line and line.endswith("['hosts']") for line in lines)
     # a machine that is busy may add others
     assert all(re.search(r"process 1 on \S+ in input .*\(input 0\.[23]", line) for line in lines), ended.stdout
 
     (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert (event["event"], event["step"], event["silent"]) == ("hang", 4, [])
+    assert (event["event"], event["step"], event["silent"]) == ("hang", 6, [])
     assert [text.split(" on ")[0] for text in event["processes"]] == ["process 0", "process 1"]
     assert ", in input: " in event["processes"][0] and ", in what follows a step: " in event["processes"][1]
     assert all((tmp_path / "stacks" / f"process_{number}.txt").read_text() for number in range(2))

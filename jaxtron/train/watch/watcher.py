@@ -29,6 +29,8 @@ TIMES, STACKS, HANGS = "times", "stacks", "hangs"
 LOOK_SECONDS = 1.0
 # for what the others say of themselves to arrive, and for process 0 to end them all
 COLLECT_SECONDS, PATIENCE_SECONDS = 3.0, 15.0
+# of steps that tell who is slow: fewer have too much of chance
+LEAST_SECONDS = 1.0
 # of a line that goes over the channel
 LONGEST = 4000
 
@@ -48,7 +50,7 @@ class Watcher:
         watchdog = config.train.watchdog
         self._rule = None if watchdog.factor is None else StepRule(watchdog, step, time.monotonic())
         self._lock = threading.Lock()
-        self._part, self._shape = "input", None
+        self._part, self._shape, self._has_compiled = "input", None, False
         self._steps, self._began = 0, time.perf_counter()
         self._spent: dict[str, float] = dict.fromkeys(("input", "dispatch", "paused"), 0.0)
         # in process 0: times by step and process, and what processes say of a hang
@@ -88,6 +90,7 @@ class Watcher:
             with self._timed("dispatch"):
                 yield
             return
+        self._has_compiled = True
         with self.paused():
             yield
 
@@ -130,7 +133,8 @@ class Watcher:
     def _send_times(self, step: int) -> None:
         """This process's means since the last time, to process 0; which looks at those that have come."""
         now = time.perf_counter()
-        if self._channel is not None:
+        # the first step after a compilation waits for all others'
+        if self._channel is not None and not self._has_compiled:
             seconds = now - self._began - self._spent["paused"]
             mine = {
                 "host": self._host,
@@ -143,7 +147,7 @@ class Watcher:
                 self._name_slow()
             else:
                 self._channel.note(TIMES, json.dumps({"after": step, **mine}))
-        self._steps, self._began = 0, now
+        self._steps, self._began, self._has_compiled = 0, now, False
         self._spent = dict.fromkeys(self._spent, 0.0)
 
     def _hear_times(self, other: int, text: str) -> None:
@@ -156,7 +160,8 @@ class Watcher:
             if len(self._times[step]) < jax.process_count():
                 continue
             times = [found for _, found in sorted(self._times.pop(step).items())]
-            slow = slow_hosts(times)
+            seconds = self._every * min(one["step"] for one in times)
+            slow = slow_hosts(times) if seconds >= LEAST_SECONDS else {}
             if not slow:
                 continue
             named = [_slow_text(process, times[process], parts) for process, parts in slow.items()]
