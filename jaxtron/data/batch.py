@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from numpy.typing import DTypeLike
 
 BatchT = TypeVar("BatchT")
-# the axis along which `mesh.context` splits
-SEQUENCE = "seq"
+# the axes along which `mesh.context` splits: of a row's sequence, and of a second one of another length (a decoder's)
+SEQUENCE, SECOND_SEQUENCE = "seq", "second_seq"
+SEQUENCES = (SEQUENCE, SECOND_SEQUENCE)
 FIELD = "jaxtron"
 
 
@@ -31,7 +32,7 @@ class BatchField:
 
 
 def rows(*axes: str, dtype: DTypeLike = np.int32, optional: bool = False) -> Any:
-    """A field of a batch with these axes in each row; `SEQUENCE` is what `mesh.context` splits."""
+    """A field of a batch with these axes in each row; `SEQUENCES` are what `mesh.context` splits."""
     spec = BatchField(axes, np.dtype(dtype), is_optional=optional)
     if optional:
         return dataclasses.field(metadata={FIELD: spec}, default=None)

@@ -13,7 +13,12 @@ from jaxtron.models.family import Family, FamilyConfig
 
 # a line a family: its package
 DECODER = "decoder"
-FAMILIES = {DECODER: "jaxtron.models.decoder", "bert": "jaxtron.models.bert", "bert_task": "jaxtron.models.bert.task"}
+FAMILIES = {
+    DECODER: "jaxtron.models.decoder",
+    "bert": "jaxtron.models.bert",
+    "bert_task": "jaxtron.models.bert.task",
+    "t5": "jaxtron.models.t5",
+}
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtron.data.batch import SEQUENCE, BatchField, map_batch, present
+from jaxtron.data.batch import SEQUENCES, BatchField, map_batch, present
 from jaxtron.kernels.weight_sums.spec import WeightSums
 from jaxtron.models.joined import JoinedParts, joined_parts
 from jaxtron.models.program import Microbatch, Parts, Program
@@ -297,7 +297,7 @@ def shard_sequence(batch: BatchT) -> BatchT:
 
     def cut(field: BatchField, array: Array) -> Array:
         for axis, name in enumerate(field.axes, 1):
-            if name == SEQUENCE:
+            if name in SEQUENCES:
                 array = part(rules.context, rules.parts("context"), array, axis)
         return array
 

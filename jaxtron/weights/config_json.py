@@ -96,9 +96,9 @@ class ConfigFile:
             if self.get(key, only) not in (only, None):
                 self.refuse(key, "it is not known here" if only is None else f"only {as_json(only)} is known here")
 
-    def check_all_read(self) -> None:
-        """`UserError` for a key that nobody asked for."""
-        self.check_only(ALWAYS)
+    def check_all_read(self, known: Mapping[str, Any]) -> None:
+        """`UserError` for a key that nobody asked for; `known` are those with another only value than usual."""
+        self.check_only({**ALWAYS, **known})
         unknown = sorted(self._values.keys() - self._read - WITHOUT_EFFECT)
         if unknown:
             more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""

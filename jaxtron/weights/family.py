@@ -112,7 +112,7 @@ class HubFamily:
         file.check_only(self.only)
         for name in self.without_effect.split():
             file.get(name)
-        file.check_all_read()
+        file.check_all_read(self.only)
 
     def write(self, model: Any) -> dict[str, Any]:
         """The keys of a file that says a model's settings, as far as this family has keys for them."""

@@ -36,6 +36,7 @@ from jaxtron.weights.families.state_space.bamba import BAMBA
 from jaxtron.weights.families.state_space.jamba import JAMBA
 from jaxtron.weights.families.state_space.mamba import MAMBA, MAMBA2
 from jaxtron.weights.families.state_space.nemotron_h import NEMOTRON_H
+from jaxtron.weights.families.t5 import T5
 from jaxtron.weights.family import HubFamily
 from jaxtron.weights.megatron.arguments import megatron_settings
 from jaxtron.weights.megatron.directory import is_megatron
@@ -75,6 +76,7 @@ FAMILIES: dict[str, HubFamily] = {
     "jamba": JAMBA,
     "bert": BERT,
     "megatron-bert": MEGATRON_BERT,
+    "t5": T5,
 }
 TOKENIZER = "tokenizer.json"
 # files of tokenizers that are read, the first that is there

@@ -75,9 +75,29 @@ def settings_of(*symbols: str) -> dict[str, Any]:
     return {**DECODER, "pattern": "".join(symbols), "position": "none", **own}
 
 
+# heads that are not as wide as the stream, a decoder longer than the encoder, distances beyond the last bucket
+T5: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_heads": 4,
+    "head_dim": 6,
+    "mlp_size": 40,
+    "encoder_layers": 4,
+    "decoder_layers": 2,
+    "decoder_length": 24,
+    # the stream is small, scores are not scaled, and with less in norms rounding is scaled up
+    "norm_epsilon": 0.3,
+    "vocab_size": VOCAB + 10,
+    "vocab_multiple": 64,
+    "num_buckets": 8,
+    "max_distance": 6,
+    "denoising": {"rate": 0.3, "mean_length": 2, "sentinels": 8},
+}
+
 # by name of `model.family`: settings of a small one, the decoder's with every kind of layer
 FAMILIES: dict[str, dict[str, Any]] = {
     "decoder": {**settings_of(*KINDS), "position": "rotary", "dropout": 0.1},
+    # tokens of text, and eight sentinels, padding and an end
+    "t5": {**T5, "dropout": 0.1, "attention_dropout": 0.1},
     "tests.toy_family": {"vocab_size": VOCAB, "encoder_layers": 4, "decoder_layers": 4},
     # tokens of text, and four special ones
     "bert": {**ENCODER, "norm_placement": "post", "dropout": 0.1},

@@ -141,6 +141,16 @@ MAMBA = {
 
 # The parameters that the released weights of these have, and for PaLM what its Table 1 prints, in billions
 RELEASED = {
+    "t5_small": 60_506_624,
+    "t5_base": 222_903_552,
+    "t5_large": 737_668_096,
+    "t5_3b": 2_851_598_336,
+    "t5_11b": 11_307_321_344,
+    "t5_v1_1_small": 76_961_152,
+    "t5_v1_1_base": 247_577_856,
+    "t5_v1_1_large": 783_150_080,
+    "t5_v1_1_xl": 2_849_757_184,
+    "t5_v1_1_xxl": 11_135_332_352,
     "llama_2_7b": 6_738_415_616,
     "llama_2_13b": 13_015_864_320,
     "llama_2_70b": 68_976_648_192,

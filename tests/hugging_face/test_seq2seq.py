@@ -1,0 +1,147 @@
+"""T5's logits and losses equal those of Hugging Face transformers with the same weights, which go both ways."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from safetensors.numpy import load_file
+
+from jaxtron.config import UserError
+from jaxtron.config import load as load_settings
+from jaxtron.convert.__main__ import main as convert
+from jaxtron.models.program import Microbatch
+from jaxtron.models.t5.batch import T5Batch
+from jaxtron.run.configuration import configuration_of
+from jaxtron.run.session import make_trainer
+from jaxtron.run.step import Trainer, batch_sharding
+from jaxtron.sharding.collectives import all_reduce, vary
+from jaxtron.sharding.parameters import manual_specs
+from jaxtron.sharding.regions import region
+from jaxtron.sharding.rules import current, use
+from jaxtron.typing import PyTree
+from jaxtron.weights.hub import hub_settings
+from jaxtron.weights.load import load_parameters
+from tests.hugging_face.fixtures import FOLDER, STEP, write
+from tests.support.plain import one_by_one
+from tests.support.tiny_tokenizer import write_tokenizer
+
+NAMES = sorted(path.stem for path in (FOLDER / "seq2seq").glob("*.npz"))
+TOLERANCE = 1e-5
+
+
+@functools.cache
+def fixture(name: str) -> tuple[dict, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """A model's config.json, its weights, and the arrays of its batch and what came of it."""
+    with np.load(FOLDER / "seq2seq" / f"{name}.npz") as file:
+        weights = {
+            key.removeprefix("weights/"): file[key] * np.float32(STEP)
+            for key in file.files
+            if key.startswith("weights/")
+        }
+        others = {key: file[key] for key in file.files if not key.startswith("weights/") and key != "config"}
+        return json.loads(str(file["config"])), weights, others
+
+
+def batch_of(found: dict[str, np.ndarray]) -> T5Batch:
+    """The decoder reads what it is to write, one later, after the padding's token."""
+    targets = np.where(found["is_asked"], found["targets"], 0)
+    return T5Batch(
+        tokens=found["tokens"],
+        segments=found["is_text"].astype(np.int32),
+        decoder_tokens=np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+        decoder_segments=found["is_asked"].astype(np.int32),
+        targets=targets,
+        weights=found["is_asked"].astype(np.float32),
+    )
+
+
+def opened(folder: Path, implementation: str = "auto") -> tuple[Trainer, PyTree]:
+    """The model of a directory, as its files are read; inside `use`."""
+    flags = ["--data.sequence_length", "24", "--model.decoder_length", "14", "--train.global_batch", "3"]
+    flags += ["--train.precision", "fp32", "--model.attention.implementation", implementation]
+    config = load_settings(configuration_of("t5"), None, flags, under=hub_settings(folder)).resolved()
+    config = config.model_copy(update={"model": config.family.evaluated(config.model)})
+    trainer = make_trainer(config)
+    return trainer, load_parameters(folder, config.model, trainer.blueprint, trainer.partitions)
+
+
+def predicted(trainer: Trainer, params: PyTree, batch: T5Batch) -> np.ndarray:
+    """Logits of what follows each of the decoder's tokens, on one device."""
+
+    def run(params: PyTree, batch: Microbatch[T5Batch]):
+        model, working = trainer.program.model(trainer.parts, None), trainer.working(params)
+        stream = None
+        for stack, layers, partition in zip(model.stacks, working.stacks, trainer.stages.partitions, strict=True):
+            stream = stack.enter(working.outer, stream, batch)
+            for number, (_, _, weights) in enumerate(one_by_one(layers, partition.kinds)):
+                stream = stack.layer(weights, stream, jnp.int32(number), stack.shared(batch)).stream
+        assert trainer.program.logits is not None
+        found = trainer.program.logits(trainer.parts, working.outer, stream)
+        return all_reduce(vary(found), current().manual)
+
+    lie, whole = manual_specs(trainer.blueprint.parameters), PartitionSpec()
+    rows = jnp.arange(len(batch.tokens))
+    return np.asarray(jax.jit(region(run, (lie, whole), whole))(params, Microbatch(batch, rows)))
+
+
+@pytest.mark.parametrize(("name", "implementation"), [("t5", "xla"), ("t5_v1_1", "auto")])
+def test_logits_and_loss_are_those_of_transformers(name, implementation, rules_for, tmp_path):
+    config, weights, found = fixture(name)
+    batch = batch_of(found)
+    with use(rules_for(data=1)):
+        trainer, params = opened(write(tmp_path, config, weights), implementation)
+        logits = predicted(trainer, params, batch)[..., : config["vocab_size"]]
+        sums, counts = jax.jit(trainer.evaluate)(params, jax.device_put(batch, batch_sharding()))
+    assert np.abs(found["logits"]).max() > 1
+    # of padding nothing is asked
+    asked = found["is_asked"]
+    np.testing.assert_allclose(logits[asked], found["logits"][asked], rtol=0, atol=TOLERANCE)
+    sums, counts = ({name: float(value) for name, value in told.items()} for told in (sums, counts))
+    assert trainer.program.loss(sums, counts) == pytest.approx(float(found["loss"]), rel=TOLERANCE)
+    assert counts == {"tokens": asked.sum()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_becomes_a_run_and_files_again(name, tmp_path):
+    config, weights, _ = fixture(name)
+    folder = write(tmp_path / "theirs", config, weights)
+    run, back = tmp_path / "run", tmp_path / "back"
+    words = ["--data.tokenizer", str(write_tokenizer(tmp_path / "letters")), "--data.sequence_length", "24"]
+    convert(["--from", str(folder), "--to", str(run), *words])
+    convert(["--from", str(run), "--to", str(back)])
+    again = load_file(back / "model.safetensors")
+    assert again.keys() == weights.keys()
+    for key, value in weights.items():
+        np.testing.assert_array_equal(again[key], value, err_msg=key)
+    said = json.loads((back / "config.json").read_text())
+    for key in ("model_type", "architectures", "feed_forward_proj", "d_kv", "num_decoder_layers", "vocab_size"):
+        assert said[key] == config[key], key
+    assert said["scale_decoder_outputs"] == config["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"is_encoder_decoder": False}, "only true is known here"),
+        ({"feed_forward_proj": "gated-swish2"}, "gelu, gelu_new, or relu are known here"),
+        ({"architectures": ["T5EncoderModel"]}, "only weights of T5ForConditionalGeneration are read"),
+        ({"relative_attention": False}, "that key of a t5 is not known here"),
+    ],
+)
+def test_what_is_not_known_is_refused(change, message, tmp_path):
+    config, weights, _ = fixture("t5")
+    with pytest.raises(UserError, match=message):
+        hub_settings(write(tmp_path, config | change, weights))
+
+
+def test_a_model_that_was_saved_anew_is_tied_as_it_was(tmp_path):
+    """The class of 5.x says of each that it is tied."""
+    config, weights, _ = fixture("t5_v1_1")
+    said = config | {"tie_word_embeddings": True, "scale_decoder_outputs": False}
+    assert hub_settings(write(tmp_path / "saved", said, weights)).tree["model"]["tied_head"] is False
+    assert hub_settings(write(tmp_path / "released", config, weights)).tree["model"]["tied_head"] is False
