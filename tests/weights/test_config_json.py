@@ -100,6 +100,8 @@ def test_llama_3_1_as_it_is_on_the_hub(tmp_path: Path):
 DEFAULTS = {
     "bert": "vocab_size 30522 norm_epsilon 1e-12 norm_placement post pairs next dropout 0.1 activation gelu",
     "megatron-bert": "max_positions 512 norm_epsilon 1e-12 norm_placement pre pairs next token_types 2",
+    "t5": "hidden_size 512 head_dim 64 mlp_size 2048 encoder_layers 6 decoder_layers 6 num_buckets 32 max_distance 128 "
+    "tied_head true activation relu dropout 0.1 attention_dropout 0.1 norm_epsilon 1e-06 vocab_size 32128",
     "gpt2": "tied_head true max_positions 1024 norm_epsilon 1e-05 activation gelu_tanh num_heads 12",
     "llama": "tied_head false num_kv_heads none norm_epsilon 1e-06 rotary.base 10000.0 pattern *- activation swiglu",
     "mistral": "tied_head false num_kv_heads 8 norm_epsilon 1e-06 pattern W- attention.window 4096",
