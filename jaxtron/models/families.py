@@ -18,6 +18,7 @@ FAMILIES = {
     "bert": "jaxtron.models.bert",
     "bert_task": "jaxtron.models.bert.task",
     "t5": "jaxtron.models.t5",
+    "metro": "jaxtron.models.metro",
 }
 
 

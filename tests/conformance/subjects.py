@@ -103,6 +103,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bert": {**ENCODER, "norm_placement": "post", "dropout": 0.1},
     # several texts in each row
     "bert_task": {**ENCODER, "task": "choose", "choices": 3, "dropout": 0.1, "attention_dropout": 0.1},
+    "metro": {**ENCODER, "dropout": 0.1, "distance_buckets": 8, "max_distance": 9},
 }
 # decoders with the options that the one above has not, each once, by name
 OPTIONS: dict[str, dict[str, Any]] = {

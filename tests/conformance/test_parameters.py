@@ -131,7 +131,11 @@ def test_a_models_work_is_its_layers_and_its_head(subject: Subject):
         forward = sum(count * stack.layer.forward.flops for count, stack in zip(layers, work.stacks, strict=True))
         # the head's gradients are formed in its forward
         found = 3 * forward + work.head.forward.flops
-        assert found == pytest.approx(shapes.tokens * config.family.flops_per_token(config.model, LENGTH))
+        wanted = shapes.tokens * config.family.flops_per_token(config.model, LENGTH)
+        # products where a stack is entered are run again in the backward, which no model's FLOPs count
+        entering = [getattr(stack.enter, slot) for stack in work.stacks for slot in ("forward", "backward", "weight")]
+        entered = sum(phase.flops for phase in entering)
+        assert found < wanted < found + entered if entered else found == pytest.approx(wanted)
         assert all(stack.layer.backward.flops >= stack.layer.forward.flops for stack in work.stacks)
 
 

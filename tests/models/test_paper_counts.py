@@ -17,6 +17,7 @@ from jaxtron.models.decoder.cost import (
     num_parameters,
     period_parameters,
 )
+from jaxtron.models.encoder.cost import embedding_parameters, layer_parameters
 from jaxtron.models.program import make_parts
 from jaxtron.plan.formula.memory_model import Estimator
 from jaxtron.run.configuration import Configuration, configuration_type
@@ -44,6 +45,13 @@ BERT = {
     "bert_336m": (24, 1024, 16, 128, "0.336", 2_000_000),
     "bert_1.3b": (24, 2048, 32, 256, "1.3", 2_000_000),
     "bert_3.9b": (48, 2560, 40, 512, "3.9", 1_500_000),
+}
+
+# 2204.06644: layers, of those that fill masks, hidden size, heads, GPUs, millions of parameters of what is kept (those
+# of its authors' encoders with a vocabulary of 128,000), learning rate, steps, clipping
+METRO = {
+    "metro_base": (12, 4, 768, 12, 64, 184, 4e-4, 125_000, 0.0),
+    "metro_large": (24, 6, 1024, 16, 256, 434, 1e-4, 2_000_000, 2.0),
 }
 
 # 2104.04473, Table 1: layers, hidden size, heads, tensor and pipeline sizes, GPUs, batch, billions of parameters;
@@ -214,9 +222,9 @@ def specs_on(config: Configuration, plan: Blueprint) -> list:
 
 
 def test_every_configuration_of_a_paper_is_tested_here():
-    tiny = {"bert_tiny", "gpt_tiny", "moe_tiny", "mamba_tiny", "hybrid_tiny"}
+    tiny = {"bert_tiny", "metro_tiny", "gpt_tiny", "moe_tiny", "mamba_tiny", "hybrid_tiny"}
     others = tiny | {"gpt_1b", "shakespeare_char", "llama3_8b_128k", "wikitext2"}
-    assert {*GPT2, *PTDP, *SELECTIVE, *LAYOUTS, *MIXTURES, *STATE_SPACE, *MAMBA, *BERT} == {*NAMES} - others
+    assert {*GPT2, *PTDP, *SELECTIVE, *LAYOUTS, *MIXTURES, *STATE_SPACE, *MAMBA, *BERT, *METRO} == {*NAMES} - others
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -260,6 +268,21 @@ def test_berts_of_megatron_lm(name):
     assert config.optimizer.decay_steps in (None, 2_000_000) and config.model.pairs == "order"
     # to as many digits as are printed: 336,429,058 and 3,869,588,482; the second is 1,281,001,474
     assert abs(count(name) / 1e9 - float(billions)) < (0.0005 if billions == "0.336" else 0.05)
+
+
+@pytest.mark.parametrize("name", METRO)
+def test_metro_lms(name):
+    layers, auxiliary, hidden, heads, gpus, millions, rate, steps, clip = METRO[name]
+    config = configuration(name)
+    model, train, optimizer = config.model, config.train, config.optimizer
+    assert shape(name) == (layers, hidden, heads) and model.auxiliary_layers == auxiliary
+    assert math.prod(sizes(config).values()) == gpus and model.padded_vocab == 128_000
+    # 1.05 million tokens
+    assert (train.steps, train.global_batch * config.data.sequence_length) == (steps, 2**20)
+    assert (optimizer.learning_rate, optimizer.clip_norm, optimizer.warmup_steps) == (rate, clip, 10_000)
+    assert (optimizer.beta2, optimizer.epsilon, optimizer.weight_decay) == (0.98, 1e-6, 0.01)
+    kept = embedding_parameters(model, 512) + layers * layer_parameters(model)
+    assert round(kept / 1e6) == millions
 
 
 @pytest.mark.parametrize("name", PTDP)

@@ -32,13 +32,40 @@ def distance_buckets(num_buckets: int, max_distance: int, *, causal: bool) -> In
     return first + np.where(far < exact, far, np.minimum(shared, num_buckets - 1))
 
 
+def signed_buckets(num_buckets: int, max_distance: int) -> Int64[np.ndarray, "N"]:
+    """As `distance_buckets` of attention in both directions, with other edges (COCO-LM, 2102.08473).
+
+    A bucket is as far after the middle one as that of the same distance on the other side is before it. Logarithms are
+    rounded up, and that of `max_distance` - 1 is the last; the bucket of so many that is left over is not used.
+    """
+    distance = np.arange(-max_distance, max_distance + 1)
+    last = num_buckets // 2 - 1
+    exact = num_buckets // 4
+    # in float32, as released models were trained: a boundary is where its rounding says
+    far = np.maximum(np.abs(distance), exact).astype(np.float32)
+    ratio = np.log(far / np.float32(exact)) / np.float32(np.log((max_distance - 1) / exact))
+    shared = exact + np.ceil(ratio * np.float32(last - exact)).astype(np.int64)
+    bucket = np.where(np.abs(distance) < exact, np.abs(distance), np.minimum(shared, last))
+    return last + np.sign(distance) * bucket
+
+
 class DistanceBias(nnx.Module):
-    """A number for each bucket and head, and what of it attention adds at each distance."""
+    """A number for each bucket and head, and what of it attention adds at each distance; `buckets` has the bucket of
+    each (none: T5's, `distance_buckets`)."""
 
     def __init__(
-        self, num_heads: int, *, num_buckets: int, max_distance: int, causal: bool, std: float, rngs: nnx.Rngs
+        self,
+        num_heads: int,
+        *,
+        num_buckets: int,
+        max_distance: int,
+        causal: bool,
+        std: float,
+        rngs: nnx.Rngs,
+        buckets: Int64[np.ndarray, "N"] | None = None,
     ) -> None:
-        self.buckets = tuple(map(int, distance_buckets(num_buckets, max_distance, causal=causal)))
+        found = distance_buckets(num_buckets, max_distance, causal=causal) if buckets is None else buckets
+        self.buckets = tuple(map(int, found))
         shape, axes = (num_buckets, num_heads), ("positions", "heads")
         self.table = parameter(rngs, normal(std), shape, axes=axes, role="bias")
 

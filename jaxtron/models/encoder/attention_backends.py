@@ -26,14 +26,25 @@ def attention_spec(config: EncoderSettings) -> AttentionSpec:
 
 
 def attention_backends(
-    config: EncoderSettings, dtype: DTypeLike, *, device_kind: str, parts: int = 1, length: int = 1, packed: bool = True
+    config: EncoderSettings,
+    dtype: DTypeLike,
+    *,
+    device_kind: str,
+    parts: int = 1,
+    length: int = 1,
+    packed: bool = True,
+    distances: int = 0,
 ) -> Mapping[str, Backend[Implementation]]:
     """For sequences of `length` tokens on `parts` devices each of this kind; segments keep padding apart from text.
+
+    With a bias of so many `distances`, if any.
 
     `UserError` where the implementation asked for cannot.
     """
     segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
     given: dict[str, Any] = {"q_segment_ids": segments, "kv_segment_ids": segments}
+    if distances:
+        given["distance_bias"] = jax.ShapeDtypeStruct((config.num_heads, distances), jnp.float32)
     if parts > 1:
         # each device has two pieces: they start at multiples of this
         given["q_offset"] = length // (2 * parts)

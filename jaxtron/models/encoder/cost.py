@@ -1,11 +1,13 @@
 """What encoders cost: parameters and floating-point operations of their pieces, and work of a device."""
 
+from dataclasses import replace
+
 from jaxtron.models.encoder.settings import EncoderSettings
 from jaxtron.models.work.attention import AttentionShapes, core, core_temporaries, projections
-from jaxtron.models.work.blocks import embedding, mlp, mlp_temporaries, norm, residual
+from jaxtron.models.work.blocks import embedding, linear, mlp, mlp_temporaries, norm, residual, token_head
 from jaxtron.models.work.model import StackWork
-from jaxtron.models.work.operations import SlotWork
-from jaxtron.models.work.shapes import Shapes, gathered_weights
+from jaxtron.models.work.operations import PhaseWork, SlotWork
+from jaxtron.models.work.shapes import Shapes, gathered_weights, over_tensor
 from jaxtron.roles import Role
 
 
@@ -43,9 +45,15 @@ def layer_flops(config: EncoderSettings, length: int) -> float:
     return 2.0 * (products + 2 * length * heads)
 
 
-def head_flops(config: EncoderSettings) -> float:
-    """Of a token's forward to its logits."""
-    return 2.0 * config.hidden_size * config.padded_vocab
+def masked_head_parameters(config: EncoderSettings, tensor: int = 1) -> int:
+    """Of the head of masked tokens, but for the embedding's table, on each of `tensor` devices."""
+    hidden = config.hidden_size
+    return hidden * (hidden + 1) + norm_parameters(config) + config.padded_vocab // tensor
+
+
+def masked_head_flops(config: EncoderSettings) -> float:
+    """Of a token's forward from the last layer to its logits."""
+    return 2.0 * config.hidden_size * (config.padded_vocab + config.hidden_size)
 
 
 def padding_flops(config: EncoderSettings) -> float:
@@ -94,6 +102,23 @@ def encoder_work(config: EncoderSettings, shapes: Shapes, *, enters: bool = True
         temporaries=core_temporaries(shapes, layer) + mlp_temporaries(shapes, hidden, inner),
         recomputed=config.recomputed,
     )
+
+
+def masked_head_work(config: EncoderSettings, shapes: Shapes) -> SlotWork:
+    """The head of masked tokens and its loss at every token of these shapes, with gradients, formed in its forward."""
+    hidden = config.hidden_size
+    own = replace(shapes, rows=shapes.rows / shapes.tensor) if shapes.profile.sequence_sharded else shapes
+    # a product of each device's own positions with a matrix that all have, activation and norm
+    made = linear(own, hidden, hidden, bias=True) + norm(shapes, hidden, gathered=False)
+    # of a matrix that each device has, the gradient of its part of the sequence
+    summed = PhaseWork(collectives=over_tensor(shapes, "all_reduce", hidden * hidden * shapes.width))
+    transform = SlotWork(forward=at_once(made + gathered_weights(shapes, hidden * hidden)) + summed)
+    return token_head(shapes, hidden, config.padded_vocab / shapes.tensor) + transform
+
+
+def at_once(work: SlotWork) -> PhaseWork:
+    """All of it in one slot: a head's gradients are formed in its forward."""
+    return work.forward + work.backward + work.weight
 
 
 def attention_shapes(config: EncoderSettings, shapes: Shapes) -> AttentionShapes:
