@@ -55,9 +55,9 @@ def _largest(scores: Float[Array, "B few V"], vocab: int) -> Int[Array, "B few"]
     tensor = current().axes("tensor")
 
     def local(scores: Array) -> Array:
-        entry = jax.lax.axis_index(tensor) * scores.shape[-1] + jnp.arange(scores.shape[-1])
-        scores = jnp.where(entry < vocab, scores, -jnp.inf)
-        best, own = scores.max(-1), entry[scores.argmax(-1)]
+        first = jax.lax.axis_index(tensor) * scores.shape[-1]
+        scores = jnp.where(first + jnp.arange(scores.shape[-1]) < vocab, scores, -jnp.inf)
+        best, own = scores.max(-1), first + scores.argmax(-1)
         is_best = best == jax.lax.pmax(best, tensor)
         return jax.lax.pmin(jnp.where(is_best, own, vocab), tensor)
 
