@@ -5,7 +5,7 @@ from flax import nnx
 
 from jaxtron.layers.inputs import LayerInputs
 from jaxtron.layers.linear import Linear
-from jaxtron.layers.loss import cross_entropy
+from jaxtron.layers.loss import Sums, cross_entropy
 from jaxtron.layers.positions import local_positions
 from jaxtron.layers.relations.distance import DistanceBias, signed_buckets
 from jaxtron.models.encoder.attention_backends import attention_spec
@@ -46,11 +46,10 @@ class Metro(nnx.Module):
 
     def score(
         self, end: "EncoderEnd", x: Float[Array, "B P E"], targets: Int[Array, "B P"], weights: Float[Array, "B P"]
-    ) -> Float[Array, ""]:
-        """Weighted sum of the loss of tokens at these places, of what an encoder has there."""
+    ) -> Sums:
+        """Weighted sums of the loss of tokens at these places, and to report, of what an encoder has there."""
         head, table = whole(end.masked, self.dtype), self._table()
-        loss, _ = cross_entropy(head(x), table, targets, weights, self.config.vocab_size, 0.0, head.bias[...])
-        return loss
+        return cross_entropy(head(x), table, targets, weights, self.config.vocab_size, 0.0, head.bias[...])
 
     def draw(self, x: Float[Array, "B P E"], inputs: LayerInputs) -> Int[Array, "B P"]:
         """A token for each place, as the smaller encoder predicts it; it has no gradient."""

@@ -58,7 +58,7 @@ def model(parts: Parts[Metro], key: Key[Array, ""] | None) -> Model:
         hit, weights = _here(batch)
         end = module.auxiliary_end
         found = at_places(end.normed(stream[X]), hit)
-        loss = module.score(end, found, ids_at(batch.targets, hit), weights)
+        loss, _ = module.score(end, found, ids_at(batch.targets, hit), weights)
         drawn = module.draw(jax.lax.stop_gradient(found), _draws(drawing, microbatch, outside))
         tokens = written(batch.tokens, drawn, hit)
         replaced = (tokens != batch.targets).astype(jnp.float32)
@@ -81,7 +81,7 @@ def model(parts: Parts[Metro], key: Key[Array, ""] | None) -> Model:
         end, replaced = module.main_end, stream[REPLACED]
         x = end.normed(stream[X])
         auxiliary = stream[LOSS].sum()
-        correction = module.score(end, at_places(x, hit), ids_at(batch.targets, hit), weights)
+        correction, _ = module.score(end, at_places(x, hit), ids_at(batch.targets, hit), weights)
         logits = module.detect(x)
         wanted, weigh = (constrain(array, "batch", "seq") for array in (replaced, batch.weights))
         detection = (weigh * (jax.nn.softplus(logits) - wanted * logits)).sum()
