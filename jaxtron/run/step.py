@@ -150,7 +150,7 @@ class Trainer:
             state = replace(state, health=health)
         if applied is not None:
             kept = {name: getattr(state, name) for name in changed}
-            changed = jax.tree.map(lambda new, old: jnp.where(applied, new, old), changed, kept)
+            changed = jax.tree.map(functools.partial(jnp.where, applied), changed, kept)
             metrics["skipped_steps"] = state.step + 1 - changed["updates"]
         return replace(state, step=state.step + 1, **changed), metrics
 

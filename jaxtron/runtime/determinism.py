@@ -27,11 +27,11 @@ def set_reductions(config: RuntimeConfig) -> None:
         os.environ.setdefault(NCCL_SWITCH, "0")
 
 
-def determinism_line(config: RuntimeConfig, platform: str) -> str:
-    """What a run says of it, on devices of this platform; empty where it was not asked for."""
+def determinism_line(config: RuntimeConfig, device_kind: str) -> str:
+    """What a run says of it, on devices of this kind; empty where it was not asked for."""
     if not config.deterministic:
         return ""
-    if platform == "cpu":
+    if device_kind == "cpu":
         return "deterministic: on CPUs a run on the same mesh has the same bits as it is"
     reductions = f"{NCCL_SWITCH}={os.environ.get(NCCL_SWITCH, '')}"
     return f"deterministic: attention adds up in one order, XLA has {FLAG} and tunes nothing, and NCCL {reductions}"

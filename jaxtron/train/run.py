@@ -89,7 +89,7 @@ def announce(run: Run) -> None:
     print(f"{counts} on {where}, run in {run.directory}")
     for line in (*attention_lines(session.attention), *session.choices):
         print(line)
-    if line := determinism_line(run.config.runtime, session.mesh.devices.flat[0].platform):
+    if line := determinism_line(run.config.runtime, session.device_kind):
         print(line)
     for line in run.data.notes:
         print(line)

@@ -13,6 +13,7 @@ from jaxtron.checkpoint.keeping import LOSS
 from jaxtron.checkpoint.manager import Checkpoints
 from jaxtron.checkpoint.restore import Check, committed_steps
 from jaxtron.checkpoint.tiers.copies import Copies, FoundCopy
+from jaxtron.checkpoint.tiers.places import homes
 from jaxtron.config import UserError
 from jaxtron.data.dataset import Data, open_data, wrapped
 from jaxtron.data.loader import Loader
@@ -114,6 +115,8 @@ def open_run(config: Configuration, name: str) -> Iterator[Run]:
             f"checkpoint.keep_best {config.checkpoint.keep_best}: the data have nothing to validate on, so no "
             "checkpoint is the best; leave it out, or give data.validation_fraction or data.validation"
         )
+    # before anything is made in the run's own
+    homes(config.checkpoint)
     with session.use(), contextlib.ExitStack() as stack:
         abstract = session.abstract_state()
         check_state_fits(config.family.sizes(config.model), abstract, what="training state")

@@ -122,6 +122,10 @@ def test_copies_of_another_run_or_layout_are_not_taken(open_copies, make_state, 
     # the directory begins anew: its name is no reason to take them for its own
     (tmp_path / "run" / "copies_of").unlink()
     assert open_copies().restore(newer_than=0) is None
+    # a word becomes a directory's name, and no way out of there
+    (tmp_path / "run" / "copies_of").write_text("../../elsewhere")
+    open_copies().save(1, make_state(data_mesh), {})
+    assert not list(tmp_path.rglob("elsewhere"))
 
 
 def test_memory_and_a_disk_each_have_their_turn(open_copies, make_state, data_mesh, tmp_path: Path):

@@ -305,6 +305,7 @@ def test_what_is_said_of_the_data_is_printed_before_training(make, capsys):
         data=make([talk("q", "a", id=1)]),
         step=0,
         checkpoints=SimpleNamespace(latest_step=lambda: None),
+        tier="",
     )
     announce(run)
     assert capsys.readouterr().out.splitlines()[-3:] == [

@@ -359,7 +359,6 @@ LINES: tuple[tuple[str, str], ...] = (
     ("train tiny.yaml --checkpoint.every 3 --checkpoint.keep_best 1", "checkpoint.keep_best"),
     ("train tiny.yaml --train.health.replay_every 0", "train.health.replay_every"),
     ("train tiny.yaml --train.health.compare_every 0", "train.health.compare_every"),
-    ("train tiny.yaml --devices 1 --train.health.compare_every 1", "train.health.compare_every"),
     ("train tiny.yaml --checkpoint.local_every 3", "checkpoint.local_every"),
     ("train tiny.yaml --checkpoint.local_directory folder", "checkpoint.local_directory"),
     ("train tiny.yaml --checkpoint.memory_directory folder", "checkpoint.memory_directory"),

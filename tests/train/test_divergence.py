@@ -23,7 +23,7 @@ from jaxtron.run.configuration import Configuration
 from jaxtron.run.metrics import MetricsTally
 from jaxtron.run.state import TrainState
 from jaxtron.train.divergence import Watch
-from jaxtron.train.hooks import StepInfo
+from jaxtron.train.hooks import HookList, StepInfo
 from jaxtron.train.loop import Saver
 from jaxtron.train.setup import open_run
 from tests.support.command_runs import contents, run_here, small
@@ -86,14 +86,14 @@ def test_a_state_that_is_not_finite_is_never_saved(saved: Path):
     config = load(Configuration, None, flags(saved, "unsaved"))
     with open_run(config, "run") as run:
         run.save(1, run.state, 8, MetricsTally())
-        saver = Saver(run, Mock(spec=Loader), Watch(run.checkpoints, every=10, loss_scale=None), None)
+        saver = Saver(run, Mock(spec=Loader), Watch(run.checkpoints, every=10, loss_scale=None), None, HookList())
         for factor, message in ((np.nan, r"params\.\S+ has numbers that are not finite"), (1e20, "the loss is nan")):
             state = scaled(run.state, 2, factor)
             with pytest.raises(
                 UserError, match=rf"{message} after step 2; {ADVICE} \(the checkpoint of step 1 is kept"
             ):
                 # a run that is to stop does not wait for the loss
-                (saver.save if factor != factor else saver)(StepInfo(2, 3, state))
+                (saver.save if factor != factor else saver.after)(StepInfo(2, 3, state))
         assert run.checkpoints.steps() == [1]
 
 

@@ -5,8 +5,10 @@ hold in themselves is gone with them. Files in memory stay for as long as their 
 part is in the memory of another one too. A step's copy is whole where every process's part is somewhere.
 """
 
+import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -27,12 +29,14 @@ from jaxtron.checkpoint.record import DamageError
 from jaxtron.checkpoint.tiers.part_file import TEMPORARY, PartHead, Pieces, read_head, read_part, write_part
 from jaxtron.checkpoint.tiers.peers import Peers, fetch, keepers
 from jaxtron.checkpoint.tiers.pieces import layout_of, local_bytes, names_needed, put, take
-from jaxtron.checkpoint.tiers.places import IDENTITY_FILE, check_room, home
+from jaxtron.checkpoint.tiers.places import IDENTITY_FILE, check_room, homes
 from jaxtron.command import write_whole
+from jaxtron.config import UserError
 from jaxtron.typing import PyTree
 
 # two that are whole, while a third is written: another process may be one copy behind
 KEPT = 2
+WORD = re.compile("[0-9a-f]{16}")
 PATTERN = "step_{:08d}.part_{:05d}"
 
 
@@ -68,14 +72,19 @@ class Copies:
         self, config: CheckpointConfig, run_directory: Path, mesh: Mesh, abstract: PyTree, order: str = ""
     ) -> None:
         self._abstract, self._layout = abstract, layout_of(abstract, order, str(jax.process_count()))
-        self._run = _identity(run_directory)
+        self._identity = run_directory / IDENTITY_FILE
+        self._run = _run_of(self._identity)
         self._tiers = tuple(_tiers(config, self._run, mesh))
         for tier in self._tiers:
             for left in tier.directory.glob(f"*{TEMPORARY}"):
                 # by a process that was killed
                 left.unlink(missing_ok=True)
             share = local_bytes(abstract) * (1 if tier.peers is None else 2) * (KEPT + 1)
-            check_room(f"checkpoint.{tier.name}_every {tier.every}", tier.directory, share)
+            try:
+                check_room(f"checkpoint.{tier.name}_every {tier.every}", tier.directory, share)
+            except UserError:
+                self._leave()
+                raise
         self._background = ThreadPoolExecutor(1, thread_name_prefix="copies")
         self._writing: dict[str, tuple[int, Future[None]]] = {}
         self._problems: list[tuple[int, str]] = []
@@ -91,6 +100,9 @@ class Copies:
         A copy that cannot be written costs nobody the run: `take_problems` tells of it.
         """
         begun = time.perf_counter()
+        if self.count == 0 and jax.process_index() == 0:
+            # only now: a run that could not begin leaves nothing
+            write_whole(self._identity, self._run + "\n")
         due = [tier for tier in self._tiers if step % tier.every == 0]
         for tier in due:
             self._finish(tier.name)
@@ -159,6 +171,13 @@ class Copies:
         if remove:
             for tier in self._tiers:
                 shutil.rmtree(tier.directory, ignore_errors=True)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Remove directories with nothing in them."""
+        for tier in self._tiers:
+            with contextlib.suppress(OSError):
+                tier.directory.rmdir()
 
     def _finish(self, name: str) -> None:
         writing = self._writing.pop(name, None)
@@ -211,24 +230,24 @@ class Copies:
 
 def _tiers(config: CheckpointConfig, run: str, mesh: Mesh) -> Iterator[CopyTier]:
     """Those that the settings name; every process has all of them or none."""
-    if config.memory_every:
-        directory = home("checkpoint.memory_directory", config.memory_directory, run)
+    for name, above in homes(config).items():
+        directory = above / run
+        directory.mkdir(mode=0o700, exist_ok=True)
+        if name == "local":
+            yield CopyTier(name, directory, config.local_every, synced=True)
+            continue
         to = keepers(gather_texts(f"{os.uname().nodename}:{directory}"))
         peers = None if to is None else Peers(mesh, to)
-        yield CopyTier("memory", directory, config.memory_every, synced=False, peers=peers)
-    if config.local_directory is not None:
-        directory = home("checkpoint.local_directory", config.local_directory, run)
-        yield CopyTier("local", directory, config.local_every, synced=True)
+        yield CopyTier(name, directory, config.memory_every, synced=False, peers=peers)
 
 
-def _identity(run_directory: Path) -> str:
-    """What tells this run from another that was in the same directory before; made once, by the first process."""
+def _run_of(path: Path) -> str:
+    """What tells a run from another that was in its directory before: what the file says, or a new word."""
     found = ""
     if jax.process_index() == 0:
-        path = run_directory / IDENTITY_FILE
-        if not path.is_file():
-            write_whole(path, secrets.token_hex(8) + "\n")
-        found = path.read_text().strip()
+        said = path.read_text(errors="replace").strip() if path.is_file() else ""
+        # it becomes the name of a directory
+        found = said if WORD.fullmatch(said) else secrets.token_hex(8)
     return gather_texts(found)[0]
 
 

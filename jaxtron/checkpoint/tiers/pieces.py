@@ -10,7 +10,7 @@ from jaxtyping import Shaped
 
 from jaxtron.checkpoint.names import from_plain, name_of, plain, plain_abstract
 from jaxtron.checkpoint.tiers.part_file import Pieces
-from jaxtron.typing import Array, PyTree
+from jaxtron.typing import Array, Device, PyTree
 
 Index = tuple[slice, ...]
 
@@ -78,7 +78,7 @@ def _plain_leaves(abstract: PyTree) -> Iterable[tuple[jax.tree_util.KeyPath, jax
     return ((path, plain_abstract(like)) for path, like in jax.tree.leaves_with_path(abstract))
 
 
-def _by_device(name: str, like: jax.ShapeDtypeStruct) -> dict[jax.Device, str]:
+def _by_device(name: str, like: jax.ShapeDtypeStruct) -> dict[Device, str]:
     """For each device of this process, the piece of an array that it has."""
     assert like.sharding is not None
     places = like.sharding.addressable_devices_indices_map(like.shape)

@@ -6,6 +6,7 @@ import shutil
 import stat
 from pathlib import Path
 
+from jaxtron.checkpoint.config import CheckpointConfig
 from jaxtron.checkpoint.processes import gather_texts
 from jaxtron.config import UserError, expand_home
 from jaxtron.words import readable_bytes
@@ -14,8 +15,17 @@ from jaxtron.words import readable_bytes
 IDENTITY_FILE = "copies_of"
 
 
-def home(setting: str, root: str, run: str) -> Path:
-    """The directory for a run's copies below a root, which only this user may enter; made where it is not there.
+def homes(config: CheckpointConfig) -> dict[str, Path]:
+    """By the tier's name, where copies of all runs of this user lie on this host, as the settings say.
+
+    All processes call this; a `UserError` on all of them where one cannot have such a directory.
+    """
+    roots = {"memory": config.memory_directory if config.memory_every else None, "local": config.local_directory}
+    return {name: _home(f"checkpoint.{name}_directory", root) for name, root in roots.items() if root is not None}
+
+
+def _home(setting: str, root: str) -> Path:
+    """A directory below a root, which only this user may enter; made where it is not there.
 
     All processes call this; a `UserError` on all of them where one cannot have it.
     """
@@ -26,13 +36,11 @@ def home(setting: str, root: str, run: str) -> Path:
         found = above.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
             problem = f"{above} is somebody else's"
-        else:
-            (above / run).mkdir(mode=0o700, exist_ok=True)
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or str(error)
     if problem := next(filter(None, gather_texts(problem)), ""):
         raise UserError(f"{setting} {root}: no copies of the state can be written there: {problem}; choose another")
-    return above / run
+    return above
 
 
 def check_room(setting: str, directory: Path, needed: int) -> None:
