@@ -48,6 +48,9 @@ STEPS, EVERY = 24, 2
 MOST_SECONDS = 900.0
 # the command again may help (sysexits.h), ended by a signal, and by a loss that JAX tells first
 NOTICED = (interrupts.TRY_AGAIN,)
+# gloo gives processes thirty seconds to meet, which a machine with more to do than cores may not have for them
+STARVED = "Gloo context initialization failed"
+MOST_STARTS = 5
 COMMITTED = re.compile(r"step_(\d{8})")
 CONTINUING = re.compile(r"checkpoint of step (\d+) found: continuing")
 # dropout, microbatches, growing batches and warm-up: all that depends on the step, the sample or the key
@@ -157,7 +160,14 @@ class Soak:
         return self._undisturbed[str(layout)]
 
     def _once(
-        self, number: int, layout: Layout, directory: Path, victim: int, moment: Moment | None, continued: int
+        self,
+        number: int,
+        layout: Layout,
+        directory: Path,
+        victim: int,
+        moment: Moment | None,
+        continued: int,
+        starts: int = 1,
     ) -> Kill | list[str]:
         """One start of the command, killed at the moment; what is wrong with how it ended by itself."""
         begun, since = time.monotonic(), time.time()
@@ -176,6 +186,8 @@ class Soak:
             codes |= self._end(children, codes)
             output = self._output(directory, 0)
             wrong = [f"ended with {codes[one]}" for one in codes if codes[one] != 0]
+            if wrong and starts < MOST_STARTS and STARVED in self._errors(directory, layout):
+                return self._once(number, layout, directory, victim, moment, continued, starts + 1)
             wrong += self._wrong_beginning(output, continued) if not wrong else [self._errors(directory, layout)]
             return wrong
         now = time.monotonic()
@@ -192,6 +204,7 @@ class Soak:
             f"process {one} ended with {codes[one]}: {self._errors(directory, layout)}"
             for one in codes
             if one != victim and one not in hung and codes[one] not in (0, *NOTICED)
+            if STARVED not in self._errors(directory, layout)
         ]
         wrong += self._wrong_beginning(self._output(directory, 0), continued)
         wrong += _lost(directory, saved)

@@ -16,15 +16,15 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_runs_that_are_killed_end_as_undisturbed_ones(tmp_path: Path):
     log = tmp_path / "log.jsonl"
-    command = [sys.executable, "-m", "tests.faults", "soak", "--kills", "15", "--each", "4", "--log", str(log)]
+    command = [sys.executable, "-m", "tests.faults", "soak", "--kills", "8", "--each", "4", "--log", str(log)]
     # the suite's own settings of XLA are not for what it starts
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     kills = [line for line in lines if "phase" in line]
-    assert len(kills) == 15 and all(line["wrong"] == [] for line in lines)
-    assert {len(line["codes"]) for line in kills} == {1, 2, 4}
+    assert len(kills) == 8 and all(line["wrong"] == [] for line in lines)
+    assert {len(line["codes"]) for line in kills} == {1, 2}
     assert all(-9 in line["codes"] for line in kills) and len({line["phase"] for line in kills}) > 1
 
 
