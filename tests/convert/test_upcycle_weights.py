@@ -91,7 +91,7 @@ def test_a_mixture_has_the_logits_of_the_dense_model_in_transformers(tmp_path: P
             "",
             "has model.bias true, and its biases cannot become those of experts: a model without can be upcycled",
         ),
-        ("llama", {"model_type": "bert"}, "", 'config.json has model_type "bert": known here are bamba'),
+        ("llama", {"model_type": "rwkv"}, "", 'config.json has model_type "rwkv": known here are bamba'),
         (
             "llama",
             {"num_key_value_heads": 3},

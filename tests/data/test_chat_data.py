@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import jax
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as FastTokenizer
@@ -297,9 +298,11 @@ def test_training_that_would_leave_too_much_out_does_not_begin(tmp_path):
 
 def test_what_is_said_of_the_data_is_printed_before_training(make, capsys):
     blueprint = SimpleNamespace(num_parameters=1, num_trained=1)
+    mesh = SimpleNamespace(devices=np.array(jax.devices()))
+    known = {"sizes": {"data": 1}, "device_kind": "cpu", "attention": {}, "choices": ()}
     run = Mock(
         spec=Run,
-        session=SimpleNamespace(sizes={"data": 1}, device_kind="cpu", blueprint=blueprint, attention={}, choices=()),
+        session=SimpleNamespace(blueprint=blueprint, mesh=mesh, **known),
         directory="run",
         config=Configuration().resolved(),
         data=make([talk("q", "a", id=1)]),

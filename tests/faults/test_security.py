@@ -4,7 +4,6 @@ import ast
 import os
 import pickle
 import re
-import runpy
 import zlib
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from jaxtron.checkpoint import record
 from jaxtron.checkpoint.record import RECORD_FILE, DamageError
 from jaxtron.config import UserError
 from jaxtron.data.chat.template import Conversation, JinjaTemplate, Message
+from jaxtron.train.__main__ import main as train
 from jaxtron.weights.files import INDEX, open_files
 from jaxtron.weights.megatron.torch_file import open_torch_file
 from tests.support.commands import run_main
@@ -120,13 +120,12 @@ def test_a_configuration_chooses_no_file_of_code(tmp_path: Path, monkeypatch):
     (run / "evil").mkdir(parents=True)
     (run / "evil" / "family.py").write_text("raise SystemError('was run')")
     monkeypatch.chdir(tmp_path)
-    main = runpy.run_module("jaxtron.train.__main__", run_name="train")["main"]
     for name in ("run/evil", "./run/evil", "run/evil/family.py", "file:run/evil", "..run.evil", "/run/evil"):
-        ended = run_main(main, ["--model.family", name])
+        ended = run_main(train, ["--model.family", name])
         assert ended.code == 2 and ended.err.startswith("error: ") and "was run" not in ended.err, ended
     # tags of YAML make no objects
     (tmp_path / "a.yaml").write_text(f"seed: !!python/object/apply:os.mkdir ['{tmp_path}/sprung']\n")
-    ended = run_main(main, ["a.yaml"])
+    ended = run_main(train, ["a.yaml"])
     assert ended.code == 2 and "not valid YAML" in ended.err and not (tmp_path / "sprung").exists()
 
 
