@@ -165,7 +165,7 @@ WORDS = """
 --model.family bert_task --model.num_layers 2 --model.hidden_size 32 --model.num_heads 2 --model.vocab_size 261
 --model.initial_std 0.1 --data.sequence_length 8 --train.global_batch 32 --train.steps 150 --train.validate_every 0
 --train.validation_batches none --train.precision fp32 --optimizer.learning_rate 3e-3 --optimizer.warmup_steps 10
---checkpoint.every 150 --devices 1
+--checkpoint.every 150 --devices 8
 """
 
 
