@@ -38,6 +38,17 @@ def load(name: str) -> Fixture:
         return Fixture(json.loads(str(file["config"])), weights, file["tokens"], file["logits"])
 
 
+def load_batch(folder: str, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """A model's config.json, its weights, and the arrays of its batch and what came of it, from a folder's file."""
+    prefix = "weights/"
+    with np.load(FOLDER / folder / f"{name}.npz") as file:
+        weights = {
+            key.removeprefix(prefix): file[key] * np.float32(STEP) for key in file.files if key.startswith(prefix)
+        }
+        others = {key: file[key] for key in file.files if not key.startswith(prefix) and key != "config"}
+        return json.loads(str(file["config"])), weights, others
+
+
 def write(
     folder: Path, config: Mapping[str, Any], weights: Mapping[str, np.ndarray], names: Sequence[str] = ("model",)
 ) -> Path:

@@ -26,25 +26,13 @@ from jaxtron.sharding.rules import current, use
 from jaxtron.typing import PyTree
 from jaxtron.weights.hub import hub_settings
 from jaxtron.weights.load import load_parameters
-from tests.hugging_face.fixtures import FOLDER, STEP, write
+from tests.hugging_face.fixtures import FOLDER, load_batch, write
 from tests.support.plain import one_by_one
 from tests.support.tiny_tokenizer import write_tokenizer
 
 NAMES = sorted(path.stem for path in (FOLDER / "seq2seq").glob("*.npz"))
 TOLERANCE = 1e-5
-
-
-@functools.cache
-def fixture(name: str) -> tuple[dict, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """A model's config.json, its weights, and the arrays of its batch and what came of it."""
-    with np.load(FOLDER / "seq2seq" / f"{name}.npz") as file:
-        weights = {
-            key.removeprefix("weights/"): file[key] * np.float32(STEP)
-            for key in file.files
-            if key.startswith("weights/")
-        }
-        others = {key: file[key] for key in file.files if not key.startswith("weights/") and key != "config"}
-        return json.loads(str(file["config"])), weights, others
+fixture = functools.cache(functools.partial(load_batch, "seq2seq"))
 
 
 def batch_of(found: dict[str, np.ndarray]) -> T5Batch:

@@ -5,10 +5,8 @@ import json
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Integer
 
 from jaxtron.config import UserError
-from jaxtron.data.batch import TokenBatch
 from jaxtron.data.config import DataConfig
 from jaxtron.data.dataset import Data, wrapped
 from jaxtron.data.dataset import open_data as open_windows
@@ -28,6 +26,7 @@ from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.models.bert.batch import BertBatch, from_sample
 from jaxtron.models.bert.config import BertConfig
 from jaxtron.models.encoder.special_tokens import special_tokens
+from jaxtron.models.encoder.windows import WindowSamples
 
 
 def vocabulary_of(config: BertConfig, tokenizer: Tokenizer | None) -> BertVocabulary:
@@ -69,35 +68,26 @@ class MaskedTexts:
 
 
 @dataclass(frozen=True)
-class WindowsAsPairs:
+class WindowsAsPairs(WindowSamples):
     """Windows of a text as masked pairs: what each has of tokens that weigh, cut in two at a random place.
 
     Sample i draws from `RandomState(i)`.
     """
 
-    source: Source
     config: BertConfig
     vocabulary: BertVocabulary
-
-    @property
-    def sequence_length(self) -> int:
-        """Tokens of a sample, special ones and padding among them."""
-        return self.source.sequence_length
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitem__(self, index: int) -> BertBatch:
         rng = np.random.RandomState(index % 2**32)
         room = self.sequence_length - SPECIAL_TOKENS
-        text = self._text(index)
+        text = self.text(index)
         has_pair = self.config.pairs != "none" and len(text) > 1
         a, b, is_swapped = text, None, False
         if has_pair:
             a, b, is_swapped = make_pair(np.split(text, np.arange(1, len(text))), rng)
             if self.config.pairs == "next" and is_swapped:
                 # in its place some other text follows
-                a, b = b, self._text(int(rng.randint(len(self))))
+                a, b = b, self.text(int(rng.randint(len(self))))
         a, b = truncate_pair(a, b, room, rng)
         sample = make_bert_sample(
             a,
@@ -110,10 +100,6 @@ class WindowsAsPairs:
             rng=rng,
         )
         return from_sample(sample, has_pair=has_pair)
-
-    def _text(self, index: int) -> Integer[np.ndarray, "T"]:
-        sample: TokenBatch = self.source[index]
-        return sample.tokens[sample.weights > 0]
 
 
 def samples_of_text(config: BertConfig, source: Source, tokenizer: Tokenizer | None) -> Source:

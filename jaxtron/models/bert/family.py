@@ -15,12 +15,13 @@ from jaxtron.models.encoder.cost import (
     masked_head_work,
     padding_flops,
     passes,
+    pooled_products,
     recompute_levels,
 )
 from jaxtron.models.encoder.settings import check, evaluated, resolve, sizes
 from jaxtron.models.family import Family
 from jaxtron.models.work.model import ModelWork
-from jaxtron.models.work.operations import PhaseWork, Product, SlotWork
+from jaxtron.models.work.operations import SlotWork
 from jaxtron.models.work.shapes import Shapes, gathered_weights
 
 # what the pooled output tells apart
@@ -66,14 +67,9 @@ def _pooled(config: BertConfig, shapes: Shapes) -> SlotWork:
     """One token of each sequence through two products, forward and backward."""
     if config.pairs == "none":
         return SlotWork()
-    hidden, rows = config.hidden_size, shapes.rows
-    products = [
-        Product(*sizes, width=shapes.width, output_width=shapes.width)
-        for outputs in (hidden, CHOICES)
-        for sizes in ((rows, outputs, hidden), (rows, hidden, outputs), (hidden, outputs, rows))
-    ]
+    hidden = config.hidden_size
     weights = at_once(gathered_weights(shapes, hidden * (hidden + CHOICES)))
-    return SlotWork(forward=PhaseWork(tuple(products), stream=shapes.own_bytes(hidden), kernels=8) + weights)
+    return SlotWork(forward=pooled_products(shapes, hidden, CHOICES) + weights)
 
 
 def meaning(config: BertConfig) -> dict[str, Any]:

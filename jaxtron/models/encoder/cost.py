@@ -6,7 +6,7 @@ from jaxtron.models.encoder.settings import EncoderSettings
 from jaxtron.models.work.attention import AttentionShapes, core, core_temporaries, projections
 from jaxtron.models.work.blocks import embedding, linear, mlp, mlp_temporaries, norm, residual, token_head
 from jaxtron.models.work.model import StackWork
-from jaxtron.models.work.operations import PhaseWork, SlotWork
+from jaxtron.models.work.operations import PhaseWork, Product, SlotWork
 from jaxtron.models.work.shapes import Shapes, gathered_weights, over_tensor
 from jaxtron.roles import Role
 
@@ -114,6 +114,16 @@ def masked_head_work(config: EncoderSettings, shapes: Shapes) -> SlotWork:
     summed = PhaseWork(collectives=over_tensor(shapes, "all_reduce", hidden * hidden * shapes.width))
     transform = SlotWork(forward=at_once(made + gathered_weights(shapes, hidden * hidden)) + summed)
     return token_head(shapes, hidden, config.padded_vocab / shapes.tensor) + transform
+
+
+def pooled_products(shapes: Shapes, hidden: int, outputs: int) -> PhaseWork:
+    """One token of each sequence through a pooler and a head of so many outputs, forward and backward, in one slot."""
+    products = tuple(
+        Product(*sizes, width=shapes.width, output_width=shapes.width)
+        for columns in (hidden, outputs)
+        for sizes in ((shapes.rows, columns, hidden), (shapes.rows, hidden, columns), (hidden, columns, shapes.rows))
+    )
+    return PhaseWork(products, stream=shapes.own_bytes(hidden), kernels=8)
 
 
 def at_once(work: SlotWork) -> PhaseWork:

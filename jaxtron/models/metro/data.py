@@ -4,39 +4,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxtron.data.batch import TokenBatch
 from jaxtron.data.masked.bert import BertVocabulary
 from jaxtron.data.masked.sample import pad
 from jaxtron.data.source import Source
 from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.models.encoder.special_tokens import special_tokens
+from jaxtron.models.encoder.windows import WindowSamples
 from jaxtron.models.metro.batch import MetroBatch
 from jaxtron.models.metro.config import SPECIAL_TOKENS, MetroConfig
 
 
 @dataclass(frozen=True)
-class MaskedWindows:
+class MaskedWindows(WindowSamples):
     """`[CLS] text [SEP]` of what each window has of tokens that weigh, any of which is masked as likely as another.
 
     All that are masked become `[MASK]` (ELECTRA, 2003.10555). Sample i draws from `RandomState(i)`.
     """
 
-    source: Source
     config: MetroConfig
     vocabulary: BertVocabulary
 
-    @property
-    def sequence_length(self) -> int:
-        """Tokens of a sample, special ones and padding among them."""
-        return self.source.sequence_length
-
-    def __len__(self) -> int:
-        return len(self.source)
-
     def __getitem__(self, index: int) -> MetroBatch:
-        window: TokenBatch = self.source[index]
         length, special = self.sequence_length, self.vocabulary
-        text = window.tokens[window.weights > 0][: length - SPECIAL_TOKENS]
+        text = self.text(index)[: length - SPECIAL_TOKENS]
         targets = np.concatenate([[special.classify], text, [special.separate]]).astype(np.int32)
         count = self.config.masked_tokens(len(text))
         # behind [CLS]

@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Integer
 
 from jaxtron.config import NoEffect, UserError
-from jaxtron.data.batch import TokenBatch
 from jaxtron.data.config import PYTHON_STDLIB, Blend, DataConfig
 from jaxtron.data.dataset import Data, load_data_tokenizer, wrapped
 from jaxtron.data.dataset import open_data as open_windows
@@ -26,6 +25,7 @@ from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.models.bert.data import vocabulary_of
 from jaxtron.models.bert.task.batch import TaskBatch
 from jaxtron.models.bert.task.config import BertTaskConfig
+from jaxtron.models.encoder.windows import WindowSamples
 
 # what examples do not read of the data's settings
 UNREAD = ("split", "samples", "fill_in_middle", "chat", "mask_end_of_document", "reset_positions", "reset_attention")
@@ -222,38 +222,25 @@ def _text(row: Mapping[str, Any], name: str, place: str) -> str:
 
 
 @dataclass(frozen=True)
-class WindowsAsExamples:
+class WindowsAsExamples(WindowSamples):
     """Windows of a text cut in two, as examples of a task that needs no file: whether the parts were swapped, or which
     of several second parts is the window's own. Sample i draws from `RandomState(i)`."""
 
-    source: Source
     config: BertTaskConfig
     vocabulary: BertVocabulary
 
-    @property
-    def sequence_length(self) -> int:
-        """Tokens of a text, special ones and padding among them."""
-        return self.source.sequence_length
-
-    def __len__(self) -> int:
-        return len(self.source)
-
     def __getitem__(self, index: int) -> TaskBatch:
         rng = np.random.RandomState(index % 2**32)
-        text = self._text(index)
+        text = self.text(index)
         cut = int(rng.randint(1, max(len(text), 2)))
         label = int(rng.randint(self.config.choices if self.config.task == "choose" else 2))
         pair = (text[:cut], text[cut:])
         pairs = [pair[::-1] if label else pair]
         if self.config.task == "choose":
-            others = [self._text(int(rng.randint(len(self)))) for _ in range(self.config.choices)]
+            others = [self.text(int(rng.randint(len(self)))) for _ in range(self.config.choices)]
             pairs = [(pair[0], pair[1] if number == label else other) for number, other in enumerate(others)]
         rows = [make_row(a, b, self.sequence_length, self.vocabulary) for a, b in pairs]
         return example_of(rows, label, float(len(text) > 1))
-
-    def _text(self, index: int) -> Ids:
-        sample: TokenBatch = self.source[index]
-        return sample.tokens[sample.weights > 0]
 
 
 def examples_of_text(config: BertTaskConfig, source: Source, tokenizer: Tokenizer | None) -> Source:

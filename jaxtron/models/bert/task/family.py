@@ -10,12 +10,13 @@ from jaxtron.models.encoder.cost import (
     final_norm_parameters,
     layer_flops,
     layer_parameters,
+    pooled_products,
     recompute_levels,
 )
 from jaxtron.models.encoder.settings import check, evaluated, resolve, sizes
 from jaxtron.models.family import Family
 from jaxtron.models.work.model import ModelWork
-from jaxtron.models.work.operations import PhaseWork, Product, SlotWork
+from jaxtron.models.work.operations import SlotWork
 from jaxtron.models.work.shapes import Shapes, gathered_weights
 from jaxtron.roles import Role
 
@@ -47,14 +48,9 @@ def passes(_config: BertTaskConfig, name: str, role: Role, _axes: tuple[str, ...
 def work(config: BertTaskConfig, shapes: Shapes) -> ModelWork:
     """One stack, whose rows are texts, and a head of one token each."""
     own = replace(shapes, rows=shapes.rows * config.texts)
-    hidden, rows = config.hidden_size, own.rows
-    products = tuple(
-        Product(*lengths, width=shapes.width, output_width=shapes.width)
-        for outputs in (hidden, config.outputs)
-        for lengths in ((rows, outputs, hidden), (rows, hidden, outputs), (hidden, outputs, rows))
-    )
+    hidden = config.hidden_size
     weights = gathered_weights(own, hidden * (hidden + config.outputs))
-    head = PhaseWork(products, stream=own.own_bytes(hidden), kernels=8) + weights.forward + weights.weight
+    head = pooled_products(own, hidden, config.outputs) + weights.forward + weights.weight
     outer = embedding_parameters(config, shapes.length, shapes.tensor) + final_norm_parameters(config)
     return ModelWork(
         stacks=(encoder_work(config, own),),
