@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from jaxtron.config import UserError
 from jaxtron.train.__main__ import main
 from jaxtron.train.hooks import RunHook, RunStart, StepInfo
+from jaxtron.train.loop import LOOK_SECONDS
 from tests.support.command_runs import own_programs, small
 from tests.support.commands import Ended, run_main
 
@@ -24,9 +26,15 @@ def fail(_: Path) -> None:
     raise UserError("enough")
 
 
+def ask_by_file(directory: Path) -> None:
+    (directory / "stop").touch()
+    # a run of five quick steps would be over before it looks again
+    time.sleep(LOOK_SECONDS)
+
+
 ENDS: dict[str, tuple[Callable[[Path], object], int]] = {
     "complete": (lambda _: None, 0),
-    "a file": (lambda directory: (directory / "stop").touch(), 130),
+    "a file": (ask_by_file, 130),
     "SIGTERM": (lambda _: os.kill(os.getpid(), signal.SIGTERM), 130),
     "an error": (fail, 2),
 }
