@@ -7,7 +7,7 @@ import pytest
 
 from tests.support import checking, compiling
 
-pytest_plugins = ["pytester", "tests.support.durations", "tests.support.quarters"]
+pytest_plugins = ["pytester", "tests.support.durations", "tests.support.emitters", "tests.support.quarters"]
 
 # until all is imported, which leaves none
 gc.disable()

@@ -83,6 +83,15 @@ class HasPieces(Protocol):
         ...
 
 
+@runtime_checkable
+class HasPlaces(Protocol):
+    """A tokenizer that tells which part of a text each token is."""
+
+    def encode_places(self, text: str) -> tuple[Integer[np.ndarray, "T"], Integer[np.ndarray, "T 2"]]:
+        """Ids as `encode` gives them, and of each the first character and the one after the last."""
+        ...
+
+
 class ByteTokenizer:
     """The UTF-8 bytes of the text, and 256 for the end of a document."""
 
@@ -98,6 +107,12 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> Integer[np.ndarray, "T"]:
         return np.frombuffer(text.encode("utf-8"), np.uint8)
+
+    def encode_places(self, text: str) -> tuple[Integer[np.ndarray, "T"], Integer[np.ndarray, "T 2"]]:
+        ids = self.encode(text)
+        # all bytes but the first of a character begin with the bits 10
+        character = np.cumsum(ids & 0xC0 != 0x80) - 1
+        return ids, np.stack([character, character + 1], axis=1)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
         return [self.encode(text) for text in texts]
@@ -138,6 +153,11 @@ class CharacterTokenizer:
                 "training data; leave it out, or train with --data.tokenizer bytes"
             )
         return ids
+
+    def encode_places(self, text: str) -> tuple[Integer[np.ndarray, "T"], Integer[np.ndarray, "T 2"]]:
+        ids = self.encode(text)
+        character = np.arange(len(ids))
+        return ids, np.stack([character, character + 1], axis=1)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
         return [self.encode(text) for text in texts]
@@ -200,6 +220,10 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> Integer[np.ndarray, "T"]:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def encode_places(self, text: str) -> tuple[Integer[np.ndarray, "T"], Integer[np.ndarray, "T 2"]]:
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.array(found.ids, dtype=np.int64), np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)

@@ -43,6 +43,7 @@ CASES = [(subject, layout) for subject in FAMILY_SUBJECTS for layout in LAYOUTS 
 CASES += [(subject, layout) for subject in KIND_SUBJECTS for layout in OF_KINDS]
 # one that splits heads over tensor, the sequence or the stages, other rows and weights
 OF_OPTIONS = {
+    "answers": (CUBE, CONTEXT, SPLIT_BACKWARD),
     "gemma": (CUBE, CONTEXT),
     "neox": (Layout({"data": 2, "tensor": 4}, zero="parameters"), SPLIT_BACKWARD),
     "olmo": (PIPE, Layout({"fsdp": 2, "context": 2, "tensor": 2})),

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,10 +12,15 @@ from jaxtron.config import NoEffect, UserError
 from jaxtron.data.config import DataConfig
 from jaxtron.data.dataset import Data
 from jaxtron.data.masked.bert import BertVocabulary
+from jaxtron.data.tokenizers import load_tokenizer
+from jaxtron.models.bert.stack import Texts
+from jaxtron.models.bert.task.answer import answer_sums
 from jaxtron.models.bert.task.config import BertTaskConfig
 from jaxtron.models.bert.task.data import make_row, open_data
 from jaxtron.models.bert.task.program import figures
+from jaxtron.models.bert.task.questions import Question, windows
 from jaxtron.run.metrics import read_metrics
+from jaxtron.sharding.rules import use
 from jaxtron.train.__main__ import main as train
 from tests.support.commands import run_main
 
@@ -78,6 +84,74 @@ def test_answers_are_texts_of_their_own(tmp_path: Path):
     }
 
 
+ANSWERED = {"question": "what?", "context": "a red fox", "answers": {"text": ["red"], "answer_start": [2]}}
+
+
+def test_answers_are_places_in_a_text(tmp_path: Path):
+    rows = [ANSWERED, ANSWERED | {"context": "é red fox"}, ANSWERED | {"answers": []}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    # SQuAD's own form: one object
+    asked = [
+        {"id": "one", "question": "what?", "answers": [{"text": "red", "answer_start": 2}]},
+        {"id": "two", "question": "what?", "answers": [{"text": "red", "answer_start": 2}], "is_impossible": True},
+    ]
+    paragraphs = [{"context": "a red fox", "qas": asked}]
+    (tmp_path / "squad.json").write_text(json.dumps({"version": "2.0", "data": [{"paragraphs": paragraphs}]}))
+    found = {}
+    for name in ("rows.jsonl", "squad.json"):
+        data = read(tmp_path / name, config(task="answer"), validation_fraction=0)
+        found[name] = sorted(
+            (text_of(one.tokens[0]), *divmod(int(one.label), LENGTH))
+            for one in (data.train[number] for number in range(len(data.train)))
+        )
+    # behind `^what?|`
+    here, none = ("^what?|a red fox|", 9, 11), ("^what?|a red fox|", 0, 0)
+    # a letter of two bytes
+    assert found["rows.jsonl"] == [none, here, ("^what?|\xc3\xa9 red fox|", 10, 12)]
+    assert found["squad.json"] == [none, here]
+
+
+def test_a_long_text_is_several_windows():
+    tokenizer = load_tokenizer("bytes")
+    asked = Question("what?", "0123456789abcdefghijklmno", (20, 22))
+    model = config(task="answer", window_step=8, question_tokens=4)
+    found = list(windows(model, asked, 23, tokenizer))
+    assert [text_of(part.context) for part in found] == ["0123456789abcdef", "89abcdefghijklmn", "ghijklmno"]
+    assert {text_of(part.question) for part in found} == {"what"}
+    # of the second, which begins at 8; the first ends before it
+    assert [(part.first, part.last) for part in found] == [(0, 0), (6 + 12, 6 + 13), (6 + 4, 6 + 5)]
+    with pytest.raises(UserError, match="data.sequence_length 7 leaves no room for a text beside a question of 4"):
+        list(windows(model, asked, 7, tokenizer))
+
+
+def test_what_is_found_is_the_likeliest_stretch_of_the_text(rules_for, in_region):
+    # [CLS] question [SEP] four tokens [SEP] padding
+    types, segments = np.array([[0, 0, 0, 1, 1, 1, 1, 1, 0]]), np.array([[1, 1, 1, 1, 1, 1, 1, 1, 0]])
+    begins, ends = np.zeros((2, 9), np.float32)
+    # in the question and in the padding nothing is found; an end is not before its beginning, nor far behind it
+    begins[[1, 3, 4, 6, 8]], ends[[1, 3, 6, 8]] = [9, -9, 3, 1, 9], [9, 8, 4, 9]
+    logits = np.stack([begins, ends], axis=-1)[None]
+
+    def sums(logits: np.ndarray, right: tuple[int, int], longest: int = 30) -> tuple[float, ...]:
+        def whole(logits: Any, types: Any, segments: Any, label: Any) -> Any:
+            return answer_sums(logits, Texts(types, types, segments), label, jnp.ones(1), longest)
+
+        with use(rules_for(data=1)):
+            found = in_region(whole)(logits, types, segments, np.array([right[0] * 9 + right[1]]))
+        return tuple(map(float, found))
+
+    loss, exact, overlap = sums(logits, (4, 5))
+    plain = [np.log(np.exp(numbers[:8]).sum()) - numbers[place] for numbers, place in ((begins, 4), (ends, 5))]
+    np.testing.assert_allclose(loss, np.mean(plain), rtol=1e-6)
+    # found are 4 to 6: two of three, both of two
+    assert exact == 0 and overlap == pytest.approx(2 * 2 / (3 + 2))
+    assert sums(logits, (4, 6))[1:] == (1, 1)
+    # of two tokens at most: 6 alone
+    assert sums(logits, (6, 6), longest=2)[1:] == (1, 1)
+    # none is said at [CLS]
+    assert sums(np.where(np.arange(9)[None, :, None] == 0, 20, logits), (0, 0))[1:] == (1, 1)
+
+
 def test_of_parts_too_long_the_longer_is_cut():
     vocabulary = BertVocabulary(classify=CLS, separate=SEP, mask=259, pad=PAD, size=257)
 
@@ -117,6 +191,19 @@ def test_of_parts_too_long_the_longer_is_cut():
             {"task": "choose", "choices": 2},
             "line 1 has 'C' in answer: it is a letter from A to B, or a number from 0",
         ),
+        ('{"question": "a", "context": "b"}\n', {"task": "answer"}, "line 1 has no column answers, only question"),
+        ('{"question": "a", "context": 1, "answers": []}\n', {"task": "answer"}, "line 1 has no text in context"),
+        (
+            '{"question": "a", "context": "b", "answers": ["b"]}\n',
+            {"task": "answer"},
+            "line 1 has no answers in answers: give {text",
+        ),
+        (
+            '{"question": "a", "context": "b c", "answers": {"text": ["c"], "answer_start": [1]}}\n',
+            {"task": "answer"},
+            "line 1: the answer 'c' does not stand at character 1 of the text, which has ' ' there",
+        ),
+        ('{"data": [{"paragraphs": 3}]}\n', {"task": "answer"}, "line 1 has no list of objects in paragraphs"),
     ],
 )
 def test_what_is_wrong_with_a_row_is_told(text: str, changes: dict, message: str, tmp_path: Path):
@@ -134,6 +221,8 @@ def test_settings_that_mean_nothing_are_refused(tmp_path: Path):
     for changes, message in (
         ({"task": "choose", "labels": ("a", "b")}, "model.labels"),
         ({"choices": 3}, "model.choices"),
+        ({"window_step": 3}, "model.window_step"),
+        ({"task": "answer", "columns": ("a", "b")}, "must be 3 different names for model.task answer"),
         ({"labels": ("a", "a")}, "must be two classes or more, each once"),
         ({"columns": ("a", "b", "c", "d")}, "must be 2 or 3 different names for model.task classify"),
         ({"task": "choose", "columns": ("a", "b")}, "must be 4 different names for model.task choose"),
@@ -146,6 +235,8 @@ def test_f1_is_of_the_second_class():
     sums = {"accuracy": 6.0, "wanted": 5.0, "told": 3.0, "hits": 2.0}
     assert figures(config(), sums, {"examples": 10.0}) == {"accuracy": 0.6, "f1": 2 * 2 / (5 + 3)}
     assert figures(config(), {**sums, "wanted": 0.0, "told": 0.0, "hits": 0.0}, {"examples": 10.0})["f1"] == 0
+    found = {**sums, "overlap": 7.5}
+    assert figures(config(task="answer"), found, {"examples": 10.0}) == {"exact": 0.6, "f1": 0.75}
     assert figures(config(labels=("a", "b", "c")), sums, {"examples": 10.0}) == {"accuracy": 0.6}
 
 
@@ -176,6 +267,32 @@ def test_a_small_set_is_learned(tmp_path: Path, monkeypatch):
     train([*WORDS.split(), "--data.train", files[0], "--data.validation", files[1], "--run.directory", "run"])
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["validation_accuracy"] > 0.95 and last["validation_f1"] > 0.95
+
+
+def write_questions(path: Path, count: int, seed: int) -> Path:
+    """Where a letter stands, once or more, among others; it may be missing."""
+    random, lines = np.random.default_rng(seed), []
+    for _ in range(count):
+        letters, sizes = random.permutation([*"abcd"]).tolist(), random.integers(1, 4, 4).tolist()
+        context = "".join(letter * size for letter, size in zip(letters[:3], sizes, strict=False))
+        asked = int(random.integers(4))
+        found = {"text": [], "answer_start": []}
+        if asked < 3:
+            text = letters[asked] * sizes[asked]
+            found = {"text": [text], "answer_start": [context.index(text)]}
+        lines.append(json.dumps({"question": letters[asked], "context": context, "answers": found}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.slow
+def test_answers_are_learned(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = [str(write_questions(tmp_path / f"{count}.jsonl", count, seed=count)) for count in (2000, 64)]
+    words = WORDS.replace("sequence_length 8", "sequence_length 16 --model.task answer").replace(" 150", " 300")
+    train([*words.split(), "--data.train", files[0], "--data.validation", files[1], "--run.directory", "run"])
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["validation_exact"] > 0.9 and last["validation_f1"] >= last["validation_exact"]
 
 
 BEGINS = "--checkpoint.allow_missing choice.* --checkpoint.allow_unused masked.* pairs.*"

@@ -1,8 +1,8 @@
 """XLA as tests have it, in their own process and in those that they start: quick to compile, slow to run.
 
 Most of the time goes into LLVM and MLIR, for programs that run once. The older emitters of fusions, which do without
-MLIR, halve it (`--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters`), but round by how XLA fuses: programs
-that compute the same then differ in their last bits, and drop another token where two are as likely.
+MLIR, halve it, but round by how XLA fuses: programs that compute the same then differ in their last bits, and drop
+another token where two are as likely. A test of such bits is marked `usual_emitters` (`support/emitters.py`).
 """
 
 import atexit
@@ -12,10 +12,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-)
+LITTLE_WORK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+OLDER_EMITTERS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+USUAL = "JAXTRON_TEST_EMITTERS"
+"""In the environment of a process of tests: `usual` for XLA's emitters as users have them."""
+QUICK = LITTLE_WORK if os.environ.get(USUAL) == "usual" else f"{LITTLE_WORK} {OLDER_EMITTERS}"
 # JAX keeps what took a second; read from the environment, by processes that a test starts too
 KEEP_SECONDS = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
 
@@ -32,6 +33,16 @@ def eight_devices() -> None:
     # as `simulate_devices` has it: eight devices that wait for each other want more threads than a small machine has
     os.environ.setdefault("PJRT_NPROC", "32")
     os.environ.update(KEEP_SECONDS)
+
+
+def has_usual_emitters() -> bool:
+    """Whether this process's programs are fused as users have them."""
+    return QUICK == LITTLE_WORK or os.environ["JAX_PLATFORMS"] != "cpu"
+
+
+def usual_emitters() -> dict[str, str]:
+    """What the environment of a process has in which they are."""
+    return {USUAL: "usual", "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(OLDER_EMITTERS, "")}
 
 
 @functools.cache

@@ -72,6 +72,7 @@ def without(folder: Path, name: str, first: int, end: int, steps: int) -> list[d
 
 
 @pytest.mark.slow
+@pytest.mark.usual_emitters
 def test_skipped_steps_change_nothing(tmp_path: Path, plant: Callable[..., set[int]]):
     planted = plant(6 * ROWS)
     ended = train(tmp_path, "run", "--train.health.on_bad", "skip", *CONSTANT)

@@ -86,6 +86,7 @@ REFINED = [
 
 
 @pytest.mark.slow
+@pytest.mark.usual_emitters
 @pytest.mark.parametrize(("name", "mesh", "zero", "microbatches", "context"), REFINED, ids=str)
 def test_a_mesh_refined_for_experts_computes_the_same_bits(name, mesh, zero, microbatches, context):
     model, context = changed(MODELS[name], **SCANNED), ContextConfig(**context)

@@ -13,6 +13,7 @@ from jaxtron.models.encoder.attention_backends import ENCODER, attention_backend
 from jaxtron.models.encoder.heads import MaskedHead
 from jaxtron.models.encoder.layer import EncoderEmbedding, EncoderLayers, make_core, make_norm
 from jaxtron.models.program import BuildContext, whole
+from jaxtron.sharding.collectives import vary
 from jaxtron.sharding.rules import constrain, current, spec
 from jaxtron.typing import Array, Float, Int
 
@@ -100,7 +101,8 @@ def first_token(x: Float[Array, "B S E"]) -> Float[Array, "B E"]:
     is_first = (local_positions(x.shape[1]) == 0).astype(x.dtype)
     # a sum of which one summand is not 0: of parts of a sequence only the first has it
     found = constrain((x * is_first[:, None]).sum(1), "batch", "embed")
-    return jax.lax.psum(found, current().axes("context")) if current().parts("context") > 1 else found
+    # each device counts its share of what becomes of it, and shares are summed in the backward
+    return vary(jax.lax.psum(found, current().axes("context"))) if current().parts("context") > 1 else found
 
 
 def choice_loss(

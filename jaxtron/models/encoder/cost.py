@@ -126,6 +126,12 @@ def pooled_products(shapes: Shapes, hidden: int, outputs: int) -> PhaseWork:
     return PhaseWork(products, stream=shapes.own_bytes(hidden), kernels=8)
 
 
+def token_products(shapes: Shapes, hidden: int, outputs: int, *, bias: bool) -> PhaseWork:
+    """A few numbers of each token of a device's own positions, with gradients, in one slot."""
+    own = replace(shapes, rows=shapes.rows / shapes.tensor) if shapes.profile.sequence_sharded else shapes
+    return at_once(linear(own, hidden, outputs, bias=bias))
+
+
 def at_once(work: SlotWork) -> PhaseWork:
     """All of it in one slot: a head's gradients are formed in its forward."""
     return work.forward + work.backward + work.weight

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from jaxtron.models.encoder.cost import (
-    at_once,
     embedding_parameters,
     encoder_work,
     final_norm_parameters,
@@ -12,9 +11,9 @@ from jaxtron.models.encoder.cost import (
     masked_head_flops,
     masked_head_parameters,
     masked_head_work,
+    token_products,
 )
 from jaxtron.models.metro.config import MetroConfig
-from jaxtron.models.work.blocks import linear
 from jaxtron.models.work.model import ModelWork
 from jaxtron.models.work.operations import PhaseWork, Product, SlotWork
 from jaxtron.models.work.shapes import FLOAT, Shapes, gather
@@ -68,7 +67,7 @@ def work(config: MetroConfig, shapes: Shapes) -> ModelWork:
     beside = FLOAT * (shapes.tokens + config.num_heads / shapes.tensor * (2 * config.max_distance + 1))
     return ModelWork(
         stacks=(auxiliary, replace(main, enter=main.enter + _between(config, places))),
-        head=masked_head_work(config, places) + _detection(config, shapes),
+        head=masked_head_work(config, places) + SlotWork(forward=token_products(shapes, hidden, 1, bias=True)),
         outer_parameters=embedding_parameters(config, shapes.length, shapes.tensor)
         + head_parameters(config, shapes.tensor),
         stream=shapes.stream_bytes(hidden) + beside,
@@ -93,10 +92,3 @@ def _between(config: MetroConfig, places: Shapes) -> SlotWork:
     stream = places.tokens * vocab * places.profile.logit_bytes
     scored = PhaseWork((logits, transform), stream=stream, kernels=8)
     return SlotWork(forward=drawn + scored, backward=drawn + masked_head_work(config, places).forward)
-
-
-def _detection(config: MetroConfig, shapes: Shapes) -> SlotWork:
-    """A number of each token of a device's own positions, with gradients."""
-    own = replace(shapes, rows=shapes.rows / shapes.tensor) if shapes.profile.sequence_sharded else shapes
-    made = linear(own, config.hidden_size, 1, bias=True)
-    return SlotWork(forward=at_once(made))

@@ -25,6 +25,7 @@ from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.models.bert.data import vocabulary_of
 from jaxtron.models.bert.task.batch import TaskBatch
 from jaxtron.models.bert.task.config import BertTaskConfig
+from jaxtron.models.bert.task.questions import Question, questions_of_row, windows
 from jaxtron.models.encoder.windows import WindowSamples
 
 # what examples do not read of the data's settings
@@ -98,8 +99,11 @@ def open_data(config: BertTaskConfig, data: DataConfig, *, seed: int, train_samp
         )
     tokenizer = load_data_tokenizer(data)
     vocabulary = vocabulary_of(config, tokenizer)
-    encode = functools.partial(_encoded, length=data.sequence_length, tokenizer=tokenizer, vocabulary=vocabulary)
-    digest = hashlib.sha256(json.dumps([config.task, config.names, config.labels, data.sequence_length, seed]).encode())
+    encode = functools.partial(_encoded, config, data.sequence_length, tokenizer=tokenizer, vocabulary=vocabulary)
+    identity: list[Any] = [config.task, config.names, config.labels, data.sequence_length, seed]
+    if config.task == "answer":
+        identity += [config.window_step, config.question_tokens]
+    digest = hashlib.sha256(json.dumps(identity).encode())
     parts: dict[str, Any] = {name: NO_SAMPLES for name in ("train", "validation", "test")}
     if data.train is not None:
         for name, blend in (("train", data.train), ("validation", data.validation), ("test", data.test)):
@@ -117,7 +121,20 @@ def open_data(config: BertTaskConfig, data: DataConfig, *, seed: int, train_samp
     return Data(config=data, seed=seed, tokenizer=tokenizer, fingerprint=f"{digest.hexdigest()}", **parts)
 
 
-def _encoded(examples: Sequence[Example], *, length: int, tokenizer: Tokenizer, vocabulary: BertVocabulary) -> Examples:
+def _encoded(
+    config: BertTaskConfig,
+    length: int,
+    found: Sequence[Example] | Sequence[Question],
+    *,
+    tokenizer: Tokenizer,
+    vocabulary: BertVocabulary,
+) -> Examples:
+    if config.task == "answer":
+        asked = [one for one in found if isinstance(one, Question)]
+        parts = [part for one in asked for part in windows(config, one, length, tokenizer)]
+        places = [label_of(part.first, part.last, length) for part in parts]
+        return Examples([((part.question, part.context),) for part in parts], places, length, vocabulary)
+    examples = [one for one in found if isinstance(one, Example)]
     words = [text for example in examples for pair in example.texts for text in pair if text is not None]
     ids = iter([found.astype(np.int32)[:length] for found in tokenizer.encode_batch(words)])
     texts = [
@@ -126,15 +143,25 @@ def _encoded(examples: Sequence[Example], *, length: int, tokenizer: Tokenizer, 
     return Examples(texts, [example.label for example in examples], length, vocabulary)
 
 
-def _read(config: BertTaskConfig, data: DataConfig, blend: Blend, setting: str, digest: Any) -> list[Example]:
+def label_of(first: int, last: int, length: int) -> int:
+    """An answer's first and last place in a sequence of so many tokens, as one number."""
+    return first * length + last
+
+
+def _read(
+    config: BertTaskConfig, data: DataConfig, blend: Blend, setting: str, digest: Any
+) -> list[Example] | list[Question]:
     """All examples of some files; `digest` is told of their lines."""
     path = read_data_path(blend, setting)
     if path.weights is not None:
         raise UserError(f"{setting} has weights, which examples are not blended by: leave them out")
-    examples = []
+    examples: list[Any] = []
     for file in find_files(path.files(), cache=cache_root(data.cache_directory)):
         for place, row in _rows(file, digest):
-            examples.append(make_example(config, row, place))
+            made = (
+                questions_of_row(config, row, place) if config.task == "answer" else [make_example(config, row, place)]
+            )
+            examples.extend(made)
     if not examples:
         raise UserError(f"{setting} has no example: give files with a row for each")
     return examples
@@ -223,8 +250,8 @@ def _text(row: Mapping[str, Any], name: str, place: str) -> str:
 
 @dataclass(frozen=True)
 class WindowsAsExamples(WindowSamples):
-    """Windows of a text cut in two, as examples of a task that needs no file: whether the parts were swapped, or which
-    of several second parts is the window's own. Sample i draws from `RandomState(i)`."""
+    """Windows of a text as examples of a task that needs no file: whether its two parts were swapped, which of several
+    second parts is its own, or where a part of it stands. Sample i draws from `RandomState(i)`."""
 
     config: BertTaskConfig
     vocabulary: BertVocabulary
@@ -232,6 +259,8 @@ class WindowsAsExamples(WindowSamples):
     def __getitem__(self, index: int) -> TaskBatch:
         rng = np.random.RandomState(index % 2**32)
         text = self.text(index)
+        if self.config.task == "answer":
+            return self._place_of_part(text, rng)
         cut = int(rng.randint(1, max(len(text), 2)))
         label = int(rng.randint(self.config.choices if self.config.task == "choose" else 2))
         pair = (text[:cut], text[cut:])
@@ -241,6 +270,18 @@ class WindowsAsExamples(WindowSamples):
             pairs = [(pair[0], pair[1] if number == label else other) for number, other in enumerate(others)]
         rows = [make_row(a, b, self.sequence_length, self.vocabulary) for a, b in pairs]
         return example_of(rows, label, float(len(text) > 1))
+
+    def _place_of_part(self, text: Ids, rng: np.random.RandomState) -> TaskBatch:
+        """A question that is a few tokens of a text, which stand in it; the answer is where."""
+        length = self.sequence_length
+        asked = max(1, (length - SPECIAL_TOKENS) // 4)
+        text = text[: length - SPECIAL_TOKENS - asked]
+        size = min(asked, self.config.question_tokens, self.config.answer_tokens, max(len(text), 1))
+        begin = int(rng.randint(max(len(text) - size, 0) + 1))
+        question = text[begin : begin + size]
+        first = len(question) + 2 + begin
+        label = label_of(first, first + len(question) - 1, length) if len(text) else 0
+        return example_of([make_row(question, text, length, self.vocabulary)], label, float(len(text) > 0))
 
 
 def examples_of_text(config: BertTaskConfig, source: Source, tokenizer: Tokenizer | None) -> Source:

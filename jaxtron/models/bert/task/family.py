@@ -12,6 +12,7 @@ from jaxtron.models.encoder.cost import (
     layer_parameters,
     pooled_products,
     recompute_levels,
+    token_products,
 )
 from jaxtron.models.encoder.settings import check, evaluated, resolve, sizes
 from jaxtron.models.family import Family
@@ -28,29 +29,35 @@ def num_parameters(config: BertTaskConfig, length: int) -> int:
 
 
 def head_parameters(config: BertTaskConfig) -> int:
-    """Of the pooler and of what tells classes apart."""
+    """Of the pooler and of what tells classes apart, or of what finds answers."""
     hidden = config.hidden_size
+    if config.task == "answer":
+        return config.outputs * hidden
     return hidden * (hidden + 1) + config.outputs * (hidden + (config.outputs > 1))
 
 
 def flops_per_token(config: BertTaskConfig, length: int) -> float:
     """Of a token's forward and backward in all texts of its example; the head's are shared out over the sequence."""
     hidden = config.hidden_size
-    head = 2.0 * hidden * (hidden + config.outputs) / length
+    outputs = 2.0 * hidden * config.outputs
+    head = outputs if config.task == "answer" else (2.0 * hidden * hidden + outputs) / length
     return 3.0 * config.texts * (config.num_layers * layer_flops(config, length) + head)
 
 
 def passes(_config: BertTaskConfig, name: str, role: Role, _axes: tuple[str, ...]) -> float:
     """How many products of a token each number of a parameter is in; those of one token alone count for nothing."""
-    return float(role == "kernel" and name.startswith("encoder."))
+    return float(role == "kernel" and name.startswith(("encoder.", "answer.")))
 
 
 def work(config: BertTaskConfig, shapes: Shapes) -> ModelWork:
-    """One stack, whose rows are texts, and a head of one token each."""
+    """One stack, whose rows are texts, and a head of one token each, or of all."""
     own = replace(shapes, rows=shapes.rows * config.texts)
     hidden = config.hidden_size
-    weights = gathered_weights(own, hidden * (hidden + config.outputs))
-    head = pooled_products(own, hidden, config.outputs) + weights.forward + weights.weight
+    if config.task == "answer":
+        head = token_products(own, hidden, config.outputs, bias=False)
+    else:
+        weights = gathered_weights(own, hidden * (hidden + config.outputs))
+        head = pooled_products(own, hidden, config.outputs) + weights.forward + weights.weight
     outer = embedding_parameters(config, shapes.length, shapes.tensor) + final_norm_parameters(config)
     return ModelWork(
         stacks=(encoder_work(config, own),),
