@@ -21,7 +21,8 @@ from benchmarks import record
 from jaxtron.command import run_command
 from jaxtron.config import load
 from jaxtron.models.decoder.cost import num_parameters
-from jaxtron.models.decoder.decode import DecoderMemory, Steps
+from jaxtron.models.decoder.decode import Steps
+from jaxtron.models.growing import SequenceMemory
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import make_session
 from jaxtron.runtime.start import start_runtime
@@ -100,7 +101,7 @@ def measure(configs: dict[str, Configuration], rows: int, length: int, steps: in
 
 def side(
     config: Configuration, rows: int, length: int, more: int
-) -> tuple[Callable[[DecoderMemory, Array], tuple[Array, DecoderMemory]], DecoderMemory]:
+) -> tuple[Callable[[SequenceMemory, Array], tuple[Array, SequenceMemory]], SequenceMemory]:
     """A model's step, which takes the likeliest token, and what it remembers of so many positions, with room for more.
 
     Memory that a step is given is gone after it.
@@ -113,11 +114,11 @@ def side(
             module = session.blueprint.module(session.blueprint.working(params, jnp.float32))
             return Steps(module, session.trainer.stages.partitions[0])
 
-        def local(model: Steps, memory: DecoderMemory, token: Array) -> tuple[Array, DecoderMemory]:
+        def local(model: Steps, memory: SequenceMemory, token: Array) -> tuple[Array, SequenceMemory]:
             logits, memory = model.advance(token, memory)
             return jnp.argmax(logits, -1, keepdims=True).astype(jnp.int32), memory
 
-        def start(model: Steps, tokens: Array) -> DecoderMemory:
+        def start(model: Steps, tokens: Array) -> SequenceMemory:
             return model.advance(tokens, model.start(rows, length + more), begins=True)[1]
 
         model = jax.jit(region(make, (specs,), split))(session.initial_state().params)
@@ -129,9 +130,9 @@ def side(
         ]
         layers = jax.tree.unflatten(jax.tree.structure(memory.layers), filled)
         lengths = jax.device_put(jnp.full(rows, length, jnp.int32), memory.lengths.sharding)
-        memory = DecoderMemory(layers, lengths, memory.room)
+        memory = SequenceMemory(layers, lengths, memory.room)
 
-    def run(memory: DecoderMemory, token: Array) -> tuple[Array, DecoderMemory]:
+    def run(memory: SequenceMemory, token: Array) -> tuple[Array, SequenceMemory]:
         with session.use():
             return step(model, memory, token)
 

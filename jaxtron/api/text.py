@@ -11,10 +11,9 @@ from jaxtron.config import UserError
 from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.generate.batch import Batch, GrowingSequence, Grown
 from jaxtron.generate.engine import GenerationEngine
-from jaxtron.generate.opening import SpeakingModel
+from jaxtron.generate.opening import SpeakingModel, speaking_model
 from jaxtron.generate.settings import SamplingSettings
 from jaxtron.generate.source import ModelConfiguration
-from jaxtron.generate.streaming import hidden_tokens
 from jaxtron.run.session import RunSession
 from jaxtron.typing import PyTree
 
@@ -35,9 +34,10 @@ class Speaker:
         """For so many prompts at a time, or fewer where they are many."""
         config = session.config
         room = config.data.sequence_length
-        engine = GenerationEngine(session, params, rows=min(prompts, MOST_ROWS), room=room)
         configuration = ModelConfiguration(None, config, room, None, {}, ())
-        return cls(SpeakingModel(engine, tokenizer, configuration, (), hidden_tokens(tokenizer)), engine)
+        model = speaking_model(session, params, tokenizer, configuration, rows=min(prompts, MOST_ROWS))
+        assert isinstance(model.engine, GenerationEngine)
+        return cls(model, model.engine)
 
     def write(self, prompts: Sequence[Integer[np.ndarray, "_"]], settings: SamplingSettings, seed: int) -> list[str]:
         """What follows each prompt."""

@@ -21,6 +21,7 @@ from jaxtron.convert.target import check_room, whole_directory
 from jaxtron.convert.transfer import OF_FILES, TransferRequest
 from jaxtron.data.tokenizers import load_tokenizer
 from jaxtron.generate.origin import began_with
+from jaxtron.models.families import program_of
 from jaxtron.models.family import FamilyConfig
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.history import CONFIG_FILE
@@ -37,7 +38,7 @@ from jaxtron.weights.table import TensorTable, own_shape
 from jaxtron.words import plural, readable_bytes
 
 # of a tokenizer's, said again where the run's is another than the one that it began with
-OF_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id")
+OF_TOKENIZER = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "sep_token_id")
 LARGEST = {
     "fp32": float(np.finfo(np.float32).max),
     "fp16": float(np.finfo(np.float16).max),
@@ -181,8 +182,15 @@ def _check_numbers(name: str, part: np.ndarray, dtype: str, path: Path) -> None:
 
 
 def _ends(trained: Configuration) -> dict[str, int]:
-    """The number of the token that ends a document, where the run's tokenizer has one and needs no data for that."""
+    """The tokens by which text begins and ends, where the run's tokenizer says so and needs no data for it."""
     tokenizer = load_tokenizer(trained.data.tokenizer, end_of_document=trained.data.end_of_document)
-    if tokenizer is None or tokenizer.end_of_document is None:
+    if tokenizer is None:
         return {}
-    return {"eos_token_id": tokenizer.end_of_document}
+    if trained.family.writes == "answer":
+        try:
+            text = program_of(trained.model).answers(trained.model, tokenizer, None, None)
+        except UserError:
+            # a vocabulary without room for what begins an answer: such a model was never trained here
+            return {}
+        return {"decoder_start_token_id": text.begin, "eos_token_id": text.end, "pad_token_id": text.begin}
+    return {} if tokenizer.end_of_document is None else {"eos_token_id": tokenizer.end_of_document}

@@ -6,8 +6,7 @@ from jaxtron import interrupts  # noqa: F401  (answers Ctrl-C while the rest is 
 from jaxtron.command import hand_over, run_command
 from jaxtron.config import UserError
 from jaxtron.evaluate.request import ALL_USAGE, parse, read_configuration, read_text, read_token_ids
-from jaxtron.evaluate.tasks_request import is_of_tasks, parse_tasks
-from jaxtron.generate.source import read_model
+from jaxtron.evaluate.tasks_request import is_of_tasks, parse_tasks, read_asked
 
 
 def main(argv: list[str]) -> int:
@@ -17,7 +16,7 @@ def main(argv: list[str]) -> int:
         return 2
     if is_of_tasks(argv):
         asked = parse_tasks(argv)
-        hand_over("jaxtron.evaluate.tasks").run_tasks(asked, read_model(asked.source))
+        hand_over("jaxtron.evaluate.tasks").run_tasks(asked, read_asked(asked))
         return 0
     request = parse(argv)
     trained, config = read_configuration(request)

@@ -83,7 +83,7 @@ def _check_purpose(found: argparse.Namespace) -> None:
         if not found.text:
             raise UserError(
                 "nothing to score: give --text FILE, --token_ids FILE.json --logits FILE.npy, --tasks NAME[,NAME ...], "
-                f"or --last_words FILE.jsonl; {PROGRAM} --help lists the flags"
+                f"--last_words FILE.jsonl or --pairs FILE.jsonl; {PROGRAM} --help lists the flags"
             )
         return
     if found.token_ids is None or found.logits is None:
@@ -188,8 +188,8 @@ def _parser() -> FlagParser:
     )
     further = (
         f"Of training's settings it takes {taken(*TAKEN)} (python -m jaxtron.train --help). The mesh need not be that "
-        "of the training; by default it is one device, and with --devices all of those. The flags of --tasks and of "
-        f"--last_words are listed by {PROGRAM} --help --tasks."
+        "of the training; by default it is one device, and with --devices all of those. The flags of --tasks, "
+        f"--last_words and --pairs are listed by {PROGRAM} --help --tasks."
     )
     parser = FlagParser(PROGRAM, purpose, usage=ALL_USAGE, further=further, others=settings(Configuration))
     add = parser.add_argument

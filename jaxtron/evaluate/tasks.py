@@ -6,6 +6,8 @@ from typing import Any
 from jaxtron.command import write_whole
 from jaxtron.evaluate.harness import HarnessModel, as_json, check_installed, evaluate_tasks, table
 from jaxtron.evaluate.last_words import read_texts, score_last_words
+from jaxtron.evaluate.overlap import check_package
+from jaxtron.evaluate.pairs import read_wanted_pairs, score_pairs
 from jaxtron.evaluate.tasks_request import TasksRequest
 from jaxtron.generate.opening import SpeakingModel, open_model
 from jaxtron.generate.source import ModelConfiguration
@@ -21,7 +23,10 @@ def run_tasks(request: TasksRequest, configuration: ModelConfiguration) -> None:
     """Prints the figures, and writes them where asked to."""
     # before the model: a file or a package that is not there is told at once
     texts = None if request.last_words is None else read_texts(request.last_words, request.limit)
-    if texts is None:
+    pairs = None if request.pairs is None else read_wanted_pairs(request.pairs, request.limit)
+    for score in request.scores:
+        check_package(score)
+    if request.tasks:
         check_installed()
     config = configuration.config
     start_runtime(config.runtime, devices=config.devices)
@@ -30,7 +35,11 @@ def run_tasks(request: TasksRequest, configuration: ModelConfiguration) -> None:
         open_model(request.source, configuration, rows=ROWS) as model,
         finite_logits(request.source),
     ):
-        if texts is None:
+        if pairs is not None:
+            scores = score_pairs(model, pairs, request.scores, request.max_new_tokens)
+            print(scores.text())
+            figures = json.dumps(scores.json(), indent=1, ensure_ascii=False)
+        elif texts is None:
             results = _run_harness(request, model)
             print(table(results))
             figures = as_json(results)

@@ -21,7 +21,8 @@ from jaxtron.config import UserError
 from jaxtron.generate.sampling import NO_TOKEN, choose, empty_state, features_of, place
 from jaxtron.generate.settings import SamplingSettings
 from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.decoder.decode import DecoderMemory, Steps, insert
+from jaxtron.models.decoder.decode import Steps
+from jaxtron.models.growing import SequenceMemory, WritingModel, insert
 from jaxtron.run.session import RunSession
 from jaxtron.sharding.collectives import largest, vary
 from jaxtron.sharding.folding import BATCH_FLAGS
@@ -49,6 +50,8 @@ class ChosenToken:
 class _Sequence:
     settings: SamplingSettings
     prompt: Int32[np.ndarray, "P"]
+    before: Int32[np.ndarray, "Q"]
+    """What the tokens that are made follow: the prompt, or the opening of an answer."""
     made: int = 0
 
 
@@ -56,21 +59,28 @@ class GenerationEngine:
     """Rows of sequences on a session's mesh; its methods enter the mesh by themselves.
 
     `params` are the session's, at rest. Weights are copied, whole along `data` and `fsdp`, in the type of the session's
-    products; those that were given need not stay. `UserError` for a model or a mesh that cannot.
+    products; those that were given need not stay. An `opening` is what answers begin with that are sequences of their
+    own; then prompt and answer have as much room each. `UserError` for a model or a mesh that cannot.
     """
 
-    def __init__(self, session: RunSession, params: PyTree, *, rows: int, room: int) -> None:
-        config = session.config.model
-        if not isinstance(config, ModelConfig):
-            raise UserError(f"model.family {config.family} does not generate text; give a decoder")
-        learned = config.max_positions if config.position == "learned" else None
+    def __init__(
+        self, session: RunSession, params: PyTree, *, rows: int, room: int, opening: tuple[int, ...] = ()
+    ) -> None:
+        config, writes = session.config.model, session.config.family.writes
+        if writes is None:
+            raise UserError(f"model.family {config.family} makes no text; give a decoder")
+        assert (writes == "answer") == bool(opening), "`opening.speaking_model` knows what answers begin with"
+        is_learned = isinstance(config, ModelConfig) and config.position == "learned"
+        learned = config.max_positions if isinstance(config, ModelConfig) and is_learned else None
         if learned is not None and room > learned:
             raise UserError(
                 f"sequences of {room:,} tokens are longer than model.max_positions {learned:,}, which the "
                 "model has learned; ask for fewer tokens or give a shorter prompt"
             )
         self._session = session
-        self.vocab, self.room = config.vocab_size, room
+        vocab = session.config.vocabulary_size()
+        assert vocab is not None, "what makes text has a vocabulary"
+        self.vocab, self.room, self.opening = vocab, room, opening
         with session.use():
             rules = current()
             parts = rules.parts(*BATCH_FLAGS)
@@ -80,10 +90,12 @@ class GenerationEngine:
             self._make: Any = jax.jit(region(partial(_module, session), (specs,), own))
             model = self._make(params)
             start = region(lambda model: model.start(self._local, room), (own,), own)
-            self._memory: DecoderMemory = jax.jit(start)(model)
+            self._memory: SequenceMemory = jax.jit(start)(model)
             # a list is passed on sooner than the arrays of a module are found, which each token would wait for
             self._model, structure = jax.tree.flatten(model)
-            self._begin: Any = jax.jit(_of_module(structure, partial(_begin, self.vocab, room)), donate_argnums=(1, 2))
+            self._begin: Any = jax.jit(
+                _of_module(structure, partial(_begin, self.vocab, room, opening)), donate_argnums=(1, 2)
+            )
             self._advance: Any = jax.jit(_of_module(structure, partial(_advance, self.vocab)), donate_argnums=1)
             self._score: Any = jax.jit(_of_module(structure, partial(_score, self.vocab)), static_argnames="top")
             # as the steps leave them, so that each program is compiled once
@@ -106,13 +118,15 @@ class GenerationEngine:
         """Puts a sequence into a free row; the next `step` reads its prompt. Its settings have a seed."""
         if row in self._there or not 0 <= row < self.rows:
             raise ValueError(f"row {row} is not free")
-        if not 0 < len(prompt) < self.room:
+        if not 0 < len(prompt) < self.room + bool(self.opening):
             raise UserError(f"a prompt of {len(prompt):,} tokens does not leave room in {self.room:,}")
         if prompt.min() < 0 or prompt.max() >= self.vocab:
             raise UserError(
                 f"a prompt has token {int(prompt.max()):,}, and the model's vocabulary {self.vocab:,} tokens"
             )
-        self._there[row] = _Sequence(settings, np.asarray(prompt, np.int32))
+        prompt = np.asarray(prompt, np.int32)
+        before = np.asarray(self.opening, np.int32) if self.opening else prompt
+        self._there[row] = _Sequence(settings, prompt, before)
         self._begun.append(row)
 
     def end(self, row: int) -> None:
@@ -125,7 +139,7 @@ class GenerationEngine:
         logits are not finite."""
         with self._session.use():
             self._read_prompts()
-            rows = {row: one for row, one in self._there.items() if len(one.prompt) + one.made < self.room}
+            rows = {row: one for row, one in self._there.items() if len(one.before) + one.made < self.room}
             if not rows:
                 return []
             features = features_of(one.settings for one in rows.values())
@@ -150,7 +164,9 @@ class GenerationEngine:
     ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Of each sequence, for all tokens but the first: natural logarithms of their probabilities [S - 1], and the
         `top` best tokens in their places and theirs [S - 1, top]. A sequence may be a token longer than there is room.
+        Not for models that answer.
         """
+        assert not self.opening, "a text is scored by a model that goes on with it"
         found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         with self._session.use():
             for start in range(0, len(sequences), self.rows):
@@ -191,7 +207,7 @@ class GenerationEngine:
             )
         for row in self._begun:
             one = self._there[row]
-            self._sampling = place(self._sampling, row, one.settings, one.prompt)
+            self._sampling = place(self._sampling, row, one.settings, one.before)
         self._begun = []
 
     def _padded(
@@ -206,10 +222,10 @@ class GenerationEngine:
         return tokens, counts
 
 
-def _module(session: RunSession, params: PyTree) -> Steps:
+def _module(session: RunSession, params: PyTree) -> WritingModel:
     trainer = session.trainer
     module = trainer.blueprint.module(trainer.parts.join(trainer.working(params)))
-    return Steps(module, trainer.stages.partitions[0])
+    return trainer.program.steps(module, trainer.stages.partitions)
 
 
 def _of_module(structure: Any, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -227,20 +243,21 @@ _choose = jax.jit(choose, static_argnums=2, donate_argnums=1)
 def _begin(
     vocab: int,
     room: int,
-    model: Steps,
-    memory: DecoderMemory,
+    opening: tuple[int, ...],
+    model: WritingModel,
+    memory: SequenceMemory,
     logits: Float[Array, "B V"],
     tokens: Int[Array, "A S"],
     counts: Int[Array, "A"],
     slots: Int[Array, "A"],
     targets: Int[Array, "A"],
-) -> tuple[Float[Array, "B V"], DecoderMemory]:
+) -> tuple[Float[Array, "B V"], SequenceMemory]:
     """Memory and logits with further rows, which begin."""
 
     def local(
-        model: Steps, memory: DecoderMemory, tokens: Array, counts: Array, slots: Array
-    ) -> tuple[tuple[Array], DecoderMemory]:
-        new, begun = model.advance(tokens, model.start(len(tokens), room), counts, begins=True)
+        model: WritingModel, memory: SequenceMemory, tokens: Array, counts: Array, slots: Array
+    ) -> tuple[tuple[Array], SequenceMemory]:
+        new, begun = model.begin(tokens, counts, room, opening)
         return (new[:, :vocab],), insert(memory, begun, vary(slots))
 
     (new,), memory = _by_row(local, (model, memory), tokens, counts, slots)
@@ -248,13 +265,13 @@ def _begin(
 
 
 def _advance(
-    vocab: int, model: Steps, memory: DecoderMemory, tokens: Int[Array, "B"], is_there: Int[Array, "B"]
-) -> tuple[Float[Array, "B V"], DecoderMemory]:
+    vocab: int, model: WritingModel, memory: SequenceMemory, tokens: Int[Array, "B"], is_there: Int[Array, "B"]
+) -> tuple[Float[Array, "B V"], SequenceMemory]:
     """Logits of what follows a token of each row that is there, the same on every device."""
 
     def local(
-        model: Steps, memory: DecoderMemory, tokens: Array, is_there: Array
-    ) -> tuple[tuple[Array], DecoderMemory]:
+        model: WritingModel, memory: SequenceMemory, tokens: Array, is_there: Array
+    ) -> tuple[tuple[Array], SequenceMemory]:
         logits, memory = model.advance(tokens[:, None], memory, vary(is_there))
         return (logits[:, :vocab],), memory
 

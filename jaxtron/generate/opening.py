@@ -19,7 +19,7 @@ from jaxtron.generate.protocol import TokenEngine
 from jaxtron.generate.settings import SamplingSettings
 from jaxtron.generate.source import ModelConfiguration, ModelSource
 from jaxtron.generate.streaming import AnswerStream, hidden_tokens
-from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.families import program_of
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.restored import check_vocabulary, restore_model, tokenizer_of
 from jaxtron.run.session import RunSession, make_session
@@ -40,12 +40,18 @@ class SpeakingModel:
     """Tokens that stand before every plain text."""
     hidden: frozenset[int] = frozenset()
     """Tokens that are no text of an answer."""
+    end: int | None = None
+    """What ends an answer, and stands behind a plain text, where the model answers it with a sequence of its own."""
+
+    @property
+    def answers(self) -> bool:
+        """Whether what it makes is a sequence of its own, with as much room as the prompt."""
+        return self.end is not None
 
     def settings(self, **given: Any) -> SamplingSettings:
         """Those of a request over the model's own, with the tokens that end its text; a `UserError` for others."""
-        end = self.tokenizer.end_of_document
-        ends = dict.fromkeys((*self.configuration.eos_token_ids, *(() if end is None else (end,))))
-        known = tuple(token for token in ends if token < self.engine.vocab)
+        ends = dict.fromkeys((*self.configuration.eos_token_ids, self.tokenizer.end_of_document, self.end))
+        known = tuple(token for token in ends if token is not None and token < self.engine.vocab)
         settings = self.configuration.settings(**given, eos_token_ids=known)
         settings.check_vocab(self.engine.vocab)
         return settings
@@ -56,7 +62,8 @@ class SpeakingModel:
             raise UserError(f"prompt {NO_TEXT}")
         ids = self.tokenizer.encode(text)
         begun = ids[: len(self.prefix)].tolist() == list(self.prefix)
-        return np.concatenate([[] if begun else self.prefix, ids]).astype(np.int32)
+        ended = self.end is None or ids[-1:].tolist() == [self.end]
+        return np.concatenate([[] if begun else self.prefix, ids, [] if ended else [self.end]]).astype(np.int32)
 
     def check_prompt(self, prompt: Integer[np.ndarray, "P"], wanted: int | None) -> None:
         """A `UserError` for a prompt without tokens, or that leaves no room for those wanted (None: for one).
@@ -69,7 +76,12 @@ class SpeakingModel:
         if prompt.min() < 0 or prompt.max() >= self.engine.vocab:
             odd = int(prompt.min() if prompt.min() < 0 else prompt.max())
             raise UserError(f"prompt has token {odd}, and the model knows 0 to {self.engine.vocab - 1:,}")
-        if len(prompt) + wanted > self.engine.room:
+        if self.answers and max(len(prompt), 1 + wanted) > self.engine.room:
+            raise UserError(
+                f"prompt has {plural(len(prompt), 'token')}, and the model has room for {self.engine.room:,} in a text "
+                "and in an answer, with what that begins with; raise --room, or shorten it"
+            )
+        if not self.answers and len(prompt) + wanted > self.engine.room:
             raise UserError(
                 f"prompt has {plural(len(prompt), 'token')}, and with {wanted:,} more that is beyond the model's room "
                 f"for {self.engine.room:,}"
@@ -87,9 +99,10 @@ class SpeakingModel:
         return AnswerStream(
             self.tokenizer,
             settings,
-            room=self.engine.room - len(prompt),
+            # of an answer that is a sequence of its own, what it begins with takes a place
+            room=self.engine.room - (1 if self.answers else len(prompt)),
             hidden=frozenset() if shows_special else self.hidden,
-            before=prompt if goes_on else None,
+            before=prompt if goes_on and not self.answers else None,
         )
 
     @functools.cached_property
@@ -109,18 +122,39 @@ def open_model(source: ModelSource, configuration: ModelConfiguration, *, rows: 
         devices = devices[: math.prod(known)]
     session = make_session(of_any_length(config, len(devices)), devices, trains=False)
     params, tokenizer = _weights(source, configuration, session)
-    prefix = tokenizer.prefix if configuration.is_begun and isinstance(tokenizer, HuggingFaceTokenizer) else ()
-    engine = GenerationEngine(session, params, rows=source.rows or rows, room=configuration.room)
+    model = speaking_model(session, params, tokenizer, configuration, rows=source.rows or rows)
     # the engine has copies
     del params
-    yield SpeakingModel(engine, tokenizer, configuration, prefix, hidden_tokens(tokenizer))
+    yield model
+
+
+def speaking_model(
+    session: RunSession, params: PyTree, tokenizer: Tokenizer, configuration: ModelConfiguration, *, rows: int
+) -> SpeakingModel:
+    """The engine of a session's model, for `rows` sequences at a time at least, with what its family knows of text."""
+    prefix = tokenizer.prefix if configuration.is_begun and isinstance(tokenizer, HuggingFaceTokenizer) else ()
+    config, shown, opening, end = session.config, frozenset[int](), (), None
+    if config.family.writes == "answer":
+        ends = (*configuration.eos_token_ids, None)
+        text = program_of(config.model).answers(config.model, tokenizer, configuration.begin, ends[0])
+        tokenizer, shown, opening, end = text.tokenizer, text.shown, (text.begin,), text.end
+    engine = GenerationEngine(session, params, rows=rows, room=configuration.room, opening=opening)
+    return SpeakingModel(engine, tokenizer, configuration, prefix, hidden_tokens(tokenizer) - shown, end)
 
 
 def of_any_length(config: Configuration, num_devices: int) -> Configuration:
-    """The configuration with sequences that split over mesh.tensor: of text nothing is as long as a training's."""
-    tensor, length = config.mesh.shape(num_devices)["tensor"], config.data.sequence_length
+    """The configuration with sequences that split over mesh.tensor: of text nothing is as long as a training's.
+
+    Several stacks are the chunks of a stage, whose order does not matter where nothing is trained.
+    """
+    sizes, length = config.mesh.shape(num_devices), config.data.sequence_length
+    tensor = sizes["tensor"]
     data = config.data.model_copy(update={"sequence_length": max(tensor, length - length % tensor)})
-    return config.model_copy(update={"data": data})
+    pipeline = config.pipeline
+    if sizes["pipe"] > 1 and len(config.family.stacks(config.model)) > 1:
+        pipeline = pipeline.model_copy(update={"schedule": "interleaved"})
+    model = config.family.of_any_length(config.model)
+    return config.model_copy(update={"data": data, "pipeline": pipeline, "model": model})
 
 
 def _weights(source: ModelSource, configuration: ModelConfiguration, session: RunSession) -> tuple[PyTree, Tokenizer]:
@@ -129,7 +163,6 @@ def _weights(source: ModelSource, configuration: ModelConfiguration, session: Ru
         if trained is not None:
             restored = restore_model(session, source.directory, trained, source.step)
             return restored.params, tokenizer_of(trained, config, restored.extra)
-        assert isinstance(config.model, ModelConfig)
         tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)
         if tokenizer is None:
             raise UserError("--data.tokenizer characters has its vocabulary from a training's data; give a file")

@@ -11,13 +11,13 @@ from jaxtron.config import UserError, load, settings, split_arguments
 from jaxtron.data.config import ChatConfig, DataConfig
 from jaxtron.generate.origin import began_keys, began_with, has_tokenizer
 from jaxtron.generate.settings import SamplingSettings, read_settings
-from jaxtron.models.decoder.config import ModelConfig
-from jaxtron.models.families import DECODER
-from jaxtron.run.configuration import Configuration, configuration_type
+from jaxtron.models.families import DECODER, FAMILIES, family_named
+from jaxtron.run.configuration import Configuration, configuration_of, configuration_type
 from jaxtron.weights.cache import named_weights
 from jaxtron.weights.config_json import CONFIG_JSON, ConfigFile, read_config_json
 from jaxtron.weights.hub import TOKENIZER, hub_settings, is_hub
 from jaxtron.weights.megatron.directory import is_megatron
+from jaxtron.words import either
 
 # how a model lies on devices; what of it can be set where text is made
 LAYOUT = ("mesh", "context", "pipeline", "sharding", "runtime")
@@ -28,6 +28,8 @@ MOST_ROOM = 4096
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATES = ("chat_template.jinja", TOKENIZER_CONFIG)
+# keys that say what a decoder begins with after an encoder, the first that there is
+BEGINS = ("decoder_start_token_id", "pad_token_id")
 # keys of generation_config.json that are settings here, by the same names
 DEFAULTS = (
     *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"),
@@ -72,6 +74,8 @@ class ModelConfiguration:
     """Tokens that end its text, beside the tokenizer's end of document."""
     is_begun: bool = False
     """Whether plain text begins with what the tokenizer's file puts before it, as the model has seen it."""
+    begin: int | None = None
+    """What an answer begins with by the model's own files, where it is a sequence of its own and they say so."""
 
     def settings(self, **given: Any) -> SamplingSettings:
         """Those of a request over the model's own."""
@@ -132,6 +136,23 @@ def read_model(source: ModelSource) -> ModelConfiguration:
     return _of_hub(source) if source.is_hub else _of_run(source)
 
 
+def read_continuing(source: ModelSource, what: str) -> ModelConfiguration:
+    """The same of one that goes on with a text, which `what` is for; `UserError` for one that answers with another."""
+    found = read_model(source)
+    check_continues(source, found, what)
+    return found
+
+
+def check_continues(source: ModelSource, configuration: ModelConfiguration, what: str) -> None:
+    """`UserError` for a model that answers a text with another, where `what` is for one that goes on with it."""
+    config = configuration.config
+    if config.family.writes == "answer":
+        raise UserError(
+            f"{source.directory} has model.family {config.model.family}, which answers a text with another, and {what} "
+            "is for models that go on with a text: give a decoder, or python -m jaxtron.generate with --prompt TEXT"
+        )
+
+
 def _of_run(source: ModelSource) -> ModelConfiguration:
     path = source.directory / "config.yaml"
     if not path.is_file():
@@ -142,8 +163,10 @@ def _of_run(source: ModelSource) -> ModelConfiguration:
         )
     config_type = configuration_type([str(path)])
     trained = load(config_type, path).resolved()
-    if not isinstance(trained.model, ModelConfig):
-        raise UserError(f"{path} has model.family {trained.model.family}, which makes no text: give a run of a decoder")
+    if trained.family.writes is None:
+        raise UserError(
+            f"{path} has model.family {trained.model.family}, which makes no text: give a run of {_writing()}"
+        )
     config = load(config_type, path, source.overrides).resolved()
     room = source.room or config.data.sequence_length
     # as what `convert` makes of the run says it
@@ -153,7 +176,9 @@ def _of_run(source: ModelSource) -> ModelConfiguration:
     chat = trained.data.chat if trained.data.format == "chat" else said.chat
     config = laid_out(config, source.overrides)
     chat = _template(source, chat)
-    return ModelConfiguration(trained, config, room, chat, said.defaults, said.eos_token_ids, is_begun=is_its)
+    return ModelConfiguration(
+        trained, config, room, chat, said.defaults, said.eos_token_ids, is_begun=is_its, begin=said.begin
+    )
 
 
 def _of_hub(source: ModelSource) -> ModelConfiguration:
@@ -161,15 +186,16 @@ def _of_hub(source: ModelSource) -> ModelConfiguration:
     if source.step is not None:
         raise UserError(f"--step {source.step} is of a run's checkpoints, and {directory} has weights of others")
     under = hub_settings(directory)
-    if (family := under.tree["model"].get("family", DECODER)) != DECODER:
-        raise UserError(f"{directory} is of model.family {family}, which makes no text: give weights of a decoder")
+    family = under.tree["model"].get("family", DECODER)
+    if family_named(family).writes is None:
+        raise UserError(f"{directory} is of model.family {family}, which makes no text: give weights of {_writing()}")
     _, flags = split_arguments(Configuration, source.overrides)
     if "data.tokenizer" not in dict(flags) and "data" not in under.tree:
         others = [path.name for path in sorted(directory.glob("*.model"))]
         such = f"such as --data.tokenizer {directory / others[0]}" if others else "the model's own"
         raise UserError(f"{directory} has no {TOKENIZER}: give --data.tokenizer, {such}")
     try:
-        config = load(Configuration, None, source.overrides, under=under).resolved()
+        config = load(configuration_of(family), None, source.overrides, under=under).resolved()
     except UserError as error:
         raise error if str(directory) in str(error) else UserError(f"{directory}: {error}") from None
     if is_megatron(directory):
@@ -177,11 +203,13 @@ def _of_hub(source: ModelSource) -> ModelConfiguration:
     else:
         file = read_config_json(directory)
         longest = _longest(file)
-        said = _said_beside(directory, {"eos_token_id": file.get("eos_token_id")})
+        said = _said_beside(directory, {name: file.get(name) for name in (*BEGINS, "eos_token_id")})
     room = source.room or min(longest, MOST_ROOM)
     config = laid_out(config, source.overrides)
     chat = _template(source, said.chat)
-    return ModelConfiguration(None, config, room, chat, said.defaults, said.eos_token_ids, is_begun=True)
+    return ModelConfiguration(
+        None, config, room, chat, said.defaults, said.eos_token_ids, is_begun=True, begin=said.begin
+    )
 
 
 @dataclass(frozen=True)
@@ -191,6 +219,8 @@ class SaidBeside:
     chat: ChatConfig | None
     defaults: dict[str, Any]
     eos_token_ids: tuple[int, ...]
+    begin: int | None = None
+    """What a decoder begins with after an encoder."""
 
 
 NOTHING = SaidBeside(None, {}, ())
@@ -203,8 +233,18 @@ def _said_beside(directory: Path, keys: Mapping[str, Any]) -> SaidBeside:
     found = next((directory / name for name in TEMPLATES if _has_template(directory / name)), None)
     chat = None if found is None else ChatConfig(template=str(found))
     # some files have -1 for none
-    ids = tuple(end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int and end >= 0)
-    return SaidBeside(chat, _defaults(generation, directory / GENERATION_CONFIG), ids)
+    ids = tuple(filter(_is_token, ends if isinstance(ends, list) else [ends]))
+    begins = (said[name] for name in BEGINS for said in (generation, keys) if _is_token(said.get(name)))
+    return SaidBeside(chat, _defaults(generation, directory / GENERATION_CONFIG), ids, next(begins, None))
+
+
+def _writing() -> str:
+    """The families that make text."""
+    return either([name for name in FAMILIES if family_named(name).writes is not None])
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def laid_out(config: Configuration, overrides: Sequence[str]) -> Configuration:

@@ -21,7 +21,7 @@ from jaxtron.generate.batch import Batch, GrowingSequence, Grown
 from jaxtron.generate.opening import SpeakingModel, open_model
 from jaxtron.generate.request import GenerateRequest
 from jaxtron.generate.settings import SamplingSettings, read_settings
-from jaxtron.generate.source import ModelConfiguration, ModelSource
+from jaxtron.generate.source import ModelConfiguration, ModelSource, check_continues
 from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
 from jaxtron.runtime.start import start_runtime
 from jaxtron.runtime.together import leaving_together
@@ -75,6 +75,8 @@ class MadeText:
 def write(request: GenerateRequest, configuration: ModelConfiguration) -> None:
     """Prints the texts that are asked for, and writes them where asked to."""
     wanted = [] if request.is_conversation else list(read_wanted(request))
+    if request.is_conversation or any(one.messages for one in wanted):
+        check_continues(request.source, configuration, "a conversation")
     start_runtime(configuration.config.runtime, devices=configuration.config.devices)
     told = configuration.told_defaults()
     if told is not None and jax.process_index() == 0:
@@ -176,7 +178,7 @@ def make_all(model: SpeakingModel, request: GenerateRequest, wanted: list[Wanted
         for number in range(request.samples):
             text, sequence = _begin(model, request, one, number)
             if single and is_told:
-                _print_part("" if one.messages else one.shown)
+                _print_part(_before(model, one))
                 sequence.grow = _both(sequence.grow, lambda grown: _print_part(grown.text))
             batch.add(sequence)
             made.append(text)
@@ -184,7 +186,7 @@ def make_all(model: SpeakingModel, request: GenerateRequest, wanted: list[Wanted
     while batch.is_busy:
         batch.step()
         while is_told and not single and told < len(made) and _is_done(made[told]):
-            _print_one(made[told], told + 1, len(made))
+            _print_one(_before(model, made[told].wanted), made[told], told + 1, len(made))
             told += 1
     if is_told:
         print(flush=True)
@@ -227,9 +229,14 @@ def _is_done(text: MadeText) -> bool:
     return bool(text.tokens) and text.tokens[-1].finish_reason is not None
 
 
-def _print_one(text: MadeText, number: int, count: int) -> None:
+def _before(model: SpeakingModel, wanted: WantedText) -> str:
+    """What is shown before a text that was made: what it goes on from."""
+    return "" if wanted.messages or model.answers else wanted.shown
+
+
+def _print_one(before: str, text: MadeText, number: int, count: int) -> None:
     print(f"--- {number} of {count}")
-    _print_part(f"{'' if text.wanted.messages else text.wanted.shown}{text.text}\n")
+    _print_part(f"{before}{text.text}\n")
 
 
 def _print_part(text: str) -> None:

@@ -324,7 +324,8 @@ class Core:
             return self(query, key, value, slopes, sinks, inputs), memory
         # one value: XLA writes it once for each of its readers otherwise, and copies what it writes to
         memory = jax.lax.optimization_barrier(memory)
-        return attend(query, memory, self.spec, slopes, sinks, growth), memory
+        bias = _constrained(inputs.distance_bias, "heads")
+        return attend(query, memory, self.spec, slopes, sinks, growth, bias), memory
 
     def empty(self, rows: int, heads: int, room: int, most: int, dims: tuple[int, int], dtype: DTypeLike) -> KeyValues:
         """The memory of sequences that begin: of so many heads, of keys and values of these widths."""

@@ -84,13 +84,15 @@ def attend(
     slopes: Float[Array, "H"] | None,
     sinks: Float[Array, "H"] | None,
     growth: Growth,
+    distance_bias: Float[Array, "H N"] | None = None,
 ) -> Float[Array, "B S H V"]:
     """What new positions attend to in a memory that has them. Scores are in memory: queries are to be few."""
 
     def local(queries: Array, memory: KeyValues, before: Array, counts: Array, per_head: dict[str, Array]) -> Array:
         return _attend(queries, memory, given, Growth(before, counts), **per_head)
 
-    per_head = {name: array for name, array in (("slopes", slopes), ("sinks", sinks)) if array is not None}
+    named = {"slopes": slopes, "sinks": sinks, "distance_bias": distance_bias}
+    per_head = {name: array for name, array in named.items() if array is not None}
     cached, heads, rows = spec(*CACHED), spec(*HEADS), spec("batch")
     specs = (heads, cached, rows, rows, {name: spec("heads") for name in per_head})
     return on_each_device(local, specs, heads)(queries, memory, growth.before, growth.counts, per_head)
@@ -144,6 +146,7 @@ def _attend(
     growth: Growth,
     slopes: Float[Array, "H"] | None = None,
     sinks: Float[Array, "H"] | None = None,
+    distance_bias: Float[Array, "H N"] | None = None,
 ) -> Float[Array, "B S H V"]:
     rows, length, heads, dim = queries.shape
     keys, values = memory
@@ -162,6 +165,8 @@ def _attend(
     distance = (growth.before[:, None] + jnp.arange(length))[:, :, None] - positions
     if slopes is not None:
         scores = scores - slopes.astype(jnp.float32).reshape(1, -1, groups, 1, 1) * distance[:, None, None]
+    if distance_bias is not None:
+        scores = scores + _by_distance(distance_bias.astype(jnp.float32), distance, groups)
     sees = (positions >= 0) & (distance >= 0)
     if given.window is not None:
         sees &= distance < given.window
@@ -174,3 +179,10 @@ def _attend(
     summed = jnp.einsum("bkqp,bkpv->bkqv", weights, values)
     summed = summed.reshape(rows, -1, groups, length, values.shape[3]).transpose(0, 3, 1, 2, 4)
     return summed.reshape(rows, length, heads, values.shape[3])
+
+
+def _by_distance(table: Float[Array, "H N"], distance: Int[Array, "B S P"], groups: int) -> Float[Array, "B K G S P"]:
+    """What each head adds where a key is so far before a query; the table begins with the farthest before it."""
+    numbers = jnp.clip(table.shape[1] // 2 - distance, 0, table.shape[1] - 1)
+    found = jnp.take(table, numbers, axis=1).reshape(-1, groups, *distance.shape)
+    return jnp.moveaxis(found, 2, 0)

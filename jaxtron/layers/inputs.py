@@ -55,6 +55,8 @@ class LayerInputs:
     one's first; none: as if this were the first microbatch."""
     growth: Growth | None = None
     """How the sequences grow, where layers go on from what they remember of them."""
+    memory_counts: Int[Array, "B"] | None = None
+    """Then of the sequence that they attend to beside their own so many positions of each row, the first."""
     half: int | None = dataclasses.field(default=None, metadata={"static": True})
     """Which of two halves of the positions these inputs go with; none: the whole."""
 

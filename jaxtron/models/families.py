@@ -108,6 +108,10 @@ def program_named(name: str) -> Any:
         )
     if family.continues_text and found.predict is None:
         raise UserError(f"model.family {name}: its FAMILY says continues_text, and its PROGRAM has no predict")
+    if family.writes is not None and found.steps is None:
+        raise UserError(f"model.family {name}: its FAMILY says writes {family.writes!r}, and its PROGRAM has no steps")
+    if family.writes == "answer" and found.answers is None:
+        raise UserError(f"model.family {name}: its FAMILY says writes 'answer', and its PROGRAM has no answers")
     return found
 
 

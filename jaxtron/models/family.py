@@ -6,7 +6,7 @@ names. `families.py` finds it by the name in `model.family`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from jaxtron.config import Config, UserError
 from jaxtron.models.work.model import ModelWork
@@ -27,6 +27,7 @@ class FamilyConfig(Config):
     CONTENT: ClassVar[str] = ""
 
 
+Writing = Literal["continuation", "answer"]
 ConfigT = TypeVar("ConfigT", bound=FamilyConfig)
 
 
@@ -103,4 +104,9 @@ class Family(Generic[ConfigT]):
     reads_files: bool = False
     """Whether its program opens files in forms of its own (`Program.open_data`), which only that can look at."""
     continues_text: bool = False
-    """Whether its program can tell what follows a text (`Program.predict`), so that text can be generated."""
+    """Whether its program can tell what follows a text (`Program.predict`), so that a run ends with a sample."""
+    writes: Writing | None = None
+    """What its models write (`Program.steps`): the continuation of a text, or the answer to one, which is a sequence of
+    its own (none: nothing)."""
+    of_any_length: Callable[[ConfigT], ConfigT] = lambda config: config
+    """The same where sequences have lengths of their own, and none that a setting of the model says."""

@@ -18,6 +18,7 @@ from jaxtron.kernels.attention.attention import Implementation
 from jaxtron.kernels.selection import Backend
 from jaxtron.layers.config import LoraConfig
 from jaxtron.models.adapters import add_adapters
+from jaxtron.models.answers import AnswerText
 from jaxtron.models.families import family_of, program_of
 from jaxtron.models.family import FamilyConfig
 from jaxtron.pipeline.model import Model, Outer, Parameters, Stream
@@ -142,6 +143,12 @@ class Program(Generic[BatchT, ModuleT]):
     logits: Callable[[Parts[ModuleT], Outer, Stream], Float[Array, "B S V"]] | None = None
     """(parts, outer parameters, what left the layers) -> logits of what follows each token here, the vocabulary split
     over tensor and with its padding (none: it gives none)."""
+    steps: Callable[[ModuleT, tuple[Partition, ...]], Any] | None = None
+    """(module with the weights of a stage, layers of the stages by stack) -> the model as it writes, a token at a time:
+    a `growing.WritingModel` (none: `Family.writes` says that it writes nothing)."""
+    answers: Callable[[Any, Tokenizer, int | None, int | None], AnswerText] | None = None
+    """(config, tokenizer, what an answer begins with by the model's own files, what ends it) -> how texts are read and
+    written, where `Family.writes` answers."""
 
     def __post_init__(self) -> None:
         as_pytree(self.batch)

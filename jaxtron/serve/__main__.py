@@ -4,7 +4,7 @@ import sys
 
 from jaxtron import interrupts  # noqa: F401  (answers Ctrl-C while the rest is imported)
 from jaxtron.command import hand_over, run_command
-from jaxtron.generate.source import read_model
+from jaxtron.generate.source import read_continuing
 from jaxtron.serve.request import USAGE, parse
 
 
@@ -14,7 +14,7 @@ def main(argv: list[str]) -> int:
         print(f"usage: {USAGE}\n\n--help lists the flags.")
         return 2
     request = parse(argv)
-    hand_over("jaxtron.serve.run").serve(request, read_model(request.source))
+    hand_over("jaxtron.serve.run").serve(request, read_continuing(request.source, "a server"))
     return 0
 
 

@@ -75,8 +75,8 @@ def test_last_words_of_a_run_are_a_line_and_a_file(trained: TrainedRun, tmp_path
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tasks", "hellaswag", "--last_words", "FILE"], "give --tasks NAME"),
-        (["--tasks", ","], "give --tasks NAME"),
+        (["--tasks", "hellaswag", "--last_words", "FILE"], "give one of --tasks NAME"),
+        (["--tasks", ","], "give one of --tasks NAME"),
         (["--last_words", "FILE", "--num_fewshot", "3"], "--num_fewshot has no effect with --last_words"),
         (["--last_words", "FILE", "--add_bos_token"], "--add_bos_token has no effect with --last_words"),
         (["--last_words", "missing.jsonl"], "cannot read --last_words missing.jsonl: No such file"),

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from jaxtron.config import UserError, load
-from jaxtron.generate.engine import ChosenToken, GenerationEngine
+from jaxtron.generate.engine import GenerationEngine
 from jaxtron.generate.settings import SamplingSettings
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.session import RunSession, make_session
+from tests.support.drawn import made
 from tests.support.logits import logits
 
 ROOM, VOCAB = 32, 50
@@ -42,24 +43,6 @@ def session(mesh: str) -> RunSession:
 def engine(mesh: str = "", rows: int = 4) -> GenerationEngine:
     found = session(mesh)
     return GenerationEngine(found, found.initial_state().params, rows=rows, room=ROOM)
-
-
-def made(
-    engine: GenerationEngine, prompts: list[np.ndarray], settings: list[SamplingSettings], count: int
-) -> list[list[ChosenToken]]:
-    """So many tokens after each prompt, as rows become free."""
-    waiting, rows, found = list(range(len(prompts))), {}, [[] for _ in prompts]
-    while waiting or rows:
-        for row in engine.free:
-            if waiting:
-                rows[row] = waiting.pop(0)
-                engine.begin(row, prompts[rows[row]], settings[rows[row]])
-        for one in engine.step():
-            found[rows[one.row]].append(one)
-            if len(found[rows[one.row]]) == count:
-                engine.end(one.row)
-                del rows[one.row]
-    return found
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import models, pre_tokenizers, processors
+from tokenizers import models, processors
 
 from jaxtron.config import UserError, load
 from jaxtron.data.config import ChatConfig
@@ -26,6 +26,7 @@ from tests.hugging_face import fixtures
 from tests.support.commands import Ended, run_main
 from tests.support.evaluate_runs import TrainedRun, train
 from tests.support.fake_engine import END, FakeEngine, fake_model
+from tests.support.word_models import write_llama
 
 
 def run(*arguments: object) -> Ended:
@@ -41,12 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of weights, with a word for each token, of which the first stands before every text."""
-    fixture = fixtures.load("llama")
-    folder = fixtures.write(tmp_path_factory.mktemp("llama"), fixture.config, fixture.weights)
-    tokenizer = FastTokenizer(models.WordLevel({f"w{number}": number for number in range(40)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+    return write_llama(tmp_path_factory.mktemp("llama"))
 
 
 def test_what_a_directory_of_weights_says_is_what_transformers_computed(llama: Path, tmp_path: Path):

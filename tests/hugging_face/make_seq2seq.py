@@ -20,6 +20,8 @@ from tests.hugging_face.fixtures import FOLDER, STEP
 
 # tokens of each row of the encoder and of the decoder; the others are padding
 LENGTHS, DECODER_LENGTHS = (24, 17, 6), (14, 9, 11)
+# of answers, longer than distances are told apart, and what rules make of them
+ANSWER, PENALTIES = 16, {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
 # heads that are wider together than the stream or not as wide, distances beyond the last bucket
 SMALL: dict[str, Any] = {
     "vocab_size": 40,
@@ -90,8 +92,9 @@ def record(name: str) -> None:
         read = {"attention_mask": torch.from_numpy(is_text.astype(np.int64))}
         found = model(torch.from_numpy(tokens), **read, labels=torch.from_numpy(np.where(is_asked, targets, -100)))
         # the cache of 5.24 has as many layers as the encoder
-        answers = model.generate(
-            torch.from_numpy(tokens), **read, max_new_tokens=8, min_new_tokens=8, do_sample=False, use_cache=False
+        greedy = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "do_sample": False, "use_cache": False}
+        answers, penalized = (
+            model.generate(torch.from_numpy(tokens), **read, **greedy, **rules) for rules in ({}, PENALTIES)
         )
     weights = {f"weights/{key}": np.rint(value / STEP).astype(np.int8) for key, value in tensors.items()}
     assert all(np.array_equal(weights[f"weights/{key}"] * np.float32(STEP), value) for key, value in tensors.items())
@@ -106,6 +109,7 @@ def record(name: str) -> None:
         logits=found.logits.numpy(),
         loss=found.loss.numpy(),
         answers=answers.numpy().astype(np.int32),
+        penalized=penalized.numpy().astype(np.int32),
         **weights,
     )
     size = f"{path.stat().st_size:,} bytes"

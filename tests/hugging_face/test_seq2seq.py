@@ -5,29 +5,26 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file
 
 from jaxtron.config import UserError
 from jaxtron.config import load as load_settings
 from jaxtron.convert.__main__ import main as convert
-from jaxtron.models.program import Microbatch
+from jaxtron.generate.engine import GenerationEngine
+from jaxtron.generate.settings import SamplingSettings
 from jaxtron.models.t5.batch import T5Batch
-from jaxtron.run.configuration import configuration_of
-from jaxtron.run.session import make_trainer
+from jaxtron.run.configuration import Configuration, configuration_of
+from jaxtron.run.session import make_session, make_trainer
 from jaxtron.run.step import Trainer, batch_sharding
-from jaxtron.sharding.collectives import all_reduce, vary
-from jaxtron.sharding.parameters import manual_specs
-from jaxtron.sharding.regions import region
-from jaxtron.sharding.rules import current, use
+from jaxtron.sharding.rules import use
 from jaxtron.typing import PyTree
 from jaxtron.weights.hub import hub_settings
 from jaxtron.weights.load import load_parameters
 from tests.hugging_face.fixtures import FOLDER, load_batch, write
-from tests.support.plain import one_by_one
+from tests.support.drawn import made
+from tests.support.logits import stack_logits
 from tests.support.tiny_tokenizer import write_tokenizer
 
 NAMES = sorted(path.stem for path in (FOLDER / "seq2seq").glob("*.npz"))
@@ -48,33 +45,19 @@ def batch_of(found: dict[str, np.ndarray]) -> T5Batch:
     )
 
 
-def opened(folder: Path, implementation: str = "auto") -> tuple[Trainer, PyTree]:
-    """The model of a directory, as its files are read; inside `use`."""
+def configured(folder: Path, implementation: str = "auto") -> Configuration:
+    """The settings of a directory, for sequences as long as the fixtures'."""
     flags = ["--data.sequence_length", "24", "--model.decoder_length", "14", "--train.global_batch", "3"]
-    flags += ["--train.precision", "fp32", "--model.attention.implementation", implementation]
+    flags += ["--train.precision", "fp32", "--model.attention.implementation", implementation, "--mesh.data", "1"]
     config = load_settings(configuration_of("t5"), None, flags, under=hub_settings(folder)).resolved()
-    config = config.model_copy(update={"model": config.family.evaluated(config.model)})
+    return config.model_copy(update={"model": config.family.evaluated(config.model)})
+
+
+def opened(folder: Path, implementation: str) -> tuple[Trainer, PyTree]:
+    """The model of a directory, as its files are read; inside `use`."""
+    config = configured(folder, implementation)
     trainer = make_trainer(config)
     return trainer, load_parameters(folder, config.model, trainer.blueprint, trainer.partitions)
-
-
-def predicted(trainer: Trainer, params: PyTree, batch: T5Batch) -> np.ndarray:
-    """Logits of what follows each of the decoder's tokens, on one device."""
-
-    def run(params: PyTree, batch: Microbatch[T5Batch]):
-        model, working = trainer.program.model(trainer.parts, None), trainer.working(params)
-        stream = None
-        for stack, layers, partition in zip(model.stacks, working.stacks, trainer.stages.partitions, strict=True):
-            stream = stack.enter(working.outer, stream, batch)
-            for number, (_, _, weights) in enumerate(one_by_one(layers, partition.kinds)):
-                stream = stack.layer(weights, stream, jnp.int32(number), stack.shared(batch)).stream
-        assert trainer.program.logits is not None
-        found = trainer.program.logits(trainer.parts, working.outer, stream)
-        return all_reduce(vary(found), current().manual)
-
-    lie, whole = manual_specs(trainer.blueprint.parameters), PartitionSpec()
-    rows = jnp.arange(len(batch.tokens))
-    return np.asarray(jax.jit(region(run, (lie, whole), whole))(params, Microbatch(batch, rows)))
 
 
 @pytest.mark.parametrize(("name", "implementation"), [("t5", "xla"), ("t5_v1_1", "auto")])
@@ -83,7 +66,7 @@ def test_logits_and_loss_are_those_of_transformers(name, implementation, rules_f
     batch = batch_of(found)
     with use(rules_for(data=1)):
         trainer, params = opened(write(tmp_path, config, weights), implementation)
-        logits = predicted(trainer, params, batch)[..., : config["vocab_size"]]
+        logits = stack_logits(trainer, params, batch)[..., : config["vocab_size"]]
         sums, counts = jax.jit(trainer.evaluate)(params, jax.device_put(batch, batch_sharding()))
     assert np.abs(found["logits"]).max() > 1
     # of padding nothing is asked
@@ -133,3 +116,27 @@ def test_a_model_that_was_saved_anew_is_tied_as_it_was(tmp_path):
     said = config | {"tie_word_embeddings": True, "scale_decoder_outputs": False}
     assert hub_settings(write(tmp_path / "saved", said, weights)).tree["model"]["tied_head"] is False
     assert hub_settings(write(tmp_path / "released", config, weights)).tree["model"]["tied_head"] is False
+
+
+RULES = {"answers": {}, "penalized": {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_are_those_of_transformers(name, tmp_path):
+    """The likeliest tokens, of texts of three lengths in one batch; what ends an answer is not to come yet.
+
+    Rules look at the answer and what it begins with, not at the text.
+    """
+    config, weights, found = fixture(name)
+    folder, count = write(tmp_path, config, weights), found["answers"].shape[1] - 1
+    settings = configured(folder)
+    session = make_session(settings, jax.devices()[:1], trains=False)
+    with session.use():
+        params = load_parameters(folder, settings.model, session.blueprint, session.trainer.partitions)
+    engine = GenerationEngine(session, params, rows=4, room=24, opening=(config["decoder_start_token_id"],))
+    texts = [row[here] for row, here in zip(found["tokens"], found["is_text"], strict=True)]
+    end = (config["eos_token_id"],)
+    for rule, changes in RULES.items():
+        own = SamplingSettings(temperature=0.0, seed=0, min_new_tokens=count, eos_token_ids=end, **changes)
+        answers = [[one.token for one in row] for row in made(engine, texts, [own] * len(texts), count)]
+        assert answers == found[rule][:, 1:].tolist(), rule

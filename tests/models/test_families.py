@@ -26,6 +26,8 @@ def test_both_halves_of_a_family_agree(name: str):
     family, program, config = family_named(name), program_named(name), configuration_of(name)()
     assert isinstance(program, Program) and type(config.model) is family.config
     assert family.continues_text == (program.predict is not None)
+    assert (family.writes is not None) == (program.steps is not None)
+    assert (family.writes == "answer") == (program.answers is not None)
     assert family.text_loss is None or (program.batch is TokenBatch and family.text_loss in program.losses)
     assert config.vocabulary_size() == config.model.vocab_size
     assert family.num_parameters(config.model, 16) > 0 and min(family.stacks(config.model).values()) > 0
@@ -113,6 +115,16 @@ SAID = "from " + SAID + "lambda config: {}, num_parameters=lambda *_: 1, flops_p
             ", continues_text=True",
             PROGRAM + "PROGRAM = Program(Batch, {'loss': 'tokens'}, print, print)\n",
             "its FAMILY says continues_text, and its PROGRAM has no predict",
+        ),
+        (
+            ", writes='answer'",
+            PROGRAM + "PROGRAM = Program(Batch, {'loss': 'tokens'}, print, print)\n",
+            "its FAMILY says writes 'answer', and its PROGRAM has no steps",
+        ),
+        (
+            ", writes='answer'",
+            PROGRAM + "PROGRAM = Program(Batch, {'loss': 'tokens'}, print, print, steps=print)\n",
+            "its FAMILY says writes 'answer', and its PROGRAM has no answers",
         ),
         (", vocabulary='words'", "", "vocabulary 'words' of its FAMILY is no setting of FamilyConfig"),
     ],

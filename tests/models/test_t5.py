@@ -17,6 +17,7 @@ from jaxtron.models.families import family_named
 from jaxtron.models.t5.attention_backends import attention_backends
 from jaxtron.models.t5.config import T5Config
 from jaxtron.models.t5.data import Denoised, open_data, samples_of_text, special_tokens
+from jaxtron.models.t5.text import answer_text
 from jaxtron.sharding.config import ContextConfig
 from jaxtron.sharding.folding import FLAGS
 from tests.support.spans_put_back import put_back
@@ -62,6 +63,22 @@ def test_special_tokens_are_the_last_ids_or_the_tokenizers_own(tmp_path):
     assert (of_file.vocabulary.sentinels, of_file.vocabulary.pad, of_file.vocabulary.end) == ((6, 5), 0, 1)
     with pytest.raises(UserError, match="has <extra_id_0> and no <extra_id_2>"):
         special_tokens(settings(denoising={"sentinels": 3}), own)
+
+
+def test_sentinels_are_texts_whatever_the_tokenizer():
+    text = answer_text(settings(), BYTES, None, None)
+    vocabulary = special_tokens(settings(), BYTES).vocabulary
+    assert (text.begin, text.end, text.shown) == (257, BYTES.end_of_document, frozenset(vocabulary.sentinels))
+    written = "é <extra_id_0>b<extra_id_31><extra_id_32>"
+    ids = text.tokenizer.encode(written)
+    # of the last there is none: it is text
+    assert ids.tolist() == [*"é ".encode(), 289, ord("b"), 258, *b"<extra_id_32>"]
+    assert text.tokenizer.decode(np.append(ids, [257, 256])) == written
+    assert text.tokenizer.token_id("<extra_id_1>") == 288 and text.tokenizer.token_id("<extra_id_32>") is None
+    assert text.tokenizer.vocab_size == 290 and "<extra_id_31>" in text.tokenizer.special_texts
+    # a model that came with its own has no others
+    own = answer_text(settings(vocab_size=258), BYTES, 0, 1)
+    assert (own.tokenizer, own.begin, own.end, own.shown) == (BYTES, 0, 1, frozenset())
 
 
 def test_spans_that_are_taken_out_are_what_the_decoder_writes():

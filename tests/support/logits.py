@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,25 @@ def _logits(trainer: Trainer, params: PyTree, batch: Microbatch[TokenBatch]):
         x = stack.layer(weights, x, jnp.int32(number), inputs).stream
     # the one device has all of it
     return all_reduce(vary(parts.outer(working.outer).predict(x)), current().manual)
+
+
+def stack_logits(trainer: Trainer, params: PyTree, batch: Any) -> np.ndarray:
+    """Those of what a family's last stack reads of a batch, on a mesh of one device; inside `sharding.use`."""
+
+    def run(params: PyTree, batch: Microbatch[Any]) -> Array:
+        model, working = trainer.program.model(trainer.parts, None), trainer.working(params)
+        stream = None
+        for stack, layers, partition in zip(model.stacks, working.stacks, trainer.stages.partitions, strict=True):
+            stream = stack.enter(working.outer, stream, batch)
+            for number, (_, _, weights) in enumerate(one_by_one(layers, partition.kinds)):
+                stream = stack.layer(weights, stream, jnp.int32(number), stack.shared(batch)).stream
+        assert trainer.program.logits is not None
+        found = trainer.program.logits(trainer.parts, working.outer, stream)
+        return all_reduce(vary(found), current().manual)
+
+    lie, whole = manual_specs(trainer.blueprint.parameters), PartitionSpec()
+    rows = jnp.arange(len(batch.tokens))
+    return np.asarray(jax.jit(region(run, (lie, whole), whole))(params, Microbatch(batch, rows)))
 
 
 def decoded(trainer: Trainer, params: PyTree, tokens: np.ndarray, parts: tuple[int, ...]) -> np.ndarray:

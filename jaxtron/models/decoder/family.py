@@ -115,6 +115,7 @@ FAMILY = Family(
     experts=experts,
     no_experts="put E in model.pattern or leave it out",
     continues_text=True,
+    writes="continuation",
     work=decoder_work,
     recompute=recompute_levels,
     padding_flops=padding_flops_per_token,

@@ -21,6 +21,7 @@ from jaxtron.models.adapters import drops
 from jaxtron.models.decoder import recompute
 from jaxtron.models.decoder.attention_backends import attention_backends
 from jaxtron.models.decoder.config import ModelConfig
+from jaxtron.models.decoder.decode import Steps
 from jaxtron.models.decoder.kinds import DELTA, MAMBA, MAMBA1, MOE, expert_width
 from jaxtron.models.decoder.model import Decoder
 from jaxtron.models.decoder.stack import run_layers
@@ -162,4 +163,5 @@ PROGRAM = Program(
     update_buffers=update_buffers,
     predict=predict,
     logits=logits,
+    steps=lambda decoder, partitions: Steps(decoder, partitions[0]),
 )

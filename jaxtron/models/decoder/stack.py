@@ -20,12 +20,12 @@ from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.models.decoder.kinds import KINDS
 from jaxtron.models.decoder.layers import BUILDERS, Backends, make_norm
 from jaxtron.models.decoder.pattern import Branch
+from jaxtron.models.growing import by_position
 from jaxtron.models.stacked import stacked
 from jaxtron.pipeline import buffers
 from jaxtron.pipeline.partition import Partition
 from jaxtron.sharding.collectives import vary
 from jaxtron.sharding.halves import Split, halve, join, split_of
-from jaxtron.sharding.rules import constrain, current
 from jaxtron.typing import Array, DTypeLike, Float, PyTree
 
 # of each branch of a layer; none where it remembers nothing
@@ -151,23 +151,6 @@ class Layer(nnx.Module):
         graph, state = nnx.split(module)
         run = recompute.region(name, self.recomputed, lambda state, *args: call(nnx.merge(graph, state), *args))
         return functools.partial(run, state)
-
-
-def by_position(call: Callable[..., Float[Array, "B S E"] | BranchOutput], *arrays: Array) -> Float[Array, "B S E"]:
-    """What a function of each position for itself makes of [B, S, ...] arrays that are whole on every part of `tensor`.
-
-    It is given a sequence that can be split over `tensor`: all rows as one, and padding.
-    """
-    parts, (rows, length) = current().parts("tensor"), arrays[0].shape[:2]
-    if parts == 1:
-        y = call(*arrays)
-        return constrain(y.x if isinstance(y, BranchOutput) else y, "batch", "full_seq", "embed")
-    count = rows * length
-    flat = (array.reshape(1, count, *array.shape[2:]) for array in arrays)
-    padding = -count % parts
-    y = call(*(jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * (array.ndim - 2))) for array in flat))
-    y = constrain(y.x if isinstance(y, BranchOutput) else y, "batch", "full_seq", "embed")
-    return y[:, :count].reshape(rows, length, -1)
 
 
 def _of_halves(split: Split) -> Callable[..., tuple[Array, ...]]:

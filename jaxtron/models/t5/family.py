@@ -51,4 +51,6 @@ FAMILY = Family(
     work=work,
     recompute=lambda config: ("none", "full"),
     padding_flops=padding_flops,
+    writes="answer",
+    of_any_length=lambda config: config.model_copy(update={"decoder_length": None}),
 )

@@ -9,17 +9,21 @@ from flax import nnx
 from jaxtron.kernels.attention.attention import Implementation
 from jaxtron.kernels.selection import Backend
 from jaxtron.layers.attention import Attention, Core
+from jaxtron.layers.cache import KeyValues
 from jaxtron.layers.inputs import LayerInputs
 from jaxtron.layers.mlp import Mlp
 from jaxtron.layers.norm import Norm
 from jaxtron.layers.relations.cross import CrossAttention
 from jaxtron.layers.saved import save_for_backward
+from jaxtron.models.growing import by_position
 from jaxtron.models.stacked import stacked
 from jaxtron.models.t5.attention_backends import CROSS, DECODER, ENCODER, attention_spec
 from jaxtron.models.t5.config import T5Config
 from jaxtron.pipeline.partition import Partition
-from jaxtron.typing import Array, Float
+from jaxtron.typing import Array, DTypeLike, Float
 
+# of a decoder's layer: of its own sequence, and of the encoder's
+LayerMemory = tuple[KeyValues, KeyValues]
 Backends = Mapping[str, Backend[Implementation]]
 
 
@@ -114,6 +118,20 @@ class T5DecoderLayer(nnx.Module):
         x = save_for_backward(x + self.attention(self.attention_norm(x), inputs.fold(0)))
         x = save_for_backward(x + self.cross(self.cross_norm(x), memory, inputs.fold(1)))
         return save_for_backward(x + self.mlp(self.mlp_norm(x), inputs.fold(2)))
+
+    def start(self, rows: int, room: int, dtype: DTypeLike) -> LayerMemory:
+        """What it remembers of so many rows before anything comes, with room for so many tokens of each sequence."""
+        return self.attention.start(rows, room, 1, dtype), self.cross.start(rows, room, dtype)
+
+    def advance(
+        self, x: Float[Array, "B S E"], memory: LayerMemory, inputs: LayerInputs
+    ) -> tuple[Float[Array, "B S E"], LayerMemory]:
+        """The stream for what follows a sequence of which this is the memory, whole on every part of `mesh.tensor`."""
+        own, other = memory
+        y, own = self.attention.advance(self.attention_norm(x), own, inputs)
+        x = x + y
+        x = x + self.cross.advance(self.cross_norm(x), other, inputs)
+        return x + by_position(lambda x: self.mlp(x, LayerInputs()), self.mlp_norm(x)), (own, other)
 
 
 class T5Encoder(nnx.Module):

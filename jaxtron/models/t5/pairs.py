@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from jaxtron.config import NoEffect, UserError
-from jaxtron.data.chat.conversations import read_conversations
-from jaxtron.data.chat.template import ASSISTANT, Conversation
+from jaxtron.data.chat.pairs import read_pairs
 from jaxtron.data.config import ChatConfig, DataConfig
 from jaxtron.data.dataset import Data, load_data_tokenizer
 from jaxtron.data.files.data_path import read_data_path
@@ -118,12 +117,5 @@ def open_pairs(config: DataConfig, *, vocabulary: SpanVocabulary, decoder_length
 def _texts(files: Sequence[Path], chat: ChatConfig) -> Iterator[tuple[str, str]]:
     """What comes before the last answer of each conversation, and that."""
     for file in files:
-        for number, conversation in read_conversations(file, chat.roles):
-            yield _divided(conversation, f"{file}, line {number}")
-
-
-def _divided(conversation: Conversation, place: str) -> tuple[str, str]:
-    *before, last = conversation.messages
-    if last.role != ASSISTANT or not before:
-        raise UserError(f"{place}: it has no answer after a text; give pairs, a text and an answer of the assistant")
-    return "\n".join(message.content for message in before), last.content
+        for pair in read_pairs(file, chat.roles):
+            yield pair.text, pair.answer

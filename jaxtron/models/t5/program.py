@@ -19,7 +19,9 @@ from jaxtron.models.t5.attention_backends import attention_backends
 from jaxtron.models.t5.batch import TOKENS, T5Batch
 from jaxtron.models.t5.config import T5Config
 from jaxtron.models.t5.data import open_data, samples_of_text
+from jaxtron.models.t5.decode import T5Steps
 from jaxtron.models.t5.model import T5
+from jaxtron.models.t5.text import answer_text
 from jaxtron.pipeline.model import HeadOutput, LayerOutput, Model, Outer, Stack
 from jaxtron.sharding.collectives import vary
 from jaxtron.sharding.rules import constrain
@@ -104,4 +106,6 @@ PROGRAM = Program(
     open_data=open_data,
     logits=logits,
     attention=attention_backends,
+    steps=T5Steps,
+    answers=answer_text,
 )
