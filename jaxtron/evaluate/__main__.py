@@ -5,8 +5,9 @@ import sys
 from jaxtron import interrupts  # noqa: F401  (answers Ctrl-C while the rest is imported)
 from jaxtron.command import hand_over, run_command
 from jaxtron.config import UserError
-from jaxtron.evaluate.request import ALL_USAGE, parse, read_configuration, read_text, read_token_ids
+from jaxtron.evaluate.request import ALL_USAGE, parse, read_configuration, read_text
 from jaxtron.evaluate.tasks_request import is_of_tasks, parse_tasks, read_asked
+from jaxtron.evaluate.token_rows import read_token_ids
 
 
 def main(argv: list[str]) -> int:

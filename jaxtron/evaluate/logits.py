@@ -12,19 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
+from jaxtyping import Int32
 
 from jaxtron.config import UserError
-from jaxtron.data.batch import TokenBatch
 from jaxtron.data.loader import LocalBatch
 from jaxtron.evaluate.model import EvaluatedModel, open_model
 from jaxtron.evaluate.request import EvaluateRequest
+from jaxtron.evaluate.token_rows import TokenRows
 from jaxtron.layers.positions import local_positions
+from jaxtron.models.families import program_of
 from jaxtron.models.program import Microbatch
 from jaxtron.pipeline import executor
 from jaxtron.pipeline.model import HeadOutput, Model, Outer, Stream
 from jaxtron.pipeline.partition import forward_only
 from jaxtron.run.configuration import Configuration
-from jaxtron.run.session import RunSession
 from jaxtron.run.step import Trainer, batch_spec
 from jaxtron.runtime.memory_errors import out_of_memory_as_user_error
 from jaxtron.runtime.start import start_runtime
@@ -38,13 +39,17 @@ from jaxtron.typing import Array, Float, Int, PyTree
 ROOM = "Lower --batch, or raise --mesh.fsdp, --mesh.tensor or --mesh.context"
 
 
-def write_logits(
-    request: EvaluateRequest, trained: Configuration, config: Configuration, rows: list[list[int]]
-) -> None:
+def write_logits(request: EvaluateRequest, trained: Configuration, config: Configuration, rows: TokenRows) -> None:
     """Writes a .npy of float32 [row, token, vocabulary], whole or not at all."""
-    tokens = np.asarray(rows, np.int32)
+    program = program_of(config.model)
+    if program.logits is None or program.token_rows is None:
+        raise UserError(
+            f"{request.run} has model.family {config.model.family}, which gives no logits of tokens alone: give a run "
+            "of another family, such as decoder"
+        )
+    tokens = np.asarray(rows.answered, np.int32)
     start_runtime(config.runtime, devices=config.devices)
-    config = with_length(config, tokens.shape[1])
+    config = with_length(config, max(len(rows.tokens[0]), tokens.shape[1]))
     path, vocabulary = request.logits, config.vocabulary_size()
     assert path is not None and vocabulary is not None
     with leaving_together(), out_of_memory_as_user_error(ROOM), open_model(request, trained, config) as model:
@@ -53,7 +58,7 @@ def write_logits(
         try:
             shape = (*tokens.shape, vocabulary)
             into = np.lib.format.open_memmap(unfinished, "w+", np.float32, shape) if is_first else None
-            for start, logits in batches_of_logits(model, tokens):
+            for start, logits in batches_of_logits(model, rows):
                 logits = logits[..., :vocabulary]
                 if not np.isfinite(logits).all():
                     raise model.diverged("its logits are not finite")
@@ -65,7 +70,7 @@ def write_logits(
         finally:
             unfinished.unlink(missing_ok=True)
         if is_first:
-            print(f"logits of {len(rows):,} x {tokens.shape[1]:,} tokens, {vocabulary:,} of each, in {path}")
+            print(f"logits of {len(tokens):,} x {tokens.shape[1]:,} tokens, {vocabulary:,} of each, in {path}")
 
 
 def _keep(unfinished: Path, path: Path) -> None:
@@ -92,32 +97,34 @@ def with_length(config: Configuration, length: int) -> Configuration:
     # what follows a token changes nothing of it
     whole = math.ceil(length / parts) * parts
     data = config.data.model_copy(update={"sequence_length": whole})
-    return config.model_copy(update={"data": data}).resolved()
+    model = config.family.of_any_length(config.model)
+    return config.model_copy(update={"data": data, "model": model}).resolved()
 
 
-def batches_of_logits(
-    model: EvaluatedModel, tokens: Int[np.ndarray, "N S"]
-) -> Iterator[tuple[int, Float[np.ndarray, "B S V"]]]:
+def batches_of_logits(model: EvaluatedModel, rows: TokenRows) -> Iterator[tuple[int, Float[np.ndarray, "B S V"]]]:
     """Logits of some rows at a time, with the number of the first; with the padding of the vocabulary."""
-    session, (num_rows, length) = model.session, tokens.shape
+    session, num_rows, length = model.session, len(rows.tokens), len(rows.answered[0])
     whole = session.config.data.sequence_length
-    padded = np.zeros((math.ceil(num_rows / model.batch) * model.batch, whole), np.int32)
-    padded[:num_rows, :length] = tokens
+    shape = (math.ceil(num_rows / model.batch) * model.batch, whole)
+    tokens, is_text = _filled(rows.tokens, shape), _filled(np.ones_like(rows.tokens), shape) > 0
+    decoder_tokens = None if rows.decoder_tokens is None else _filled(rows.decoder_tokens, shape)
     run = jax.jit(partial(_logits, session.trainer))
     for start in range(0, num_rows, model.batch):
-        batch = _globalized(session, padded[start : start + model.batch])
+        own = session.batches.local_rows(model.batch)
+        given = (None if array is None else array[start:][own] for array in (tokens, is_text, decoder_tokens))
+        batch = session.trainer.program.token_rows(*given)
+        batch = session.batches.globalize(LocalBatch(0, model.batch, model.batch, own, batch))
         logits, places = (_on_host(array) for array in run(model.params, batch))
         in_order = np.empty_like(logits)
         in_order[:, places] = logits
         yield start, in_order[: num_rows - start, :length]
 
 
-def _globalized(session: RunSession, tokens: Int[np.ndarray, "B S"]) -> Any:
-    """The rows where the mesh has them, as a batch that weighs nothing."""
-    rows = session.batches.local_rows(len(tokens))
-    own = tokens[rows]
-    batch = TokenBatch(own, own, np.zeros(own.shape, np.float32))
-    return session.batches.globalize(LocalBatch(0, len(tokens), len(tokens), rows, batch))
+def _filled(rows: Any, shape: tuple[int, int]) -> Int32[np.ndarray, "N S"]:
+    """Rows as an array of this shape, with zeros behind them and behind the last."""
+    found, given = np.zeros(shape, np.int32), np.asarray(rows, np.int32)
+    found[: given.shape[0], : given.shape[1]] = given
+    return found
 
 
 def _logits(trainer: Trainer, params: PyTree, batch: Any) -> tuple[Float[Array, "B S V"], Int[Array, "S"]]:
@@ -131,10 +138,9 @@ def _logits(trainer: Trainer, params: PyTree, batch: Any) -> tuple[Float[Array, 
 def _local(trainer: Trainer, params: PyTree, batch: Any) -> tuple[Float[Array, "B S V"], Int[Array, "S"]]:
     program, parts = trainer.program, trainer.parts
     compute = program.logits
-    if compute is None:
-        raise UserError("models of this family give no logits")
+    assert compute is not None
 
-    def head(outer: Outer, stream: Stream, _microbatch: Microbatch[TokenBatch]) -> HeadOutput:
+    def head(outer: Outer, stream: Stream, _microbatch: Microbatch[Any]) -> HeadOutput:
         # no loss, for nothing is trained
         return HeadOutput(jnp.float32(0.0), {"logits": compute(parts, outer, stream).astype(jnp.float32)})
 

@@ -14,7 +14,6 @@ from jaxtron.data.loader import validation_batches
 from jaxtron.data.source import Source
 from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.evaluate.request import EvaluateRequest
-from jaxtron.models.decoder.config import ModelConfig
 from jaxtron.run.configuration import Configuration
 from jaxtron.run.restored import diverged, restore_model, tokenizer_of
 from jaxtron.run.session import RunSession, make_session
@@ -105,7 +104,6 @@ def _restored(
         restored = restore_model(session, request.run, trained, request.step)
         return restored.params, restored.checkpoints, restored.step, restored.extra
     model = session.config.model
-    assert isinstance(model, ModelConfig)
     check_state_fits(session.config.family.sizes(model), session.blueprint.abstract, what="parameters")
     params = load_parameters(request.run, model, session.blueprint, session.trainer.partitions)
     return params, request.run, None, {}

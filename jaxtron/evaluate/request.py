@@ -1,7 +1,6 @@
 """The command's own flags, and which of training's settings it takes beside them."""
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from jaxtron.data.files.reader import decode_text, read_content
 from jaxtron.evaluate import tasks_request
 from jaxtron.evaluate.detokenize import DETOKENIZERS
 from jaxtron.generate.source import LAYOUT, SETTINGS, check_taken, laid_out, taken
-from jaxtron.run.configuration import Configuration, configuration_type
+from jaxtron.models.families import DECODER
+from jaxtron.run.configuration import Configuration, configuration_of, configuration_type
 from jaxtron.weights.cache import named_weights
 from jaxtron.weights.config_json import CONFIG_JSON
 from jaxtron.weights.hub import hub_settings, is_hub, tokenizer_of
@@ -108,7 +108,8 @@ def read_configuration(request: EvaluateRequest) -> tuple[Configuration, Configu
             f"{what}; give the --run.directory of a training, such as runs/gpt_tiny, or a directory of Hugging Face "
             "weights"
         )
-    config_type = Configuration if file is None else configuration_type([str(file)])
+    own = DECODER if under is None else under.tree["model"].get("family", DECODER)
+    config_type = configuration_of(own) if file is None else configuration_type([str(file)])
     try:
         trained = load(config_type, file, under=under).resolved()
     except UserError as error:
@@ -117,7 +118,7 @@ def read_configuration(request: EvaluateRequest) -> tuple[Configuration, Configu
     if request.token_ids is not None and "train.precision" not in dict(split_arguments(Configuration, words)[1]):
         # as exact as the weights
         words += ["--train.precision", "fp32"]
-    if trained.family.text_loss is None:
+    if request.token_ids is None and trained.family.text_loss is None:
         raise UserError(
             f"{path} has model.family {trained.model.family}, which does not predict the tokens of a text: no text can "
             "be scored with it; give a run of another family, such as decoder"
@@ -140,29 +141,6 @@ def _hub_settings(request: EvaluateRequest) -> SettingsSource:
             )
         found.set("data.tokenizer", str(path.absolute()), str(path))
     return found
-
-
-def read_token_ids(path: Path, vocabulary: int) -> list[list[int]]:
-    """Rows of tokens of equal length of a JSON file; a `UserError` if it is not that, or has others than the model."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read --token_ids {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--token_ids {path} is not JSON: {str(error).splitlines()[0]}") from None
-    is_rows = isinstance(rows, list) and rows and all(isinstance(row, list) and row for row in rows)
-    if not is_rows or not all(type(token) is int for row in rows for token in row):
-        raise UserError(f"--token_ids {path} must be rows of whole numbers, such as [[1, 5, 2], [4, 4, 3]]")
-    lengths = sorted({len(row) for row in rows})
-    if len(lengths) > 1:
-        raise UserError(
-            f"--token_ids {path} has rows of {lengths[0]} and of {lengths[-1]} tokens: make them equal, for what "
-            "follows a token changes nothing before it"
-        )
-    wrong = next((token for row in rows for token in row if not 0 <= token < vocabulary), None)
-    if wrong is not None:
-        raise UserError(f"--token_ids {path} has the token {wrong}, and the model knows 0 to {vocabulary - 1:,}")
-    return rows
 
 
 def read_text(path: Path) -> str:
@@ -198,8 +176,8 @@ def _parser() -> FlagParser:
         "--token_ids",
         type=file_path,
         metavar="FILE",
-        help="JSON with rows of tokens, of equal length: [[1, 5, 2], ...]; computed in fp32, unless --train.precision "
-        "says otherwise",
+        help="JSON with rows of tokens, of equal length: [[1, 5, 2], ...], or of an encoder and its decoder, "
+        '{"tokens": [...], "decoder_tokens": [...]}; computed in fp32, unless --train.precision says otherwise',
     )
     add(
         "--logits",

@@ -25,7 +25,7 @@ from jaxtron.pipeline.model import Model, Outer, Parameters, Stream
 from jaxtron.pipeline.partition import Partition, StagePlan, one_stage_plan
 from jaxtron.sharding.blueprint import Blueprint, blueprint
 from jaxtron.sharding.parameters import gather_at_use
-from jaxtron.typing import Array, DTypeLike, Float, Int, Key, PyTree
+from jaxtron.typing import Array, Bool, DTypeLike, Float, Int, Key, PyTree
 
 BatchT = TypeVar("BatchT")
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
@@ -143,6 +143,9 @@ class Program(Generic[BatchT, ModuleT]):
     logits: Callable[[Parts[ModuleT], Outer, Stream], Float[Array, "B S V"]] | None = None
     """(parts, outer parameters, what left the layers) -> logits of what follows each token here, the vocabulary split
     over tensor and with its padding (none: it gives none)."""
+    token_rows: Callable[[Int[Any, "B S"], Bool[Any, "B S"], Int[Any, "B T"] | None], BatchT] | None = None
+    """(tokens of texts, which are no padding, a decoder's tokens where there are any) -> a batch that weighs nothing,
+    of which `logits` tells (none: of tokens alone it makes none)."""
     steps: Callable[[ModuleT, tuple[Partition, ...]], Any] | None = None
     """(module with the weights of a stage, layers of the stages by stack) -> the model as it writes, a token at a time:
     a `growing.WritingModel` (none: `Family.writes` says that it writes nothing)."""

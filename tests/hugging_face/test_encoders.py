@@ -1,5 +1,6 @@
 """BERT's logits and losses equal those of Hugging Face transformers with the same weights, which go both ways."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 from jaxtron.config import UserError
 from jaxtron.config import load as load_settings
 from jaxtron.convert.__main__ import main as convert
+from jaxtron.evaluate.__main__ import main as evaluate
 from jaxtron.models.bert.batch import BertBatch
 from jaxtron.models.program import Microbatch
 from jaxtron.run.configuration import configuration_of
@@ -27,6 +29,7 @@ from jaxtron.typing import PyTree
 from jaxtron.weights.hub import FAMILIES, config_of, hub_settings
 from jaxtron.weights.load import load_parameters
 from tests.hugging_face.fixtures import FOLDER, load_batch, write
+from tests.support.commands import run_main
 from tests.support.plain import one_by_one
 from tests.support.tiny_tokenizer import write_tokenizer
 
@@ -81,6 +84,23 @@ def predicted(trainer: Trainer, params: PyTree, batch: BertBatch) -> tuple[np.nd
 def test_every_encoder_has_a_fixture():
     found = {fixture(name)[0]["model_type"] for name in NAMES}
     assert found == {name for name, family in FAMILIES.items() if family.family == "bert"}
+
+
+@pytest.mark.parametrize("mesh", ["--mesh.tensor 2", "--mesh.context 2 --mesh.data 2"])
+def test_logits_of_rows_are_told_on_any_mesh(mesh, rules_for, tmp_path):
+    """Of texts of one part, whatever they are filled up with."""
+    config, weights, found = fixture("bert")
+    folder, length = write(tmp_path / "bert", config, weights), int(found["is_text"].sum(1).min())
+    batch = dataclasses.replace(batch_of(found), token_types=np.zeros_like(found["types"]))
+    batch = dataclasses.replace(batch, segments=np.broadcast_to(np.arange(14) < length, found["types"].shape) + 0)
+    with use(rules_for(data=1)):
+        expected, _ = predicted(*opened(folder, len(batch.tokens)), batch)
+    (tmp_path / "ids.json").write_text(json.dumps(found["tokens"][:, :length].tolist()))
+    words = ["--token_ids", tmp_path / "ids.json", "--logits", tmp_path / "out.npy", *mesh.split()]
+    ended = run_main(evaluate, [folder, *words])
+    assert (ended.code, ended.err) == (0, ""), ended
+    logits = np.load(tmp_path / "out.npy")
+    np.testing.assert_allclose(logits, expected[:, :length, : config["vocab_size"]], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from jaxtron.config import UserError
 from jaxtron.config import load as load_settings
 from jaxtron.convert.__main__ import main as convert
+from jaxtron.evaluate.__main__ import main as evaluate
 from jaxtron.generate.engine import GenerationEngine
 from jaxtron.generate.settings import SamplingSettings
 from jaxtron.models.t5.batch import T5Batch
@@ -23,6 +24,7 @@ from jaxtron.typing import PyTree
 from jaxtron.weights.hub import hub_settings
 from jaxtron.weights.load import load_parameters
 from tests.hugging_face.fixtures import FOLDER, load_batch, write
+from tests.support.commands import run_main
 from tests.support.drawn import made
 from tests.support.logits import stack_logits
 from tests.support.tiny_tokenizer import write_tokenizer
@@ -116,6 +118,38 @@ def test_a_model_that_was_saved_anew_is_tied_as_it_was(tmp_path):
     said = config | {"tie_word_embeddings": True, "scale_decoder_outputs": False}
     assert hub_settings(write(tmp_path / "saved", said, weights)).tree["model"]["tied_head"] is False
     assert hub_settings(write(tmp_path / "released", config, weights)).tree["model"]["tied_head"] is False
+
+
+@pytest.mark.parametrize("mesh", ["--mesh.tensor 2", "--mesh.pipe 2 --pipeline.schedule interleaved"])
+def test_logits_of_rows_are_told_on_any_mesh(mesh, tmp_path):
+    """A text, and what is written of it, of another length."""
+    config, weights, found = fixture("t5")
+    folder, batch = write(tmp_path / "t5", config, weights), batch_of(found)
+    # the first row has no padding
+    rows = {"tokens": batch.tokens[:1].tolist(), "decoder_tokens": batch.decoder_tokens[:1].tolist()}
+    (tmp_path / "ids.json").write_text(json.dumps(rows))
+    words = ["--token_ids", tmp_path / "ids.json", "--logits", tmp_path / "out.npy", *mesh.split()]
+    ended = run_main(evaluate, [folder, *words])
+    assert (ended.code, ended.err) == (0, ""), ended
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), found["logits"][:1], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[1, 2]], 'a T5 reads a text and writes another: give {"tokens": [...], "decoder_tokens": [...]}'),
+        ({"tokens": [[1]]}, "must be rows, or an object of two: tokens and decoder_tokens"),
+        ({"tokens": [[1]], "decoder_tokens": [[1], [2]]}, "has 1 rows of tokens and 2 of decoder_tokens: give as many"),
+        ({"tokens": [[1]], "decoder_tokens": [[40]]}, "has the token 40, and the model knows 0 to 39"),
+    ],
+)
+def test_rows_that_do_not_go_together_are_told(rows, message, tmp_path):
+    config, weights, _ = fixture("t5")
+    folder = write(tmp_path / "t5", config, weights)
+    (tmp_path / "ids.json").write_text(json.dumps(rows))
+    ended = run_main(evaluate, [folder, "--token_ids", tmp_path / "ids.json", "--logits", tmp_path / "out.npy"])
+    assert ended.code == 2 and message in ended.err and ended.err.count("\n") == 1, ended
+    assert not (tmp_path / "out.npy").exists()
 
 
 RULES = {"answers": {}, "penalized": {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}}

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
+from jaxtron.config import UserError
 from jaxtron.data.batch import SEQUENCE, rows, weight
 from jaxtron.data.masked.sample import MaskedSample
 
@@ -42,4 +43,22 @@ def from_sample(sample: MaskedSample, *, has_pair: bool) -> BertBatch:
         segments=1 - sample.padding.astype(np.int32),
         is_swapped=np.asarray(sample.is_swapped, np.int32),
         pair_weights=np.asarray(has_pair, np.float32),
+    )
+
+
+def of_tokens(
+    tokens: Int[np.ndarray, "B S"], is_text: Bool[np.ndarray, "B S"], decoder_tokens: Int[np.ndarray, "B T"] | None
+) -> BertBatch:
+    """Rows of one part that weigh nothing; padding is another segment."""
+    if decoder_tokens is not None:
+        raise UserError("a BERT has no decoder: give rows of tokens alone, [[...], ...]")
+    nothing, of_row = np.zeros(tokens.shape, np.float32), np.zeros(len(tokens), np.int32)
+    return BertBatch(
+        tokens=tokens,
+        targets=tokens,
+        weights=nothing,
+        token_types=np.zeros_like(tokens),
+        segments=is_text.astype(np.int32),
+        is_swapped=of_row,
+        pair_weights=of_row.astype(np.float32),
     )

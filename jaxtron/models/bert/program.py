@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from jaxtron.layers.inputs import row_keys
-from jaxtron.models.bert.batch import MASKED, PAIRS, BertBatch
+from jaxtron.models.bert.batch import MASKED, PAIRS, BertBatch, of_tokens
 from jaxtron.models.bert.config import BertConfig
 from jaxtron.models.bert.data import open_data, samples_of_text
 from jaxtron.models.bert.model import Bert, choice_loss
@@ -44,6 +44,12 @@ def figures(_config: BertConfig, sums: Mapping[str, float], counts: Mapping[str,
     return {"pair_accuracy": sums["pair_accuracy"] / counts[PAIRS]} if counts[PAIRS] else {}
 
 
+def logits(parts: Parts[Bert], outer: Outer, x: Float[Array, "B S E"]) -> Float[Array, "B S V"]:
+    """Logits of the token at each place, padding of the vocabulary included."""
+    module = parts.outer(outer)
+    return module.logits(module.normed(x))
+
+
 PROGRAM = Program(
     batch=BertBatch,
     losses={"masked": MASKED, "pairs": PAIRS},
@@ -54,4 +60,6 @@ PROGRAM = Program(
     open_data=open_data,
     attention=attention_backends,
     figures=figures,
+    logits=logits,
+    token_rows=of_tokens,
 )

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import jax
+import numpy as np
 from flax import nnx
 
 from jaxtron.config import UserError
@@ -163,5 +164,6 @@ PROGRAM = Program(
     update_buffers=update_buffers,
     predict=predict,
     logits=logits,
+    token_rows=lambda tokens, is_text, _: TokenBatch(tokens, tokens, np.zeros(tokens.shape, np.float32)),
     steps=lambda decoder, partitions: Steps(decoder, partitions[0]),
 )

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
+from jaxtron.config import UserError
 from jaxtron.data.batch import SECOND_SEQUENCE, SEQUENCE, rows, weight
 from jaxtron.data.masked.sample import SpanSample
 
@@ -35,3 +36,13 @@ def from_sample(sample: SpanSample) -> T5Batch:
         sample.targets,
         sample.weights,
     )
+
+
+def of_tokens(
+    tokens: Int[np.ndarray, "B S"], is_text: Bool[np.ndarray, "B S"], decoder_tokens: Int[np.ndarray, "B T"] | None
+) -> T5Batch:
+    """Rows that weigh nothing; what follows a token of the decoder changes nothing of it, so that none is padding."""
+    if decoder_tokens is None:
+        raise UserError('a T5 reads a text and writes another: give {"tokens": [...], "decoder_tokens": [...]}')
+    here, weights = np.ones_like(decoder_tokens), np.zeros(decoder_tokens.shape, np.float32)
+    return T5Batch(tokens, is_text.astype(np.int32), decoder_tokens, here, decoder_tokens, weights)

@@ -16,7 +16,7 @@ from jaxtron.models.adapters import drops
 from jaxtron.models.decoder import recompute
 from jaxtron.models.program import Microbatch, Parts, Program, whole
 from jaxtron.models.t5.attention_backends import attention_backends
-from jaxtron.models.t5.batch import TOKENS, T5Batch
+from jaxtron.models.t5.batch import TOKENS, T5Batch, of_tokens
 from jaxtron.models.t5.config import T5Config
 from jaxtron.models.t5.data import open_data, samples_of_text
 from jaxtron.models.t5.decode import T5Steps
@@ -105,6 +105,7 @@ PROGRAM = Program(
     source=samples_of_text,
     open_data=open_data,
     logits=logits,
+    token_rows=of_tokens,
     attention=attention_backends,
     steps=T5Steps,
     answers=answer_text,
