@@ -76,7 +76,10 @@ def parse_tasks(argv: list[str]) -> TasksRequest:
     names = tuple(name.strip() for word in given.pop("tasks", []) for name in word.split(",") if name.strip())
     request = TasksRequest(source=ModelSource(directory, overrides, **model), tasks=names, **given)
     if bool(request.tasks) + (request.last_words is not None) + (request.pairs is not None) != 1:
-        raise UserError(f"give one of --tasks NAME[,NAME ...], --last_words FILE.jsonl and --pairs FILE.jsonl: {USAGE}")
+        raise UserError(
+            "give one of --tasks NAME[,NAME ...], --last_words FILE.jsonl and --pairs FILE.jsonl; "
+            f"{PROGRAM} --help --tasks lists the flags"
+        )
     for purpose, names in OWN.items():
         for name in names:
             if request.purpose != purpose and given.get(name, False) is not False:
