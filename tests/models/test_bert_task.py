@@ -22,7 +22,9 @@ from jaxtron.models.bert.task.questions import Question, windows
 from jaxtron.run.metrics import read_metrics
 from jaxtron.sharding.rules import use
 from jaxtron.train.__main__ import main as train
+from tests.hugging_face.fixtures import load_batch, write
 from tests.support.commands import run_main
+from tests.support.tiny_tokenizer import write_tokenizer
 
 LENGTH = 24
 CLS, SEP, PAD = 257, 258, 260
@@ -320,3 +322,21 @@ def test_a_task_begins_with_a_pretrained_model(tmp_path: Path, monkeypatch, caps
     told = capsys.readouterr().out
     assert "the model is that of step 2 of bert" in told
     assert "drawn, not there: choice.dense.bias, choice.dense.kernel" in told
+
+
+@pytest.mark.slow
+def test_a_task_begins_with_files_of_hugging_face(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings, weights, _ = load_batch("encoders", "bert")
+    write(tmp_path / "bert", settings, weights)
+    write_tokenizer(tmp_path / "bert", special=("[PAD]", "[CLS]", "[SEP]", "[MASK]"))
+    file = str(write_words(tmp_path / "pairs.tsv", 32, seed=1))
+    words = "--model.family bert_task --data.sequence_length 8 --train.global_batch 8 --train.steps 1 --devices 8"
+    given = ["--checkpoint.initialize_from", "bert", "--checkpoint.allow_missing", "choice.*", "--data.path", file]
+    ended = run_main(train, [*words.split(), *given, "--checkpoint.allow_unused", "pairs.*"])
+    assert "the model here has no place for cls.predictions.bias" in ended.err
+    capsys.readouterr()
+    train([*words.split(), *given, "--checkpoint.allow_unused", "cls.*", "--run.directory", "task"])
+    assert "drawn, not there: choice.dense.bias, choice.dense.kernel" in capsys.readouterr().out
+    # sizes are those of the files
+    assert "hidden_size: 32" in (tmp_path / "task" / "config.yaml").read_text()

@@ -22,10 +22,10 @@ from jaxtron.data.masked.bert import SPECIAL_TOKENS, BertVocabulary
 from jaxtron.data.masked.sample import pad
 from jaxtron.data.source import NO_SAMPLES, Source
 from jaxtron.data.tokenizers import Tokenizer
-from jaxtron.models.bert.data import vocabulary_of
 from jaxtron.models.bert.task.batch import TaskBatch
 from jaxtron.models.bert.task.config import BertTaskConfig
 from jaxtron.models.bert.task.questions import Question, questions_of_row, windows
+from jaxtron.models.encoder.special_tokens import special_tokens
 from jaxtron.models.encoder.windows import WindowSamples
 
 # what examples do not read of the data's settings
@@ -98,7 +98,7 @@ def open_data(config: BertTaskConfig, data: DataConfig, *, seed: int, train_samp
             "--data.validation FILE, of TSV or JSON lines"
         )
     tokenizer = load_data_tokenizer(data)
-    vocabulary = vocabulary_of(config, tokenizer)
+    vocabulary = special_tokens(config.vocab_size, tokenizer, whole_words=False)
     encode = functools.partial(_encoded, config, data.sequence_length, tokenizer=tokenizer, vocabulary=vocabulary)
     identity: list[Any] = [config.task, config.names, config.labels, data.sequence_length, seed]
     if config.task == "answer":
@@ -286,4 +286,4 @@ class WindowsAsExamples(WindowSamples):
 
 def examples_of_text(config: BertTaskConfig, source: Source, tokenizer: Tokenizer | None) -> Source:
     """Windows of text as examples."""
-    return WindowsAsExamples(source, config, vocabulary_of(config, tokenizer))
+    return WindowsAsExamples(source, config, special_tokens(config.vocab_size, tokenizer, whole_words=False))
