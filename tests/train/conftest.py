@@ -24,4 +24,7 @@ def no_process_is_left() -> Iterator[None]:
         process = started.pop()
         if process.poll() is None:
             process.kill()
-            process.communicate()
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+        process.wait()
