@@ -21,14 +21,17 @@ PATIENCE = 600
 # what a run of any length has in common with others
 COMMON = (
     *("--optimizer.schedule", "constant", "--train.sample_tokens", "0", "--train.validate_every", "0"),
-    *("--train.global_batch", "24", "--checkpoint.every", "2", "--checkpoint.keep", "2"),
+    *("--train.global_batch", "24", "--checkpoint.keep", "2"),
 )
+EVERY_OTHER = ("--checkpoint.every", "2")
 
 
 class Hosts:
     """Supervisors of one run, each with a log; the first one leads."""
 
     def __init__(self, folder: Path, nodes: str, *flags: str) -> None:
+        if "--checkpoint.every" not in flags:
+            flags = (*flags, *EVERY_OTHER)
         self.folder, self.flags = folder, [*small(folder), *COMMON, "--train.steps", "1000000", *flags]
         self.line = ["--nodes", nodes, "--rendezvous", f"127.0.0.1:{free_port()}", "--grow-after", "1"]
         self.supervisors: list[subprocess.Popen[bytes]] = []
@@ -146,7 +149,7 @@ def test_a_host_dies_and_comes_back(tmp_path: Path):
     ours = records(tmp_path / "run")
     steps = begun[2] + 3
     # eight devices of one process, which nobody disturbs
-    flags = [*small(tmp_path, run="undisturbed"), *COMMON, "--train.steps", str(steps)]
+    flags = [*small(tmp_path, run="undisturbed"), *COMMON, *EVERY_OTHER, "--train.steps", str(steps)]
     assert run_here(*flags).code == 0
     theirs = records(tmp_path / "undisturbed")
     assert [line["step"] for line in ours[:steps]] == list(range(1, steps + 1))
@@ -156,10 +159,12 @@ def test_a_host_dies_and_comes_back(tmp_path: Path):
 
 def test_a_process_that_is_stopped_is_ended_by_the_watchdog(tmp_path: Path):
     flags = ("--runtime.heartbeat_seconds", "300", "--train.watchdog.floor_seconds", "20")
+    # what waits for a save that does not end is no step, and not the watchdog's: it is stopped between two
+    flags += ("--checkpoint.every", "20")
     with hosts_of(tmp_path, "2", *flags, count=2) as hosts:
         hosts.wait_for_round(1, 2)
         hosts.wait_for_commands(1)
-        hosts.wait_for_steps(3)
+        hosts.wait_for_steps(23)
         stopped = training_of(hosts.supervisors[1].pid)
         os.kill(stopped, signal.SIGSTOP)
         hosts.wait_for_round(2, 2)
