@@ -92,6 +92,7 @@ def test_skipped_steps_change_nothing(tmp_path: Path, plant: Callable[..., set[i
     assert found[:6] + found[7:] == without(tmp_path, "other", 6 * ROWS, 7 * ROWS, STEPS - 1)
 
 
+@pytest.mark.usual_emitters
 def test_a_run_that_goes_back_leaves_the_window_out(tmp_path: Path, plant: Callable[..., set[int]]):
     planted = plant(6 * ROWS)
     ended = train(tmp_path, "run", "--train.health.on_bad", "rewind", *CONSTANT)
