@@ -23,6 +23,7 @@ from jaxtron.data.masked.sample import pad
 from jaxtron.data.source import NO_SAMPLES, Source
 from jaxtron.data.tokenizers import Tokenizer
 from jaxtron.models.bert.task.batch import TaskBatch
+from jaxtron.models.bert.task.columns import check_columns, text_in
 from jaxtron.models.bert.task.config import BertTaskConfig
 from jaxtron.models.bert.task.questions import Question, questions_of_row, windows
 from jaxtron.models.encoder.special_tokens import special_tokens
@@ -202,15 +203,11 @@ def _rows(file: Path, digest: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def make_example(config: BertTaskConfig, row: Mapping[str, Any], place: str) -> Example:
     """The example of a row; `UserError` for a column that is not there or means nothing."""
-    for name in config.names:
-        if name not in row:
-            raise UserError(
-                f"{place} has no column {name}, only {', '.join(list(row)[:8])}; name the columns with --model.columns"
-            )
+    check_columns(row, config.names, place)
     if config.task == "choose":
         return _question(config, row, place)
     *names, last = config.names
-    first, *second = (_text(row, name, place) for name in names)
+    first, *second = (text_in(row, name, place) for name in names)
     label = row[last]
     spelled = str(label).lower() if isinstance(label, bool) else str(label)
     if spelled not in config.labels:
@@ -224,7 +221,7 @@ def make_example(config: BertTaskConfig, row: Mapping[str, Any], place: str) -> 
 def _question(config: BertTaskConfig, row: Mapping[str, Any], place: str) -> Example:
     """A text before each answer, which stands in the question's gap or after it."""
     article, question, options, right = config.names
-    answers, asked = row[options], _text(row, question, place)
+    answers, asked = row[options], text_in(row, question, place)
     if not (isinstance(answers, list) and all(isinstance(one, str) for one in answers)):
         raise UserError(f"{place} has no list of texts in {options}; mend or remove it")
     if len(answers) != config.choices:
@@ -238,14 +235,7 @@ def _question(config: BertTaskConfig, row: Mapping[str, Any], place: str) -> Exa
         raise UserError(f"{place} has {told!r} in {right}: it is a letter from A to {letters[-1]}, or a number from 0")
     # the gap of a cloze is filled
     seconds = [asked.replace("_", one) if "_" in asked else f"{asked} {one}" for one in answers]
-    return Example(tuple((_text(row, article, place), second) for second in seconds), number)
-
-
-def _text(row: Mapping[str, Any], name: str, place: str) -> str:
-    value = row[name]
-    if not isinstance(value, str):
-        raise UserError(f"{place} has no text in {name}; mend or remove it")
-    return value
+    return Example(tuple((text_in(row, article, place), second) for second in seconds), number)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from jaxtyping import Integer
 from jaxtron.config import UserError
 from jaxtron.data.masked.bert import SPECIAL_TOKENS
 from jaxtron.data.tokenizers import HasPlaces, Tokenizer
+from jaxtron.models.bert.task.columns import check_columns, text_in
 from jaxtron.models.bert.task.config import BertTaskConfig
 
 Ids = Integer[np.ndarray, "_"]
@@ -48,16 +49,8 @@ def questions_of_row(config: BertTaskConfig, row: Mapping[str, Any], place: str)
 
 
 def _question(row: Mapping[str, Any], names: tuple[str, ...], place: str) -> Question:
-    missing = [name for name in names if name not in row]
-    if missing:
-        raise UserError(
-            f"{place} has no column {missing[0]}, only {', '.join(list(row)[:8])}; name the columns with "
-            "--model.columns"
-        )
-    question, context = (row[name] for name in names[:2])
-    for name, value in zip(names, (question, context), strict=False):
-        if not isinstance(value, str):
-            raise UserError(f"{place} has no text in {name}; mend or remove it")
+    check_columns(row, names, place)
+    question, context = (text_in(row, name, place) for name in names[:2])
     answers = _answers(row[names[2]])
     if answers is None:
         raise UserError(
